@@ -1,0 +1,1841 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.12"
+# dependencies = [
+#   "httptools>=0.6.4",
+#   "redis>=6.4",
+#   "starlette>=0.50",
+#   "uvicorn>=0.35,<1",
+#   "uvloop>=0.21; sys_platform != 'win32'",
+# ]
+# ///
+"""The router: every request of a Pulse app goes through this file.
+
+    python router.py                     serve on HOST (default: IPv4 and IPv6) and PORT (8000)
+    python router.py control <command>   read or change the routing state: active, register,
+                                         promote, delete, restore, status
+    python router.py janitor run         the same as `python janitor.py`
+
+How a request travels: uvicorn accepts the connection, `Client` parses and polices the request
+head, Starlette answers `/healthz` and hands the rest to `Router`, which picks a deployment out of
+the in-memory `Table` and lets `Exchange` copy bytes between the client's connection and a pooled
+`Upstream` one. A WebSocket becomes a `Tunnel` of bytes once the backend has answered 101.
+
+It needs nothing but this file and the libraries named above.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import collections
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import sqlite3
+import sys
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import httptools
+import redis
+import redis.asyncio
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Mount, Route
+from starlette.types import Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+# ---------------------------------------------------------------------------------------------
+# Names shared with pulse_railway/contract.py; a test holds the two together.
+
+AFFINITY_QUERY = "pulse_deployment"
+AFFINITY_HEADER = "x-pulse-deployment"
+SELECTED_HEADER = "x-pulse-selected-deployment"
+CLIENT_LOADER_HEADER = "x-pulse-client-loader"
+CLIENT_LOADER_LOCATION_HEADER = "x-pulse-client-loader-location"
+RELOAD_QUERY = "pulse_reload_on_stale_affinity"
+STALE_HEADER = "x-pulse-stale-affinity"
+INTERNAL_PREFIX = "/_pulse/internal"
+SESSIONS_PATH = "/_pulse/internal/railway/sessions"
+RELOAD_PATH = "/_pulse/internal/railway/reload"
+INTERNAL_TOKEN_HEADER = "x-pulse-railway-internal-token"
+ROUTER_HEALTH_PATH = "/healthz"
+DEFAULT_PORT = 8000
+DEFAULT_REDIS_PREFIX = "pulse:railway"
+DEPLOYMENT_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,23}")
+RAILWAY_RUNTIME = ("RAILWAY_SERVICE_ID", "RAILWAY_REPLICA_ID", "RAILWAY_PRIVATE_DOMAIN")
+
+# Limits, in seconds and bytes. The edge's own: a 32 KB head, 15 minutes a request, 60 s idle.
+HEAD_LIMIT = 64 * 1024
+HEAD_TIMEOUT = 30.0  # a client sends its request head within this
+BODY_STALL_TIMEOUT = 60.0  # ... and the next piece of its body within this
+KEEP_ALIVE = 75.0  # idle client connections; longer than the edge's 60 s, so the edge closes first
+LINGER = 5.0  # after an early answer, an upload is read and dropped for this long
+CONNECT_TIMEOUT = 5.0
+RESPONSE_TIMEOUT = float(os.environ.get("PULSE_RAILWAY_ROUTER_RESPONSE_TIMEOUT") or 900)
+UPSTREAM_IDLE = 4.0  # uvicorn backends close idle connections after 5 s
+UNSAFE_IDLE = 1.0  # a request that may not be repeated only goes onto a fresher one
+UPSTREAM_IDLE_LIMIT = 256  # idle connections kept per deployment
+CONTINUE_TIMEOUT = 1.0  # a backend that ignores `Expect: 100-continue` gets the body after this
+REFRESH_EVERY = 3.0  # 0.3.x writers announce nothing
+REFRESH_AT_MOST_EVERY = 1.0  # for ids nobody knows
+SHUTDOWN_GRACE = float(os.environ.get("PULSE_RAILWAY_ROUTER_SHUTDOWN_SECONDS") or 25)
+
+log = logging.getLogger("pulse.router")
+
+
+# ---------------------------------------------------------------------------------------------
+# The routing state: what is in the store, and the steps that change it.
+
+State = dict[str, str]  # store key without the prefix -> value
+Record = dict[str, Any]
+Change = dict[str, str | None]  # None deletes the key
+
+
+class StateError(Exception):
+    """A control command that would leave the routing state wrong."""
+
+
+def record_key(deployment_id: str) -> str:
+    return f":deployment:{deployment_id}"
+
+
+def records(state: State) -> list[Record]:
+    """Every readable deployment record in `state`, newest registration first."""
+    found = []
+    for key, value in state.items():
+        if not key.startswith(":deployment:"):
+            continue
+        with contextlib.suppress(ValueError):
+            record = json.loads(value)
+            if isinstance(record, dict):
+                found.append({**record, "deployment_id": key.removeprefix(":deployment:")})
+    found.sort(key=lambda r: (r.get("registered_at") or 0, r["deployment_id"]), reverse=True)
+    return found
+
+
+def _record(state: State, deployment_id: str) -> Record:
+    """The stored record with all its fields, those we do not know included."""
+    return cast(Record, json.loads(state.get(record_key(deployment_id)) or "{}"))
+
+
+def _save(record: Record) -> str:
+    return json.dumps(record, separators=(",", ":"))
+
+
+def register(state: State, deployment_id: str, service_name: str, address: str | None) -> Change:
+    """A deployment that runs but is not yet chosen: reachable by affinity only."""
+    if state.get(":active") == deployment_id:
+        raise StateError(f"{deployment_id} is the active deployment and cannot be registered anew")
+    record = _record(state, deployment_id) | {
+        "deployment_id": deployment_id,
+        "state": "pending",
+        "service_name": service_name,
+        "drain_started_at": None,
+        "registered_at": time.time(),
+    }
+    if address:
+        record["address"] = address.rstrip("/")
+    return {record_key(deployment_id): _save(record)}
+
+
+def promote(
+    state: State,
+    deployment_id: str,
+    service_name: str,
+    draining: list[Record],
+    address: str | None = None,
+) -> Change:
+    """Make a deployment active. Only the one that was active drains; pending ones stay pending.
+
+    `draining` is what 0.3.x clients send: it names every other service, so it only tells the
+    service name and drain time of the deployment that was active.
+    """
+    hints = {item["deployment_id"]: item for item in draining}
+    if deployment_id in hints:
+        raise StateError(f"{deployment_id} cannot be active and draining")
+    change: Change = {":active": deployment_id}
+    record = _record(state, deployment_id)
+    if address:
+        record["address"] = address.rstrip("/")
+    change[record_key(deployment_id)] = _save(
+        record
+        | {
+            "deployment_id": deployment_id,
+            "state": "active",
+            "service_name": service_name,
+            "drain_started_at": None,
+            "promoted_at": time.time(),
+        }
+    )
+    previous = state.get(":active")
+    if previous and previous != deployment_id:
+        old = _record(state, previous)
+        hint = hints.get(previous, {})
+        change[record_key(previous)] = _save(
+            old
+            | {
+                "deployment_id": previous,
+                "state": "draining",
+                "service_name": old.get("service_name") or hint.get("service_name") or previous,
+                "drain_started_at": hint.get("drain_started_at") or time.time(),
+            }
+        )
+    return change
+
+
+def delete(state: State, deployment_id: str) -> Change:
+    """Forget a deployment that is not active. Forgetting an unknown one changes nothing."""
+    if state.get(":active") == deployment_id:
+        raise StateError(f"{deployment_id} is active: promote or deploy another one first")
+    return {record_key(deployment_id): None}
+
+
+def restore(state: State, wanted: list[Record], active: str) -> Change:
+    """Rebuild lost state from a list of records. What is already known is left as it is."""
+    if state.get(":active"):
+        raise StateError(f"{state[':active']} is active: there is nothing to restore")
+    change: Change = {":active": active}
+    for record in wanted:
+        name = record["deployment_id"]
+        known = {k: v for k, v in _record(state, name).items() if v is not None}
+        merged = {**record, **known, "state": "active" if name == active else "draining"}
+        if name != active:
+            merged["drain_started_at"] = known.get("drain_started_at") or time.time()
+        change[record_key(name)] = _save(merged)
+    return change
+
+
+# ---------------------------------------------------------------------------------------------
+# The stores. Each step is one transaction: a process killed anywhere leaves the old state or the
+# new one. `announce` tells the routers.
+
+
+class RedisStore:
+    """State in Redis, under `prefix`."""
+
+    def __init__(self, url: str, prefix: str) -> None:
+        self.url, self.prefix = url, prefix
+        self.client = redis.Redis.from_url(
+            url, decode_responses=True, socket_timeout=5, socket_connect_timeout=5
+        )
+
+    def read(self) -> State:
+        keys = [f"{self.prefix}:active", *self.client.scan_iter(f"{self.prefix}:deployment:*")]
+        return self._state(keys, cast(list[str | None], self.client.mget(keys)))
+
+    def apply(self, step: Callable[[State], Change]) -> Change:
+        """Run `step` on the state and write what it returns, or nothing if it raises."""
+        while True:
+            with self.client.pipeline() as pipe:
+                keys = [f"{self.prefix}{k}" for k in self.read()]
+                pipe.watch(f"{self.prefix}:active", *keys)
+                change = step(self.read())
+                pipe.multi()
+                for key, value in change.items():
+                    if value is None:
+                        pipe.delete(f"{self.prefix}{key}")
+                    else:
+                        pipe.set(f"{self.prefix}{key}", value)
+                pipe.publish(f"{self.prefix}:events", json.dumps(sorted(change)))
+                try:
+                    pipe.execute()
+                except redis.WatchError:
+                    continue  # somebody else wrote in between: read again
+                return change
+
+    def routers(self) -> list[Record]:
+        """What each running router last said of itself."""
+        keys = list(self.client.scan_iter(f"{self.prefix}:router:*"))
+        values = cast(list[str | None], self.client.mget(keys)) if keys else []
+        return [json.loads(v) for v in values if v]
+
+    async def watch(self, on_state: Callable[[State], None], kick: asyncio.Event) -> None:
+        """Call `on_state` now, on every announcement, on `kick`, and every few seconds."""
+        client = redis.asyncio.Redis.from_url(
+            self.url, decode_responses=True, socket_timeout=5, socket_connect_timeout=5
+        )
+        async with client, client.pubsub(ignore_subscribe_messages=True) as pubsub:
+            await pubsub.subscribe(f"{self.prefix}:events")
+            heard = kicked = None
+            try:
+                while True:
+                    kick.clear()
+                    on_state(await self._read(client))
+                    if METRICS.name:
+                        key = f"{self.prefix}:router:{METRICS.name}"
+                        await client.set(key, METRICS.dump(), ex=30)
+                    heard = heard or asyncio.create_task(pubsub.get_message(timeout=REFRESH_EVERY))
+                    kicked = kicked or asyncio.create_task(kick.wait())
+                    await asyncio.wait({heard, kicked}, return_when=asyncio.FIRST_COMPLETED)
+                    if heard.done():
+                        heard.result()  # a lost connection shows here
+                        heard = None
+                    if kicked.done():
+                        kicked = None
+            finally:
+                for task in (heard, kicked):
+                    if task:
+                        task.cancel()
+
+    async def _read(self, client: redis.asyncio.Redis) -> State:
+        keys = [f"{self.prefix}:active"]
+        keys += [key async for key in client.scan_iter(f"{self.prefix}:deployment:*")]
+        return self._state(keys, await client.mget(keys))
+
+    def _state(self, keys: list[str], values: list[str | None]) -> State:
+        pairs = zip(keys, values, strict=True)
+        return {k.removeprefix(self.prefix): v for k, v in pairs if v is not None}
+
+
+class LocalStore:
+    """State in a SQLite file (`:memory:` for one process), for runs without Redis."""
+
+    def __init__(self, path: str, prefix: str) -> None:
+        self.prefix = prefix
+        self.db = sqlite3.connect(path, isolation_level=None, timeout=5)
+        # 0.3.x's table, so that either version reads the other's file
+        self.db.execute(
+            "CREATE TABLE IF NOT EXISTS pulse_kv"
+            " (key TEXT PRIMARY KEY, value TEXT NOT NULL, expires_at REAL)"
+        )
+
+    def read(self) -> State:
+        rows = self.db.execute(
+            "SELECT key, value FROM pulse_kv"
+            " WHERE substr(key, 1, ?) = ? AND (expires_at IS NULL OR expires_at > ?)",
+            (len(self.prefix) + 1, self.prefix + ":", time.time()),
+        )
+        return {key.removeprefix(self.prefix): value for key, value in rows}
+
+    def apply(self, step: Callable[[State], Change]) -> Change:
+        self.db.execute("BEGIN IMMEDIATE")
+        try:
+            change = step(self.read())
+            for key, value in change.items():
+                if value is None:
+                    self.db.execute("DELETE FROM pulse_kv WHERE key = ?", (self.prefix + key,))
+                else:
+                    self.db.execute(
+                        "INSERT INTO pulse_kv (key, value) VALUES (?, ?)"
+                        " ON CONFLICT (key) DO UPDATE SET value = excluded.value",
+                        (self.prefix + key, value),
+                    )
+        except BaseException:
+            self.db.execute("ROLLBACK")
+            raise
+        self.db.execute("COMMIT")
+        return change
+
+    def routers(self) -> list[Record]:
+        return []
+
+    async def watch(self, on_state: Callable[[State], None], kick: asyncio.Event) -> None:
+        while True:
+            kick.clear()
+            on_state(self.read())
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(kick.wait(), 0.05)
+
+
+Store = RedisStore | LocalStore
+
+
+def store_from_env(env: dict[str, str]) -> Store:
+    """The store that the environment names: REDIS_URL on Railway, PULSE_KV_* elsewhere."""
+    prefix = (env.get("PULSE_RAILWAY_REDIS_PREFIX") or DEFAULT_REDIS_PREFIX).rstrip(":")
+    kind = env.get("PULSE_KV_KIND") or "redis"
+    if kind == "memory":
+        return LocalStore(":memory:", prefix)
+    if kind == "sqlite":
+        if not env.get("PULSE_KV_PATH"):
+            raise SystemExit("PULSE_KV_KIND=sqlite needs PULSE_KV_PATH, the file to use")
+        return LocalStore(env["PULSE_KV_PATH"], prefix)
+    url = env.get("PULSE_KV_URL") or env.get("REDIS_URL")
+    if kind != "redis" or not url:
+        raise SystemExit("set REDIS_URL, or PULSE_KV_KIND to sqlite or memory")
+    return RedisStore(url, prefix)
+
+
+# ---------------------------------------------------------------------------------------------
+# The routing table: the state as the data plane uses it.
+
+
+@dataclass(slots=True)
+class Deployment:
+    """One backend: where it is, and the idle connections to it."""
+
+    id: str
+    state: str
+    host: str
+    port: int
+    header: bytes
+    idle: collections.deque[Upstream] = field(default_factory=collections.deque)
+
+    @property
+    def authority(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+class Table:
+    """All known deployments, in memory. A request never waits for the store to use it."""
+
+    def __init__(self) -> None:
+        self.deployments: dict[bytes, Deployment] = {}
+        self.active: Deployment | None = None
+        self.loaded = False
+        self.changed = asyncio.Event()  # set at every load, for those who wait for one
+        self.kick = asyncio.Event()
+        self.refreshed_at = 0.0
+        self.raw: State = {}
+
+    def load(self, state: State) -> None:
+        if not state and self.active:
+            log.error("the store is empty: serving the last known state; run `restore`")
+            state = self.raw
+        if state != self.raw or not self.loaded:
+            known: dict[bytes, Deployment] = {}
+            for record in records(state):
+                entry = self._entry(record)
+                if entry:
+                    known[entry.id.encode()] = entry
+            for name, entry in self.deployments.items():
+                if known.get(name) is not entry:
+                    close_idle(entry)
+            self.deployments = known
+            self.active = known.get(state.get(":active", "").encode())
+            self.raw = state
+            self.loaded = True
+            METRICS.active = self.active.id if self.active else None
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+    def _entry(self, record: Record) -> Deployment | None:
+        """The table's entry for a record; the one we have where nothing but its state changed."""
+        name = record["deployment_id"]
+        address = record.get("address") or (
+            f"http://{record.get('service_name') or name}.railway.internal:{DEFAULT_PORT}"
+        )
+        try:
+            url = urllib.parse.urlsplit(address)
+            host, port = url.hostname, url.port or 80
+        except ValueError:
+            host = None
+        if not DEPLOYMENT_ID.fullmatch(name) or not host:
+            log.error("ignoring the record of %r: no usable address", name)
+            return None
+        old = self.deployments.get(name.encode())
+        if old and (old.host, old.port) == (host, port):
+            old.state = str(record.get("state"))
+            return old
+        header = f"{SELECTED_HEADER}: {name}\r\n".encode()
+        return Deployment(name, str(record.get("state")), host, port, header)
+
+    async def find(self, name: bytes) -> Deployment | None:
+        """The deployment of that id. An unknown one is worth one refresh, now and then."""
+        known = self.deployments.get(name)
+        if known or not DEPLOYMENT_ID.fullmatch(name.decode("latin-1")):
+            return known
+        now = asyncio.get_running_loop().time()
+        if now - self.refreshed_at >= REFRESH_AT_MOST_EVERY:
+            self.refreshed_at = now
+            waiting = self.changed
+            self.kick.set()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(waiting.wait(), 1.0)
+        return self.deployments.get(name)
+
+    def others(self) -> list[Deployment]:
+        """Live deployments besides the active one, newest first."""
+        return [d for d in self.deployments.values() if d is not self.active]
+
+    async def follow(self, store: Store) -> None:
+        """Keep the table as the store says, for as long as the process lives."""
+        pause = 0.1
+        while True:
+            began = time.monotonic()
+            try:
+                await store.watch(self.load, self.kick)
+            except (redis.RedisError, sqlite3.Error, OSError, TimeoutError, ValueError) as error:
+                # The class only: the message of a Redis error can carry its URL.
+                log.error("routing state unreadable (%s); trying again", type(error).__name__)
+            pause = 0.1 if time.monotonic() - began > 10 else min(pause * 2, 2.0)
+            await asyncio.sleep(pause)
+
+
+# ---------------------------------------------------------------------------------------------
+# Counters, for `control status`.
+
+
+@dataclass(slots=True)
+class Metrics:
+    name: str = ""
+    active: str | None = None
+    started_at: float = field(default_factory=time.time)
+    requests: int = 0
+    errors: int = 0  # answers the router made itself because a backend failed
+    stale: int = 0
+    tunnels_opened: int = 0
+    tunnels_open: int = 0
+    per_deployment: collections.Counter[str] = field(default_factory=collections.Counter)
+
+    def dump(self) -> str:
+        return json.dumps(
+            {
+                "router": self.name,
+                "active": self.active,
+                "uptime_seconds": round(time.time() - self.started_at),
+                "requests": self.requests,
+                "errors": self.errors,
+                "stale": self.stale,
+                "tunnels_open": self.tunnels_open,
+                "tunnels_opened": self.tunnels_opened,
+                "requests_per_deployment": dict(self.per_deployment),
+            }
+        )
+
+
+METRICS = Metrics()
+
+
+# ---------------------------------------------------------------------------------------------
+# The backend's side of a connection.
+
+
+class UpstreamError(Exception):
+    """The backend did not answer. `status` is what the client is told."""
+
+    def __init__(self, status: int, detail: str, *, reset: bool = False) -> None:
+        super().__init__(detail)
+        self.status, self.detail = status, detail
+        self.reset = reset  # a pooled connection that was already dead
+
+
+class Upstream(asyncio.Protocol):
+    """One connection to a backend; parses answers for the `Exchange` that holds it."""
+
+    __slots__ = ("deployment", "exchange", "idle_since", "parser", "reused", "transport")
+
+    def __init__(self, deployment: Deployment) -> None:
+        self.deployment = deployment
+        self.exchange: Exchange | None = None
+        self.parser = httptools.HttpResponseParser(self)
+        self.reused = False
+        self.idle_since = 0.0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        exchange = self.exchange
+        if exchange is None:  # an answer that nobody asked for
+            self.transport.abort()
+            return
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            exchange.switched(data[upgrade.args[0] :])
+        except httptools.HttpParserError:
+            exchange.broken("the backend's answer is not HTTP")
+            self.transport.abort()
+        else:
+            exchange.flush()
+
+    def eof_received(self) -> None:
+        return None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self.exchange is not None:
+            self.exchange.upstream_lost()
+        else:
+            with contextlib.suppress(ValueError):
+                self.deployment.idle.remove(self)
+
+    def pause_writing(self) -> None:
+        if self.exchange:
+            self.exchange.writable.clear()
+
+    def resume_writing(self) -> None:
+        if self.exchange:
+            self.exchange.writable.set()
+
+    # httptools callbacks, passed on to the exchange
+    def on_message_begin(self) -> None:
+        if self.exchange:
+            self.exchange.fields = []
+
+    def on_status(self, status: bytes) -> None:
+        if self.exchange:
+            self.exchange.reason += status
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self.exchange:
+            self.exchange.fields.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        if self.exchange:
+            self.exchange.answered(self.parser)
+
+    def on_body(self, body: bytes) -> None:
+        if self.exchange:
+            self.exchange.body(body)
+
+    def on_message_complete(self) -> None:
+        if self.exchange:
+            self.exchange.complete()
+
+
+def close_idle(deployment: Deployment) -> None:
+    while deployment.idle:
+        deployment.idle.pop().transport.close()
+
+
+def pooled(deployment: Deployment, max_idle: float) -> Upstream | None:
+    """The idle connection used last, if it has not been idle for longer than `max_idle` s."""
+    now = asyncio.get_running_loop().time()
+    while deployment.idle:
+        upstream = deployment.idle.pop()
+        if upstream.transport.is_closing():
+            continue
+        if now - upstream.idle_since > max_idle:
+            deployment.idle.append(upstream)
+            return None
+        upstream.reused = True
+        return upstream
+    return None
+
+
+async def connect(deployment: Deployment) -> Upstream:
+    """A new connection. Every address of the name is tried, a later one 250 ms after the one
+    before it (RFC 8305), so that a name with a dead IPv6 address costs little.
+
+    Raises UpstreamError: 502 where the backend refuses, 504 where it does not answer in time.
+    """
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT):
+            # not loop.getaddrinfo: uvloop's own would pass by what Python's resolver is told
+            infos = await loop.run_in_executor(
+                None,
+                functools.partial(
+                    socket.getaddrinfo,
+                    deployment.host,
+                    deployment.port,
+                    type=socket.SOCK_STREAM,
+                ),
+            )
+            return await _first_to_connect(deployment, list(dict.fromkeys(i[4][:2] for i in infos)))
+    except TimeoutError:
+        raise UpstreamError(504, "the deployment does not answer") from None
+    except OSError:
+        raise UpstreamError(502, "the deployment refuses connections") from None
+
+
+async def _first_to_connect(deployment: Deployment, addresses: list[tuple[Any, Any]]) -> Upstream:
+    loop = asyncio.get_running_loop()
+
+    async def attempt(address: tuple[Any, Any]) -> Upstream:
+        _, upstream = await loop.create_connection(lambda: Upstream(deployment), *address)
+        return upstream
+
+    if len(addresses) == 1:
+        return await attempt(addresses[0])
+    pending: set[asyncio.Task[Upstream]] = set()
+    error: BaseException = OSError("the name has no address")
+    try:
+        while addresses or pending:
+            if addresses:
+                pending.add(loop.create_task(attempt(addresses.pop(0))))
+            done, pending = await asyncio.wait(
+                pending,
+                timeout=0.25 if addresses else None,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            for task in done:
+                if not task.exception():
+                    return task.result()
+                error = cast(BaseException, task.exception())
+        raise error
+    finally:
+        for task in pending:
+            task.add_done_callback(_drop_late)
+            task.cancel()
+
+
+def _drop_late(task: asyncio.Task[Upstream]) -> None:
+    if not task.cancelled() and not task.exception():
+        task.result().transport.close()
+
+
+# ---------------------------------------------------------------------------------------------
+# The client's side of a connection.
+
+# RFC 9110 section 7.6.1: meant for one connection, not for the next. `Connection` itself names more.
+HOP_BY_HOP = frozenset(
+    (
+        b"connection",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+    )
+)
+
+
+class BadRequest(Exception):
+    """A request head that this router will not pass on."""
+
+    def __init__(self, why: str, status: int = 400) -> None:
+        super().__init__(why)
+        self.status = status
+
+
+class Client(HttpToolsProtocol):
+    """uvicorn's HTTP/1.1 protocol, stricter about what comes in and told of what goes out."""
+
+    instances: set[Client] = set()  # all open ones, for the sweep
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.names: list[bytes] = []  # header names as they were written
+        self.exchange: Exchange | None = None
+        self.tunnel: asyncio.Task[None] | None = None
+        self.head_size = 0
+        self.in_head = True
+        self.lingering = False
+        self.touched = self.loop.time()  # when the client last sent, or was last answered
+        Client.instances.add(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        Client.instances.discard(self)
+        if self.exchange:
+            self.exchange.client_lost()
+        if self.tunnel:
+            self.tunnel.cancel()
+
+    def data_received(self, data: bytes) -> None:
+        self.touched = self.loop.time()
+        if self.parser is None:
+            return
+        if self.in_head:
+            self.head_size += len(data)
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            if self._should_upgrade():
+                self.open_tunnel(data[upgrade.args[0] :])
+            # Any other upgrade was answered as the plain request that it also is.
+        except httptools.HttpParserError as error:
+            cause = error.__context__
+            self.refuse(cause.status if isinstance(cause, BadRequest) else 400)
+        else:
+            if self.in_head and self.head_size > HEAD_LIMIT:
+                self.refuse(431)
+
+    def refuse(self, status: int) -> None:
+        """Answer a head that cannot be parsed, and hang up."""
+        self.parser = None
+        if self.cycle and not self.cycle.response_complete:
+            self.cycle.keep_alive = False  # the answers before it come first
+            self.flow.pause_reading()
+            return
+        METRICS.requests += 1
+        reason = {400: "Bad Request", 408: "Request Timeout", 431: "Request Header Too Large"}
+        body = json.dumps({"detail": reason[status].lower()})
+        self.transport.write(
+            f"HTTP/1.1 {status} {reason[status]}\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n{body}".encode()
+        )
+        self.transport.close()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.names = []
+        self.in_head = True
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.names.append(name)
+        name = name.lower()
+        if name == b"expect" and value.lower() == b"100-continue":
+            self.expect_100_continue = True
+        self.headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        self.in_head = False
+        if self.head_size > HEAD_LIMIT and self.head_bytes() > HEAD_LIMIT:
+            raise BadRequest("head too large", 431)
+        self.head_size = 0
+        self.police()
+        super().on_headers_complete()
+        self.scope["extensions"] = {"pulse.client": {"client": self, "names": self.names}}
+        if self.parser.should_upgrade() and not self._should_upgrade():
+            self.cycle.keep_alive = False  # the parser reads no further on this connection
+
+    def head_bytes(self) -> int:
+        return len(self.url) + sum(len(n) + len(v) + 4 for n, v in self.headers)
+
+    def police(self) -> None:
+        """Refuse what request smugglers use (RFC 9112 sections 3.2, 5 and 6.3).
+
+        llhttp has already refused bare CR and LF, bad names, and chunked not being last.
+        """
+        lengths = hosts = 0
+        coding: bytes | None = None
+        for name, value in self.headers:
+            if name == b"content-length":
+                lengths += 1
+                if not value.isdigit():
+                    raise BadRequest("content-length is not a number")
+            elif name == b"transfer-encoding":
+                if coding is not None or value.lower() != b"chunked":
+                    raise BadRequest("only one transfer coding, chunked, is understood")
+                coding = value
+            elif name == b"host":
+                hosts += 1
+        if lengths > 1 or (lengths and coding is not None):
+            raise BadRequest("conflicting message lengths")
+        version = self.parser.get_http_version()
+        if hosts > 1 or (hosts == 0 and version == "1.1"):
+            raise BadRequest("one host header, please")
+        if coding is not None and version == "1.0":
+            raise BadRequest("HTTP/1.0 has no transfer codings")
+
+    def on_body(self, body: bytes) -> None:
+        if not self.lingering:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self.in_head, self.head_size = True, 0
+        if self.lingering:
+            self.transport.close()
+        else:
+            super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """As uvicorn's, but idle connections are closed by the sweep, without a timer each."""
+        self.touched = self.loop.time()
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            cycle, app = self.pipeline.pop()
+            self._start_asgi_task(cycle, app)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self.exchange:
+            self.exchange.client_writable()
+
+    def open_tunnel(self, early: bytes) -> None:
+        """Leave HTTP: from here on this connection belongs to `tunnel`."""
+        self.connections.discard(self)
+        if self.cycle and not self.cycle.response_complete:
+            self.transport.close()  # an upgrade pipelined behind another request
+            return
+        self.transport.pause_reading()
+        self.tunnel = self.loop.create_task(open_tunnel(self, early))
+
+    def linger(self) -> None:
+        """The answer is out but the upload is not in: a close now would reset the connection and
+        lose the answer, so read and drop for a while (RFC 9112 section 9.6)."""
+        self.lingering = True
+        self.touched = self.loop.time()
+        self.flow.resume_reading()
+
+
+async def sweep() -> None:
+    """Every second, close the connections whose time is up."""
+    loop = asyncio.get_running_loop()
+    while True:
+        await asyncio.sleep(1.0)
+        now = loop.time()
+        for client in list(Client.instances):
+            cycle, idle = client.cycle, now - client.touched
+            if client.tunnel:
+                continue
+            if client.lingering:
+                if idle > LINGER:
+                    client.transport.abort()
+            elif cycle is None or cycle.response_complete:
+                if client.head_size and idle > 0 and client.parser is not None:
+                    if idle > HEAD_TIMEOUT:
+                        client.refuse(408)
+                elif idle > (KEEP_ALIVE if cycle else HEAD_TIMEOUT):
+                    client.transport.close()
+            elif cycle.more_body and not client.flow.read_paused and idle > BODY_STALL_TIMEOUT:
+                client.transport.abort()
+            elif client.exchange and now - client.exchange.began > RESPONSE_TIMEOUT:
+                client.exchange.timed_out()
+        for deployment in ROUTER.table.deployments.values():
+            while deployment.idle and now - deployment.idle[0].idle_since > UPSTREAM_IDLE:
+                deployment.idle.popleft().transport.close()
+
+
+# ---------------------------------------------------------------------------------------------
+# One request and its answer.
+
+
+class Exchange:
+    """Copies one answer from an upstream to a client, chunk by chunk as it comes.
+
+    Everything runs in the callbacks of the two connections: the task that made the exchange only
+    waits for `done`. A client that reads slowly pauses the upstream, so memory stays flat.
+    """
+
+    __slots__ = (
+        "began",
+        "bytes_out",
+        "chunked",
+        "client",
+        "close",
+        "cycle",
+        "done",
+        "fields",
+        "finished",
+        "go_ahead",
+        "head_only",
+        "keep",
+        "out",
+        "reason",
+        "spare_404",
+        "started",
+        "status",
+        "tail",
+        "until_close",
+        "upstream",
+        "version_10",
+        "writable",
+    )
+
+    def __init__(self, client: Client, upstream: Upstream, *, spare_404: bool = False) -> None:
+        self.client = client
+        self.cycle: RequestResponseCycle = client.cycle
+        self.upstream = upstream
+        self.spare_404 = spare_404  # a 404 is swallowed, for the asset fallback
+        loop = client.loop
+        self.done: asyncio.Future[str] = loop.create_future()
+        self.began = loop.time()
+        self.writable = asyncio.Event()
+        self.writable.set()
+        self.go_ahead: asyncio.Event | None = None
+        self.fields: list[tuple[bytes, bytes]] = []
+        self.reason = b""
+        self.out: list[bytes] = []
+        self.status = 0
+        self.bytes_out = 0
+        self.head_only = client.scope["method"] == "HEAD"
+        self.version_10 = client.scope["http_version"] == "1.0"
+        self.started = self.finished = self.chunked = self.until_close = self.close = False
+        self.keep = True
+        self.tail = b""
+        upstream.exchange = self
+        client.exchange = self
+
+    # -- from the upstream ---------------------------------------------------------------------
+
+    def answered(self, parser: httptools.HttpResponseParser) -> None:
+        """The head of an answer is in: write the client's."""
+        status = self.status = parser.get_status_code()
+        reason, self.reason = self.reason, b""
+        if self.finished or status == 101:
+            return
+        if status < 200:
+            self.informational(status, reason)
+            return
+        if self.spare_404 and status == 404:
+            self.keep = parser.should_keep_alive()
+            self.end("missing")
+            return
+        length = coded = False
+        drop = HOP_BY_HOP
+        version = b"1.1"
+        out = [b"HTTP/%b %d %b\r\n" % (version, status, reason)]
+        append = out.append
+        for name, value in self.fields:
+            lower = name.lower()
+            if lower in drop:
+                if lower == b"transfer-encoding":
+                    coded = True
+                elif lower == b"connection":
+                    named = value.lower()
+                    if named not in (b"close", b"keep-alive"):
+                        drop = drop | {t.strip() for t in named.split(b",")}
+                continue
+            if lower == b"content-length":
+                length = True
+            elif lower == b"x-pulse-selected-deployment":
+                continue
+            append(name + b": " + value + b"\r\n")
+        if drop is not HOP_BY_HOP:  # Connection may name a header that stood before it
+            out[1:] = [line for line in out[1:] if line.partition(b":")[0].lower() not in drop]
+        append(self.upstream.deployment.header)
+        empty = self.head_only or status in (204, 304)
+        self.keep = parser.should_keep_alive()
+        self.until_close = not (length or coded or empty)
+        if self.until_close:
+            self.keep = False
+        if not length and not empty:
+            if self.version_10:
+                self.close = True  # nothing but the end of the connection can end this body
+            else:
+                self.chunked = True
+                append(b"transfer-encoding: chunked\r\n")
+        elif coded and self.head_only and not self.version_10:
+            append(b"transfer-encoding: chunked\r\n")
+        if not self.cycle.keep_alive or self.close:
+            self.close = True
+            append(b"connection: close\r\n")
+        append(b"\r\n")
+        self.out = out
+        self.started = self.cycle.response_started = True
+        self.cycle.waiting_for_100_continue = False
+        if self.go_ahead:
+            self.go_ahead.set()
+        if self.head_only:
+            self.end("ok")
+
+    def informational(self, status: int, reason: bytes) -> None:
+        if status == 100:
+            if self.go_ahead:
+                self.go_ahead.set()  # reading the body sends the client its own 100
+        elif not self.version_10:
+            head = [b"HTTP/1.1 %d %b\r\n" % (status, reason)]
+            head += [n + b": " + v + b"\r\n" for n, v in self.fields if n.lower() not in HOP_BY_HOP]
+            self.client.transport.write(b"".join([*head, b"\r\n"]))
+
+    def body(self, chunk: bytes) -> None:
+        if self.finished:
+            self.keep = False
+            return
+        self.bytes_out += len(chunk)
+        if self.chunked:
+            self.out += (b"%x\r\n" % len(chunk), chunk, b"\r\n")
+        else:
+            self.out.append(chunk)
+
+    def complete(self) -> None:
+        if self.finished or self.status < 200:
+            return
+        if self.chunked:
+            self.out.append(b"0\r\n\r\n")  # trailers, if there were any, end here
+        self.end("ok")
+
+    def flush(self) -> None:
+        """Write what one read brought, in one go."""
+        out = self.out
+        if out:
+            self.out = []
+            self.client.transport.write(out[0] if len(out) == 1 else b"".join(out))
+            self.client.touched = self.began if self.finished else self.client.loop.time()
+            if self.client.flow.write_paused and not self.finished:
+                self.upstream.transport.pause_reading()
+        if self.finished:
+            self.release()
+
+    def upstream_lost(self) -> None:
+        if self.finished:
+            return
+        if self.started and self.until_close:
+            if self.chunked:
+                self.out.append(b"0\r\n\r\n")
+            self.end("ok")
+            self.flush()
+        elif self.started:
+            self.broken("the backend broke its answer off")
+        else:
+            self.end("reset" if self.upstream.reused else "lost")
+            self.release()
+
+    def switched(self, early: bytes) -> None:
+        self.tail = early
+        self.end("switched")
+
+    def broken(self, why: str) -> None:
+        """Too late for another answer: what the client has must not look complete."""
+        if self.finished:
+            return
+        if self.started:
+            log.warning("%s: %s", self.upstream.deployment.id, why)
+            self.flush()
+            if self.version_10:
+                self.client.transport.abort()
+            else:
+                self.client.transport.close()
+            self.end("broken")
+        else:
+            self.end("lost")
+        self.keep = False
+        self.release()
+
+    def timed_out(self) -> None:
+        if not self.started:
+            self.end("timeout")
+            self.keep = False
+            self.release()
+
+    # -- from the client -----------------------------------------------------------------------
+
+    def client_lost(self) -> None:
+        if not self.finished:
+            self.end("gone")
+            self.keep = False
+            self.release()
+
+    def client_writable(self) -> None:
+        if not self.finished and not self.upstream.transport.is_closing():
+            self.upstream.transport.resume_reading()
+
+    # -- the end -------------------------------------------------------------------------------
+
+    def end(self, outcome: str) -> None:
+        self.finished = True
+        if not self.done.done():
+            self.done.set_result(outcome)
+
+    def release(self) -> None:
+        """Part the two connections. The upstream goes back to the pool or is closed."""
+        upstream, client = self.upstream, self.client
+        if upstream.exchange is not self:
+            return
+        upstream.exchange = None
+        client.exchange = None
+        if self.go_ahead:
+            self.go_ahead.set()
+        self.writable.set()
+        sending = self.cycle.more_body or self.cycle.body
+        if self.keep and not sending and not upstream.transport.is_closing():
+            if self.head_only or self.spare_404:
+                # the parser may be waiting for a body that does not come, or is not wanted
+                if self.spare_404 and not self.head_only and self.status == 404:
+                    upstream.transport.abort()
+                    return
+                upstream.parser = httptools.HttpResponseParser(upstream)
+            pool = upstream.deployment.idle
+            if len(pool) < UPSTREAM_IDLE_LIMIT:
+                upstream.idle_since = client.loop.time()
+                pool.append(upstream)
+                return
+        upstream.transport.abort()
+
+
+def request_head(client: Client, deployment: Deployment, *, upgrade: bool = False) -> list[bytes]:
+    """The lines of the request for the backend: the client's, byte for byte and in order, less
+    the hop-by-hop ones, plus the forwarding headers that the edge has not set."""
+    scope = client.scope
+    url = client.url
+    if not url.startswith(b"/"):  # absolute-form (RFC 9112 section 3.2.2) and `*`
+        parsed = httptools.parse_url(url)
+        url = (parsed.path or b"/") + (b"?" + parsed.query if parsed.query is not None else b"")
+    out = [scope["method"].encode(), b" ", url, b" HTTP/1.1\r\n"]
+    drop = HOP_BY_HOP
+    host = forwarded_for = forwarded_proto = forwarded_host = coded = None
+    for i, (name, value) in enumerate(scope["headers"]):
+        if name in drop:
+            if name == b"connection":
+                named = value.lower()
+                if named not in (b"keep-alive", b"close", b"upgrade", b"keep-alive, upgrade"):
+                    drop = drop | {t.strip() for t in named.split(b",")}
+            elif name == b"transfer-encoding":
+                coded = True
+            continue
+        if name == b"host":
+            host = value
+        elif name == b"x-forwarded-for":
+            forwarded_for = value
+        elif name == b"x-forwarded-proto":
+            forwarded_proto = value
+        elif name == b"x-forwarded-host":
+            forwarded_host = value
+        out.append(client.names[i] + b": " + value + b"\r\n")
+    if drop is not HOP_BY_HOP:
+        named_too = drop - HOP_BY_HOP - {b"content-length", b"host", b"keep-alive", b"close"}
+        out[4:] = [line for line in out[4:] if line.partition(b":")[0].lower() not in named_too]
+    if host is None:  # HTTP/1.0
+        out.append(b"host: " + deployment.authority.encode() + b"\r\n")
+    elif forwarded_host is None:
+        out.append(b"x-forwarded-host: " + host + b"\r\n")
+    if forwarded_for is None and client.client:
+        out.append(b"x-forwarded-for: " + client.client[0].encode() + b"\r\n")
+    if forwarded_proto is None:
+        out.append(b"x-forwarded-proto: http\r\n")
+    if coded:
+        out.append(b"transfer-encoding: chunked\r\n")
+    if upgrade:
+        out.append(b"connection: Upgrade\r\nupgrade: websocket\r\n")
+    out.append(b"\r\n")
+    return out
+
+
+SAFE_TO_REPEAT = frozenset(("GET", "HEAD", "OPTIONS", "TRACE"))
+
+
+async def forward(client: Client, receive: Receive, deployment: Deployment, spare_404: bool) -> str:
+    """Send the client's request to a deployment and its answer back.
+
+    Returns how it ended: ok, missing (a 404 that was held back), gone, broken.
+    Raises UpstreamError where nothing has been sent to the client yet.
+    """
+    cycle: RequestResponseCycle = client.cycle
+    repeatable = cycle.scope["method"] in SAFE_TO_REPEAT and not cycle.more_body and not cycle.body
+    head = request_head(client, deployment)
+    for attempt in (1, 2):
+        upstream = pooled(deployment, UPSTREAM_IDLE if repeatable else UNSAFE_IDLE)
+        if upstream is None or attempt == 2:
+            if upstream:
+                upstream.transport.close()
+            upstream = await connect(deployment)
+            if cycle.disconnected:
+                upstream.transport.abort()
+                return "gone"
+        exchange = Exchange(client, upstream, spare_404=spare_404)
+        pump = None
+        if cycle.more_body or len(cycle.body) > 65536:
+            if cycle.waiting_for_100_continue:
+                exchange.go_ahead = asyncio.Event()
+            upstream.transport.write(b"".join(head))
+            pump = client.loop.create_task(send_body(exchange, receive))
+        elif cycle.body:
+            body, cycle.body = bytes(cycle.body), bytearray()
+            if head[-2] == b"transfer-encoding: chunked\r\n":
+                body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+            upstream.transport.write(b"".join([*head, body]))
+        elif head[-2] == b"transfer-encoding: chunked\r\n":
+            upstream.transport.write(b"".join([*head, b"0\r\n\r\n"]))
+        else:
+            upstream.transport.write(b"".join(head))
+        try:
+            outcome = await exchange.done
+        except asyncio.CancelledError:
+            exchange.client_lost()
+            raise
+        finally:
+            if pump:
+                pump.cancel()
+        if outcome == "reset" and repeatable and attempt == 1:
+            continue
+        break
+    if outcome in ("reset", "lost"):
+        raise UpstreamError(502, "the deployment closed the connection without an answer")
+    if outcome == "timeout":
+        raise UpstreamError(504, "the deployment did not answer in time")
+    if outcome == "ok":
+        finish(client, exchange)
+    METRICS.per_deployment[deployment.id] += 1
+    if ACCESS_LOG:
+        access(client, exchange.status, deployment.id, exchange.bytes_out, exchange.began)
+    return outcome
+
+
+def finish(client: Client, exchange: Exchange) -> None:
+    """The answer is written: do what uvicorn does at the end of one."""
+    cycle = exchange.cycle
+    cycle.response_complete = True
+    cycle.message_event.set()
+    if cycle.more_body:
+        client.linger()
+    elif exchange.close or not cycle.keep_alive:
+        client.transport.close()
+    else:
+        client.on_response_complete()
+
+
+async def send_body(exchange: Exchange, receive: Receive) -> None:
+    """Copy the request body to the backend as it comes in, at the pace the backend takes it."""
+    write = exchange.upstream.transport.write
+    chunked = not any(name == b"content-length" for name, _ in exchange.client.scope["headers"])
+    if exchange.go_ahead:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(exchange.go_ahead.wait(), CONTINUE_TIMEOUT)
+        if exchange.finished or exchange.started:
+            return
+    more = True
+    while more:
+        message = await receive()
+        if exchange.finished or message["type"] != "http.request":
+            return
+        more = message.get("more_body", False)
+        if piece := message.get("body", b""):
+            write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+        await exchange.writable.wait()
+        if exchange.finished:
+            return
+    if chunked:
+        write(b"0\r\n\r\n")
+
+
+# ---------------------------------------------------------------------------------------------
+# WebSockets: a handshake, then bytes.
+
+
+class TunnelEnd(asyncio.Protocol):
+    """One end of a tunnel. What comes in goes out at the other end."""
+
+    __slots__ = ("peer", "transport")
+    open: set[TunnelEnd] = set()
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self.transport = transport
+        self.peer: TunnelEnd = self
+
+    def data_received(self, data: bytes) -> None:
+        self.peer.transport.write(data)
+
+    def eof_received(self) -> bool:
+        if self.peer.transport.can_write_eof() and not self.peer.transport.is_closing():
+            self.peer.transport.write_eof()
+            return True  # the other direction may still be talking
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if exc is None:
+            self.peer.transport.close()
+        else:
+            self.peer.transport.abort()  # a reset stays a reset
+        if self in TunnelEnd.open:
+            TunnelEnd.open.discard(self)
+            METRICS.tunnels_open -= 1
+
+    def pause_writing(self) -> None:
+        self.peer.transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        if not self.peer.transport.is_closing():
+            self.peer.transport.resume_reading()
+
+
+async def open_tunnel(client: Client, early: bytes) -> None:
+    """Take a WebSocket handshake to its deployment; on 101 the two connections become a tunnel.
+
+    Any other answer reaches the client as it is, and ends the connection: nothing sent after it
+    may pass the router unread.
+    """
+    client.cycle = cycle = tunnel_cycle(client)
+    send = cycle.send
+    try:
+        deployment = await ROUTER.route_websocket(client)
+        if deployment is None:
+            client.tunnel = None
+            await JSONResponse({"detail": "deployment not found"}, 404)(
+                client.scope, cycle.receive, send
+            )
+            return
+        upstream = await connect(deployment)
+        exchange = Exchange(client, upstream)
+        upstream.transport.write(b"".join(request_head(client, deployment, upgrade=True)))
+        async with asyncio.timeout(CONNECT_TIMEOUT + 25):
+            try:
+                outcome = await exchange.done
+            except asyncio.CancelledError:
+                exchange.client_lost()
+                raise
+        if outcome == "switched":
+            join(client, exchange, early)
+        elif outcome == "ok":
+            client.transport.close()
+        elif outcome not in ("gone", "broken"):
+            raise UpstreamError(502, "the deployment closed the connection without an answer")
+        if ACCESS_LOG:
+            access(client, exchange.status, deployment.id, exchange.bytes_out, exchange.began)
+    except (UpstreamError, TimeoutError) as error:
+        METRICS.errors += 1
+        status, detail = getattr(error, "status", 504), getattr(error, "detail", "no answer")
+        client.tunnel = None
+        if not cycle.response_started:
+            await JSONResponse({"detail": detail}, status)(client.scope, cycle.receive, send)
+
+
+def tunnel_cycle(client: Client) -> RequestResponseCycle:
+    """uvicorn's object for one answer, which it does not make for upgrades."""
+    return RequestResponseCycle(
+        scope=client.scope,
+        transport=client.transport,
+        flow=client.flow,
+        logger=client.logger,
+        access_logger=client.access_logger,
+        access_log=False,
+        default_headers=[],
+        message_event=asyncio.Event(),
+        expect_100_continue=False,
+        keep_alive=False,
+        on_response=lambda: None,
+    )
+
+
+def join(client: Client, exchange: Exchange, early: bytes) -> None:
+    """The backend said 101: pass that on and let the bytes run."""
+    upstream = exchange.upstream
+    head = [b"HTTP/1.1 101 Switching Protocols\r\n"]
+    head += [n + b": " + v + b"\r\n" for n, v in exchange.fields if n.lower() != SELECTED_HEADER]
+    head += [upstream.deployment.header, b"\r\n", exchange.tail]
+    upstream.exchange = client.exchange = None
+    client.cycle.response_started = client.cycle.response_complete = True
+    Client.instances.discard(client)
+    near, far = TunnelEnd(client.transport), TunnelEnd(upstream.transport)
+    near.peer, far.peer = far, near
+    near.transport.write(b"".join(head))
+    if early:
+        far.transport.write(early)
+    far.transport.set_protocol(far)
+    near.transport.set_protocol(near)
+    near.transport.resume_reading()
+    METRICS.tunnels_open += 1
+    METRICS.tunnels_opened += 1
+    METRICS.per_deployment[upstream.deployment.id] += 1
+    TunnelEnd.open.add(near)
+
+
+# ---------------------------------------------------------------------------------------------
+# Which deployment gets a request.
+
+QUERY_AFFINITY = re.compile(rb"(?:^|&)" + AFFINITY_QUERY.encode() + rb"=([^&]*)")
+QUERY_RELOAD = re.compile(rb"(?:^|&)" + RELOAD_QUERY.encode() + rb"=1(?:&|$)")
+ACCESS_LOG = os.environ.get("PULSE_RAILWAY_ACCESS_LOG", "") not in ("", "0", "false")
+ASSET_PREFIXES = tuple(
+    p for p in os.environ.get("PULSE_RAILWAY_ASSET_PREFIXES", "/assets/").split(",") if p
+)
+
+
+def affinity(scope: Scope) -> bytes:
+    """The deployment id that a request carries, query before header, or nothing."""
+    query: bytes = scope["query_string"]
+    if query and (found := QUERY_AFFINITY.search(query)) and found[1]:
+        return urllib.parse.unquote_to_bytes(found[1])
+    for name, value in scope["headers"]:
+        if name == b"x-pulse-deployment":
+            return cast(bytes, value).strip()
+    return b""
+
+
+def is_internal(path: str) -> bool:
+    """Is this the internal prefix, in any spelling that a backend could undo?"""
+    if "%" not in path and "//" not in path and "/." not in path and "\\" not in path:
+        return path == INTERNAL_PREFIX or path.startswith(INTERNAL_PREFIX + "/")
+    for _ in range(4):  # decoded more than once on the way
+        path, before = urllib.parse.unquote(path), path
+        if path == before:
+            break
+    kept: list[str] = []
+    for part in path.replace("\\", "/").split("/"):
+        part = part.split(";")[0].strip()
+        if part == "..":
+            del kept[-1:]
+        elif part not in ("", "."):
+            kept.append(part.lower())
+    return "/".join(["", *kept, ""]).startswith(INTERNAL_PREFIX + "/")
+
+
+def local_location(value: str, host: str) -> str | None:
+    """A redirect target on this host, or None: `x-pulse-client-loader-location` is the client's
+    word, and an open redirect would be worth having for a phisher."""
+    if re.search(r"[\x00-\x20\x7f\\]", value):
+        return None
+    url = urllib.parse.urlsplit(value)
+    if not url.scheme and not url.netloc:
+        return value if value.startswith("/") and not value.startswith("//") else None
+    if url.scheme in ("http", "https") and url.netloc.lower() == host.lower():
+        return value
+    return None
+
+
+class Router:
+    """The ASGI app behind everything that is not the health check."""
+
+    def __init__(self) -> None:
+        self.table = Table()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        extension = scope["extensions"]["pulse.client"]
+        client: Client = extension["client"]
+        METRICS.requests += 1
+        path: str = scope["path"]
+        if is_internal(path) or ("%" in path and is_internal(client.url.decode("latin-1"))):
+            await self.answer(JSONResponse({"detail": "not found"}, 404), scope, receive, send)
+            return
+        name = affinity(scope)
+        table = self.table
+        target = await table.find(name) if name else table.active
+        if target is None:
+            await self.answer(self.no_target(scope, name), scope, receive, send)
+            return
+        # a pipelined request: `client` may already hold the next one's head
+        client.scope, client.names = scope, extension["names"]
+        asset = (
+            not name
+            and path.startswith(ASSET_PREFIXES)
+            and scope["method"] in ("GET", "HEAD")
+            and len(table.deployments) > 1
+        )
+        try:
+            outcome = await forward(client, receive, target, asset)
+            if outcome == "missing":
+                for other in table.others():
+                    with contextlib.suppress(UpstreamError):
+                        if await forward(client, receive, other, True) != "missing":
+                            return
+                await forward(client, receive, target, False)
+        except UpstreamError as error:
+            METRICS.errors += 1
+            response = JSONResponse({"detail": error.detail}, error.status)
+            response.raw_headers.append((SELECTED_HEADER.encode(), target.id.encode()))
+            await self.answer(response, scope, receive, send)
+
+    async def answer(self, response: Response, scope: Scope, receive: Receive, send: Send) -> None:
+        """An answer of the router's own."""
+        client: Client = scope["extensions"]["pulse.client"]["client"]
+        cycle = client.cycle
+        began = client.loop.time()
+        if scope["method"] == "HEAD":
+            response.body = b""
+        if cycle.more_body:
+            response.raw_headers.append((b"connection", b"close"))
+            # uvicorn would close at once; linger instead, so that the answer arrives
+            cycle.keep_alive = True
+        await response(scope, receive, send)
+        if cycle.more_body:
+            client.linger()
+        if ACCESS_LOG:
+            access(client, response.status_code, None, len(response.body), began)
+
+    def no_target(self, scope: Scope, name: bytes) -> Response:
+        """Section 4 of the design: what a request gets whose deployment is not known."""
+        if not self.table.loaded:
+            return JSONResponse({"detail": "routing table not loaded yet"}, 503)
+        if not name or self.table.active is None:
+            return JSONResponse({"detail": "deployment not found"}, 404)
+        METRICS.stale += 1
+        headers = Request(scope).headers
+        location = headers.get(CLIENT_LOADER_LOCATION_HEADER)
+        if headers.get(CLIENT_LOADER_HEADER) == "1" and location:
+            host = headers.get("x-forwarded-host") or headers.get("host") or ""
+            if target := local_location(location, host):
+                return Response(status_code=302, headers={"location": target})
+        answer = {STALE_HEADER: "1"}
+        if origin := headers.get("origin"):
+            answer |= {
+                "access-control-allow-origin": origin,
+                "access-control-allow-credentials": "true",
+                "access-control-expose-headers": STALE_HEADER,
+                "vary": "Origin",
+            }
+        wanted = headers.get("access-control-request-method")
+        if scope["method"] == "OPTIONS" and wanted:
+            answer["access-control-allow-methods"] = wanted
+            if asked := headers.get("access-control-request-headers"):
+                answer["access-control-allow-headers"] = asked
+            return Response(status_code=204, headers=answer)
+        return JSONResponse({"detail": "stale affinity"}, 409, headers=answer)
+
+    async def route_websocket(self, client: Client) -> Deployment | None:
+        """The deployment of a handshake, or None where it is refused."""
+        METRICS.requests += 1
+        parsed = httptools.parse_url(client.url)
+        raw = parsed.path.decode("latin-1")
+        scope = client.scope
+        scope["path"] = urllib.parse.unquote(raw)
+        scope["query_string"] = parsed.query or b""
+        if is_internal(raw):
+            return None
+        name = affinity(scope)
+        if not name:
+            return self.table.active
+        known = await self.table.find(name)
+        if known is None and QUERY_RELOAD.search(scope["query_string"]):
+            METRICS.stale += 1
+            return self.table.active
+        return known
+
+
+ROUTER = Router()
+
+
+def access(client: Client, status: int, deployment: str | None, size: int, began: float) -> None:
+    """One JSON line on stdout. Paths only: a query can carry a secret."""
+    scope = client.scope
+    line = {
+        "time": round(time.time(), 3),
+        "method": scope["method"],
+        "path": scope["path"],
+        "status": status,
+        "deployment": deployment,
+        "bytes": size,
+        "seconds": round(client.loop.time() - began, 6),
+    }
+    print(json.dumps(line), flush=True)
+
+
+async def healthz(request: Request) -> Response:
+    table = ROUTER.table
+    return JSONResponse({"ok": table.loaded}, 200 if table.loaded else 503)
+
+
+@contextlib.asynccontextmanager
+async def lifespan(_: Starlette) -> AsyncIterator[None]:
+    host = os.environ.get("RAILWAY_REPLICA_ID") or socket.gethostname()
+    METRICS.name = f"{host}-{os.getpid()}"
+    ROUTER.table = Table()
+    tasks = [
+        asyncio.create_task(ROUTER.table.follow(store_from_env(dict(os.environ)))),
+        asyncio.create_task(sweep()),
+    ]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        for end in list(TunnelEnd.open):
+            end.transport.close()
+
+
+app = Starlette(
+    routes=[Route(ROUTER_HEALTH_PATH, healthz), Mount("/", ROUTER)],
+    lifespan=lifespan,
+)
+
+
+# ---------------------------------------------------------------------------------------------
+# Serving.
+
+
+def listen(host: str | None, port: int) -> socket.socket:
+    """A listening socket; without a host on IPv4 and IPv6 both, where the machine has both."""
+    if not host and socket.has_dualstack_ipv6():
+        with contextlib.suppress(OSError):
+            return socket.create_server(
+                ("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=2048
+            )
+    family = socket.AF_INET6 if host and ":" in host else socket.AF_INET
+    return socket.create_server((host or "", port), family=family, backlog=2048)
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, whose shutdown does not wait for tunnels: they are closed last."""
+
+    async def _wait_tasks_to_complete(self) -> None:
+        while (self.server_state.connections or self.server_state.tasks) and not self.force_exit:
+            await asyncio.sleep(0.05)
+
+
+def serve_one(sock: socket.socket) -> None:
+    config = uvicorn.Config(
+        app,
+        http=Client,
+        ws="none",
+        loop="uvloop" if sys.platform != "win32" else "asyncio",
+        lifespan="on",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        date_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=int(SHUTDOWN_GRACE),
+    )
+    Server(config).run(sockets=[sock])
+
+
+def serve_many(sock: socket.socket, workers: int) -> None:
+    """`workers` processes on one socket. One that dies is replaced; a signal ends them all."""
+    children: set[int] = set()
+
+    def spawn() -> None:
+        pid = os.fork()
+        if pid == 0:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_DFL)
+            try:
+                serve_one(sock)
+            finally:
+                os._exit(0)
+        children.add(pid)
+
+    stopping = False
+
+    def stop(number: int, _: object) -> None:
+        nonlocal stopping
+        stopping = True
+        for pid in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    for _ in range(workers):
+        spawn()
+    while children:
+        with contextlib.suppress(ChildProcessError, InterruptedError):
+            pid, _status = os.wait()
+            children.discard(pid)
+            if not stopping:
+                time.sleep(0.5)
+                spawn()
+
+
+def serve() -> None:
+    port = int(os.environ.get("PORT") or DEFAULT_PORT)
+    store_from_env(dict(os.environ))  # a missing variable shows before the port is taken
+    workers = int(os.environ.get("PULSE_RAILWAY_ROUTER_WORKERS") or 1)
+    sock = listen(os.environ.get("HOST"), port)
+    if workers > 1 and hasattr(os, "fork"):
+        serve_many(sock, workers)
+    else:
+        serve_one(sock)
+
+
+# ---------------------------------------------------------------------------------------------
+# Control commands: `railway ssh --service <router> -- "pulse-railway control ..."`.
+
+
+def base_url(record: Record) -> str:
+    """Where a deployment's backend is; 0.3.x wrote no address."""
+    name = record.get("service_name") or record["deployment_id"]
+    return record.get("address") or f"http://{name}.railway.internal:{DEFAULT_PORT}"
+
+
+def ask_backend(record: Record, path: str, token: str, method: str = "GET") -> Record:
+    """Call one of the app's internal endpoints, from inside the private network.
+
+    Raises OSError or ValueError where it does not answer with JSON.
+    """
+    request = urllib.request.Request(
+        base_url(record) + path, method=method, headers={INTERNAL_TOKEN_HEADER: token}
+    )
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=5) as r:
+        return cast(Record, json.load(r))
+
+
+def sessions(record: Record, token: str) -> int | None:
+    """How many render sessions a deployment holds; None where it does not answer."""
+    try:
+        return int(ask_backend(record, SESSIONS_PATH, token)["render_session_count"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def status(store: Store, token: str) -> Record:
+    state = store.read()
+    return {
+        "active": state.get(":active"),
+        "deployments": [{**r, "sessions": sessions(r, token)} for r in records(state)],
+        "routers": store.routers(),
+    }
+
+
+def valid_id(value: str) -> str:
+    if not DEPLOYMENT_ID.fullmatch(value):
+        raise argparse.ArgumentTypeError("a deployment id is [a-z0-9][a-z0-9-]{0,23}")
+    return value
+
+
+def draining_list(value: str) -> list[Record]:
+    items = json.loads(value)
+    if not isinstance(items, list) or not all(
+        isinstance(i, dict) and isinstance(i.get("deployment_id"), str) for i in items
+    ):
+        raise argparse.ArgumentTypeError("expected a JSON list of objects with a deployment_id")
+    return items
+
+
+def control(argv: list[str]) -> int:
+    """Run one control command; its last line on stdout is a JSON object."""
+    parser = argparse.ArgumentParser(prog="pulse-railway control", description=control.__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("active", help="the active deployment")
+    commands.add_parser("status", help="everything in the routing state, with session counts")
+    sub = commands.add_parser("register", help="add a pending deployment")
+    sub.add_argument("--deployment-id", type=valid_id, required=True)
+    sub.add_argument("--service-name", required=True)
+    sub.add_argument("--address", help="the backend's base URL")
+    sub = commands.add_parser("promote", help="make a deployment active, drain the one before")
+    sub.add_argument("--active-deployment-id", type=valid_id, required=True)
+    sub.add_argument("--active-service-name", required=True)
+    sub.add_argument("--draining-json", type=draining_list, default=[])
+    sub.add_argument("--address", help="the backend's base URL")
+    sub = commands.add_parser("delete", help="forget a deployment that is not active")
+    sub.add_argument("--deployment-id", type=valid_id, required=True)
+    sub = commands.add_parser("restore", help="rebuild lost state")
+    sub.add_argument("--active-deployment-id", type=valid_id, required=True)
+    sub.add_argument("--records-json", type=draining_list, required=True)
+    args = parser.parse_args(argv)
+    if not any(os.environ.get(name) for name in RAILWAY_RUNTIME):
+        print("run this inside the router service, with `railway ssh`", file=sys.stderr)
+        return 1
+    store = store_from_env(dict(os.environ))
+    step: Callable[[State], Change]
+    match args.command:
+        case "active":
+            print(json.dumps({"deployment_id": store.read().get(":active")}))
+            return 0
+        case "status":
+            print(json.dumps(status(store, os.environ.get("PULSE_RAILWAY_INTERNAL_TOKEN", ""))))
+            return 0
+        case "register":
+            step = functools.partial(
+                register,
+                deployment_id=args.deployment_id,
+                service_name=args.service_name,
+                address=args.address,
+            )
+        case "promote":
+            step = functools.partial(
+                promote,
+                deployment_id=args.active_deployment_id,
+                service_name=args.active_service_name,
+                draining=args.draining_json,
+                address=args.address,
+            )
+        case "delete":
+            step = functools.partial(delete, deployment_id=args.deployment_id)
+        case _:
+            step = functools.partial(
+                restore, wanted=args.records_json, active=args.active_deployment_id
+            )
+    try:
+        store.apply(step)
+    except StateError as error:
+        print(error, file=sys.stderr)
+        print(json.dumps({"ok": False, "error": str(error)}))
+        return 1
+    except redis.RedisError as error:
+        print(f"Redis is not reachable ({type(error).__name__})", file=sys.stderr)
+        return 1
+    print(json.dumps({"ok": True}))
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s %(message)s")
+    match argv:
+        case ["control", *rest]:
+            return control(rest)
+        case ["janitor", *rest]:
+            script = os.path.join(os.path.dirname(os.path.realpath(__file__)), "janitor.py")
+            os.execv(sys.executable, [sys.executable, script, *rest])
+        case []:
+            serve()
+            return 0
+        case _:
+            print(__doc__, file=sys.stderr)
+            return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
