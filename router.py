@@ -12,8 +12,8 @@
 """The router: every request of a Pulse app goes through this file.
 
     python router.py                     serve on HOST (default: IPv4 and IPv6) and PORT (8000)
-    python router.py control <command>   read or change the routing state: active, register,
-                                         promote, delete, restore, status
+    python router.py control <command>   read or change the routing state: active, status,
+                                         register, promote, retire, delete, restore
     python router.py janitor run         the same as `python janitor.py`
 
 How a request travels: uvicorn accepts the connection, `Client` parses and polices the request
@@ -169,6 +169,8 @@ def promote(
         raise StateError(f"{deployment_id} cannot be active and draining")
     change: Change = {":active": deployment_id}
     record = _record(state, deployment_id)
+    if record.get("retiring_at"):
+        raise StateError(f"{deployment_id} is being removed and cannot be promoted")
     if address:
         record["address"] = address.rstrip("/")
     change[record_key(deployment_id)] = _save(
@@ -202,6 +204,16 @@ def delete(state: State, deployment_id: str) -> Change:
     if state.get(":active") == deployment_id:
         raise StateError(f"{deployment_id} is active: promote or deploy another one first")
     return {record_key(deployment_id): None}
+
+
+def retire(state: State, deployment_id: str) -> Change:
+    """Claim a deployment for removal: from here on it cannot be promoted any more."""
+    if state.get(":active") == deployment_id:
+        raise StateError(f"{deployment_id} is active: promote or deploy another one first")
+    if record_key(deployment_id) not in state:
+        return {}
+    record = _record(state, deployment_id) | {"retiring_at": time.time()}
+    return {record_key(deployment_id): _save(record)}
 
 
 def restore(state: State, wanted: list[Record], active: str) -> Change:
@@ -1769,6 +1781,8 @@ def control(argv: list[str]) -> int:
     sub.add_argument("--active-service-name", required=True)
     sub.add_argument("--draining-json", type=draining_list, default=[])
     sub.add_argument("--address", help="the backend's base URL")
+    sub = commands.add_parser("retire", help="claim a deployment for removal")
+    sub.add_argument("--deployment-id", type=valid_id, required=True)
     sub = commands.add_parser("delete", help="forget a deployment that is not active")
     sub.add_argument("--deployment-id", type=valid_id, required=True)
     sub = commands.add_parser("restore", help="rebuild lost state")
@@ -1802,6 +1816,8 @@ def control(argv: list[str]) -> int:
                 draining=args.draining_json,
                 address=args.address,
             )
+        case "retire":
+            step = functools.partial(retire, deployment_id=args.deployment_id)
         case "delete":
             step = functools.partial(delete, deployment_id=args.deployment_id)
         case _:

@@ -1,0 +1,308 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.12"
+# dependencies = [
+#   "httptools>=0.6.4",
+#   "httpx>=0.28.1",
+#   "redis>=6.4",
+#   "starlette>=0.50",
+#   "uvicorn>=0.35,<1",
+#   "uvloop>=0.21; sys_platform != 'win32'",
+# ]
+# ///
+"""The janitor: removes deployments that nobody uses any more. Railway runs it on a cron.
+
+    python janitor.py [run]
+
+Each run asks every draining deployment how many sessions it holds. None left: the service is
+deleted. The drain TTL over: its tabs are told to reload, then it is deleted. Not answering: it is
+kept until the TTL. Deploys that died on the way are removed after an hour. The active deployment
+is never touched. The Railway service goes first and the record last, so a run that is killed
+anywhere is finished by the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import secrets
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+import httpx
+import redis
+
+import router
+
+API_URL = "https://backboard.railway.com/graphql/v2"
+LOCK_SECONDS = 60  # renewed while the run lasts
+DEAD_DEPLOY_SECONDS = 3600
+RELOAD_GRACE_SECONDS = 3.0
+
+SERVICES = """
+query Services($project: String!, $environment: String!) {
+  environment(id: $environment, projectId: $project) {
+    serviceInstances { edges { node { serviceId serviceName createdAt } } }
+  }
+}
+"""
+
+DELETE = """
+mutation Delete($service: String!, $environment: String!) {
+  serviceDelete(id: $service, environmentId: $environment)
+}
+"""
+
+log = logging.getLogger("pulse.janitor")
+
+
+class Refused(Exception):
+    """The state contradicts itself: nothing is deleted, and a person is told what to run."""
+
+
+@dataclass(frozen=True)
+class Service:
+    id: str
+    name: str
+    deployment: str
+    age: float  # seconds
+
+
+@dataclass
+class Report:
+    """What a run did, printed as one JSON line."""
+
+    deleted: list[str] = field(default_factory=list)
+    expired: list[str] = field(default_factory=list)
+    kept: dict[str, str] = field(default_factory=dict)
+
+
+class Railway:
+    """The three calls the janitor makes. The token may be a project's or an account's."""
+
+    def __init__(self, env: dict[str, str]) -> None:
+        self.project = env["RAILWAY_PROJECT_ID"]
+        self.environment = env["RAILWAY_ENVIRONMENT_ID"]
+        self.token = env["RAILWAY_TOKEN"]
+        self.client = httpx.Client(
+            base_url=env.get("PULSE_RAILWAY_API_URL") or API_URL, timeout=httpx.Timeout(30)
+        )
+        self.headers = {"Project-Access-Token": self.token}
+
+    def call(self, document: str, **variables: str) -> dict[str, Any]:
+        """One request, tried up to three times where Railway is busy or away.
+
+        Raises httpx.HTTPError, or RuntimeError with Railway's own words.
+        """
+        for attempt in range(3):
+            try:
+                response = self.client.post(
+                    "", json={"query": document, "variables": variables}, headers=self.headers
+                )
+                response.raise_for_status()
+                answer = response.json()
+                break
+            except (httpx.HTTPError, ValueError) as error:
+                if attempt == 2:
+                    raise
+                log.warning("Railway: %s; trying again", type(error).__name__)
+                time.sleep(2**attempt)
+        if errors := answer.get("errors"):
+            message = "; ".join(str(error.get("message")) for error in errors)
+            if "not authorized" in message.lower() and "Project-Access-Token" in self.headers:
+                self.headers = {"Authorization": f"Bearer {self.token}"}
+                return self.call(document, **variables)
+            raise RuntimeError(message)
+        return answer["data"]  # type: ignore[no-any-return]
+
+    def backends(self) -> list[Service]:
+        """Every service of the environment that has a deployment id."""
+        data = self.call(SERVICES, project=self.project, environment=self.environment)
+        nodes = [edge["node"] for edge in data["environment"]["serviceInstances"]["edges"]]
+        if not nodes:
+            return []
+        parameters = ", ".join(f"$s{i}: String!" for i in range(len(nodes)))
+        fields = "\n".join(
+            f"  s{i}: variables(projectId: $project, environmentId: $environment,"
+            f" serviceId: $s{i}, unrendered: true)"
+            for i in range(len(nodes))
+        )
+        variables = self.call(
+            f"query Variables($project: String!, $environment: String!, {parameters}) "
+            f"{{\n{fields}\n}}",
+            project=self.project,
+            environment=self.environment,
+            **{f"s{i}": node["serviceId"] for i, node in enumerate(nodes)},
+        )
+        now = time.time()
+        return [
+            Service(
+                node["serviceId"],
+                node["serviceName"],
+                variables[f"s{i}"]["PULSE_DEPLOYMENT_ID"],
+                now - datetime.fromisoformat(node["createdAt"]).timestamp(),
+            )
+            for i, node in enumerate(nodes)
+            if variables[f"s{i}"].get("PULSE_DEPLOYMENT_ID")
+        ]
+
+    def delete(self, service: Service) -> None:
+        self.call(DELETE, service=service.id, environment=self.environment)
+
+
+@contextlib.contextmanager
+def lock(store: router.RedisStore) -> Iterator[bool]:
+    """Hold the janitor's lock; it is renewed until the run ends, so that it cannot expire on it.
+
+    Yields False where another run holds it.
+    """
+    key, token = f"{store.prefix}:janitor:lock", secrets.token_hex(8)
+    if not store.client.set(key, token, nx=True, ex=LOCK_SECONDS):
+        yield False
+        return
+    done = threading.Event()
+
+    def renew() -> None:
+        while not done.wait(LOCK_SECONDS / 4):
+            with contextlib.suppress(redis.RedisError):
+                if store.client.get(key) == token:
+                    store.client.expire(key, LOCK_SECONDS)
+
+    threading.Thread(target=renew, daemon=True).start()
+    try:
+        yield True
+    finally:
+        done.set()
+        with contextlib.suppress(redis.RedisError), store.client.pipeline() as pipe:
+            pipe.watch(key)
+            if pipe.get(key) == token:
+                pipe.multi()
+                pipe.delete(key)
+                pipe.execute()
+
+
+def check(state: router.State, services: list[Service]) -> None:
+    """Raises Refused where the state and the services cannot both be right."""
+    active = state.get(":active")
+    names: dict[str, str] = {}
+    for service in services:
+        other = names.setdefault(service.deployment, service.name)
+        if other != service.name:
+            raise Refused(
+                f"deployment {service.deployment} is on two services, {other} and {service.name}:"
+                " delete the wrong one on Railway"
+            )
+    if services and not active:
+        raise Refused("there are deployments but none is active: run `pulse-railway restore`")
+    if active and active not in names:
+        raise Refused(
+            f"the active deployment {active} has no service: promote another with"
+            " `pulse-railway promote`, or deploy"
+        )
+
+
+def sweep(store: router.RedisStore, railway: Railway, token: str, drain_ttl: float) -> Report:
+    """One run. Raises Refused, and whatever Railway or Redis raise."""
+    report = Report()
+    state = store.read()
+    services = railway.backends()
+    check(state, services)
+    by_id = {service.deployment: service for service in services}
+    known = {record["deployment_id"]: record for record in router.records(state)}
+    for name, record in known.items():
+        verdict = judge(record, token, drain_ttl)
+        if verdict.startswith("keep"):
+            if record.get("state") == "draining":
+                report.kept[name] = verdict.removeprefix("keep: ")
+            continue
+        remove(store, railway, name, by_id.get(name))
+        report.deleted.append(name)
+        if verdict == "expired":
+            report.expired.append(name)
+    for service in services:
+        if service.deployment not in known and service.age > DEAD_DEPLOY_SECONDS:
+            railway.delete(service)  # its deploy died before it was registered
+            report.deleted.append(service.deployment)
+    return report
+
+
+def judge(record: router.Record, token: str, drain_ttl: float) -> str:
+    """What is to become of a deployment: `keep: <why>`, `drained`, `expired` or `dead`."""
+    now = time.time()
+    if record.get("retiring_at"):
+        return "drained"  # an earlier run, or `delete`, was cut off
+    if record.get("state") == "pending":
+        age = now - (record.get("registered_at") or now)
+        return "dead" if age > DEAD_DEPLOY_SECONDS else "keep: being deployed"
+    if record.get("state") != "draining":
+        return "keep: active"
+    if now - (record.get("drain_started_at") or now) >= drain_ttl:
+        reload_tabs(record, token)
+        return "expired"
+    count = router.sessions(record, token)
+    if count is None:
+        return "keep: not answering"
+    return f"keep: {count} sessions" if count else "drained"
+
+
+def reload_tabs(record: router.Record, token: str) -> None:
+    """Tell the tabs that are still open to reload, and give them a moment to do it."""
+    with contextlib.suppress(OSError, ValueError):
+        answer = router.ask_backend(record, router.RELOAD_PATH, token, method="POST")
+        if answer.get("reloaded_socket_count"):
+            time.sleep(RELOAD_GRACE_SECONDS)
+
+
+def remove(
+    store: router.RedisStore, railway: Railway, name: str, service: Service | None
+) -> None:
+    """Delete a deployment: claimed first, so that nobody promotes it meanwhile."""
+    store.apply(lambda state: router.retire(state, name))
+    if service:
+        railway.delete(service)
+    store.apply(lambda state: router.delete(state, name))
+
+
+def main(argv: list[str]) -> int:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s %(message)s")
+    env = dict(os.environ)
+    if argv not in ([], ["run"]):
+        print(__doc__, file=sys.stderr)
+        return 2
+    if not any(env.get(name) for name in router.RAILWAY_RUNTIME):
+        print("run this inside the janitor service on Railway", file=sys.stderr)
+        return 1
+    needed = ("RAILWAY_PROJECT_ID", "RAILWAY_ENVIRONMENT_ID", "RAILWAY_TOKEN", "REDIS_URL")
+    if missing := [name for name in needed if not env.get(name)]:
+        print(f"missing {', '.join(missing)}: run `pulse-railway ensure`", file=sys.stderr)
+        return 1
+    store = router.store_from_env(env)
+    assert isinstance(store, router.RedisStore)
+    token = env.get("PULSE_RAILWAY_INTERNAL_TOKEN", "")
+    drain_ttl = float(env.get("PULSE_RAILWAY_DRAIN_TTL_SECONDS") or 86_400)
+    try:
+        with lock(store) as held:
+            if not held:
+                print(json.dumps({"skipped": "another run holds the lock"}))
+                return 0
+            report = sweep(store, Railway(env), token, drain_ttl)
+    except (Refused, router.StateError, RuntimeError) as error:
+        print(f"refused: {error}", file=sys.stderr)
+        return 1
+    except (redis.RedisError, httpx.HTTPError) as error:
+        # The class only: a Redis error can carry its URL.
+        print(f"gave up: {type(error).__name__}; the next run goes on", file=sys.stderr)
+        return 1
+    print(json.dumps(vars(report)))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,91 @@
+"""Names that stacks, apps and routers share.
+
+They are 0.3.x's: a stack set up with it is taken over in place, so none of these may change.
+router.py holds its own copy of those it needs, since its image has no pulse_railway;
+tests/test_contract.py holds the two together.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+# How a request names its deployment, and what it is told.
+AFFINITY_QUERY: Final = "pulse_deployment"
+AFFINITY_HEADER: Final = "x-pulse-deployment"
+SELECTED_HEADER: Final = "x-pulse-selected-deployment"
+CLIENT_LOADER_HEADER: Final = "x-pulse-client-loader"
+CLIENT_LOADER_LOCATION_HEADER: Final = "x-pulse-client-loader-location"
+RELOAD_QUERY: Final = "pulse_reload_on_stale_affinity"
+STALE_HEADER: Final = "x-pulse-stale-affinity"
+
+# Paths of the app and of the router.
+META_PATH: Final = "/_pulse/meta"
+HEALTH_PATH: Final = "/_pulse/health"
+INTERNAL_PREFIX: Final = "/_pulse/internal"
+SESSIONS_PATH: Final = "/_pulse/internal/railway/sessions"
+RELOAD_PATH: Final = "/_pulse/internal/railway/reload"
+INTERNAL_TOKEN_HEADER: Final = "x-pulse-railway-internal-token"
+ROUTER_HEALTH_PATH: Final = "/healthz"
+
+# Variables of a backend service.
+DEPLOYMENT_ID: Final = "PULSE_DEPLOYMENT_ID"
+INTERNAL_TOKEN: Final = "PULSE_RAILWAY_INTERNAL_TOKEN"
+APP_FILE: Final = "PULSE_APP_FILE"
+SERVER_ADDRESS: Final = "PULSE_SERVER_ADDRESS"
+PORT: Final = "PORT"
+SESSION_REDIS_URL: Final = "PULSE_RAILWAY_REDIS_URL"
+# ... and, besides some of those, of its build.
+WEB_ROOT: Final = "PULSE_WEB_ROOT"
+DOCKERFILE_PATH: Final = "RAILWAY_DOCKERFILE_PATH"
+
+# Variables of the router and the janitor.
+RAILWAY_TOKEN: Final = "RAILWAY_TOKEN"
+RAILWAY_API_TOKEN: Final = "RAILWAY_API_TOKEN"
+REDIS_URL: Final = "REDIS_URL"
+REDIS_PREFIX: Final = "PULSE_RAILWAY_REDIS_PREFIX"
+SERVICE_PREFIX: Final = "PULSE_RAILWAY_SERVICE_PREFIX"
+DRAIN_TTL: Final = "PULSE_RAILWAY_DRAIN_TTL_SECONDS"
+ROUTER_SERVICE: Final = "PULSE_RAILWAY_SERVICE"
+JANITOR_SERVICE: Final = "PULSE_RAILWAY_JANITOR_SERVICE"
+REDIS_SERVICE: Final = "PULSE_RAILWAY_REDIS_SERVICE"
+RUNTIME_VERSION: Final = "PULSE_RAILWAY_RUNTIME_VERSION"  # ours: which runtime a service runs
+
+# Variables that a user's `pulse-env` or `--env` may not set on a backend.
+RESERVED: Final = frozenset(
+    {
+        DEPLOYMENT_ID,
+        INTERNAL_TOKEN,
+        APP_FILE,
+        SERVER_ADDRESS,
+        PORT,
+        SESSION_REDIS_URL,
+        "PULSE_RAILWAY_DEPLOYMENT_STATE",
+        "PULSE_RAILWAY_DRAIN_STARTED_AT",
+    }
+)
+# ... and those that a backend takes no reference to, since they are the build's own.
+NOT_REFERENCED: Final = RESERVED | {WEB_ROOT, DOCKERFILE_PATH, "APP_FILE", "WEB_ROOT"}
+
+DEFAULT_ROUTER: Final = "pulse-router"
+DEFAULT_ENV: Final = "pulse-env"
+DEFAULT_REDIS: Final = "pulse-redis"
+DEFAULT_JANITOR: Final = "pulse-janitor"
+DEFAULT_PORT: Final = 8000
+DEFAULT_DRAIN_TTL_SECONDS: Final = 86_400
+DEFAULT_CRON: Final = "*/5 * * * *"
+DEFAULT_DEPLOYMENT_NAME: Final = "prod"
+DEFAULT_ENVIRONMENT: Final = "production"
+DEFAULT_REDIS_PREFIX: Final = "pulse:railway"
+TEMPLATE_CODE: Final = "pulse-baseline"
+
+DEPLOYMENT_ID_PATTERN: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,23}")
+SERVICE_NAME_LIMIT: Final = 32  # Railway's
+SERVICE_PREFIX_LIMIT: Final = 8  # with its dash
+
+START_COMMAND: Final = (
+    'pulse run "$PULSE_APP_FILE" --prod --address 0.0.0.0 --port "${PORT:-8000}" --no-find-port'
+)
+
+API_URL: Final = "https://backboard.railway.com/graphql/v2"
+API_URL_VARIABLE: Final = "PULSE_RAILWAY_API_URL"

@@ -1,0 +1,183 @@
+"""The app's side of pulse-railway: `RailwayPlugin`, given to `ps.App(plugins=[...])`."""
+
+from __future__ import annotations
+
+import hmac
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, override
+
+import pulse as ps
+from fastapi import Header, HTTPException
+
+from pulse_railway import contract, naming
+
+
+class RailwayPlugin(ps.Plugin):
+    """Ties every tab to the deployment that served it, and says how the app is deployed.
+
+    At run time (where `PULSE_DEPLOYMENT_ID` is set) it puts the affinity into Pulse's directives,
+    answers `/_pulse/meta`, and serves the two internal endpoints the janitor uses. Everywhere
+    else it only carries configuration for `pulse-railway`, whose flags win over it.
+
+    Args:
+        dockerfile: the app's Dockerfile, relative to the deploy context.
+        project, environment: Railway names. What is not set must follow from flags or the token.
+        deployment_name: prefix of generated deployment ids; `prod` where not set.
+        image_repository: push images here instead of building on Railway.
+        runtime_image: a published image with router.py and janitor.py; where not set, they are
+            built on Railway.
+        start_command: how a backend starts, instead of `contract.START_COMMAND`.
+        router_service, janitor_service, redis_service, env_service: names of the stable services.
+        service_prefix: put before every service's name; at most 8 characters with its dash.
+
+    Raises ValueError for a name that Railway would not take.
+    """
+
+    priority = 100
+
+    def __init__(
+        self,
+        *,
+        dockerfile: str | os.PathLike[str] | None = None,
+        project: str | None = None,
+        environment: str | None = None,
+        deployment_name: str | None = None,
+        image_repository: str | None = None,
+        runtime_image: str | None = None,
+        start_command: str | None = None,
+        router_service: str = contract.DEFAULT_ROUTER,
+        janitor_service: str = contract.DEFAULT_JANITOR,
+        redis_service: str = contract.DEFAULT_REDIS,
+        env_service: str = contract.DEFAULT_ENV,
+        service_prefix: str | None = None,
+    ) -> None:
+        self.dockerfile = os.fspath(dockerfile) if dockerfile else None
+        self.project = project
+        self.environment = environment
+        self.deployment_name = deployment_name
+        self.image_repository = image_repository
+        self.runtime_image = runtime_image
+        self.start_command = start_command
+        self.service_prefix = naming.service_prefix(service_prefix)
+        self.router_service = naming.baseline_name(self.service_prefix, router_service)
+        self.janitor_service = naming.baseline_name(self.service_prefix, janitor_service)
+        self.redis_service = naming.baseline_name(self.service_prefix, redis_service)
+        self.env_service = naming.baseline_name(self.service_prefix, env_service)
+        self.deployment_id = ""
+        self._internal_token = ""
+
+    @property
+    def enabled(self) -> bool:
+        """Does this process run as a deployment behind the router?"""
+        return bool(self.deployment_id)
+
+    @override
+    def on_startup(self, app: ps.App) -> None:
+        self.deployment_id = os.environ.get(contract.DEPLOYMENT_ID, "")
+        self._internal_token = os.environ.get(contract.INTERNAL_TOKEN, "")
+
+    @override
+    def middleware(self) -> list[ps.PulseMiddleware]:
+        return [_Affinity(self)]
+
+    @override
+    def on_setup(self, app: ps.App) -> None:
+        token = Header(default=None, alias=contract.INTERNAL_TOKEN_HEADER)
+
+        @app.fastapi.get(contract.META_PATH, include_in_schema=False)
+        def meta() -> dict[str, Any]:
+            self._require_enabled()
+            return {
+                "status": "ok",
+                "deployment_id": self.deployment_id,
+                "api_prefix": app.api_prefix,
+            }
+
+        @app.fastapi.get(contract.SESSIONS_PATH, include_in_schema=False)
+        def sessions(given: str | None = token) -> dict[str, Any]:
+            self._require_token(given)
+            count = len(app.render_sessions)
+            return {
+                "deployment_id": self.deployment_id,
+                "render_session_count": count,
+                "drainable": count == 0,
+                "session_timeout_seconds": app.session_timeout,
+            }
+
+        @app.fastapi.post(contract.RELOAD_PATH, include_in_schema=False)
+        async def reload(given: str | None = token) -> dict[str, Any]:
+            self._require_token(given)
+            connected = sum(render.connected for render in app.render_sessions.values())
+            return {
+                "deployment_id": self.deployment_id,
+                "connected_render_count": connected,
+                "reloaded_socket_count": await app.reload_connected_clients(),
+            }
+
+    def _require_enabled(self) -> None:
+        if not self.enabled:
+            raise HTTPException(503, f"{contract.DEPLOYMENT_ID} is not set")
+
+    def _require_token(self, given: str | None) -> None:
+        self._require_enabled()
+        expected = self._internal_token
+        if not expected or not hmac.compare_digest((given or "").encode(), expected.encode()):
+            raise HTTPException(403, "forbidden")
+
+
+class _Affinity(ps.PulseMiddleware):
+    """Adds the deployment to what the browser is told to send back."""
+
+    def __init__(self, plugin: RailwayPlugin) -> None:
+        super().__init__()
+        self._plugin = plugin
+
+    @override
+    async def prerender(
+        self,
+        *,
+        payload: ps.PrerenderPayload,
+        request: ps.PulseRequest,
+        session: dict[str, Any],
+        next: Callable[[], Awaitable[ps.PrerenderResponse]],
+    ) -> ps.PrerenderResponse:
+        response = await next()
+        if self._plugin.enabled and isinstance(response, ps.Ok):
+            directives = response.payload["directives"]
+            deployment = self._plugin.deployment_id
+            directives["query"][contract.AFFINITY_QUERY] = deployment
+            socket_query = directives["socketio"]["query"]
+            socket_query[contract.AFFINITY_QUERY] = deployment
+            socket_query[contract.RELOAD_QUERY] = "1"
+        return response
+
+
+def internal_server_address() -> str:
+    """What to give `ps.App(internal_server_address=...)`, so that React's server renders a page
+    by asking the Python process beside it.
+
+    Pulse's default is the public address; then a page of one deployment would be rendered by
+    whichever deployment is active.
+    """
+    return f"http://127.0.0.1:{os.environ.get(contract.PORT) or contract.DEFAULT_PORT}"
+
+
+def plugin_of(app: ps.App) -> RailwayPlugin:
+    """The app's one RailwayPlugin.
+
+    Raises ValueError where it has none or several.
+    """
+    found = [plugin for plugin in app.plugins if isinstance(plugin, RailwayPlugin)]
+    if len(found) != 1:
+        how_many = f"{len(found)} RailwayPlugins" if found else "no RailwayPlugin"
+        raise ValueError(
+            f"the app has {how_many}; give it one: ps.App(plugins=[RailwayPlugin(...)])"
+        )
+    return found[0]
+
+
+def web_root(app: ps.App) -> Path:
+    """The folder of the app's React project."""
+    return app.codegen.cfg.web_root
