@@ -865,6 +865,9 @@ class Client(HttpToolsProtocol):
         self.transport.pause_reading()
         self.tunnel = self.loop.create_task(open_tunnel(self, early))
 
+    async def websocket_target(self) -> Deployment | None:
+        return await ROUTER.route_websocket(self)
+
     def linger(self) -> None:
         """The answer is out but the upload is not in: a close now would reset the connection and
         lose the answer, so read and drop for a while (RFC 9112 section 9.6)."""
@@ -993,7 +996,7 @@ class Exchange:
                 continue
             if lower == b"content-length":
                 length = True
-            elif lower == b"x-pulse-selected-deployment":
+            elif lower == b"x-pulse-selected-deployment" and self.upstream.deployment.header:
                 continue
             append(name + b": " + value + b"\r\n")
         if drop is not HOP_BY_HOP:  # Connection may name a header that stood before it
@@ -1342,7 +1345,7 @@ async def open_tunnel(client: Client, early: bytes) -> None:
     client.cycle = cycle = tunnel_cycle(client)
     send = cycle.send
     try:
-        deployment = await ROUTER.route_websocket(client)
+        deployment = await client.websocket_target()
         if deployment is None:
             client.tunnel = None
             await JSONResponse({"detail": "deployment not found"}, 404)(
@@ -1395,7 +1398,7 @@ def join(client: Client, exchange: Exchange, early: bytes) -> None:
     """The backend said 101: pass that on and let the bytes run."""
     upstream = exchange.upstream
     head = [b"HTTP/1.1 101 Switching Protocols\r\n"]
-    head += [n + b": " + v + b"\r\n" for n, v in exchange.fields if n.lower() != SELECTED_HEADER]
+    head += [n + b": " + v + b"\r\n" for n, v in exchange.fields]
     head += [upstream.deployment.header, b"\r\n", exchange.tail]
     upstream.exchange = client.exchange = None
     client.cycle.response_started = client.cycle.response_complete = True

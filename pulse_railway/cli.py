@@ -1,0 +1,75 @@
+"""The console script `pulse-railway`: the same verbs, with 0.3.x's command lines.
+
+What differs from Invoke's own parsing: the app may stand by itself (`deploy examples/main.py`),
+`janitor run` and `control ...` are two words, and a verb may be asked for `--help`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+
+from invoke.config import Config
+from invoke.program import Program
+
+from pulse_railway import __version__, tasks
+from pulse_railway.verbs import FLAGS
+
+
+class Settings(Config):
+    """Invoke's configuration: invoke.yaml, ~/.invoke.yaml, INVOKE_* as everywhere."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    match arguments:
+        case ["control", *rest] if rest[:1] not in ([], ["--help"], ["-h"]):
+            tasks.run_runtime("router.py", ["control", *rest])
+        case ["janitor", "run", *rest]:
+            tasks.run_runtime("janitor.py", ["run", *rest])
+    program = Program(
+        name="pulse-railway",
+        binary="pulse-railway",
+        namespace=tasks.ns,
+        version=__version__,
+        config_class=Settings,
+    )
+    program.run(["pulse-railway", *rewrite(arguments)])
+
+
+def rewrite(arguments: list[str]) -> list[str]:
+    """0.3.x's command line as Invoke's: a bare word after the verb is the app."""
+    if not arguments or arguments[0].startswith("-"):
+        return arguments
+    verb, *rest = arguments
+    if verb not in tasks.ns.tasks:
+        _unknown(verb, list(tasks.ns.tasks), "verb")
+    if "--help" in rest or "-h" in rest:
+        return ["--help", verb]
+    known = [name.replace("_", "-") for name in FLAGS] + ["arguments", "dir"]
+    switches = {name.replace("_", "-") for name, flag in FLAGS.items() if flag.default is False}
+    out, i = [verb], 0
+    while i < len(rest):
+        word = rest[i]
+        if not word.startswith("--"):
+            out += ["--app", word]
+        else:
+            name, equals, _ = word[2:].partition("=")
+            if name not in known:
+                _unknown(word, [f"--{k}" for k in known], "flag")
+            out.append(word)
+            takes_value = name not in switches and not (verb == "local" and name == "env")
+            if takes_value and not equals and i + 1 < len(rest):
+                i += 1
+                out[-1] = f"{word}={rest[i]}"  # a value may start with a dash
+        i += 1
+    return out
+
+
+def _unknown(word: str, known: list[str], what: str) -> None:
+    close = difflib.get_close_matches(word.split("=")[0], known, 1, cutoff=0.5)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    print(f"error: no {what} {word}{hint}", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(1)

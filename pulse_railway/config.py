@@ -1,0 +1,297 @@
+"""From flags, plugin, environment and token to what a verb works on.
+
+Precedence: flags (and Invoke's configuration, which gives them defaults), then the plugin, then
+the environment, then what the token implies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pulse_railway import contract, naming
+from pulse_railway.errors import Failure
+from pulse_railway.railway import documents, tokens
+from pulse_railway.railway.api import Api, ApiError
+
+if TYPE_CHECKING:
+    import pulse as ps
+
+    from pulse_railway.plugin import RailwayPlugin
+
+
+@dataclass(frozen=True)
+class Names:
+    """What the services of a stack are called."""
+
+    router: str = contract.DEFAULT_ROUTER
+    env: str = contract.DEFAULT_ENV
+    redis: str = contract.DEFAULT_REDIS
+    janitor: str = contract.DEFAULT_JANITOR
+    prefix: str = ""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a verb works."""
+
+    project_id: str
+    environment_id: str
+
+
+@dataclass(frozen=True)
+class AppConfig:
+    """What an app says of itself and of how it is deployed."""
+
+    file: str  # relative to the context
+    context: Path
+    names: Names
+    server_address: str | None
+    web_root: Path
+    internal_address: str | None
+    uses_session_store: bool
+    plugin: RailwayPlugin
+
+
+# -- the app -----------------------------------------------------------------------------------
+
+
+def load_app(app: str | None, context: Path) -> AppConfig:
+    """Load an app's file, as `pulse` would in a build, and read its RailwayPlugin.
+
+    Args:
+        app: `path/to/main.py` or `path/to/main.py:variable`, relative to `context`.
+
+    Raises Failure: no such file, it cannot be imported, or it has not exactly one RailwayPlugin.
+    """
+    if not app:
+        raise Failure("which app? pass --app path/to/main.py, or set `app` in invoke.yaml")
+    if not context.is_dir():
+        raise Failure(f"the context {context} is not a folder: pass --context")
+    file, _, variable = app.partition(":")
+    if Path(file).is_absolute():
+        raise Failure(f"--app {file} must be relative to the deploy context {context}")
+    path = (context / file).resolve()
+    if not path.is_file():
+        raise Failure(f"no app at {path}: pass --app path/to/main.py")
+    with _build_environment(context, path):
+        loaded = _import(path, variable or "app")
+    from pulse_railway.plugin import plugin_of, web_root
+    from pulse_railway.session import RailwaySessionStore
+
+    try:
+        plugin = plugin_of(loaded)
+    except ValueError as error:
+        raise Failure(f"{file}: {error}") from None
+    if loaded.codegen.cfg.base_dir is None:
+        loaded.codegen.cfg.base_dir = path.parent
+    return AppConfig(
+        file=str(path.relative_to(context.resolve())) + (f":{variable}" if variable else ""),
+        context=context.resolve(),
+        names=Names(
+            plugin.router_service,
+            plugin.env_service,
+            plugin.redis_service,
+            plugin.janitor_service,
+            plugin.service_prefix,
+        ),
+        server_address=loaded.server_address,
+        web_root=web_root(loaded),
+        internal_address=loaded.internal_server_address,
+        uses_session_store=isinstance(loaded.session_store, RailwaySessionStore),
+        plugin=plugin,
+    )
+
+
+@contextlib.contextmanager
+def _build_environment(context: Path, app: Path) -> Iterator[None]:
+    """Pulse's environment of a build, for as long as the app is being imported."""
+    before = dict(os.environ), Path.cwd()
+    os.environ.update(PULSE_ENV="ci", PULSE_APP_FILE=str(app), PULSE_APP_DIR=str(app.parent))
+    os.chdir(context)
+    try:
+        yield
+    finally:
+        os.chdir(before[1])
+        os.environ.clear()
+        os.environ.update(before[0])
+
+
+def _import(path: Path, variable: str) -> ps.App:
+    from pulse.cli.helpers import load_app_from_target
+
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
+            return load_app_from_target(f"{path}:{variable}").app
+    except (Exception, SystemExit) as error:
+        lines = [line.strip() for line in shown.getvalue().splitlines() if line.strip()]
+        why = lines[-1] if lines else str(error) or type(error).__name__
+        raise Failure(f"{path} cannot be loaded: {why}") from None
+
+
+def names_from_flags(flags: Mapping[str, Any]) -> Names:
+    """For verbs that load no app. Raises Failure for a name that Railway would not take."""
+    try:
+        prefix = naming.service_prefix(flags.get("service_prefix"))
+        router = flags.get("service")
+        return Names(
+            naming.service_name(router)
+            if router
+            else naming.baseline_name(prefix, contract.DEFAULT_ROUTER),
+            naming.baseline_name(prefix, contract.DEFAULT_ENV),
+            naming.service_name(flags["redis_service"])
+            if flags.get("redis_service")
+            else naming.baseline_name(prefix, contract.DEFAULT_REDIS),
+            naming.baseline_name(prefix, contract.DEFAULT_JANITOR),
+            prefix,
+        )
+    except ValueError as error:
+        raise Failure(str(error)) from None
+
+
+def pairs(items: list[str] | None, flag: str) -> dict[str, str]:
+    """`KEY=VALUE` items as a dict. Raises Failure for one that is not."""
+    found = {}
+    for item in items or []:
+        key, equals, value = item.partition("=")
+        if not key or not equals:
+            raise Failure(f"{flag} takes KEY=VALUE, not {key!r}")
+        found[key] = value
+    return found
+
+
+def number(flags: Mapping[str, Any], name: str, default: int, least: int = 1) -> int:
+    """A flag that holds a whole number. Raises Failure for anything else."""
+    value = flags.get(name)
+    if value in (None, ""):
+        return default
+    try:
+        found = int(str(value))
+    except ValueError:
+        found = least - 1
+    if found < least:
+        raise Failure(
+            f"--{name.replace('_', '-')} takes a whole number from {least}, not {value!r}"
+        )
+    return found
+
+
+# -- the target --------------------------------------------------------------------------------
+
+
+def find_target(api: Api, flags: Mapping[str, Any], plugin: RailwayPlugin | None = None) -> Target:
+    """The project and environment of a run.
+
+    Raises Failure: both a name and an id, a name that matches none or several (it says which
+    exist), or nothing to go by.
+    """
+    for what in ("workspace", "project", "environment"):
+        if flags.get(what) and flags.get(f"{what}_id"):
+            raise Failure(f"pass --{what} or --{what}-id, not both")
+    project_id = flags.get("project_id")
+    project = None if project_id else flags.get("project") or (plugin and plugin.project)
+    environment_id = flags.get("environment_id")
+    environment = (
+        None if environment_id else flags.get("environment") or (plugin and plugin.environment)
+    )
+    if scope := api.scope():
+        return _scoped(scope, project, project_id, environment, environment_id)
+    if not project and not project_id:
+        project_id = os.environ.get("RAILWAY_PROJECT_ID")
+        if not environment and not environment_id:
+            environment_id = os.environ.get("RAILWAY_ENVIRONMENT_ID")
+    if not project and not project_id:
+        raise Failure(
+            "which project? pass --project (or --project-id), set it on RailwayPlugin, or use a"
+            " project token"
+        )
+    if project_id and environment_id:
+        return Target(project_id, environment_id)
+    if project_id:
+        data = api.call(documents.ENVIRONMENTS, project=project_id)
+        environments = _nodes(data["environments"])
+    else:
+        assert project is not None
+        found = _project_by_name(api, project, flags)
+        project_id, environments = found["id"], _nodes(found["environments"])
+    if environment_id:
+        if environment_id not in [e["id"] for e in environments]:
+            raise Failure(f"the project has no environment with id {environment_id}")
+        return Target(project_id, environment_id)
+    wanted = environment or contract.DEFAULT_ENVIRONMENT
+    return Target(project_id, _one_named("environment", wanted, environments)["id"])
+
+
+def _scoped(
+    scope: dict[str, Any],
+    project: str | None,
+    project_id: str | None,
+    environment: str | None,
+    environment_id: str | None,
+) -> Target:
+    """A project token opens one environment: what is asked for must be that one."""
+    its_project, its_environment = scope["project"]["name"], scope["environment"]["name"]
+    if project not in (None, its_project) or project_id not in (None, scope["projectId"]):
+        raise Failure(
+            f"the project token is for project {its_project}, not {project or project_id}"
+        )
+    if environment not in (None, its_environment) or environment_id not in (
+        None,
+        scope["environmentId"],
+    ):
+        raise Failure(
+            f"the project token is for environment {its_environment},"
+            f" not {environment or environment_id}"
+        )
+    return Target(scope["projectId"], scope["environmentId"])
+
+
+def _nodes(connection: dict[str, Any]) -> list[dict[str, Any]]:
+    return [edge["node"] for edge in connection["edges"]]
+
+
+def _project_by_name(api: Api, name: str, flags: Mapping[str, Any]) -> dict[str, Any]:
+    workspace, workspace_id = flags.get("workspace"), flags.get("workspace_id")
+    try:
+        data = api.call(documents.MY_PROJECTS)
+    except ApiError:  # a workspace token has no `me`
+        data = api.call(documents.PROJECTS, workspace=workspace_id)
+        return _one_named("project", name, _nodes(data["projects"]))
+    spaces = [
+        {**space, "projects": _nodes(space["projects"])} for space in data["me"]["workspaces"]
+    ] + data["externalWorkspaces"]
+    if workspace:
+        spaces = [_one_named("workspace", workspace, spaces)]
+    if workspace_id:
+        spaces = [space for space in spaces if space["id"] == workspace_id]
+        if not spaces:
+            raise Failure(f"the token sees no workspace with id {workspace_id}")
+    projects = {p["id"]: p for space in spaces for p in space["projects"]}
+    return _one_named("project", name, list(projects.values()))
+
+
+def _one_named(what: str, name: str, found: list[dict[str, Any]]) -> dict[str, Any]:
+    matches = [item for item in found if item["name"] == name]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        ids = ", ".join(item["id"] for item in matches)
+        more = " or narrow it with --workspace" if what == "project" else ""
+        raise Failure(f"several {what}s are named {name}: pass --{what}-id ({ids}){more}")
+    names = sorted(item["name"] for item in found)
+    close = difflib.get_close_matches(name, names, 1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    there = ", ".join(names) or "none"
+    raise Failure(f"no {what} is named {name}; there are: {there}{hint}")
+
+
+def connect(flags: Mapping[str, Any], output: Any) -> Api:
+    """The API with this run's token, .env read first. Raises Failure where there is no token."""
+    return Api(tokens.find(flags.get("token")), on_wait=output.waiting)

@@ -1,0 +1,156 @@
+"""Railway's edge on this machine: TLS in front of a service's process, one port a domain.
+
+It is the router's own proxy with one deployment in its table, so streaming, WebSockets and
+back-pressure are as good here as there; what it adds are the headers that Railway's edge sets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import ssl
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import trustme
+import uvicorn
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+
+from pulse_railway import runtime_image
+
+router: Any = runtime_image.load("router")
+
+
+def certificates(root: Path) -> tuple[Path, Path]:
+    """(the edge's key and certificates, a bundle to trust it with), made on first use.
+
+    The bundle holds the public roots too, so a shell that trusts it can still talk to the world.
+    """
+    key, bundle = root / "edge.pem", root / "ca-bundle.pem"
+    if not key.exists() or not bundle.exists():
+        root.mkdir(parents=True, exist_ok=True)
+        authority = trustme.CA()
+        certificate = authority.issue_cert("localhost", "127.0.0.1", "::1")
+        key.touch(0o600)
+        certificate.private_key_and_cert_chain_pem.write_to_path(str(key))
+        import certifi
+
+        bundle.write_bytes(Path(certifi.where()).read_bytes() + authority.cert_pem.bytes())
+    return key, bundle
+
+
+class EdgeClient(router.Client):  # type: ignore[misc]
+    """A connection to the edge: every request gets the edge's headers."""
+
+    def on_headers_complete(self) -> None:
+        kept = [
+            (name, (lower, value))
+            for name, (lower, value) in zip(self.names, self.headers, strict=True)
+            if lower not in (b"x-real-ip", b"x-forwarded-proto", b"x-forwarded-host")
+        ]
+        host = next((value for _, (lower, value) in kept if lower == b"host"), b"")
+        peer = self.client[0].encode() if self.client else b"127.0.0.1"
+        for name, value in (
+            (b"x-real-ip", peer),
+            (b"x-forwarded-proto", b"https"),
+            (b"x-forwarded-host", host),
+            (b"x-request-start", b"t=%d" % (time.time() * 1000)),
+        ):
+            kept.append((name, (name, value)))
+        self.names = [name for name, _ in kept]
+        self.headers[:] = [header for _, header in kept]
+        super().on_headers_complete()
+
+
+class Server(router.Server):  # type: ignore[misc]
+    """A server among several in one process: signals are not its own."""
+
+    def capture_signals(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+
+class Edge:
+    """One public address. `target` says where its traffic goes now, or None."""
+
+    def __init__(self, port: int, key: Path, target: Callable[[], int | None]) -> None:
+        self.port, self.key, self.target = port, key, target
+        self.server: Any = None
+        self.task: asyncio.Task[None] | None = None
+
+    async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await receive()
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+            await send({"type": "lifespan.shutdown.complete"})
+            return
+        client = scope["extensions"]["pulse.client"]["client"]
+        deployment = self.deployment()
+        if deployment is None:
+            await JSONResponse({"status": "error", "message": "Application not found"}, 404)(
+                scope, receive, send
+            )
+            return
+        client.scope, client.names = scope, scope["extensions"]["pulse.client"]["names"]
+        try:
+            await router.forward(client, receive, deployment, False)
+        except router.UpstreamError:
+            await JSONResponse(
+                {"status": "error", "code": 502, "message": "Application failed to respond"}, 502
+            )(scope, receive, send)
+
+    def deployment(self) -> Any:
+        port = self.target()
+        if port is None:
+            return None
+        if getattr(self, "_known", None) is None or self._known.port != port:
+            self._known: Any = router.Deployment("", "active", "127.0.0.1", port, b"")
+        return self._known
+
+    async def start(self) -> None:
+        edge = self
+
+        class Protocol(EdgeClient):
+            async def websocket_target(self) -> Any:
+                return edge.deployment()
+
+        config = uvicorn.Config(
+            self.app,
+            http=Protocol,
+            ws="none",
+            loop="asyncio",
+            lifespan="on",
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            date_header=False,
+            proxy_headers=False,
+            ssl_keyfile=str(self.key),
+            ssl_certfile=str(self.key),
+            timeout_graceful_shutdown=1,
+        )
+        sockets = [socket.create_server(("127.0.0.1", self.port), backlog=512)]
+        with contextlib.suppress(OSError):  # a machine without IPv6
+            sockets.append(
+                socket.create_server(("::1", self.port), family=socket.AF_INET6, backlog=512)
+            )
+        self.server = Server(config)
+        self.task = asyncio.create_task(self.server.serve(sockets))
+        while not self.server.started and not self.task.done():
+            await asyncio.sleep(0.01)
+
+    async def stop(self) -> None:
+        if self.server and self.task:
+            self.server.should_exit = True
+            self.server.force_exit = True
+            await asyncio.wait([self.task], timeout=3)
+
+
+def trusting(bundle: Path) -> httpx.Client:
+    """A client that trusts the edge."""
+    return httpx.Client(verify=ssl.create_default_context(cafile=str(bundle)), trust_env=False)

@@ -1,0 +1,390 @@
+"""The local Railway as one process.
+
+    /graphql/v2                                    Railway's API
+    /project/<id>/environment/<id>/up              uploads, as the railway CLI sends them
+    /ssh                                           `railway ssh`: a command in a service
+    /oauth/token                                   refreshes a CLI login
+    /local/faults, /local/stats, /local/cron/...   for tests: what is to go wrong, what was called
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shlex
+import signal
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs
+
+import uvicorn
+from graphql import FieldNode, OperationDefinitionNode, parse
+from graphql.error import GraphQLSyntaxError
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from pulse_railway import contract
+from pulse_railway.local import api, edge
+from pulse_railway.local.state import Deployment, Domain, Instance, Service, State, Token, new_id
+from pulse_railway.local.supervisor import Supervisor, free_port
+
+
+@dataclass
+class Fault:
+    """What is to go wrong, and when. `match` is a top-level field, `up`, `ssh` or `*`."""
+
+    match: str = "*"
+    nth: int = 1  # the n-th matching call from now
+    times: int = 1  # ... and so many from there
+    status: int | None = None
+    retry_after: float | None = None
+    error: str | None = None  # a GraphQL error, with status 200
+    delay: float = 0.0
+    drop: bool = False  # the connection ends without an answer
+    after: bool = False  # the call is carried out first
+    seen: int = field(default=0, compare=False)
+
+    def hits(self, fields: list[str]) -> bool:
+        if self.match != "*" and self.match not in fields:
+            return False
+        self.seen += 1
+        return self.nth <= self.seen < self.nth + self.times
+
+
+class LocalRailway:
+    def __init__(self, root: Path) -> None:
+        self.state = State(root)
+        self.key, self.bundle = edge.certificates(root)
+        if self.state.api_port is None:
+            self.state.api_port = free_port()
+            self.state.save()
+        self.url = f"http://127.0.0.1:{self.state.api_port}"
+        self.supervisor = Supervisor(self.state, f"{self.url}/graphql/v2")
+        self.schema = api.schema()
+        self.edges: dict[str, edge.Edge] = {}
+        self.faults: list[Fault] = []
+        self.latency = 0.0
+        self.calls: Counter[str] = Counter()
+        self.documents = 0
+
+    # -- shell -------------------------------------------------------------------------------
+
+    def environment(self) -> dict[str, str]:
+        """What points a shell, and any client of Railway in it, at this one."""
+        project = self.state.projects[0]
+        account = next(t for t in self.state.tokens if t.kind == "account")
+        return {
+            contract.API_URL_VARIABLE: f"{self.url}/graphql/v2",
+            contract.RAILWAY_API_TOKEN: account.value,
+            "RAILWAY_PROJECT": project.name,
+            "RAILWAY_PROJECT_ID": project.id,
+            "RAILWAY_ENVIRONMENT": project.environments[0].name,
+            "RAILWAY_ENVIRONMENT_ID": project.environments[0].id,
+            "SSL_CERT_FILE": str(self.bundle),
+            "PATH": f"{self.state.root / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}",
+        }
+
+    def write_railway(self) -> None:
+        """The `railway` executable that `PATH` gets."""
+        folder = self.state.root / "bin"
+        folder.mkdir(parents=True, exist_ok=True)
+        script = folder / "railway"
+        script.write_text(
+            "#!/bin/sh\n"
+            f'exec {shlex.quote(sys.executable)} -m pulse_railway.local.cli "$@"\n'
+        )
+        script.chmod(0o755)
+
+    # -- life --------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        self.write_railway()
+        for service in self.state.services:
+            for instance in service.instances:
+                for domain in instance.domains:
+                    await self._open_edge(service, instance, domain)
+        await self.supervisor.start()
+        try:
+            yield
+        finally:
+            await asyncio.gather(*(e.stop() for e in self.edges.values()))
+            await self.supervisor.stop()
+
+    async def open_domain(
+        self, service: Service, instance: Instance, target_port: int | None
+    ) -> Domain:
+        port = free_port()
+        domain = Domain(new_id(), f"localhost:{port}", port, target_port)
+        instance.domains.append(domain)
+        await self._open_edge(service, instance, domain)
+        return domain
+
+    async def _open_edge(self, service: Service, instance: Instance, domain: Domain) -> None:
+        def target() -> int | None:
+            running = self.supervisor.current.get(instance.id)
+            return running.port if running else None
+
+        self.edges[domain.id] = edge.Edge(domain.port, self.key, target)
+        await self.edges[domain.id].start()
+
+    # -- requests ----------------------------------------------------------------------------
+
+    def token_of(self, request: Request) -> Token | None:
+        header = request.headers.get("authorization", "")
+        bearer = header.removeprefix("Bearer ") if header.startswith("Bearer ") else None
+        project = request.headers.get("project-access-token")
+        if project is not None:
+            token = self.state.token(project)
+            return token if token and token.kind == "project" else None
+        if bearer is not None:
+            token = self.state.token(bearer)
+            return token if token and token.kind != "project" and not token.expired else None
+        return None
+
+    def caller(self, request: Request) -> api.Caller:
+        return api.Caller(self.token_of(request), self.supervisor, self.open_domain)
+
+    async def _fault(self, fields: list[str], *, after: bool = False) -> Response | None:
+        """The answer that a fault gives in place of the real one, if one is due."""
+        for fault in self.faults:
+            if fault.after != after or not fault.hits(fields):
+                continue
+            if fault.delay:
+                await asyncio.sleep(fault.delay)
+            if fault.drop:
+                raise ConnectionAbortedError("ordered to drop the connection")
+            if fault.error:
+                return JSONResponse({"data": None, "errors": [{"message": fault.error}]})
+            if fault.status:
+                headers = {}
+                if fault.retry_after is not None:
+                    headers["retry-after"] = f"{fault.retry_after:g}"
+                return JSONResponse({"message": "ordered fault"}, fault.status, headers)
+        return None
+
+    async def graphql(self, request: Request) -> Response:
+        try:
+            body = await request.json()
+            document, values = body["query"], body.get("variables")
+            fields = top_fields(document)
+        except (ValueError, KeyError, TypeError):
+            return JSONResponse({"errors": [{"message": "Problem processing request"}]}, 400)
+        except GraphQLSyntaxError as error:
+            return JSONResponse({"errors": [{"message": error.message}]}, 400)
+        self.documents += 1
+        self.calls.update(fields)
+        if self.latency:
+            await asyncio.sleep(self.latency)
+        if faulty := await self._fault(fields):
+            return faulty
+        answer = await api.execute(self.schema, self.caller(request), document, values)
+        if faulty := await self._fault(fields, after=True):
+            return faulty
+        # documents that do not validate are refused, as Railway's server does
+        return JSONResponse(answer, 400 if answer["data"] is None and not values_error(answer)
+                            else 200)
+
+    async def up(self, request: Request) -> Response:
+        caller = self.caller(request)
+        service_id = request.query_params.get("serviceId", "")
+        environment_id = request.path_params["environment"]
+        self.calls.update(["up"])
+        if faulty := await self._fault(["up"]):
+            return faulty
+        try:
+            instance = api.need_instance(caller, service_id, environment_id)
+            service = api.need_service(caller, service_id)
+        except api.GraphQLError as error:
+            return JSONResponse({"message": error.message}, 404)
+        with tempfile.NamedTemporaryFile(suffix=".tar.gz") as file:
+            async for chunk in request.stream():
+                file.write(chunk)
+            file.flush()
+            upload = self.supervisor.unpack(Path(file.name))
+        deployment = self.supervisor.deploy(service, instance, upload=upload)
+        if faulty := await self._fault(["up"], after=True):
+            return faulty
+        return JSONResponse(
+            {
+                "deploymentId": deployment.id,
+                "url": f"{self.url}/project/{service.project_id}/service/{service.id}",
+                "logsUrl": f"{self.url}/project/{service.project_id}/service/{service.id}"
+                f"?id={deployment.id}",
+                "deploymentDomain": instance.domains[0].domain if instance.domains else "",
+            }
+        )
+
+    async def ssh(self, request: Request) -> Response:
+        """Streams JSON lines: {"out": ...}, {"err": ...}, and {"exit": code} last."""
+        body = await request.json()
+        self.calls.update(["ssh"])
+        if faulty := await self._fault(["ssh"]):
+            return faulty
+        try:
+            instance = api.need_instance(
+                self.caller(request), body["serviceId"], body["environmentId"]
+            )
+        except api.GraphQLError as error:
+            return JSONResponse({"message": error.message}, 404)
+        process = await self.supervisor.execute(instance, body["command"])
+        if process is None:
+            return JSONResponse({"message": "no running instance of this service"}, 409)
+
+        async def lines() -> AsyncIterator[str]:
+            try:
+                async with asyncio.timeout(120):
+                    out, err = await process.communicate()
+                yield json.dumps({"out": out.decode(errors="replace")}) + "\n"
+                yield json.dumps({"err": err.decode(errors="replace")}) + "\n"
+                yield json.dumps({"exit": process.returncode}) + "\n"
+            finally:
+                if process.returncode is None:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGKILL)
+
+        if faulty := await self._fault(["ssh"], after=True):
+            await process.communicate()
+            return faulty
+        return StreamingResponse(lines(), media_type="application/x-ndjson")
+
+    async def oauth(self, request: Request) -> Response:
+        form = parse_qs((await request.body()).decode())
+        if faulty := await self._fault(["oauth"]):
+            return faulty
+        refresh = (form.get("refresh_token") or [""])[0]
+        old = next((t for t in self.state.tokens if t.refresh and t.refresh == refresh), None)
+        if form.get("grant_type") != ["refresh_token"] or old is None or not form.get("client_id"):
+            return JSONResponse({"error": "invalid_grant"}, 400)
+        self.state.tokens.remove(old)
+        token = self.state.new_oauth_token()
+        self.state.tokens.append(token)
+        self.state.save()
+        return JSONResponse(
+            {
+                "access_token": token.value,
+                "refresh_token": token.refresh,
+                "token_type": "Bearer",
+                "expires_in": 3600,
+            }
+        )
+
+    # -- orders --------------------------------------------------------------------------------
+
+    async def set_faults(self, request: Request) -> Response:
+        """Replaces the faults: {"faults": [...], "latency": s, "crash_at": status, ...}."""
+        body = await request.json()
+        self.faults = [Fault(**fault) for fault in body.get("faults", [])]
+        self.latency = body.get("latency", 0.0)
+        self.supervisor.crash_at = body.get("crash_at")
+        self.supervisor.build_seconds = body.get("build_seconds", 0.0)
+        return JSONResponse({"ok": True})
+
+    async def stats(self, request: Request) -> Response:
+        """Calls so far; `?reset=1` starts counting anew."""
+        names = {s.id: s.name for s in self.state.services}
+        answer = {
+            "documents": self.documents,
+            "fields": dict(self.calls),
+            "starts": {names.get(k, k): n for k, n in self.supervisor.started.items()},
+            "ports": {
+                service.name: self.supervisor.current[instance.id].port
+                for service in self.state.services
+                for instance in service.instances
+                if instance.id in self.supervisor.current
+            },
+            "pids": {
+                service.name: self.supervisor.current[instance.id].process.pid
+                for service in self.state.services
+                for instance in service.instances
+                if instance.id in self.supervisor.current
+            },
+        }
+        if request.query_params.get("reset"):
+            self.documents = 0
+            self.calls.clear()
+        return JSONResponse(answer)
+
+    async def run_cron(self, request: Request) -> Response:
+        name = request.path_params["service"]
+        for service in self.state.services:
+            if service.name == name:
+                code = await self.supervisor.run_cron(service, service.instances[0])
+                last = self.supervisor.state.deployments_of(
+                    service.id, service.instances[0].environment_id
+                )
+                lines = self._tail(last)
+                return JSONResponse({"exit": code, "log": lines})
+        return JSONResponse({"message": "no such service"}, 404)
+
+    def _tail(self, deployments: list[Deployment]) -> list[str]:
+        deployed = next((d for d in deployments if d.status == "SUCCESS"), None)
+        if deployed is None:
+            return []
+        lines = self.supervisor.read_logs(deployed.id, "deploy", 20, None, None)
+        return [line["message"] for line in lines]
+
+    def app(self) -> Starlette:
+        @contextlib.asynccontextmanager
+        async def lifespan(_: Starlette) -> AsyncIterator[None]:
+            async with self.running():
+                yield
+
+        post = ["POST"]
+        return Starlette(
+            routes=[
+                Route("/graphql/v2", self.graphql, methods=post),
+                Route("/project/{project}/environment/{environment}/up", self.up, methods=post),
+                Route("/ssh", self.ssh, methods=post),
+                Route("/oauth/token", self.oauth, methods=post),
+                Route("/local/faults", self.set_faults, methods=post),
+                Route("/local/stats", self.stats),
+                Route("/local/cron/{service}", self.run_cron, methods=post),
+            ],
+            lifespan=lifespan,
+        )
+
+
+def top_fields(document: str) -> list[str]:
+    """The top-level fields of a document, which name what a call does."""
+    return [
+        selection.name.value
+        for definition in parse(document).definitions
+        if isinstance(definition, OperationDefinitionNode)
+        for selection in definition.selection_set.selections
+        if isinstance(selection, FieldNode)
+    ]
+
+
+def values_error(answer: dict[str, Any]) -> bool:
+    """Was the document carried out, and failed in a resolver (which is a 200 on Railway)?"""
+    return any(error.get("path") for error in answer.get("errors", []))
+
+
+def serve(root: Path) -> None:
+    """Run until SIGINT or SIGTERM; then end every process that was started."""
+    local = LocalRailway(root)
+    config = uvicorn.Config(
+        local.app(),
+        host="127.0.0.1",
+        port=local.state.api_port or 0,
+        loop="asyncio",
+        ws="none",
+        log_level="error",
+        access_log=False,
+        timeout_graceful_shutdown=1,
+    )
+    uvicorn.Server(config).run()
+
+
+if __name__ == "__main__":
+    serve(Path(sys.argv[1]).resolve())

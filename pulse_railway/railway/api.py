@@ -1,0 +1,172 @@
+"""The GraphQL client: one call at a time, patient with a busy Railway, careful with writes."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable
+from typing import Any, cast
+
+import httpx
+
+from pulse_railway import contract
+from pulse_railway.errors import Failure, Uncertain, redact
+from pulse_railway.railway import documents
+from pulse_railway.railway.tokens import Token
+
+ATTEMPTS = 5
+FIRST_PAUSE = 0.5  # seconds; doubled each time, with jitter
+LONGEST_PAUSE = 60.0
+TIMEOUT = httpx.Timeout(60.0, connect=15.0)
+
+
+class ApiError(Failure):
+    """Railway answered, and refused. The message is its own."""
+
+
+class Api:
+    """Railway's API with one token.
+
+    Args:
+        token: which kind it is, is asked once, at the first call that needs to know.
+        on_wait: told why, when a call has to wait.
+    """
+
+    def __init__(self, token: Token, on_wait: Callable[[str], None] = lambda _: None) -> None:
+        self.token = token
+        self.calls = 0
+        self._on_wait = on_wait
+        self._scope: dict[str, Any] | None = None
+        self._asked = False
+        url = os.environ.get(contract.API_URL_VARIABLE) or contract.API_URL
+        self._client = httpx.Client(base_url=url, timeout=TIMEOUT)
+
+    def close(self) -> None:
+        self._client.close()
+
+    # -- the token -----------------------------------------------------------------------------
+
+    def scope(self) -> dict[str, Any] | None:
+        """For a project token, its project and environment; None for any other token."""
+        if not self._asked:
+            self._asked = True
+            if self.token.source != "login":
+                try:
+                    headers = {"Project-Access-Token": self.token.value}
+                    data = self._call(documents.PROJECT_TOKEN, {}, headers, repeatable=True)
+                    self._scope = data["projectToken"]
+                except ApiError:
+                    self._scope = None
+        return self._scope
+
+    @property
+    def is_project_token(self) -> bool:
+        return self.scope() is not None
+
+    def _headers(self) -> dict[str, str]:
+        if self.is_project_token:
+            return {"Project-Access-Token": self.token.value}
+        return {"Authorization": f"Bearer {self.token.value}"}
+
+    # -- calls ---------------------------------------------------------------------------------
+
+    def call(self, document: str, *, repeatable: bool | None = None, **variables: Any) -> Any:
+        """Send a document and return its data.
+
+        A query is repeated when Railway is busy or away. A mutation is repeated where Railway
+        has said that it did not carry it out (429) or where nothing was sent; with
+        `repeatable=True`, where doing it twice is harmless, like a query.
+
+        Raises:
+            ApiError: Railway refused, in its own words.
+            Uncertain: a mutation was sent and its answer lost.
+            Failure: Railway cannot be reached.
+        """
+        if repeatable is None:
+            repeatable = not document.lstrip().startswith("mutation")
+        return self._call(document, variables, self._headers(), repeatable)
+
+    def public(self, document: str, **variables: Any) -> Any:
+        """A query that needs no token."""
+        return self._call(document, variables, {}, repeatable=True)
+
+    def _call(
+        self, document: str, variables: dict[str, Any], headers: dict[str, str], repeatable: bool
+    ) -> Any:
+        body = {"query": document, "variables": variables}
+        for attempt in range(ATTEMPTS):
+            last = attempt == ATTEMPTS - 1
+            self.calls += 1
+            try:
+                answer = self._client.post("", json=body, headers=headers)
+            except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
+                # nothing was sent
+                if last:
+                    raise Failure(f"Railway's API is not reachable: {_why(error)}") from None
+                self._wait(attempt, "Railway is not reachable")
+                continue
+            except httpx.HTTPError as error:
+                if not repeatable:
+                    raise Uncertain(f"Railway's answer was lost: {_why(error)}") from None
+                if last:
+                    raise Failure(f"Railway's API does not answer: {_why(error)}") from None
+                self._wait(attempt, "Railway does not answer")
+                continue
+            if answer.status_code == 429:
+                after = _retry_after(answer)
+                if last or after > LONGEST_PAUSE * 5:
+                    raise Failure(
+                        "Railway's rate limit is used up; it asks to wait"
+                        f" {after or LONGEST_PAUSE:.0f} s: try again then"
+                    )
+                self._wait(attempt, "Railway's rate limit", after)
+                continue
+            if answer.status_code >= 500:
+                if not repeatable:
+                    raise Uncertain(f"Railway answered {answer.status_code}")
+                if last:
+                    raise Failure(f"Railway answers {answer.status_code}: try again later")
+                self._wait(attempt, f"Railway answered {answer.status_code}")
+                continue
+            return self._data(answer)
+        raise AssertionError("unreachable")
+
+    def _data(self, answer: httpx.Response) -> Any:
+        if answer.status_code in (401, 403):
+            raise ApiError("Railway does not accept the token: check it, or make a new one")
+        try:
+            body = cast(dict[str, Any], answer.json())
+        except ValueError:
+            raise ApiError(
+                f"Railway answered {answer.status_code} without JSON: is"
+                f" {contract.API_URL_VARIABLE} right?"
+            ) from None
+        if errors := body.get("errors"):
+            message = "; ".join(str(error.get("message")) for error in errors)
+            if "not authorized" in message.lower():
+                message += (
+                    f" (token from {self.token.source}: it must be valid and see the project)"
+                )
+            raise ApiError(f"Railway: {redact(message)}")
+        if answer.status_code >= 400 or "data" not in body:
+            raise ApiError(f"Railway answered {answer.status_code}")
+        return body["data"]
+
+    def _wait(self, attempt: int, why: str, at_least: float = 0.0) -> None:
+        pause = min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE) * random.uniform(0.75, 1.25)
+        pause = max(pause, at_least)
+        self._on_wait(f"{why}; trying again in {pause:.1f} s")
+        time.sleep(pause)
+
+
+def _retry_after(answer: httpx.Response) -> float:
+    """Seconds (RFC 9110 section 10.2.3; Railway sends the number form)."""
+    try:
+        return max(0.0, float(answer.headers.get("retry-after", 0)))
+    except ValueError:
+        return 0.0
+
+
+def _why(error: httpx.HTTPError) -> str:
+    return redact(str(error) or type(error).__name__)

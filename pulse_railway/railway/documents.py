@@ -1,0 +1,225 @@
+"""Every GraphQL document we send. Each is valid against Railway's schema: a test says so.
+
+Several things are read in one document, and several writes go in one: Railway counts requests.
+"""
+
+from __future__ import annotations
+
+PROJECT_TOKEN = """
+query ProjectToken {
+  projectToken {
+    projectId
+    environmentId
+    project { name }
+    environment { name }
+  }
+}
+"""
+
+MY_PROJECTS = """
+query MyProjects {
+  me {
+    workspaces {
+      id
+      name
+      projects(first: 500) {
+        edges {
+          node { id name environments { edges { node { id name } } } }
+        }
+      }
+    }
+  }
+  externalWorkspaces {
+    id
+    name
+    projects { id name environments { edges { node { id name } } } }
+  }
+}
+"""
+
+# for workspace tokens, which have no `me`
+PROJECTS = """
+query Projects($workspace: String) {
+  projects(workspaceId: $workspace, first: 500) {
+    edges {
+      node { id name workspaceId environments { edges { node { id name } } } }
+    }
+  }
+}
+"""
+
+ENVIRONMENTS = """
+query Environments($project: String!) {
+  environments(projectId: $project) { edges { node { id name } } }
+}
+"""
+
+STACK = """
+query Stack($project: String!, $environment: String!) {
+  environment(id: $environment, projectId: $project) {
+    config
+    serviceInstances {
+      edges {
+        node {
+          id
+          serviceId
+          serviceName
+          createdAt
+          source { image repo }
+          numReplicas
+          healthcheckPath
+          healthcheckTimeout
+          overlapSeconds
+          drainingSeconds
+          startCommand
+          cronSchedule
+          restartPolicyType
+          domains { serviceDomains { domain targetPort } customDomains { domain } }
+          latestDeployment { id status createdAt deploymentStopped }
+        }
+      }
+    }
+  }
+}
+"""
+
+RENDERED = """
+query Rendered($project: String!, $environment: String!, $service: String!) {
+  variablesForServiceDeployment(
+    projectId: $project, environmentId: $environment, serviceId: $service
+  )
+}
+"""
+
+LATEST = """
+query Latest($project: String!, $environment: String!) {
+  environment(id: $environment, projectId: $project) {
+    serviceInstances {
+      edges { node { serviceId serviceName latestDeployment { id status } } }
+    }
+  }
+}
+"""
+
+DEPLOYMENT = """
+query Deployment($deployment: String!, $since: DateTime) {
+  deployment(id: $deployment) { id status deploymentStopped }
+  buildLogs(deploymentId: $deployment, startDate: $since, limit: 500) { timestamp message }
+}
+"""
+
+RUNTIME_LOGS = """
+query RuntimeLogs($deployment: String!, $since: DateTime, $limit: Int) {
+  deployment(id: $deployment) { status }
+  deploymentLogs(deploymentId: $deployment, startDate: $since, limit: $limit) {
+    timestamp
+    message
+    severity
+  }
+}
+"""
+
+BUILD_LOGS = """
+query BuildLogs($deployment: String!, $since: DateTime, $limit: Int) {
+  deployment(id: $deployment) { status }
+  buildLogs(deploymentId: $deployment, startDate: $since, limit: $limit) {
+    timestamp
+    message
+    severity
+  }
+}
+"""
+
+TEMPLATE = """
+query Template($code: String!) {
+  template(code: $code) { id code serializedConfig }
+}
+"""
+
+TEMPLATE_DEPLOY = """
+mutation TemplateDeploy($input: TemplateDeployV2Input!) {
+  templateDeployV2(input: $input) { workflowId }
+}
+"""
+
+SERVICE_CREATE = """
+mutation ServiceCreate($input: ServiceCreateInput!) {
+  serviceCreate(input: $input) { id }
+}
+"""
+
+SERVICE_DELETE = """
+mutation ServiceDelete($service: String!, $environment: String!) {
+  serviceDelete(id: $service, environmentId: $environment)
+}
+"""
+
+SERVICE_DISCONNECT = """
+mutation ServiceDisconnect($service: String!) {
+  serviceDisconnect(id: $service) { id }
+}
+"""
+
+SERVICE_DEPLOY = """
+mutation ServiceDeploy($service: String!, $environment: String!) {
+  serviceInstanceDeployV2(serviceId: $service, environmentId: $environment)
+}
+"""
+
+DOMAIN_CREATE = """
+mutation DomainCreate($input: ServiceDomainCreateInput!) {
+  serviceDomainCreate(input: $input) { domain }
+}
+"""
+
+
+def variables_of(count: int) -> str:
+    """One document that reads the unrendered variables of `count` services, as v0, v1, ..."""
+    parameters = "".join(f", $s{i}: String!" for i in range(count))
+    fields = "\n".join(
+        f"  v{i}: variables(projectId: $project, environmentId: $environment,"
+        f" serviceId: $s{i}, unrendered: true)"
+        for i in range(count)
+    )
+    return (
+        f"query Variables($project: String!, $environment: String!{parameters}) {{\n{fields}\n}}"
+    )
+
+
+def configure(
+    *, variables: int = 0, settings: int = 0, disconnect: int = 0, patch: bool = False
+) -> str:
+    """One document that writes variables, settings and group membership of several services.
+
+    Its variables: `v0...` (VariableCollectionUpsertInput), `s0...` with `i0...` (a service id and
+    its ServiceInstanceUpdateInput), `d0...` (ids of services whose image or repo is taken off),
+    `patch` (EnvironmentConfig). Mutations of one document run in order.
+    """
+    parameters = ["$environment: String!"] if settings or patch else []
+    fields = []
+    for i in range(disconnect):
+        parameters.append(f"$d{i}: String!")
+        fields.append(f"  disconnect{i}: serviceDisconnect(id: $d{i}) {{ id }}")
+    for i in range(variables):
+        parameters.append(f"$v{i}: VariableCollectionUpsertInput!")
+        fields.append(f"  variables{i}: variableCollectionUpsert(input: $v{i})")
+    for i in range(settings):
+        parameters.append(f"$s{i}: String!, $i{i}: ServiceInstanceUpdateInput!")
+        fields.append(
+            f"  settings{i}: serviceInstanceUpdate("
+            f"serviceId: $s{i}, environmentId: $environment, input: $i{i})"
+        )
+    if patch:
+        parameters.append("$patch: EnvironmentConfig")
+        fields.append(
+            '  patch: environmentPatchCommit(environmentId: $environment, patch: $patch,'
+            ' commitMessage: "Place services in the router\'s group")'
+        )
+    return f"mutation Configure({', '.join(parameters)}) {{\n" + "\n".join(fields) + "\n}"
+
+
+def delete_variables(count: int) -> str:
+    """One document that deletes `count` variables, given as x0, x1, ... (VariableDeleteInput)."""
+    parameters = ", ".join(f"$x{i}: VariableDeleteInput!" for i in range(count))
+    fields = "\n".join(f"  delete{i}: variableDelete(input: $x{i})" for i in range(count))
+    return f"mutation DeleteVariables({parameters}) {{\n{fields}\n}}"

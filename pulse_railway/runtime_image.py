@@ -1,0 +1,45 @@
+"""The sources of the runtime image: router.py, janitor.py and Dockerfile.router."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import sys
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+from pulse_railway import __version__
+
+FILES = ("Dockerfile.router", "janitor.py", "router.py")
+
+
+def sources() -> Path:
+    """The folder that holds FILES: inside the wheel, or the root of a checkout."""
+    package = Path(__file__).parent
+    packaged = package / "runtime"
+    return packaged if (packaged / "router.py").exists() else package.parent
+
+
+@cache
+def version() -> str:
+    """What the router and janitor services are marked with: our version and the files' digest."""
+    digest = hashlib.sha256()
+    for name in FILES:
+        digest.update((sources() / name).read_bytes())
+    return f"{__version__}+{digest.hexdigest()[:12]}"
+
+
+def load(name: str) -> ModuleType:
+    """router.py or janitor.py as a module, for `control`, `janitor run` and the local edge."""
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, sources() / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    if name == "janitor":
+        load("router")  # which it imports by that name
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,171 @@
+"""How a verb becomes an Invoke task: its flags, defaults, errors and exit status.
+
+Flags are data, written once. A verb names those it takes and gets a mapping of their values:
+what was given, else the project's Invoke configuration (section `pulse_railway`), else nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from invoke.context import Context
+from invoke.exceptions import Exit
+from invoke.tasks import Task, task
+
+Flags = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Flag:
+    help: str
+    default: Any = None  # a bool makes a switch, a tuple a flag that may be repeated
+
+
+FLAGS: dict[str, Flag] = {
+    # the app
+    "app": Flag("the app's file, path/to/main.py[:variable], relative to the context"),
+    "context": Flag("the folder to build and upload (default: this one)"),
+    # the target
+    "workspace": Flag("Railway workspace, by name; narrows --project"),
+    "workspace_id": Flag("Railway workspace, by id"),
+    "project": Flag("Railway project, by name"),
+    "project_id": Flag("Railway project, by id"),
+    "environment": Flag("Railway environment, by name (default: production)"),
+    "environment_id": Flag("Railway environment, by id"),
+    "token": Flag("Railway token; better in RAILWAY_TOKEN or RAILWAY_API_TOKEN"),
+    "service": Flag("the router's service name (default: pulse-router)"),
+    "service_prefix": Flag("what every service name starts with; at most 8 characters"),
+    "redis_service": Flag("the Redis service's name (default: pulse-redis)"),
+    # the baseline
+    "redis_url": Flag("use this Redis instead of one in the project"),
+    "redis_prefix": Flag("what the state's Redis keys start with (default: pulse:railway)"),
+    "janitor_cron_schedule": Flag("when the janitor runs, in UTC (default: */5 * * * *)"),
+    "drain_ttl_seconds": Flag("keep a draining deployment at most so long (default: 86400)"),
+    "router_replicas": Flag("router replicas (default: 1)"),
+    "runtime_image": Flag("a published image of router and janitor (default: built on Railway)"),
+    "plan": Flag("print what would be done, and do nothing", False),
+    # a deployment
+    "deployment_name": Flag("prefix of the generated deployment id (default: prod)"),
+    "deployment_id": Flag("a deployment's id"),
+    "server_address": Flag("the app's public address (default: the app's, then the router's)"),
+    "web_root": Flag("the React project, relative to the context (default: the app's)"),
+    "image_repository": Flag("build here and push to this repository, e.g. registry/org/name"),
+    "build_arg": Flag("build argument KEY=VALUE; may be repeated", ()),
+    "no_gitignore": Flag("upload what .gitignore names, too", False),
+    "env": Flag("variable KEY=VALUE of this deployment; may be repeated", ()),
+    "backend_replicas": Flag("backend replicas (default: 1, the safe number)"),
+    "no_promote": Flag("leave the new deployment pending", False),
+    "keep_failed": Flag("do not remove the service when the deploy fails", False),
+    # the rest
+    "repository": Flag("where to push the runtime image, e.g. registry/org/pulse-railway"),
+    "tag": Flag("the image's tag (default: the version)"),
+    "build": Flag("the build log instead of the running service's", False),
+    "follow": Flag("go on until interrupted", False),
+    "lines": Flag("how many lines (default: 100)"),
+    "yes": Flag("do not ask", False),
+    "json": Flag("one JSON object on stdout", False),
+}
+
+TARGET = (
+    "workspace workspace_id project project_id environment environment_id token"
+).split()
+STACK = ["app", "context", *TARGET, "service", "service_prefix", "redis_service", "json"]
+BASELINE = [
+    "app",
+    "context",
+    *TARGET,
+    *"service_prefix redis_url redis_prefix janitor_cron_schedule drain_ttl_seconds".split(),
+    *"router_replicas runtime_image json".split(),
+]
+DEPLOY = [
+    "app",
+    "context",
+    *TARGET,
+    *"deployment_name deployment_id service_prefix server_address web_root".split(),
+    *"image_repository build_arg no_gitignore env backend_replicas no_promote".split(),
+    *"keep_failed json".split(),
+]
+
+
+def verb(flags: list[str]) -> Callable[[Callable[[Flags], None]], Task[Any]]:
+    """Make a task of a function that takes its flags as a mapping."""
+
+    def decorate(function: Callable[[Flags], None]) -> Task[Any]:
+        @functools.wraps(function)
+        def body(c: Context, **given: Any) -> None:
+            run(function, with_defaults(c, given))
+
+        parameter = inspect.Parameter
+        kind = parameter.POSITIONAL_OR_KEYWORD
+        parameters = [parameter("c", kind)]
+        for name in flags:
+            default = FLAGS[name].default
+            parameters.append(parameter(name, kind, default=[] if default == () else default))
+        body.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        made: Task[Any] = task(
+            body,
+            help={name: FLAGS[name].help for name in flags},
+            iterable=[name for name in flags if FLAGS[name].default == ()],
+            auto_shortflags=False,
+        )
+        return made
+
+    return decorate
+
+
+def with_defaults(context: Context, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Flags that were not given, from the project's Invoke configuration."""
+    configured = context.config.get("pulse_railway") or {}
+    known = {key.replace("-", "_"): value for key, value in dict(configured).items()}
+    return {
+        name: value if value not in (None, [], False) else known.get(name, value)
+        for name, value in given.items()
+    }
+
+
+def run(function: Callable[[Flags], None], flags: Flags) -> None:
+    """Call a verb. Whatever a user can do something about becomes one line and a status of 1."""
+    from pulse_railway.errors import Failure, redact
+
+    load_dotenv()
+    try:
+        function(flags)
+    except Failure as failure:
+        raise Exit(f"error: {redact(str(failure))}", 1) from None
+    except KeyboardInterrupt:
+        raise Exit("interrupted", 130) from None
+    except BaseException as error:
+        number = getattr(error, "number", None)
+        if type(error).__name__ == "Interrupted" and number:
+            raise Exit("interrupted", 128 + number) from None
+        if isinstance(error, (OSError,)) or type(error).__module__.startswith("httpx"):
+            raise Exit(f"error: {redact(str(error) or type(error).__name__)}", 1) from None
+        raise
+
+
+def load_dotenv() -> None:
+    """Read `.env` in this folder; the environment wins over it."""
+    if Path(".env").is_file():
+        import dotenv
+
+        dotenv.load_dotenv(".env", override=False)
+
+
+def confirm(question: str, flags: Flags) -> None:
+    """Ask before something is destroyed. Without a terminal or `--yes`, refuse."""
+    from pulse_railway.errors import Failure
+
+    if flags.get("yes") or os.environ.get("CI"):
+        return
+    if not sys.stdin.isatty():
+        return  # scripts that worked with 0.3.x go on working
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise Failure("not done")

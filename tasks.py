@@ -1,0 +1,43 @@
+"""The tasks of this repository: Railway's verbs, and what develops pulse-railway itself."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from invoke.collection import Collection
+from invoke.context import Context
+from invoke.tasks import task
+
+from pulse_railway import tasks as railway
+
+
+@task(help={"once": "do not stay: two deploys, check the story, end"})
+def demo(_: Any, once: bool = False) -> None:
+    """Deploy the example on a local Railway and stay until Ctrl-C."""
+    from examples import demo as script
+
+    raise SystemExit(script.main(once=once))
+
+
+@task(help={"args": "more arguments for pytest"})
+def test(c: Context, args: str = "") -> None:
+    """Run the tests."""
+    c.run(f"{sys.executable} -m pytest {args}", pty=False)
+
+
+@task
+def lint(c: Context) -> None:
+    """Ruff and mypy, strict."""
+    c.run("ruff check . && ruff format --check . && mypy")
+
+
+@task(help={"quick": "fewer and shorter rounds"})
+def bench(c: Context, quick: bool = False) -> None:
+    """Measure the router beside pulse-railway 0.3.13's, and others where installed."""
+    c.run(f"{sys.executable} -m benchmarks.router {'--quick' if quick else ''}", pty=False)
+
+
+ns = Collection.from_module(railway)
+for own in (demo, test, lint, bench):
+    ns.add_task(own)
