@@ -91,9 +91,8 @@ class Railway:
         self.project = env["RAILWAY_PROJECT_ID"]
         self.environment = env["RAILWAY_ENVIRONMENT_ID"]
         self.token = env["RAILWAY_TOKEN"]
-        self.client = httpx.Client(
-            base_url=env.get("PULSE_RAILWAY_API_URL") or API_URL, timeout=httpx.Timeout(30)
-        )
+        self.url = env.get("PULSE_RAILWAY_API_URL") or API_URL
+        self.client = httpx.Client(timeout=30)
         self.headers = {"Project-Access-Token": self.token}
 
     def call(self, document: str, **variables: str) -> dict[str, Any]:
@@ -104,7 +103,9 @@ class Railway:
         for attempt in range(3):
             try:
                 response = self.client.post(
-                    "", json={"query": document, "variables": variables}, headers=self.headers
+                    self.url,
+                    json={"query": document, "variables": variables},
+                    headers=self.headers,
                 )
                 response.raise_for_status()
                 answer = response.json()

@@ -22,6 +22,7 @@ from pulse_railway.output import Output
 from pulse_railway.railway import cli, documents
 from pulse_railway.railway.api import Api
 from pulse_railway.stack import (
+    FAILED_STATES,
     SECRET_NAMES,
     Service,
     Stack,
@@ -318,6 +319,17 @@ def create_domain(api: Api, target: Target, service_id: str) -> str:
     return str(data["serviceDomainCreate"]["domain"])
 
 
+def deploy_service(api: Api, target: Target, service_id: str) -> str:
+    """Deploy what a service's source is; returns the deployment's id. A second one supersedes."""
+    data = api.call(
+        documents.SERVICE_DEPLOY,
+        service=service_id,
+        environment=target.environment_id,
+        repeatable=True,
+    )
+    return str(data["serviceInstanceDeployV2"])
+
+
 def start_runtime(
     api: Api, target: Target, service: Service, wanted: Options, output: Output
 ) -> str | None:
@@ -327,13 +339,7 @@ def start_runtime(
     """
     if wanted.runtime_image:
         with output.step(f"deploy {wanted.runtime_image} on {service.name}"):
-            data = api.call(
-                documents.SERVICE_DEPLOY,
-                service=service.id,
-                environment=target.environment_id,
-                repeatable=True,
-            )
-            return str(data["serviceInstanceDeployV2"])
+            return deploy_service(api, target, service.id)
     with (
         output.step(f"upload the runtime to {service.name}"),
         tempfile.TemporaryDirectory(prefix="pulse-railway-") as folder,
@@ -462,12 +468,13 @@ def create(api: Api, stack: Stack, wanted: Options, output: Output) -> Stack:
         with output.step(f"delete {names.redis}"):
             delete_service(api, target, stack.redis.id)
             del stack.services[names.redis]
-    apply(api, stack, plan(stack, wanted, token, internal_token(stack)), wanted, output)
-    if stack.redis:
+    if stack.redis:  # the router is healthy once it has read its state
         with output.step(f"wait for {names.redis}"):
-            wait_for_services(
-                api, target, {stack.redis.id: names.redis}, {}, output, timeout=600.0
-            )
+            redis_id = stack.redis.id
+            if stack.redis.status in FAILED_STATES:
+                deploy_service(api, target, redis_id)
+            wait_for_services(api, target, {redis_id: names.redis}, {}, output, timeout=600.0)
+    apply(api, stack, plan(stack, wanted, token, internal_token(stack)), wanted, output)
     with output.step("finish"):
         _finish(api, stack)
         return inspect(api, target, names)

@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 
 from pulse_railway import config, contract, naming
-from pulse_railway.baseline import create_service, delete_service, shell
+from pulse_railway.baseline import create_service, delete_service, deploy_service, shell
 from pulse_railway.config import AppConfig, Target
 from pulse_railway.errors import Failure, Uncertain, keep_secret
 from pulse_railway.output import Output
@@ -203,7 +203,8 @@ def backend_variables(plan: Plan, stack: Stack) -> dict[str, str]:
     references = {
         name: f"${{{{{names.env}.{name}}}}}"
         for name in env.variables
-        if name not in contract.NOT_REFERENCED and not name.startswith("RAILWAY_")
+        if name not in contract.NOT_REFERENCED
+        and not name.startswith(("RAILWAY_", "PULSE_RAILWAY_"))
     }
     managed = {
         contract.DEPLOYMENT_ID: plan.deployment_id,
@@ -336,13 +337,7 @@ def start_backend(
     assert progress.service_id
     target = stack.target
     if plan.image:
-        data = api.call(
-            documents.SERVICE_DEPLOY,
-            service=progress.service_id,
-            environment=target.environment_id,
-            repeatable=True,
-        )
-        deployment = data["serviceInstanceDeployV2"]
+        deployment = deploy_service(api, target, progress.service_id)
     else:
         output.waiting(f"uploading {plan.app.context}")
         deployment = cli.up(
@@ -550,13 +545,7 @@ def redeploy(
             raise Failure("no deployment is active: run `pulse-railway deploy`")
     service = find_backend(stack, deployment_id)
     with output.step(f"redeploy {service.name}"):
-        data = api.call(
-            documents.SERVICE_DEPLOY,
-            service=service.id,
-            environment=stack.target.environment_id,
-            repeatable=True,
-        )
-        railway_deployment = str(data["serviceInstanceDeployV2"])
+        railway_deployment = deploy_service(api, stack.target, service.id)
         wait_for_build(api, railway_deployment, output)
     with output.step("reach it through the router"):
         wait_until_routed(stack.address, deployment_id, by_affinity=True)

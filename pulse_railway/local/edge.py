@@ -83,12 +83,6 @@ class Edge:
         self.task: asyncio.Task[None] | None = None
 
     async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await receive()
-            await send({"type": "lifespan.startup.complete"})
-            await receive()
-            await send({"type": "lifespan.shutdown.complete"})
-            return
         client = scope["extensions"]["pulse.client"]["client"]
         deployment = self.deployment()
         if deployment is None:
@@ -124,7 +118,8 @@ class Edge:
             http=Protocol,
             ws="none",
             loop="asyncio",
-            lifespan="on",
+            interface="asgi3",
+            lifespan="off",
             log_level="warning",
             access_log=False,
             server_header=False,

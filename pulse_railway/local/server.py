@@ -343,6 +343,7 @@ class LocalRailway:
         return Starlette(
             routes=[
                 Route("/graphql/v2", self.graphql, methods=post),
+                Route("/graphql/v2/", self.graphql, methods=post),  # as some clients join it
                 Route("/project/{project}/environment/{environment}/up", self.up, methods=post),
                 Route("/ssh", self.ssh, methods=post),
                 Route("/oauth/token", self.oauth, methods=post),

@@ -66,7 +66,7 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-@dataclass
+@dataclass(eq=False)
 class Running:
     """A deployment's process."""
 
@@ -209,7 +209,7 @@ class Supervisor:
             self._set(deployment, "SUCCESS")
             await self._replace(instance, running, deployment)
             running.watcher = self._spawn(self._watch(service, instance, running, build), "watch")
-        except BuildError as error:
+        except (BuildError, OSError, ValueError) as error:
             self._log(deployment, "build", str(error), "error")
             self._set(deployment, "FAILED")
             deployment.stopped = True

@@ -39,8 +39,8 @@ class Api:
         self._on_wait = on_wait
         self._scope: dict[str, Any] | None = None
         self._asked = False
-        url = os.environ.get(contract.API_URL_VARIABLE) or contract.API_URL
-        self._client = httpx.Client(base_url=url, timeout=TIMEOUT)
+        self.url = os.environ.get(contract.API_URL_VARIABLE) or contract.API_URL
+        self._client = httpx.Client(timeout=TIMEOUT)
 
     def close(self) -> None:
         self._client.close()
@@ -99,7 +99,7 @@ class Api:
             last = attempt == ATTEMPTS - 1
             self.calls += 1
             try:
-                answer = self._client.post("", json=body, headers=headers)
+                answer = self._client.post(self.url, json=body, headers=headers)
             except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
                 # nothing was sent
                 if last:

@@ -5,6 +5,7 @@ its own. Here all share one machine: a name and the port it declares resolve to 
 that the service really listens on. RAILWAY_LOCAL_HOSTS names the file that says which.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -12,17 +13,35 @@ import socket
 _system_getaddrinfo = socket.getaddrinfo
 
 
-def _getaddrinfo(host, port, *args, **kwargs):  # type: ignore[no-untyped-def]
+def _real(host, port):  # type: ignore[no-untyped-def]
+    """Where a name of the private network is; any other host and port as they are."""
     name = host.decode() if isinstance(host, bytes) else host
-    if isinstance(name, str) and name.endswith(".railway.internal"):
-        with open(os.environ["RAILWAY_LOCAL_HOSTS"]) as file:
-            ports = json.load(file).get(name)
-        if ports is None:
-            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-        # A port that nobody declared is one that nobody listens on.
-        host, port = "127.0.0.1", ports.get(str(port), 9)
-    return _system_getaddrinfo(host, port, *args, **kwargs)
+    if not isinstance(name, str) or not name.endswith(".railway.internal"):
+        return host, port
+    with open(os.environ["RAILWAY_LOCAL_HOSTS"]) as file:
+        ports = json.load(file).get(name)
+    if ports is None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+    return "127.0.0.1", ports.get(str(port), 9)  # nobody listens on a port nobody declared
+
+
+def _getaddrinfo(host, port, *args, **kwargs):  # type: ignore[no-untyped-def]
+    return _system_getaddrinfo(*_real(host, port), *args, **kwargs)
+
+
+def _patch_uvloop():  # type: ignore[no-untyped-def]
+    """uvloop resolves names by itself."""
+    import uvloop
+
+    system = uvloop.Loop.create_connection
+
+    def create_connection(self, factory, host=None, port=None, **kwargs):  # type: ignore[no-untyped-def]
+        return system(self, factory, *_real(host, port), **kwargs)
+
+    uvloop.Loop.create_connection = create_connection
 
 
 if "RAILWAY_LOCAL_HOSTS" in os.environ:
     socket.getaddrinfo = _getaddrinfo
+    with contextlib.suppress(ImportError):
+        _patch_uvloop()
