@@ -856,6 +856,9 @@ class Client(HttpToolsProtocol):
         if self.exchange:
             self.exchange.client_writable()
 
+    def _should_upgrade_to_ws(self) -> bool:
+        return True  # by open_tunnel, not by one of uvicorn's protocols
+
     def open_tunnel(self, early: bytes) -> None:
         """Leave HTTP: from here on this connection belongs to `tunnel`."""
         self.connections.discard(self)

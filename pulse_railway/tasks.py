@@ -61,13 +61,14 @@ def deploy(flags: Flags) -> None:
     """Bring up the app as a new deployment and make it the active one."""
     from pulse_railway import deployment
 
-    output, app = _output(flags), _app(flags)
-    with output.step(f"load {app.file}"):
-        plan = deployment.prepare(app, flags, output)
+    output = _output(flags)
+    app = _app(flags, output)
+    plan = deployment.prepare(app, flags, output)
     api, target = _target(flags, output, app)
     result = deployment.deploy(api, target, plan, output)
     result["api_calls"] = api.calls
-    where = result["address"] + ("" if result["active"] else f"/?pulse_deployment={result['deployment_id']}")
+    query = "" if result["active"] else f"/?pulse_deployment={result['deployment_id']}"
+    where = result["address"] + query
     verdict = "is active" if result["active"] else "is up, and pending"
     output.result(
         result,
@@ -277,13 +278,14 @@ def _output(flags: Flags) -> Output:
     return Output(as_json=bool(flags.get("json")))
 
 
-def _app(flags: Flags) -> AppConfig:
+def _app(flags: Flags, output: Output) -> AppConfig:
     from dataclasses import replace
 
     from pulse_railway import config, naming
     from pulse_railway.errors import Failure
 
-    app = config.load_app(flags.get("app"), Path(flags.get("context") or ".").resolve())
+    with output.step(f"load {flags.get('app') or 'the app'}"):
+        app = config.load_app(flags.get("app"), Path(flags.get("context") or ".").resolve())
     if flags.get("service_prefix"):  # the backends' only, as in 0.3.x
         try:
             prefix = naming.service_prefix(flags["service_prefix"])
@@ -304,7 +306,8 @@ def _target(flags: Flags, output: Output, app: AppConfig | None) -> tuple[Api, T
 def _baseline(flags: Flags) -> tuple[Output, Api, Target, Names, Options]:
     from pulse_railway import baseline
 
-    output, app = _output(flags), _app(flags)
+    output = _output(flags)
+    app = _app(flags, output)
     wanted = baseline.options(flags, app.plugin)
     api, target = _target(flags, output, app)
     return output, api, target, app.names, wanted
@@ -316,7 +319,7 @@ def _stack(flags: Flags, *, require: bool = True) -> tuple[Output, Api, Stack]:
     from pulse_railway.stack import inspect, require_baseline
 
     output = _output(flags)
-    app = _app(flags) if flags.get("app") else None
+    app = _app(flags, output) if flags.get("app") else None
     names = app.names if app else config.names_from_flags(flags)
     api, target = _target(flags, output, app)
     with output.step("inspect the project"):

@@ -238,7 +238,10 @@ class Supervisor:
             return self._pull(service, deployment, command)
         if not deployment.upload or not Path(deployment.upload).is_dir():
             raise BuildError("there is no source to build: upload one, or set an image")
-        folder = Path(deployment.upload)
+        # a container's file system is its own, and new at every start
+        folder = self.root / "containers" / deployment.id
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(deployment.upload, folder, symlinks=True)
         variables = rendered(self.state, service, instance)
         dockerfile = variables.get("RAILWAY_DOCKERFILE_PATH") or "Dockerfile"
         path = folder / dockerfile
@@ -418,6 +421,7 @@ class Supervisor:
             os.killpg(group, signal.SIGKILL)
         await running.process.wait()
         self.processes.discard(running)
+        shutil.rmtree(self.root / "containers" / running.deployment.id, ignore_errors=True)
 
     async def _watch(
         self, service: Service, instance: Instance, running: Running, build: Build

@@ -1,0 +1,276 @@
+"""The demonstration: the example app deployed twice on a local Railway, nothing stood in for.
+
+`make demo` stays up until Ctrl-C; `make demo-once` plays the story below and ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from examples.visitor import Visitor
+
+ROOT = Path(__file__).parent.parent
+APP = "examples/railway/main.py"
+
+SET_VARIABLES = """
+mutation Set($input: VariableCollectionUpsertInput!) { variableCollectionUpsert(input: $input) }
+"""
+RUN_CRON = """
+mutation Run($id: String!) {
+  deploymentInstanceExecutionCreate(input: { serviceInstanceId: $id })
+}
+"""
+SERVICES = """
+query Services($environment: String!) {
+  environment(id: $environment) {
+    serviceInstances { edges { node { id serviceId serviceName } } }
+  }
+}
+"""
+
+
+class Stage:
+    """A local Railway that runs, and the commands a user would give in a shell at it."""
+
+    def __init__(self, root: Path, process: subprocess.Popen[bytes], env: dict[str, str]) -> None:
+        self.root, self.process, self.env = root, process, env
+        self.api = env["PULSE_RAILWAY_API_URL"]
+        self.bundle = env["SSL_CERT_FILE"]
+
+    def run(self, *arguments: str, check: bool = True, **env: str) -> dict[str, Any]:
+        """One verb, as its own process, with --json. Its progress goes to our stderr."""
+        command = [sys.executable, "-m", "pulse_railway", *arguments, "--json"]
+        done = subprocess.run(
+            command, cwd=ROOT, env={**self.env, **env}, stdout=subprocess.PIPE, timeout=300
+        )
+        if check and done.returncode:
+            raise SystemExit(f"{' '.join(arguments)} failed with status {done.returncode}")
+        return json.loads(done.stdout or b"{}")  # type: ignore[no-any-return]
+
+    def graphql(self, document: str, **variables: Any) -> Any:
+        headers = {"Authorization": f"Bearer {self.env['RAILWAY_API_TOKEN']}"}
+        body = {"query": document, "variables": variables}
+        answer = httpx.post(self.api, json=body, headers=headers, timeout=30).json()
+        if answer.get("errors"):
+            raise RuntimeError(answer["errors"])
+        return answer["data"]
+
+    def services(self) -> dict[str, dict[str, str]]:
+        """Service name to its ids."""
+        data = self.graphql(SERVICES, environment=self.env["RAILWAY_ENVIRONMENT_ID"])
+        nodes = [e["node"] for e in data["environment"]["serviceInstances"]["edges"]]
+        return {node["serviceName"]: node for node in nodes}
+
+    def set_variables(self, service: str, variables: dict[str, str]) -> None:
+        self.graphql(
+            SET_VARIABLES,
+            input={
+                "projectId": self.env["RAILWAY_PROJECT_ID"],
+                "environmentId": self.env["RAILWAY_ENVIRONMENT_ID"],
+                "serviceId": self.services()[service]["serviceId"],
+                "variables": variables,
+                "skipDeploys": True,
+            },
+        )
+
+    def run_janitor(self) -> None:
+        """Railway's "Run now" on the janitor's cron."""
+        self.graphql(RUN_CRON, id=self.services()["pulse-janitor"]["id"])
+
+    def get(self, url: str, **params: str) -> httpx.Response:
+        """A request of a client that has no cookie and no affinity."""
+        with httpx.Client(verify=self.bundle, trust_env=False) as client:
+            return client.get(url, params=params)
+
+
+@contextmanager
+def stage(root: Path) -> Iterator[Stage]:
+    """A local Railway in `root` for the length of a block. It ends with all its processes."""
+    from pulse_railway.local.server import LocalRailway
+
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / "server.log").open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pulse_railway.local.server", str(root)],
+            stdout=log,
+            stderr=log,
+            start_new_session=True,  # a Ctrl-C is for us, and we end it
+        )
+    try:
+        _wait_for(root, process)
+        clean = {
+            k: v
+            for k, v in os.environ.items()
+            if not k.startswith(("RAILWAY_", "PULSE_")) or k == "PULSE_DEMO"
+        }
+        yield Stage(root, process, {**clean, **LocalRailway(root).environment()})
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait_for(root: Path, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise SystemExit(f"the local Railway did not start; see {root / 'server.log'}")
+        try:
+            port = json.loads((root / "state.json").read_text())["api_port"]
+            httpx.get(f"http://127.0.0.1:{port}/local/stats", timeout=1)
+            return
+        except (OSError, ValueError, KeyError, httpx.HTTPError):
+            time.sleep(0.1)
+    raise SystemExit("the local Railway took longer than 60 s to start")
+
+
+def processes_of(root: Path) -> list[int]:
+    """The processes that a local Railway started and that still run."""
+    mark = f"RAILWAY_LOCAL_ROOT={root}".encode()
+    alive = []
+    for entry in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if mark in entry.read_bytes().split(b"\0"):
+                alive.append(int(entry.parent.name))
+        except OSError:
+            continue
+    return alive
+
+
+# -- the story ---------------------------------------------------------------------------------
+
+
+def see(what: str, held: bool) -> None:
+    print(("  saw: " if held else "  DID NOT SEE: ") + what, flush=True)
+    if not held:
+        raise SystemExit(1)
+
+
+def story(root: Path) -> None:
+    """On an empty project: two deploys, an old tab, a new one, the janitor, a redeploy.
+
+    Raises SystemExit where something does not hold.
+    """
+    with stage(root) as s:
+        done = s.run("ensure", APP)
+        see("ensure creates router, env, Redis and janitor",
+            {"pulse-router", "pulse-env", "pulse-redis", "pulse-janitor"} == set(s.services()))
+        address = done["server_address"]
+        s.set_variables("pulse-env", {"GREETING": "hello", "SESSION_TIMEOUT": "1"})
+        a = s.run("deploy", APP, "--deployment-name", "a")["deployment_id"]
+        see(f"deploy brings up {a}, which is active",
+            s.get(f"{address}/_pulse/meta").json()["deployment_id"] == a)
+        see("it has the variable of pulse-env",
+            s.get(f"{address}/greeting").json() == {"greeting": "hello"})
+        asyncio.run(_tabs(s, address, a))
+
+
+async def _tabs(s: Stage, address: str, a: str) -> None:
+    async with Visitor(address, s.bundle) as old:
+        await old.open()
+        see(f"a page is prerendered by {a}, with a cookie and the affinity",
+            old.affinity == a and old.cookie is not None)
+        await old.connect()
+        await old.count()
+        await old.count()
+        see("its tab counts to 2 over the open socket", (old.tab, old.session) == (2, 2))
+
+        deployed = await asyncio.to_thread(s.run, "deploy", APP, "--deployment-name", "b")
+        b = deployed["deployment_id"]
+        see(f"the old tab's requests still reach {a}", await old.meta() == a)
+        await old.count()
+        see("its socket never closed, and counts to 3", old.connected and old.tab == 3)
+
+        async with Visitor(address, s.bundle) as new:
+            await new.open()
+            see(f"a new tab gets {b}", new.affinity == b and await new.meta() == b)
+        async with Visitor(address, s.bundle, cookie=old.cookie) as returning:
+            await returning.open()
+            see(f"on {b} the session has counted to 3, from Redis",
+                (returning.affinity, returning.session) == (b, 3))
+        see("/_pulse/meta names the right one each way",
+            s.get(f"{address}/_pulse/meta", pulse_deployment=a).json()["deployment_id"] == a
+            and s.get(f"{address}/_pulse/meta").json()["deployment_id"] == b)
+        await asyncio.to_thread(s.run_janitor)
+        await asyncio.sleep(3)
+        see(f"the janitor keeps {a} while its tab is open", a in s.services())
+
+    deadline = time.monotonic() + 60
+    while a in s.services() and time.monotonic() < deadline:
+        await asyncio.sleep(2)
+        await asyncio.to_thread(s.run_janitor)
+    see(f"once the tab has gone, the janitor removes {a}", a not in s.services())
+    see(f"{b} serves on", s.get(f"{address}/_pulse/meta").json()["deployment_id"] == b)
+    see("an affinity that is gone is answered 409",
+        s.get(f"{address}/_pulse/meta", pulse_deployment=a).status_code == 409)
+    again = await asyncio.to_thread(s.run, "redeploy")
+    see(f"redeploy brings {b} up anew",
+        again["deployment_id"] == b
+        and s.get(f"{address}/_pulse/meta").json()["deployment_id"] == b)
+    last = await asyncio.to_thread(s.run, "ensure", APP)
+    see("a second ensure changes nothing", last["changed"] == [])
+
+
+# -- commands ----------------------------------------------------------------------------------
+
+
+def play_once() -> int:
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="pulse-railway-demo-") as folder:
+        root = Path(folder).resolve()
+        story(root)
+        left = processes_of(root)
+        see("no process is left behind", not left)
+    print(f"the story held, in {time.monotonic() - began:.0f} s")
+    return 0
+
+
+def stay() -> int:
+    root = (ROOT / ".local-railway").resolve()
+    try:
+        with stage(root) as s:
+            address = s.run("ensure", APP)["server_address"]
+            state = s.run("status")
+            active = state["active"]
+            if active is None:
+                active = s.run("deploy", APP)["deployment_id"]
+            print(
+                f"""
+{active} is active at {address}
+
+  open     {address}/probe   (a certificate of its own: accept it, or trust {s.bundle})
+  shell    eval "$(.venv/bin/invoke local --env)"
+  again    .venv/bin/invoke deploy --app {APP}
+           then reload nothing: the open tab stays on its deployment, a new one gets the new
+  look     .venv/bin/invoke status
+
+Ctrl-C ends it. What was deployed is kept in {root.name}/ for the next time.""",
+                flush=True,
+            )
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            while s.process.poll() is None:
+                time.sleep(0.5)
+            return 1
+    except KeyboardInterrupt:
+        print("\nending")
+        return 0
+
+
+def main(*, once: bool = False) -> int:
+    return play_once() if once else stay()
