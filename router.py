@@ -39,6 +39,7 @@ import re
 import signal
 import socket
 import sqlite3
+import struct
 import sys
 import time
 import urllib.parse
@@ -610,6 +611,14 @@ class Upstream(asyncio.Protocol):
             self.exchange.complete()
 
 
+def reset(transport: asyncio.Transport) -> None:
+    """Close a connection with a TCP reset, as the other side's was."""
+    if (sock := transport.get_extra_info("socket")) is not None:
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()
+
+
 def close_idle(deployment: Deployment) -> None:
     while deployment.idle:
         deployment.idle.pop().transport.close()
@@ -695,6 +704,8 @@ def _drop_late(task: asyncio.Task[Upstream]) -> None:
 # ---------------------------------------------------------------------------------------------
 # The client's side of a connection.
 
+CHUNKED = b"transfer-encoding: chunked\r\n"
+
 # RFC 9110 section 7.6.1: meant for one connection, not for the next. `Connection` itself names more.
 HOP_BY_HOP = frozenset(
     (
@@ -711,12 +722,28 @@ HOP_BY_HOP = frozenset(
 )
 
 
+# ... but not what frames or addresses the message
+NOT_NAMED_AWAY = frozenset((b"content-length", b"host"))
+
+
 class BadRequest(Exception):
     """A request head that this router will not pass on."""
 
     def __init__(self, why: str, status: int = 400) -> None:
         super().__init__(why)
         self.status = status
+
+
+@dataclass(slots=True)
+class Incoming:
+    """One request. Several can be on a connection at once: the head of a pipelined one is
+    parsed while the one before it is being answered."""
+
+    client: Client
+    scope: Scope
+    cycle: RequestResponseCycle
+    url: bytes  # the request target as it was sent
+    names: list[bytes]  # header names as they were written
 
 
 class Client(HttpToolsProtocol):
@@ -797,7 +824,8 @@ class Client(HttpToolsProtocol):
         self.head_size = 0
         self.police()
         super().on_headers_complete()
-        self.scope["extensions"] = {"pulse.client": {"client": self, "names": self.names}}
+        scope = cast(Scope, self.scope)
+        scope["extensions"] = {"pulse": Incoming(self, scope, self.cycle, self.url, self.names)}
         if self.parser.should_upgrade() and not self._should_upgrade():
             self.cycle.keep_alive = False  # the parser reads no further on this connection
 
@@ -868,8 +896,8 @@ class Client(HttpToolsProtocol):
         self.transport.pause_reading()
         self.tunnel = self.loop.create_task(open_tunnel(self, early))
 
-    async def websocket_target(self) -> Deployment | None:
-        return await ROUTER.route_websocket(self)
+    async def websocket_target(self, incoming: Incoming) -> Deployment | None:
+        return await ROUTER.route_websocket(incoming)
 
     def linger(self) -> None:
         """The answer is out but the upload is not in: a close now would reset the connection and
@@ -918,34 +946,9 @@ class Exchange:
     waits for `done`. A client that reads slowly pauses the upstream, so memory stays flat.
     """
 
-    __slots__ = (
-        "began",
-        "bytes_out",
-        "chunked",
-        "client",
-        "close",
-        "cycle",
-        "done",
-        "fields",
-        "finished",
-        "go_ahead",
-        "head_only",
-        "keep",
-        "out",
-        "reason",
-        "spare_404",
-        "started",
-        "status",
-        "tail",
-        "until_close",
-        "upstream",
-        "version_10",
-        "writable",
-    )
-
-    def __init__(self, client: Client, upstream: Upstream, *, spare_404: bool = False) -> None:
-        self.client = client
-        self.cycle: RequestResponseCycle = client.cycle
+    def __init__(self, incoming: Incoming, upstream: Upstream, *, spare_404: bool = False) -> None:
+        client = self.client = incoming.client
+        self.cycle = incoming.cycle
         self.upstream = upstream
         self.spare_404 = spare_404  # a 404 is swallowed, for the asset fallback
         loop = client.loop
@@ -959,8 +962,8 @@ class Exchange:
         self.out: list[bytes] = []
         self.status = 0
         self.bytes_out = 0
-        self.head_only = client.scope["method"] == "HEAD"
-        self.version_10 = client.scope["http_version"] == "1.0"
+        self.head_only = incoming.scope["method"] == "HEAD"
+        self.version_10 = incoming.scope["http_version"] == "1.0"
         self.started = self.finished = self.chunked = self.until_close = self.close = False
         self.keep = True
         self.tail = b""
@@ -1015,9 +1018,9 @@ class Exchange:
                 self.close = True  # nothing but the end of the connection can end this body
             else:
                 self.chunked = True
-                append(b"transfer-encoding: chunked\r\n")
+                append(CHUNKED)
         elif coded and self.head_only and not self.version_10:
-            append(b"transfer-encoding: chunked\r\n")
+            append(CHUNKED)
         if not self.cycle.keep_alive or self.close:
             self.close = True
             append(b"connection: close\r\n")
@@ -1093,8 +1096,8 @@ class Exchange:
         if self.started:
             log.warning("%s: %s", self.upstream.deployment.id, why)
             self.flush()
-            if self.version_10:
-                self.client.transport.abort()
+            if self.version_10:  # nothing else would tell it from a complete answer
+                reset(self.client.transport)
             else:
                 self.client.transport.close()
             self.end("broken")
@@ -1154,11 +1157,12 @@ class Exchange:
         upstream.transport.abort()
 
 
-def request_head(client: Client, deployment: Deployment, *, upgrade: bool = False) -> list[bytes]:
+def request_head(
+    incoming: Incoming, deployment: Deployment, *, upgrade: bool = False
+) -> list[bytes]:
     """The lines of the request for the backend: the client's, byte for byte and in order, less
     the hop-by-hop ones, plus the forwarding headers that the edge has not set."""
-    scope = client.scope
-    url = client.url
+    client, scope, url = incoming.client, incoming.scope, incoming.url
     if not url.startswith(b"/"):  # absolute-form (RFC 9112 section 3.2.2) and `*`
         parsed = httptools.parse_url(url)
         url = (parsed.path or b"/") + (b"?" + parsed.query if parsed.query is not None else b"")
@@ -1170,7 +1174,7 @@ def request_head(client: Client, deployment: Deployment, *, upgrade: bool = Fals
             if name == b"connection":
                 named = value.lower()
                 if named not in (b"keep-alive", b"close", b"upgrade", b"keep-alive, upgrade"):
-                    drop = drop | {t.strip() for t in named.split(b",")}
+                    drop = drop | ({t.strip() for t in named.split(b",")} - NOT_NAMED_AWAY)
             elif name == b"transfer-encoding":
                 coded = True
             continue
@@ -1182,10 +1186,9 @@ def request_head(client: Client, deployment: Deployment, *, upgrade: bool = Fals
             forwarded_proto = value
         elif name == b"x-forwarded-host":
             forwarded_host = value
-        out.append(client.names[i] + b": " + value + b"\r\n")
-    if drop is not HOP_BY_HOP:
-        named_too = drop - HOP_BY_HOP - {b"content-length", b"host", b"keep-alive", b"close"}
-        out[4:] = [line for line in out[4:] if line.partition(b":")[0].lower() not in named_too]
+        out.append(incoming.names[i] + b": " + value + b"\r\n")
+    if drop is not HOP_BY_HOP:  # Connection may name a header that stood before it
+        out[4:] = [line for line in out[4:] if line.partition(b":")[0].lower() not in drop]
     if host is None:  # HTTP/1.0
         out.append(b"host: " + deployment.authority.encode() + b"\r\n")
     elif forwarded_host is None:
@@ -1195,7 +1198,7 @@ def request_head(client: Client, deployment: Deployment, *, upgrade: bool = Fals
     if forwarded_proto is None:
         out.append(b"x-forwarded-proto: http\r\n")
     if coded:
-        out.append(b"transfer-encoding: chunked\r\n")
+        out.append(CHUNKED)
     if upgrade:
         out.append(b"connection: Upgrade\r\nupgrade: websocket\r\n")
     out.append(b"\r\n")
@@ -1205,15 +1208,17 @@ def request_head(client: Client, deployment: Deployment, *, upgrade: bool = Fals
 SAFE_TO_REPEAT = frozenset(("GET", "HEAD", "OPTIONS", "TRACE"))
 
 
-async def forward(client: Client, receive: Receive, deployment: Deployment, spare_404: bool) -> str:
+async def forward(
+    incoming: Incoming, receive: Receive, deployment: Deployment, spare_404: bool
+) -> str:
     """Send the client's request to a deployment and its answer back.
 
     Returns how it ended: ok, missing (a 404 that was held back), gone, broken.
     Raises UpstreamError where nothing has been sent to the client yet.
     """
-    cycle: RequestResponseCycle = client.cycle
-    repeatable = cycle.scope["method"] in SAFE_TO_REPEAT and not cycle.more_body and not cycle.body
-    head = request_head(client, deployment)
+    client, cycle = incoming.client, incoming.cycle
+    repeatable = incoming.scope["method"] in SAFE_TO_REPEAT and not cycle.more_body and not cycle.body
+    head = request_head(incoming, deployment)
     for attempt in (1, 2):
         upstream = pooled(deployment, UPSTREAM_IDLE if repeatable else UNSAFE_IDLE)
         if upstream is None or attempt == 2:
@@ -1223,19 +1228,20 @@ async def forward(client: Client, receive: Receive, deployment: Deployment, spar
             if cycle.disconnected:
                 upstream.transport.abort()
                 return "gone"
-        exchange = Exchange(client, upstream, spare_404=spare_404)
+        exchange = Exchange(incoming, upstream, spare_404=spare_404)
         pump = None
         if cycle.more_body or len(cycle.body) > 65536:
             if cycle.waiting_for_100_continue:
                 exchange.go_ahead = asyncio.Event()
             upstream.transport.write(b"".join(head))
-            pump = client.loop.create_task(send_body(exchange, receive))
+            chunked = head[-2] == CHUNKED
+            pump = client.loop.create_task(send_body(exchange, receive, chunked))
         elif cycle.body:
             body, cycle.body = bytes(cycle.body), bytearray()
-            if head[-2] == b"transfer-encoding: chunked\r\n":
+            if head[-2] == CHUNKED:
                 body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
             upstream.transport.write(b"".join([*head, body]))
-        elif head[-2] == b"transfer-encoding: chunked\r\n":
+        elif head[-2] == CHUNKED:
             upstream.transport.write(b"".join([*head, b"0\r\n\r\n"]))
         else:
             upstream.transport.write(b"".join(head))
@@ -1258,7 +1264,7 @@ async def forward(client: Client, receive: Receive, deployment: Deployment, spar
         finish(client, exchange)
     METRICS.per_deployment[deployment.id] += 1
     if ACCESS_LOG:
-        access(client, exchange.status, deployment.id, exchange.bytes_out, exchange.began)
+        access(incoming, exchange.status, deployment.id, exchange.bytes_out, exchange.began)
     return outcome
 
 
@@ -1275,10 +1281,9 @@ def finish(client: Client, exchange: Exchange) -> None:
         client.on_response_complete()
 
 
-async def send_body(exchange: Exchange, receive: Receive) -> None:
+async def send_body(exchange: Exchange, receive: Receive, chunked: bool) -> None:
     """Copy the request body to the backend as it comes in, at the pace the backend takes it."""
     write = exchange.upstream.transport.write
-    chunked = not any(name == b"content-length" for name, _ in exchange.client.scope["headers"])
     if exchange.go_ahead:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(exchange.go_ahead.wait(), CONTINUE_TIMEOUT)
@@ -1326,7 +1331,7 @@ class TunnelEnd(asyncio.Protocol):
         if exc is None:
             self.peer.transport.close()
         else:
-            self.peer.transport.abort()  # a reset stays a reset
+            reset(self.peer.transport)
         if self in TunnelEnd.open:
             TunnelEnd.open.discard(self)
             METRICS.tunnels_open -= 1
@@ -1346,18 +1351,18 @@ async def open_tunnel(client: Client, early: bytes) -> None:
     may pass the router unread.
     """
     client.cycle = cycle = tunnel_cycle(client)
-    send = cycle.send
+    scope = cast(Scope, client.scope)
+    incoming = Incoming(client, scope, cycle, client.url, client.names)
     try:
-        deployment = await client.websocket_target()
+        deployment = await client.websocket_target(incoming)
         if deployment is None:
             client.tunnel = None
-            await JSONResponse({"detail": "deployment not found"}, 404)(
-                client.scope, cycle.receive, send
-            )
+            refusal = JSONResponse({"detail": "deployment not found"}, 404)
+            await refusal(scope, cycle.receive, cycle.send)
             return
         upstream = await connect(deployment)
-        exchange = Exchange(client, upstream)
-        upstream.transport.write(b"".join(request_head(client, deployment, upgrade=True)))
+        exchange = Exchange(incoming, upstream)
+        upstream.transport.write(b"".join(request_head(incoming, deployment, upgrade=True)))
         async with asyncio.timeout(CONNECT_TIMEOUT + 25):
             try:
                 outcome = await exchange.done
@@ -1371,13 +1376,13 @@ async def open_tunnel(client: Client, early: bytes) -> None:
         elif outcome not in ("gone", "broken"):
             raise UpstreamError(502, "the deployment closed the connection without an answer")
         if ACCESS_LOG:
-            access(client, exchange.status, deployment.id, exchange.bytes_out, exchange.began)
+            access(incoming, exchange.status, deployment.id, exchange.bytes_out, exchange.began)
     except (UpstreamError, TimeoutError) as error:
         METRICS.errors += 1
         status, detail = getattr(error, "status", 504), getattr(error, "detail", "no answer")
         client.tunnel = None
         if not cycle.response_started:
-            await JSONResponse({"detail": detail}, status)(client.scope, cycle.receive, send)
+            await JSONResponse({"detail": detail}, status)(scope, cycle.receive, cycle.send)
 
 
 def tunnel_cycle(client: Client) -> RequestResponseCycle:
@@ -1425,6 +1430,7 @@ def join(client: Client, exchange: Exchange, early: bytes) -> None:
 
 QUERY_AFFINITY = re.compile(rb"(?:^|&)" + AFFINITY_QUERY.encode() + rb"=([^&]*)")
 QUERY_RELOAD = re.compile(rb"(?:^|&)" + RELOAD_QUERY.encode() + rb"=1(?:&|$)")
+ODD_PATH = re.compile(r"//|/\.|[%\\;]")
 ACCESS_LOG = os.environ.get("PULSE_RAILWAY_ACCESS_LOG", "") not in ("", "0", "false")
 ASSET_PREFIXES = tuple(
     p for p in os.environ.get("PULSE_RAILWAY_ASSET_PREFIXES", "/assets/").split(",") if p
@@ -1444,7 +1450,8 @@ def affinity(scope: Scope) -> bytes:
 
 def is_internal(path: str) -> bool:
     """Is this the internal prefix, in any spelling that a backend could undo?"""
-    if "%" not in path and "//" not in path and "/." not in path and "\\" not in path:
+    if not ODD_PATH.search(path):
+        path = path.lower()
         return path == INTERNAL_PREFIX or path.startswith(INTERNAL_PREFIX + "/")
     for _ in range(4):  # decoded more than once on the way
         path, before = urllib.parse.unquote(path), path
@@ -1482,11 +1489,10 @@ class Router:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        extension = scope["extensions"]["pulse.client"]
-        client: Client = extension["client"]
+        incoming: Incoming = scope["extensions"]["pulse"]
         METRICS.requests += 1
         path: str = scope["path"]
-        if is_internal(path) or ("%" in path and is_internal(client.url.decode("latin-1"))):
+        if is_internal(path) or ("%" in path and is_internal(incoming.url.decode("latin-1"))):
             await self.answer(JSONResponse({"detail": "not found"}, 404), scope, receive, send)
             return
         name = affinity(scope)
@@ -1495,8 +1501,6 @@ class Router:
         if target is None:
             await self.answer(self.no_target(scope, name), scope, receive, send)
             return
-        # a pipelined request: `client` may already hold the next one's head
-        client.scope, client.names = scope, extension["names"]
         asset = (
             not name
             and path.startswith(ASSET_PREFIXES)
@@ -1504,13 +1508,13 @@ class Router:
             and len(table.deployments) > 1
         )
         try:
-            outcome = await forward(client, receive, target, asset)
+            outcome = await forward(incoming, receive, target, asset)
             if outcome == "missing":
                 for other in table.others():
                     with contextlib.suppress(UpstreamError):
-                        if await forward(client, receive, other, True) != "missing":
+                        if await forward(incoming, receive, other, True) != "missing":
                             return
-                await forward(client, receive, target, False)
+                await forward(incoming, receive, target, False)
         except UpstreamError as error:
             METRICS.errors += 1
             response = JSONResponse({"detail": error.detail}, error.status)
@@ -1519,8 +1523,8 @@ class Router:
 
     async def answer(self, response: Response, scope: Scope, receive: Receive, send: Send) -> None:
         """An answer of the router's own."""
-        client: Client = scope["extensions"]["pulse.client"]["client"]
-        cycle = client.cycle
+        incoming: Incoming = scope["extensions"]["pulse"]
+        client, cycle = incoming.client, incoming.cycle
         began = client.loop.time()
         if scope["method"] == "HEAD":
             response.body = b""
@@ -1532,7 +1536,7 @@ class Router:
         if cycle.more_body:
             client.linger()
         if ACCESS_LOG:
-            access(client, response.status_code, None, len(response.body), began)
+            access(incoming, response.status_code, None, len(response.body), began)
 
     def no_target(self, scope: Scope, name: bytes) -> Response:
         """Section 4 of the design: what a request gets whose deployment is not known."""
@@ -1563,12 +1567,12 @@ class Router:
             return Response(status_code=204, headers=answer)
         return JSONResponse({"detail": "stale affinity"}, 409, headers=answer)
 
-    async def route_websocket(self, client: Client) -> Deployment | None:
+    async def route_websocket(self, incoming: Incoming) -> Deployment | None:
         """The deployment of a handshake, or None where it is refused."""
         METRICS.requests += 1
-        parsed = httptools.parse_url(client.url)
+        parsed = httptools.parse_url(incoming.url)
         raw = parsed.path.decode("latin-1")
-        scope = client.scope
+        scope = incoming.scope
         scope["path"] = urllib.parse.unquote(raw)
         scope["query_string"] = parsed.query or b""
         if is_internal(raw):
@@ -1586,9 +1590,9 @@ class Router:
 ROUTER = Router()
 
 
-def access(client: Client, status: int, deployment: str | None, size: int, began: float) -> None:
+def access(incoming: Incoming, status: int, deployment: str | None, size: int, began: float) -> None:
     """One JSON line on stdout. Paths only: a query can carry a secret."""
-    scope = client.scope
+    scope = incoming.scope
     line = {
         "time": round(time.time(), 3),
         "method": scope["method"],
@@ -1596,7 +1600,7 @@ def access(client: Client, status: int, deployment: str | None, size: int, began
         "status": status,
         "deployment": deployment,
         "bytes": size,
-        "seconds": round(client.loop.time() - began, 6),
+        "seconds": round(incoming.client.loop.time() - began, 6),
     }
     print(json.dumps(line), flush=True)
 

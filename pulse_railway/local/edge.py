@@ -83,16 +83,14 @@ class Edge:
         self.task: asyncio.Task[None] | None = None
 
     async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
-        client = scope["extensions"]["pulse.client"]["client"]
         deployment = self.deployment()
         if deployment is None:
             await JSONResponse({"status": "error", "message": "Application not found"}, 404)(
                 scope, receive, send
             )
             return
-        client.scope, client.names = scope, scope["extensions"]["pulse.client"]["names"]
         try:
-            await router.forward(client, receive, deployment, False)
+            await router.forward(scope["extensions"]["pulse"], receive, deployment, False)
         except router.UpstreamError:
             await JSONResponse(
                 {"status": "error", "code": 502, "message": "Application failed to respond"}, 502
@@ -110,7 +108,7 @@ class Edge:
         edge = self
 
         class Protocol(EdgeClient):
-            async def websocket_target(self) -> Any:
+            async def websocket_target(self, incoming: Any) -> Any:
                 return edge.deployment()
 
         config = uvicorn.Config(

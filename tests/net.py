@@ -1,0 +1,217 @@
+"""Raw sockets on both sides of the router."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+from typing import Self
+
+
+class Connection:
+    """One connection, read and written by hand."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.buffer = b""
+        sock.settimeout(20)
+
+    @classmethod
+    def to(cls, port: int, host: str = "127.0.0.1") -> Self:
+        return cls(socket.create_connection((host, port), 20))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def send(self, data: bytes) -> None:
+        self.sock.sendall(data)
+
+    def read(self, count: int) -> bytes:
+        while len(self.buffer) < count:
+            piece = self.sock.recv(1 << 18)
+            if not piece:
+                break
+            self.buffer += piece
+        data, self.buffer = self.buffer[:count], self.buffer[count:]
+        return data
+
+    def until(self, mark: bytes) -> bytes:
+        while mark not in self.buffer:
+            piece = self.sock.recv(1 << 18)
+            if not piece:
+                data, self.buffer = self.buffer, b""
+                return data
+            self.buffer += piece
+        end = self.buffer.index(mark) + len(mark)
+        data, self.buffer = self.buffer[:end], self.buffer[end:]
+        return data
+
+    def head(self) -> bytes:
+        return self.until(b"\r\n\r\n")
+
+    def rest(self) -> bytes:
+        """Everything until the other side closes."""
+        with contextlib.suppress(ConnectionResetError):
+            while piece := self.sock.recv(1 << 18):
+                self.buffer += piece
+        data, self.buffer = self.buffer, b""
+        return data
+
+    def reset(self) -> None:
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.sock.close()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+        self.sock.close()
+
+    @property
+    def closed_by_peer(self) -> bool:
+        """Has the other side gone, within a few seconds?"""
+        self.sock.settimeout(5)
+        try:
+            return self.sock.recv(1) == b""
+        except ConnectionResetError:
+            return True
+        except TimeoutError:
+            return False
+
+
+def ok(body: bytes = b"ok", *headers: str, status: str = "200 OK") -> bytes:
+    lines = [f"HTTP/1.1 {status}", f"content-length: {len(body)}", *headers]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+class Backend:
+    """A server whose every connection is handed to `handle`, in a thread of its own.
+
+    By default it records each request's head and answers with `answer`.
+    """
+
+    def __init__(
+        self,
+        answer: bytes = ok(),
+        handle: Callable[[Connection], None] | None = None,
+        family: socket.AddressFamily = socket.AF_INET,
+    ) -> None:
+        self.answer, self.handler = answer, handle
+        self.heads: list[bytes] = []
+        self.connections = 0
+        self.open: list[Connection] = []
+        host = "127.0.0.1" if family == socket.AF_INET else "::1"
+        self.sock = socket.create_server((host, 0), family=family, backlog=256)
+        self.port = self.sock.getsockname()[1]
+        self.address = f"http://127.0.0.1:{self.port}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self.sock.accept()
+            except OSError:
+                return
+            self.connections += 1
+            connection = Connection(sock)
+            self.open.append(connection)
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: Connection) -> None:
+        with contextlib.suppress(OSError):
+            if self.handler:
+                self.handler(connection)
+                connection.close()
+                return
+            while head := connection.head():
+                self.heads.append(head)
+                length = header(head, "content-length")
+                connection.read(int(length or 0))
+                connection.send(self.answer)
+
+    def stop(self) -> None:
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
+        self.sock.close()
+        for connection in self.open:
+            connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def header(head: bytes, name: str) -> str | None:
+    for line in head.decode("latin-1").split("\r\n")[1:]:
+        key, _, value = line.partition(":")
+        if key.lower() == name:
+            return value.strip()
+    return None
+
+
+def headers(head: bytes, name: str) -> list[str]:
+    found = []
+    for line in head.decode("latin-1").split("\r\n")[1:]:
+        key, _, value = line.partition(":")
+        if key.lower() == name:
+            found.append(value.strip())
+    return found
+
+
+class Answer:
+    def __init__(self, head: bytes, body: bytes) -> None:
+        self.head, self.body = head, body
+        self.status = int(head.split(b" ", 2)[1]) if head else 0
+
+    def header(self, name: str) -> str | None:
+        return header(self.head, name)
+
+    @property
+    def json(self) -> object:
+        return json.loads(self.body)
+
+
+def read_answer(connection: Connection, *, head_only: bool = False) -> Answer:
+    """One answer from a connection that stays open."""
+    head = connection.head()
+    while head[9:10] == b"1" and head[9:12] != b"101":
+        head = connection.head()
+    status = int(head.split(b" ", 2)[1]) if head else 0
+    if head_only or status in (204, 304) or not head:
+        return Answer(head, b"")
+    if (length := header(head, "content-length")) is not None:
+        return Answer(head, connection.read(int(length)))
+    if header(head, "transfer-encoding") == "chunked":
+        body = b""
+        while size := int(connection.until(b"\r\n").split(b";")[0], 16):
+            body += connection.read(size)
+            connection.read(2)
+        connection.until(b"\r\n")
+        return Answer(head, body)
+    return Answer(head, connection.rest())
+
+
+def ask(port: int, target: str = "/", *lines: str, method: str = "GET", body: bytes = b"") -> Answer:
+    """One request on a connection of its own."""
+    head = [f"{method} {target} HTTP/1.1", "host: app.example", *lines]
+    if body:
+        head.append(f"content-length: {len(body)}")
+    with Connection.to(port) as connection:
+        connection.send("\r\n".join(head).encode("latin-1") + b"\r\n\r\n" + body)
+        return read_answer(connection, head_only=method == "HEAD")
+
+
+def eventually(check: Callable[[], object], seconds: float = 10) -> None:
+    """Wait until `check()` is true."""
+    deadline = time.monotonic() + seconds
+    while not check():
+        assert time.monotonic() < deadline, "it did not become true"
+        time.sleep(0.02)

@@ -1,0 +1,59 @@
+"""The names that router.py and janitor.py hold a copy of are contract.py's."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from pulse_railway import contract, runtime_image
+
+router: Any = runtime_image.load("router")
+janitor: Any = runtime_image.load("janitor")
+
+
+def test_router_shares_the_contract() -> None:
+    for name in (
+        "AFFINITY_QUERY AFFINITY_HEADER SELECTED_HEADER CLIENT_LOADER_HEADER"
+        " CLIENT_LOADER_LOCATION_HEADER RELOAD_QUERY STALE_HEADER INTERNAL_PREFIX SESSIONS_PATH"
+        " RELOAD_PATH INTERNAL_TOKEN_HEADER ROUTER_HEALTH_PATH DEFAULT_PORT DEFAULT_REDIS_PREFIX"
+    ).split():
+        assert getattr(router, name) == getattr(contract, name), name
+    assert router.DEPLOYMENT_ID.pattern == contract.DEPLOYMENT_ID_PATTERN.pattern
+    assert janitor.API_URL == contract.API_URL
+
+
+def test_variables_are_read_by_their_names() -> None:
+    """Every PULSE_* and REDIS_URL that the runtime reads is the contract's, or its own option."""
+    known = {v for k, v in vars(contract).items() if k.isupper() and isinstance(v, str)}
+    own = {
+        "PULSE_RAILWAY_ROUTER_RESPONSE_TIMEOUT",
+        "PULSE_RAILWAY_ROUTER_SHUTDOWN_SECONDS",
+        "PULSE_RAILWAY_ROUTER_WORKERS",
+        "PULSE_RAILWAY_ACCESS_LOG",
+        "PULSE_RAILWAY_ASSET_PREFIXES",
+        "PULSE_KV_KIND",
+        "PULSE_KV_URL",
+        "PULSE_KV_PATH",
+    }
+    for script in ("router.py", "janitor.py"):
+        text = (runtime_image.sources() / script).read_text()
+        for name in set(re.findall(r'"(PULSE_[A-Z_]+|REDIS_URL)"', text)):
+            assert name in known | own, f"{script} reads {name}"
+
+
+def test_the_runtime_imports_nothing_of_the_package() -> None:
+    for script in ("router.py", "janitor.py"):
+        text = (runtime_image.sources() / script).read_text()
+        assert not re.search(r"^\s*(from|import) pulse", text, re.M), script
+
+
+def test_dependencies_of_the_scripts_are_in_the_lock() -> None:
+    lock = (Path(runtime_image.sources()) / "requirements.lock").read_text()
+    for script in ("router.py", "janitor.py"):
+        text = (runtime_image.sources() / script).read_text()
+        header = text.split("# ///")[1]
+        names = re.findall(r'"([a-z0-9-]+)[><=]', header)
+        assert names
+        for name in names:
+            assert re.search(rf"^{name}==", lock, re.M), name

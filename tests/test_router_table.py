@@ -1,0 +1,315 @@
+"""Which deployment a request gets: the table of the design's section 4, row by row."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+
+import pytest
+
+from tests.conftest import Process, Redis
+from tests.net import Backend, ask, eventually, ok
+
+Run = Callable[..., Process]
+
+
+@pytest.fixture
+def two(redis_server: Redis, run_router: Run):
+    """A draining deployment `a` and an active one `b` behind a router."""
+    with Backend(ok(b"from a")) as a, Backend(ok(b"from b")) as b:
+        redis_server.deployment("a", a.address, "draining", registered_at=1)
+        redis_server.deployment("b", b.address, "active", registered_at=2)
+        router = run_router(redis_server)
+        eventually(lambda: ask(router.port).body == b"from b")
+        yield router.port
+
+
+def test_no_affinity_gets_the_active_deployment(two: int) -> None:
+    answer = ask(two)
+    assert (answer.body, answer.header("x-pulse-selected-deployment")) == (b"from b", "b")
+
+
+def test_known_affinity_gets_that_deployment_whatever_its_state(two: int) -> None:
+    assert ask(two, "/?pulse_deployment=a").body == b"from a"
+    assert ask(two, "/?x=1&pulse_deployment=a&y=2").body == b"from a"
+    assert ask(two, "/", "x-pulse-deployment: a").body == b"from a"
+
+
+def test_query_wins_over_header(two: int) -> None:
+    assert ask(two, "/?pulse_deployment=a", "x-pulse-deployment: b").body == b"from a"
+    assert ask(two, "/?pulse_deployment=", "x-pulse-deployment: a").body == b"from a"
+    assert ask(two, "/?not_pulse_deployment=a").body == b"from b"
+    assert ask(two, "/?pulse_deployment=%61").body == b"from a"
+
+
+def test_unknown_affinity_is_stale(two: int) -> None:
+    answer = ask(two, "/?pulse_deployment=gone")
+    assert (answer.status, answer.json) == (409, {"detail": "stale affinity"})
+    assert answer.header("x-pulse-stale-affinity") == "1"
+    assert answer.header("access-control-allow-origin") is None
+
+
+def test_stale_answer_has_cors_headers_for_an_origin(two: int) -> None:
+    answer = ask(two, "/?pulse_deployment=gone", "origin: https://app.example")
+    assert answer.status == 409
+    assert answer.header("access-control-allow-origin") == "https://app.example"
+    assert answer.header("access-control-allow-credentials") == "true"
+    assert answer.header("access-control-expose-headers") == "x-pulse-stale-affinity"
+    assert answer.header("vary") == "Origin"
+
+
+def test_stale_preflight_is_granted(two: int) -> None:
+    answer = ask(
+        two,
+        "/?pulse_deployment=gone",
+        "origin: https://app.example",
+        "access-control-request-method: POST",
+        "access-control-request-headers: x-a, x-b",
+        method="OPTIONS",
+    )
+    assert answer.status == 204
+    assert answer.header("access-control-allow-methods") == "POST"
+    assert answer.header("access-control-allow-headers") == "x-a, x-b"
+    plain = ask(two, "/?pulse_deployment=gone", method="OPTIONS")
+    assert plain.status == 409
+
+
+@pytest.mark.parametrize(
+    ("location", "followed"),
+    [
+        ("/page?x=1", True),
+        ("http://app.example/page", True),
+        ("https://app.example/page", True),
+        ("https://evil.example/", False),
+        ("//evil.example/", False),
+        ("/\\evil.example/", False),
+        ("https://app.example@evil.example/", False),
+        ("https:evil.example", False),
+        ("javascript:alert(1)", False),
+        ("https://app.example.evil.example/", False),
+        ("\thttps://evil.example/", False),
+    ],
+)
+def test_client_loader_is_redirected_on_this_host_only(
+    two: int, location: str, followed: bool
+) -> None:
+    answer = ask(
+        two,
+        "/?pulse_deployment=gone",
+        "x-pulse-client-loader: 1",
+        f"x-pulse-client-loader-location: {location}",
+    )
+    if followed:
+        assert (answer.status, answer.header("location")) == (302, location)
+    else:
+        assert answer.status in (302, 409)
+        assert answer.status == 409 or "evil" not in str(answer.header("location"))
+
+
+def test_redirect_goes_by_the_host_that_the_edge_names(two: int) -> None:
+    answer = ask(
+        two,
+        "/?pulse_deployment=gone",
+        "x-forwarded-host: public.example",
+        "x-pulse-client-loader: 1",
+        "x-pulse-client-loader-location: https://public.example/x",
+    )
+    assert answer.status == 302
+
+
+def test_nothing_active_is_404(redis_server: Redis, run_router: Run) -> None:
+    with Backend(ok(b"from p")) as p:
+        redis_server.deployment("p", p.address, "pending")
+        router = run_router(redis_server)
+        eventually(lambda: ask(router.port, "/healthz").status == 200)
+        for target in ("/", "/?pulse_deployment=gone"):
+            answer = ask(router.port, target)
+            assert (answer.status, answer.json) == (404, {"detail": "deployment not found"})
+        assert ask(router.port, "/?pulse_deployment=p").body == b"from p"
+
+
+def test_ids_that_are_not_ids_are_stale(two: int) -> None:
+    for value in ("A", "%00", "a%0d%0aset-cookie:x", "../b", "a" * 25, "%C3%A9"):
+        answer = ask(two, f"/?pulse_deployment={value}")
+        assert answer.status == 409, value
+        assert answer.header("set-cookie") is None
+
+
+def test_health_is_503_until_the_first_load(run_router: Run) -> None:
+    server = Redis()
+    server.stop()
+    router = run_router(server)
+    assert ask(router.port, "/healthz").status == 503
+    assert ask(router.port, "/").status == 503
+    server.start()
+    eventually(lambda: ask(router.port, "/healthz").status == 200)
+    server.stop()
+    time.sleep(0.5)
+    assert ask(router.port, "/healthz").status == 200
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/_pulse/internal",
+        "/_pulse/internal/railway/sessions",
+        "/_pulse/internal/railway/sessions?pulse_deployment=a",
+        "/%5fpulse/internal/x",
+        "/_pulse/%69nternal/x",
+        "/_pulse%2finternal/x",
+        "/_pulse%2Finternal%2Fx",
+        "/%255fpulse/internal/x",
+        "//_pulse/internal/x",
+        "/_pulse//internal/x",
+        "/./_pulse/internal/x",
+        "/_pulse/./internal/x",
+        "/a/../_pulse/internal/x",
+        "/a/%2e%2e/_pulse/internal/x",
+        "/_pulse/x/../internal/railway",
+        "/_pulse\\internal\\x",
+        "/_PULSE/Internal/x",
+        "/_pulse;a=b/internal/x",
+        "http://app.example/_pulse/internal/x",
+    ],
+)
+def test_internal_paths_are_never_forwarded(two: int, path: str) -> None:
+    assert ask(two, path).status == 404
+    assert b"from" not in ask(two, path).body
+
+
+def test_paths_that_only_look_internal_are_forwarded(two: int) -> None:
+    for path in ("/_pulse/internals", "/_pulse/meta", "/x/_pulse/internal", "/_pulse/", "/%20"):
+        assert ask(two, path).body == b"from b", path
+
+
+# -- assets ------------------------------------------------------------------------------------
+
+
+def test_an_old_tabs_asset_comes_from_the_newest_deployment_that_has_it(
+    redis_server: Redis, run_router: Run
+) -> None:
+    missing = ok(b"no such asset", status="404 Not Found")
+    with (
+        Backend(ok(b"chunk of oldest")) as oldest,
+        Backend(ok(b"chunk of older")) as older,
+        Backend(missing) as active,
+    ):
+        redis_server.deployment("oldest", oldest.address, "draining", registered_at=1)
+        redis_server.deployment("older", older.address, "draining", registered_at=2)
+        redis_server.deployment("active", active.address, "active", registered_at=3)
+        port = run_router(redis_server).port
+        eventually(lambda: ask(port).status == 404)
+        answer = ask(port, "/assets/chunk-1a2b.js")
+        assert (answer.body, answer.header("x-pulse-selected-deployment")) == (
+            b"chunk of older",
+            "older",
+        )
+        assert ask(port, "/assets/x.js", method="HEAD").status == 200
+        # not without the prefix, not with affinity, not for other methods
+        assert ask(port, "/other.js").status == 404
+        assert ask(port, "/assets/x.js?pulse_deployment=active").status == 404
+        assert ask(port, "/assets/x.js", method="POST", body=b"x").status == 404
+        # none has it: the active deployment's own answer
+        older.answer = oldest.answer = missing
+        answer = ask(port, "/assets/x.js")
+        assert (answer.status, answer.body) == (404, b"no such asset")
+        assert answer.header("x-pulse-selected-deployment") == "active"
+        # one that is down is passed over
+        older.stop()
+        oldest.answer = ok(b"chunk of oldest")
+        assert ask(port, "/assets/y.js").body == b"chunk of oldest"
+
+
+# -- the table follows the state ---------------------------------------------------------------
+
+
+def test_a_promotion_is_seen_within_100_ms(redis_server: Redis, run_router: Run) -> None:
+    with Backend(ok(b"a")) as a, Backend(ok(b"b")) as b:
+        redis_server.deployment("a", a.address)
+        routers = [run_router(redis_server) for _ in range(3)]
+        for router in routers:
+            eventually(lambda router=router: ask(router.port).body == b"a")
+        time.sleep(0.3)  # subscribed
+        redis_server.deployment("b", b.address, "pending")
+        time.sleep(0.2)
+        began = time.monotonic()
+        redis_server.client.set("pulse:railway:active", "b")
+        redis_server.client.publish("pulse:railway:events", "b")
+        for router in routers:
+            eventually(lambda router=router: ask(router.port).body == b"b")
+        assert time.monotonic() - began < 0.1 + 0.05 * len(routers)
+
+
+def test_an_unannounced_promotion_is_seen_within_the_interval(
+    redis_server: Redis, run_router: Run
+) -> None:
+    with Backend(ok(b"a")) as a, Backend(ok(b"b")) as b:
+        redis_server.deployment("a", a.address)
+        redis_server.deployment("b", b.address, "pending")
+        port = run_router(redis_server).port
+        eventually(lambda: ask(port).body == b"a")
+        redis_server.client.set("pulse:railway:active", "b")  # as 0.3.x does
+        eventually(lambda: ask(port).body == b"b", seconds=4)
+
+
+def test_an_unknown_id_triggers_one_refresh_and_a_flood_no_storm(
+    redis_server: Redis, run_router: Run
+) -> None:
+    with Backend(ok(b"a")) as a, Backend(ok(b"new")) as new:
+        redis_server.deployment("a", a.address)
+        port = run_router(redis_server).port
+        eventually(lambda: ask(port).body == b"a")
+        time.sleep(1.1)
+        record = {"deployment_id": "new", "state": "pending", "service_name": "new",
+                  "address": new.address}
+        redis_server.client.set("pulse:railway:deployment:new", json.dumps(record))
+        began = time.monotonic()
+        assert ask(port, "/?pulse_deployment=new").body == b"new"
+        assert time.monotonic() - began < 1
+        before = redis_server.client.info("stats")["total_commands_processed"]
+        for i in range(300):
+            assert ask(port, f"/?pulse_deployment=flood-{i}").status == 409
+        after = redis_server.client.info("stats")["total_commands_processed"]
+        assert after - before < 60
+
+
+def test_a_record_without_an_address_is_on_the_private_network(
+    redis_server: Redis, run_router: Run
+) -> None:
+    redis_server.deployment("old", None, service_name="old-service")
+    port = run_router(redis_server).port
+    eventually(lambda: ask(port).status in (502, 504))
+    assert ask(port).status == 502  # that name does not resolve here
+
+
+def test_broken_records_are_passed_over(redis_server: Redis, run_router: Run) -> None:
+    with Backend() as a:
+        redis_server.client.set("pulse:railway:deployment:junk", "{not json")
+        redis_server.client.set("pulse:railway:deployment:list", "[1]")
+        redis_server.client.set("pulse:railway:deployment:bad", json.dumps({"address": "http://:x"}))
+        redis_server.deployment("a", a.address)
+        port = run_router(redis_server).port
+        eventually(lambda: ask(port).status == 200)
+        assert ask(port, "/?pulse_deployment=bad").status == 409
+
+
+def test_the_state_can_live_in_sqlite(run_router: Run, tmp_path) -> None:
+    import sqlite3
+
+    path = tmp_path / "state.db"
+    with Backend(ok(b"a")) as a:
+        router = run_router(None, PULSE_KV_KIND="sqlite", PULSE_KV_PATH=str(path))
+        assert ask(router.port).status in (404, 503)
+        db = sqlite3.connect(path)
+        record = {"deployment_id": "a", "state": "active", "address": a.address}
+        rows = [("pulse:railway:active", "a"), ("pulse:railway:deployment:a", json.dumps(record))]
+        db.executemany("INSERT INTO pulse_kv (key, value) VALUES (?, ?)", rows)
+        db.commit()
+        eventually(lambda: ask(router.port).body == b"a")
+
+
+def test_memory_and_missing_stores(run_router: Run) -> None:
+    assert ask(run_router(None, PULSE_KV_KIND="memory").port).status in (404, 503)
+
+
