@@ -93,6 +93,7 @@ UPSTREAM_IDLE_LIMIT = 256  # idle connections kept per deployment
 CONTINUE_TIMEOUT = 1.0  # a backend that ignores `Expect: 100-continue` gets the body after this
 REFRESH_EVERY = 3.0  # 0.3.x writers announce nothing
 REFRESH_AT_MOST_EVERY = 1.0  # for ids nobody knows
+START_TIMEOUT = 2.0  # wait so long for the first load before serving 503s
 SHUTDOWN_GRACE = float(os.environ.get("PULSE_RAILWAY_ROUTER_SHUTDOWN_SECONDS") or 25)
 
 log = logging.getLogger("pulse.router")
@@ -928,7 +929,7 @@ async def sweep() -> None:
                     client.transport.close()
             elif cycle.more_body and not client.flow.read_paused and idle > BODY_STALL_TIMEOUT:
                 client.transport.abort()
-            elif client.exchange and now - client.exchange.began > RESPONSE_TIMEOUT:
+            elif client.exchange and time.monotonic() - client.exchange.began > RESPONSE_TIMEOUT:
                 client.exchange.timed_out()
         for deployment in ROUTER.table.deployments.values():
             while deployment.idle and now - deployment.idle[0].idle_since > UPSTREAM_IDLE:
@@ -953,7 +954,7 @@ class Exchange:
         self.spare_404 = spare_404  # a 404 is swallowed, for the asset fallback
         loop = client.loop
         self.done: asyncio.Future[str] = loop.create_future()
-        self.began = loop.time()
+        self.began = time.monotonic()  # loop.time() stands still within one turn of the loop
         self.writable = asyncio.Event()
         self.writable.set()
         self.go_ahead: asyncio.Event | None = None
@@ -1065,7 +1066,7 @@ class Exchange:
         if out:
             self.out = []
             self.client.transport.write(out[0] if len(out) == 1 else b"".join(out))
-            self.client.touched = self.began if self.finished else self.client.loop.time()
+            self.client.touched = self.client.loop.time()
             if self.client.flow.write_paused and not self.finished:
                 self.upstream.transport.pause_reading()
         if self.finished:
@@ -1525,7 +1526,7 @@ class Router:
         """An answer of the router's own."""
         incoming: Incoming = scope["extensions"]["pulse"]
         client, cycle = incoming.client, incoming.cycle
-        began = client.loop.time()
+        began = time.monotonic()
         if scope["method"] == "HEAD":
             response.body = b""
         if cycle.more_body:
@@ -1600,7 +1601,7 @@ def access(incoming: Incoming, status: int, deployment: str | None, size: int, b
         "status": status,
         "deployment": deployment,
         "bytes": size,
-        "seconds": round(incoming.client.loop.time() - began, 6),
+        "seconds": round(time.monotonic() - began, 6),
     }
     print(json.dumps(line), flush=True)
 
@@ -1620,6 +1621,8 @@ async def lifespan(_: Starlette) -> AsyncIterator[None]:
         asyncio.create_task(sweep()),
     ]
     try:
+        with contextlib.suppress(TimeoutError):  # connections wait in the backlog meanwhile
+            await asyncio.wait_for(ROUTER.table.changed.wait(), START_TIMEOUT)
         yield
     finally:
         for task in tasks:
@@ -1677,17 +1680,22 @@ def serve_one(sock: socket.socket) -> None:
 def serve_many(sock: socket.socket, workers: int) -> None:
     """`workers` processes on one socket. One that dies is replaced; a signal ends them all."""
     children: set[int] = set()
+    ends = (signal.SIGTERM, signal.SIGINT)
 
     def spawn() -> None:
-        pid = os.fork()
-        if pid == 0:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, signal.SIG_DFL)
-            try:
-                serve_one(sock)
-            finally:
-                os._exit(0)
-        children.add(pid)
+        signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # until the child has its own handlers
+        if not stopping:
+            pid = os.fork()
+            if pid == 0:
+                for number in ends:
+                    signal.signal(number, signal.SIG_DFL)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, ends)
+                try:
+                    serve_one(sock)
+                finally:
+                    os._exit(0)
+            children.add(pid)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ends)
 
     stopping = False
 
@@ -1698,8 +1706,8 @@ def serve_many(sock: socket.socket, workers: int) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
 
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+    for number in ends:
+        signal.signal(number, stop)
     for _ in range(workers):
         spawn()
     while children:
