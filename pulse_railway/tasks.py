@@ -86,8 +86,8 @@ def redeploy(flags: Flags) -> None:
     """Build and start the active deployment anew, or the one named."""
     from pulse_railway import deployment
 
-    output, api, stack = _stack(flags)
     wanted = _deployment_id(flags, required=False)
+    output, api, stack = _stack(flags)
     result = deployment.redeploy(api, stack, wanted, output)
     output.result(result, [f"{result['deployment_id']} runs anew"])
 
@@ -97,8 +97,9 @@ def promote(flags: Flags) -> None:
     """Make a running deployment the active one; the one before it drains."""
     from pulse_railway import deployment
 
+    chosen = _deployment_id(flags)
     output, api, stack = _stack(flags)
-    result = deployment.promote(api, stack, _deployment_id(flags), output)
+    result = deployment.promote(api, stack, chosen, output)
     output.result(result, [f"{result['deployment_id']} is active at {result['address']}"])
 
 
@@ -117,8 +118,8 @@ def delete(flags: Flags) -> None:
     """Remove a deployment that is not active, with its tabs' state."""
     from pulse_railway import deployment
 
-    output, api, stack = _stack(flags)
     chosen = _deployment_id(flags)
+    output, api, stack = _stack(flags)
     confirm(f"delete deployment {chosen}?", flags)
     result = deployment.delete(api, stack, chosen, output)
     output.result(result, [f"{chosen} is gone"])
@@ -186,8 +187,8 @@ def restore(flags: Flags) -> None:
     """Rebuild the routing state from Railway's services, where Redis has lost it."""
     from pulse_railway import deployment
 
-    output, api, stack = _stack(flags)
     wanted = _deployment_id(flags, required=False)
+    output, api, stack = _stack(flags)
     result = deployment.restore(api, stack, wanted, output)
     output.result(result, [f"restored {', '.join(result['restored'])}; {result['active']} is active"])
 

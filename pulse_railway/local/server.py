@@ -4,7 +4,8 @@
     /project/<id>/environment/<id>/up              uploads, as the railway CLI sends them
     /ssh                                           `railway ssh`: a command in a service
     /oauth/token                                   refreshes a CLI login
-    /local/faults, /local/stats, /local/cron/...   for tests: what is to go wrong, what was called
+    /local/faults, /local/stats, /local/cron/...,
+    /local/login                                   for tests: what is to go wrong, what was called
 """
 
 from __future__ import annotations
@@ -278,6 +279,12 @@ class LocalRailway:
             }
         )
 
+    async def login(self, request: Request) -> Response:
+        """What `railway login` would leave in ~/.railway/config.json."""
+        token = self.state.new_oauth_token((await request.json())["seconds"])
+        self.state.tokens.append(token)
+        return JSONResponse({"access_token": token.value, "refresh_token": token.refresh})
+
     # -- orders --------------------------------------------------------------------------------
 
     async def set_faults(self, request: Request) -> Response:
@@ -347,6 +354,7 @@ class LocalRailway:
                 Route("/project/{project}/environment/{environment}/up", self.up, methods=post),
                 Route("/ssh", self.ssh, methods=post),
                 Route("/oauth/token", self.oauth, methods=post),
+                Route("/local/login", self.login, methods=post),
                 Route("/local/faults", self.set_faults, methods=post),
                 Route("/local/stats", self.stats),
                 Route("/local/cron/{service}", self.run_cron, methods=post),

@@ -1,0 +1,214 @@
+"""`invoke bench`: what the router costs, beside the published 0.3.13's in the same run.
+
+CPU time per request is the process's own (/proc), so that a noisy machine does little harm; the
+ratio is what to quote. Routers run on one core, the load and the backend on another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import servers
+from benchmarks.servers import Server
+
+GB = 1 << 30
+AFFINITY = "/?pulse_deployment=bench-1"
+
+
+def http(server: Server, path: str, seconds: float) -> tuple[float, float]:
+    """(CPU microseconds a request, requests a second), by wrk where it is installed."""
+    before = server.cpu
+    began = time.monotonic()
+    if shutil.which("wrk"):
+        url = f"http://127.0.0.1:{server.port}{path}"
+        command = ["wrk", "-t1", "-c32", f"-d{int(seconds)}", url]
+        said = subprocess.run(
+            command, capture_output=True, text=True, check=True, preexec_fn=lambda: servers.pin(1)
+        ).stdout
+        found = re.search(r"(\d+) requests in", said)
+        assert found is not None
+        if "Non-2xx" in said:
+            raise SystemExit(said)
+        count = int(found[1])
+    else:
+        count = load("http", server, path, 32, seconds)
+    return (server.cpu - before) / count * 1e6, count / (time.monotonic() - began)
+
+
+def load(kind: str, server: Server, path: str, connections: int, seconds: float) -> int:
+    command = [sys.executable, "-m", "benchmarks.load", kind, str(server.port), path]
+    command += [str(connections), str(seconds)]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=servers.ROOT,
+        preexec_fn=lambda: servers.pin(1),
+    )
+    return int(done.stdout)
+
+
+def websocket(server: Server, connections: int, seconds: float) -> float:
+    """CPU microseconds a round trip."""
+    before = server.cpu
+    count = load("ws", server, "/socket", connections, seconds)
+    return (server.cpu - before) / count * 1e6 if count else float("nan")
+
+
+def socket_bytes(server: Server, count: int = 400) -> float:
+    """Resident bytes that an open WebSocket adds."""
+    upgrade = (
+        b"GET /socket HTTP/1.1\r\nhost: bench\r\nconnection: Upgrade\r\nupgrade: websocket\r\n"
+        b"sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    )
+
+    def hold(n: int) -> list[socket.socket]:
+        held = []
+        for _ in range(n):
+            sock = socket.create_connection(("127.0.0.1", server.port), 10)
+            sock.sendall(upgrade)
+            if not sock.recv(4096).startswith(b"HTTP/1.1 101"):
+                return []
+            held.append(sock)
+        return held
+
+    warm = hold(100)
+    before = server.rss
+    held = hold(count)
+    time.sleep(0.3)
+    added = server.rss - before if held else float("nan")
+    for sock in (*warm, *held):
+        sock.close()
+    return added / count
+
+
+def download(server: Server, size: int = GB) -> tuple[float, float, float]:
+    """(CPU seconds, bytes of memory added, seconds to the first byte) of 1 GB down."""
+    memory, peak, cpu = server.rss, 0, server.cpu
+    with socket.create_connection(("127.0.0.1", server.port), 60) as sock:
+        began = time.monotonic()
+        sock.sendall(b"GET /down HTTP/1.1\r\nhost: bench\r\n\r\n")
+        got, first, turn = 0, 0.0, 0
+        buffer = bytearray(1 << 20)
+        while got < size:
+            n = sock.recv_into(buffer)
+            if not n:
+                raise SystemExit(f"{server.name} broke the download off at {got}")
+            first = first or time.monotonic() - began
+            got += n
+            turn += 1
+            if turn % 32 == 1:
+                peak = max(peak, server.rss)
+    return server.cpu - cpu, max(0, peak - memory), first
+
+
+def upload(server: Server, size: int = GB) -> tuple[float, float]:
+    """(CPU seconds, bytes of memory added) of 1 GB up."""
+    memory, peak, cpu = server.rss, 0, server.cpu
+    block = bytes(1 << 20)
+    with socket.create_connection(("127.0.0.1", server.port), 120) as sock:
+        sock.sendall(b"POST / HTTP/1.1\r\nhost: bench\r\ncontent-length: %d\r\n\r\n" % size)
+        for turn in range(size // len(block)):
+            sock.sendall(block)
+            if turn % 32 == 0:
+                peak = max(peak, server.rss)
+        while b"ok" not in sock.recv(65536):
+            peak = max(peak, server.rss)
+    return server.cpu - cpu, max(0, peak - memory)
+
+
+def measure(server: Server, quick: bool) -> dict[str, float]:
+    seconds = 2.0 if quick else 5.0
+    at_rest = server.rss
+    http(server, "/", 1)  # warm
+    rows: dict[str, float] = {}
+    rows["small request, CPU us"], rows["small requests a second"] = http(server, "/", seconds)
+    rows["with affinity, CPU us"], _ = http(server, AFFINITY, seconds)
+    rows["64 KiB, CPU us"], _ = http(server, "/64k", seconds)
+    for count in (1, 32, 500):
+        rows[f"WebSocket round trip, {count} open, CPU us"] = websocket(server, count, seconds)
+    rows["memory a socket, KB"] = socket_bytes(server) / 1024
+    cpu, memory, first = download(server)
+    rows["1 GB down, CPU ms"] = cpu * 1000
+    rows["1 GB down, memory MB"] = memory / (1 << 20)
+    rows["1 GB down, first byte ms"] = first * 1000
+    cpu, memory = upload(server)
+    rows["1 GB up, CPU ms"] = cpu * 1000
+    rows["1 GB up, memory MB"] = memory / (1 << 20)
+    rows["start-up, ms"] = server.start_seconds * 1000
+    rows["memory at rest, MB"] = at_rest / (1 << 20)
+    return rows
+
+
+# what the router is held to, as a ratio to 0.3.13's in the same run
+BARS = {
+    "small request, CPU us": 1 / 5,
+    "with affinity, CPU us": 1 / 6,
+    "64 KiB, CPU us": 1 / 4,
+    "WebSocket round trip, 1 open, CPU us": 1 / 2,
+    "WebSocket round trip, 32 open, CPU us": 1 / 2,
+    "WebSocket round trip, 500 open, CPU us": 1 / 2,
+}
+
+
+def main(argv: list[str]) -> int:
+    quick = "--quick" in argv
+    results: dict[str, dict[str, float]] = {}
+    console = Console()
+    with (
+        tempfile.TemporaryDirectory() as name,
+        servers.backend() as backend,
+        servers.state(backend.port, Path(name)) as env,
+    ):
+        folder = Path(name)
+        wanted: list[contextlib.AbstractContextManager[Server]] = [
+            servers.ours(env),
+            servers.peer(env),
+        ]
+        if servers.installed("caddy"):
+            wanted.append(servers.caddy(backend.port, folder))
+        if servers.installed("nginx"):
+            wanted.append(servers.nginx(backend.port, folder))
+        for manager in wanted:
+            with manager as server:
+                console.print(f"measuring {server.name}", style="dim")
+                results[server.name] = measure(server, quick)
+    show(console, results)
+    return 0
+
+
+def show(console: Console, results: dict[str, dict[str, float]]) -> None:
+    names = list(results)
+    table = Table(title="One core each; lower is better but for requests a second")
+    table.add_column("")
+    for name in names:
+        table.add_column(name, justify="right")
+    table.add_column("ours / 0.3.13", justify="right")
+    table.add_column("bar", justify="right")
+    ours, peer = results[names[0]], results[names[1]]
+    for row in ours:
+        cells = [_cell(results[name][row]) for name in names]
+        ratio = ours[row] / peer[row] if peer[row] else 0.0
+        bar = BARS.get(row)
+        table.add_row(row, *cells, f"{ratio:.3f}", f"{bar:.3f}" if bar else "")
+    Console(width=140, file=console.file).print(table)
+
+
+def _cell(value: float) -> str:
+    return "-" if value != value else f"{value:,.1f}"  # NaN: it would not do it
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,39 @@
+"""A real process that answers what pulse-railway asks of a backend, and starts in no time."""
+
+import json
+import os
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+SESSIONS = Path(os.environ.get("TINY_SESSIONS", "sessions"))  # how many it claims to hold
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        path = self.path.split("?")[0]
+        answer = {"path": path, "deployment_id": os.environ["PULSE_DEPLOYMENT_ID"]}
+        status = 200
+        if path.startswith("/_pulse/internal/"):
+            given = self.headers.get("x-pulse-railway-internal-token")
+            if given != os.environ["PULSE_RAILWAY_INTERNAL_TOKEN"]:
+                status = 403
+            count = int(SESSIONS.read_text()) if SESSIONS.exists() else 0
+            answer |= {"render_session_count": count, "reloaded_socket_count": count}
+        elif path == "/environment":
+            answer = dict(os.environ)
+        body = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_POST = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+ThreadingHTTPServer(("0.0.0.0", int(os.environ["PORT"])), Handler).serve_forever()

@@ -1,0 +1,136 @@
+"""Bad input: one clear line on stderr, status 1, nothing created, no traceback."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from examples import demo
+from tests.conftest import ROOT, pulse_railway
+
+TINY = ROOT / "tests" / "apps" / "tiny"
+
+
+@pytest.fixture
+def app(tmp_path: Path) -> Path:
+    """A copy of the tiny app, to be broken."""
+    folder = tmp_path / "app"
+    shutil.copytree(TINY, folder)
+    return folder
+
+
+def fails(stage: demo.Stage, *arguments: str, cwd: Path, **env: str) -> str:
+    """Run a verb that must fail; its one line, after seeing that nothing was created."""
+    before = set(stage.services())
+    verb = pulse_railway(*arguments, env={**stage.env, **env}, cwd=cwd)
+    assert verb.code == 1, verb.err
+    assert verb.out == ""
+    assert set(stage.services()) == before
+    return verb.error
+
+
+def test_no_token(railway: demo.Stage, app: Path) -> None:
+    env = {k: v for k, v in railway.env.items() if k != "RAILWAY_API_TOKEN"} | {"HOME": str(app)}
+    verb = pulse_railway("ensure", "main.py", env=env, cwd=app)
+    assert verb.code == 1
+    assert "RAILWAY_API_TOKEN" in verb.error
+    assert "railway login" in verb.error
+
+
+def test_a_token_that_is_not_accepted(railway: demo.Stage, app: Path) -> None:
+    line = fails(railway, "ensure", "main.py", cwd=app, RAILWAY_API_TOKEN="nonsense-token")
+    assert "Not Authorized" in line or "not found" in line
+    assert "nonsense-token" not in line
+
+
+def test_unknown_names(railway: demo.Stage, app: Path) -> None:
+    line = fails(railway, "ensure", "main.py", "--project", "pulse-locl", cwd=app)
+    assert "no project is named pulse-locl" in line
+    assert "did you mean pulse-local?" in line
+    project = railway.env["RAILWAY_PROJECT_ID"]
+    line = fails(
+        railway, "ensure", "main.py", "--project-id", project, "--environment", "staging", cwd=app
+    )
+    assert "no environment is named staging; there are: production" in line
+    line = fails(railway, "ensure", "main.py", "--project-id", "0", cwd=app)
+    assert "not found" in line.lower()
+    line = fails(railway, "ensure", "main.py", "--project", "x", "--workspace", "nope", cwd=app)
+    assert "no workspace is named nope" in line
+
+
+def test_names_and_ids_are_not_mixed(railway: demo.Stage, app: Path) -> None:
+    line = fails(railway, "ensure", "main.py", "--project", "a", "--project-id", "b", cwd=app)
+    assert "not both" in line
+
+
+def test_apps_that_cannot_be_deployed(railway: demo.Stage, app: Path) -> None:
+    source = (app / "main.py").read_text()
+    cases = {
+        "no RailwayPlugin": source.replace("plugins=[plugin]", "plugins=[]"),
+        "2 RailwayPlugins": source.replace(
+            "plugins=[plugin]", "plugins=[plugin, RailwayPlugin()]"
+        ),
+        "which Dockerfile": source.replace('dockerfile="Dockerfile",', ""),
+        "no Dockerfile at": source.replace('"Dockerfile"', '"Missing"'),
+        "outside the deploy context": source.replace('"Dockerfile"', '"../../Dockerfile"'),
+        "no web root at": source.replace("app = ps.App(", "app = ps.App(codegen=ps.CodegenConfig("
+                                         "web_dir='nowhere'),"),
+        "cannot be loaded": "import nonsense_that_is_not_installed\n",
+        "service prefix 'much-too-long-'": source.replace(
+            "RailwayPlugin(", "RailwayPlugin(service_prefix='much-too-long',"
+        ),
+    }
+    for expected, text in cases.items():
+        assert text != source, expected
+        (app / "main.py").write_text(text)
+        line = fails(railway, "deploy", "main.py", cwd=app)
+        assert expected in line, (expected, line)
+    (app / "main.py").write_text(source)
+    assert "no app at" in fails(railway, "deploy", "elsewhere.py", cwd=app)
+    assert "which app?" in fails(railway, "deploy", cwd=app)
+    assert "must be relative" in fails(railway, "deploy", str(app / "main.py"), cwd=app)
+
+
+def test_values_that_do_not_fit(railway: demo.Stage, app: Path) -> None:
+    for arguments, expected in (
+        (["deploy", "main.py", "--deployment-id", "Not_An_Id"], "deployment id"),
+        (["deploy", "main.py", "--deployment-id", "a" * 25], "1 to 24"),
+        (["deploy", "main.py", "--env", "NOVALUE"], "--env takes KEY=VALUE"),
+        (["deploy", "main.py", "--env", "PORT=1"], "pulse-railway manages it"),
+        (["deploy", "main.py", "--build-arg", "PORT=1"], "pulse-railway manages it"),
+        (["deploy", "main.py", "--backend-replicas", "none"], "whole number"),
+        (["deploy", "main.py", "--no-gitignore", "--image-repository", "r/x"], "source deploys"),
+        (["ensure", "main.py", "--drain-ttl-seconds", "-1"], "whole number"),
+        (["ensure", "main.py", "--janitor-cron-schedule", "* * * * *"], "*/5"),
+        (["ensure", "main.py", "--janitor-cron-schedule", "often"], "five fields"),
+        (["ensure", "main.py", "--redis-url", "http://x"], "redis://"),
+        (["deploy", "main.py", "--service-prefix", "far-too-long"], "8 characters"),
+        (["redeploy", "--service", "n" * 33], "32"),
+        (["promote"], "--deployment-id"),
+        (["remove"], "--deployment-name"),
+    ):
+        assert expected in fails(railway, *arguments, cwd=app), arguments
+
+
+def test_no_baseline(railway: demo.Stage, app: Path) -> None:
+    assert "ensure" in fails(railway, "deploy", "main.py", cwd=app)
+    for verb in ("redeploy", "rollback"):
+        assert "no baseline" in fails(railway, verb, cwd=app)
+
+
+def test_programs_that_are_missing(railway: demo.Stage, app: Path) -> None:
+    line = fails(railway, "deploy", "main.py", cwd=app, PATH="/usr/bin:/bin")
+    assert "`railway` is not on PATH" in line
+    path = f"{railway.root / 'bin'}{os.pathsep}{app}"
+    line = fails(railway, "deploy", "main.py", "--image-repository", "r/x", cwd=app, PATH=path)
+    assert "`docker` is not on PATH" in line
+
+
+def test_misspelt_words_suggest_the_right_ones(railway: demo.Stage, app: Path) -> None:
+    verb = pulse_railway("depoy", "main.py", env=railway.env, cwd=app)
+    assert (verb.code, "did you mean deploy?" in verb.err) == (1, True)
+    verb = pulse_railway("deploy", "--enviroment", "x", env=railway.env, cwd=app)
+    assert "did you mean --environment?" in verb.err

@@ -1,0 +1,195 @@
+"""Tokens and targets: which token is used, which kind it is, and what it opens."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from examples import demo
+from pulse_railway import config, contract, errors
+from pulse_railway.railway import cli, tokens
+from pulse_railway.railway.api import Api
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, railway: demo.Stage) -> None:
+    for name in list(os.environ):
+        if name.startswith("RAILWAY_") and name != "RAILWAY_SCHEMA":
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv(contract.API_URL_VARIABLE, railway.api)
+
+
+def kinds(railway: demo.Stage) -> dict[str, str]:
+    state = json.loads((railway.root / "state.json").read_text())
+    return {t["kind"]: t["value"] for t in state["tokens"]}
+
+
+def login(home: Path, name: str = "config.json", **user: Any) -> Path:
+    path = home / ".railway" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"user": user, "projects": {"kept": 1}}))
+    return path
+
+
+def oauth(railway: demo.Stage, seconds: int) -> dict[str, str]:
+    """A CLI login, from the local Railway: there is no browser here to log in with."""
+    url = railway.api.replace("/graphql/v2", "/local/login")
+    answer = httpx.post(url, json={"seconds": seconds}).raise_for_status()
+    return answer.json()  # type: ignore[no-any-return]
+
+
+def test_the_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(errors.Failure, match="no Railway token"):
+        tokens.find(None)
+    login(tmp_path, accessToken="from-login")
+    assert tokens.find(None) == tokens.Token("from-login", "login")
+    monkeypatch.setenv("RAILWAY_API_TOKEN", "from-api")
+    assert tokens.find(None).value == "from-api"
+    monkeypatch.setenv("RAILWAY_TOKEN", "from-token")
+    assert tokens.find(None).value == "from-token"
+    assert tokens.find("from-flag").value == "from-flag"
+    assert "from" not in repr(tokens.find("from-flag")).replace("from flag", "")
+
+
+def test_login_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    login(tmp_path, token="legacy")
+    assert tokens.login() == "legacy"
+    login(tmp_path, "config-staging.json", accessToken="staging")
+    login(tmp_path, "config-dev.json", accessToken="dev")
+    for name, expected in (("staging", "staging"), ("dev", "dev"), ("", "legacy")):
+        monkeypatch.setenv("RAILWAY_ENV", name)
+        assert tokens.login() == expected
+    monkeypatch.setenv("RAILWAY_ENV", "")
+    for broken in ("", "[]", '{"user": null}', '{"user": {}}', "{"):
+        (tmp_path / ".railway" / "config.json").write_text(broken)
+        assert tokens.login() is None
+
+
+def test_an_expired_login_is_refreshed_and_written_back(
+    railway: demo.Stage, tmp_path: Path
+) -> None:
+    made = oauth(railway, 3600)
+    path = login(
+        tmp_path,
+        accessToken="expired",
+        refreshToken=made["refresh_token"],
+        tokenExpiresAt=time.time() - 5,
+    )
+    fresh = tokens.login()
+    assert fresh not in (None, "expired")
+    kept = json.loads(path.read_text())
+    assert kept["user"]["accessToken"] == fresh
+    assert kept["user"]["refreshToken"] != made["refresh_token"]
+    assert kept["user"]["tokenExpiresAt"] > time.time() + 3000
+    assert kept["projects"] == {"kept": 1}
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert tokens.login() == fresh  # not refreshed again
+    api = Api(tokens.find(None))
+    assert config.find_target(api, {"project": "pulse-local"}).project_id
+
+
+def test_a_login_that_cannot_be_refreshed(tmp_path: Path) -> None:
+    login(tmp_path, accessToken="x", refreshToken="wrong", tokenExpiresAt=1)
+    with pytest.raises(errors.Failure, match="railway login"):
+        tokens.login()
+    login(tmp_path, accessToken="x", tokenExpiresAt=1)
+    with pytest.raises(errors.Failure, match="railway login"):
+        tokens.login()
+
+
+def api_with(value: str, source: Any = "RAILWAY_TOKEN") -> Api:
+    return Api(tokens.Token(value, source))
+
+
+def test_each_kind_opens_what_it_should(railway: demo.Stage) -> None:
+    project, environment = railway.env["RAILWAY_PROJECT_ID"], railway.env["RAILWAY_ENVIRONMENT_ID"]
+    known = kinds(railway)
+    here = config.Target(project, environment)
+    assert config.find_target(api_with(known["project"]), {}) == here
+    for kind in ("account", "workspace"):
+        api = api_with(known[kind])
+        assert not api.is_project_token
+        assert config.find_target(api, {"project": "pulse-local"}) == here
+        assert config.find_target(api, {"project_id": project}) == here
+        with pytest.raises(errors.Failure, match="which project"):
+            config.find_target(api_with(known[kind]), {})
+    oauth_token = oauth(railway, 3600)["access_token"]
+    assert config.find_target(api_with(oauth_token, "login"), {"project": "pulse-local"}) == here
+
+
+def test_which_kind_is_asked_once(railway: demo.Stage) -> None:
+    api = api_with(kinds(railway)["project"])
+    for _ in range(3):
+        config.find_target(api, {})
+    assert api.calls == 1
+
+
+def test_a_project_token_opens_nothing_else(railway: demo.Stage) -> None:
+    api = api_with(kinds(railway)["project"])
+    for asked in (
+        {"project": "other"},
+        {"project_id": "other"},
+        {"environment": "staging"},
+        {"environment_id": "other"},
+    ):
+        with pytest.raises(errors.Failure, match="project token is for"):
+            config.find_target(api, asked)
+    assert config.find_target(api, {"project": "pulse-local", "environment": "production"})
+
+
+def test_flags_before_plugin_before_environment(
+    railway: demo.Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Plugin:
+        project: str | None = "pulse-local"
+        environment: str | None = None
+
+    api = api_with(kinds(railway)["account"])
+    plugin: Any = Plugin()
+    assert config.find_target(api, {}, plugin)
+    with pytest.raises(errors.Failure, match="no project is named other"):
+        config.find_target(api, {"project": "other"}, plugin)
+    monkeypatch.setenv("RAILWAY_PROJECT_ID", "not-used")
+    assert config.find_target(api, {}, plugin).project_id == railway.env["RAILWAY_PROJECT_ID"]
+    plugin.environment = "nowhere"
+    with pytest.raises(errors.Failure, match="no environment is named nowhere"):
+        config.find_target(api, {}, plugin)
+    plugin.project = plugin.environment = None
+    with pytest.raises(errors.Failure):
+        config.find_target(api, {}, plugin)
+
+
+def test_a_name_that_several_have(railway: demo.Stage) -> None:
+    create = "mutation C($n: String!) { projectCreate(input: { name: $n }) { id } }"
+    ids = [railway.graphql(create, n="twin")["projectCreate"]["id"] for _ in range(2)]
+    try:
+        api = api_with(kinds(railway)["account"])
+        with pytest.raises(errors.Failure, match="several projects are named twin") as failure:
+            config.find_target(api, {"project": "twin"})
+        assert all(i in str(failure.value) for i in ids)
+        assert config.find_target(api, {"project_id": ids[0]}).project_id == ids[0]
+        with pytest.raises(errors.Failure):
+            config.find_target(api, {"project": "twin", "workspace": "shared-with-me"})
+    finally:
+        for i in ids:
+            railway.graphql("mutation D($i: String!) { projectDelete(id: $i) }", i=i)
+
+
+def test_the_cli_gets_one_variable(railway: demo.Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAILWAY_TOKEN", "x")
+    monkeypatch.setenv("RAILWAY_API_TOKEN", "y")
+    known = kinds(railway)
+    env = cli._environment(api_with(known["project"]))
+    assert env["RAILWAY_TOKEN"] == known["project"]
+    assert "RAILWAY_API_TOKEN" not in env
+    env = cli._environment(api_with(known["account"]))
+    assert env["RAILWAY_API_TOKEN"] == known["account"]
+    assert "RAILWAY_TOKEN" not in env
