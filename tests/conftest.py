@@ -189,3 +189,126 @@ def pulse_railway(
         command, env=env, cwd=cwd, capture_output=True, text=True, timeout=timeout
     )
     return Verb(done)
+
+
+TINY = ROOT / "tests" / "apps" / "tiny"
+
+
+class Project:
+    """A project of its own on the session's local Railway, and the tiny app to deploy in it."""
+
+    def __init__(self, railway: demo.Stage, name: str) -> None:
+        created = railway.graphql(
+            "mutation C($n: String!) { projectCreate(input: { name: $n })"
+            " { id environments { edges { node { id } } } } }",
+            n=name,
+        )["projectCreate"]
+        self.railway = railway
+        self.id = created["id"]
+        self.environment = created["environments"]["edges"][0]["node"]["id"]
+        self.env = {
+            **railway.env,
+            "RAILWAY_PROJECT_ID": self.id,
+            "RAILWAY_ENVIRONMENT_ID": self.environment,
+        }
+        self.stage = demo.Stage(railway.root, railway.process, self.env)
+
+    def run(self, *arguments: str, cwd: Path = TINY, **env: str) -> Verb:
+        return pulse_railway(*arguments, env={**self.env, **env}, cwd=cwd)
+
+    def ok(self, *arguments: str, **env: str) -> Any:
+        """A verb that must succeed; what it says with --json."""
+        verb = self.run(*arguments, "--json", **env)
+        assert verb.code == 0, verb.err
+        return verb.json
+
+    def deploy(self, name: str, *arguments: str, **env: str) -> str:
+        return str(self.ok("deploy", "main.py", "--deployment-id", name, *arguments, **env)
+                   ["deployment_id"])
+
+    @property
+    def services(self) -> set[str]:
+        return set(self.stage.services())
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """Redis as it is: key without the prefix to value."""
+        data = self.redis.mget(keys := list(self.redis.scan_iter("pulse:railway:*")))  # type: ignore[var-annotated]
+        return {
+            k.removeprefix("pulse:railway:"): v
+            for k, v in zip(keys, data, strict=True)
+            if v is not None and ":router:" not in k
+        }
+
+    @property
+    def records(self) -> dict[str, dict[str, Any]]:
+        return {
+            k.removeprefix("deployment:"): json.loads(v)
+            for k, v in self.state.items()
+            if k.startswith("deployment:")
+        }
+
+    @property
+    def active(self) -> str | None:
+        return self.state.get("active")
+
+    @property
+    def redis(self) -> redis.Redis:
+        raw = json.loads((self.railway.root / "state.json").read_text())
+        service = next(
+            s for s in raw["services"]
+            if s["project_id"] == self.id and s["name"] == "pulse-redis"
+        )
+        hosts = json.loads(
+            (self.railway.root / f"hosts-{self.environment}.json").read_text()
+        )
+        port = hosts["pulse-redis.railway.internal"]["6379"]
+        password = service["instances"][0]["variables"]["REDIS_PASSWORD"]
+        return redis.Redis(port=port, password=password, decode_responses=True)
+
+    def variables(self, service: str) -> dict[str, str]:
+        """A service's variables as they were written."""
+        raw = json.loads((self.railway.root / "state.json").read_text())
+        for s in raw["services"]:
+            if s["project_id"] == self.id and s["name"] == service:
+                return next(
+                    dict(i["variables"]) for i in s["instances"]
+                    if i["environment_id"] == self.environment
+                )
+        raise AssertionError(f"no service {service}")
+
+    def faults(self, *faults: dict[str, Any], **more: Any) -> None:
+        import httpx
+
+        url = self.railway.api.replace("/graphql/v2", "/local/faults")
+        httpx.post(url, json={"faults": list(faults), **more}).raise_for_status()
+
+    def get(self, path: str, **params: str) -> Any:
+        address = self.ok("status")["address"]
+        return self.stage.get(f"{address}{path}", **params).json()
+
+    def delete(self) -> None:
+        self.faults()
+        self.railway.graphql("mutation D($i: String!) { projectDelete(id: $i) }", i=self.id)
+
+
+@pytest.fixture(scope="module")
+def project(railway: demo.Stage, request: pytest.FixtureRequest) -> Iterator[Project]:
+    """An empty project for the tests of one module."""
+    made = Project(railway, f"{request.module.__name__}-{time.monotonic_ns()}")
+    yield made
+    made.delete()
+
+
+@pytest.fixture
+def new_project(railway: demo.Stage) -> Iterator[Callable[[], Project]]:
+    """`new_project()`: an empty project for one test."""
+    made: list[Project] = []
+
+    def make() -> Project:
+        made.append(Project(railway, f"project-{time.monotonic_ns()}"))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.delete()
