@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -92,7 +93,8 @@ class Stage:
 
     def get(self, url: str, **params: str) -> httpx.Response:
         """A request of a client that has no cookie and no affinity."""
-        with httpx.Client(verify=self.bundle, trust_env=False) as client:
+        trust = ssl.create_default_context(cafile=self.bundle)
+        with httpx.Client(verify=trust, trust_env=False) as client:
             return client.get(url, params=params)
 
 
@@ -135,7 +137,7 @@ def _wait_for(root: Path, process: subprocess.Popen[bytes]) -> None:
             port = json.loads((root / "state.json").read_text())["api_port"]
             httpx.get(f"http://127.0.0.1:{port}/local/stats", timeout=1)
             return
-        except (OSError, ValueError, KeyError, httpx.HTTPError):
+        except (OSError, ValueError, KeyError, httpx.HTTPError, httpx.InvalidURL):
             time.sleep(0.1)
     raise SystemExit("the local Railway took longer than 60 s to start")
 

@@ -50,12 +50,39 @@ class Interrupted(BaseException):
         self.number = number
 
 
+@dataclass
+class _Shield:
+    """Signals that came while a call was under way whose outcome must be known."""
+
+    depth: int = 0
+    pending: int | None = None
+
+
+_shield = _Shield()
+
+
+@contextlib.contextmanager
+def shielded() -> Iterator[None]:
+    """A signal waits for the end of this block: what it makes can then be removed."""
+    _shield.depth += 1
+    try:
+        yield
+    finally:
+        _shield.depth -= 1
+        number, _shield.pending = _shield.pending, None
+        if number is not None and not _shield.depth:
+            raise Interrupted(number)
+
+
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
     """SIGINT and SIGTERM raise Interrupted, so that a verb can clean up; a second one too."""
 
     def handler(number: int, _: FrameType | None) -> None:
-        raise Interrupted(number)
+        if _shield.depth and _shield.pending is None:
+            _shield.pending = number
+        else:
+            raise Interrupted(number)
 
     before = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -264,7 +291,7 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
                 with step(output, progress, "promote it"):
                     promote_new(api, stack, plan, progress)
                 with step(output, progress, "reach it without affinity"):
-                    wait_until_routed(stack.address, plan.deployment_id, by_affinity=False)
+                    wait_until_active(api, stack, plan.deployment_id)
         except (Failure, Interrupted, httpx.HTTPError, OSError) as error:
             explain(api, target, plan, progress, output, error)
             raise
@@ -314,20 +341,21 @@ def build_image(plan: Plan, stack: Stack, output: Output) -> None:
 def create_backend(api: Api, stack: Stack, plan: Plan, progress: Progress) -> None:
     assert stack.router is not None
     progress.creating = True
-    progress.service_id = create_service(
-        api,
-        stack.target,
-        plan.service_name,
-        backend_variables(plan, stack),
-        group_id=stack.router.group_id,
-        settings={
-            **BACKEND_SETTINGS,
-            "numReplicas": plan.replicas,
-            "startCommand": plan.start_command,
-        },
-        image=plan.image,
-        created=lambda service_id: setattr(progress, "service_id", service_id),
-    )
+    with shielded():
+        create_service(
+            api,
+            stack.target,
+            plan.service_name,
+            backend_variables(plan, stack),
+            group_id=stack.router.group_id,
+            settings={
+                **BACKEND_SETTINGS,
+                "numReplicas": plan.replicas,
+                "startCommand": plan.start_command,
+            },
+            image=plan.image,
+            created=lambda service_id: setattr(progress, "service_id", service_id),
+        )
 
 
 def start_backend(
@@ -451,6 +479,23 @@ def wait_until_routed(
             raise Failure(f"{failure}; {address}{contract.META_PATH} gave {last}") from None
 
 
+def wait_until_active(api: Api, stack: Stack, deployment_id: str) -> None:
+    """Wait until the public address answers from this deployment.
+
+    Raises Failure where another run has promoted another deployment meanwhile.
+    """
+    try:
+        wait_until_routed(stack.address, deployment_id, by_affinity=False, timeout=4.0)
+    except Failure:
+        active = active_deployment(api, stack)
+        if active != deployment_id:
+            raise Failure(
+                f"{active} was promoted after {deployment_id}, which drains now: another deploy"
+                " ran at the same time"
+            ) from None
+        wait_until_routed(stack.address, deployment_id, by_affinity=False)
+
+
 def explain(
     api: Api,
     target: Target,
@@ -466,8 +511,8 @@ def explain(
         return
     if progress.promoted:
         output.say(
-            f"{plan.deployment_id} is active and stays; `pulse-railway status` shows it,"
-            " `pulse-railway rollback` goes back"
+            f"{plan.deployment_id} was promoted and stays; `pulse-railway status` shows what is"
+            " active, `pulse-railway rollback` goes back"
         )
         return
     if isinstance(error, Uncertain) and progress.step == "promote it":
@@ -566,7 +611,7 @@ def promote(api: Api, stack: Stack, deployment_id: str, output: Output) -> dict[
     with output.step(f"promote {deployment_id}"):
         promote_record(api, stack, deployment_id, service.name)
     with output.step("reach it without affinity"):
-        wait_until_routed(stack.address, deployment_id, by_affinity=False)
+        wait_until_active(api, stack, deployment_id)
     return {"deployment_id": deployment_id, "active": True, "address": stack.address}
 
 

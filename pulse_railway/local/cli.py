@@ -147,7 +147,7 @@ def ssh(args: argparse.Namespace) -> int:
         }
         answer = client.post("/ssh", json=body)
         if answer.status_code != 200:
-            raise Failure(answer.json().get("message", f"ssh failed ({answer.status_code})"))
+            raise Failure(f"ssh failed ({answer.status_code}): {answer.json().get('message')}")
         code = 255
         for line in answer.text.splitlines():
             part = json.loads(line)

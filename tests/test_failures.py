@@ -1,0 +1,365 @@
+"""What happens when a step fails, is interrupted, or races with another run.
+
+Every step of `deploy`, `ensure` and `delete` is made to fail: by 429, 502, a GraphQL error, a lost
+answer, and by a signal. Afterwards the active deployment is untouched and no service is orphaned.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from pulse_railway import baseline, config, deployment
+from pulse_railway.errors import Failure
+from pulse_railway.output import Output
+from pulse_railway.railway import api as api_module
+from pulse_railway.railway import tokens
+from pulse_railway.railway.api import Api
+from pulse_railway.stack import inspect
+from tests.conftest import TINY, Project
+from tests.net import eventually
+
+BASE = {"pulse-router", "pulse-env", "pulse-redis", "pulse-janitor"}
+
+DEPLOY_CALLS = [
+    "projectToken",
+    "environment",
+    "variables",
+    "serviceCreate",
+    "serviceInstanceUpdate",
+    "up",
+    "deployment",
+    "variablesForServiceDeployment",
+    "ssh",
+]
+KINDS: dict[str, dict[str, Any]] = {
+    "429": {"status": 429, "retry_after": 0.2},
+    "502": {"status": 502},
+    "502 always": {"status": 502, "times": 1000},
+    "refused": {"error": "Something went wrong"},
+    "lost": {"status": 502, "after": True},
+}
+
+
+@pytest.fixture(scope="module")
+def base(project: Project) -> Project:
+    """A baseline with one active deployment, `first`."""
+    project.ok("ensure", "main.py")
+    project.deploy("first")
+    return project
+
+
+class InProcess:
+    """The flows as a verb calls them, in this process: what a subprocess would add is start-up."""
+
+    def __init__(self, project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name, value in project.env.items():
+            if name.startswith(("RAILWAY_", "PULSE_", "SSL_")) or name == "PATH":
+                monkeypatch.setenv(name, value)
+        monkeypatch.setattr(api_module, "FIRST_PAUSE", 0.02)
+        monkeypatch.setattr(time, "sleep", _quicker(time.sleep))
+        self.project = project
+        self.target = config.Target(project.id, project.environment)
+        self.app = config.load_app("main.py", TINY)
+
+    def api(self) -> Api:
+        return Api(tokens.find(None))
+
+    def deploy(self, deployment_id: str, **flags: Any) -> dict[str, Any]:
+        output = Output(as_json=True)
+        plan = deployment.prepare(self.app, {"deployment_id": deployment_id, **flags}, output)
+        return deployment.deploy(self.api(), self.target, plan, output)
+
+    def ensure(self, **flags: Any) -> list[str]:
+        wanted = baseline.options(flags, self.app.plugin)
+        done = baseline.ensure(self.api(), self.target, self.app.names, wanted, Output())
+        return done[1]
+
+    def delete(self, deployment_id: str) -> None:
+        api = self.api()
+        stack = inspect(api, self.target, self.app.names)
+        deployment.delete(api, stack, deployment_id, Output())
+
+
+def _quicker(sleep: Callable[[float], None]) -> Callable[[float], None]:
+    return lambda seconds: sleep(min(seconds, 0.3))
+
+
+@pytest.fixture
+def here(base: Project, monkeypatch: pytest.MonkeyPatch) -> InProcess:
+    base.faults()
+    return InProcess(base, monkeypatch)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("call", DEPLOY_CALLS)
+def test_a_deploy_that_fails_leaves_nothing(
+    here: InProcess, capsys: pytest.CaptureFixture[str], call: str, kind: str
+) -> None:
+    project = here.project
+    name = f"d-{DEPLOY_CALLS.index(call)}-{list(KINDS).index(kind)}"
+    # the first query of a kind is the inspection; `deployment` and `ssh` come later
+    project.faults({"match": call, **KINDS[kind]})
+    try:
+        here.deploy(name, no_promote=True)
+        failed = None
+    except Failure as failure:
+        failed = failure
+    project.faults()
+    assert project.active == "first"
+    # a rate limit, and one bad answer to what may be repeated, cost time and nothing else
+    if kind == "429" or (kind == "502" and call != "serviceCreate"):
+        assert failed is None
+    if failed is None:  # it recovered
+        assert name in project.services
+        assert project.records[name]["state"] == "pending"
+        here.delete(name)
+    else:
+        said = capsys.readouterr().err
+        assert "failed at: " in said or "projectToken" in call or "environment" in call, said
+    assert project.services == BASE | {"first"}
+    assert set(project.records) == {"first"}
+
+
+def test_a_build_that_fails(here: InProcess, capsys: pytest.CaptureFixture[str]) -> None:
+    for stage in ("BUILDING", "DEPLOYING"):
+        here.project.faults(crash_at=stage)
+        with pytest.raises(Failure, match="ended as FAILED"):
+            here.deploy("broken")
+        said = capsys.readouterr().err
+        assert "failed at: build and start" in said
+        assert f"ordered to fail at {stage}" in said
+        assert here.project.services == BASE | {"first"}
+    here.project.faults(crash_at="BUILDING")
+    with pytest.raises(Failure):
+        here.deploy("kept", keep_failed=True)
+    assert "kept" in here.project.services
+    here.project.faults()
+    here.delete("kept")
+
+
+def test_a_promotion_whose_answer_is_lost(here: InProcess) -> None:
+    """`promote` ran, its answer did not come: it is asked what happened, and nothing is removed."""
+    project = here.project
+    project.faults({"match": "ssh", "nth": 2, "status": 502, "after": True})
+    assert here.deploy("lost")["active"] is True
+    project.faults()
+    assert project.active == "lost"
+    assert project.records["first"]["state"] == "draining"
+    project.ok("promote", "--deployment-id", "first")
+    here.delete("lost")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "step",
+    ["inspect the baseline", "create the service", "build and start", "register", "promote it"],
+)
+def test_a_signal_during_deploy(base: Project, step: str, number: signal.Signals) -> None:
+    name = f"s-{number.name[3:].lower()}-{step.split()[0]}"
+    slow = {"inspect the baseline": "environment", "create the service": "serviceCreate",
+            "build and start": "deployment", "register": "ssh", "promote it": "ssh"}[step]
+    nth = {"register": 1, "promote it": 2}.get(step, 1)
+    base.faults({"match": slow, "nth": nth, "delay": 2.0})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pulse_railway", "deploy", "main.py", "--deployment-id", name],
+        cwd=TINY, env=base.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )
+    assert process.stderr is not None
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if line.strip().startswith(step):
+            break
+    time.sleep(0.4)
+    os.killpg(process.pid, number) if number == signal.SIGKILL else process.send_signal(number)
+    rest = process.communicate(timeout=60)[1]
+    base.faults()
+    if number != signal.SIGKILL:
+        assert process.returncode == 128 + number, rest
+        assert "Traceback" not in rest
+        assert "interrupted at: " in rest
+        assert base.services == BASE | {"first"}
+        assert set(base.records) == {"first"}
+    else:  # running it again succeeds, under another id or the same
+        time.sleep(2.2 if step == "create the service" else 0.3)  # the order that is delayed
+        if name in base.services:
+            assert base.run("delete", "--deployment-id", name).code == 0
+        assert base.deploy(f"{name}-2"[:24], "--no-promote")
+        assert base.run("delete", "--deployment-id", f"{name}-2"[:24]).code == 0
+    if base.active != "first":  # killed after the promotion
+        base.ok("promote", "--deployment-id", "first")
+        base.run("delete", "--deployment-id", name)
+    assert base.services == BASE | {"first"}
+    assert base.get("/_pulse/meta")["deployment_id"] == "first"
+
+
+@pytest.mark.parametrize("call", ["environment", "ssh", "serviceDelete"])
+@pytest.mark.parametrize("kind", ["502 always", "refused", "lost"])
+def test_a_delete_that_fails_can_be_run_again(here: InProcess, call: str, kind: str) -> None:
+    name = f"x-{list(KINDS).index(kind)}-{call.lower()[:8]}"
+    here.deploy(name, no_promote=True)
+    here.project.faults({"match": call, **KINDS[kind]})
+    try:
+        here.delete(name)
+    except Failure:
+        here.project.faults()
+        here.delete(name)
+    here.project.faults()
+    assert here.project.services == BASE | {"first"}
+    assert set(here.project.records) == {"first"}
+    assert here.project.active == "first"
+
+
+ENSURE_CALLS = [
+    "environment",
+    "template",
+    "templateDeployV2",
+    "serviceCreate",
+    "variableCollectionUpsert",
+    "serviceDomainCreate",
+    "up",
+    "variableDelete",
+]
+
+
+@pytest.mark.parametrize("kind", ["429", "502 always", "refused", "lost"])
+def test_an_ensure_that_fails_is_taken_up_by_the_next(
+    new_project: Callable[[], Project], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    project = new_project()
+    flows = InProcess(project, monkeypatch)
+    for call in ENSURE_CALLS:
+        project.faults({"match": call, **KINDS[kind]})
+        try:
+            flows.ensure()
+        except Failure:
+            project.faults()
+            if "pulse-router" in project.services and "pulse-env" in project.services:
+                continue  # the next round goes on from here
+    project.faults()
+    flows.ensure()
+    assert project.services == BASE
+    assert flows.ensure() == []
+    assert "PULSE_RAILWAY_SETUP" not in project.variables("pulse-env")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_an_ensure_that_is_killed_is_taken_up_by_the_next(
+    new_project: Callable[[], Project], number: signal.Signals
+) -> None:
+    project = new_project()
+    for step in ("wait for pulse-janitor, pulse-redis", "create pulse-env", "upload the runtime",
+                 "wait for pulse-janitor, pulse-router"):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pulse_railway", "ensure", "main.py"],
+            cwd=TINY, env=project.env, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.strip().startswith(step):
+                os.killpg(process.pid, number)
+                break
+        process.communicate(timeout=60)
+    done = project.ok("ensure", "main.py")
+    assert project.services == BASE
+    assert done["server_address"]
+    assert project.ok("ensure", "main.py")["changed"] == []
+    project.deploy("works")
+
+
+def test_a_partial_baseline_is_refused(new_project: Callable[[], Project]) -> None:
+    project = new_project()
+    project.ok("ensure", "main.py")
+    service = project.stage.services()["pulse-janitor"]["serviceId"]
+    project.railway.graphql("mutation D($i: String!) { serviceDelete(id: $i) }", i=service)
+    before = project.services
+    for verb in (["ensure", "main.py"], ["deploy", "main.py"]):
+        failed = project.run(*verb)
+        assert failed.code == 1
+        assert "pulse-janitor missing" in failed.error
+        assert "scaffold" in failed.error
+    assert "exists already" in project.run("scaffold", "main.py").error
+    assert project.services == before
+
+
+# -- races -------------------------------------------------------------------------------------
+
+
+def start(project: Project, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "pulse_railway", *arguments, "--json"],
+        cwd=TINY, env=project.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )
+
+
+def test_two_deploys_at_once(base: Project) -> None:
+    base.faults()
+    runs = [start(base, "deploy", "main.py", "--deployment-id", f"race-{i}") for i in range(2)]
+    for run in runs:
+        _, said = run.communicate(timeout=120)
+        assert run.returncode == 0 or "error:" in said
+    states = {k: v["state"] for k, v in base.records.items()}
+    assert sorted(states.values()).count("active") == 1
+    assert set(states) | BASE == base.services
+    winner = base.active
+    assert winner is not None
+    assert winner.startswith("race-")
+    assert all(s == "draining" for k, s in states.items() if k != winner)
+    base.ok("promote", "--deployment-id", "first")
+    for i in range(2):
+        base.ok("delete", "--deployment-id", f"race-{i}")
+
+
+def test_the_same_name_twice_at_once(base: Project) -> None:
+    runs = [start(base, "deploy", "main.py", "--deployment-id", "same", "--no-promote")
+            for _ in range(2)]
+    codes = [run.communicate(timeout=120) and run.returncode for run in runs]
+    assert sorted(codes) in ([0, 1], [1, 1])
+    if 0 in codes:
+        base.ok("delete", "--deployment-id", "same")
+    assert base.services == BASE | {"first"}
+
+
+def test_a_deploy_during_ensure_and_the_janitor_during_both(base: Project) -> None:
+    runs = [
+        start(base, "ensure", "main.py", "--drain-ttl-seconds", "999"),
+        start(base, "deploy", "main.py", "--deployment-id", "during"),
+    ]
+    for _ in range(3):
+        base.stage.run_janitor()
+        time.sleep(1)
+    for run in runs:
+        _, said = run.communicate(timeout=120)
+        assert run.returncode == 0, said
+    assert base.active == "during"
+    assert base.get("/_pulse/meta")["deployment_id"] == "during"
+    if "first" in base.services:
+        base.stage.run_janitor()
+        eventually(lambda: "first" not in base.services, 15)
+    base.deploy("first")
+
+
+def test_a_delete_during_a_promote(base: Project) -> None:
+    base.deploy("contested", "--no-promote")
+    runs = [start(base, "promote", "--deployment-id", "contested"),
+            start(base, "delete", "--deployment-id", "contested")]
+    for run in runs:
+        run.communicate(timeout=120)
+    assert base.active is not None
+    if base.active == "contested":  # then the delete was refused
+        assert "contested" in base.services
+    else:
+        assert "contested" not in base.services | set(base.records)
+    meta = base.get("/_pulse/meta")
+    assert meta["deployment_id"] == base.active
+
+
