@@ -1,0 +1,216 @@
+"""What a stack can be besides the default: external Redis, published images, other names."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, TINY, Project, Redis
+
+DOCKER = """#!/bin/sh
+# Stands in for docker, of which there is no daemon here: writes down how it was called, and
+# "pushes" the context to where the local Railway looks for images.
+printf '%s\\n' "$*" >> "$DOCKER_LOG"
+env | sort >> "$DOCKER_LOG.env"
+while [ $# -gt 1 ]; do
+    [ "$1" = -t ] && image=$2
+    shift
+done
+[ -n "$DOCKER_FAILS" ] && { echo "ERROR: failed to solve"; exit 17; }
+echo "#1 building $image"
+"""
+
+
+@pytest.fixture
+def docker(tmp_path: Path) -> dict[str, str]:
+    """A PATH with a `docker` that records, and where it records to."""
+    folder = tmp_path / "docker-bin"
+    folder.mkdir()
+    script = folder / "docker"
+    script.write_text(DOCKER)
+    script.chmod(script.stat().st_mode | stat.S_IEXEC)
+    return {"folder": str(folder), "DOCKER_LOG": str(tmp_path / "docker.log")}
+
+
+def with_docker(project: Project, docker: dict[str, str]) -> dict[str, str]:
+    path = docker["folder"] + os.pathsep + project.env["PATH"]
+    return {"PATH": path, "DOCKER_LOG": docker["DOCKER_LOG"]}
+
+
+def test_external_redis(new_project: Callable[[], Project]) -> None:
+    server = Redis()
+    try:
+        project = new_project()
+        url = server.url + "/3"
+        project.ok("ensure", "main.py", "--redis-url", url)
+        assert project.services == {"pulse-router", "pulse-env", "pulse-janitor"}
+        assert project.variables("pulse-router")["REDIS_URL"] == url
+        assert project.ok("ensure", "main.py", "--redis-url", url)["changed"] == []
+        assert project.ok("ensure", "main.py")["changed"] == []
+        project.deploy("one")
+        refused = project.run("ensure", "main.py", "--redis-url", server.url + "/4")
+        assert refused.code == 1
+        assert "another Redis" in refused.error
+        assert url not in refused.err
+    finally:
+        server.stop()
+
+
+def test_a_managed_redis_is_not_switched(new_project: Callable[[], Project]) -> None:
+    project = new_project()
+    project.ok("ensure", "main.py")
+    refused = project.run("ensure", "main.py", "--redis-url", "redis://elsewhere:6379")
+    assert (refused.code, "another Redis" in refused.error) == (1, True)
+    raw = project.variables("pulse-router")["REDIS_URL"]
+    assert raw == "${{pulse-redis.REDIS_URL}}"  # the password never left Railway
+
+
+def test_service_prefix(new_project: Callable[[], Project], tmp_path: Path) -> None:
+    import shutil
+
+    app = tmp_path / "app"
+    shutil.copytree(TINY, app)
+    text = (app / "main.py").read_text()
+    (app / "main.py").write_text(text.replace("RailwayPlugin(\n", "RailwayPlugin(\n    service_prefix='shop',\n"))
+    project = new_project()
+    assert project.run("ensure", "main.py", cwd=app).code == 0
+    assert project.services == {"shop-router", "shop-env", "shop-redis", "shop-janitor"}
+    verb = project.run("deploy", "main.py", "--deployment-id", "one", "--json", cwd=app)
+    assert verb.code == 0, verb.err
+    assert verb.json["service_name"] == "shop-one"
+    assert project.run("status", "--service-prefix", "shop", "--json").json["active"] == "one"
+
+
+def test_image_mode(new_project: Callable[[], Project], docker: dict[str, str]) -> None:
+    project = new_project()
+    env = with_docker(project, docker)
+    project.ok("ensure", "main.py")
+    images = project.railway.root / "images.json"
+    known = {"registry.example/team/app:img-1": {"cwd": str(TINY)}}
+    images.write_text(json.dumps(known))
+    verb = project.run(
+        "deploy", "main.py", "--deployment-id", "img-1", "--image-repository",
+        "registry.example/team/app", "--build-arg", "TOKEN=very-secret-argument", "--json", **env,
+    )
+    assert verb.code == 0, verb.err
+    assert verb.json["image"] == "registry.example/team/app:img-1"
+    command = Path(docker["DOCKER_LOG"]).read_text()
+    assert command.startswith("buildx build --push --platform linux/amd64")
+    assert f"-f {TINY / 'Dockerfile'}" in command
+    assert "--build-arg PULSE_APP_FILE --build-arg PULSE_SERVER_ADDRESS" in command
+    assert "very-secret-argument" not in command
+    given = Path(docker["DOCKER_LOG"] + ".env").read_text()
+    assert "TOKEN=very-secret-argument" in given
+    assert "PULSE_APP_FILE=main.py" in given
+    assert project.get("/_pulse/meta")["deployment_id"] == "img-1"
+    # a build that fails creates nothing
+    verb = project.run(
+        "deploy", "main.py", "--deployment-id", "img-2", "--image-repository",
+        "registry.example/team/app", **env, DOCKER_FAILS="1",
+    )
+    assert verb.code == 1
+    assert "failed to solve" in verb.err
+    assert "img-2" not in project.services
+    # an image that was not pushed fails, and its service is removed
+    verb = project.run(
+        "deploy", "main.py", "--deployment-id", "img-3", "--image-repository",
+        "registry.example/team/app", **env,
+    )
+    assert verb.code == 1
+    assert "image not found" in verb.err
+    assert "img-3" not in project.services
+
+
+def test_a_published_runtime_image(new_project: Callable[[], Project], docker: dict[str, str]) -> None:
+    project = new_project()
+    pushed = project.run(
+        "image", "--repository", "registry.example/team/pulse-railway", "--tag", "t1", "--json",
+        **with_docker(project, docker),
+    )
+    assert pushed.code == 0, pushed.err
+    reference = pushed.json["image"]
+    assert reference == "registry.example/team/pulse-railway:t1"
+    assert f"-f {ROOT / 'Dockerfile.router'} {ROOT}" in Path(docker["DOCKER_LOG"]).read_text()
+    (project.railway.root / "images.json").write_text(json.dumps({reference: {"cwd": str(ROOT)}}))
+    project.ok("ensure", "main.py", "--runtime-image", reference)
+    assert project.ok("ensure", "main.py", "--runtime-image", reference)["changed"] == []
+    project.deploy("one")
+    changed = project.ok("ensure", "main.py")["changed"]  # back to the packaged sources
+    assert any("built from pulse-railway's sources" in line for line in changed)
+    assert project.get("/_pulse/meta")["deployment_id"] == "one"
+
+
+def test_no_secret_is_shown(new_project: Callable[[], Project], tmp_path: Path) -> None:
+    """Every verb with marked secrets; none of them in output, logs, or any child's arguments."""
+    project = new_project()
+    log = tmp_path / "arguments.log"
+    real = Path(project.railway.root) / "bin" / "railway"
+    folder = tmp_path / "spy-bin"
+    folder.mkdir()
+    spy = folder / "railway"
+    spy.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >> {log}\nexec {real} "$@"\n')
+    spy.chmod(0o755)
+    env = {"PATH": str(folder) + os.pathsep + project.env["PATH"]}
+    said = []
+
+    def run(*arguments: str) -> None:
+        verb = project.run(*arguments, **env)
+        said.append(verb.out + verb.err)
+        assert verb.code == 0, verb.err
+
+    run("ensure", "main.py", "--token", project.env["RAILWAY_API_TOKEN"])
+    project.stage.set_variables("pulse-env", {"DATABASE_URL": "postgres://u:marked-secret-1@h/d"})
+    run("ensure", "main.py", "--plan", "--json", "--drain-ttl-seconds", "77")
+    run("deploy", "main.py", "--deployment-id", "a", "--env", "KEY=marked-secret-2", "--json")
+    run("deploy", "main.py", "--deployment-id", "b", "--build-arg", "ARG=marked-secret-3")
+    run("status", "--json")
+    run("status")
+    run("rollback")
+    run("promote", "--deployment-id", "b")
+    run("redeploy", "--json")
+    run("logs", "--build")
+    run("logs", "--service", "pulse-router")
+    run("logs", "--service", "pulse-janitor")
+    run("delete", "--deployment-id", "a", "--json")
+    project.faults({"match": "environment", "error": f"bad {project.env['RAILWAY_API_TOKEN']}"})
+    failed = project.run("status", **env)
+    project.faults()
+    said.append(failed.out + failed.err)
+    router = project.variables("pulse-router")
+    password = project.variables("pulse-redis")["REDIS_PASSWORD"]
+    secrets = [
+        project.env["RAILWAY_API_TOKEN"],
+        router["PULSE_RAILWAY_INTERNAL_TOKEN"],
+        password,
+        "marked-secret-1",
+        "marked-secret-2",
+        "marked-secret-3",
+    ]
+    everything = "\n".join(said) + log.read_text()
+    ids = {s["serviceId"] for s in project.stage.services().values()}
+    state = json.loads((project.railway.root / "state.json").read_text())
+    for deployment in state["deployments"]:
+        if deployment["service_id"] in ids:
+            for path in (project.railway.root / "logs").glob(f"{deployment['id']}.*"):
+                everything += path.read_text()
+    for secret in secrets:
+        assert secret not in everything
+    assert "ssh" in log.read_text()
+
+
+def test_listing_is_quick_and_output_plain(project: Project) -> None:
+    began = time.monotonic()
+    verb = project.run("--list")
+    assert verb.code == 0
+    assert time.monotonic() - began < 1.0  # 0.2 s alone; the machine is shared
+    for name in ("deploy", "ensure", "rollback", "janitor.run"):
+        assert name in verb.out
+    helped = project.run("deploy", "--help")
+    assert "--image-repository" in helped.out
+    assert "\x1b" not in helped.out
