@@ -22,7 +22,7 @@ import httpx
 from pulse_railway import config, contract, naming
 from pulse_railway.baseline import create_service, delete_service, deploy_service, shell
 from pulse_railway.config import AppConfig, Target
-from pulse_railway.errors import Failure, Uncertain, keep_secret
+from pulse_railway.errors import Failure, Interrupted, Uncertain, keep_secret
 from pulse_railway.output import Output
 from pulse_railway.railway import cli, documents
 from pulse_railway.railway.api import Api
@@ -40,14 +40,6 @@ from pulse_railway.stack import (
 )
 
 ROUTED_TIMEOUT = 180.0
-
-
-class Interrupted(BaseException):
-    """A signal ended the run. BaseException, so that nothing takes it for a failure to retry."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
 
 
 @dataclass

@@ -16,6 +16,14 @@ class Uncertain(Failure):
     """A write whose answer was lost: it may or may not have been carried out."""
 
 
+class Interrupted(BaseException):
+    """A signal ended the run. BaseException, so that nothing takes it for a failure to retry."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
 def keep_secret(*values: str | None) -> None:
     """Remember values that no output may hold."""
     _secrets.update(value for value in values if value and len(value) >= 6)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -132,7 +133,9 @@ def with_defaults(context: Context, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def run(function: Callable[[Flags], None], flags: Flags) -> None:
     """Call a verb. Whatever a user can do something about becomes one line and a status of 1."""
-    from pulse_railway.errors import Failure, redact
+    import httpx
+
+    from pulse_railway.errors import Failure, Interrupted, redact
 
     load_dotenv()
     try:
@@ -140,14 +143,11 @@ def run(function: Callable[[Flags], None], flags: Flags) -> None:
     except Failure as failure:
         raise Exit(f"error: {redact(str(failure))}", 1) from None
     except KeyboardInterrupt:
-        raise Exit("interrupted", 130) from None
-    except BaseException as error:
-        number = getattr(error, "number", None)
-        if type(error).__name__ == "Interrupted" and number:
-            raise Exit("interrupted", 128 + number) from None
-        if isinstance(error, (OSError,)) or type(error).__module__.startswith("httpx"):
-            raise Exit(f"error: {redact(str(error) or type(error).__name__)}", 1) from None
-        raise
+        raise Exit("interrupted", 128 + signal.SIGINT) from None
+    except Interrupted as interrupted:
+        raise Exit("interrupted", 128 + interrupted.number) from None
+    except (OSError, httpx.HTTPError) as error:
+        raise Exit(f"error: {redact(str(error) or type(error).__name__)}", 1) from None
 
 
 def load_dotenv() -> None:
@@ -159,7 +159,7 @@ def load_dotenv() -> None:
 
 
 def confirm(question: str, flags: Flags) -> None:
-    """Ask before something is destroyed. Without a terminal or `--yes`, refuse."""
+    """Ask before something is destroyed, where there is somebody to ask. Raises Failure for a no."""
     from pulse_railway.errors import Failure
 
     if flags.get("yes") or os.environ.get("CI"):
