@@ -182,7 +182,7 @@ def lock(store: router.RedisStore) -> Iterator[bool]:
     finally:
         done.set()
         with contextlib.suppress(redis.RedisError), store.client.pipeline() as pipe:
-            pipe.watch(key)
+            pipe.watch(key)  # type: ignore[no-untyped-call]
             if pipe.get(key) == token:
                 pipe.multi()
                 pipe.delete(key)
@@ -261,9 +261,7 @@ def reload_tabs(record: router.Record, token: str) -> None:
             time.sleep(RELOAD_GRACE_SECONDS)
 
 
-def remove(
-    store: router.RedisStore, railway: Railway, name: str, service: Service | None
-) -> None:
+def remove(store: router.RedisStore, railway: Railway, name: str, service: Service | None) -> None:
     """Delete a deployment: claimed first, so that nobody promotes it meanwhile."""
     store.apply(lambda state: router.retire(state, name))
     if service:

@@ -171,23 +171,31 @@ def story(root: Path) -> None:
     """
     with stage(root) as s:
         done = s.run("ensure", APP)
-        see("ensure creates router, env, Redis and janitor",
-            {"pulse-router", "pulse-env", "pulse-redis", "pulse-janitor"} == set(s.services()))
+        see(
+            "ensure creates router, env, Redis and janitor",
+            {"pulse-router", "pulse-env", "pulse-redis", "pulse-janitor"} == set(s.services()),
+        )
         address = done["server_address"]
         s.set_variables("pulse-env", {"GREETING": "hello", "SESSION_TIMEOUT": "1"})
         a = s.run("deploy", APP, "--deployment-name", "a")["deployment_id"]
-        see(f"deploy brings up {a}, which is active",
-            s.get(f"{address}/_pulse/meta").json()["deployment_id"] == a)
-        see("it has the variable of pulse-env",
-            s.get(f"{address}/greeting").json() == {"greeting": "hello"})
+        see(
+            f"deploy brings up {a}, which is active",
+            s.get(f"{address}/_pulse/meta").json()["deployment_id"] == a,
+        )
+        see(
+            "it has the variable of pulse-env",
+            s.get(f"{address}/greeting").json() == {"greeting": "hello"},
+        )
         asyncio.run(_tabs(s, address, a))
 
 
 async def _tabs(s: Stage, address: str, a: str) -> None:
     async with Visitor(address, s.bundle) as old:
         await old.open()
-        see(f"a page is prerendered by {a}, with a cookie and the affinity",
-            old.affinity == a and old.cookie is not None)
+        see(
+            f"a page is prerendered by {a}, with a cookie and the affinity",
+            old.affinity == a and old.cookie is not None,
+        )
         await old.connect()
         await old.count()
         await old.count()
@@ -204,11 +212,15 @@ async def _tabs(s: Stage, address: str, a: str) -> None:
             see(f"a new tab gets {b}", new.affinity == b and await new.meta() == b)
         async with Visitor(address, s.bundle, cookie=old.cookie) as returning:
             await returning.open()
-            see(f"on {b} the session has counted to 3, from Redis",
-                (returning.affinity, returning.session) == (b, 3))
-        see("/_pulse/meta names the right one each way",
+            see(
+                f"on {b} the session has counted to 3, from Redis",
+                (returning.affinity, returning.session) == (b, 3),
+            )
+        see(
+            "/_pulse/meta names the right one each way",
             s.get(f"{address}/_pulse/meta", pulse_deployment=a).json()["deployment_id"] == a
-            and s.get(f"{address}/_pulse/meta").json()["deployment_id"] == b)
+            and s.get(f"{address}/_pulse/meta").json()["deployment_id"] == b,
+        )
         await asyncio.to_thread(s.run_janitor)
         await asyncio.sleep(3)
         see(f"the janitor keeps {a} while its tab is open", a in s.services())
@@ -219,12 +231,16 @@ async def _tabs(s: Stage, address: str, a: str) -> None:
         await asyncio.to_thread(s.run_janitor)
     see(f"once the tab has gone, the janitor removes {a}", a not in s.services())
     see(f"{b} serves on", s.get(f"{address}/_pulse/meta").json()["deployment_id"] == b)
-    see("an affinity that is gone is answered 409",
-        s.get(f"{address}/_pulse/meta", pulse_deployment=a).status_code == 409)
+    see(
+        "an affinity that is gone is answered 409",
+        s.get(f"{address}/_pulse/meta", pulse_deployment=a).status_code == 409,
+    )
     again = await asyncio.to_thread(s.run, "redeploy")
-    see(f"redeploy brings {b} up anew",
+    see(
+        f"redeploy brings {b} up anew",
         again["deployment_id"] == b
-        and s.get(f"{address}/_pulse/meta").json()["deployment_id"] == b)
+        and s.get(f"{address}/_pulse/meta").json()["deployment_id"] == b,
+    )
     last = await asyncio.to_thread(s.run, "ensure", APP)
     see("a second ensure changes nothing", last["changed"] == [])
 

@@ -98,7 +98,9 @@ class Change:
             shown = value.get("image") if key == "source" else value
             lines.append(f"{name}: {key} {'unset' if before is None else before} -> {shown}")
         if self.disconnect:
-            lines.append(f"{name}: image {self.service.image} -> built from pulse-railway's sources")
+            lines.append(
+                f"{name}: image {self.service.image} -> built from pulse-railway's sources"
+            )
         if self.group_id:
             lines.append(f"{name}: move into the router's group")
         if self.domain:
@@ -144,7 +146,9 @@ def shell(command: str) -> str:
     return f"sh -c {shlex.quote(command)}"
 
 
-def desired(stack: Stack, wanted: Options, runtime_token: str, internal_token: str) -> list[Desired]:
+def desired(
+    stack: Stack, wanted: Options, runtime_token: str, internal_token: str
+) -> list[Desired]:
     """The router and the janitor as they should be; env and Redis are the user's to configure."""
     names = stack.names
     if wanted.redis_url:
@@ -210,9 +214,7 @@ def plan(stack: Stack, wanted: Options, runtime_token: str, internal_token: str)
         change.variables = {
             k: v for k, v in goal.variables.items() if service.variables.get(k) != v
         }
-        change.settings = {
-            k: v for k, v in goal.settings.items() if service.settings.get(k) != v
-        }
+        change.settings = {k: v for k, v in goal.settings.items() if service.settings.get(k) != v}
         if wanted.runtime_image and service.image != wanted.runtime_image:
             change.settings["source"] = {"image": wanted.runtime_image}
         elif not wanted.runtime_image and service.image:
@@ -232,9 +234,7 @@ def plan(stack: Stack, wanted: Options, runtime_token: str, internal_token: str)
     return [change for change in changes if change]
 
 
-def apply(
-    api: Api, stack: Stack, changes: list[Change], wanted: Options, output: Output
-) -> None:
+def apply(api: Api, stack: Stack, changes: list[Change], wanted: Options, output: Output) -> None:
     """Carry a plan out. Killed anywhere, the next run's plan holds what is left: the version
     variable is written last."""
     target = stack.target
@@ -269,9 +269,7 @@ def write(api: Api, target: Target, changes: list[Change]) -> None:
             values[f"d{counts['disconnect']}"] = change.service.id
             counts["disconnect"] += 1
         if variables:
-            values[f"v{counts['variables']}"] = variable_input(
-                target, change.service.id, variables
-            )
+            values[f"v{counts['variables']}"] = variable_input(target, change.service.id, variables)
             counts["variables"] += 1
         if change.settings:
             values[f"s{counts['settings']}"] = change.service.id

@@ -154,8 +154,10 @@ def prepare(app: AppConfig, flags: Mapping[str, Any], output: Output) -> Plan:
     given_id = flags.get("deployment_id")
     name = flags.get("deployment_name") or plugin.deployment_name
     try:
-        chosen = naming.deployment_id(given_id) if given_id else naming.generate_deployment_id(
-            name or contract.DEFAULT_DEPLOYMENT_NAME
+        chosen = (
+            naming.deployment_id(given_id)
+            if given_id
+            else naming.generate_deployment_id(name or contract.DEFAULT_DEPLOYMENT_NAME)
         )
         naming.backend_name(app.names.prefix, chosen)
     except ValueError as error:
@@ -196,8 +198,10 @@ def inside(context: Path, path: str | Path, what: str) -> Path:
     try:
         return full.relative_to(context.resolve())
     except ValueError:
-        raise Failure(f"{what} {full} is outside the deploy context {context}: pass --context "
-                      "with a folder that holds it") from None
+        raise Failure(
+            f"{what} {full} is outside the deploy context {context}: pass --context "
+            "with a folder that holds it"
+        ) from None
 
 
 def free_name(plan: Plan, stack: Stack) -> Plan:
@@ -350,9 +354,7 @@ def create_backend(api: Api, stack: Stack, plan: Plan, progress: Progress) -> No
         )
 
 
-def start_backend(
-    api: Api, stack: Stack, plan: Plan, progress: Progress, output: Output
-) -> None:
+def start_backend(api: Api, stack: Stack, plan: Plan, progress: Progress, output: Output) -> None:
     """Source mode: upload and build on Railway. Image mode: deploy the image that was pushed."""
     assert progress.service_id
     target = stack.target
@@ -514,8 +516,10 @@ def explain(
         )
         return
     if plan.keep_failed:
-        output.say(f"kept as asked: remove it with `pulse-railway delete --deployment-id"
-                   f" {plan.deployment_id}`")
+        output.say(
+            f"kept as asked: remove it with `pulse-railway delete --deployment-id"
+            f" {plan.deployment_id}`"
+        )
         return
     try:
         with output.step(f"remove {plan.service_name}"):
@@ -571,9 +575,7 @@ def by_name(stack: Stack, name: str) -> str:
     )
 
 
-def redeploy(
-    api: Api, stack: Stack, deployment_id: str | None, output: Output
-) -> dict[str, Any]:
+def redeploy(api: Api, stack: Stack, deployment_id: str | None, output: Output) -> dict[str, Any]:
     """Build and start a deployment's service anew, by default the active one's."""
     if deployment_id is None:
         with output.step("ask the router which deployment is active"):
@@ -658,8 +660,9 @@ def status(api: Api, stack: Stack) -> dict[str, Any]:
     known = {r["deployment_id"]: r for r in state["deployments"]}
     ids = {str(s.deployment_id): s for s in stack.backends}
     rows = []
-    for name in sorted({*known, *ids}, key=lambda n: ids[n].created_at if n in ids else "",
-                       reverse=True):
+    for name in sorted(
+        {*known, *ids}, key=lambda n: ids[n].created_at if n in ids else "", reverse=True
+    ):
         record, service = known.get(name, {}), ids.get(name)
         rows.append(
             {
@@ -678,8 +681,11 @@ def status(api: Api, stack: Stack) -> dict[str, Any]:
         else None,
         "active": state["active"],
         "baseline": [
-            {"service": s.name, "railway": s.status, "version": s.variables.get(
-                contract.RUNTIME_VERSION)}
+            {
+                "service": s.name,
+                "railway": s.status,
+                "version": s.variables.get(contract.RUNTIME_VERSION),
+            }
             for s in stack.baseline
         ],
         "missing": stack.missing,
@@ -689,26 +695,23 @@ def status(api: Api, stack: Stack) -> dict[str, Any]:
     }
 
 
-def restore(
-    api: Api, stack: Stack, active: str | None, output: Output
-) -> dict[str, Any]:
+def restore(api: Api, stack: Stack, active: str | None, output: Output) -> dict[str, Any]:
     """Rebuild lost routing state from Railway's services; the newest becomes active unless said."""
     if not stack.backends:
         raise Failure("there are no deployments to restore: run `pulse-railway deploy`")
     chosen = active or str(stack.backends[0].deployment_id)
     find_backend(stack, chosen)
-    records = []
     with output.step("find the deployments' addresses"):
-        for service in stack.backends:
-            records.append(
-                {
-                    "deployment_id": service.deployment_id,
-                    "service_name": service.name,
-                    "address": backend_address(api, stack.target, service.id),
-                    "registered_at": datetime.fromisoformat(service.created_at).timestamp(),
-                    "drain_started_at": None,
-                }
-            )
+        records = [
+            {
+                "deployment_id": service.deployment_id,
+                "service_name": service.name,
+                "address": backend_address(api, stack.target, service.id),
+                "registered_at": datetime.fromisoformat(service.created_at).timestamp(),
+                "drain_started_at": None,
+            }
+            for service in stack.backends
+        ]
     with output.step("restore the routing state"):
         control(
             api,
@@ -725,7 +728,13 @@ def restore(
 
 
 def logs(
-    api: Api, stack: Stack, service: Service, output: Output, *, build: bool, limit: int,
+    api: Api,
+    stack: Stack,
+    service: Service,
+    output: Output,
+    *,
+    build: bool,
+    limit: int,
     follow: bool,
 ) -> dict[str, Any]:
     """The log of a service's latest deployment; with `follow`, until it is interrupted."""
@@ -750,4 +759,3 @@ def logs(
         if not follow:
             return {"service": service.name, "deployment": found["id"], "lines": lines}
         time.sleep(2.0)
-

@@ -78,9 +78,7 @@ class Output:
         self.console.print(redact(line), soft_wrap=True, markup=False)
 
     def warn(self, line: str) -> None:
-        self.console.print(
-            f"warning: {redact(line)}", style="yellow", soft_wrap=True, markup=False
-        )
+        self.console.print(f"warning: {redact(line)}", style="yellow", soft_wrap=True, markup=False)
 
     def result(self, value: dict[str, Any], summary: list[str]) -> None:
         """The end of a verb: the whole of it as JSON on stdout, or a summary for people."""

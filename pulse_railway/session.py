@@ -42,7 +42,9 @@ class RailwaySessionStore(ps.SessionStore):
         if self._client is None:
             url = self._url or os.environ.get(contract.SESSION_REDIS_URL)
             if not url:
-                raise RuntimeError(f"RailwaySessionStore needs url= or {contract.SESSION_REDIS_URL}")
+                raise RuntimeError(
+                    f"RailwaySessionStore needs url= or {contract.SESSION_REDIS_URL}"
+                )
             self._client = redis.asyncio.Redis.from_url(
                 url, decode_responses=True, health_check_interval=30
             )

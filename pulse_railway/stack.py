@@ -135,9 +135,7 @@ def inspect(api: Api, target: Target, names: Names) -> Stack:
             created_at=node["createdAt"],
             image=(node["source"] or {}).get("image"),
             settings={name: node[name] for name in _SETTINGS},
-            domains=[
-                d["domain"] for d in (*domains["customDomains"], *domains["serviceDomains"])
-            ],
+            domains=[d["domain"] for d in (*domains["customDomains"], *domains["serviceDomains"])],
             group_id=(config.get(node["serviceId"]) or {}).get("groupId"),
             status=latest["status"] if latest else None,
         )
@@ -147,17 +145,20 @@ def inspect(api: Api, target: Target, names: Names) -> Stack:
         values = api.call(documents.variables_of(len(listed)), **where, **ids)
         for i, service in enumerate(listed):
             service.variables = values[f"v{i}"]
-            keep_secret(*(service.variables.get(name) for name in SECRET_NAMES
-                          if "${{" not in service.variables.get(name, "")))
+            keep_secret(
+                *(
+                    service.variables.get(name)
+                    for name in SECRET_NAMES
+                    if "${{" not in service.variables.get(name, "")
+                )
+            )
     return Stack(target, names, services)
 
 
 def require_baseline(stack: Stack) -> None:
     """Raises Failure where a deploy could not work; repairs nothing."""
     if not stack.baseline:
-        raise Failure(
-            "there is no baseline in this environment: run `pulse-railway ensure` first"
-        )
+        raise Failure("there is no baseline in this environment: run `pulse-railway ensure` first")
     if stack.missing:
         raise Failure(
             f"the baseline is partial: {', '.join(stack.missing)} missing. Delete"
@@ -171,9 +172,7 @@ def require_baseline(stack: Stack) -> None:
         needed = (contract.RAILWAY_TOKEN, contract.REDIS_URL, contract.INTERNAL_TOKEN)
         absent = [name for name in needed if not service.variables.get(name)]
         if absent:
-            raise Failure(
-                f"{service.name} lacks {', '.join(absent)}: run `pulse-railway ensure`"
-            )
+            raise Failure(f"{service.name} lacks {', '.join(absent)}: run `pulse-railway ensure`")
     _ = stack.address
 
 
@@ -196,9 +195,7 @@ def poll(timeout: float, ask: Callable[[], Any], what: str) -> Any:
 
 def latest(api: Api, target: Target) -> dict[str, dict[str, str]]:
     """The latest deployment of every service that has one, by service id."""
-    data = api.call(
-        documents.LATEST, project=target.project_id, environment=target.environment_id
-    )
+    data = api.call(documents.LATEST, project=target.project_id, environment=target.environment_id)
     return {
         node["serviceId"]: node["latestDeployment"]
         for edge in data["environment"]["serviceInstances"]["edges"]

@@ -190,7 +190,9 @@ def restore(flags: Flags) -> None:
     wanted = _deployment_id(flags, required=False)
     output, api, stack = _stack(flags)
     result = deployment.restore(api, stack, wanted, output)
-    output.result(result, [f"restored {', '.join(result['restored'])}; {result['active']} is active"])
+    output.result(
+        result, [f"restored {', '.join(result['restored'])}; {result['active']} is active"]
+    )
 
 
 @verb(["repository", "tag", "json"])
@@ -215,7 +217,9 @@ def image(flags: Flags) -> None:
             build_args={},
             on_line=output.log,
         )
-    output.result({"image": reference}, [f"pushed {reference}", f"use it: --runtime-image {reference}"])
+    output.result(
+        {"image": reference}, [f"pushed {reference}", f"use it: --runtime-image {reference}"]
+    )
 
 
 @task(help={"arguments": "the command and its flags, as one word"}, name="control")

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from invoke.context import Context
 from invoke.exceptions import Exit
@@ -74,9 +74,7 @@ FLAGS: dict[str, Flag] = {
     "json": Flag("one JSON object on stdout", False),
 }
 
-TARGET = (
-    "workspace workspace_id project project_id environment environment_id token"
-).split()
+TARGET = ("workspace workspace_id project project_id environment environment_id token").split()
 STACK = ["app", "context", *TARGET, "service", "service_prefix", "redis_service", "json"]
 BASELINE = [
     "app",
@@ -110,13 +108,13 @@ def verb(flags: list[str]) -> Callable[[Callable[[Flags], None]], Task[Any]]:
             default = FLAGS[name].default
             parameters.append(parameter(name, kind, default=[] if default == () else default))
         body.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        made: Task[Any] = task(
+        made = task(
             body,
             help={name: FLAGS[name].help for name in flags},
             iterable=[name for name in flags if FLAGS[name].default == ()],
             auto_shortflags=False,
         )
-        return made
+        return cast(Task[Any], made)
 
     return decorate
 
@@ -159,7 +157,7 @@ def load_dotenv() -> None:
 
 
 def confirm(question: str, flags: Flags) -> None:
-    """Ask before something is destroyed, where there is somebody to ask. Raises Failure for a no."""
+    """Ask before something is destroyed, if there is a terminal. Raises Failure for a no."""
     from pulse_railway.errors import Failure
 
     if flags.get("yes") or os.environ.get("CI"):

@@ -98,7 +98,9 @@ class Redis:
     def client(self) -> redis.Redis:
         return redis.Redis(port=self.port, decode_responses=True)
 
-    def deployment(self, name: str, address: str | None, state: str = "active", **more: Any) -> None:
+    def deployment(
+        self, name: str, address: str | None, state: str = "active", **more: Any
+    ) -> None:
         """Write a record as section 3 of the design says, and announce it."""
         record = {
             "deployment_id": name,
@@ -223,8 +225,11 @@ class Project:
         return verb.json
 
     def deploy(self, name: str, *arguments: str, **env: str) -> str:
-        return str(self.ok("deploy", "main.py", "--deployment-id", name, *arguments, **env)
-                   ["deployment_id"])
+        return str(
+            self.ok("deploy", "main.py", "--deployment-id", name, *arguments, **env)[
+                "deployment_id"
+            ]
+        )
 
     @property
     def services(self) -> set[str]:
@@ -256,12 +261,9 @@ class Project:
     def redis(self) -> redis.Redis:
         raw = json.loads((self.railway.root / "state.json").read_text())
         service = next(
-            s for s in raw["services"]
-            if s["project_id"] == self.id and s["name"] == "pulse-redis"
+            s for s in raw["services"] if s["project_id"] == self.id and s["name"] == "pulse-redis"
         )
-        hosts = json.loads(
-            (self.railway.root / f"hosts-{self.environment}.json").read_text()
-        )
+        hosts = json.loads((self.railway.root / f"hosts-{self.environment}.json").read_text())
         port = hosts["pulse-redis.railway.internal"]["6379"]
         password = service["instances"][0]["variables"]["REDIS_PASSWORD"]
         return redis.Redis(port=port, password=password, decode_responses=True)
@@ -272,7 +274,8 @@ class Project:
         for s in raw["services"]:
             if s["project_id"] == self.id and s["name"] == service:
                 return next(
-                    dict(i["variables"]) for i in s["instances"]
+                    dict(i["variables"])
+                    for i in s["instances"]
                     if i["environment_id"] == self.environment
                 )
         raise AssertionError(f"no service {service}")

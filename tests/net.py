@@ -199,7 +199,9 @@ def read_answer(connection: Connection, *, head_only: bool = False) -> Answer:
     return Answer(head, connection.rest())
 
 
-def ask(port: int, target: str = "/", *lines: str, method: str = "GET", body: bytes = b"") -> Answer:
+def ask(
+    port: int, target: str = "/", *lines: str, method: str = "GET", body: bytes = b""
+) -> Answer:
     """One request on a connection of its own."""
     head = [f"{method} {target} HTTP/1.1", "host: app.example", *lines]
     if body:

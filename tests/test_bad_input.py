@@ -70,14 +70,13 @@ def test_apps_that_cannot_be_deployed(railway: demo.Stage, app: Path) -> None:
     source = (app / "main.py").read_text()
     cases = {
         "no RailwayPlugin": source.replace("plugins=[plugin]", "plugins=[]"),
-        "2 RailwayPlugins": source.replace(
-            "plugins=[plugin]", "plugins=[plugin, RailwayPlugin()]"
-        ),
+        "2 RailwayPlugins": source.replace("plugins=[plugin]", "plugins=[plugin, RailwayPlugin()]"),
         "which Dockerfile": source.replace('dockerfile="Dockerfile",', ""),
         "no Dockerfile at": source.replace('"Dockerfile"', '"Missing"'),
         "outside the deploy context": source.replace('"Dockerfile"', '"../../Dockerfile"'),
-        "no web root at": source.replace("app = ps.App(", "app = ps.App(codegen=ps.CodegenConfig("
-                                         "web_dir='nowhere'),"),
+        "no web root at": source.replace(
+            "app = ps.App(", "app = ps.App(codegen=ps.CodegenConfig(web_dir='nowhere'),"
+        ),
         "cannot be loaded": "import nonsense_that_is_not_installed\n",
         "service prefix 'much-too-long-'": source.replace(
             "RailwayPlugin(", "RailwayPlugin(service_prefix='much-too-long',"

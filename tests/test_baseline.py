@@ -77,7 +77,9 @@ def test_service_prefix(new_project: Callable[[], Project], tmp_path: Path) -> N
     app = tmp_path / "app"
     shutil.copytree(TINY, app)
     text = (app / "main.py").read_text()
-    (app / "main.py").write_text(text.replace("RailwayPlugin(\n", "RailwayPlugin(\n    service_prefix='shop',\n"))
+    (app / "main.py").write_text(
+        text.replace("RailwayPlugin(\n", "RailwayPlugin(\n    service_prefix='shop',\n")
+    )
     project = new_project()
     assert project.run("ensure", "main.py", cwd=app).code == 0
     assert project.services == {"shop-router", "shop-env", "shop-redis", "shop-janitor"}
@@ -95,8 +97,16 @@ def test_image_mode(new_project: Callable[[], Project], docker: dict[str, str]) 
     known = {"registry.example/team/app:img-1": {"cwd": str(TINY)}}
     images.write_text(json.dumps(known))
     verb = project.run(
-        "deploy", "main.py", "--deployment-id", "img-1", "--image-repository",
-        "registry.example/team/app", "--build-arg", "TOKEN=very-secret-argument", "--json", **env,
+        "deploy",
+        "main.py",
+        "--deployment-id",
+        "img-1",
+        "--image-repository",
+        "registry.example/team/app",
+        "--build-arg",
+        "TOKEN=very-secret-argument",
+        "--json",
+        **env,
     )
     assert verb.code == 0, verb.err
     assert verb.json["image"] == "registry.example/team/app:img-1"
@@ -111,26 +121,44 @@ def test_image_mode(new_project: Callable[[], Project], docker: dict[str, str]) 
     assert project.get("/_pulse/meta")["deployment_id"] == "img-1"
     # a build that fails creates nothing
     verb = project.run(
-        "deploy", "main.py", "--deployment-id", "img-2", "--image-repository",
-        "registry.example/team/app", **env, DOCKER_FAILS="1",
+        "deploy",
+        "main.py",
+        "--deployment-id",
+        "img-2",
+        "--image-repository",
+        "registry.example/team/app",
+        **env,
+        DOCKER_FAILS="1",
     )
     assert verb.code == 1
     assert "failed to solve" in verb.err
     assert "img-2" not in project.services
     # an image that was not pushed fails, and its service is removed
     verb = project.run(
-        "deploy", "main.py", "--deployment-id", "img-3", "--image-repository",
-        "registry.example/team/app", **env,
+        "deploy",
+        "main.py",
+        "--deployment-id",
+        "img-3",
+        "--image-repository",
+        "registry.example/team/app",
+        **env,
     )
     assert verb.code == 1
     assert "image not found" in verb.err
     assert "img-3" not in project.services
 
 
-def test_a_published_runtime_image(new_project: Callable[[], Project], docker: dict[str, str]) -> None:
+def test_a_published_runtime_image(
+    new_project: Callable[[], Project], docker: dict[str, str]
+) -> None:
     project = new_project()
     pushed = project.run(
-        "image", "--repository", "registry.example/team/pulse-railway", "--tag", "t1", "--json",
+        "image",
+        "--repository",
+        "registry.example/team/pulse-railway",
+        "--tag",
+        "t1",
+        "--json",
         **with_docker(project, docker),
     )
     assert pushed.code == 0, pushed.err

@@ -164,13 +164,22 @@ def test_a_promotion_whose_answer_is_lost(here: InProcess) -> None:
 )
 def test_a_signal_during_deploy(base: Project, step: str, number: signal.Signals) -> None:
     name = f"s-{number.name[3:].lower()}-{step.split()[0]}"
-    slow = {"inspect the baseline": "environment", "create the service": "serviceCreate",
-            "build and start": "deployment", "register": "ssh", "promote it": "ssh"}[step]
+    slow = {
+        "inspect the baseline": "environment",
+        "create the service": "serviceCreate",
+        "build and start": "deployment",
+        "register": "ssh",
+        "promote it": "ssh",
+    }[step]
     nth = {"register": 1, "promote it": 2}.get(step, 1)
     base.faults({"match": slow, "nth": nth, "delay": 2.0})
     process = subprocess.Popen(
         [sys.executable, "-m", "pulse_railway", "deploy", "main.py", "--deployment-id", name],
-        cwd=TINY, env=base.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=TINY,
+        env=base.env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         start_new_session=True,
     )
     assert process.stderr is not None
@@ -257,11 +266,19 @@ def test_an_ensure_that_is_killed_is_taken_up_by_the_next(
     new_project: Callable[[], Project], number: signal.Signals
 ) -> None:
     project = new_project()
-    for step in ("wait for pulse-janitor, pulse-redis", "create pulse-env", "upload the runtime",
-                 "wait for pulse-janitor, pulse-router"):
+    for step in (
+        "wait for pulse-janitor, pulse-redis",
+        "create pulse-env",
+        "upload the runtime",
+        "wait for pulse-janitor, pulse-router",
+    ):
         process = subprocess.Popen(
             [sys.executable, "-m", "pulse_railway", "ensure", "main.py"],
-            cwd=TINY, env=project.env, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            cwd=TINY,
+            env=project.env,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
         assert process.stderr is not None
         for line in process.stderr:
@@ -297,7 +314,11 @@ def test_a_partial_baseline_is_refused(new_project: Callable[[], Project]) -> No
 def start(project: Project, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "pulse_railway", *arguments, "--json"],
-        cwd=TINY, env=project.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=TINY,
+        env=project.env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -320,8 +341,10 @@ def test_two_deploys_at_once(base: Project) -> None:
 
 
 def test_the_same_name_twice_at_once(base: Project) -> None:
-    runs = [start(base, "deploy", "main.py", "--deployment-id", "same", "--no-promote")
-            for _ in range(2)]
+    runs = [
+        start(base, "deploy", "main.py", "--deployment-id", "same", "--no-promote")
+        for _ in range(2)
+    ]
     codes = [run.communicate(timeout=120) and run.returncode for run in runs]
     assert sorted(codes) in ([0, 1], [1, 1])
     if 0 in codes:
@@ -350,8 +373,10 @@ def test_a_deploy_during_ensure_and_the_janitor_during_both(base: Project) -> No
 
 def test_a_delete_during_a_promote(base: Project) -> None:
     base.deploy("contested", "--no-promote")
-    runs = [start(base, "promote", "--deployment-id", "contested"),
-            start(base, "delete", "--deployment-id", "contested")]
+    runs = [
+        start(base, "promote", "--deployment-id", "contested"),
+        start(base, "delete", "--deployment-id", "contested"),
+    ]
     for run in runs:
         run.communicate(timeout=120)
     assert base.active is not None
@@ -361,5 +386,3 @@ def test_a_delete_during_a_promote(base: Project) -> None:
         assert "contested" not in base.services | set(base.records)
     meta = base.get("/_pulse/meta")
     assert meta["deployment_id"] == base.active
-
-

@@ -39,7 +39,11 @@ def old(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     def run(project: Project, *arguments: str, cwd: Path = TINY) -> str:
         done = subprocess.run(
             [str(python), str(launcher), *arguments],
-            cwd=cwd, env=project.env, capture_output=True, text=True, timeout=200,
+            cwd=cwd,
+            env=project.env,
+            capture_output=True,
+            text=True,
+            timeout=200,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -67,22 +71,28 @@ def test_a_stack_of_0_3_13_is_taken_over(
     shutil.copytree(TINY, app)
     text = (app / "main.py").read_text()
     text = text.replace('    start_command="python backend.py",\n', "")
-    text = text.replace("from pulse_railway import RailwayPlugin, internal_server_address",
-                        "from pulse_railway.plugin import RailwayPlugin")
+    text = text.replace(
+        "from pulse_railway import RailwayPlugin, internal_server_address",
+        "from pulse_railway.plugin import RailwayPlugin",
+    )
     text = text.replace("    internal_server_address=internal_server_address(),\n", "")
-    text = text.replace("app = ps.App(", "import os\n\napp = ps.App(\n"
-                        "    server_address=os.environ.get('PULSE_SERVER_ADDRESS'),\n"
-                        "    session_store=ps.CookieSessionStore(secret='x' * 32),")
+    text = text.replace(
+        "app = ps.App(",
+        "import os\n\napp = ps.App(\n"
+        "    server_address=os.environ.get('PULSE_SERVER_ADDRESS'),\n"
+        "    session_store=ps.CookieSessionStore(secret='x' * 32),",
+    )
     (app / "main.py").write_text(text)
 
     target = ("--project-id", project.id, "--environment-id", project.environment)
     made = json.loads(old(project, "ensure", "main.py", *target, cwd=app))
     assert made["router"]["created"] is True
-    first = json.loads(old(project, "deploy", "main.py", "--deployment-id", "old-1", *target,
-                           cwd=app))
+    first = json.loads(
+        old(project, "deploy", "main.py", "--deployment-id", "old-1", *target, cwd=app)
+    )
     json.loads(old(project, "deploy", "main.py", "--deployment-id", "old-2", *target, cwd=app))
     assert first["deployment_id"] == "old-1"
-    before = {k: v for k, v in project.records.items()}
+    before = dict(project.records)
     assert before["old-1"]["state"] == "draining"
     assert "address" not in before["old-1"]
     pids = stats(project)["pids"]

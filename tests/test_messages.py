@@ -43,8 +43,7 @@ def messages(path: Path) -> list[str]:
         for node in ast.walk(tree)
         if isinstance(node, ast.Assign)
         for target in node.targets
-        if isinstance(target, ast.Name)
-        and isinstance(node.value, ast.Constant | ast.JoinedStr)
+        if isinstance(target, ast.Name) and isinstance(node.value, ast.Constant | ast.JoinedStr)
     }
     found = []
     for node in ast.walk(tree):

@@ -202,8 +202,8 @@ def test_methods_are_passed_on(routed: Callable[..., Routed]) -> None:
 def test_answer_lines_arrive_as_they_were_sent(routed: Callable[..., Routed]) -> None:
     raw = (
         b"HTTP/1.1 203 Rather Odd\r\nSet-Cookie: a=1\r\nX-Case: Kept\r\nSet-Cookie: b=2; Path=/\r\n"
-        b"Content-Encoding: gzip\r\nServer: theirs\r\nDate: today\r\nx-pulse-selected-deployment: lie"
-        b"\r\ncontent-length: 3\r\n\r\nabc"
+        b"Content-Encoding: gzip\r\nServer: theirs\r\nDate: today\r\n"
+        b"x-pulse-selected-deployment: lie\r\ncontent-length: 3\r\n\r\nabc"
     )
     r = routed(raw)
     answer = ask(r.port)
@@ -332,8 +332,10 @@ def test_the_first_byte_goes_out_when_it_comes_in(routed: Callable[..., Routed])
 
     def handle(connection: Connection) -> None:
         connection.head()
-        connection.send(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n"
-                        b"transfer-encoding: chunked\r\n\r\n9\r\ndata: 1\n\n\r\n")
+        connection.send(
+            b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n"
+            b"transfer-encoding: chunked\r\n\r\n9\r\ndata: 1\n\n\r\n"
+        )
         go.wait(10)
         connection.send(b"9\r\ndata: 2\n\n\r\n0\r\n\r\n")
 
@@ -443,7 +445,9 @@ def test_expect_100_continue(routed: Callable[..., Routed]) -> None:
     r = routed(handle=handle)
     with r.open() as c:
         for _ in range(2):
-            c.send(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 4\r\nexpect: 100-continue\r\n\r\n")
+            c.send(
+                b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 4\r\nexpect: 100-continue\r\n\r\n"
+            )
             assert c.head() == b"HTTP/1.1 100 Continue\r\n\r\n"
             c.send(b"body")
             assert read_answer(c).body == b"body"
@@ -490,7 +494,9 @@ def test_an_early_answer_to_a_large_upload_arrives(routed: Callable[..., Routed]
 def test_the_routers_own_answer_to_an_upload_arrives(routed: Callable[..., Routed]) -> None:
     r = routed()
     with r.open() as c:
-        c.send(b"POST /?pulse_deployment=gone HTTP/1.1\r\nhost: x\r\ncontent-length: 5000000\r\n\r\n")
+        c.send(
+            b"POST /?pulse_deployment=gone HTTP/1.1\r\nhost: x\r\ncontent-length: 5000000\r\n\r\n"
+        )
         for _ in range(20):
             c.send(bytes(100_000))
         assert read_answer(c).status == 409
@@ -553,8 +559,9 @@ def test_a_backend_that_is_down_is_502(routed: Callable[..., Routed]) -> None:
 def test_a_backend_that_says_nothing_is_502_or_504(routed: Callable[..., Routed]) -> None:
     assert ask(routed(handle=once(b"")).port).status == 502
     assert ask(routed(handle=once(b"SSH-2.0-x\r\n")).port).status == 502
-    slow = routed(handle=once(b"", lambda c: time.sleep(8)),
-                  PULSE_RAILWAY_ROUTER_RESPONSE_TIMEOUT="1")
+    slow = routed(
+        handle=once(b"", lambda c: time.sleep(8)), PULSE_RAILWAY_ROUTER_RESPONSE_TIMEOUT="1"
+    )
     began = time.monotonic()
     assert ask(slow.port).status == 504
     assert time.monotonic() - began < 5

@@ -261,8 +261,12 @@ def test_an_unknown_id_triggers_one_refresh_and_a_flood_no_storm(
         port = run_router(redis_server).port
         eventually(lambda: ask(port).body == b"a")
         time.sleep(1.1)
-        record = {"deployment_id": "new", "state": "pending", "service_name": "new",
-                  "address": new.address}
+        record = {
+            "deployment_id": "new",
+            "state": "pending",
+            "service_name": "new",
+            "address": new.address,
+        }
         redis_server.client.set("pulse:railway:deployment:new", json.dumps(record))
         began = time.monotonic()
         assert ask(port, "/?pulse_deployment=new").body == b"new"
@@ -287,7 +291,9 @@ def test_broken_records_are_passed_over(redis_server: Redis, run_router: Run) ->
     with Backend() as a:
         redis_server.client.set("pulse:railway:deployment:junk", "{not json")
         redis_server.client.set("pulse:railway:deployment:list", "[1]")
-        redis_server.client.set("pulse:railway:deployment:bad", json.dumps({"address": "http://:x"}))
+        redis_server.client.set(
+            "pulse:railway:deployment:bad", json.dumps({"address": "http://:x"})
+        )
         redis_server.deployment("a", a.address)
         port = run_router(redis_server).port
         eventually(lambda: ask(port).status == 200)
@@ -311,5 +317,3 @@ def test_the_state_can_live_in_sqlite(run_router: Run, tmp_path) -> None:
 
 def test_memory_and_missing_stores(run_router: Run) -> None:
     assert ask(run_router(None, PULSE_KV_KIND="memory").port).status in (404, 503)
-
-

@@ -87,9 +87,14 @@ def raw(redis_server: Redis, run_router: Run) -> Iterator[Callable[..., tuple[Ba
         backend.stop()
 
 
-def client(port: int, path: str = "/", **options: object) -> websockets.sync.client.ClientConnection:
+def client(
+    port: int, path: str = "/", **options: object
+) -> websockets.sync.client.ClientConnection:
     return websockets.sync.client.connect(
-        f"ws://127.0.0.1:{port}{path}", max_size=32 << 20, proxy=None, **options  # type: ignore[arg-type]
+        f"ws://127.0.0.1:{port}{path}",
+        max_size=32 << 20,
+        proxy=None,
+        **options,  # type: ignore[arg-type]
     )
 
 

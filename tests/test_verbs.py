@@ -153,8 +153,10 @@ def test_11_state_that_redis_lost_is_restored(project: Project) -> None:
 
 def test_12_the_janitor_keeps_what_is_used_and_forces_what_is_old(project: Project) -> None:
     container = next(
-        p for p in (project.railway.root / "containers").iterdir()
-        if json.loads((project.railway.root / "state.json").read_text()) and any(
+        p
+        for p in (project.railway.root / "containers").iterdir()
+        if json.loads((project.railway.root / "state.json").read_text())
+        and any(
             d["id"] == p.name and d["service_id"] == project.stage.services()["three"]["serviceId"]
             for d in json.loads((project.railway.root / "state.json").read_text())["deployments"]
         )
@@ -182,7 +184,9 @@ def test_13_the_janitor_removes_dead_deploys_and_refuses_contradictions(project:
     project.stage.run_janitor()
     time.sleep(2.5)
     assert project.services == before
-    said = "\n".join(x["message"] for x in project.ok("logs", "--service", "pulse-janitor")["lines"])
+    said = "\n".join(
+        x["message"] for x in project.ok("logs", "--service", "pulse-janitor")["lines"]
+    )
     assert "none is active: run `pulse-railway restore`" in said
     project.redis.set("pulse:railway:active", "five")
 
@@ -209,21 +213,49 @@ def test_16_another_command_line_of_0_3(project: Project) -> None:
     name = project.railway.graphql(
         "query P($i: String!) { project(id: $i) { name } }", i=project.id
     )["project"]["name"]
-    clean = {k: v for k, v in project.env.items() if k not in
-             ("RAILWAY_PROJECT_ID", "RAILWAY_ENVIRONMENT_ID", "RAILWAY_API_TOKEN")}
+    clean = {
+        k: v
+        for k, v in project.env.items()
+        if k not in ("RAILWAY_PROJECT_ID", "RAILWAY_ENVIRONMENT_ID", "RAILWAY_API_TOKEN")
+    }
     project.env, kept = clean, project.env
     try:
-        target = ["--workspace", "local", "--project", name, "--environment", "production",
-                  "--token", kept["RAILWAY_API_TOKEN"]]
+        target = [
+            "--workspace",
+            "local",
+            "--project",
+            name,
+            "--environment",
+            "production",
+            "--token",
+            kept["RAILWAY_API_TOKEN"],
+        ]
         assert project.run("ensure", "main.py", "--drain-ttl-seconds", "120", *target).code == 0
         verb = project.run(
-            "deploy", "--deployment-name", "My App!", "main.py", "--context", ".", *target,
-            "--backend-replicas", "1", "--web-root", "web",
+            "deploy",
+            "--deployment-name",
+            "My App!",
+            "main.py",
+            "--context",
+            ".",
+            *target,
+            "--backend-replicas",
+            "1",
+            "--web-root",
+            "web",
         )
         assert verb.code == 0, verb.err
         assert project.run("redeploy", *target).code == 0
-        verb = project.run("remove", "--service", "pulse-router", "--deployment-name", "five",
-                           *target, "--redis-prefix", "pulse:railway")
+        verb = project.run(
+            "remove",
+            "--service",
+            "pulse-router",
+            "--deployment-name",
+            "five",
+            *target,
+            "--redis-prefix",
+            "pulse:railway",
+        )
         assert verb.code == 0, verb.err
     finally:
         project.env = kept
@@ -250,7 +282,11 @@ def test_17_invoke_with_a_configuration_file(project: Project, tmp_path: Path) -
     env["PYTHONPATH"] = str(ROOT)
     done = subprocess.run(
         [sys.executable, "-m", "invoke", "ensure"],
-        cwd=tmp_path / "p", env=env, capture_output=True, text=True, timeout=120,
+        cwd=tmp_path / "p",
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert "nothing to change" in done.stderr

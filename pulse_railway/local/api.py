@@ -441,9 +441,7 @@ def deployment(caller: Caller, id: str) -> Any:
 
 
 @query
-def deployments(
-    caller: Caller, input: dict[str, Any], first: int | None = None, **_: Any
-) -> Any:
+def deployments(caller: Caller, input: dict[str, Any], first: int | None = None, **_: Any) -> Any:
     if input.get("environmentId"):
         need_environment(caller, input["environmentId"])
     elif input.get("projectId"):
@@ -646,9 +644,7 @@ def serviceInstanceDeployV2(
 
 
 @mutation
-def serviceInstanceDeploy(
-    caller: Caller, serviceId: str, environmentId: str, **_: Any
-) -> bool:
+def serviceInstanceDeploy(caller: Caller, serviceId: str, environmentId: str, **_: Any) -> bool:
     return bool(serviceInstanceDeployV2(caller, serviceId, environmentId))
 
 
@@ -742,9 +738,7 @@ async def _deploy_template(
 
 
 @mutation
-def deploymentRedeploy(
-    caller: Caller, id: str, usePreviousImageTag: bool | None = None
-) -> Any:
+def deploymentRedeploy(caller: Caller, id: str, usePreviousImageTag: bool | None = None) -> Any:
     old = need_deployment(caller, id)
     assert old.service_id
     instance = need_instance(caller, old.service_id, old.environment_id)
@@ -792,8 +786,7 @@ def deploymentInstanceExecutionCreate(caller: Caller, input: dict[str, Any]) -> 
 def _resolve(source: Any, info: GraphQLResolveInfo, **arguments: Any) -> Any:
     table = {"Query": QUERIES, "Mutation": MUTATIONS}.get(info.parent_type.name)
     if table is None:
-        value = default_field_resolver(source, info, **arguments)
-        return value
+        return default_field_resolver(source, info, **arguments)
     return table[info.field_name](info.context, **arguments)
 
 
@@ -819,8 +812,7 @@ async def execute(
             {
                 "message": error.message,
                 "locations": [
-                    {"line": place.line, "column": place.column}
-                    for place in error.locations or []
+                    {"line": place.line, "column": place.column} for place in error.locations or []
                 ],
                 "path": error.path,
                 "extensions": {"code": "INTERNAL_SERVER_ERROR"},

@@ -1,11 +1,11 @@
 """The local Railway as one process.
 
-    /graphql/v2                                    Railway's API
-    /project/<id>/environment/<id>/up              uploads, as the railway CLI sends them
-    /ssh                                           `railway ssh`: a command in a service
-    /oauth/token                                   refreshes a CLI login
-    /local/faults, /local/stats, /local/cron/...,
-    /local/login                                   for tests: what is to go wrong, what was called
+/graphql/v2                                    Railway's API
+/project/<id>/environment/<id>/up              uploads, as the railway CLI sends them
+/ssh                                           `railway ssh`: a command in a service
+/oauth/token                                   refreshes a CLI login
+/local/faults, /local/stats, /local/cron/...,
+/local/login                                   for tests: what is to go wrong, what was called
 """
 
 from __future__ import annotations
@@ -100,8 +100,7 @@ class LocalRailway:
         folder.mkdir(parents=True, exist_ok=True)
         script = folder / "railway"
         script.write_text(
-            "#!/bin/sh\n"
-            f'exec {shlex.quote(sys.executable)} -m pulse_railway.local.cli "$@"\n'
+            f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m pulse_railway.local.cli "$@"\n'
         )
         script.chmod(0o755)
 
@@ -192,8 +191,9 @@ class LocalRailway:
         if faulty := await self._fault(fields, after=True):
             return faulty
         # documents that do not validate are refused, as Railway's server does
-        return JSONResponse(answer, 400 if answer["data"] is None and not values_error(answer)
-                            else 200)
+        return JSONResponse(
+            answer, 400 if answer["data"] is None and not values_error(answer) else 200
+        )
 
     async def up(self, request: Request) -> Response:
         caller = self.caller(request)

@@ -363,9 +363,7 @@ def template() -> dict[str, Any]:
     }
     return {
         "services": {
-            "0d7f0f0e-6f0b-4f0e-8a3e-3a6f2b1c0001": runtime(
-                "pulse-router", "pulse-railway-router"
-            ),
+            "0d7f0f0e-6f0b-4f0e-8a3e-3a6f2b1c0001": runtime("pulse-router", "pulse-railway-router"),
             "0d7f0f0e-6f0b-4f0e-8a3e-3a6f2b1c0002": runtime(
                 "pulse-janitor", "pulse-railway-janitor"
             ),
@@ -375,9 +373,9 @@ def template() -> dict[str, Any]:
     }
 
 
-def apply_template(state: State, project: Project, environment: Environment, config: Any) -> list[
-    tuple[Service, Instance]
-]:
+def apply_template(
+    state: State, project: Project, environment: Environment, config: Any
+) -> list[tuple[Service, Instance]]:
     """Create a template's services in an environment, as `serializedConfig` describes them."""
     groups = {old: new_id() for old in config.get("groups") or {}}
     for old, new in groups.items():

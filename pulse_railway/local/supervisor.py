@@ -551,9 +551,7 @@ class Supervisor:
             tar.extractall(folder, filter="data")
         return str(folder)
 
-    def _log(
-        self, deployment: Deployment, kind: str, message: str, severity: str = "info"
-    ) -> None:
+    def _log(self, deployment: Deployment, kind: str, message: str, severity: str = "info") -> None:
         line = {
             "timestamp": datetime.now(UTC).isoformat().replace("+00:00", "Z"),
             "message": message,

@@ -181,9 +181,7 @@ def variables_of(count: int) -> str:
         f" serviceId: $s{i}, unrendered: true)"
         for i in range(count)
     )
-    return (
-        f"query Variables($project: String!, $environment: String!{parameters}) {{\n{fields}\n}}"
-    )
+    return f"query Variables($project: String!, $environment: String!{parameters}) {{\n{fields}\n}}"
 
 
 def configure(
@@ -212,7 +210,7 @@ def configure(
     if patch:
         parameters.append("$patch: EnvironmentConfig")
         fields.append(
-            '  patch: environmentPatchCommit(environmentId: $environment, patch: $patch,'
+            "  patch: environmentPatchCommit(environmentId: $environment, patch: $patch,"
             ' commitMessage: "Place services in the router\'s group")'
         )
     return f"mutation Configure({', '.join(parameters)}) {{\n" + "\n".join(fields) + "\n}"
