@@ -18,10 +18,10 @@ from pathlib import Path
 
 import redis
 
+from benchmarks import peer as published
 from pulse_railway.local.supervisor import free_port, redis_executable
 
 ROOT = Path(__file__).parent.parent
-PEER_VERSION = "0.3.13"
 TICK = os.sysconf("SC_CLK_TCK")
 CORES = sorted(os.sched_getaffinity(0))
 
@@ -141,29 +141,13 @@ def ours(env: dict[str, str]) -> Iterator[Server]:
         yield server
 
 
-def peer_python() -> Path:
-    """The Python of an environment of its own that holds the published 0.3.13."""
-    home = ROOT / ".benchmarks" / f"pulse-railway-{PEER_VERSION}"
-    python = home / "bin" / "python"
-    if not (home / "ready").exists():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(home)], check=True)
-        package = f"pulse-railway=={PEER_VERSION}"
-        subprocess.run(
-            [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", package],
-            check=True,
-            stderr=subprocess.DEVNULL,
-        )
-        (home / "ready").touch()
-    return python
-
-
 @contextlib.contextmanager
 def peer(env: dict[str, str]) -> Iterator[Server]:
     port = free_port()
-    command = [str(peer_python()), "-m", "uvicorn", "pulse_railway.router:build_app_from_env"]
+    command = [str(published.python()), "-m", "uvicorn", "pulse_railway.router:build_app_from_env"]
     command += ["--factory", "--host", "127.0.0.1", "--port", str(port)]
     home = ROOT / ".benchmarks"  # not ROOT, where our own package would be found first
-    with process(f"pulse-railway {PEER_VERSION}", command, port, 0, env, home) as server:
+    with process(f"pulse-railway {published.VERSION}", command, port, 0, env, home) as server:
         yield server
 
 

@@ -1,0 +1,79 @@
+"""The published pulse-railway 0.3.13, in an environment of its own, on the local Railway."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+VERSION = "0.3.13"
+
+# It knows one API address, which is changed in its process; nothing else is.
+LAUNCHER = """\
+import os, sys
+import pulse_railway.constants as c
+c.RAILWAY_API_ENDPOINT = os.environ["PULSE_RAILWAY_API_URL"]
+import pulse_railway.railway.client as client
+client.RAILWAY_API_ENDPOINT = c.RAILWAY_API_ENDPOINT
+client.RailwayGraphQLClient.__init__.__kwdefaults__["endpoint"] = c.RAILWAY_API_ENDPOINT
+from pulse_railway.cli import main
+main()
+"""
+
+
+def python() -> Path:
+    """Its Python; installed at the first call."""
+    home = ROOT / ".benchmarks" / f"pulse-railway-{VERSION}"
+    found = home / "bin" / "python"
+    if not (home / "ready").exists():
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(home)], check=True)
+        subprocess.run(
+            [*(str(found), "-m", "pip", "install", "-q"), f"pulse-railway=={VERSION}"],
+            check=True,
+            stderr=subprocess.DEVNULL,
+        )
+        (home / "ready").touch()
+    return found
+
+
+def command() -> list[str]:
+    """Its command line, to which a verb and flags are added."""
+    launcher = python().parent.parent / "launch.py"
+    launcher.write_text(LAUNCHER)
+    return [str(python()), str(launcher)]
+
+
+def provide_images(railway: Path) -> None:
+    """Give a local Railway the published runtime images, which cannot be pulled here: their
+    package, run with the start commands that 0.3.13 sets."""
+    home = str(python().parent)
+    known = {name: {"path": [home]} for name in ("pulse-railway-router", "pulse-railway-janitor")}
+    (railway / "images.json").write_text(json.dumps(known))
+
+
+def write_app(source: Path, folder: Path) -> Path:
+    """A copy of the tests' tiny app that both versions deploy: a real Pulse app, since 0.3.13 sets
+    the start command by itself."""
+    shutil.copytree(source, folder)
+    text = (folder / "main.py").read_text()
+    for old, new in (
+        ('    start_command="python backend.py",\n', ""),
+        (
+            "from pulse_railway import RailwayPlugin, internal_server_address",
+            "from pulse_railway.plugin import RailwayPlugin",
+        ),
+        ("    internal_server_address=internal_server_address(),\n", ""),
+        (
+            "app = ps.App(",
+            "import os\n\napp = ps.App(\n"
+            "    server_address=os.environ.get('PULSE_SERVER_ADDRESS'),\n"
+            "    session_store=ps.CookieSessionStore(secret='x' * 32),",
+        ),
+    ):
+        assert old in text, old
+        text = text.replace(old, new)
+    (folder / "main.py").write_text(text)
+    return folder
