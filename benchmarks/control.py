@@ -53,8 +53,9 @@ def main() -> int:
     table.add_column("seconds, ratio", justify="right")
     ours, theirs = tools
     for step in STEPS:
-        cells = [f(name) for name in tools for f in (
-            lambda n: str(calls[n][step]), lambda n: f"{seconds[n][step]:.1f}")]  # fmt: skip
+        cells = []
+        for name in tools:
+            cells += [str(calls[name][step]), f"{seconds[name][step]:.1f}"]
         table.add_row(
             step,
             *cells,

@@ -29,6 +29,8 @@ from pulse_railway.stack import (
     inspect,
     joined,
     poll,
+    read_services,
+    read_variables,
     wait_for_services,
 )
 
@@ -234,28 +236,56 @@ def plan(stack: Stack, wanted: Options, runtime_token: str, internal_token: str)
     return [change for change in changes if change]
 
 
-def apply(api: Api, stack: Stack, changes: list[Change], wanted: Options, output: Output) -> None:
+def apply(
+    api: Api,
+    stack: Stack,
+    changes: list[Change],
+    wanted: Options,
+    output: Output,
+    started: dict[str, str | None] | None = None,
+) -> None:
     """Carry a plan out. Killed anywhere, the next run's plan holds what is left: the version
-    variable is written last."""
+    variable is written last.
+
+    Args:
+        started: services that are starting already, by id, with the deployment to wait for.
+    """
     target = stack.target
-    if not changes:
-        return
-    with output.step("write variables and settings"):
-        write(api, target, changes)
-        for change in changes:
-            if change.domain:
-                change.service.domains = [create_domain(api, target, change.service.id)]
-    deploys = [change.service for change in changes if change.deploy]
-    if deploys:
-        started: dict[str, str | None] = {}
-        for service in deploys:
-            started[service.id] = start_runtime(api, target, service, wanted, output)
-        with output.step(f"wait for {joined(s.name for s in deploys)}"):
-            wait_for_services(api, target, {s.id: s.name for s in deploys}, started, output)
-    versions = [c for c in changes if contract.RUNTIME_VERSION in c.variables]
-    if versions:
-        value = {contract.RUNTIME_VERSION: wanted.runtime_image or runtime_image.version()}
-        write_variables(api, target, {c.service.id: value for c in versions})
+    waiting = dict(started or {})
+    if changes:
+        with output.step("write variables and settings"):
+            write(api, target, changes)
+            for change in changes:
+                if change.domain:
+                    change.service.domains = [create_domain(api, target, change.service.id)]
+    for change in changes:
+        if change.deploy:
+            service = change.service
+            waiting[service.id] = start_runtime(api, target, service, wanted, output)
+    if waiting:
+        names = {s.id: s.name for s in stack.services.values() if s.id in waiting}
+        with output.step(f"wait for {joined(names.values())}"):
+            wait_for_services(api, target, names, waiting, output)
+    finish(api, stack, changes, wanted)
+
+
+def finish(api: Api, stack: Stack, changes: list[Change], wanted: Options) -> None:
+    """Note the version that runs now, and take the mark of an unfinished creation off."""
+    target = stack.target
+    value = {contract.RUNTIME_VERSION: wanted.runtime_image or runtime_image.version()}
+    versions = [c.service for c in changes if contract.RUNTIME_VERSION in c.variables]
+    marked = [s for s in stack.baseline if UNFINISHED in s.variables]
+    inputs = {f"v{i}": variable_input(target, s.id, value) for i, s in enumerate(versions)}
+    for i, service in enumerate(marked):
+        inputs[f"x{i}"] = {
+            "projectId": target.project_id,
+            "environmentId": target.environment_id,
+            "serviceId": service.id,
+            "name": UNFINISHED,
+        }
+    if inputs:
+        document = documents.configure(variables=len(versions), deletions=len(marked))
+        api.call(document, repeatable=True, **inputs)
 
 
 def write(api: Api, target: Target, changes: list[Change]) -> None:
@@ -294,15 +324,6 @@ def variable_input(target: Target, service_id: str, variables: dict[str, str]) -
         "variables": variables,
         "skipDeploys": True,
     }
-
-
-def write_variables(api: Api, target: Target, values: dict[str, dict[str, str]]) -> None:
-    """Set variables of several services, by service id, without deploying them."""
-    inputs = {
-        f"v{i}": variable_input(target, service_id, variables)
-        for i, (service_id, variables) in enumerate(values.items())
-    }
-    api.call(documents.configure(variables=len(inputs)), repeatable=True, **inputs)
 
 
 def create_domain(api: Api, target: Target, service_id: str) -> str:
@@ -449,42 +470,37 @@ def create(api: Api, stack: Stack, wanted: Options, output: Output) -> Stack:
         cli.need("railway")
     expected = [names.router, names.janitor] + ([] if wanted.redis_url else [names.redis])
     if not all(name in stack.services for name in expected):
-        if stack.baseline:  # a cut-off run's template: its services come, or are there in part
-            stack = _await_services(api, stack, expected, output)
-        else:
+        if not stack.baseline:  # else a cut-off run's template: the rest of its services come
             with output.step(f"deploy the template {contract.TEMPLATE_CODE}"):
                 deploy_template(api, target, names, wanted)
-            stack = _await_services(api, stack, expected, output)
+        stack = _await_services(api, stack, expected, output)
     if names.env not in stack.services:
         with output.step(f"create {names.env}"):
-            assert stack.router is not None
-            create_service(
-                api, target, names.env, {UNFINISHED: "1"}, group_id=stack.router.group_id
-            )
-            stack = inspect(api, target, names)
+            mark = {UNFINISHED: "1"}
+            env_id = create_service(api, target, names.env, mark, group_id=None)
+            env = Service(env_id, "", names.env, "", None, {}, [], None, None, mark)
+            stack.services[names.env] = env
     if wanted.redis_url and stack.redis:
         with output.step(f"delete {names.redis}"):
             delete_service(api, target, stack.redis.id)
             del stack.services[names.redis]
+    starting: dict[str, str | None] = {}
     if stack.redis:  # the router is healthy once it has read its state
-        with output.step(f"wait for {names.redis}"):
-            redis_id = stack.redis.id
-            if stack.redis.status in FAILED_STATES:
-                deploy_service(api, target, redis_id)
-            wait_for_services(api, target, {redis_id: names.redis}, {}, output, timeout=600.0)
-    apply(api, stack, plan(stack, wanted, token, internal_token(stack)), wanted, output)
-    with output.step("finish"):
-        _finish(api, stack)
-        return inspect(api, target, names)
+        failed = stack.redis.status in FAILED_STATES
+        starting[stack.redis.id] = deploy_service(api, target, stack.redis.id) if failed else None
+    changes = plan(stack, wanted, token, internal_token(stack))
+    apply(api, stack, changes, wanted, output, starting)
+    return stack
 
 
 def _await_services(api: Api, stack: Stack, expected: list[str], output: Output) -> Stack:
     def ask() -> Stack | None:
-        found = inspect(api, stack.target, stack.names)
+        found = read_services(api, stack.target, stack.names)
         return found if all(name in found.services for name in expected) else None
 
     with output.step(f"wait for {joined(expected)} to appear"):
         found: Stack = poll(180.0, ask, "the template")
+        read_variables(api, found)
     return found
 
 
@@ -577,20 +593,3 @@ def delete_service(api: Api, target: Target, service_id: str) -> None:
     except Failure as failure:
         if "not found" not in str(failure).lower():
             raise
-
-
-def _finish(api: Api, stack: Stack) -> None:
-    """Take the mark of an unfinished creation off: from here on the baseline is complete."""
-    marked = [s for s in stack.baseline if UNFINISHED in s.variables]
-    if not marked:
-        return
-    inputs = {
-        f"x{i}": {
-            "projectId": stack.target.project_id,
-            "environmentId": stack.target.environment_id,
-            "serviceId": service.id,
-            "name": UNFINISHED,
-        }
-        for i, service in enumerate(marked)
-    }
-    api.call(documents.delete_variables(len(marked)), repeatable=True, **inputs)

@@ -120,6 +120,13 @@ _SETTINGS = (
 
 def inspect(api: Api, target: Target, names: Names) -> Stack:
     """Read the environment: services and settings in one document, variables in another."""
+    stack = read_services(api, target, names)
+    read_variables(api, stack)
+    return stack
+
+
+def read_services(api: Api, target: Target, names: Names) -> Stack:
+    """The environment's services with their settings, their variables not yet read."""
     where = {"project": target.project_id, "environment": target.environment_id}
     data = api.call(documents.STACK, **where)["environment"]
     config = data["config"].get("services") or {}
@@ -139,20 +146,24 @@ def inspect(api: Api, target: Target, names: Names) -> Stack:
             group_id=(config.get(node["serviceId"]) or {}).get("groupId"),
             status=latest["status"] if latest else None,
         )
-    listed = list(services.values())
-    if listed:
-        ids = {f"s{i}": service.id for i, service in enumerate(listed)}
-        values = api.call(documents.variables_of(len(listed)), **where, **ids)
-        for i, service in enumerate(listed):
-            service.variables = values[f"v{i}"]
-            keep_secret(
-                *(
-                    service.variables.get(name)
-                    for name in SECRET_NAMES
-                    if "${{" not in service.variables.get(name, "")
-                )
-            )
     return Stack(target, names, services)
+
+
+def read_variables(api: Api, stack: Stack) -> None:
+    """Fill in the variables of every service, their references not resolved."""
+    listed = list(stack.services.values())
+    if not listed:
+        return
+    values = api.call(
+        documents.variables_of(len(listed)),
+        project=stack.target.project_id,
+        environment=stack.target.environment_id,
+        **{f"s{i}": service.id for i, service in enumerate(listed)},
+    )
+    for i, service in enumerate(listed):
+        service.variables = values[f"v{i}"]
+        given = (service.variables.get(name, "") for name in SECRET_NAMES)
+        keep_secret(*(value for value in given if "${{" not in value))
 
 
 def require_baseline(stack: Stack) -> None:

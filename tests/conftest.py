@@ -303,6 +303,17 @@ def project(railway: demo.Stage, request: pytest.FixtureRequest) -> Iterator[Pro
     made.delete()
 
 
+BASE = {"pulse-router", "pulse-env", "pulse-redis", "pulse-janitor"}
+
+
+@pytest.fixture(scope="module")
+def base(project: Project) -> Project:
+    """A baseline with one active deployment, `first`."""
+    project.ok("ensure", "main.py")
+    project.deploy("first")
+    return project
+
+
 @pytest.fixture
 def new_project(railway: demo.Stage) -> Iterator[Callable[[], Project]]:
     """`new_project()`: an empty project for one test."""

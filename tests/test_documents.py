@@ -26,7 +26,7 @@ SENT = {
     "variables_of": documents.variables_of(3),
     "configure": documents.configure(variables=2, settings=2, disconnect=1, patch=True),
     "configure_variables": documents.configure(variables=1),
-    "delete_variables": documents.delete_variables(2),
+    "finish": documents.configure(variables=2, deletions=2),
 }
 
 

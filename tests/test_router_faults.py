@@ -181,6 +181,7 @@ def test_access_log_and_counters(redis_server: Redis, run_router: Run) -> None:
         eventually(lambda: ask(router.port).status == 200)
         ask(router.port, "/page?token=secret")
         ask(router.port, "/gone?pulse_deployment=gone")
+        eventually(lambda: "/gone" in router.output())
         lines = [json.loads(x) for x in router.output().splitlines() if x.startswith("{")]
         page = next(x for x in lines if x["path"] == "/page")
         assert (page["status"], page["deployment"], page["bytes"]) == (200, "a", 12)

@@ -645,7 +645,8 @@ def test_idle_connections_closed_by_the_backend_under_load(
 def test_ipv6_backends(redis_server: Redis, run_router: Run) -> None:
     import socket
 
-    with Backend(ok(b"six"), family=socket.AF_INET6) as six:
+    with Backend(ok(b"six"), family=socket.AF_INET6) as six, socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", six.port))  # and does not listen
         redis_server.deployment("six", f"http://[::1]:{six.port}")
         port = run_router(redis_server).port
         eventually(lambda: ask(port).body == b"six")

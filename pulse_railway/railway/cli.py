@@ -20,7 +20,9 @@ from pulse_railway.errors import Failure, Uncertain, redact
 from pulse_railway.railway.api import Api
 
 SSH_ATTEMPTS = 4
+SSH_TIMEOUT = 90.0  # seconds
 UP_ATTEMPTS = 3
+UP_TIMEOUT = 1800.0
 # What the network, not the command, does to `railway ssh` and `railway up`.
 TRANSIENT = (
     "timed out",
@@ -66,6 +68,18 @@ def _environment(api: Api) -> dict[str, str]:
     return env
 
 
+def _run(
+    command: list[str], api: Api, timeout: float, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """The Railway CLI to its end; one that hangs ends with a status of 1 and says so."""
+    try:
+        return subprocess.run(
+            command, env=_environment(api), capture_output=True, text=True, cwd=cwd, timeout=timeout
+        )
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 1, "", f"timed out after {timeout:.0f} s")
+
+
 def _transient(text: str) -> bool:
     lower = text.lower()
     return any(pattern in lower for pattern in TRANSIENT)
@@ -91,9 +105,7 @@ def up(
     if no_gitignore:
         command.append("--no-gitignore")
     for attempt in range(UP_ATTEMPTS):
-        done = subprocess.run(
-            command, env=_environment(api), capture_output=True, text=True, cwd=context
-        )
+        done = _run(command, api, UP_TIMEOUT, context)
         if done.returncode == 0:
             return _deployment_id(done.stdout)
         said = (done.stderr.strip() or done.stdout.strip())[-2000:]
@@ -132,7 +144,7 @@ def control(
     command = ["railway", "ssh", "--project", project, "--environment", environment]
     command += ["--service", router, "--", remote]
     for attempt in range(SSH_ATTEMPTS):
-        done = subprocess.run(command, env=_environment(api), capture_output=True, text=True)
+        done = _run(command, api, SSH_TIMEOUT)
         answer = _last_json(done.stdout)
         if done.returncode == 0 and answer is not None:
             return answer

@@ -185,13 +185,19 @@ def variables_of(count: int) -> str:
 
 
 def configure(
-    *, variables: int = 0, settings: int = 0, disconnect: int = 0, patch: bool = False
+    *,
+    variables: int = 0,
+    deletions: int = 0,
+    settings: int = 0,
+    disconnect: int = 0,
+    patch: bool = False,
 ) -> str:
     """One document that writes variables, settings and group membership of several services.
 
-    Its variables: `v0...` (VariableCollectionUpsertInput), `s0...` with `i0...` (a service id and
-    its ServiceInstanceUpdateInput), `d0...` (ids of services whose image or repo is taken off),
-    `patch` (EnvironmentConfig). Mutations of one document run in order.
+    Its variables: `v0...` (VariableCollectionUpsertInput), `x0...` (VariableDeleteInput), `s0...`
+    with `i0...` (a service id and its ServiceInstanceUpdateInput), `d0...` (ids of services whose
+    image or repo is taken off), `patch` (EnvironmentConfig). Mutations of one document run in
+    order.
     """
     parameters = ["$environment: String!"] if settings or patch else []
     fields = []
@@ -201,6 +207,9 @@ def configure(
     for i in range(variables):
         parameters.append(f"$v{i}: VariableCollectionUpsertInput!")
         fields.append(f"  variables{i}: variableCollectionUpsert(input: $v{i})")
+    for i in range(deletions):
+        parameters.append(f"$x{i}: VariableDeleteInput!")
+        fields.append(f"  delete{i}: variableDelete(input: $x{i})")
     for i in range(settings):
         parameters.append(f"$s{i}: String!, $i{i}: ServiceInstanceUpdateInput!")
         fields.append(
@@ -214,10 +223,3 @@ def configure(
             ' commitMessage: "Place services in the router\'s group")'
         )
     return f"mutation Configure({', '.join(parameters)}) {{\n" + "\n".join(fields) + "\n}"
-
-
-def delete_variables(count: int) -> str:
-    """One document that deletes `count` variables, given as x0, x1, ... (VariableDeleteInput)."""
-    parameters = ", ".join(f"$x{i}: VariableDeleteInput!" for i in range(count))
-    fields = "\n".join(f"  delete{i}: variableDelete(input: $x{i})" for i in range(count))
-    return f"mutation DeleteVariables({parameters}) {{\n{fields}\n}}"

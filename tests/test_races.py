@@ -1,0 +1,87 @@
+"""Several runs at once: one deployment ends up active, and no service is orphaned."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+from tests.conftest import BASE, TINY, Project
+from tests.net import eventually
+
+
+def start(project: Project, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "pulse_railway", *arguments, "--json"],
+        cwd=TINY,
+        env=project.env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_two_deploys_at_once(base: Project) -> None:
+    base.faults()
+    runs = [start(base, "deploy", "main.py", "--deployment-id", f"race-{i}") for i in range(2)]
+    for run in runs:
+        _, said = run.communicate(timeout=120)
+        assert run.returncode == 0 or "error:" in said
+    states = {k: v["state"] for k, v in base.records.items()}
+    assert sorted(states.values()).count("active") == 1
+    assert set(states) | BASE == base.services
+    winner = base.active
+    assert winner is not None
+    assert winner.startswith("race-")
+    assert all(s == "draining" for k, s in states.items() if k != winner)
+    base.ok("promote", "--deployment-id", "first")
+    for i in range(2):
+        base.ok("delete", "--deployment-id", f"race-{i}")
+
+
+def test_the_same_name_twice_at_once(base: Project) -> None:
+    runs = [
+        start(base, "deploy", "main.py", "--deployment-id", "same", "--no-promote")
+        for _ in range(2)
+    ]
+    codes = [run.communicate(timeout=120) and run.returncode for run in runs]
+    assert sorted(codes) in ([0, 1], [1, 1])
+    if 0 in codes:
+        base.ok("delete", "--deployment-id", "same")
+    assert base.services == BASE | {"first"}
+
+
+def test_a_deploy_during_ensure_and_the_janitor_during_both(base: Project) -> None:
+    runs = [
+        start(base, "ensure", "main.py", "--drain-ttl-seconds", "999"),
+        start(base, "deploy", "main.py", "--deployment-id", "during"),
+    ]
+    for _ in range(3):
+        base.stage.run_janitor()
+        time.sleep(1)
+    for run in runs:
+        _, said = run.communicate(timeout=120)
+        assert run.returncode == 0, said
+    assert base.active == "during"
+    assert base.get("/_pulse/meta")["deployment_id"] == "during"
+    if "first" in base.services:
+        base.stage.run_janitor()
+        eventually(lambda: "first" not in base.services, 15)
+    base.deploy("first")
+
+
+def test_a_delete_during_a_promote(base: Project) -> None:
+    base.deploy("contested", "--no-promote")
+    runs = [
+        start(base, "promote", "--deployment-id", "contested"),
+        start(base, "delete", "--deployment-id", "contested"),
+    ]
+    for run in runs:
+        run.communicate(timeout=120)
+    assert base.active is not None
+    if base.active == "contested":  # then the delete was refused
+        assert "contested" in base.services
+    else:
+        assert "contested" not in base.services | set(base.records)
+    meta = base.get("/_pulse/meta")
+    assert meta["deployment_id"] == base.active
