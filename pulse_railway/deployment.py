@@ -40,6 +40,7 @@ from pulse_railway.stack import (
 )
 
 ROUTED_TIMEOUT = 180.0
+LATE_PAUSES = (0.0, 3.0, 7.0)  # seconds
 
 
 @dataclass
@@ -532,17 +533,21 @@ def explain(
 
 
 def undo(api: Api, target: Target, plan: Plan, progress: Progress) -> None:
-    service_id = progress.service_id
-    stack: Stack | None = None
-    if service_id is None:  # the answer to its creation was lost
-        stack = inspect(api, target, plan.app.names)
-        found = stack.services.get(plan.service_name)
-        service_id = found.id if found else None
+    service_id = progress.service_id or created_after_all(api, target, plan)
     if service_id:
         delete_service(api, target, service_id)
     if progress.registered:
-        stack = stack or Stack(target, plan.app.names, {})
+        stack = Stack(target, plan.app.names, {})
         control(api, stack, "delete", "--deployment-id", plan.deployment_id)
+
+
+def created_after_all(api: Api, target: Target, plan: Plan) -> str | None:
+    """The service whose creation had no answer: Railway may be at it still, so look repeatedly."""
+    for pause in LATE_PAUSES:
+        time.sleep(pause)
+        if found := inspect(api, target, plan.app.names).services.get(plan.service_name):
+            return found.id
+    return None
 
 
 # -- the other verbs ---------------------------------------------------------------------------
