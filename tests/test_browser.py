@@ -9,6 +9,7 @@ import pytest
 from playwright.sync_api import BrowserContext, Page, expect, sync_playwright
 
 from tests.conftest import ROOT, Project
+from tests.net import eventually
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 APP = "examples/railway/main.py"
@@ -79,4 +80,4 @@ def test_a_tab_lives_through_a_deploy(
     assert verb.code == 0, verb.err
     project.stage.run_janitor()
     shows(old, "b", 0, 3)
-    assert "a" not in project.services
+    eventually(lambda: "a" not in project.services)

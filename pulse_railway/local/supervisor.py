@@ -137,6 +137,8 @@ class Supervisor:
         for task in list(self.tasks):
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
+        for running in self.processes:
+            running.stopping = False  # what was ending it has just been cancelled
         await asyncio.gather(*(self._end(r, grace=5.0) for r in list(self.processes)))
 
     def _spawn(self, coroutine: Any, name: str = "run") -> asyncio.Task[Any]:
@@ -455,9 +457,9 @@ class Supervisor:
                 for deployment in self.state.deployments_of(service.id, instance.environment_id):
                     if deployment.status not in ("FAILED", "CRASHED"):
                         self._set(deployment, "REMOVED")
-                running = self.current.pop(instance.id, None)
+                found = self.current.pop(instance.id, None), self.cron_running.get(instance.id)
                 self.write_hosts(instance.environment_id)
-                if running:
+                for running in filter(None, found):
                     self._spawn(self._end(running, self._grace(instance, running)), "retire")
 
     async def stop_deployment(self, deployment: Deployment) -> None:
@@ -518,10 +520,10 @@ class Supervisor:
             code = await running.process.wait()
             if running.pump:
                 await running.pump
+            self.processes.discard(running)
             return code
         finally:
             self.cron_running.pop(instance.id, None)
-            self.processes.discard(running)
 
     # -- ssh -----------------------------------------------------------------------------------
 
