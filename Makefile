@@ -17,7 +17,7 @@ demo: .venv/ready          ## the example on a local Railway, until Ctrl-C
 demo-once: .venv/ready     ## the same without staying, with a second deploy
 	@$(INVOKE) demo --once
 
-test: .venv/ready .venv/browser  ## all tests
+test: .venv/ready .venv/browser .venv/linter  ## all tests
 	@$(INVOKE) test
 
 lint: .venv/ready
@@ -45,6 +45,12 @@ lock: .venv/ready          ## resolve the dependencies anew
 		[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
 		&& (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium) \
 		>/dev/null 2>&1; } || true
+	@touch $@
+
+# The Dockerfiles' linter comes from npm where that is installed; its test is skipped elsewhere.
+.venv/linter: .venv/ready
+	@command -v npm >/dev/null && npm install --silent --no-audit --no-fund --prefix .venv \
+		dockerfile-utils@0.16.3 >/dev/null 2>&1 || true
 	@touch $@
 
 clean:

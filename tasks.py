@@ -22,8 +22,8 @@ def demo(_: Any, once: bool = False) -> None:
 
 @task(help={"args": "more arguments for pytest"})
 def test(c: Context, args: str = "") -> None:
-    """Run the tests."""
-    c.run(f"{sys.executable} -m pytest {args}", pty=False)
+    """Run the tests, three files at a time: most of them wait."""
+    c.run(f"{sys.executable} -m pytest -n 3 --dist loadfile {args}", pty=False)
 
 
 @task
@@ -32,10 +32,16 @@ def lint(c: Context) -> None:
     c.run("ruff check . && ruff format --check . && mypy")
 
 
-@task(help={"quick": "fewer and shorter rounds"})
-def bench(c: Context, quick: bool = False) -> None:
+@task(
+    help={
+        "control": "the API calls of ensure and deploy instead",
+        "quick": "fewer and shorter rounds",
+    }
+)
+def bench(c: Context, control: bool = False, quick: bool = False) -> None:
     """Measure the router beside pulse-railway 0.3.13's, and others where installed."""
-    c.run(f"{sys.executable} -m benchmarks.router {'--quick' if quick else ''}", pty=False)
+    what = "control" if control else f"router {'--quick' if quick else ''}"
+    c.run(f"{sys.executable} -m benchmarks.{what}", pty=False)
 
 
 ns = Collection.from_module(railway)

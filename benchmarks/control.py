@@ -15,11 +15,11 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import peer
+from benchmarks import environment, peer
 from examples import demo
 
 LATENCY = 0.15  # seconds added to every call
-TINY = peer.ROOT / "tests" / "apps" / "tiny"
+TINY = environment.ROOT / "tests" / "apps" / "tiny"
 STEPS = {
     "ensure, empty project": ("ensure", "main.py"),
     "ensure, complete baseline": ("ensure", "main.py"),

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from benchmarks import environment
+
 VERSION = "0.3.13"
 
 # It knows one API address, which is changed in its process; nothing else is.
@@ -26,17 +25,7 @@ main()
 
 def python() -> Path:
     """Its Python; installed at the first call."""
-    home = ROOT / ".benchmarks" / f"pulse-railway-{VERSION}"
-    found = home / "bin" / "python"
-    if not (home / "ready").exists():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(home)], check=True)
-        subprocess.run(
-            [*(str(found), "-m", "pip", "install", "-q"), f"pulse-railway=={VERSION}"],
-            check=True,
-            stderr=subprocess.DEVNULL,
-        )
-        (home / "ready").touch()
-    return found
+    return environment.python(f"pulse-railway-{VERSION}", f"pulse-railway=={VERSION}")
 
 
 def command() -> list[str]:

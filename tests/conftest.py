@@ -141,7 +141,13 @@ def start() -> Iterator[Callable[..., Process]]:
 
 
 @pytest.fixture
-def run_router(start: Callable[..., Process]) -> Callable[..., Process]:
+def router_python() -> Path:
+    """The Python that runs router.py: the locked dependencies' unless a module says otherwise."""
+    return Path(sys.executable)
+
+
+@pytest.fixture
+def run_router(start: Callable[..., Process], router_python: Path) -> Callable[..., Process]:
     """`run_router(redis, NAME=value, ...)`: router.py with REDIS_URL and PORT, as in its image."""
 
     def begin(server: Redis | None, **env: str) -> Process:
@@ -149,7 +155,7 @@ def run_router(start: Callable[..., Process]) -> Callable[..., Process]:
         given = {"PORT": str(port), "HOST": "127.0.0.1", **env}
         if server:
             given["REDIS_URL"] = server.url
-        return start([sys.executable, str(ROOT / "router.py")], port, given)
+        return start([str(router_python), str(ROOT / "router.py")], port, given)
 
     return begin
 

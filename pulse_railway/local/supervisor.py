@@ -273,7 +273,7 @@ class Supervisor:
         home = self.root / "volumes" / service.id
         if name in ("redis", "valkey"):
             home.mkdir(parents=True, exist_ok=True)
-            argv = [redis_executable(), "--dir", str(home), "--save", "60", "1"]
+            argv = [redis_executable(), "--dir", str(home), "--appendonly", "yes"]
             return Build(argv, home, ready_by_port=True)
         images = self.root / "images.json"
         known = json.loads(images.read_text()) if images.exists() else {}
