@@ -85,6 +85,7 @@ BODY_STALL_TIMEOUT = 60.0  # ... and the next piece of its body within this
 KEEP_ALIVE = 75.0  # idle client connections; longer than the edge's 60 s, so the edge closes first
 LINGER = 5.0  # after an early answer, an upload is read and dropped for this long
 CONNECT_TIMEOUT = 5.0
+HANDSHAKE_TIMEOUT = 30.0  # for a backend's answer to a WebSocket handshake
 RESPONSE_TIMEOUT = float(os.environ.get("PULSE_RAILWAY_ROUTER_RESPONSE_TIMEOUT") or 900)
 UPSTREAM_IDLE = 4.0  # uvicorn backends close idle connections after 5 s
 UNSAFE_IDLE = 1.0  # a request that may not be repeated only goes onto a fresher one
@@ -92,6 +93,8 @@ UPSTREAM_IDLE_LIMIT = 256  # idle connections kept per deployment
 CONTINUE_TIMEOUT = 1.0  # a backend that ignores `Expect: 100-continue` gets the body after this
 REFRESH_EVERY = 3.0  # 0.3.x writers announce nothing
 REFRESH_AT_MOST_EVERY = 1.0  # for ids nobody knows
+SCAN_SHARE = 0.02  # of the time, at most, goes into looking for records that nobody announced
+SCAN_COUNT = 1000  # keys a step
 START_TIMEOUT = 2.0  # wait so long for the first load before serving 503s
 SHUTDOWN_GRACE = float(os.environ.get("PULSE_RAILWAY_ROUTER_SHUTDOWN_SECONDS") or 25)
 
@@ -245,9 +248,10 @@ class RedisStore:
         self.client = redis.Redis.from_url(
             url, decode_responses=True, socket_timeout=5, socket_connect_timeout=5
         )
+        self._pattern = f"{prefix}:deployment:*"
 
     def read(self) -> State:
-        keys = [f"{self.prefix}:active", *self.client.scan_iter(f"{self.prefix}:deployment:*")]
+        keys = [f"{self.prefix}:active", *self.client.scan_iter(self._pattern, count=SCAN_COUNT)]
         return self._state(keys, cast(list[Any], self.client.mget(keys)))
 
     def apply(self, step: Callable[[State], Change]) -> Change:
@@ -276,26 +280,45 @@ class RedisStore:
         values = cast(list[str | None], self.client.mget(keys)) if keys else []
         return [json.loads(v) for v in values if v]
 
-    async def watch(self, on_state: Callable[[State], None], kick: asyncio.Event) -> None:
-        """Call `on_state` now, on every announcement, on `kick`, and every few seconds."""
+    async def watch(self, table: Table) -> None:
+        """Load the table now, on every announcement, when it asks, and every few seconds.
+
+        Sessions may share this Redis, so going through all of its keys is for now and then: in
+        between, only the records that are known, announced or asked for are read.
+        """
         client = redis.asyncio.Redis.from_url(
             self.url, decode_responses=True, socket_timeout=5, socket_connect_timeout=5
         )
         async with client, client.pubsub(ignore_subscribe_messages=True) as pubsub:
             await pubsub.subscribe(f"{self.prefix}:events")
+            keys: set[str] = set()
+            next_scan = 0.0
             heard = kicked = None
             try:
                 while True:
-                    kick.clear()
-                    on_state(await self._read(client))
+                    table.kick.clear()
+                    asked = set(table.asked)
+                    if (began := time.monotonic()) >= next_scan:
+                        scan = client.scan_iter(self._pattern, count=SCAN_COUNT)
+                        keys = {key async for key in scan}
+                        took = time.monotonic() - began
+                        next_scan = began + max(REFRESH_EVERY, took / SCAN_SHARE)
+                    keys.update(self.prefix + record_key(name) for name in asked)
+                    state = await self._read(client, keys)
+                    keys = {self.prefix + key for key in state if key != ":active"}
+                    table.load(state)
+                    table.asked -= asked
                     if METRICS.name:
                         key = f"{self.prefix}:router:{METRICS.name}"
                         await client.set(key, METRICS.dump(), ex=30)
                     heard = heard or asyncio.create_task(pubsub.get_message(timeout=REFRESH_EVERY))
-                    kicked = kicked or asyncio.create_task(kick.wait())
+                    kicked = kicked or asyncio.create_task(table.kick.wait())
                     await asyncio.wait({heard, kicked}, return_when=asyncio.FIRST_COMPLETED)
                     if heard.done():
-                        heard.result()  # a lost connection shows here
+                        if message := heard.result():  # a lost connection shows here
+                            announced = self._announced(message["data"])
+                            keys |= announced or set()
+                            next_scan = next_scan if announced else 0.0
                         heard = None
                     if kicked.done():
                         kicked = None
@@ -304,10 +327,25 @@ class RedisStore:
                     if task:
                         task.cancel()
 
-    async def _read(self, client: redis.asyncio.Redis) -> State:
-        keys = [f"{self.prefix}:active"]
-        keys += [key async for key in client.scan_iter(f"{self.prefix}:deployment:*")]
-        return self._state(keys, await client.mget(keys))
+    def _announced(self, data: str) -> set[str] | None:
+        """The record keys that an announcement names; None where it is not one of `apply`'s."""
+        try:
+            names = json.loads(data)
+        except ValueError:
+            return None
+        if not isinstance(names, list):
+            return None
+        return {self.prefix + str(name) for name in names if name != ":active"}
+
+    async def _read(self, client: redis.asyncio.Redis, records: set[str]) -> State:
+        """The active id and these records, and the active one's where it is not among them."""
+        keys = [f"{self.prefix}:active", *records]
+        state = self._state(keys, await client.mget(keys))
+        active = state.get(":active")
+        if active and record_key(active) not in state:
+            key = self.prefix + record_key(active)
+            state |= self._state([key], await client.mget([key]))
+        return state
 
     def _state(self, keys: list[str], values: list[Any]) -> State:
         pairs = zip(keys, values, strict=True)
@@ -356,12 +394,13 @@ class LocalStore:
     def routers(self) -> list[Record]:
         return []
 
-    async def watch(self, on_state: Callable[[State], None], kick: asyncio.Event) -> None:
+    async def watch(self, table: Table) -> None:
         while True:
-            kick.clear()
-            on_state(self.read())
+            table.kick.clear()
+            table.load(self.read())
+            table.asked.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(kick.wait(), 0.05)
+                await asyncio.wait_for(table.kick.wait(), 0.05)
 
 
 Store = RedisStore | LocalStore
@@ -411,8 +450,9 @@ class Table:
         self.active: Deployment | None = None
         self.loaded = False
         self.changed = asyncio.Event()  # set at every load, for those who wait for one
-        self.kick = asyncio.Event()
-        self.refreshed_at = 0.0
+        self.kick = asyncio.Event()  # asks for a load
+        self.asked: set[str] = set()  # ids that the next load should look for
+        self.asked_at = 0.0
         self.raw: State = {}
 
     def load(self, state: State) -> None:
@@ -460,15 +500,18 @@ class Table:
     async def find(self, name: bytes) -> Deployment | None:
         """The deployment of that id. An unknown one is worth one refresh, now and then."""
         known = self.deployments.get(name)
-        if known or not DEPLOYMENT_ID.fullmatch(name.decode("latin-1")):
+        text = name.decode("latin-1")
+        if known or not DEPLOYMENT_ID.fullmatch(text):
             return known
         now = asyncio.get_running_loop().time()
-        if now - self.refreshed_at >= REFRESH_AT_MOST_EVERY:
-            self.refreshed_at = now
-            waiting = self.changed
+        if now - self.asked_at >= REFRESH_AT_MOST_EVERY:
+            self.asked_at = now
+            self.asked = {text}
             self.kick.set()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(waiting.wait(), 1.0)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1.0):
+                while text in self.asked:  # by this request or by another
+                    await self.changed.wait()
         return self.deployments.get(name)
 
     def others(self) -> list[Deployment]:
@@ -481,7 +524,7 @@ class Table:
         while True:
             began = time.monotonic()
             try:
-                await store.watch(self.load, self.kick)
+                await store.watch(self)
             except (redis.RedisError, sqlite3.Error, OSError, TimeoutError, ValueError) as error:
                 # The class only: the message of a Redis error can carry its URL.
                 log.error("routing state unreadable (%s); trying again", type(error).__name__)
@@ -538,14 +581,13 @@ class UpstreamError(Exception):
 
 
 class Upstream(asyncio.Protocol):
-    """One connection to a backend; parses answers for the `Exchange` that holds it."""
+    """One connection to a backend. What it brings is for the `Exchange` that holds it."""
 
-    __slots__ = ("deployment", "exchange", "idle_since", "parser", "reused", "transport")
+    __slots__ = ("deployment", "exchange", "idle_since", "reused", "transport")
 
     def __init__(self, deployment: Deployment) -> None:
         self.deployment = deployment
         self.exchange: Exchange | None = None
-        self.parser = httptools.HttpResponseParser(self)
         self.reused = False
         self.idle_since = 0.0
 
@@ -553,22 +595,10 @@ class Upstream(asyncio.Protocol):
         self.transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
-        exchange = self.exchange
-        if exchange is None:  # an answer that nobody asked for
+        if self.exchange is not None:
+            self.exchange.feed(data)
+        else:  # an answer that nobody asked for
             self.transport.abort()
-            return
-        try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
-            exchange.switched(data[upgrade.args[0] :])
-        except httptools.HttpParserError:
-            exchange.broken("the backend's answer is not HTTP")
-            self.transport.abort()
-        else:
-            exchange.flush()
-
-    def eof_received(self) -> None:
-        return None
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self.exchange is not None:
@@ -584,31 +614,6 @@ class Upstream(asyncio.Protocol):
     def resume_writing(self) -> None:
         if self.exchange:
             self.exchange.writable.set()
-
-    # httptools callbacks, passed on to the exchange
-    def on_message_begin(self) -> None:
-        if self.exchange:
-            self.exchange.fields = []
-
-    def on_status(self, status: bytes) -> None:
-        if self.exchange:
-            self.exchange.reason += status
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if self.exchange:
-            self.exchange.fields.append((name, value))
-
-    def on_headers_complete(self) -> None:
-        if self.exchange:
-            self.exchange.answered(self.parser)
-
-    def on_body(self, body: bytes) -> None:
-        if self.exchange:
-            self.exchange.body(body)
-
-    def on_message_complete(self) -> None:
-        if self.exchange:
-            self.exchange.complete()
 
 
 def reset(transport: asyncio.Transport) -> None:
@@ -744,6 +749,7 @@ class Incoming:
     cycle: RequestResponseCycle
     url: bytes  # the request target as it was sent
     names: list[bytes]  # header names as they were written
+    handshake: bool  # of a WebSocket
 
 
 class Client(HttpToolsProtocol):
@@ -755,7 +761,8 @@ class Client(HttpToolsProtocol):
         super().connection_made(transport)
         self.names: list[bytes] = []  # header names as they were written
         self.exchange: Exchange | None = None
-        self.tunnel: asyncio.Task[None] | None = None
+        self.handshake = False
+        self.early = b""  # what a client sent behind its handshake
         self.head_size = 0
         self.in_head = True
         self.lingering = False
@@ -767,21 +774,26 @@ class Client(HttpToolsProtocol):
         Client.instances.discard(self)
         if self.exchange:
             self.exchange.client_lost()
-        if self.tunnel:
-            self.tunnel.cancel()
 
     def data_received(self, data: bytes) -> None:
         self.touched = self.loop.time()
-        if not self.parser:  # refused
+        if not self.parser:  # refused, or a handshake
+            if self.handshake:
+                self.early += data
             return
         if self.in_head:
             self.head_size += len(data)
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            if self._should_upgrade():
-                self.open_tunnel(data[upgrade.args[0] :])
-            # Any other upgrade was answered as the plain request that it also is.
+            rest = data[upgrade.args[0] :]
+            if self.handshake:
+                self.parser = None  # type: ignore[assignment]
+                self.early = rest
+            else:
+                head = self.head_without_upgrade()
+                self.parser = httptools.HttpRequestParser(self)
+                self.data_received(head + rest)
         except httptools.HttpParserError as error:
             cause = error.__context__
             self.refuse(cause.status if isinstance(cause, BadRequest) else 400)
@@ -823,11 +835,19 @@ class Client(HttpToolsProtocol):
             raise BadRequest("head too large", 431)
         self.head_size = 0
         self.police()
+        if self.parser.should_upgrade():
+            if not self.is_handshake():
+                return  # it comes again, as a plain request
+            if self.cycle and not self.cycle.response_complete:
+                raise BadRequest("a handshake behind a request")
+            self.handshake = True
         super().on_headers_complete()
         scope = cast(Scope, self.scope)
-        scope["extensions"] = {"pulse": Incoming(self, scope, self.cycle, self.url, self.names)}
-        if self.parser.should_upgrade() and not self._should_upgrade():
-            self.cycle.keep_alive = False  # the parser reads no further on this connection
+        incoming = Incoming(self, scope, self.cycle, self.url, self.names, self.handshake)
+        scope["extensions"] = {"pulse": incoming}
+        if self.handshake:
+            self.cycle.keep_alive = False
+            self.flow.pause_reading()  # what comes now is the tunnel's
 
     def head_bytes(self) -> int:
         return len(self.url) + sum(len(n) + len(v) + 4 for n, v in self.headers)
@@ -852,11 +872,33 @@ class Client(HttpToolsProtocol):
                 hosts += 1
         if lengths > 1 or (lengths and coding is not None):
             raise BadRequest("conflicting message lengths")
+        if self.parser.get_method() == b"CONNECT":
+            raise BadRequest("this is no forward proxy")
         version = self.parser.get_http_version()
         if hosts > 1 or (hosts == 0 and version == "1.1"):
             raise BadRequest("one host header, please")
         if coding is not None and version == "1.0":
             raise BadRequest("HTTP/1.0 has no transfer codings")
+
+    def head_without_upgrade(self) -> bytes:
+        """The head that was read, as a request that asks for no upgrade: a server may ignore one
+        (RFC 9110 section 7.8), but the parser would not read the body."""
+        version = self.parser.get_http_version().encode()
+        head = [b"%b %b HTTP/%b\r\n" % (self.parser.get_method(), self.url, version)]
+        for name, (lower, value) in zip(self.names, self.headers, strict=True):
+            if lower != b"upgrade":
+                head.append(name + b": " + value + b"\r\n")
+        return b"".join([*head, b"\r\n"])
+
+    def is_handshake(self) -> bool:
+        """Does it open a WebSocket (RFC 6455 section 4.1)?"""
+        wanted = False
+        for name, value in self.headers:
+            if name == b"upgrade":
+                wanted = value.lower() == b"websocket"
+            elif name == b"transfer-encoding" or (name == b"content-length" and value.strip(b"0")):
+                return False
+        return wanted and self.parser.get_method() == b"GET"
 
     def on_body(self, body: bytes) -> None:
         if not self.lingering:
@@ -866,7 +908,7 @@ class Client(HttpToolsProtocol):
         self.in_head, self.head_size = True, 0
         if self.lingering:
             self.transport.close()
-        else:
+        elif self.handshake or not self.parser.should_upgrade():
             super().on_message_complete()
 
     def on_response_complete(self) -> None:
@@ -884,20 +926,8 @@ class Client(HttpToolsProtocol):
         if self.exchange:
             self.exchange.client_writable()
 
-    def _should_upgrade_to_ws(self) -> bool:
-        return True  # by open_tunnel, not by one of uvicorn's protocols
-
-    def open_tunnel(self, early: bytes) -> None:
-        """Leave HTTP: from here on this connection belongs to `tunnel`."""
-        self.connections.discard(self)
-        if self.cycle and not self.cycle.response_complete:
-            self.transport.close()  # an upgrade pipelined behind another request
-            return
-        self.transport.pause_reading()
-        self.tunnel = self.loop.create_task(open_tunnel(self, early))
-
-    async def websocket_target(self, incoming: Incoming) -> Deployment | None:
-        return await ROUTER.route_websocket(incoming)
+    def _should_upgrade(self) -> bool:
+        return False  # not to one of uvicorn's own protocols
 
     def linger(self) -> None:
         """The answer is out but the upload is not in: a close now would reset the connection and
@@ -915,8 +945,6 @@ async def sweep() -> None:
         now = loop.time()
         for client in list(Client.instances):
             cycle, idle = client.cycle, now - client.touched
-            if client.tunnel:
-                continue
             if client.lingering:
                 if idle > LINGER:
                     client.transport.abort()
@@ -928,8 +956,8 @@ async def sweep() -> None:
                     client.transport.close()
             elif cycle.more_body and not client.flow.read_paused and idle > BODY_STALL_TIMEOUT:
                 client.transport.abort()
-            elif client.exchange and time.monotonic() - client.exchange.began > RESPONSE_TIMEOUT:
-                client.exchange.timed_out()
+            elif client.exchange:
+                client.exchange.check_time()
         for deployment in ROUTER.table.deployments.values():
             while deployment.idle and now - deployment.idle[0].idle_since > UPSTREAM_IDLE:
                 deployment.idle.popleft().transport.close()
@@ -948,8 +976,10 @@ class Exchange:
 
     def __init__(self, incoming: Incoming, upstream: Upstream, *, spare_404: bool = False) -> None:
         client = self.client = incoming.client
+        self.incoming = incoming
         self.cycle = incoming.cycle
         self.upstream = upstream
+        self.parser = httptools.HttpResponseParser(self)
         self.spare_404 = spare_404  # a 404 is swallowed, for the asset fallback
         loop = client.loop
         self.done: asyncio.Future[str] = loop.create_future()
@@ -966,14 +996,43 @@ class Exchange:
         self.version_10 = incoming.scope["http_version"] == "1.0"
         self.started = self.finished = self.chunked = self.until_close = self.close = False
         self.keep = True
-        self.tail = b""
+        self.tail = b""  # what came behind a 101
         upstream.exchange = self
         client.exchange = self
 
     # -- from the upstream ---------------------------------------------------------------------
 
-    def answered(self, parser: httptools.HttpResponseParser) -> None:
+    def feed(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            if self.incoming.handshake:
+                self.upstream.transport.pause_reading()
+                self.tail = data[upgrade.args[0] :]
+                self.end("switched")
+            else:
+                self.broken("the backend switched protocols unasked")
+        except httptools.HttpParserError:
+            self.broken("the backend's answer is not HTTP")
+        else:
+            self.flush()
+
+    # called by the parser
+
+    def on_message_begin(self) -> None:
+        self.fields = []
+        if self.finished:
+            self.keep = False  # a second answer, which nobody asked for
+
+    def on_status(self, status: bytes) -> None:
+        self.reason += status
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.fields.append((name, value))
+
+    def on_headers_complete(self) -> None:
         """The head of an answer is in: write the client's."""
+        parser = self.parser
         status = self.status = parser.get_status_code()
         reason, self.reason = self.reason, b""
         if self.finished or status == 101:
@@ -1042,7 +1101,7 @@ class Exchange:
             head += [n + b": " + v + b"\r\n" for n, v in self.fields if n.lower() not in HOP_BY_HOP]
             self.client.transport.write(b"".join([*head, b"\r\n"]))
 
-    def body(self, chunk: bytes) -> None:
+    def on_body(self, chunk: bytes) -> None:
         if self.finished:
             self.keep = False
             return
@@ -1052,7 +1111,7 @@ class Exchange:
         else:
             self.out.append(chunk)
 
-    def complete(self) -> None:
+    def on_message_complete(self) -> None:
         if self.finished or self.status < 200:
             return
         if self.chunked:
@@ -1085,10 +1144,6 @@ class Exchange:
             self.end("reset" if self.upstream.reused else "lost")
             self.release()
 
-    def switched(self, early: bytes) -> None:
-        self.tail = early
-        self.end("switched")
-
     def broken(self, why: str) -> None:
         """Too late for another answer: what the client has must not look complete."""
         if self.finished:
@@ -1106,8 +1161,10 @@ class Exchange:
         self.keep = False
         self.release()
 
-    def timed_out(self) -> None:
-        if not self.started:
+    def check_time(self) -> None:
+        """Give up on a backend that has not begun to answer."""
+        limit = HANDSHAKE_TIMEOUT if self.incoming.handshake else RESPONSE_TIMEOUT
+        if not self.finished and not self.started and time.monotonic() - self.began > limit:
             self.end("timeout")
             self.keep = False
             self.release()
@@ -1136,30 +1193,68 @@ class Exchange:
         upstream, client = self.upstream, self.client
         if upstream.exchange is not self:
             return
-        upstream.exchange = None
-        client.exchange = None
+        upstream.exchange = client.exchange = None
+        del self.parser  # the two hold each other
         if self.go_ahead:
             self.go_ahead.set()
         self.writable.set()
         sending = self.cycle.more_body or self.cycle.body
-        if self.keep and not sending and not upstream.transport.is_closing():
-            if self.head_only or self.spare_404:
-                # the parser may be waiting for a body that does not come, or is not wanted
-                if self.spare_404 and not self.head_only and self.status == 404:
-                    upstream.transport.abort()
-                    return
-                upstream.parser = httptools.HttpResponseParser(upstream)
-            pool = upstream.deployment.idle
-            if len(pool) < UPSTREAM_IDLE_LIMIT:
-                upstream.idle_since = client.loop.time()
-                pool.append(upstream)
+        # the body of a 404 that was held back is still on its way
+        unread = self.spare_404 and self.status == 404 and not self.head_only
+        pool = upstream.deployment.idle
+        if (
+            self.keep
+            and not sending
+            and not unread
+            and not upstream.transport.is_closing()
+            and len(pool) < UPSTREAM_IDLE_LIMIT
+        ):
+            upstream.idle_since = client.loop.time()
+            pool.append(upstream)
+        else:
+            upstream.transport.abort()
+
+    # -- to the upstream -----------------------------------------------------------------------
+
+    def send(self, head: list[bytes], receive: Receive) -> asyncio.Task[None] | None:
+        """Send the request: at once where all of it is here, else its body by a task."""
+        cycle, write = self.cycle, self.upstream.transport.write
+        chunked = head[-2] == CHUNKED
+        if cycle.more_body or len(cycle.body) > 65536:
+            if cycle.waiting_for_100_continue:
+                self.go_ahead = asyncio.Event()
+            write(b"".join(head))
+            return self.client.loop.create_task(self.send_body(receive, chunked))
+        if cycle.body:
+            body, cycle.body = bytes(cycle.body), bytearray()
+            head = [*head, b"%x\r\n%b\r\n" % (len(body), body) if chunked else body]
+        write(b"".join([*head, b"0\r\n\r\n"] if chunked else head))
+        return None
+
+    async def send_body(self, receive: Receive, chunked: bool) -> None:
+        """Copy the body as it comes in, at the pace the backend takes it."""
+        write = self.upstream.transport.write
+        if self.go_ahead:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.go_ahead.wait(), CONTINUE_TIMEOUT)
+            if self.finished or self.started:
                 return
-        upstream.transport.abort()
+        more = True
+        while more:
+            message = await receive()
+            if self.finished or message["type"] != "http.request":
+                return
+            more = message.get("more_body", False)
+            if piece := message.get("body", b""):
+                write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+            await self.writable.wait()
+            if self.finished:
+                return  # type: ignore[unreachable]  # it changes while we wait
+        if chunked:
+            write(b"0\r\n\r\n")
 
 
-def request_head(
-    incoming: Incoming, deployment: Deployment, *, upgrade: bool = False
-) -> list[bytes]:
+def request_head(incoming: Incoming, deployment: Deployment) -> list[bytes]:
     """The lines of the request for the backend: the client's, byte for byte and in order, less
     the hop-by-hop ones, plus the forwarding headers that the edge has not set."""
     client, scope, url = incoming.client, incoming.scope, incoming.url
@@ -1199,7 +1294,7 @@ def request_head(
         out.append(b"x-forwarded-proto: http\r\n")
     if coded:
         out.append(CHUNKED)
-    if upgrade:
+    if incoming.handshake:
         out.append(b"connection: Upgrade\r\nupgrade: websocket\r\n")
     out.append(b"\r\n")
     return out
@@ -1209,44 +1304,29 @@ SAFE_TO_REPEAT = frozenset(("GET", "HEAD", "OPTIONS", "TRACE"))
 
 
 async def forward(
-    incoming: Incoming, receive: Receive, deployment: Deployment, spare_404: bool
+    incoming: Incoming, receive: Receive, deployment: Deployment, *, spare_404: bool = False
 ) -> str:
     """Send the client's request to a deployment and its answer back.
 
-    Returns how it ended: ok, missing (a 404 that was held back), gone, broken.
-    Raises UpstreamError where nothing has been sent to the client yet.
+    Returns how it ended: ok, switched (a tunnel now), missing (a 404 that was held back), gone,
+    broken. Raises UpstreamError where nothing has been sent to the client yet.
     """
     client, cycle = incoming.client, incoming.cycle
     repeatable = (
         incoming.scope["method"] in SAFE_TO_REPEAT and not cycle.more_body and not cycle.body
     )
     head = request_head(incoming, deployment)
-    for attempt in (1, 2):
+    upstream = None
+    if not incoming.handshake:
         upstream = pooled(deployment, UPSTREAM_IDLE if repeatable else UNSAFE_IDLE)
-        if upstream is None or attempt == 2:
-            if upstream:
-                upstream.transport.close()
+    while True:
+        if upstream is None:
             upstream = await connect(deployment)
             if cycle.disconnected:
                 upstream.transport.abort()
                 return "gone"
         exchange = Exchange(incoming, upstream, spare_404=spare_404)
-        pump = None
-        if cycle.more_body or len(cycle.body) > 65536:
-            if cycle.waiting_for_100_continue:
-                exchange.go_ahead = asyncio.Event()
-            upstream.transport.write(b"".join(head))
-            chunked = head[-2] == CHUNKED
-            pump = client.loop.create_task(send_body(exchange, receive, chunked))
-        elif cycle.body:
-            body, cycle.body = bytes(cycle.body), bytearray()
-            if head[-2] == CHUNKED:
-                body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
-            upstream.transport.write(b"".join([*head, body]))
-        elif head[-2] == CHUNKED:
-            upstream.transport.write(b"".join([*head, b"0\r\n\r\n"]))
-        else:
-            upstream.transport.write(b"".join(head))
+        pump = exchange.send(head, receive)
         try:
             outcome = await exchange.done
         except asyncio.CancelledError:
@@ -1255,14 +1335,16 @@ async def forward(
         finally:
             if pump:
                 pump.cancel()
-        if outcome == "reset" and repeatable and attempt == 1:
-            continue
-        break
+        if not (outcome == "reset" and repeatable):
+            break
+        upstream = None  # it had died in the pool: once more, on a new connection
     if outcome in ("reset", "lost"):
         raise UpstreamError(502, "the deployment closed the connection without an answer")
     if outcome == "timeout":
         raise UpstreamError(504, "the deployment did not answer in time")
-    if outcome == "ok":
+    if outcome == "switched":
+        join(client, exchange)
+    elif outcome == "ok":
         finish(client, exchange)
     METRICS.per_deployment[deployment.id] += 1
     if ACCESS_LOG:
@@ -1281,29 +1363,6 @@ def finish(client: Client, exchange: Exchange) -> None:
         client.transport.close()
     else:
         client.on_response_complete()
-
-
-async def send_body(exchange: Exchange, receive: Receive, chunked: bool) -> None:
-    """Copy the request body to the backend as it comes in, at the pace the backend takes it."""
-    write = exchange.upstream.transport.write
-    if exchange.go_ahead:
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(exchange.go_ahead.wait(), CONTINUE_TIMEOUT)
-        if exchange.finished or exchange.started:
-            return
-    more = True
-    while more:
-        message = await receive()
-        if exchange.finished or message["type"] != "http.request":
-            return
-        more = message.get("more_body", False)
-        if piece := message.get("body", b""):
-            write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
-        await exchange.writable.wait()
-        if exchange.finished:
-            return  # type: ignore[unreachable]  # it changes while we wait
-    if chunked:
-        write(b"0\r\n\r\n")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1346,85 +1405,31 @@ class TunnelEnd(asyncio.Protocol):
             self.peer.transport.resume_reading()
 
 
-async def open_tunnel(client: Client, early: bytes) -> None:
-    """Take a WebSocket handshake to its deployment; on 101 the two connections become a tunnel.
+def join(client: Client, exchange: Exchange) -> None:
+    """The backend said 101: pass that on and let the bytes run.
 
-    Any other answer reaches the client as it is, and ends the connection: nothing sent after it
-    may pass the router unread.
+    After any other answer a connection ends: nothing sent behind a handshake that was refused may
+    pass the router unread.
     """
-    client.cycle = cycle = tunnel_cycle(client)
-    scope = cast(Scope, client.scope)
-    receive, send = cast(Receive, cycle.receive), cast(Send, cycle.send)
-    incoming = Incoming(client, scope, cycle, client.url, client.names)
-    try:
-        deployment = await client.websocket_target(incoming)
-        if deployment is None:
-            client.tunnel = None
-            refusal = JSONResponse({"detail": "deployment not found"}, 404)
-            await refusal(scope, receive, send)
-            return
-        upstream = await connect(deployment)
-        exchange = Exchange(incoming, upstream)
-        upstream.transport.write(b"".join(request_head(incoming, deployment, upgrade=True)))
-        async with asyncio.timeout(CONNECT_TIMEOUT + 25):
-            try:
-                outcome = await exchange.done
-            except asyncio.CancelledError:
-                exchange.client_lost()
-                raise
-        if outcome == "switched":
-            join(client, exchange, early)
-        elif outcome == "ok":
-            client.transport.close()
-        elif outcome not in ("gone", "broken"):
-            raise UpstreamError(502, "the deployment closed the connection without an answer")
-        if ACCESS_LOG:
-            access(incoming, exchange.status, deployment.id, exchange.bytes_out, exchange.began)
-    except (UpstreamError, TimeoutError) as error:
-        METRICS.errors += 1
-        status, detail = getattr(error, "status", 504), getattr(error, "detail", "no answer")
-        client.tunnel = None
-        if not cycle.response_started:
-            await JSONResponse({"detail": detail}, status)(scope, receive, send)
-
-
-def tunnel_cycle(client: Client) -> RequestResponseCycle:
-    """uvicorn's object for one answer, which it does not make for upgrades."""
-    return RequestResponseCycle(
-        scope=client.scope,
-        transport=client.transport,
-        flow=client.flow,
-        logger=client.logger,
-        access_logger=client.access_logger,
-        access_log=False,
-        default_headers=[],
-        message_event=asyncio.Event(),
-        expect_100_continue=False,
-        keep_alive=False,
-        on_response=lambda: None,
-    )
-
-
-def join(client: Client, exchange: Exchange, early: bytes) -> None:
-    """The backend said 101: pass that on and let the bytes run."""
     upstream = exchange.upstream
     head = [b"HTTP/1.1 101 Switching Protocols\r\n"]
     head += [n + b": " + v + b"\r\n" for n, v in exchange.fields]
     head += [upstream.deployment.header, b"\r\n", exchange.tail]
     upstream.exchange = client.exchange = None
+    del exchange.parser
     client.cycle.response_started = client.cycle.response_complete = True
+    client.connections.discard(client)
     Client.instances.discard(client)
     near, far = TunnelEnd(client.transport), TunnelEnd(upstream.transport)
     near.peer, far.peer = far, near
     near.transport.write(b"".join(head))
-    if early:
-        far.transport.write(early)
-    far.transport.set_protocol(far)
-    near.transport.set_protocol(near)
-    near.transport.resume_reading()
+    if client.early:
+        far.transport.write(client.early)
+    for end in (near, far):
+        end.transport.set_protocol(end)
+        end.transport.resume_reading()
     METRICS.tunnels_open += 1
     METRICS.tunnels_opened += 1
-    METRICS.per_deployment[upstream.deployment.id] += 1
     TunnelEnd.open.add(near)
 
 
@@ -1501,6 +1506,9 @@ class Router:
         name = affinity(scope)
         table = self.table
         target = await table.find(name) if name else table.active
+        if target is None and incoming.handshake and QUERY_RELOAD.search(scope["query_string"]):
+            METRICS.stale += 1
+            target = table.active  # which tells the tab to reload
         if target is None:
             await self.answer(self.no_target(scope, name), scope, receive, send)
             return
@@ -1511,13 +1519,12 @@ class Router:
             and len(table.deployments) > 1
         )
         try:
-            outcome = await forward(incoming, receive, target, asset)
-            if outcome == "missing":
+            if await forward(incoming, receive, target, spare_404=asset) == "missing":
                 for other in table.others():
                     with contextlib.suppress(UpstreamError):
-                        if await forward(incoming, receive, other, True) != "missing":
+                        if await forward(incoming, receive, other, spare_404=True) != "missing":
                             return
-                await forward(incoming, receive, target, False)
+                await forward(incoming, receive, target)
         except UpstreamError as error:
             METRICS.errors += 1
             response = JSONResponse({"detail": error.detail}, error.status)
@@ -1569,25 +1576,6 @@ class Router:
                 answer["access-control-allow-headers"] = asked
             return Response(status_code=204, headers=answer)
         return JSONResponse({"detail": "stale affinity"}, 409, headers=answer)
-
-    async def route_websocket(self, incoming: Incoming) -> Deployment | None:
-        """The deployment of a handshake, or None where it is refused."""
-        METRICS.requests += 1
-        parsed = httptools.parse_url(incoming.url)
-        raw = parsed.path.decode("latin-1")
-        scope = incoming.scope
-        scope["path"] = urllib.parse.unquote(raw)
-        scope["query_string"] = parsed.query or b""
-        if is_internal(raw):
-            return None
-        name = affinity(scope)
-        if not name:
-            return self.table.active
-        known = await self.table.find(name)
-        if known is None and QUERY_RELOAD.search(scope["query_string"]):
-            METRICS.stale += 1
-            return self.table.active
-        return known
 
 
 ROUTER = Router()

@@ -133,10 +133,14 @@ def test_close_codes_pass_both_ways(echo: tuple[Echo, Process]) -> None:
 
 def test_who_gets_a_handshake(echo: tuple[Echo, Process]) -> None:
     port = echo[1].port
-    for path in ("/?pulse_deployment=gone", "/_pulse/internal/x", "/%5fpulse/internal/x"):
+    for path, status in (
+        ("/?pulse_deployment=gone", 409),
+        ("/_pulse/internal/x", 404),
+        ("/%5fpulse/internal/x", 404),
+    ):
         with pytest.raises(InvalidStatus) as refused:
             client(port, path)
-        assert refused.value.response.status_code == 404
+        assert refused.value.response.status_code == status
     with client(port, "/?pulse_deployment=gone&pulse_reload_on_stale_affinity=1") as ws:
         ws.send("reload me")
         assert ws.recv(5) == "reload me"
@@ -186,6 +190,49 @@ def test_a_refused_upgrade_reaches_the_client_and_ends_there(
         assert (answer.status, answer.body) == (403, b"not here")
         assert c.rest() == b""
     assert backend.connections == 1
+
+
+def test_an_upgrade_that_is_no_handshake_is_the_plain_request_it_also_is(
+    raw: Callable[..., tuple[Backend, Process]],
+) -> None:
+    seen: list[tuple[bytes, bytes]] = []
+
+    def handle(connection: Connection) -> None:
+        while head := connection.head():
+            seen.append((head, connection.read(int(header(head, "content-length") or 0))))
+            connection.send(ok())
+
+    _, router = raw(handle)
+    with Connection.to(router.port) as c:
+        for upgrade, method in (("h2c", "POST"), ("websocket", "POST"), ("h2c", "GET")):
+            body = b"body" if method == "POST" else b""
+            c.send(
+                f"{method} /x HTTP/1.1\r\nHost: x\r\nX-Own: 1\r\nUpgrade: {upgrade}\r\n"
+                f"Connection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AA\r\n"
+                f"Content-Length: {len(body)}\r\n\r\n".encode()
+                + body
+            )
+            assert read_answer(c).status == 200  # on one connection: it stays HTTP
+            head, sent = seen.pop()
+            assert head.startswith(f"{method} /x HTTP/1.1\r\nHost: x\r\nX-Own: 1\r\n".encode())
+            assert sent == body
+            assert header(head, "upgrade") is header(head, "http2-settings") is None
+
+
+def test_a_handshake_behind_another_request_is_refused(
+    raw: Callable[..., tuple[Backend, Process]],
+) -> None:
+    backend, router = raw(lambda c: (c.head(), time.sleep(0.3), c.send(ok()), c.head()) and None)
+    with Connection.to(router.port) as c:
+        c.send(b"GET /first HTTP/1.1\r\nhost: x\r\n\r\n" + HANDSHAKE % b"/second")
+        assert read_answer(c).status == 200
+        assert c.rest() == b""
+    assert backend.connections == 1
+
+
+def test_a_backend_that_switches_unasked(raw: Callable[..., tuple[Backend, Process]]) -> None:
+    _, router = raw(lambda c: (c.head(), c.send(SWITCH), c.head()) and None)
+    assert ask(router.port).status == 502
 
 
 def test_backends_that_fail_the_handshake(raw: Callable[..., tuple[Backend, Process]]) -> None:

@@ -90,7 +90,7 @@ class Edge:
             )
             return
         try:
-            await router.forward(scope["extensions"]["pulse"], receive, deployment, False)
+            await router.forward(scope["extensions"]["pulse"], receive, deployment)
         except router.UpstreamError:
             await JSONResponse(
                 {"status": "error", "code": 502, "message": "Application failed to respond"}, 502
@@ -105,15 +105,9 @@ class Edge:
         return self._known
 
     async def start(self) -> None:
-        edge = self
-
-        class Protocol(EdgeClient):
-            async def websocket_target(self, incoming: Any) -> Any:
-                return edge.deployment()
-
         config = uvicorn.Config(
             self.app,
-            http=Protocol,
+            http=EdgeClient,
             ws="none",
             loop="asyncio",
             interface="asgi3",
