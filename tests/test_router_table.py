@@ -278,6 +278,28 @@ def test_an_unknown_id_triggers_one_refresh_and_a_flood_no_storm(
         assert after - before < 60
 
 
+def test_many_sessions_in_the_same_redis_cost_little(redis_server: Redis, run_router: Run) -> None:
+    """RailwaySessionStore shares the stack's Redis: going through all keys is for now and then."""
+    fill = "for i = 1, 500000 do redis.call('SET', 'pulse:session:' .. i, '{}') end"
+    redis_server.client.eval(fill, 0)
+    with Backend(ok(b"a")) as a, Backend(ok(b"b")) as b, Backend(ok(b"c")) as c:
+        redis_server.deployment("a", a.address)
+        router = run_router(redis_server)
+        eventually(lambda: ask(router.port).body == b"a")
+        time.sleep(1)
+        before = router.cpu
+        time.sleep(7)  # twice the interval
+        assert router.cpu - before < 0.1
+        # what nobody announced is found all the same
+        record = {"state": "active", "service_name": "b", "address": b.address}
+        redis_server.client.set("pulse:railway:deployment:b", json.dumps(record))
+        redis_server.client.set("pulse:railway:active", "b")
+        eventually(lambda: ask(router.port).body == b"b", seconds=4)
+        record["address"] = c.address
+        redis_server.client.set("pulse:railway:deployment:c", json.dumps(record))
+        assert ask(router.port, "/?pulse_deployment=c").body == b"c"
+
+
 def test_a_record_without_an_address_is_on_the_private_network(
     redis_server: Redis, run_router: Run
 ) -> None:
