@@ -46,4 +46,4 @@ def bench(c: Context, control: bool = False, quick: bool = False) -> None:
 
 ns = Collection.from_module(railway)
 for own in (demo, test, lint, bench):
-    ns.add_task(own)
+    ns.add_task(own)  # type: ignore[arg-type]  # the decorator hides that it is a Task

@@ -196,11 +196,11 @@ def find_target(api: Api, flags: Mapping[str, Any], plugin: RailwayPlugin | None
         if flags.get(what) and flags.get(f"{what}_id"):
             raise Failure(f"pass --{what} or --{what}-id, not both")
     project_id = flags.get("project_id")
-    project = None if project_id else flags.get("project") or (plugin and plugin.project)
+    project = None if project_id else flags.get("project") or (plugin.project if plugin else None)
     environment_id = flags.get("environment_id")
-    environment = (
-        None if environment_id else flags.get("environment") or (plugin and plugin.environment)
-    )
+    environment = flags.get("environment") or (plugin.environment if plugin else None)
+    if environment_id:
+        environment = None
     if scope := api.scope():
         return _scoped(scope, project, project_id, environment, environment_id)
     if not project and not project_id:

@@ -359,6 +359,7 @@ def start_backend(api: Api, stack: Stack, plan: Plan, progress: Progress, output
     """Source mode: upload and build on Railway. Image mode: deploy the image that was pushed."""
     assert progress.service_id
     target = stack.target
+    deployment: str | None
     if plan.image:
         deployment = deploy_service(api, target, progress.service_id)
     else:

@@ -127,7 +127,7 @@ def inspect(api: Api, target: Target, names: Names) -> Stack:
 
 def read_services(api: Api, target: Target, names: Names) -> Stack:
     """The environment's services with their settings, their variables not yet read."""
-    where = {"project": target.project_id, "environment": target.environment_id}
+    where: dict[str, Any] = {"project": target.project_id, "environment": target.environment_id}
     data = api.call(documents.STACK, **where)["environment"]
     config = data["config"].get("services") or {}
     services = {}
@@ -154,11 +154,12 @@ def read_variables(api: Api, stack: Stack) -> None:
     listed = list(stack.services.values())
     if not listed:
         return
+    ids: dict[str, Any] = {f"s{i}": service.id for i, service in enumerate(listed)}
     values = api.call(
         documents.variables_of(len(listed)),
         project=stack.target.project_id,
         environment=stack.target.environment_id,
-        **{f"s{i}": service.id for i, service in enumerate(listed)},
+        **ids,
     )
     for i, service in enumerate(listed):
         service.variables = values[f"v{i}"]

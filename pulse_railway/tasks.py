@@ -158,6 +158,7 @@ def logs(flags: Flags) -> None:
     """Show a deployment's log (default: the active one's), or with --service a stable service's."""
     from pulse_railway import config, deployment
     from pulse_railway.errors import Failure
+    from pulse_railway.stack import active_deployment
 
     output, api, stack = _stack({**flags, "service": None}, require=False)
     name = flags.get("service")
@@ -166,7 +167,7 @@ def logs(flags: Flags) -> None:
             raise Failure(f"no service is named {name}; there are: {', '.join(stack.services)}")
         service = stack.services[name]
     else:
-        chosen = flags.get("deployment_id") or deployment.active_deployment(api, stack)
+        chosen = flags.get("deployment_id") or active_deployment(api, stack)
         if not chosen:
             raise Failure("no deployment is active: pass --deployment-id or --service")
         service = deployment.find_backend(stack, chosen)

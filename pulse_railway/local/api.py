@@ -783,7 +783,7 @@ def deploymentInstanceExecutionCreate(caller: Caller, input: dict[str, Any]) -> 
 # -- execution ---------------------------------------------------------------------------------
 
 
-def _resolve(source: Any, info: GraphQLResolveInfo, **arguments: Any) -> Any:
+def _resolve(source: Any, info: GraphQLResolveInfo[Caller], **arguments: Any) -> Any:
     table = {"Query": QUERIES, "Mutation": MUTATIONS}.get(info.parent_type.name)
     if table is None:
         return default_field_resolver(source, info, **arguments)

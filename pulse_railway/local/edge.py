@@ -44,14 +44,20 @@ def certificates(root: Path) -> tuple[Path, Path]:
     return key, bundle
 
 
+EDGE_HEADERS = (b"x-real-ip", b"x-forwarded-proto", b"x-forwarded-host", b"x-request-start")
+
+
 class EdgeClient(router.Client):  # type: ignore[misc]
     """A connection to the edge: every request gets the edge's headers."""
+
+    names: list[bytes]
+    headers: list[tuple[bytes, bytes]]
 
     def on_headers_complete(self) -> None:
         kept = [
             (name, (lower, value))
             for name, (lower, value) in zip(self.names, self.headers, strict=True)
-            if lower not in (b"x-real-ip", b"x-forwarded-proto", b"x-forwarded-host")
+            if lower not in EDGE_HEADERS
         ]
         host = next((value for _, (lower, value) in kept if lower == b"host"), b"")
         peer = self.client[0].encode() if self.client else b"127.0.0.1"

@@ -26,7 +26,7 @@ from typing import Any
 from urllib.parse import parse_qs
 
 import uvicorn
-from graphql import FieldNode, OperationDefinitionNode, parse
+from graphql import FieldNode, GraphQLError, OperationDefinitionNode, parse
 from graphql.error import GraphQLSyntaxError
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -205,7 +205,7 @@ class LocalRailway:
         try:
             instance = api.need_instance(caller, service_id, environment_id)
             service = api.need_service(caller, service_id)
-        except api.GraphQLError as error:
+        except GraphQLError as error:
             return JSONResponse({"message": error.message}, 404)
         with tempfile.NamedTemporaryFile(suffix=".tar.gz") as file:
             async for chunk in request.stream():
@@ -235,7 +235,7 @@ class LocalRailway:
             instance = api.need_instance(
                 self.caller(request), body["serviceId"], body["environmentId"]
             )
-        except api.GraphQLError as error:
+        except GraphQLError as error:
             return JSONResponse({"message": error.message}, 404)
         process = await self.supervisor.execute(instance, body["command"])
         if process is None:
