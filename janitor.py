@@ -16,13 +16,14 @@
 
 Each run asks every draining deployment how many sessions it holds. None left: the service is
 deleted. The drain TTL over: its tabs are told to reload, then it is deleted. Not answering: it is
-kept until the TTL. Deploys that died on the way are removed after an hour. The active deployment
-is never touched. The Railway service goes first and the record last, so a run that is killed
-anywhere is finished by the next one.
+kept until the TTL. Deploys that died on the way are removed after an hour, unless somebody uses
+them. The active deployment is never touched. The Railway service goes first and the record last,
+so a run that is killed anywhere is finished by the next one.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import logging
@@ -229,8 +230,14 @@ def sweep(store: router.RedisStore, railway: Railway, token: str, drain_ttl: flo
             report.expired.append(name)
     for service in services:
         if service.deployment not in known and service.age > DEAD_DEPLOY_SECONDS:
-            railway.delete(service)  # its deploy died before it was registered
-            report.deleted.append(service.deployment)
+            # its deploy died before it was registered, or Redis has lost its record
+            record = {"deployment_id": service.deployment, "service_name": service.name}
+            if count := router.sessions(record, token):
+                store.apply(lambda state, r=record: router.adopt(state, r))  # type: ignore[misc]
+                report.kept[service.deployment] = f"{count} sessions, draining from now on"
+            else:
+                railway.delete(service)
+                report.deleted.append(service.deployment)
     return report
 
 
@@ -240,8 +247,12 @@ def judge(record: router.Record, token: str, drain_ttl: float) -> str:
     if record.get("retiring_at"):
         return "drained"  # an earlier run, or `delete`, was cut off
     if record.get("state") == "pending":
+        if record.get("held"):
+            return "keep: held"
         age = now - (record.get("registered_at") or now)
-        return "dead" if age > DEAD_DEPLOY_SECONDS else "keep: being deployed"
+        if age <= DEAD_DEPLOY_SECONDS or router.sessions(record, token):
+            return "keep: being deployed"
+        return "dead"
     if record.get("state") != "draining":
         return "keep: active"
     if now - (record.get("drain_started_at") or now) >= drain_ttl:
@@ -269,12 +280,36 @@ def remove(store: router.RedisStore, railway: Railway, name: str, service: Servi
     store.apply(lambda state: router.delete(state, name))
 
 
+def options(argv: list[str]) -> dict[str, str]:
+    """The variables that flags set; on Railway `ensure` has set them all. The flags are 0.3.x's,
+    of which some name what is no longer needed."""
+    parser = argparse.ArgumentParser(
+        prog="pulse-railway janitor",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", nargs="?", choices=["run"], default="run")
+    flags = {
+        "--project-id": "RAILWAY_PROJECT_ID",
+        "--environment-id": "RAILWAY_ENVIRONMENT_ID",
+        "--token": "RAILWAY_TOKEN",
+        "--redis-url": "REDIS_URL",
+        "--redis-prefix": "PULSE_RAILWAY_REDIS_PREFIX",
+        "--drain-ttl-seconds": "PULSE_RAILWAY_DRAIN_TTL_SECONDS",
+        "--service": "PULSE_RAILWAY_SERVICE",
+        "--service-prefix": "PULSE_RAILWAY_SERVICE_PREFIX",
+        "--janitor-service": "PULSE_RAILWAY_JANITOR_SERVICE",
+        "--redis-service": "PULSE_RAILWAY_REDIS_SERVICE",
+    }
+    for flag, variable in flags.items():
+        parser.add_argument(flag, dest=variable, metavar="VALUE", help=f"default: ${variable}")
+    given = vars(parser.parse_args(argv))
+    return {name: given[name] for name in flags.values() if given[name] is not None}
+
+
 def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s %(message)s")
-    env = dict(os.environ)
-    if argv not in ([], ["run"]):
-        print(__doc__, file=sys.stderr)
-        return 2
+    env = {**os.environ, **options(argv)}
     if not any(env.get(name) for name in router.RAILWAY_RUNTIME):
         print("run this inside the janitor service on Railway", file=sys.stderr)
         return 1

@@ -29,6 +29,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import collections
+import concurrent.futures
 import contextlib
 import functools
 import json
@@ -140,8 +141,15 @@ def _save(record: Record) -> str:
     return json.dumps(record, separators=(",", ":"))
 
 
-def register(state: State, deployment_id: str, service_name: str, address: str | None) -> Change:
-    """A deployment that runs but is not yet chosen: reachable by affinity only."""
+def register(
+    state: State,
+    deployment_id: str,
+    service_name: str,
+    address: str | None = None,
+    held: bool = False,
+) -> Change:
+    """A deployment that runs but is not yet chosen: reachable by affinity only. `held`: it is
+    meant to stay so, and the janitor does not take it for a deploy that died."""
     if state.get(":active") == deployment_id:
         raise StateError(f"{deployment_id} is the active deployment and cannot be registered anew")
     record = _record(state, deployment_id) | {
@@ -151,6 +159,8 @@ def register(state: State, deployment_id: str, service_name: str, address: str |
         "drain_started_at": None,
         "registered_at": time.time(),
     }
+    if held:
+        record["held"] = True
     if address:
         record["address"] = address.rstrip("/")
     return {record_key(deployment_id): _save(record)}
@@ -218,6 +228,14 @@ def retire(state: State, deployment_id: str) -> Change:
         return {}
     record = _record(state, deployment_id) | {"retiring_at": time.time()}
     return {record_key(deployment_id): _save(record)}
+
+
+def adopt(state: State, record: Record) -> Change:
+    """A running deployment that has no record drains from now on."""
+    key = record_key(record["deployment_id"])
+    if key in state or state.get(":active") == record["deployment_id"]:
+        return {}
+    return {key: _save(record | {"state": "draining", "drain_started_at": time.time()})}
 
 
 def restore(state: State, wanted: list[Record], active: str) -> Change:
@@ -1754,9 +1772,12 @@ def sessions(record: Record, token: str) -> int | None:
 
 def status(store: Store, token: str) -> Record:
     state = store.read()
+    found = records(state)
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # some may not answer
+        counts = list(pool.map(lambda record: sessions(record, token), found))
     return {
         "active": state.get(":active"),
-        "deployments": [{**r, "sessions": sessions(r, token)} for r in records(state)],
+        "deployments": [{**r, "sessions": n} for r, n in zip(found, counts, strict=True)],
         "routers": store.routers(),
     }
 
@@ -1786,6 +1807,7 @@ def control(argv: list[str]) -> int:
     sub.add_argument("--deployment-id", type=valid_id, required=True)
     sub.add_argument("--service-name", required=True)
     sub.add_argument("--address", help="the backend's base URL")
+    sub.add_argument("--hold", action="store_true", help="leave it pending until it is promoted")
     sub = commands.add_parser("promote", help="make a deployment active, drain the one before")
     sub.add_argument("--active-deployment-id", type=valid_id, required=True)
     sub.add_argument("--active-service-name", required=True)
@@ -1817,6 +1839,7 @@ def control(argv: list[str]) -> int:
                 deployment_id=args.deployment_id,
                 service_name=args.service_name,
                 address=args.address,
+                held=args.hold,
             )
         case "promote":
             step = functools.partial(

@@ -7,8 +7,8 @@ What differs from Invoke's own parsing: the app may stand by itself (`deploy exa
 from __future__ import annotations
 
 import difflib
-import os
 import sys
+from typing import NoReturn
 
 from invoke.config import Config
 from invoke.program import Program
@@ -67,9 +67,7 @@ def rewrite(arguments: list[str]) -> list[str]:
     return out
 
 
-def _unknown(word: str, known: list[str], what: str) -> None:
+def _unknown(word: str, known: list[str], what: str) -> NoReturn:
     close = difflib.get_close_matches(word.split("=")[0], known, 1, cutoff=0.5)
     hint = f"; did you mean {close[0]}?" if close else ""
-    print(f"error: no {what} {word}{hint}", file=sys.stderr)
-    sys.stderr.flush()
-    os._exit(1)
+    raise SystemExit(f"error: no {what} {word}{hint}")

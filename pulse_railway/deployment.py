@@ -412,6 +412,7 @@ def register(api: Api, stack: Stack, plan: Plan, progress: Progress) -> None:
         plan.service_name,
         "--address",
         address,
+        *([] if plan.promote else ["--hold"]),
     )
 
 
@@ -519,8 +520,8 @@ def explain(
         return
     if plan.keep_failed:
         output.say(
-            f"kept as asked: remove it with `pulse-railway delete --deployment-id"
-            f" {plan.deployment_id}`"
+            "kept as asked, for an hour; then the janitor removes it. Sooner: `pulse-railway delete"
+            f" --deployment-id {plan.deployment_id}`"
         )
         return
     try:

@@ -185,6 +185,11 @@ def require_baseline(stack: Stack) -> None:
         absent = [name for name in needed if not service.variables.get(name)]
         if absent:
             raise Failure(f"{service.name} lacks {', '.join(absent)}: run `pulse-railway ensure`")
+    if not router.variables.get(contract.RUNTIME_VERSION):
+        raise Failure(
+            f"{router.name} runs an older pulse-railway: run `pulse-railway ensure`, which takes it"
+            " over"
+        )
     _ = stack.address
 
 

@@ -174,7 +174,8 @@ def test_12_the_janitor_keeps_what_is_used_and_forces_what_is_old(project: Proje
 
 def test_13_the_janitor_removes_dead_deploys_and_refuses_contradictions(project: Project) -> None:
     project.deploy("dead", "--no-promote")
-    record = project.records["dead"] | {"registered_at": time.time() - 4000}
+    assert project.records["dead"]["held"]  # on purpose; now as if its deploy had died
+    record = project.records["dead"] | {"registered_at": time.time() - 4000, "held": False}
     project.redis.set("pulse:railway:deployment:dead", json.dumps(record))
     project.stage.run_janitor()
     eventually(lambda: "dead" not in project.services | set(project.records), 15)

@@ -74,7 +74,13 @@ def _run(
     """The Railway CLI to its end; one that hangs ends with a status of 1 and says so."""
     try:
         return subprocess.run(
-            command, env=_environment(api), capture_output=True, text=True, cwd=cwd, timeout=timeout
+            command,
+            env=_environment(api),
+            stdin=subprocess.DEVNULL,  # a question could not be seen
+            capture_output=True,
+            text=True,
+            cwd=cwd,
+            timeout=timeout,
         )
     except subprocess.TimeoutExpired:
         return subprocess.CompletedProcess(command, 1, "", f"timed out after {timeout:.0f} s")

@@ -1,0 +1,148 @@
+"""What the janitor decides, deployment by deployment, on a real Redis and a real backend.
+
+Railway alone is stood in for, since its services would have to be an hour old; the verbs' tests run
+the janitor on the local Railway.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from pulse_railway import runtime_image
+from tests.conftest import Redis
+from tests.net import Backend, header, ok
+
+router: Any = runtime_image.load("router")
+janitor: Any = runtime_image.load("janitor")
+
+
+class Railway:
+    """The two calls of janitor.Railway that a run makes."""
+
+    def __init__(self, *services: Any) -> None:
+        self.services = list(services)
+        self.deleted: list[str] = []
+
+    def backends(self) -> list[Any]:
+        return self.services
+
+    def delete(self, service: Any) -> None:
+        self.deleted.append(service.deployment)
+
+
+def service(name: str, age: float = 7200) -> Any:
+    return janitor.Service(f"id-{name}", name, name, age)
+
+
+class Room:
+    """A Redis with an active deployment, and one backend that answers for all."""
+
+    def __init__(self, server: Redis, backend: Backend) -> None:
+        self.server, self.backend = server, backend
+        self.store = router.RedisStore(server.url, "pulse:railway")
+        server.deployment("active", backend.address)
+
+    def sessions(self, count: int) -> None:
+        self.backend.answer = ok(json.dumps({"render_session_count": count}).encode())
+
+    def record(self, name: str) -> dict[str, Any] | None:
+        raw = self.server.client.get(f"pulse:railway:deployment:{name}")
+        return json.loads(str(raw)) if raw else None
+
+    def run(self, *services: Any, ttl: float = 86_400) -> tuple[Any, list[str]]:
+        railway = Railway(service("active"), *services)
+        return janitor.sweep(self.store, railway, "token", ttl), railway.deleted
+
+
+@pytest.fixture
+def room(redis_server: Redis, monkeypatch: pytest.MonkeyPatch) -> Iterator[Room]:
+    with Backend() as backend:
+        monkeypatch.setattr(router, "base_url", lambda _: backend.address)
+        monkeypatch.setattr(janitor, "RELOAD_GRACE_SECONDS", 0.0)
+        yield Room(redis_server, backend)
+
+
+def test_a_deploy_that_died_before_it_was_registered(room: Room) -> None:
+    room.sessions(0)
+    _, deleted = room.run(service("young", 60), service("old"))
+    assert deleted == ["old"]
+
+
+def test_a_deployment_whose_record_is_lost_is_not_taken_for_one(room: Room) -> None:
+    room.sessions(2)
+    report, deleted = room.run(service("lost"))
+    assert deleted == []
+    assert "2 sessions" in report.kept["lost"]
+    record = room.record("lost")
+    assert record is not None
+    assert (record["state"], record["service_name"]) == ("draining", "lost")
+    assert time.time() - record["drain_started_at"] < 5
+    room.sessions(0)
+    assert room.run(service("lost"))[1] == ["lost"]
+    assert room.record("lost") is None
+
+
+def test_pending_deployments(room: Room) -> None:
+    room.sessions(0)
+    old = {"state": "pending", "registered_at": time.time() - 7200}
+    for name, more in (
+        ("dead", old),
+        ("young", old | {"registered_at": time.time()}),
+        ("held", old | {"held": True}),  # as `deploy --no-promote` leaves it
+    ):
+        room.server.deployment(name, room.backend.address, **more)
+    services = [service(name) for name in ("dead", "young", "held")]
+    room.sessions(1)
+    assert room.run(*services)[1] == []  # somebody looks at it
+    room.sessions(0)
+    assert room.run(*services)[1] == ["dead"]
+    assert room.record("dead") is None
+
+
+def test_draining_deployments(room: Room) -> None:
+    room.server.deployment(
+        "old", room.backend.address, "draining", drain_started_at=time.time() - 50
+    )
+    room.sessions(3)
+    assert room.run(service("old"))[1] == []
+    room.backend.answer = ok(b"?", status="500 Internal Server Error")
+    report, deleted = room.run(service("old"))
+    assert (report.kept, deleted) == ({"old": "not answering"}, [])
+    room.backend.answer = ok(json.dumps({"reloaded_socket_count": 1}).encode())
+    report, deleted = room.run(service("old"), ttl=40)
+    assert (report.expired, deleted) == (["old"], ["old"])
+    assert room.backend.heads[-1].startswith(b"POST /_pulse/internal/railway/reload ")
+    assert header(room.backend.heads[-1], "x-pulse-railway-internal-token") == "token"
+
+
+def test_contradictions_delete_nothing(room: Room) -> None:
+    room.sessions(0)
+    twice = [service("twin"), janitor.Service("other", "twin-2", "twin", 7200)]
+    railway = Railway(service("active"), *twice)
+    with pytest.raises(janitor.Refused, match="on two services"):
+        janitor.sweep(room.store, railway, "token", 0)
+    railway = Railway(service("other"))
+    with pytest.raises(janitor.Refused, match="has no service"):
+        janitor.sweep(room.store, railway, "token", 0)
+    room.server.client.delete("pulse:railway:active")
+    with pytest.raises(janitor.Refused, match="none is active"):
+        janitor.sweep(room.store, railway, "token", 0)
+    assert railway.deleted == []
+
+
+def test_the_flags_of_0_3_set_what_ensure_sets() -> None:
+    given = janitor.options(
+        "run --service r --janitor-service j --project-id p --environment-id e --token t"
+        " --service-prefix s --redis-url u --redis-service rs --redis-prefix rp"
+        " --drain-ttl-seconds 7".split()
+    )
+    assert given["RAILWAY_PROJECT_ID"] == "p"
+    assert given["REDIS_URL"] == "u"
+    assert given["PULSE_RAILWAY_DRAIN_TTL_SECONDS"] == "7"
+    assert len(given) == 10
+    assert janitor.options([]) == {}
