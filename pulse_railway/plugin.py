@@ -12,6 +12,7 @@ import pulse as ps
 from fastapi import Header, HTTPException
 
 from pulse_railway import contract, naming
+from pulse_railway.session import RailwaySessionStore
 
 
 class RailwayPlugin(ps.Plugin):
@@ -75,6 +76,9 @@ class RailwayPlugin(ps.Plugin):
 
     @override
     def on_startup(self, app: ps.App) -> None:
+        store = app.session_store
+        if isinstance(store, RailwaySessionStore) and store.ttl is None:
+            store.ttl = app.cookie.max_age_seconds
         self.deployment_id = os.environ.get(contract.DEPLOYMENT_ID, "")
         self._internal_token = os.environ.get(contract.INTERNAL_TOKEN, "")
 

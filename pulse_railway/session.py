@@ -22,11 +22,16 @@ class RailwaySessionStore(ps.SessionStore):
         url: the Redis to use. Where not given, `PULSE_RAILWAY_REDIS_URL`, which `deploy` sets on
             every backend whose app uses this store.
         prefix: what session keys start with.
+        ttl: seconds that a session outlives its last use. Where not given, RailwayPlugin sets it
+            to the lifetime of the app's session cookie, without which nobody can come back to it.
     """
 
-    def __init__(self, url: str | None = None, *, prefix: str = DEFAULT_PREFIX) -> None:
+    def __init__(
+        self, url: str | None = None, *, prefix: str = DEFAULT_PREFIX, ttl: int | None = None
+    ) -> None:
         self._url = url
         self.prefix = prefix.rstrip(":")
+        self.ttl = ttl
         self._client: redis.asyncio.Redis | None = None
 
     @override
@@ -65,7 +70,11 @@ class RailwaySessionStore(ps.SessionStore):
 
     @override
     async def get(self, sid: str) -> dict[str, Any] | None:
-        payload = await self.client.get(self._key(sid))
+        async with self.client.pipeline(transaction=False) as pipe:
+            pipe.get(self._key(sid))
+            if self.ttl:  # Pulse renews the cookie whenever it loads a session
+                pipe.expire(self._key(sid), self.ttl)
+            payload = (await pipe.execute())[0]
         if payload is None:
             return None
         return cast(dict[str, Any], deserialize(cast(Serialized, json.loads(payload))))
@@ -82,4 +91,4 @@ class RailwaySessionStore(ps.SessionStore):
     @override
     async def save(self, sid: str, session: dict[str, Any]) -> None:
         payload = json.dumps(serialize(dict(session)), separators=(",", ":"))
-        await self.client.set(self._key(sid), payload)
+        await self.client.set(self._key(sid), payload, ex=self.ttl)
