@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -184,7 +183,3 @@ http {{
     command = ["nginx", "-c", str(config), "-p", str(folder)]
     with process("nginx", command, port, 0) as server:
         yield server
-
-
-def installed(program: str) -> bool:
-    return shutil.which(program) is not None
