@@ -16,12 +16,18 @@
                                          register, promote, retire, delete, restore
     python router.py janitor run         the same as `python janitor.py`
 
-How a request travels: uvicorn accepts the connection, `Client` parses and polices the request
-head, Starlette answers `/healthz` and hands the rest to `Router`, which picks a deployment out of
-the in-memory `Table` and lets `Exchange` copy bytes between the client's connection and a pooled
-`Upstream` one. A WebSocket becomes a `Tunnel` of bytes once the backend has answered 101.
+How a request travels: uvicorn accepts the connection, and `Client` parses and polices the request
+head. `Router` picks a deployment out of the in-memory `Table`, and `forward` lets an `Exchange`
+copy the answer from a pooled `Upstream` connection to the client's, in the callbacks of the two.
+A WebSocket handshake goes the same way; once the backend has answered 101, `join` makes the two
+connections a tunnel of bytes. Starlette has the rest: `/healthz`, life span, the router's answers.
 
-It needs nothing but this file and the libraries named above.
+The file needs nothing but itself and the libraries named above, so that its image, `uv run` and a
+laptop run the same. It is long because it is two programs that share the routing state, the proxy
+and the control commands, and because ASGI's events cannot carry what a proxy must keep (header
+case, reason phrases, 1xx, framing, a connection broken off), so it writes HTTP/1.1 by itself.
+From top to bottom: names and limits; routing state and stores; table; counters; backend's side;
+client's side; one request and its answer; tunnels; which deployment; serving; control commands.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -721,15 +722,13 @@ def templateDeployV2(caller: Caller, input: dict[str, Any]) -> Any:
     """Asynchronous, as on Railway: the services appear a moment after the answer."""
     owner = need_project(caller, input["projectId"])
     where = next(e for e in owner.environments if e.id == input["environmentId"])
-    caller.supervisor._spawn(_deploy_template(caller, owner, where, input["serializedConfig"]))
+    caller.supervisor.spawn(_deploy_template(caller, owner, where, input["serializedConfig"]))
     return {"projectId": owner.id, "workflowId": model.new_id()}
 
 
 async def _deploy_template(
     caller: Caller, owner: Project, where: Environment, config: dict[str, Any]
 ) -> None:
-    import asyncio
-
     await asyncio.sleep(0.5)
     for created, instance in model.apply_template(caller.state, owner, where, config):
         if instance.image:
@@ -775,7 +774,7 @@ def deploymentInstanceExecutionCreate(caller: Caller, input: dict[str, Any]) -> 
         for instance in owned.instances:
             if instance.id == input["serviceInstanceId"]:
                 need_instance(caller, owned.id, instance.environment_id)
-                caller.supervisor._spawn(caller.supervisor.run_cron(owned, instance), "cron")
+                caller.supervisor.spawn(caller.supervisor.run_cron(owned, instance), "cron")
                 return True
     raise refuse("ServiceInstance not found")
 

@@ -124,8 +124,8 @@ class Supervisor:
                 last = self.state.deployments_of(service.id, instance.environment_id)
                 alive = next((d for d in last if d.status == "SUCCESS" and not d.stopped), None)
                 if alive:
-                    self._spawn(self._run(service, instance, alive, again=True))
-        self._spawn(self._cron())
+                    self.spawn(self._run(service, instance, alive, again=True))
+        self.spawn(self._cron())
 
     async def settled(self) -> None:
         """Wait until everything that `start` runs again has come up."""
@@ -141,7 +141,7 @@ class Supervisor:
             running.stopping = False  # what was ending it has just been cancelled
         await asyncio.gather(*(self._end(r, grace=5.0) for r in list(self.processes)))
 
-    def _spawn(self, coroutine: Any, name: str = "run") -> asyncio.Task[Any]:
+    def spawn(self, coroutine: Any, name: str = "run") -> asyncio.Task[Any]:
         task = asyncio.create_task(coroutine, name=name)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
@@ -179,7 +179,7 @@ class Supervisor:
         for other in self.state.deployments_of(service.id, instance.environment_id)[1:]:
             if other.status in ("INITIALIZING", "QUEUED", "WAITING", "BUILDING"):
                 self._set(other, "REMOVED")  # superseded
-        self._spawn(self._run(service, instance, deployment))
+        self.spawn(self._run(service, instance, deployment))
         return deployment
 
     async def _run(
@@ -210,7 +210,7 @@ class Supervisor:
                 return
             self._set(deployment, "SUCCESS")
             await self._replace(instance, running, deployment)
-            running.watcher = self._spawn(self._watch(service, instance, running, build), "watch")
+            running.watcher = self.spawn(self._watch(service, instance, running, build), "watch")
         except (BuildError, OSError, ValueError) as error:
             self._log(deployment, "build", str(error), "error")
             self._set(deployment, "FAILED")
@@ -339,7 +339,7 @@ class Supervisor:
         with (self.root / "pids").open("a") as file:
             file.write(f"{process.pid}\n")
         running = Running(deployment, process, port, env, build.cwd)
-        running.pump = self._spawn(self._pump(running), "pump")
+        running.pump = self.spawn(self._pump(running), "pump")
         self.processes.add(running)
         self.started[service.id] += 1
         return running
@@ -396,7 +396,7 @@ class Supervisor:
                 self._set(other, "REMOVED")
         if old:
             overlap = min(float(instance.settings.get("overlapSeconds") or 0), 1.0)
-            self._spawn(self._retire(instance, old, overlap if running else 0.0), "retire")
+            self.spawn(self._retire(instance, old, overlap if running else 0.0), "retire")
             if not running:
                 await self._end(old, grace=self._grace(instance, old))
 
@@ -460,7 +460,7 @@ class Supervisor:
                 found = self.current.pop(instance.id, None), self.cron_running.get(instance.id)
                 self.write_hosts(instance.environment_id)
                 for running in filter(None, found):
-                    self._spawn(self._end(running, self._grace(instance, running)), "retire")
+                    self.spawn(self._end(running, self._grace(instance, running)), "retire")
 
     async def stop_deployment(self, deployment: Deployment) -> None:
         for running in list(self.processes):
@@ -473,7 +473,7 @@ class Supervisor:
         self.state.save()
 
     def restart(self, service: Service, instance: Instance, deployment: Deployment) -> None:
-        self._spawn(self._run(service, instance, deployment, again=True))
+        self.spawn(self._run(service, instance, deployment, again=True))
 
     # -- the private network -------------------------------------------------------------------
 
@@ -505,7 +505,7 @@ class Supervisor:
                 for instance in service.instances:
                     schedule = instance.settings.get("cronSchedule")
                     if schedule and cron_matches(schedule, moment):
-                        self._spawn(self.run_cron(service, instance), "cron")
+                        self.spawn(self.run_cron(service, instance), "cron")
 
     async def run_cron(self, service: Service, instance: Instance) -> int | None:
         """One run of a cron service; None where it has nothing deployed or still runs."""
