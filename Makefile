@@ -17,8 +17,8 @@ demo: .venv/ready          ## the example on a local Railway, until Ctrl-C
 demo-once: .venv/ready     ## the same without staying, with a second deploy
 	@$(INVOKE) demo --once
 
-test: .venv/ready .venv/browser .venv/linter  ## lint and all tests
-	@PATH=$(CURDIR)/.venv/bin:$$PATH $(INVOKE) lint test
+test: .venv/ready .venv/browser .venv/linter  ## all tests
+	@$(INVOKE) test
 
 lint: .venv/ready
 	@PATH=$(CURDIR)/.venv/bin:$$PATH $(INVOKE) lint
