@@ -144,15 +144,9 @@ def _wait_for(root: Path, process: subprocess.Popen[bytes]) -> None:
 
 def processes_of(root: Path) -> list[int]:
     """The processes that a local Railway started and that still run."""
-    mark = f"RAILWAY_LOCAL_ROOT={root}".encode()
-    alive = []
-    for entry in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if mark in entry.read_bytes().split(b"\0"):
-                alive.append(int(entry.parent.name))
-        except OSError:
-            continue
-    return alive
+    from pulse_railway.local.supervisor import belongs
+
+    return [int(p.name) for p in Path("/proc").glob("[0-9]*") if belongs(int(p.name), root)]
 
 
 # -- the story ---------------------------------------------------------------------------------

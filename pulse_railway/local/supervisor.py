@@ -66,6 +66,17 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
+def belongs(pid: int, root: Path) -> bool:
+    """Is this a process of the local Railway in `root`? Its environment says so, or its folder:
+    Redis writes its title over its environment."""
+    home = Path(f"/proc/{pid}")
+    try:
+        marked = f"{MARK}={root}".encode() in (home / "environ").read_bytes().split(b"\0")
+        return marked or str((home / "cwd").readlink()).startswith(f"{root}/")
+    except OSError:  # it has ended, or is not ours to look at
+        return False
+
+
 @dataclass(eq=False)
 class Running:
     """A deployment's process."""
@@ -149,12 +160,11 @@ class Supervisor:
 
     def _kill_leftovers(self) -> None:
         pids = self.root / "pids"
-        mark = f"{MARK}={self.root}".encode()
         if pids.exists():
-            for line in pids.read_text().split():
-                with contextlib.suppress(OSError, ProcessLookupError):
-                    if mark in Path(f"/proc/{line}/environ").read_bytes().split(b"\0"):
-                        os.killpg(int(line), signal.SIGKILL)
+            for pid in map(int, pids.read_text().split()):
+                if belongs(pid, self.root):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(pid, signal.SIGKILL)
         pids.write_text("")
 
     # -- deployments ---------------------------------------------------------------------------
