@@ -43,13 +43,13 @@ lock: .venv/ready          ## resolve the dependencies anew
 .venv/browser: .venv/ready
 	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || { \
 		[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
-		&& (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium) \
+		&& (timeout 120 apt-get update -qq && timeout 300 apt-get install -y -qq --no-install-recommends chromium) \
 		>/dev/null 2>&1; } || true
 	@touch $@
 
 # The Dockerfiles' linter comes from npm where that is installed; its test is skipped elsewhere.
 .venv/linter: .venv/ready
-	@command -v npm >/dev/null && npm install --silent --no-audit --no-fund --prefix .venv \
+	@command -v npm >/dev/null && timeout 60 npm install --fetch-retries=0 --silent --no-audit --no-fund --prefix .venv \
 		dockerfile-utils@0.16.3 >/dev/null 2>&1 || true
 	@touch $@
 
