@@ -1448,6 +1448,10 @@ def join(client: Client, exchange: Exchange) -> None:
     client.cycle.response_started = client.cycle.response_complete = True
     client.connections.discard(client)
     Client.instances.discard(client)
+    if client.transport.is_closing() or upstream.transport.is_closing():
+        client.transport.close()  # one end has gone meanwhile
+        upstream.transport.close()
+        return
     near, far = TunnelEnd(client.transport), TunnelEnd(upstream.transport)
     near.peer, far.peer = far, near
     near.transport.write(b"".join(head))

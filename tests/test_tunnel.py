@@ -230,6 +230,28 @@ def test_a_handshake_behind_another_request_is_refused(
     assert backend.connections == 1
 
 
+def test_clients_that_leave_during_the_handshake_leave_nothing_behind(
+    raw: Callable[..., tuple[Backend, Process]],
+) -> None:
+    ended: list[bool] = []
+
+    def handle(connection: Connection) -> None:
+        if connection.head():
+            connection.send(SWITCH)
+            connection.rest()
+        ended.append(True)
+
+    backend, router = raw(handle)
+    for i in range(300):
+        c = Connection.to(router.port)
+        c.send(HANDSHAKE % b"/")
+        time.sleep(i % 30 * 0.0001)  # before, while and after the backend answers
+        c.reset() if i % 2 else c.close()
+    eventually(lambda: len(ended) == backend.connections)
+    assert ask(router.port, "/healthz").status == 200
+    assert "Traceback" not in router.output()
+
+
 def test_a_backend_that_switches_unasked(raw: Callable[..., tuple[Backend, Process]]) -> None:
     _, router = raw(lambda c: (c.head(), c.send(SWITCH), c.head()) and None)
     assert ask(router.port).status == 502
