@@ -1041,7 +1041,11 @@ class Exchange:
             else:
                 self.broken("the backend switched protocols unasked")
         except httptools.HttpParserError:
-            self.broken("the backend's answer is not HTTP")
+            if self.finished:  # junk behind a whole answer
+                self.keep = False
+                self.flush()
+            else:
+                self.broken("the backend's answer is not HTTP")
         else:
             self.flush()
 
@@ -1060,10 +1064,12 @@ class Exchange:
 
     def on_headers_complete(self) -> None:
         """The head of an answer is in: write the client's."""
+        if self.finished:
+            return
         parser = self.parser
         status = self.status = parser.get_status_code()
         reason, self.reason = self.reason, b""
-        if self.finished or status == 101:
+        if status == 101:
             return
         if status < 200:
             self.informational(status, reason)

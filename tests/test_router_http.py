@@ -589,6 +589,25 @@ def test_a_dead_pooled_connection_costs_nothing(routed: Callable[..., Routed]) -
             assert read_answer(c).status == 200
 
 
+@pytest.mark.parametrize("poison", [ok(b"poison"), b"HTTP/1.1 200 OK\r\ncontent-le", b"junk"])
+def test_what_a_backend_sends_unasked_reaches_nobody(
+    routed: Callable[..., Routed], poison: bytes
+) -> None:
+    """Behind one answer, in the same segment: it must not become the head of the next."""
+
+    def handle(connection: Connection) -> None:
+        while connection.head():
+            connection.send(ok(b"good") + poison)
+
+    r = routed(handle=handle)
+    with r.open() as c:
+        for _ in range(4):
+            c.send(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+            answer = read_answer(c)
+            assert (answer.status, answer.body) == (200, b"good")
+    assert r.backend.connections == 4  # none was used again
+
+
 def test_a_post_is_not_repeated(routed: Callable[..., Routed]) -> None:
     posts = 0
 
