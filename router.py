@@ -63,7 +63,7 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 # ---------------------------------------------------------------------------------------------
@@ -1031,23 +1031,24 @@ class Exchange:
     # -- from the upstream ---------------------------------------------------------------------
 
     def feed(self, data: bytes) -> None:
+        why = ""
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            if self.incoming.handshake:
+            if self.incoming.handshake and not self.finished:
                 self.upstream.transport.pause_reading()
                 self.tail = data[upgrade.args[0] :]
                 self.end("switched")
-            else:
-                self.broken("the backend switched protocols unasked")
+                return
+            why = "the backend switched protocols unasked"
         except httptools.HttpParserError:
-            if self.finished:  # junk behind a whole answer
-                self.keep = False
-                self.flush()
-            else:
-                self.broken("the backend's answer is not HTTP")
-        else:
-            self.flush()
+            why = "the backend's answer is not HTTP"
+        if why and not self.finished:
+            self.broken(why)
+            return
+        if why:  # behind a whole answer
+            self.keep = False
+        self.flush()
 
     # called by the parser
 
@@ -1580,11 +1581,15 @@ class Router:
             response.body = b""
         if cycle.more_body:
             response.raw_headers.append((b"connection", b"close"))
-            # uvicorn would close at once; linger instead, so that the answer arrives
-            cycle.keep_alive = True
-        await response(scope, receive, send)
-        if cycle.more_body:
+
+            async def send_and_stay(message: Message) -> None:
+                await send(message)
+                cycle.keep_alive = True  # else uvicorn closes at once, and the answer may be lost
+
+            await response(scope, receive, send_and_stay)
             client.linger()
+        else:
+            await response(scope, receive, send)
         if ACCESS_LOG:
             access(incoming, response.status_code, None, len(response.body), began)
 

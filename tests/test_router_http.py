@@ -589,7 +589,15 @@ def test_a_dead_pooled_connection_costs_nothing(routed: Callable[..., Routed]) -
             assert read_answer(c).status == 200
 
 
-@pytest.mark.parametrize("poison", [ok(b"poison"), b"HTTP/1.1 200 OK\r\ncontent-le", b"junk"])
+@pytest.mark.parametrize(
+    "poison",
+    [
+        ok(b"poison"),
+        b"HTTP/1.1 200 OK\r\ncontent-le",
+        b"junk",
+        b"HTTP/1.1 101 x\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n",
+    ],
+)
 def test_what_a_backend_sends_unasked_reaches_nobody(
     routed: Callable[..., Routed], poison: bytes
 ) -> None:
