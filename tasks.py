@@ -22,8 +22,8 @@ def demo(_: Any, once: bool = False) -> None:
 
 @task(help={"args": "more arguments for pytest"})
 def test(c: Context, args: str = "") -> None:
-    """Run the tests, four files at a time: most of them wait."""
-    c.run(f"{sys.executable} -m pytest -n 4 --dist loadfile {args}", pty=False)
+    """Run the tests, three files at a time: most of them wait."""
+    c.run(f"{sys.executable} -m pytest -n 3 --dist loadfile {args}", pty=False)
 
 
 @task

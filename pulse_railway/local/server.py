@@ -288,12 +288,16 @@ class LocalRailway:
     # -- orders --------------------------------------------------------------------------------
 
     async def set_faults(self, request: Request) -> Response:
-        """Replaces the faults: {"faults": [...], "latency": s, "crash_at": status, ...}."""
+        """Replaces the faults: {"faults": [...], "latency": s, "crash_at": status, ...}.
+
+        `"clock": false` stops the cron: runs then start by order only.
+        """
         body = await request.json()
         self.faults = [Fault(**fault) for fault in body.get("faults", [])]
         self.latency = body.get("latency", 0.0)
         self.supervisor.crash_at = body.get("crash_at")
         self.supervisor.build_seconds = body.get("build_seconds", 0.0)
+        self.supervisor.clock = body.get("clock", self.supervisor.clock)
         return JSONResponse({"ok": True})
 
     async def stats(self, request: Request) -> Response:

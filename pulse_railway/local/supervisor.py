@@ -118,6 +118,7 @@ class Supervisor:
         self.logs.mkdir(parents=True, exist_ok=True)
         self.crash_at: str | None = None  # a status at which the next deployment fails
         self.build_seconds = 0.0
+        self.clock = True  # does the cron run?
         self.cron_running: dict[str, Running] = {}
         self.started: Counter[str] = Counter()  # process starts per service id
         self.closing = False
@@ -511,7 +512,7 @@ class Supervisor:
             moment = datetime.now(UTC)
             await asyncio.sleep(60 - moment.second - moment.microsecond / 1e6 + 0.05)
             moment = datetime.now(UTC)
-            for service in self.state.services:
+            for service in self.state.services if self.clock else []:
                 for instance in service.instances:
                     schedule = instance.settings.get("cronSchedule")
                     if schedule and cron_matches(schedule, moment):
