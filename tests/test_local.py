@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from examples import demo
+from pulse_railway.local.supervisor import cron_matches
 from tests.conftest import TINY, pulse_railway
 from tests.net import eventually
 
@@ -50,3 +52,21 @@ def test_a_cron_run_ends_with_it(tmp_path: Path) -> None:
         stage.run_janitor()
         eventually(lambda: set(demo.processes_of(root)) - before)
     assert demo.processes_of(root) == []
+
+
+@pytest.mark.parametrize(
+    ("schedule", "matches"),
+    [
+        ("*/5 * * * *", True),
+        ("10 8 * * *", True),
+        ("0-20/10 8 24 11 2", True),
+        ("7,10 6-9 * * 1-5", True),
+        ("*/7 * * * *", False),
+        ("10 9 * * *", False),
+        ("10 8 * * 0", False),
+        ("10 8 * *", False),
+    ],
+)
+def test_cron_schedules(schedule: str, matches: bool) -> None:
+    tuesday = datetime(2026, 11, 24, 8, 10, tzinfo=UTC)
+    assert cron_matches(schedule, tuesday) is matches
