@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -233,7 +234,7 @@ def sweep(store: router.RedisStore, railway: Railway, token: str, drain_ttl: flo
             # its deploy died before it was registered, or Redis has lost its record
             record = {"deployment_id": service.deployment, "service_name": service.name}
             if count := router.sessions(record, token):
-                store.apply(lambda state, r=record: router.adopt(state, r))  # type: ignore[misc]
+                store.apply(functools.partial(router.adopt, record=record))
                 report.kept[service.deployment] = f"{count} sessions, draining from now on"
             else:
                 railway.delete(service)

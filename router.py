@@ -165,9 +165,8 @@ def register(
         "service_name": service_name,
         "drain_started_at": None,
         "registered_at": time.time(),
+        "held": held,
     }
-    if held:
-        record["held"] = True
     if address:
         record["address"] = address.rstrip("/")
     return {record_key(deployment_id): _save(record)}
@@ -301,7 +300,7 @@ class RedisStore:
 
     def routers(self) -> list[Record]:
         """What each running router last said of itself."""
-        keys = list(self.client.scan_iter(f"{self.prefix}:router:*"))
+        keys = list(self.client.scan_iter(f"{self.prefix}:router:*", count=SCAN_COUNT))
         values = cast(list[str | None], self.client.mget(keys)) if keys else []
         return [json.loads(v) for v in values if v]
 
@@ -1223,13 +1222,16 @@ class Exchange:
         if not self.done.done():
             self.done.set_result(outcome)
 
+    def let_go(self) -> None:
+        self.upstream.exchange = self.client.exchange = None
+        del self.parser  # the two hold each other
+
     def release(self) -> None:
         """Part the two connections. The upstream goes back to the pool or is closed."""
         upstream, client = self.upstream, self.client
         if upstream.exchange is not self:
             return
-        upstream.exchange = client.exchange = None
-        del self.parser  # the two hold each other
+        self.let_go()
         if self.go_ahead:
             self.go_ahead.set()
         self.writable.set()
@@ -1450,8 +1452,7 @@ def join(client: Client, exchange: Exchange) -> None:
     head = [b"HTTP/1.1 101 Switching Protocols\r\n"]
     head += [n + b": " + v + b"\r\n" for n, v in exchange.fields]
     head += [upstream.deployment.header, b"\r\n", exchange.tail]
-    upstream.exchange = client.exchange = None
-    del exchange.parser
+    exchange.let_go()
     client.cycle.response_started = client.cycle.response_complete = True
     client.connections.discard(client)
     Client.instances.discard(client)

@@ -161,14 +161,19 @@ def run_router(start: Callable[..., Process], router_python: Path) -> Callable[.
     return begin
 
 
+def order(stage: demo.Stage, **body: Any) -> None:
+    """Tell a local Railway what is to go wrong, and how fast it is to be."""
+    url = stage.api.replace("/graphql/v2", "/local/faults")
+    httpx.post(url, json=body).raise_for_status()
+
+
 @pytest.fixture(scope="session")
 def railway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[demo.Stage]:
     """A local Railway for tests that leave its first project as they found it: empty."""
     root = tmp_path_factory.mktemp("railway").resolve()
     with demo.stage(root) as stage:
         # a janitor that comes by on its cron would take what a test is about to look at
-        orders = stage.api.replace("/graphql/v2", "/local/faults")
-        httpx.post(orders, json={"clock": False}).raise_for_status()
+        order(stage, clock=False)
         yield stage
     assert not demo.processes_of(root), "the local Railway left processes behind"
 
@@ -291,8 +296,7 @@ class Project:
         raise AssertionError(f"no service {service}")
 
     def faults(self, *faults: dict[str, Any], **more: Any) -> None:
-        url = self.railway.api.replace("/graphql/v2", "/local/faults")
-        httpx.post(url, json={"faults": list(faults), **more}).raise_for_status()
+        order(self.railway, faults=list(faults), **more)
 
     def get(self, path: str, **params: str) -> Any:
         address = self.ok("status")["address"]

@@ -44,9 +44,6 @@ def certificates(root: Path) -> tuple[Path, Path]:
     return key, bundle
 
 
-EDGE_HEADERS = (b"x-real-ip", b"x-forwarded-proto", b"x-forwarded-host", b"x-request-start")
-
-
 class EdgeClient(router.Client):  # type: ignore[misc]
     """A connection to the edge: every request gets the edge's headers."""
 
@@ -54,20 +51,19 @@ class EdgeClient(router.Client):  # type: ignore[misc]
     headers: list[tuple[bytes, bytes]]
 
     def on_headers_complete(self) -> None:
-        kept = [
-            (name, (lower, value))
-            for name, (lower, value) in zip(self.names, self.headers, strict=True)
-            if lower not in EDGE_HEADERS
-        ]
-        host = next((value for _, (lower, value) in kept if lower == b"host"), b"")
         peer = self.client[0].encode() if self.client else b"127.0.0.1"
-        for name, value in (
-            (b"x-real-ip", peer),
-            (b"x-forwarded-proto", b"https"),
-            (b"x-forwarded-host", host),
-            (b"x-request-start", b"t=%d" % (time.time() * 1000)),
-        ):
-            kept.append((name, (name, value)))
+        added = {
+            b"x-real-ip": peer,
+            b"x-forwarded-proto": b"https",
+            b"x-forwarded-host": next((v for n, v in self.headers if n == b"host"), b""),
+            b"x-request-start": b"t=%d" % (time.time() * 1000),
+        }
+        kept = [
+            (name, header)
+            for name, header in zip(self.names, self.headers, strict=True)
+            if header[0] not in added
+        ]
+        kept += [(name, (name, value)) for name, value in added.items()]
         self.names = [name for name, _ in kept]
         self.headers[:] = [header for _, header in kept]
         super().on_headers_complete()
