@@ -91,6 +91,8 @@ HEAD_LIMIT = 64 * 1024
 HEAD_TIMEOUT = 30.0  # a client sends its request head within this
 BODY_STALL_TIMEOUT = 60.0  # ... and the next piece of its body within this
 KEEP_ALIVE = 75.0  # idle client connections; longer than the edge's 60 s, so the edge closes first
+HALF_CLOSED = float(os.environ.get("PULSE_RAILWAY_ROUTER_HALF_CLOSED_SECONDS") or 60)
+FLUSH = 30.0  # for what is still to be written to a tunnel's one end when the other has gone
 LINGER = 5.0  # after an early answer, an upload is read and dropped for this long
 CONNECT_TIMEOUT = 5.0
 HANDSHAKE_TIMEOUT = 30.0  # for a backend's answer to a WebSocket handshake
@@ -985,6 +987,9 @@ async def sweep() -> None:
                 client.transport.abort()
             elif client.exchange:
                 client.exchange.check_time()
+        monotonic = time.monotonic()
+        for end in list(TunnelEnd.open):
+            end.check_time(monotonic)
         for deployment in TABLE.deployments.values():
             while deployment.idle and now - deployment.idle[0].idle_since > UPSTREAM_IDLE:
                 deployment.idle.popleft().transport.close()
@@ -1407,39 +1412,71 @@ def finish(client: Client, exchange: Exchange) -> None:
 
 
 class TunnelEnd(asyncio.Protocol):
-    """One end of a tunnel. What comes in goes out at the other end."""
+    """One end of a tunnel. What comes in goes out at the other end.
 
-    __slots__ = ("peer", "transport")
-    open: ClassVar[set[TunnelEnd]] = set()
+    Each end may say that it has no more to send (a half-close), and the other goes on talking.
+    The tunnel is over when both have, when either connection is lost, or when a half-closed one
+    has been silent for HALF_CLOSED seconds. What is still to be written then has FLUSH seconds.
+    """
+
+    __slots__ = ("ended", "lost", "peer", "since", "transport")
+    open: ClassVar[set[TunnelEnd]] = set()  # the clients' ends, until both connections are gone
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self.transport = transport
         self.peer: TunnelEnd = self
+        self.ended = False  # it sends no more
+        self.lost = False
+        self.since = 0.0  # of a tunnel that is ending: the last sign of life
 
     def data_received(self, data: bytes) -> None:
         self.peer.transport.write(data)
+        if self.peer.ended:
+            self.peer.since = time.monotonic()
 
     def eof_received(self) -> bool:
-        if self.peer.transport.can_write_eof() and not self.peer.transport.is_closing():
-            self.peer.transport.write_eof()
-            return True  # the other direction may still be talking
-        return False
+        peer = self.peer
+        self.ended, self.since = True, time.monotonic()
+        if peer.ended or peer.lost or not peer.transport.can_write_eof():
+            # Nobody else would close a connection whose two halves have ended: before, each
+            # tunnel that closed in order kept its two descriptors.
+            peer.transport.close()
+            return False  # and this one closes
+        if not peer.transport.is_closing():
+            peer.transport.write_eof()
+        return True
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if exc is None:
-            self.peer.transport.close()
-        else:
-            reset(self.peer.transport)
-        if self in TunnelEnd.open:
+        peer = self.peer
+        self.lost = True
+        if peer.lost:
             TunnelEnd.open.discard(self)
+            TunnelEnd.open.discard(peer)
             METRICS.tunnels_open -= 1
+        elif exc is None:
+            peer.since = time.monotonic()
+            peer.transport.close()
+        else:
+            reset(peer.transport)
 
     def pause_writing(self) -> None:
-        self.peer.transport.pause_reading()
+        if not self.peer.ended:
+            self.peer.transport.pause_reading()
 
     def resume_writing(self) -> None:
-        if not self.peer.transport.is_closing():
+        if not self.peer.ended and not self.peer.transport.is_closing():
             self.peer.transport.resume_reading()
+
+    def check_time(self, now: float) -> None:
+        """End what would otherwise last for ever: see above."""
+        near, far = self, self.peer
+        if near.lost or far.lost:
+            if now - max(near.since, far.since) > FLUSH:
+                near.transport.abort()
+                far.transport.abort()
+        elif (near.ended or far.ended) and now - max(near.since, far.since) > HALF_CLOSED:
+            near.transport.abort()
+            far.transport.abort()
 
 
 def join(client: Client, exchange: Exchange) -> None:

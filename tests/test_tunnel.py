@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import pytest
 import websockets.sync.client
@@ -357,6 +359,46 @@ def test_a_socket_costs_little_memory(echo: tuple[Echo, Process]) -> None:
         return (after - before) // count
 
     assert asyncio.run(hold(250)) <= 8192
+
+
+def descriptors(router: Process) -> int:
+    return len(list(Path(f"/proc/{router.popen.pid}/fd").iterdir()))
+
+
+def test_a_socket_that_closed_in_order_gives_its_descriptors_back(
+    echo: tuple[Echo, Process],
+) -> None:
+    """40 closing handshakes left 80 descriptors: each half had ended, and nobody closed."""
+    _, router = echo
+    before = descriptors(router)
+    for closed_by_server in (False, True) * 20:
+        with client(router.port) as ws:
+            if closed_by_server:
+                ws.send("close")
+                with pytest.raises(ConnectionClosed):
+                    ws.recv(5)
+    eventually(lambda: descriptors(router) <= before, 5)
+
+
+def test_a_half_closed_socket_that_falls_silent_ends(redis_server: Redis, run_router: Run) -> None:
+    """A backend that never reacts to the end of its client's half."""
+
+    def deaf(connection: Connection) -> None:
+        if connection.head():
+            connection.send(SWITCH)
+            time.sleep(15)
+
+    with Backend(handle=deaf) as backend:
+        redis_server.deployment("a", backend.address)
+        router = run_router(redis_server, PULSE_RAILWAY_ROUTER_HALF_CLOSED_SECONDS="1")
+        eventually(lambda: ask(router.port, "/healthz").status == 200)
+        before = descriptors(router)
+        with Connection.to(router.port) as c:
+            c.send(HANDSHAKE % b"/")
+            c.head()
+            c.sock.shutdown(socket.SHUT_WR)
+            assert c.closed_by_peer
+        eventually(lambda: descriptors(router) <= before, 5)
 
 
 def test_sigterm_closes_tunnels_last(echo: tuple[Echo, Process]) -> None:
