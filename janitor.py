@@ -17,8 +17,12 @@
 Each run asks every draining deployment how many sessions it holds. None left: the service is
 deleted. The drain TTL over: its tabs are told to reload, then it is deleted. Not answering: it is
 kept until the TTL. Deploys that died on the way are removed after an hour, unless somebody uses
-them. The active deployment is never touched. The Railway service goes first and the record last,
-so a run that is killed anywhere is finished by the next one.
+them. The active deployment is never touched, and nothing whose record has changed since it was
+judged. The record is claimed first, then the Railway service goes, the record last, so a run that
+is killed anywhere is finished by the next one.
+
+Where Redis has lost its data and no router has it either, the routing state is restored from
+Railway: the router service's variable PULSE_RAILWAY_ACTIVE says which deployment was active.
 """
 
 from __future__ import annotations
@@ -56,6 +60,12 @@ query Services($project: String!, $environment: String!) {
 }
 """
 
+REMEMBER = """
+mutation Remember($input: VariableCollectionUpsertInput!) {
+  variableCollectionUpsert(input: $input)
+}
+"""
+
 DELETE = """
 mutation Delete($service: String!, $environment: String!) {
   serviceDelete(id: $service, environmentId: $environment)
@@ -77,6 +87,15 @@ class Service:
     age: float  # seconds
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What stands on Railway."""
+
+    backends: list[Service]
+    router_id: str | None = None
+    intent: str | None = None  # the deployment that was promoted last, as the router service says
+
+
 @dataclass
 class Report:
     """What a run did, printed as one JSON line."""
@@ -84,20 +103,22 @@ class Report:
     deleted: list[str] = field(default_factory=list)
     expired: list[str] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
+    restored: str | None = None
 
 
 class Railway:
-    """The three calls the janitor makes. The token may be a project's or an account's."""
+    """The calls the janitor makes. The token may be a project's or an account's."""
 
     def __init__(self, env: dict[str, str]) -> None:
         self.project = env["RAILWAY_PROJECT_ID"]
         self.environment = env["RAILWAY_ENVIRONMENT_ID"]
         self.token = env["RAILWAY_TOKEN"]
+        self.router = env.get("PULSE_RAILWAY_SERVICE") or "pulse-router"
         self.url = env.get("PULSE_RAILWAY_API_URL") or API_URL
         self.client = httpx.Client(timeout=30)
         self.headers = {"Project-Access-Token": self.token}
 
-    def call(self, document: str, **variables: str) -> dict[str, Any]:
+    def call(self, document: str, **variables: Any) -> dict[str, Any]:
         """One request, tried up to three times where Railway is busy or away.
 
         Raises httpx.HTTPError, or RuntimeError with Railway's own words.
@@ -125,12 +146,12 @@ class Railway:
             raise RuntimeError(message)
         return answer["data"]  # type: ignore[no-any-return]
 
-    def backends(self) -> list[Service]:
-        """Every service of the environment that has a deployment id."""
+    def inspect(self) -> Seen:
+        """Every service of the environment that has a deployment id, and the router's intent."""
         data = self.call(SERVICES, project=self.project, environment=self.environment)
         nodes = [edge["node"] for edge in data["environment"]["serviceInstances"]["edges"]]
         if not nodes:
-            return []
+            return Seen([])
         parameters = ", ".join(f"$s{i}: String!" for i in range(len(nodes)))
         fields = "\n".join(
             f"  s{i}: variables(projectId: $project, environmentId: $environment,"
@@ -145,7 +166,7 @@ class Railway:
             **{f"s{i}": node["serviceId"] for i, node in enumerate(nodes)},
         )
         now = time.time()
-        return [
+        backends = [
             Service(
                 node["serviceId"],
                 node["serviceName"],
@@ -155,6 +176,24 @@ class Railway:
             for i, node in enumerate(nodes)
             if variables[f"s{i}"].get("PULSE_DEPLOYMENT_ID")
         ]
+        for i, node in enumerate(nodes):
+            if node["serviceName"] == self.router:
+                intent = variables[f"s{i}"].get(router.INTENT_VARIABLE)
+                return Seen(backends, node["serviceId"], intent)
+        return Seen(backends)
+
+    def remember(self, router_id: str, active: str) -> None:
+        """Note on the router service which deployment is active; nothing is deployed anew."""
+        self.call(
+            REMEMBER,
+            input={
+                "projectId": self.project,
+                "environmentId": self.environment,
+                "serviceId": router_id,
+                "variables": {router.INTENT_VARIABLE: active},
+                "skipDeploys": True,
+            },
+        )
 
     def delete(self, service: Service) -> None:
         self.call(DELETE, service=service.id, environment=self.environment)
@@ -202,8 +241,6 @@ def check(state: router.State, services: list[Service]) -> None:
                 f"deployment {service.deployment} is on two services, {other} and {service.name}:"
                 " delete the wrong one on Railway"
             )
-    if services and not active:
-        raise Refused("there are deployments but none is active: run `pulse-railway restore`")
     if active and active not in names:
         raise Refused(
             f"the active deployment {active} has no service: promote another with"
@@ -215,9 +252,12 @@ def sweep(store: router.RedisStore, railway: Railway, token: str, drain_ttl: flo
     """One run. Raises Refused, and whatever Railway or Redis raise."""
     report = Report()
     state = store.read()
-    services = railway.backends()
-    check(state, services)
-    by_id = {service.deployment: service for service in services}
+    seen = railway.inspect()
+    if seen.backends and not state.get(":active"):
+        report.restored = restore(store, seen)
+        return report  # what it means for the others, the next run sees
+    check(state, seen.backends)
+    by_id = {service.deployment: service for service in seen.backends}
     known = {record["deployment_id"]: record for record in router.records(state)}
     for name, record in known.items():
         verdict = judge(record, token, drain_ttl)
@@ -225,21 +265,57 @@ def sweep(store: router.RedisStore, railway: Railway, token: str, drain_ttl: flo
             if record.get("state") == "draining":
                 report.kept[name] = verdict.removeprefix("keep: ")
             continue
-        remove(store, railway, name, by_id.get(name))
-        report.deleted.append(name)
-        if verdict == "expired":
-            report.expired.append(name)
-    for service in services:
+        judged = json.loads(state[router.record_key(name)])
+        if remove(store, railway, name, judged, by_id.get(name), report):
+            report.deleted.append(name)
+            if verdict == "expired":
+                report.expired.append(name)
+    for service in seen.backends:
         if service.deployment not in known and service.age > DEAD_DEPLOY_SECONDS:
             # its deploy died before it was registered, or Redis has lost its record
-            record = {"deployment_id": service.deployment, "service_name": service.name}
+            record = {
+                "deployment_id": service.deployment,
+                "service_name": service.name,
+                "service_id": service.id,
+            }
             if count := router.sessions(record, token):
                 store.apply(functools.partial(router.adopt, record=record))
                 report.kept[service.deployment] = f"{count} sessions, draining from now on"
-            else:
-                railway.delete(service)
+            elif remove(store, railway, service.deployment, {}, service, report):
                 report.deleted.append(service.deployment)
+    active = store.read().get(":active")
+    if seen.router_id and active and active != seen.intent:
+        railway.remember(seen.router_id, active)
     return report
+
+
+def restore(store: router.RedisStore, seen: Seen) -> str:
+    """Rebuild the routing state that Redis has lost. A router that still has it comes first.
+
+    Returns the deployment that is active. Raises Refused where nobody knows which one was.
+    """
+    deadline = time.monotonic() + router.HEAL_WAIT
+    while time.monotonic() < deadline:
+        if active := store.read().get(":active"):
+            return active
+        time.sleep(0.5)
+    if seen.intent not in {service.deployment for service in seen.backends}:
+        raise Refused(
+            "there are deployments but none is active: run `pulse-railway restore"
+            " --deployment-id ...` with the one that is to be"
+        )
+    wanted = [
+        {
+            "deployment_id": service.deployment,
+            "service_name": service.name,
+            "service_id": service.id,
+            "registered_at": time.time() - service.age,
+        }
+        for service in seen.backends
+    ]
+    store.apply(functools.partial(router.restore, wanted=wanted, active=seen.intent))
+    log.warning("Redis had lost the routing state: restored from Railway")
+    return str(seen.intent)
 
 
 def judge(record: router.Record, token: str, drain_ttl: float) -> str:
@@ -273,12 +349,26 @@ def reload_tabs(record: router.Record, token: str) -> None:
             time.sleep(RELOAD_GRACE_SECONDS)
 
 
-def remove(store: router.RedisStore, railway: Railway, name: str, service: Service | None) -> None:
-    """Delete a deployment: claimed first, so that nobody promotes it meanwhile."""
-    store.apply(lambda state: router.retire(state, name))
+def remove(
+    store: router.RedisStore,
+    railway: Railway,
+    name: str,
+    judged: router.Record,
+    service: Service | None,
+    report: Report,
+) -> bool:
+    """Delete a deployment, if it still is what was judged: it is claimed first, so that nobody
+    promotes it meanwhile. Says whether it did."""
+    try:
+        service_id = service.id if service else None
+        store.apply(lambda state: router.claim(state, name, judged, service_id))
+    except router.StateError as error:  # promoted, rolled back to, or drained anew
+        report.kept[name] = str(error)
+        return False
     if service:
         railway.delete(service)
     store.apply(lambda state: router.delete(state, name))
+    return True
 
 
 def options(argv: list[str]) -> dict[str, str]:

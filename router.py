@@ -42,6 +42,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import signal
 import socket
 import sqlite3
@@ -57,6 +58,8 @@ from typing import Any, ClassVar, cast
 import httptools
 import redis
 import redis.asyncio
+import redis.backoff
+import redis.retry
 import uvicorn
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -84,6 +87,7 @@ ROUTER_HEALTH_PATH = "/healthz"
 DEFAULT_PORT = 8000
 DEFAULT_REDIS_PREFIX = "pulse:railway"
 DEPLOYMENT_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,23}")
+INTENT_VARIABLE = "PULSE_RAILWAY_ACTIVE"  # on Railway: which deployment was promoted last
 RAILWAY_RUNTIME = ("RAILWAY_SERVICE_ID", "RAILWAY_REPLICA_ID", "RAILWAY_PRIVATE_DOMAIN")
 
 # Limits, in seconds and bytes. The edge's own: a 32 KB head, 15 minutes a request, 60 s idle.
@@ -101,6 +105,8 @@ UPSTREAM_IDLE = 4.0  # uvicorn backends close idle connections after 5 s
 UNSAFE_IDLE = 1.0  # a request that may not be repeated only goes onto a fresher one
 UPSTREAM_IDLE_LIMIT = 256  # idle connections kept per deployment
 CONTINUE_TIMEOUT = 1.0  # a backend that ignores `Expect: 100-continue` gets the body after this
+REDIS_TIMEOUT = 3.0
+HEAL_WAIT = 8.0  # a control command waits so long for a router to write lost state back
 REFRESH_EVERY = 3.0  # 0.3.x writers announce nothing
 REFRESH_AT_MOST_EVERY = 1.0  # for ids nobody knows
 SCAN_SHARE = 0.02  # of the time, at most, goes into looking for records that nobody announced
@@ -117,10 +123,22 @@ log = logging.getLogger("pulse.router")
 State = dict[str, str]  # store key without the prefix -> value
 Record = dict[str, Any]
 Change = dict[str, str | None]  # None deletes the key
+Step = Callable[[State], Change]
+
+
+MARK = ":store"  # which contents the store has: another mark, or none, means that it lost them
+REMOVED = ":removed"  # deployment id -> when it was removed, and the Railway service it was on
+ANSWERS = ":answers"  # nonce -> when its command was carried out
+FIXED = (":active", MARK, REMOVED, ANSWERS)
+REMEMBERED = 3600.0  # seconds that a removal and a nonce are remembered
 
 
 class StateError(Exception):
-    """A control command that would leave the routing state wrong."""
+    """A control command that would leave the routing state wrong. `reason` is for programs."""
+
+    def __init__(self, message: str, reason: str = "refused") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 def record_key(deployment_id: str) -> str:
@@ -141,13 +159,41 @@ def records(state: State) -> list[Record]:
     return found
 
 
+def lost(state: State, intent: str | None) -> bool:
+    """Has the store lost its data? `intent` is the deployment that Railway says was active: once
+    there is one, the store always names an active one."""
+    return bool(intent) and not state.get(":active")
+
+
+def _object(state: State, key: str) -> Record:
+    """A JSON object as it is stored, with the fields we do not know; {} where there is none."""
+    with contextlib.suppress(ValueError):
+        found = json.loads(state.get(key) or "{}")
+        if isinstance(found, dict):
+            return found
+    return {}
+
+
 def _record(state: State, deployment_id: str) -> Record:
-    """The stored record with all its fields, those we do not know included."""
-    return cast(Record, json.loads(state.get(record_key(deployment_id)) or "{}"))
+    return _object(state, record_key(deployment_id))
 
 
 def _save(record: Record) -> str:
     return json.dumps(record, separators=(",", ":"))
+
+
+def _remember(state: State, key: str, name: str, **facts: Any) -> str:
+    """The object at `key` with one entry more, and without those that are too old."""
+    now = time.time()
+    kept = {k: v for k, v in _object(state, key).items() if now - v.get("at", 0) < REMEMBERED}
+    return _save({**kept, name: {"at": now, **facts}})
+
+
+def _not_active(state: State, deployment_id: str) -> None:
+    if state.get(":active") == deployment_id:
+        raise StateError(
+            f"{deployment_id} is active: promote or deploy another one first", "active"
+        )
 
 
 def register(
@@ -156,12 +202,26 @@ def register(
     service_name: str,
     address: str | None = None,
     held: bool = False,
+    service_id: str | None = None,
 ) -> Change:
     """A deployment that runs but is not yet chosen: reachable by affinity only. `held`: it is
-    meant to stay so, and the janitor does not take it for a deploy that died."""
+    meant to stay so, and the janitor does not take it for a deploy that died.
+
+    A command that comes late, when the deployment has been removed already, is refused: it is
+    known by its Railway service. The id on a new service starts clean.
+    """
     if state.get(":active") == deployment_id:
-        raise StateError(f"{deployment_id} is the active deployment and cannot be registered anew")
-    record = _record(state, deployment_id) | {
+        raise StateError(
+            f"{deployment_id} is the active deployment and cannot be registered anew", "active"
+        )
+    record = _record(state, deployment_id)
+    removed = _object(state, REMOVED)
+    gone = removed.get(deployment_id) or (record if record.get("retiring_at") else None)
+    if gone:
+        if service_id is None or service_id == gone.get("service_id"):
+            raise StateError(f"{deployment_id} was removed and cannot be registered", "removed")
+        record = {}
+    record |= {
         "deployment_id": deployment_id,
         "state": "pending",
         "service_name": service_name,
@@ -169,9 +229,15 @@ def register(
         "registered_at": time.time(),
         "held": held,
     }
+    if service_id:
+        record["service_id"] = service_id
     if address:
         record["address"] = address.rstrip("/")
-    return {record_key(deployment_id): _save(record)}
+    change: Change = {record_key(deployment_id): _save(record)}
+    if deployment_id in removed:
+        del removed[deployment_id]
+        change[REMOVED] = _save(removed)
+    return change
 
 
 def promote(
@@ -189,12 +255,18 @@ def promote(
     hints = {item["deployment_id"]: item for item in draining}
     if deployment_id in hints:
         raise StateError(f"{deployment_id} cannot be active and draining")
-    change: Change = {":active": deployment_id}
     record = _record(state, deployment_id)
+    if not record:
+        raise StateError(
+            f"{deployment_id} is not registered with the router, or was removed meanwhile: deploy"
+            " it again",
+            "unknown",
+        )
     if record.get("retiring_at"):
-        raise StateError(f"{deployment_id} is being removed and cannot be promoted")
+        raise StateError(f"{deployment_id} is being removed and cannot be promoted", "removed")
     if address:
         record["address"] = address.rstrip("/")
+    change: Change = {":active": deployment_id}
     change[record_key(deployment_id)] = _save(
         record
         | {
@@ -223,33 +295,48 @@ def promote(
 
 def delete(state: State, deployment_id: str) -> Change:
     """Forget a deployment that is not active. Forgetting an unknown one changes nothing."""
-    if state.get(":active") == deployment_id:
-        raise StateError(f"{deployment_id} is active: promote or deploy another one first")
-    return {record_key(deployment_id): None}
-
-
-def retire(state: State, deployment_id: str) -> Change:
-    """Claim a deployment for removal: from here on it cannot be promoted any more."""
-    if state.get(":active") == deployment_id:
-        raise StateError(f"{deployment_id} is active: promote or deploy another one first")
-    if record_key(deployment_id) not in state:
+    _not_active(state, deployment_id)
+    record = _record(state, deployment_id)
+    if not record:
         return {}
-    record = _record(state, deployment_id) | {"retiring_at": time.time()}
-    return {record_key(deployment_id): _save(record)}
+    gone = _remember(state, REMOVED, deployment_id, service_id=record.get("service_id"))
+    return {record_key(deployment_id): None, REMOVED: gone}
+
+
+def retire(state: State, deployment_id: str, service_id: str | None = None) -> Change:
+    """Claim a deployment for removal: from here on it can be neither registered nor promoted."""
+    _not_active(state, deployment_id)
+    record = _record(state, deployment_id)
+    service_id = service_id or record.get("service_id")
+    change: Change = {REMOVED: _remember(state, REMOVED, deployment_id, service_id=service_id)}
+    if record:
+        record.setdefault("retiring_at", time.time())
+        change[record_key(deployment_id)] = _save(record)
+    return change
+
+
+def claim(state: State, deployment_id: str, judged: Record, service_id: str | None) -> Change:
+    """Retire a deployment, if its record still is what was judged ({}: there was none)."""
+    if _record(state, deployment_id) != judged:
+        raise StateError(f"{deployment_id} has changed meanwhile", "changed")
+    return retire(state, deployment_id, service_id)
 
 
 def adopt(state: State, record: Record) -> Change:
     """A running deployment that has no record drains from now on."""
-    key = record_key(record["deployment_id"])
-    if key in state or state.get(":active") == record["deployment_id"]:
+    name = record["deployment_id"]
+    if record_key(name) in state or state.get(":active") == name:
         return {}
-    return {key: _save(record | {"state": "draining", "drain_started_at": time.time()})}
+    drains = {"state": "draining", "drain_started_at": time.time()}
+    return {record_key(name): _save(record | drains)}
 
 
 def restore(state: State, wanted: list[Record], active: str) -> Change:
     """Rebuild lost state from a list of records. What is already known is left as it is."""
     if state.get(":active"):
-        raise StateError(f"{state[':active']} is active: there is nothing to restore")
+        raise StateError(f"{state[':active']} is active: there is nothing to restore", "active")
+    if active in _object(state, REMOVED) or _record(state, active).get("retiring_at"):
+        raise StateError(f"{active} is being removed: restore another one", "removed")
     change: Change = {":active": active}
     for record in wanted:
         name = record["deployment_id"]
@@ -259,6 +346,57 @@ def restore(state: State, wanted: list[Record], active: str) -> Change:
             merged["drain_started_at"] = known.get("drain_started_at") or time.time()
         change[record_key(name)] = _save(merged)
     return change
+
+
+def heal(state: State, known: State) -> Change:
+    """Write back what a router knows into a store that has lost its data. What is there stays."""
+    active = state.get(":active") or known.get(":active")
+    removed = _object(state, REMOVED)
+    change: Change = {}
+    if active and ":active" not in state:
+        change[":active"] = active
+    if remembered := {k: v for k, v in _object(known, REMOVED).items() if k not in removed}:
+        change[REMOVED] = _save(remembered | removed)
+    for record in records(known):
+        name = record["deployment_id"]
+        if record_key(name) in state or name in removed:
+            continue
+        if name == active:
+            record["state"] = "active"
+        elif record.get("state") == "active":  # another was promoted on the emptied store
+            record |= {"state": "draining", "drain_started_at": time.time()}
+        change[record_key(name)] = _save(record)
+    return change
+
+
+def guarded(step: Step, intent: str | None) -> Step:
+    """`step`, refused where the store has lost its data: it would take what is left for all."""
+
+    def inner(state: State) -> Change:
+        if lost(state, intent):
+            raise StateError(
+                f"the routing state is lost ({intent} was active): run `pulse-railway restore`",
+                "lost",
+            )
+        return step(state)
+
+    return inner
+
+
+def once(step: Step, nonce: str) -> Step:
+    """`step`, carried out once for its nonce: who lost the answer asks again."""
+
+    def inner(state: State) -> Change:
+        if nonce in _object(state, ANSWERS):
+            return {}
+        return {**step(state), ANSWERS: _remember(state, ANSWERS, nonce)}
+
+    return inner
+
+
+def marked(state: State, change: Change) -> Change:
+    """A change of a store that has no mark yet gives it one."""
+    return change if MARK in state or not change else {**change, MARK: secrets.token_hex(8)}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -272,21 +410,32 @@ class RedisStore:
     def __init__(self, url: str, prefix: str) -> None:
         self.url, self.prefix = url, prefix
         self.client = redis.Redis.from_url(
-            url, decode_responses=True, socket_timeout=5, socket_connect_timeout=5
+            url,
+            decode_responses=True,
+            socket_timeout=REDIS_TIMEOUT,
+            socket_connect_timeout=REDIS_TIMEOUT,
+            retry=redis.retry.Retry(redis.backoff.NoBackoff(), 1),
         )
         self._pattern = f"{prefix}:deployment:*"
+        self._fixed = [prefix + key for key in FIXED]
 
     def read(self) -> State:
-        keys = [f"{self.prefix}:active", *self.client.scan_iter(self._pattern, count=SCAN_COUNT)]
+        keys = [*self._fixed, *self.client.scan_iter(self._pattern, count=SCAN_COUNT)]
         return self._state(keys, cast(list[Any], self.client.mget(keys)))
 
-    def apply(self, step: Callable[[State], Change]) -> Change:
+    def apply(self, step: Step) -> Change:
         """Run `step` on the state and write what it returns, or nothing if it raises."""
         while True:
             with self.client.pipeline() as pipe:
-                keys = [f"{self.prefix}{k}" for k in self.read()]
-                pipe.watch(f"{self.prefix}:active", *keys)  # type: ignore[no-untyped-call]
-                change = step(self.read())
+                pipe.watch(*self._fixed)  # type: ignore[no-untyped-call]
+                keys = list(self.client.scan_iter(self._pattern, count=SCAN_COUNT))
+                if keys:
+                    pipe.watch(*keys)  # type: ignore[no-untyped-call]
+                keys = [*self._fixed, *keys]
+                state = self._state(keys, cast(list[Any], pipe.mget(keys)))
+                change = marked(state, step(state))
+                if not change:
+                    return {}
                 pipe.multi()
                 for key, value in change.items():
                     if value is None:
@@ -313,8 +462,12 @@ class RedisStore:
         between, only the records that are known, announced or asked for are read.
         """
         client = redis.asyncio.Redis.from_url(
-            self.url, decode_responses=True, socket_timeout=5, socket_connect_timeout=5
+            self.url,
+            decode_responses=True,
+            socket_timeout=REDIS_TIMEOUT,
+            socket_connect_timeout=REDIS_TIMEOUT,
         )
+        loop = asyncio.get_running_loop()
         async with client, client.pubsub(ignore_subscribe_messages=True) as pubsub:
             await pubsub.subscribe(f"{self.prefix}:events")
             keys: set[str] = set()
@@ -331,7 +484,13 @@ class RedisStore:
                         next_scan = began + max(REFRESH_EVERY, took / SCAN_SHARE)
                     keys.update(self.prefix + record_key(name) for name in asked)
                     state = await self._read(client, keys)
-                    keys = {self.prefix + key for key in state if key != ":active"}
+                    if table.misses(state):
+                        step = functools.partial(heal, known=table.raw)
+                        await loop.run_in_executor(None, self.apply, step)
+                        keys |= {self.prefix + key for key in table.raw if key not in FIXED}
+                        state = await self._read(client, keys)
+                        next_scan = 0.0
+                    keys = {self.prefix + key for key in state if key not in FIXED}
                     table.load(state)
                     table.asked -= asked
                     if METRICS.name:
@@ -361,11 +520,11 @@ class RedisStore:
             return None
         if not isinstance(names, list):
             return None
-        return {self.prefix + str(name) for name in names if name != ":active"}
+        return {self.prefix + str(name) for name in names if name not in FIXED}
 
     async def _read(self, client: redis.asyncio.Redis, records: set[str]) -> State:
-        """The active id and these records, and the active one's where it is not among them."""
-        keys = [f"{self.prefix}:active", *records]
+        """What is not a record, these records, and the active one's where it is not among them."""
+        keys = [*self._fixed, *records]
         state = self._state(keys, await client.mget(keys))
         active = state.get(":active")
         if active and record_key(active) not in state:
@@ -398,10 +557,11 @@ class LocalStore:
         )
         return {key.removeprefix(self.prefix): value for key, value in rows}
 
-    def apply(self, step: Callable[[State], Change]) -> Change:
+    def apply(self, step: Step) -> Change:
         self.db.execute("BEGIN IMMEDIATE")
         try:
-            change = step(self.read())
+            state = self.read()
+            change = marked(state, step(state))
             for key, value in change.items():
                 if value is None:
                     self.db.execute("DELETE FROM pulse_kv WHERE key = ?", (self.prefix + key,))
@@ -423,7 +583,11 @@ class LocalStore:
     async def watch(self, table: Table) -> None:
         while True:
             table.kick.clear()
-            table.load(self.read())
+            state = self.read()
+            if table.misses(state):
+                self.apply(functools.partial(heal, known=table.raw))
+                state = self.read()
+            table.load(state)
             table.asked.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(table.kick.wait(), 0.05)
@@ -475,16 +639,28 @@ class Table:
         self.deployments: dict[bytes, Deployment] = {}
         self.active: Deployment | None = None
         self.loaded = False
+        self.lost = False  # the store has lost its data, and so had this router when it started
         self.changed = asyncio.Event()  # set at every load, for those who wait for one
         self.kick = asyncio.Event()  # asks for a load
         self.asked: set[str] = set()  # ids that the next load should look for
         self.asked_at = 0.0
         self.raw: State = {}
 
+    @property
+    def ready(self) -> bool:
+        return self.loaded and not self.lost
+
+    def misses(self, state: State) -> bool:
+        """Has the store lost what this table knows? Another mark, or no active one, tells."""
+        if not self.active or (state.get(MARK) == self.raw.get(MARK) and state.get(":active")):
+            return False
+        emptied = bool(heal(state, self.raw))
+        if emptied:
+            log.error("the store has lost its data: writing back what this router knows")
+        return emptied
+
     def load(self, state: State) -> None:
-        if not state and self.active:
-            log.error("the store is empty: serving the last known state; run `restore`")
-            state = self.raw
+        self.lost = lost(state, os.environ.get(INTENT_VARIABLE))
         if state != self.raw or not self.loaded:
             known: dict[bytes, Deployment] = {}
             for record in records(state):
@@ -1633,8 +1809,9 @@ class Router:
 
     def no_target(self, scope: Scope, name: bytes) -> Response:
         """Section 4 of the design: what a request gets whose deployment is not known."""
-        if not self.table.loaded:
-            return JSONResponse({"detail": "routing table not loaded yet"}, 503)
+        if not self.table.ready:
+            why = "the routing state is lost" if self.table.loaded else "not loaded yet"
+            return JSONResponse({"detail": why}, 503, headers={"retry-after": "1"})
         if not name or self.table.active is None:
             return JSONResponse({"detail": "deployment not found"}, 404)
         METRICS.stale += 1
@@ -1679,7 +1856,7 @@ def access(
 
 
 async def healthz(request: Request) -> Response:
-    return JSONResponse({"ok": TABLE.loaded}, 200 if TABLE.loaded else 503)
+    return JSONResponse({"ok": TABLE.ready}, 200 if TABLE.ready else 503)
 
 
 @contextlib.asynccontextmanager
@@ -1831,13 +2008,14 @@ def sessions(record: Record, token: str) -> int | None:
         return None
 
 
-def status(store: Store, token: str) -> Record:
+def status(store: Store, token: str, intent: str | None) -> Record:
     state = store.read()
     found = records(state)
     with concurrent.futures.ThreadPoolExecutor(16) as pool:  # some may not answer
         counts = list(pool.map(lambda record: sessions(record, token), found))
     return {
         "active": state.get(":active"),
+        "lost": lost(state, intent),
         "deployments": [{**r, "sessions": n} for r, n in zip(found, counts, strict=True)],
         "routers": store.routers(),
     }
@@ -1858,52 +2036,54 @@ def draining_list(value: str) -> list[Record]:
     return items
 
 
-def control(argv: list[str]) -> int:
-    """Run one control command; its last line on stdout is a JSON object."""
+def control_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pulse-railway control", description=control.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("active", help="the active deployment")
-    commands.add_parser("status", help="everything in the routing state, with session counts")
-    sub = commands.add_parser("register", help="add a pending deployment")
-    sub.add_argument("--deployment-id", type=valid_id, required=True)
-    sub.add_argument("--service-name", required=True)
-    sub.add_argument("--address", help="the backend's base URL")
-    sub.add_argument("--hold", action="store_true", help="leave it pending until it is promoted")
-    sub = commands.add_parser("promote", help="make a deployment active, drain the one before")
-    sub.add_argument("--active-deployment-id", type=valid_id, required=True)
-    sub.add_argument("--active-service-name", required=True)
-    sub.add_argument("--draining-json", type=draining_list, default=[])
-    sub.add_argument("--address", help="the backend's base URL")
-    sub = commands.add_parser("retire", help="claim a deployment for removal")
-    sub.add_argument("--deployment-id", type=valid_id, required=True)
-    sub = commands.add_parser("delete", help="forget a deployment that is not active")
-    sub.add_argument("--deployment-id", type=valid_id, required=True)
-    sub = commands.add_parser("restore", help="rebuild lost state")
-    sub.add_argument("--active-deployment-id", type=valid_id, required=True)
-    sub.add_argument("--records-json", type=draining_list, required=True)
-    args = parser.parse_args(argv)
-    if not any(os.environ.get(name) for name in RAILWAY_RUNTIME):
-        print("run this inside the router service, with `railway ssh`", file=sys.stderr)
-        return 1
-    store = store_from_env(dict(os.environ))
-    step: Callable[[State], Change]
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--nonce", help="comes back in the answer; carried out once")
+    common.add_argument("--intent", help="the deployment that Railway says is active")
+
+    def command(name: str, says: str) -> Callable[..., Any]:
+        return commands.add_parser(name, help=says, parents=[common]).add_argument
+
+    command("active", "the active deployment")
+    command("status", "everything in the routing state, with session counts")
+    add = command("register", "add a pending deployment")
+    add("--deployment-id", type=valid_id, required=True)
+    add("--service-name", required=True)
+    add("--service-id", help="Railway's id of the service")
+    add("--address", help="the backend's base URL")
+    add("--hold", action="store_true", help="leave it pending until it is promoted")
+    add = command("promote", "make a deployment active, drain the one before")
+    add("--active-deployment-id", type=valid_id, required=True)
+    add("--active-service-name", required=True)
+    add("--draining-json", type=draining_list, default=[])
+    add("--address", help="the backend's base URL")
+    add = command("retire", "claim a deployment for removal")
+    add("--deployment-id", type=valid_id, required=True)
+    add("--service-id", help="Railway's id of the service")
+    add = command("delete", "forget a deployment that is not active")
+    add("--deployment-id", type=valid_id, required=True)
+    add = command("restore", "rebuild lost state")
+    add("--active-deployment-id", type=valid_id, required=True)
+    add("--records-json", type=draining_list, required=True)
+    return parser
+
+
+def control_step(args: argparse.Namespace) -> Step:
+    """The change that a control command makes."""
     match args.command:
-        case "active":
-            print(json.dumps({"deployment_id": store.read().get(":active")}))
-            return 0
-        case "status":
-            print(json.dumps(status(store, os.environ.get("PULSE_RAILWAY_INTERNAL_TOKEN", ""))))
-            return 0
         case "register":
-            step = functools.partial(
+            return functools.partial(
                 register,
                 deployment_id=args.deployment_id,
                 service_name=args.service_name,
                 address=args.address,
                 held=args.hold,
+                service_id=args.service_id,
             )
         case "promote":
-            step = functools.partial(
+            return functools.partial(
                 promote,
                 deployment_id=args.active_deployment_id,
                 service_name=args.active_service_name,
@@ -1911,24 +2091,66 @@ def control(argv: list[str]) -> int:
                 address=args.address,
             )
         case "retire":
-            step = functools.partial(retire, deployment_id=args.deployment_id)
+            return functools.partial(
+                retire, deployment_id=args.deployment_id, service_id=args.service_id
+            )
         case "delete":
-            step = functools.partial(delete, deployment_id=args.deployment_id)
+            return functools.partial(delete, deployment_id=args.deployment_id)
         case _:
-            step = functools.partial(
+            return functools.partial(
                 restore, wanted=args.records_json, active=args.active_deployment_id
             )
+
+
+def change_state(store: Store, args: argparse.Namespace) -> None:
+    """Carry a writing command out, once for its nonce. Where the store has lost its data, the
+    routers are given time to write it back. Raises StateError."""
+    step = control_step(args)
+    if args.command != "restore":
+        step = guarded(step, args.intent)
+    if args.nonce:
+        step = once(step, args.nonce)
+    deadline = time.monotonic() + HEAL_WAIT
+    while True:
+        try:
+            store.apply(step)
+            return
+        except StateError as error:
+            if error.reason != "lost" or time.monotonic() > deadline:
+                raise
+        time.sleep(0.25)
+
+
+def control(argv: list[str]) -> int:
+    """Run one control command. The last line on stdout is its answer: a JSON object with the
+    command's name and the nonce that was given. `reason` says why it is not ok: `store` where the
+    store did not answer, so that it is not known whether the command ran."""
+    args = control_parser().parse_args(argv)
+    if not any(os.environ.get(name) for name in RAILWAY_RUNTIME):
+        print("run this inside the router service, with `railway ssh`", file=sys.stderr)
+        return 1
+    args.intent = args.intent or os.environ.get(INTENT_VARIABLE)
+    answer: Record = {}
     try:
-        store.apply(step)
+        store = store_from_env(dict(os.environ))
+        if args.command == "active":
+            answer = {"ok": True, "deployment_id": store.read().get(":active")}
+        elif args.command == "status":
+            token = os.environ.get("PULSE_RAILWAY_INTERNAL_TOKEN", "")
+            answer = {"ok": True, **status(store, token, args.intent)}
+        else:
+            change_state(store, args)
+            answer = {"ok": True}
     except StateError as error:
-        print(error, file=sys.stderr)
-        print(json.dumps({"ok": False, "error": str(error)}))
-        return 1
-    except redis.RedisError as error:
-        print(f"Redis is not reachable ({type(error).__name__})", file=sys.stderr)
-        return 1
-    print(json.dumps({"ok": True}))
-    return 0
+        answer = {"ok": False, "error": str(error), "reason": error.reason}
+    except (redis.RedisError, sqlite3.Error, OSError) as error:
+        # The class only: the message of a Redis error can carry its URL.
+        said = f"the router's Redis does not answer ({type(error).__name__})"
+        answer = {"ok": False, "error": said, "reason": "store"}
+    if not answer["ok"]:
+        print(answer["error"], file=sys.stderr)
+    print(json.dumps({**answer, "command": args.command, "nonce": args.nonce}))
+    return 0 if answer["ok"] else 1
 
 
 def main(argv: list[str]) -> int:

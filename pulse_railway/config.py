@@ -1,8 +1,4 @@
-"""From flags, plugin, environment and token to what a verb works on.
-
-Precedence: flags (and Invoke's configuration, which gives them defaults), then the plugin, then
-the environment, then what the token implies.
-"""
+"""The app that is deployed, and the project and environment that a verb works on."""
 
 from __future__ import annotations
 
@@ -11,12 +7,14 @@ import difflib
 import io
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from pulse_railway import contract, naming
+from pulse_railway import contract
 from pulse_railway.errors import Failure
+from pulse_railway.output import Output
 from pulse_railway.railway import documents, tokens
 from pulse_railway.railway.api import Api, ApiError
 
@@ -24,6 +22,9 @@ if TYPE_CHECKING:
     import pulse as ps
 
     from pulse_railway.plugin import RailwayPlugin
+
+
+NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,19 @@ class Names:
     redis: str = contract.DEFAULT_REDIS
     janitor: str = contract.DEFAULT_JANITOR
     prefix: str = ""
+
+
+@dataclass(frozen=True)
+class Where:
+    """What a user said of where a verb is to work; None: not said."""
+
+    token: str | None = field(default=None, repr=False)
+    workspace: str | None = None
+    workspace_id: str | None = None
+    project: str | None = None
+    project_id: str | None = None
+    environment: str | None = None
+    environment_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -136,71 +150,17 @@ def _import(path: Path, variable: str) -> ps.App:
         raise Failure(f"{path} cannot be loaded: {why}") from None
 
 
-def names_from_flags(flags: Mapping[str, Any]) -> Names:
-    """For verbs that load no app. Raises Failure for a name that Railway would not take."""
-    try:
-        prefix = naming.service_prefix(flags.get("service_prefix"))
-        router = flags.get("service")
-        return Names(
-            naming.service_name(router)
-            if router
-            else naming.baseline_name(prefix, contract.DEFAULT_ROUTER),
-            naming.baseline_name(prefix, contract.DEFAULT_ENV),
-            naming.service_name(flags["redis_service"])
-            if flags.get("redis_service")
-            else naming.baseline_name(prefix, contract.DEFAULT_REDIS),
-            naming.baseline_name(prefix, contract.DEFAULT_JANITOR),
-            prefix,
-        )
-    except ValueError as error:
-        raise Failure(str(error)) from None
-
-
-def pairs(items: list[str] | None, flag: str) -> dict[str, str]:
-    """`KEY=VALUE` items as a dict. Raises Failure for one that is not."""
-    found = {}
-    for item in items or []:
-        key, equals, value = item.partition("=")
-        if not key or not equals:
-            raise Failure(f"{flag} takes KEY=VALUE, not {key!r}")
-        found[key] = value
-    return found
-
-
-def number(flags: Mapping[str, Any], name: str, default: int, least: int = 1) -> int:
-    """A flag that holds a whole number. Raises Failure for anything else."""
-    value = flags.get(name)
-    if value in (None, ""):
-        return default
-    try:
-        found = int(str(value))
-    except ValueError:
-        found = least - 1
-    if found < least:
-        raise Failure(
-            f"--{name.replace('_', '-')} takes a whole number from {least}, not {value!r}"
-        )
-    return found
-
-
 # -- the target --------------------------------------------------------------------------------
 
 
-def find_target(api: Api, flags: Mapping[str, Any], plugin: RailwayPlugin | None = None) -> Target:
+def find_target(api: Api, where: Where) -> Target:
     """The project and environment of a run.
 
-    Raises Failure: both a name and an id, a name that matches none or several (it says which
-    exist), or nothing to go by.
+    Raises Failure: a name that matches none or several (it says which exist), or nothing to go by.
     """
-    for what in ("workspace", "project", "environment"):
-        if flags.get(what) and flags.get(f"{what}_id"):
-            raise Failure(f"pass --{what} or --{what}-id, not both")
-    project_id = flags.get("project_id")
-    project = None if project_id else flags.get("project") or (plugin.project if plugin else None)
-    environment_id = flags.get("environment_id")
-    environment = flags.get("environment") or (plugin.environment if plugin else None)
-    if environment_id:
-        environment = None
+    project_id, environment_id = where.project_id, where.environment_id
+    project = None if project_id else where.project
+    environment = None if environment_id else where.environment
     if scope := api.scope():
         return _scoped(scope, project, project_id, environment, environment_id)
     if not project and not project_id:
@@ -219,7 +179,7 @@ def find_target(api: Api, flags: Mapping[str, Any], plugin: RailwayPlugin | None
         environments = _nodes(data["environments"])
     else:
         assert project is not None
-        found = _project_by_name(api, project, flags)
+        found = _project_by_name(api, project, where)
         project_id, environments = found["id"], _nodes(found["environments"])
     if environment_id:
         if environment_id not in [e["id"] for e in environments]:
@@ -257,8 +217,8 @@ def _nodes(connection: dict[str, Any]) -> list[dict[str, Any]]:
     return [edge["node"] for edge in connection["edges"]]
 
 
-def _project_by_name(api: Api, name: str, flags: Mapping[str, Any]) -> dict[str, Any]:
-    workspace, workspace_id = flags.get("workspace"), flags.get("workspace_id")
+def _project_by_name(api: Api, name: str, where: Where) -> dict[str, Any]:
+    workspace, workspace_id = where.workspace, where.workspace_id
     try:
         data = api.call(documents.MY_PROJECTS)
     except ApiError:  # a workspace token has no `me`
@@ -292,6 +252,8 @@ def _one_named(what: str, name: str, found: list[dict[str, Any]]) -> dict[str, A
     raise Failure(f"no {what} is named {name}; there are: {there}{hint}")
 
 
-def connect(flags: Mapping[str, Any], output: Any) -> Api:
-    """The API with this run's token, .env read first. Raises Failure where there is no token."""
-    return Api(tokens.find(flags.get("token")), on_wait=output.waiting)
+def connect(where: Where, output: Output) -> tuple[Api, Target]:
+    """The API with this run's token, and where it works. Raises Failure where there is no token."""
+    api = Api(tokens.find(where.token), on_wait=output.waiting)
+    with output.step("find the project"):
+        return api, find_target(api, where)

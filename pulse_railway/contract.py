@@ -49,6 +49,8 @@ DRAIN_TTL: Final = "PULSE_RAILWAY_DRAIN_TTL_SECONDS"
 ROUTER_SERVICE: Final = "PULSE_RAILWAY_SERVICE"
 JANITOR_SERVICE: Final = "PULSE_RAILWAY_JANITOR_SERVICE"
 REDIS_SERVICE: Final = "PULSE_RAILWAY_REDIS_SERVICE"
+INTENT: Final = "PULSE_RAILWAY_ACTIVE"  # ours: which deployment was promoted last
+RUN: Final = "PULSE_RAILWAY_DEPLOY_RUN"  # ours, on a backend: the run that created it
 RUNTIME_VERSION: Final = "PULSE_RAILWAY_RUNTIME_VERSION"  # ours: which runtime a service runs
 
 # Variables that a user's `pulse-env` or `--env` may not set on a backend.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -11,13 +10,9 @@ from typing import Any
 from pulse_railway import contract
 from pulse_railway.config import Names, Target
 from pulse_railway.errors import Failure, keep_secret
-from pulse_railway.output import Output
-from pulse_railway.railway import cli, documents
+from pulse_railway.railway import documents
 from pulse_railway.railway.api import Api
 
-POLL_SECONDS = 2.0  # Railway asks for no more
-BUILD_TIMEOUT = 1800.0
-FAILED_STATES = ("FAILED", "CRASHED", "REMOVED", "SKIPPED")
 SECRET_NAMES = (contract.RAILWAY_TOKEN, contract.REDIS_URL, contract.INTERNAL_TOKEN)
 
 
@@ -97,6 +92,11 @@ class Stack:
 
     def backend(self, deployment_id: str) -> Service | None:
         return next((s for s in self.backends if s.deployment_id == deployment_id), None)
+
+    @property
+    def intent(self) -> str | None:
+        """The deployment that was promoted last, where Redis cannot lose it."""
+        return (self.router.variables.get(contract.INTENT) or None) if self.router else None
 
     @property
     def address(self) -> str:
@@ -193,133 +193,13 @@ def require_baseline(stack: Stack) -> None:
     _ = stack.address
 
 
-# -- waiting -----------------------------------------------------------------------------------
-
-
-def poll(timeout: float, ask: Callable[[], Any], what: str) -> Any:
-    """Ask every two seconds until there is an answer. Raises Failure when the time is up."""
-    deadline = time.monotonic() + timeout
-    pause = 0.5
-    while True:
-        answer = ask()
-        if answer is not None:
-            return answer
-        if time.monotonic() > deadline:
-            raise Failure(f"{what} took longer than {timeout:.0f} s")
-        time.sleep(pause)
-        pause = min(pause * 2, POLL_SECONDS)
-
-
-def latest(api: Api, target: Target) -> dict[str, dict[str, str]]:
-    """The latest deployment of every service that has one, by service id."""
-    data = api.call(documents.LATEST, project=target.project_id, environment=target.environment_id)
-    return {
-        node["serviceId"]: node["latestDeployment"]
-        for edge in data["environment"]["serviceInstances"]["edges"]
-        if (node := edge["node"])["latestDeployment"]
-    }
-
-
-def wait_for_services(
-    api: Api,
-    target: Target,
-    wanted: dict[str, str],
-    known: dict[str, str | None],
-    output: Output,
-    timeout: float = BUILD_TIMEOUT,
-) -> None:
-    """Wait until the deployments of several services have succeeded, with one polling query.
-
-    Args:
-        wanted: service id to name.
-        known: service id to the deployment to wait for; None: whatever is the latest.
-
-    Raises Failure naming the service whose deployment failed, with the end of its build log.
-    """
-    shown: dict[str, str] = {}
-
-    def ask() -> bool | None:
-        now = latest(api, target)
-        waiting = []
-        for service_id, name in wanted.items():
-            deployment = now.get(service_id)
-            status = deployment["status"] if deployment else "INITIALIZING"
-            expected = known.get(service_id)
-            if expected and deployment and deployment["id"] != expected:
-                status = "QUEUED"  # an older deployment is still the latest
-            if deployment and status in FAILED_STATES:
-                tail = build_tail(api, deployment["id"])
-                raise Failure(f"the deployment of {name} ended as {status}\n{tail}".rstrip())
-            if status != "SUCCESS":
-                waiting.append(f"{name} {status.lower()}")
-        line = ", ".join(waiting)
-        if waiting and shown.get("line") != line:
-            shown["line"] = line
-            output.waiting(line)
-        return None if waiting else True
-
-    poll(timeout, ask, f"the deployment of {', '.join(wanted.values())}")
-
-
-def wait_for_build(
-    api: Api, deployment_id: str, output: Output, timeout: float = BUILD_TIMEOUT
-) -> None:
-    """Wait for one deployment, showing its build log as it comes.
-
-    Raises Failure with the end of the log where it does not succeed.
-    """
-    log: list[str] = []
-    since: str | None = None
-    seen: set[tuple[str, str]] = set()
-    last = ""
-
-    def ask() -> bool | None:
-        nonlocal since, last
-        data = api.call(documents.DEPLOYMENT, deployment=deployment_id, since=since)
-        for line in data["buildLogs"]:
-            if (key := (line["timestamp"], line["message"])) not in seen:
-                seen.add(key)
-                since = line["timestamp"]
-                log.append(line["message"])
-                output.log(line["message"])
-        status = data["deployment"]["status"]
-        if status == "SUCCESS":
-            return True
-        if status in FAILED_STATES:
-            tail = "\n".join(f"    {line}" for line in log[-20:])
-            raise Failure(f"the build or start ended as {status}; its log ended with\n{tail}")
-        if status == "NEEDS_APPROVAL":
-            raise Failure("the deployment waits for an approval on Railway: approve it there")
-        if status != last:
-            last = status
-            output.waiting(status.lower())
-        return None
-
-    poll(timeout, ask, "the build")
-
-
-def build_tail(api: Api, deployment_id: str) -> str:
-    data = api.call(documents.DEPLOYMENT, deployment=deployment_id, since=None)
-    return "\n".join(f"    {line['message']}" for line in data["buildLogs"][-20:])
-
-
-# -- the router's control commands -------------------------------------------------------------
-
-
-def control(api: Api, stack: Stack, *arguments: str) -> dict[str, Any]:
-    """Run a control command inside the router service (see railway.cli.control)."""
-    return cli.control(
-        api,
-        project=stack.target.project_id,
-        environment=stack.target.environment_id,
-        router=stack.names.router,
-        arguments=arguments,
-    )
-
-
-def active_deployment(api: Api, stack: Stack) -> str | None:
-    found = control(api, stack, "active").get("deployment_id")
-    return str(found) if found else None
+def find_backend(stack: Stack, deployment_id: str) -> Service:
+    """The service of a deployment. Raises Failure that says which deployments there are."""
+    found = stack.backend(deployment_id)
+    if found is None:
+        there = joined(str(s.deployment_id) for s in stack.backends) or "none"
+        raise Failure(f"there is no deployment {deployment_id}; there are: {there}")
+    return found
 
 
 def joined(items: Iterable[str]) -> str:

@@ -34,9 +34,9 @@ def show_status(result: dict[str, Any]) -> None:
         version = f"  {row['version']}" if row["version"] else ""
         console.print(mark + Text(row["service"]) + Text(version, "dim"))
     for name in result["missing"]:
-        console.print(Text.assemble(("○ ", "red"), name, (" missing: run ensure", "red")))
-    if result["problem"]:
-        console.print(Text(f"the router does not answer: {result['problem']}", "red"))
+        console.print(Text.assemble(("○ ", "red"), name, (" missing", "red")))
+    for problem in result["problems"]:
+        console.print(Text(f"problem: {problem}", "red"), soft_wrap=True)
     if result["deployments"]:
         table = Table(box=None, pad_edge=False, header_style="dim")
         for title in ("deployment", "state", "railway", "age"):

@@ -1,7 +1,7 @@
 """The verbs, as Invoke tasks: `from pulse_railway import tasks`, `Collection.from_module(tasks)`.
 
-Each takes its flags, calls one flow, and hands out the result. Flows are imported when they are
-needed: listing the tasks loads nothing of them.
+Each takes what it was asked for as a typed value (options.py), calls one flow, and hands out the
+result. Flows are imported when they are needed: listing the tasks loads nothing of them.
 """
 
 from __future__ import annotations
@@ -14,58 +14,63 @@ from typing import TYPE_CHECKING, Any
 from invoke.collection import Collection
 from invoke.tasks import task
 
-from pulse_railway.verbs import BASELINE, DEPLOY, STACK, Flags, confirm, verb
+from pulse_railway.verbs import BASELINE, DEPLOY, STACK, confirm, verb
 
 if TYPE_CHECKING:
-    from pulse_railway.baseline import Options
-    from pulse_railway.config import AppConfig, Names, Target
+    from pulse_railway.options import (
+        BaselineOptions,
+        DeployOptions,
+        ImageOptions,
+        LogsOptions,
+        StackOptions,
+    )
     from pulse_railway.output import Output
     from pulse_railway.railway.api import Api
     from pulse_railway.stack import Stack
 
 
-@verb([*BASELINE])
-def scaffold(flags: Flags) -> None:
+@verb([*BASELINE], door="baseline")
+def scaffold(wanted: BaselineOptions, output: Output) -> None:
     """Create router, env, Redis and janitor in an environment that has none of them."""
-    from pulse_railway import baseline
+    from pulse_railway import config
+    from pulse_railway.flows import baseline
 
-    output, api, target, names, wanted = _baseline(flags)
-    stack = baseline.scaffold(api, target, names, wanted, output)
+    api, target = config.connect(wanted.where, output)
+    stack = baseline.scaffold(api, target, wanted, output)
     output.result(
         _stack_result(stack, ["created the baseline"], api),
         [f"the baseline is up at {stack.address}", "next: pulse-railway deploy"],
     )
 
 
-@verb([*BASELINE, "plan"])
-def ensure(flags: Flags) -> None:
+@verb([*BASELINE, "plan"], door="baseline")
+def ensure(wanted: BaselineOptions, output: Output) -> None:
     """Create the baseline in an empty environment, or reconcile a complete one."""
-    from pulse_railway import baseline
+    from pulse_railway import config
+    from pulse_railway.flows import baseline
 
-    output, api, target, names, wanted = _baseline(flags)
-    plan_only = bool(flags.get("plan"))
-    stack, done = baseline.ensure(api, target, names, wanted, output, plan_only=plan_only)
+    api, target = config.connect(wanted.where, output)
+    stack, done = baseline.ensure(api, target, wanted, output)
     if not done:
         summary = [f"nothing to change; the baseline is up at {stack.address}"]
-    elif plan_only:
+    elif wanted.plan_only:
         summary = ["would change:", *(f"  {line}" for line in done)]
     else:
         summary = [*(f"  {line}" for line in done), f"the baseline is up at {stack.address}"]
         if not stack.backends:
             summary.append("next: pulse-railway deploy")
-    output.result(_stack_result(stack, done, api, planned=plan_only), summary)
+    output.result(_stack_result(stack, done, api, planned=wanted.plan_only), summary)
 
 
-@verb([*DEPLOY])
-def deploy(flags: Flags) -> None:
+@verb([*DEPLOY], door="deploy")
+def deploy(wanted: DeployOptions, output: Output) -> None:
     """Bring up the app as a new deployment and make it the active one."""
-    from pulse_railway import deployment
+    from pulse_railway import config
+    from pulse_railway.flows import deploy as flow
 
-    output = _output(flags)
-    app = _app(flags, output)
-    plan = deployment.prepare(app, flags, output)
-    api, target = _target(flags, output, app)
-    result = deployment.deploy(api, target, plan, output)
+    plan = flow.prepare(wanted, output)
+    api, target = config.connect(wanted.where, output)
+    result = flow.deploy(api, target, plan, output)
     result["api_calls"] = api.calls
     query = "" if result["active"] else f"/?pulse_deployment={result['deployment_id']}"
     where = result["address"] + query
@@ -81,143 +86,101 @@ def deploy(flags: Flags) -> None:
     )
 
 
-@verb([*STACK, "deployment_id"])
-def redeploy(flags: Flags) -> None:
+@verb([*STACK, "deployment_id"], door="stack")
+def redeploy(wanted: StackOptions, output: Output) -> None:
     """Build and start the active deployment anew, or the one named."""
-    from pulse_railway import deployment
+    from pulse_railway.flows import redeploy as flow
 
-    wanted = _deployment_id(flags, required=False)
-    output, api, stack = _stack(flags)
-    result = deployment.redeploy(api, stack, wanted, output)
+    api, stack = _stack(wanted, output)
+    result = flow.redeploy(api, stack, wanted.deployment_id, output)
     output.result(result, [f"{result['deployment_id']} runs anew"])
 
 
-@verb([*STACK, "deployment_id"])
-def promote(flags: Flags) -> None:
+@verb([*STACK, "deployment_id"], door="one_deployment")
+def promote(wanted: StackOptions, output: Output) -> None:
     """Make a running deployment the active one; the one before it drains."""
-    from pulse_railway import deployment
+    from pulse_railway.flows import promote as flow
 
-    chosen = _deployment_id(flags)
-    output, api, stack = _stack(flags)
-    result = deployment.promote(api, stack, chosen, output)
+    api, stack = _stack(wanted, output)
+    result = flow.promote(api, stack, str(wanted.deployment_id), output)
     output.result(result, [f"{result['deployment_id']} is active at {result['address']}"])
 
 
-@verb([*STACK])
-def rollback(flags: Flags) -> None:
+@verb([*STACK], door="stack")
+def rollback(wanted: StackOptions, output: Output) -> None:
     """Promote the deployment that was active before, while it still runs."""
-    from pulse_railway import deployment
+    from pulse_railway.flows import promote as flow
 
-    output, api, stack = _stack(flags)
-    result = deployment.rollback(api, stack, output)
+    api, stack = _stack(wanted, output)
+    result = flow.rollback(api, stack, output)
     output.result(result, [f"{result['deployment_id']} is active again at {result['address']}"])
 
 
-@verb([*STACK, "deployment_id", "redis_url", "redis_prefix", "yes"])
-def delete(flags: Flags) -> None:
+@verb([*STACK, "deployment_id", "redis_url", "redis_prefix", "yes"], door="one_deployment")
+def delete(wanted: StackOptions, output: Output) -> None:
     """Remove a deployment that is not active, with its tabs' state."""
-    from pulse_railway import deployment
+    from pulse_railway.flows import remove as flow
 
-    chosen = _deployment_id(flags)
-    output, api, stack = _stack(flags)
-    confirm(f"delete deployment {chosen}?", flags)
-    result = deployment.delete(api, stack, chosen, output)
+    chosen = str(wanted.deployment_id)
+    api, stack = _stack(wanted, output)
+    confirm(f"delete deployment {chosen}?", wanted.yes)
+    result = flow.delete(api, stack, chosen, output)
     output.result(result, [f"{chosen} is gone"])
 
 
-@verb([*STACK, "deployment_name", "redis_url", "redis_prefix", "yes"])
-def remove(flags: Flags) -> None:
+@verb([*STACK, "deployment_name", "redis_url", "redis_prefix", "yes"], door="one_name")
+def remove(wanted: StackOptions, output: Output) -> None:
     """Remove the one deployment whose id was generated from a name."""
-    from pulse_railway import deployment
-    from pulse_railway.errors import Failure
+    from pulse_railway.flows import remove as flow
 
-    if not flags.get("deployment_name"):
-        raise Failure("which deployment? pass --deployment-name")
-    output, api, stack = _stack(flags)
-    chosen = deployment.by_name(stack, flags["deployment_name"])
-    confirm(f"delete deployment {chosen}?", flags)
-    result = deployment.delete(api, stack, chosen, output)
+    api, stack = _stack(wanted, output)
+    chosen = flow.by_name(stack, str(wanted.deployment_name))
+    confirm(f"delete deployment {chosen}?", wanted.yes)
+    result = flow.delete(api, stack, chosen, output)
     output.result(result, [f"{chosen} is gone"])
 
 
-@verb([*STACK])
-def status(flags: Flags) -> None:
+@verb([*STACK], door="stack")
+def status(wanted: StackOptions, output: Output) -> None:
     """Show the baseline, and each deployment with its state, age and sessions."""
-    from pulse_railway import deployment, tables
+    from pulse_railway import tables
+    from pulse_railway.flows import status as flow
 
-    output, api, stack = _stack(flags, require=False)
+    api, stack = _stack(wanted, output, require=False)
     with output.step("ask the router"):
-        result = deployment.status(api, stack)
+        result = flow.status(api, stack)
     output.result(result, [])
     if not output.as_json:
         tables.show_status(result)
 
 
-@verb([*STACK, "deployment_id", "build", "follow", "lines"])
-def logs(flags: Flags) -> None:
+@verb([*STACK, "deployment_id", "build", "follow", "lines"], door="logs")
+def logs(wanted: LogsOptions, output: Output) -> None:
     """Show a deployment's log (default: the active one's), or with --service a stable service's."""
-    from pulse_railway import config, deployment
-    from pulse_railway.errors import Failure
-    from pulse_railway.stack import active_deployment
+    from pulse_railway.flows import logs as flow
 
-    output, api, stack = _stack({**flags, "service": None}, require=False)
-    name = flags.get("service")
-    if name:
-        if name not in stack.services:
-            raise Failure(f"no service is named {name}; there are: {', '.join(stack.services)}")
-        service = stack.services[name]
-    else:
-        chosen = flags.get("deployment_id") or active_deployment(api, stack)
-        if not chosen:
-            raise Failure("no deployment is active: pass --deployment-id or --service")
-        service = deployment.find_backend(stack, chosen)
-    result = deployment.logs(
-        api,
-        stack,
-        service,
-        output,
-        build=bool(flags.get("build")),
-        limit=config.number(flags, "lines", 100),
-        follow=bool(flags.get("follow")),
-    )
-    output.result(result, [])
+    api, stack = _stack(wanted, output, require=False)
+    output.result(flow.logs(api, stack, wanted, output), [])
 
 
-@verb([*STACK, "deployment_id"])
-def restore(flags: Flags) -> None:
+@verb([*STACK, "deployment_id"], door="stack")
+def restore(wanted: StackOptions, output: Output) -> None:
     """Rebuild the routing state from Railway's services, where Redis has lost it."""
-    from pulse_railway import deployment
+    from pulse_railway.flows import restore as flow
 
-    wanted = _deployment_id(flags, required=False)
-    output, api, stack = _stack(flags)
-    result = deployment.restore(api, stack, wanted, output)
+    api, stack = _stack(wanted, output)
+    result = flow.restore(api, stack, wanted.deployment_id, output)
     output.result(
         result, [f"restored {', '.join(result['restored'])}; {result['active']} is active"]
     )
 
 
-@verb(["repository", "tag", "json"])
-def image(flags: Flags) -> None:
+@verb(["repository", "tag", "json"], door="image")
+def image(wanted: ImageOptions, output: Output) -> None:
     """Build the runtime image (router and janitor) and push it."""
-    from pulse_railway import runtime_image
-    from pulse_railway.errors import Failure
-    from pulse_railway.railway import cli
+    from pulse_railway.flows import image as flow
 
-    if not flags.get("repository"):
-        raise Failure("where to? pass --repository, e.g. registry/org/pulse-railway")
-    output = _output(flags)
-    cli.need("docker")
-    tag = flags.get("tag") or runtime_image.version().replace("+", "-")
-    reference = f"{flags['repository']}:{tag}"
-    folder = runtime_image.sources()
-    with output.step(f"build and push {reference}"):
-        cli.docker_build(
-            image=reference,
-            dockerfile=folder / "Dockerfile.router",
-            context=folder,
-            build_args={},
-            on_line=output.log,
-        )
+    reference = flow.image(wanted, output)
     output.result(
         {"image": reference}, [f"pushed {reference}", f"use it: --runtime-image {reference}"]
     )
@@ -278,76 +241,16 @@ def local(_: Any, dir: str = ".local-railway", env: bool = False) -> None:
 # -- what the verbs share ----------------------------------------------------------------------
 
 
-def _output(flags: Flags) -> Output:
-    from pulse_railway.output import Output
-
-    return Output(as_json=bool(flags.get("json")))
-
-
-def _app(flags: Flags, output: Output) -> AppConfig:
-    from dataclasses import replace
-
-    from pulse_railway import config, naming
-    from pulse_railway.errors import Failure
-
-    with output.step(f"load {flags.get('app') or 'the app'}"):
-        app = config.load_app(flags.get("app"), Path(flags.get("context") or ".").resolve())
-    if flags.get("service_prefix"):  # the backends' only, as in 0.3.x
-        try:
-            prefix = naming.service_prefix(flags["service_prefix"])
-        except ValueError as error:
-            raise Failure(str(error)) from None
-        app = replace(app, names=replace(app.names, prefix=prefix))
-    return app
-
-
-def _target(flags: Flags, output: Output, app: AppConfig | None) -> tuple[Api, Target]:
-    from pulse_railway import config
-
-    api = config.connect(flags, output)
-    with output.step("find the project"):
-        return api, config.find_target(api, flags, app.plugin if app else None)
-
-
-def _baseline(flags: Flags) -> tuple[Output, Api, Target, Names, Options]:
-    from pulse_railway import baseline
-
-    output = _output(flags)
-    app = _app(flags, output)
-    wanted = baseline.options(flags, app.plugin)
-    api, target = _target(flags, output, app)
-    return output, api, target, app.names, wanted
-
-
-def _stack(flags: Flags, *, require: bool = True) -> tuple[Output, Api, Stack]:
-    """What the verbs work on that need no app; with --app, its plugin's names are used."""
+def _stack(wanted: StackOptions, output: Output, *, require: bool = True) -> tuple[Api, Stack]:
     from pulse_railway import config
     from pulse_railway.stack import inspect, require_baseline
 
-    output = _output(flags)
-    app = _app(flags, output) if flags.get("app") else None
-    names = app.names if app else config.names_from_flags(flags)
-    api, target = _target(flags, output, app)
+    api, target = config.connect(wanted.where, output)
     with output.step("inspect the project"):
-        stack = inspect(api, target, names)
+        stack = inspect(api, target, wanted.names)
         if require:
             require_baseline(stack)
-    return output, api, stack
-
-
-def _deployment_id(flags: Flags, *, required: bool = True) -> Any:
-    from pulse_railway import naming
-    from pulse_railway.errors import Failure
-
-    given = flags.get("deployment_id")
-    if not given:
-        if required:
-            raise Failure("which deployment? pass --deployment-id; `status` lists them")
-        return None
-    try:
-        return naming.deployment_id(given)
-    except ValueError as error:
-        raise Failure(str(error)) from None
+    return api, stack
 
 
 def _stack_result(

@@ -1,7 +1,8 @@
 """How a verb becomes an Invoke task: its flags, defaults, errors and exit status.
 
-Flags are data, written once. A verb names those it takes and gets a mapping of their values:
-what was given, else the project's Invoke configuration (section `pulse_railway`), else nothing.
+Flags are data, written once. A verb names those it takes. What was given, else the project's
+Invoke configuration (section `pulse_railway`), goes through a door of options.py, once, and comes
+out as the typed value that the verb gets.
 """
 
 from __future__ import annotations
@@ -19,8 +20,6 @@ from typing import Any, cast
 from invoke.context import Context
 from invoke.exceptions import Exit
 from invoke.tasks import Task, task
-
-Flags = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -93,13 +92,18 @@ DEPLOY = [
 ]
 
 
-def verb(flags: list[str]) -> Callable[[Callable[[Flags], None]], Task[Any]]:
-    """Make a task of a function that takes its flags as a mapping."""
+def verb(flags: list[str], door: str) -> Callable[[Callable[..., None]], Task[Any]]:
+    """Make a task of a function that takes a typed value and an Output.
 
-    def decorate(function: Callable[[Flags], None]) -> Task[Any]:
+    Args:
+        flags: those it takes, from FLAGS.
+        door: the function of options.py that makes the value of them.
+    """
+
+    def decorate(function: Callable[..., None]) -> Task[Any]:
         @functools.wraps(function)
         def body(c: Context, **given: Any) -> None:
-            run(function, with_defaults(c, given))
+            run(function, door, with_defaults(c, given))
 
         parameter = inspect.Parameter
         kind = parameter.POSITIONAL_OR_KEYWORD
@@ -129,15 +133,18 @@ def with_defaults(context: Context, given: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def run(function: Callable[[Flags], None], flags: Flags) -> None:
+def run(function: Callable[..., None], door: str, flags: Mapping[str, Any]) -> None:
     """Call a verb. Whatever a user can do something about becomes one line and a status of 1."""
     import httpx
 
+    from pulse_railway import options
     from pulse_railway.errors import Failure, Interrupted, redact
+    from pulse_railway.output import Output
 
     load_dotenv()
+    output = Output(as_json=bool(flags.get("json")))
     try:
-        function(flags)
+        function(getattr(options, door)(flags, output), output)
     except Failure as failure:
         raise Exit(f"error: {redact(str(failure))}", 1) from None
     except KeyboardInterrupt:
@@ -156,11 +163,11 @@ def load_dotenv() -> None:
         dotenv.load_dotenv(".env", override=False)
 
 
-def confirm(question: str, flags: Flags) -> None:
+def confirm(question: str, yes: bool) -> None:
     """Ask before something is destroyed, if there is a terminal. Raises Failure for a no."""
     from pulse_railway.errors import Failure
 
-    if flags.get("yes") or os.environ.get("CI"):
+    if yes or os.environ.get("CI"):
         return
     if not sys.stdin.isatty():
         return  # scripts that worked with 0.3.x go on working

@@ -14,8 +14,9 @@ from typing import Any
 import httpx
 import pytest
 
-from pulse_railway import baseline, config, deployment
+from pulse_railway import config, options
 from pulse_railway.errors import Failure
+from pulse_railway.flows import baseline, deploy, remove
 from pulse_railway.output import Output
 from pulse_railway.railway import api as api_module
 from pulse_railway.railway import tokens
@@ -57,25 +58,25 @@ class InProcess:
         monkeypatch.setattr(time, "sleep", _quicker(time.sleep))
         self.project = project
         self.target = config.Target(project.id, project.environment)
-        self.app = config.load_app("main.py", TINY)
+        self.names = config.Names()
 
     def api(self) -> Api:
         return Api(tokens.find(None))
 
     def deploy(self, deployment_id: str, **flags: Any) -> dict[str, Any]:
         output = Output(as_json=True)
-        plan = deployment.prepare(self.app, {"deployment_id": deployment_id, **flags}, output)
-        return deployment.deploy(self.api(), self.target, plan, output)
+        flags = {"app": "main.py", "context": TINY, "deployment_id": deployment_id, **flags}
+        plan = deploy.prepare(options.deploy(flags, output), output)
+        return deploy.deploy(self.api(), self.target, plan, output)
 
-    def ensure(self, **flags: Any) -> list[str]:
-        wanted = baseline.options(flags, self.app.plugin)
-        done = baseline.ensure(self.api(), self.target, self.app.names, wanted, Output())
-        return done[1]
+    def ensure(self) -> list[str]:
+        wanted = options.baseline({"app": "main.py", "context": TINY}, Output())
+        return baseline.ensure(self.api(), self.target, wanted, Output())[1]
 
     def delete(self, deployment_id: str) -> None:
         api = self.api()
-        stack = inspect(api, self.target, self.app.names)
-        deployment.delete(api, stack, deployment_id, Output())
+        stack = inspect(api, self.target, self.names)
+        remove.delete(api, stack, deployment_id, Output())
 
 
 def _quicker(sleep: Callable[[float], None]) -> Callable[[float], None]:

@@ -22,14 +22,20 @@ janitor: Any = runtime_image.load("janitor")
 
 
 class Railway:
-    """The two calls of janitor.Railway that a run makes."""
+    """The calls of janitor.Railway that a run makes."""
 
-    def __init__(self, *services: Any) -> None:
+    def __init__(self, *services: Any, intent: str | None = None) -> None:
         self.services = list(services)
+        self.intent = intent
         self.deleted: list[str] = []
+        self.remembered: list[str] = []
 
-    def backends(self) -> list[Any]:
-        return self.services
+    def inspect(self) -> Any:
+        return janitor.Seen(self.services, "id-router", self.intent)
+
+    def remember(self, router_id: str, active: str) -> None:
+        assert router_id == "id-router"
+        self.remembered.append(active)
 
     def delete(self, service: Any) -> None:
         self.deleted.append(service.deployment)

@@ -13,6 +13,7 @@ SAYING = {
 }
 FILES = [
     *sorted((ROOT / "pulse_railway").glob("*.py")),
+    *sorted((ROOT / "pulse_railway" / "flows").glob("*.py")),
     *sorted((ROOT / "pulse_railway" / "railway").glob("*.py")),
     ROOT / "router.py",
     ROOT / "janitor.py",

@@ -14,7 +14,8 @@ import pytest
 
 from examples import demo
 from pulse_railway import config, contract, errors
-from pulse_railway.railway import cli, tokens
+from pulse_railway.options import where
+from pulse_railway.railway import program, tokens
 from pulse_railway.railway.api import Api
 
 
@@ -93,7 +94,7 @@ def test_an_expired_login_is_refreshed_and_written_back(
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert tokens.login() == fresh  # not refreshed again
     api = Api(tokens.find(None))
-    assert config.find_target(api, {"project": "pulse-local"}).project_id
+    assert config.find_target(api, where({"project": "pulse-local"})).project_id
 
 
 def test_a_login_that_cannot_be_refreshed(tmp_path: Path) -> None:
@@ -113,22 +114,25 @@ def test_each_kind_opens_what_it_should(railway: demo.Stage) -> None:
     project, environment = railway.env["RAILWAY_PROJECT_ID"], railway.env["RAILWAY_ENVIRONMENT_ID"]
     known = kinds(railway)
     here = config.Target(project, environment)
-    assert config.find_target(api_with(known["project"]), {}) == here
+    assert config.find_target(api_with(known["project"]), where({})) == here
     for kind in ("account", "workspace"):
         api = api_with(known[kind])
         assert not api.is_project_token
-        assert config.find_target(api, {"project": "pulse-local"}) == here
-        assert config.find_target(api, {"project_id": project}) == here
+        assert config.find_target(api, where({"project": "pulse-local"})) == here
+        assert config.find_target(api, where({"project_id": project})) == here
         with pytest.raises(errors.Failure, match="which project"):
-            config.find_target(api_with(known[kind]), {})
+            config.find_target(api_with(known[kind]), where({}))
     oauth_token = oauth(railway, 3600)["access_token"]
-    assert config.find_target(api_with(oauth_token, "login"), {"project": "pulse-local"}) == here
+    assert (
+        config.find_target(api_with(oauth_token, "login"), where({"project": "pulse-local"}))
+        == here
+    )
 
 
 def test_which_kind_is_asked_once(railway: demo.Stage) -> None:
     api = api_with(kinds(railway)["project"])
     for _ in range(3):
-        config.find_target(api, {})
+        config.find_target(api, where({}))
     assert api.calls == 1
 
 
@@ -141,8 +145,8 @@ def test_a_project_token_opens_nothing_else(railway: demo.Stage) -> None:
         {"environment_id": "other"},
     ):
         with pytest.raises(errors.Failure, match="project token is for"):
-            config.find_target(api, asked)
-    assert config.find_target(api, {"project": "pulse-local", "environment": "production"})
+            config.find_target(api, where(asked))
+    assert config.find_target(api, where({"project": "pulse-local", "environment": "production"}))
 
 
 def test_flags_before_plugin_before_environment(
@@ -154,17 +158,19 @@ def test_flags_before_plugin_before_environment(
 
     api = api_with(kinds(railway)["account"])
     plugin: Any = Plugin()
-    assert config.find_target(api, {}, plugin)
+    assert config.find_target(api, where({}, plugin))
     with pytest.raises(errors.Failure, match="no project is named other"):
-        config.find_target(api, {"project": "other"}, plugin)
+        config.find_target(api, where({"project": "other"}, plugin))
     monkeypatch.setenv("RAILWAY_PROJECT_ID", "not-used")
-    assert config.find_target(api, {}, plugin).project_id == railway.env["RAILWAY_PROJECT_ID"]
+    assert (
+        config.find_target(api, where({}, plugin)).project_id == railway.env["RAILWAY_PROJECT_ID"]
+    )
     plugin.environment = "nowhere"
     with pytest.raises(errors.Failure, match="no environment is named nowhere"):
-        config.find_target(api, {}, plugin)
+        config.find_target(api, where({}, plugin))
     plugin.project = plugin.environment = None
     with pytest.raises(errors.Failure):
-        config.find_target(api, {}, plugin)
+        config.find_target(api, where({}, plugin))
 
 
 def test_a_name_that_several_have(railway: demo.Stage) -> None:
@@ -173,11 +179,11 @@ def test_a_name_that_several_have(railway: demo.Stage) -> None:
     try:
         api = api_with(kinds(railway)["account"])
         with pytest.raises(errors.Failure, match="several projects are named twin") as failure:
-            config.find_target(api, {"project": "twin"})
+            config.find_target(api, where({"project": "twin"}))
         assert all(i in str(failure.value) for i in ids)
-        assert config.find_target(api, {"project_id": ids[0]}).project_id == ids[0]
+        assert config.find_target(api, where({"project_id": ids[0]})).project_id == ids[0]
         with pytest.raises(errors.Failure):
-            config.find_target(api, {"project": "twin", "workspace": "shared-with-me"})
+            config.find_target(api, where({"project": "twin", "workspace": "shared-with-me"}))
     finally:
         for i in ids:
             railway.graphql("mutation D($i: String!) { projectDelete(id: $i) }", i=i)
@@ -187,9 +193,9 @@ def test_the_cli_gets_one_variable(railway: demo.Stage, monkeypatch: pytest.Monk
     monkeypatch.setenv("RAILWAY_TOKEN", "x")
     monkeypatch.setenv("RAILWAY_API_TOKEN", "y")
     known = kinds(railway)
-    env = cli._environment(api_with(known["project"]))
+    env = program.environment(api_with(known["project"]))
     assert env["RAILWAY_TOKEN"] == known["project"]
     assert "RAILWAY_API_TOKEN" not in env
-    env = cli._environment(api_with(known["account"]))
+    env = program.environment(api_with(known["account"]))
     assert env["RAILWAY_API_TOKEN"] == known["account"]
     assert "RAILWAY_TOKEN" not in env

@@ -1,0 +1,125 @@
+"""The router's control commands: how they are asked, and what counts as an answer.
+
+A command runs inside the router's container, by `railway ssh`, which loses answers, brings other
+programs' JSON, and ends with 0 without having run anything. So the router's answer carries the
+command's name and a nonce of ours, and nothing else counts. The router carries a nonce out once,
+which makes asking again harmless.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from typing import Any
+
+from pulse_railway.errors import Refused, Uncertain
+from pulse_railway.railway.api import Api
+from pulse_railway.railway.ssh import ssh
+from pulse_railway.stack import Stack
+
+PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0)  # seconds, between one time and the next
+PATIENCE = 150.0  # seconds, after which it is not asked again
+
+Answer = dict[str, Any]
+
+
+def control(
+    api: Api, stack: Stack, command: str, *arguments: str, pauses: tuple[float, ...] = PAUSES
+) -> Answer:
+    """Have the router carry out one control command, and return its answer.
+
+    Raises:
+        Refused: the router said no; nothing was changed.
+        Uncertain: no answer counted; it is not known whether the command ran.
+    """
+    nonce = secrets.token_hex(8)
+    words = ["pulse-railway", "control", command, *arguments, "--nonce", nonce]
+    if stack.intent:
+        words += ["--intent", stack.intent]
+    deadline = time.monotonic() + PATIENCE
+    for pause in (*pauses, None):
+        outcome = ssh(
+            api,
+            project=stack.target.project_id,
+            environment=stack.target.environment_id,
+            service=stack.names.router,
+            words=words,
+        )
+        why = outcome.said
+        answer = answer_to(outcome.stdout, command, nonce)
+        if answer is not None:
+            if answer.get("ok") is True:
+                return answer
+            why = str(answer.get("error"))
+            if answer.get("reason") != "store":  # whose Redis may have carried it out
+                raise Refused(why, str(answer.get("reason")))
+        if outcome.hopeless or pause is None or time.monotonic() > deadline:
+            break
+        time.sleep(pause)
+    raise Uncertain(
+        f"it is not known whether the router carried out `{command}`: {why or 'no answer'}"
+    )
+
+
+def answer_to(stdout: str, command: str, nonce: str) -> Answer | None:
+    """The answer to this very command in what came back, or None."""
+    for line in reversed(stdout.splitlines()):
+        try:
+            found = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(found, dict) and (found.get("command"), found.get("nonce")) == (
+            command,
+            nonce,
+        ):
+            return found
+    return None
+
+
+# -- the commands ------------------------------------------------------------------------------
+
+
+def active_deployment(api: Api, stack: Stack) -> str | None:
+    found = control(api, stack, "active").get("deployment_id")
+    return str(found) if found else None
+
+
+def state(api: Api, stack: Stack, *, pauses: tuple[float, ...] = PAUSES) -> Answer:
+    """`active`, `lost`, `deployments` with their sessions, `routers`."""
+    return control(api, stack, "status", pauses=pauses)
+
+
+def register(
+    api: Api,
+    stack: Stack,
+    *,
+    deployment_id: str,
+    service_name: str,
+    service_id: str,
+    address: str,
+    held: bool,
+) -> None:
+    words = ["--deployment-id", deployment_id, "--service-name", service_name]
+    words += ["--service-id", service_id, "--address", address]
+    control(api, stack, "register", *words, *(["--hold"] if held else []))
+
+
+def promote(api: Api, stack: Stack, deployment_id: str, service_name: str) -> None:
+    words = ["--active-deployment-id", deployment_id, "--active-service-name", service_name]
+    control(api, stack, "promote", *words)
+
+
+def retire(api: Api, stack: Stack, deployment_id: str, service_id: str | None) -> None:
+    """From here on it can be neither registered nor promoted: its service may be deleted."""
+    words = ["--deployment-id", deployment_id]
+    control(api, stack, "retire", *words, *(["--service-id", service_id] if service_id else []))
+
+
+def forget(api: Api, stack: Stack, deployment_id: str) -> None:
+    control(api, stack, "delete", "--deployment-id", deployment_id)
+
+
+def restore(api: Api, stack: Stack, active: str, records: list[dict[str, Any]]) -> None:
+    text = json.dumps(records, separators=(",", ":"))
+    control(api, stack, "restore", "--active-deployment-id", active, "--records-json", text)

@@ -1,0 +1,370 @@
+"""`scaffold` and `ensure`: the stable services, router, env, Redis and janitor.
+
+The desired state is data (`desired`), the present one is read (`stack.inspect`), and the
+difference (`plan`) is both what `ensure --plan` prints and what `ensure` carries out.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pulse_railway import contract, runtime_image
+from pulse_railway.config import Names, Target
+from pulse_railway.errors import Failure, keep_secret
+from pulse_railway.options import BaselineOptions
+from pulse_railway.output import Output
+from pulse_railway.railway import documents, program
+from pulse_railway.railway.api import Api
+from pulse_railway.railway.up import up
+from pulse_railway.services import (
+    Change,
+    create_domain,
+    create_service,
+    delete_service,
+    deploy_service,
+    variable_input,
+    write,
+)
+from pulse_railway.stack import Service, Stack, inspect, joined, read_services, read_variables
+from pulse_railway.waiting import FAILED_STATES, poll, wait_for_services
+
+# On a service whose creation has not ended: a run that was cut off is taken up by the next.
+UNFINISHED = "PULSE_RAILWAY_SETUP"
+LOGIN_IS_NOT_DURABLE = (
+    "a Railway CLI login is not written into the router and the janitor, since it expires: set"
+    " RAILWAY_TOKEN (project token) or RAILWAY_API_TOKEN and run this again"
+)
+
+
+def scaffold(api: Api, target: Target, wanted: BaselineOptions, output: Output) -> Stack:
+    """Create the baseline in an environment that has none of it.
+
+    Raises Failure where any of it exists.
+    """
+    with output.step("inspect the project"):
+        stack = inspect(api, target, wanted.names)
+    if stack.baseline and not unfinished(stack):
+        raise Failure(
+            f"a baseline exists already: {joined(s.name for s in stack.baseline)}. `scaffold` only"
+            " creates a fresh one: use `pulse-railway ensure`, or delete those services first"
+        )
+    return create(api, stack, wanted, output)
+
+
+def ensure(
+    api: Api, target: Target, wanted: BaselineOptions, output: Output
+) -> tuple[Stack, list[str]]:
+    """Create the baseline in an empty environment, or reconcile a complete one.
+
+    Returns the stack and what was (or, with `wanted.plan_only`, would be) done; nothing on the
+    second run. Raises Failure for a partial baseline, or one with another Redis than `--redis-url`.
+    """
+    with output.step("inspect the project"):
+        stack = inspect(api, target, wanted.names)
+    if not stack.baseline or unfinished(stack):
+        if wanted.plan_only:
+            return stack, ["create router, env, janitor" + ("" if wanted.redis_url else ", Redis")]
+        return create(api, stack, wanted, output), ["created the baseline"]
+    if stack.missing:
+        raise Failure(
+            f"the baseline is partial: {', '.join(stack.missing)} missing. Delete"
+            f" {joined(s.name for s in stack.baseline)} on Railway and run"
+            " `pulse-railway scaffold`"
+        )
+    check_redis_mode(stack, wanted)
+    assert stack.router is not None
+    changes = plan(stack, wanted, runtime_token(api, stack), internal_token(stack))
+    lines = [line for change in changes for line in change.lines()]
+    if not wanted.plan_only:
+        if any(change.deploy for change in changes) and not wanted.runtime_image:
+            program.need("railway")
+        apply(api, stack, changes, wanted, output)
+    return stack, lines
+
+
+def unfinished(stack: Stack) -> bool:
+    """Is what there is of a baseline what a run of ours left when it was cut off?"""
+    return any(UNFINISHED in s.variables for s in stack.baseline)
+
+
+def check_redis_mode(stack: Stack, wanted: BaselineOptions) -> None:
+    assert stack.router is not None
+    present = stack.router.variables.get(contract.REDIS_URL)
+    if wanted.redis_url and (stack.redis or wanted.redis_url != present):
+        raise Failure(
+            "this stack uses another Redis, and its sessions and state would be lost: delete the"
+            " baseline and run `pulse-railway scaffold --redis-url ...`, or leave --redis-url out"
+        )
+
+
+def runtime_token(api: Api, stack: Stack) -> str:
+    """The token that router and janitor get. Raises Failure for a login where they have none."""
+    if api.token.durable:
+        return api.token.value
+    present = stack.router and stack.router.variables.get(contract.RAILWAY_TOKEN)
+    if not present:
+        raise Failure(LOGIN_IS_NOT_DURABLE)
+    return present
+
+
+def internal_token(stack: Stack) -> str:
+    """The secret that router, janitor and backends share; backends hold it, so it stays."""
+    present = stack.router and stack.router.variables.get(contract.INTERNAL_TOKEN)
+    token = present or secrets.token_urlsafe(32)
+    keep_secret(token)
+    return token
+
+
+@dataclass(frozen=True)
+class Desired:
+    """How one service should be."""
+
+    name: str
+    variables: dict[str, str]
+    settings: dict[str, Any]
+
+
+def desired(
+    stack: Stack, wanted: BaselineOptions, runtime_token: str, internal_token: str
+) -> list[Desired]:
+    """The router and the janitor as they should be; env and Redis are the user's to configure."""
+    names = stack.names
+    if wanted.redis_url:
+        redis_url = wanted.redis_url
+    elif stack.redis:
+        redis_url = f"${{{{{names.redis}.REDIS_URL}}}}"  # the password stays on Railway
+    else:
+        assert stack.router is not None
+        redis_url = stack.router.variables[contract.REDIS_URL]
+    shared = {
+        contract.RAILWAY_TOKEN: runtime_token,
+        contract.INTERNAL_TOKEN: internal_token,
+        contract.REDIS_URL: redis_url,
+        contract.REDIS_PREFIX: wanted.redis_prefix,
+        contract.RUNTIME_VERSION: wanted.runtime_image or runtime_image.version(),
+    }
+    if names.prefix:
+        shared[contract.SERVICE_PREFIX] = names.prefix
+    if not wanted.runtime_image:
+        shared[contract.DOCKERFILE_PATH] = "Dockerfile.router"
+    router = Desired(
+        names.router,
+        {**shared, contract.PORT: str(contract.DEFAULT_PORT)},
+        {
+            "numReplicas": wanted.router_replicas,
+            "healthcheckPath": contract.ROUTER_HEALTH_PATH,
+            "healthcheckTimeout": 120,
+            "overlapSeconds": 30,
+            "drainingSeconds": 30,
+            "startCommand": "python router.py",
+            "restartPolicyType": "ALWAYS",
+        },
+    )
+    janitor_variables = {
+        **shared,
+        contract.DRAIN_TTL: str(wanted.drain_ttl),
+        contract.ROUTER_SERVICE: names.router,
+        contract.JANITOR_SERVICE: names.janitor,
+    }
+    if not wanted.redis_url and stack.redis:
+        janitor_variables[contract.REDIS_SERVICE] = names.redis
+    janitor = Desired(
+        names.janitor,
+        janitor_variables,
+        {
+            "numReplicas": 1,
+            "startCommand": "python janitor.py",
+            "cronSchedule": wanted.cron,
+            "restartPolicyType": "NEVER",
+        },
+    )
+    return [router, janitor]
+
+
+def plan(
+    stack: Stack, wanted: BaselineOptions, runtime_token: str, internal_token: str
+) -> list[Change]:
+    """The difference between the present and the desired state. Empty: nothing to do."""
+    router = stack.router
+    assert router is not None
+    changes = []
+    for goal in desired(stack, wanted, runtime_token, internal_token):
+        service = stack.services[goal.name]
+        change = Change(service)
+        change.variables = {
+            k: v for k, v in goal.variables.items() if service.variables.get(k) != v
+        }
+        change.settings = {k: v for k, v in goal.settings.items() if service.settings.get(k) != v}
+        if wanted.runtime_image and service.image != wanted.runtime_image:
+            change.settings["source"] = {"image": wanted.runtime_image}
+        elif not wanted.runtime_image and service.image:
+            change.disconnect = True
+        change.deploy = bool(change) or service.status != "SUCCESS"
+        change.domain = goal.name == stack.names.router and not service.domains
+        changes.append(change)
+    if router.group_id:
+        for service in [*stack.baseline, *stack.backends]:
+            if service.group_id != router.group_id:
+                for change in changes:
+                    if change.service is service:
+                        change.group_id = router.group_id
+                        break
+                else:
+                    changes.append(Change(service, group_id=router.group_id))
+    return [change for change in changes if change]
+
+
+def apply(
+    api: Api,
+    stack: Stack,
+    changes: list[Change],
+    wanted: BaselineOptions,
+    output: Output,
+    started: dict[str, str | None] | None = None,
+) -> None:
+    """Carry a plan out. Killed anywhere, the next run's plan holds what is left: the version
+    variable is written last.
+
+    Args:
+        started: services that are starting already, by id, with the deployment to wait for.
+    """
+    target = stack.target
+    waiting = dict(started or {})
+    if changes:
+        with output.step("write variables and settings"):
+            write(api, target, changes)
+            for change in changes:
+                if change.domain:
+                    change.service.domains = [create_domain(api, target, change.service.id)]
+    for change in changes:
+        if change.deploy:
+            service = change.service
+            waiting[service.id] = start_runtime(api, target, service, wanted, output)
+    if waiting:
+        names = {s.id: s.name for s in stack.services.values() if s.id in waiting}
+        with output.step(f"wait for {joined(names.values())}"):
+            wait_for_services(api, target, names, waiting, output)
+    finish(api, stack, changes, wanted)
+
+
+def finish(api: Api, stack: Stack, changes: list[Change], wanted: BaselineOptions) -> None:
+    """Note the version that runs now, and take the mark of an unfinished creation off."""
+    target = stack.target
+    value = {contract.RUNTIME_VERSION: wanted.runtime_image or runtime_image.version()}
+    versions = [c.service for c in changes if contract.RUNTIME_VERSION in c.variables]
+    marked = [s for s in stack.baseline if UNFINISHED in s.variables]
+    inputs = {f"v{i}": variable_input(target, s.id, value) for i, s in enumerate(versions)}
+    for i, service in enumerate(marked):
+        inputs[f"x{i}"] = {
+            "projectId": target.project_id,
+            "environmentId": target.environment_id,
+            "serviceId": service.id,
+            "name": UNFINISHED,
+        }
+    if inputs:
+        document = documents.configure(variables=len(versions), deletions=len(marked))
+        api.call(document, repeatable=True, **inputs)
+
+
+def start_runtime(
+    api: Api, target: Target, service: Service, wanted: BaselineOptions, output: Output
+) -> str | None:
+    """Deploy the runtime on a service: the published image, or our sources uploaded.
+
+    Returns the deployment's id, where it is known.
+    """
+    if wanted.runtime_image:
+        with output.step(f"deploy {wanted.runtime_image} on {service.name}"):
+            return deploy_service(api, target, service.id)
+    with (
+        output.step(f"upload the runtime to {service.name}"),
+        tempfile.TemporaryDirectory(prefix="pulse-railway-") as folder,
+    ):
+        for name in runtime_image.FILES:
+            shutil.copy(runtime_image.sources() / name, folder)
+        return up(
+            api,
+            project=target.project_id,
+            environment=target.environment_id,
+            service=service.name,
+            context=Path(folder),
+        )
+
+
+def create(api: Api, stack: Stack, wanted: BaselineOptions, output: Output) -> Stack:
+    """Template first: router, janitor and Redis land on the canvas as it lays them out."""
+    target, names = stack.target, stack.names
+    token = runtime_token(api, stack)
+    if not wanted.runtime_image:
+        program.need("railway")
+    expected = [names.router, names.janitor] + ([] if wanted.redis_url else [names.redis])
+    if not all(name in stack.services for name in expected):
+        if not stack.baseline:  # else a cut-off run's template: the rest of its services come
+            with output.step(f"deploy the template {contract.TEMPLATE_CODE}"):
+                deploy_template(api, target, names, wanted)
+        stack = _await_services(api, stack, expected, output)
+    if names.env not in stack.services:
+        with output.step(f"create {names.env}"):
+            mark = {UNFINISHED: "1"}
+            env_id = create_service(api, target, names.env, mark, group_id=None)
+            env = Service(env_id, "", names.env, "", None, {}, [], None, None, mark)
+            stack.services[names.env] = env
+    if wanted.redis_url and stack.redis:
+        with output.step(f"delete {names.redis}"):
+            delete_service(api, target, stack.redis.id)
+            del stack.services[names.redis]
+    starting: dict[str, str | None] = {}
+    if stack.redis:  # the router is healthy once it has read its state
+        failed = stack.redis.status in FAILED_STATES
+        starting[stack.redis.id] = deploy_service(api, target, stack.redis.id) if failed else None
+    changes = plan(stack, wanted, token, internal_token(stack))
+    apply(api, stack, changes, wanted, output, starting)
+    return stack
+
+
+def _await_services(api: Api, stack: Stack, expected: list[str], output: Output) -> Stack:
+    def ask() -> Stack | None:
+        found = read_services(api, stack.target, stack.names)
+        return found if all(name in found.services for name in expected) else None
+
+    with output.step(f"wait for {joined(expected)} to appear"):
+        found: Stack = poll(180.0, ask, "the template")
+        read_variables(api, found)
+    return found
+
+
+def deploy_template(api: Api, target: Target, names: Names, wanted: BaselineOptions) -> None:
+    """Deploy the published template with our names, and without what this stack does not use."""
+    template = api.public(documents.TEMPLATE, code=contract.TEMPLATE_CODE)["template"]
+    serialized = template["serializedConfig"]
+    ours = {
+        contract.DEFAULT_ROUTER: names.router,
+        contract.DEFAULT_JANITOR: names.janitor,
+        contract.DEFAULT_REDIS: names.redis,
+    }
+    for key, service in list(serialized["services"].items()):
+        published = service.get("name")
+        if published == contract.DEFAULT_REDIS and wanted.redis_url:
+            del serialized["services"][key]
+            continue
+        if published in ours:
+            service["name"] = ours[published]
+            mark = {"defaultValue": "1", "isOptional": True}
+            service["variables"] = {**(service.get("variables") or {}), UNFINISHED: mark}
+        if published in (contract.DEFAULT_ROUTER, contract.DEFAULT_JANITOR):
+            # what runs on them is deployed once they are configured
+            service["source"] = {"image": wanted.runtime_image} if wanted.runtime_image else {}
+    api.call(
+        documents.TEMPLATE_DEPLOY,
+        input={
+            "projectId": target.project_id,
+            "environmentId": target.environment_id,
+            "templateId": template["id"],
+            "serializedConfig": serialized,
+        },
+    )

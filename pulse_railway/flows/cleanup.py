@@ -1,0 +1,111 @@
+"""What becomes of a deploy that does not get to its end.
+
+Before the promotion, what the run made is removed, in this order: the router says, in an answer
+that counts, that the deployment is retired; its service is deleted; its record is forgotten. Where
+the router cannot be asked, nothing is deleted: the deployment could be the active one.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import dataclass, field
+
+from pulse_railway import contract, control
+from pulse_railway.config import Target
+from pulse_railway.errors import Failure, Interrupted, Refused
+from pulse_railway.options import DeployOptions
+from pulse_railway.output import Output
+from pulse_railway.railway.api import Api
+from pulse_railway.services import delete_service
+from pulse_railway.stack import Stack, inspect
+
+LATE_PAUSES = (0.0, 3.0, 7.0)  # seconds
+
+
+@dataclass
+class Progress:
+    """What a deploy has made so far, for cleaning up and for the result."""
+
+    deployment_id: str
+    service_name: str
+    run: str = field(default_factory=lambda: secrets.token_hex(8))  # marks the service as ours
+    step: str = ""
+    service_id: str | None = None
+    creating: bool = False  # a service may exist that we have no id of
+    registered: bool = False  # the router may know of it
+    promoted: bool = False
+    railway_deployment: str | None = None
+
+
+def clean_up(
+    api: Api,
+    target: Target,
+    wanted: DeployOptions,
+    progress: Progress,
+    output: Output,
+    error: BaseException,
+) -> None:
+    """Say where a deploy ended, and remove what it made, if it was not promoted yet."""
+    what = "interrupted" if isinstance(error, Interrupted) else "failed"
+    output.say(f"{what} at: {progress.step}")
+    if not progress.creating:
+        return
+    name = progress.deployment_id
+    if progress.promoted:
+        _stays(name, output)
+        return
+    if wanted.keep_failed:
+        output.say(
+            "kept as asked, for an hour; then the janitor removes it. Sooner: `pulse-railway delete"
+            f" --deployment-id {name}`"
+        )
+        return
+    try:
+        with output.step(f"remove {progress.service_name}"):
+            undo(api, Stack(target, wanted.app.names, {}), progress)
+    except Refused as refused:
+        if refused.reason == "active":  # the promotion ran, and its answer was lost
+            progress.promoted = True
+            _stays(name, output)
+        else:
+            output.say(f"{progress.service_name} stays: {refused}")
+    except Failure as failure:
+        output.say(
+            f"{progress.service_name} stays, since it is not certain that it may go: {failure}."
+            f" `pulse-railway status` tells whether {name} is active; if not, run"
+            f" `pulse-railway delete --deployment-id {name}`. Else the janitor removes it after an"
+            " hour"
+        )
+
+
+def _stays(name: str, output: Output) -> None:
+    output.say(
+        f"{name} was promoted and stays; `pulse-railway status` shows what is active,"
+        " `pulse-railway rollback` goes back"
+    )
+
+
+def undo(api: Api, stack: Stack, progress: Progress) -> None:
+    """Remove what a run made. Raises Refused where it is active, Failure where that is not known.
+
+    What was never named to the router cannot be known to it, and goes without asking.
+    """
+    if progress.registered:
+        control.retire(api, stack, progress.deployment_id, progress.service_id)
+    service_id = progress.service_id or created_after_all(api, stack, progress)
+    if service_id:
+        delete_service(api, stack.target, service_id)
+    if progress.registered:
+        control.forget(api, stack, progress.deployment_id)
+
+
+def created_after_all(api: Api, stack: Stack, progress: Progress) -> str | None:
+    """The service whose creation had no answer: Railway may be at it still, so look repeatedly.
+    One of that name which another run made is not ours to delete."""
+    for pause in LATE_PAUSES:
+        time.sleep(pause)
+        found = inspect(api, stack.target, stack.names).services.get(progress.service_name)
+        if found and found.variables.get(contract.RUN) == progress.run:
+            return found.id
+    return None

@@ -1,0 +1,311 @@
+"""`deploy`: bring a new version up, verify it through the router, make it active.
+
+It reads as its steps do in the README. Before the promotion a failure or a signal removes what the
+run made; after it nothing is removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from pulse_railway import contract, control, naming
+from pulse_railway.config import AppConfig, Target
+from pulse_railway.errors import Failure, Interrupted
+from pulse_railway.flows.cleanup import Progress, clean_up
+from pulse_railway.flows.routed import (
+    backend_address,
+    remember_active,
+    wait_until_active,
+    wait_until_routed,
+)
+from pulse_railway.flows.signals import interruptible, shielded
+from pulse_railway.options import DeployOptions
+from pulse_railway.output import Output
+from pulse_railway.railway import docker, program
+from pulse_railway.railway.api import Api
+from pulse_railway.railway.up import up
+from pulse_railway.services import create_service, deploy_service, shell
+from pulse_railway.stack import Stack, inspect, require_baseline
+from pulse_railway.waiting import latest, poll, wait_for_build
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a deploy has decided before it creates anything."""
+
+    wanted: DeployOptions
+    deployment_id: str
+    dockerfile: Path  # relative to the context, as web_root
+    web_root: Path
+    start_command: str
+
+    @property
+    def app(self) -> AppConfig:
+        return self.wanted.app
+
+    @property
+    def service_name(self) -> str:
+        return naming.backend_name(self.app.names.prefix, self.deployment_id)
+
+    @property
+    def image(self) -> str | None:
+        repository = self.wanted.image_repository
+        return f"{repository}:{self.deployment_id}" if repository else None
+
+
+def prepare(wanted: DeployOptions, output: Output) -> Plan:
+    """Check all that can be checked on this machine. Raises Failure."""
+    app, context = wanted.app, wanted.app.context
+    if not app.plugin.dockerfile:
+        raise Failure("which Dockerfile? set RailwayPlugin(dockerfile=...)")
+    dockerfile = inside(context, app.plugin.dockerfile, "the Dockerfile")
+    if not (context / dockerfile).is_file():
+        raise Failure(f"no Dockerfile at {context / dockerfile}: set RailwayPlugin(dockerfile=...)")
+    if wanted.web_root and Path(wanted.web_root).is_absolute():
+        raise Failure(f"--web-root {wanted.web_root} must be relative to the deploy context")
+    web_root = inside(context, wanted.web_root or app.web_root, "the web root")
+    if not (context / web_root).is_dir():
+        raise Failure(f"no web root at {context / web_root}: pass --web-root")
+    chosen = wanted.deployment_id or naming.generate_deployment_id(wanted.deployment_name)
+    try:
+        naming.backend_name(app.names.prefix, chosen)
+    except ValueError as error:
+        raise Failure(str(error)) from None
+    program.need("railway")
+    if wanted.image_repository:
+        program.need("docker")
+    if wanted.replicas > 1:
+        output.warn("with several replicas a tab can reach one that does not know it: use 1")
+    if app.internal_address is None or "127.0.0.1" not in app.internal_address:
+        output.warn(
+            "the app renders its pages through its public address, so a page of one deployment"
+            " can be rendered by another: pass internal_server_address=internal_server_address()"
+            " to ps.App (from pulse_railway)"
+        )
+    return Plan(
+        wanted=wanted,
+        deployment_id=chosen,
+        dockerfile=dockerfile,
+        web_root=web_root,
+        start_command=shell(app.plugin.start_command or contract.START_COMMAND),
+    )
+
+
+def inside(context: Path, path: str | Path, what: str) -> Path:
+    """`path` relative to the context. Raises Failure where it is outside of it."""
+    full = (context / path).resolve()
+    try:
+        return full.relative_to(context.resolve())
+    except ValueError:
+        raise Failure(
+            f"{what} {full} is outside the deploy context {context}: pass --context "
+            "with a folder that holds it"
+        ) from None
+
+
+def free_name(plan: Plan, stack: Stack) -> Plan:
+    """A plan whose service name is free. Generated ids step on a second; given ones are refused."""
+    moment = datetime.now(UTC)
+    while plan.service_name in stack.services or stack.backend(plan.deployment_id):
+        if plan.wanted.deployment_id:
+            raise Failure(
+                f"deployment {plan.deployment_id} exists already: choose another --deployment-id"
+            )
+        moment += timedelta(seconds=1)
+        name = plan.deployment_id[: -len("-yymmdd-HHMMSS")]
+        plan = replace(plan, deployment_id=naming.generate_deployment_id(name, moment))
+    return plan
+
+
+def backend_variables(plan: Plan, stack: Stack) -> dict[str, str]:
+    """The variables of a backend service. Secrets are references: they stay on Railway."""
+    names = stack.names
+    env = stack.env
+    assert env is not None
+    references = {
+        name: f"${{{{{names.env}.{name}}}}}"
+        for name in env.variables
+        if name not in contract.NOT_REFERENCED
+        and not name.startswith(("RAILWAY_", "PULSE_RAILWAY_"))
+    }
+    managed = {
+        contract.DEPLOYMENT_ID: plan.deployment_id,
+        contract.INTERNAL_TOKEN: f"${{{{{names.router}.{contract.INTERNAL_TOKEN}}}}}",
+        contract.APP_FILE: plan.app.file,
+        contract.SERVER_ADDRESS: plan.wanted.server_address or stack.address,
+        contract.PORT: str(contract.DEFAULT_PORT),
+    }
+    if plan.app.uses_session_store:
+        managed[contract.SESSION_REDIS_URL] = f"${{{{{names.router}.{contract.REDIS_URL}}}}}"
+    build = {**plan.wanted.build_args}
+    if not plan.image:
+        build.setdefault(contract.WEB_ROOT, plan.web_root.as_posix())
+        if plan.dockerfile.as_posix() != "Dockerfile":
+            build[contract.DOCKERFILE_PATH] = plan.dockerfile.as_posix()
+    return {**build, **references, **plan.wanted.env, **managed}
+
+
+BACKEND_SETTINGS: dict[str, Any] = {
+    "healthcheckPath": contract.HEALTH_PATH,
+    "healthcheckTimeout": 300,
+    "overlapSeconds": 30,
+    "drainingSeconds": 10,
+}
+
+
+def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, Any]:
+    """Bring a new deployment up and make it the active one.
+
+    Raises Failure where a step fails, saying which; before the promotion the service and the
+    record that this run made are removed (unless `plan.wanted.keep_failed`).
+    """
+    progress = Progress(plan.deployment_id, plan.service_name)
+    began = time.monotonic()
+    with interruptible():
+        try:
+            with step(output, progress, "inspect the baseline"):
+                stack = inspect(api, target, plan.app.names)
+                require_baseline(stack)
+                plan = free_name(plan, stack)
+                progress.deployment_id, progress.service_name = (
+                    plan.deployment_id,
+                    plan.service_name,
+                )
+            output.say(f"deployment {plan.deployment_id}")
+            if plan.image:
+                with step(output, progress, f"build and push {plan.image}"):
+                    build_image(plan, stack, output)
+            with step(output, progress, f"create the service {plan.service_name}"):
+                create_backend(api, stack, plan, progress)
+            with step(output, progress, "build and start"):
+                start_backend(api, stack, plan, progress, output)
+            with step(output, progress, "register with the router"):
+                register(api, stack, plan, progress)
+            with step(output, progress, "reach it through the router"):
+                wait_until_routed(stack.address, plan.deployment_id, by_affinity=True)
+            if plan.wanted.promote:
+                with step(output, progress, "promote it"):
+                    promote_new(api, stack, plan, progress, output)
+                with step(output, progress, "reach it without affinity"):
+                    wait_until_active(api, stack, plan.deployment_id)
+        except (Failure, Interrupted, httpx.HTTPError, OSError) as error:
+            clean_up(api, target, plan.wanted, progress, output, error)
+            raise
+    return {
+        "deployment_id": plan.deployment_id,
+        "service_id": progress.service_id,
+        "service_name": plan.service_name,
+        "railway_deployment_id": progress.railway_deployment,
+        "image": plan.image,
+        "active": progress.promoted,
+        "address": stack.address,
+        "server_address": plan.wanted.server_address or stack.address,
+        "seconds": round(time.monotonic() - began, 1),
+        # 0.3.x's names for the same
+        "backend_service_id": progress.service_id,
+        "backend_service_name": plan.service_name,
+        "backend_image": plan.image,
+        "backend_deployment_id": progress.railway_deployment,
+        "backend_status": "SUCCESS",
+    }
+
+
+@contextlib.contextmanager
+def step(output: Output, progress: Progress, title: str) -> Iterator[None]:
+    progress.step = title
+    with output.step(title):
+        yield
+
+
+def build_image(plan: Plan, stack: Stack, output: Output) -> None:
+    assert plan.image
+    arguments = {
+        contract.APP_FILE: plan.app.file,
+        contract.WEB_ROOT: plan.web_root.as_posix(),
+        contract.SERVER_ADDRESS: plan.wanted.server_address or stack.address,
+        **plan.wanted.build_args,
+    }
+    docker.build(
+        image=plan.image,
+        dockerfile=plan.app.context / plan.dockerfile,
+        context=plan.app.context,
+        build_args=arguments,
+        on_line=output.log,
+    )
+
+
+def create_backend(api: Api, stack: Stack, plan: Plan, progress: Progress) -> None:
+    assert stack.router is not None
+    progress.creating = True
+    with shielded():
+        create_service(
+            api,
+            stack.target,
+            plan.service_name,
+            {**backend_variables(plan, stack), contract.RUN: progress.run},
+            group_id=stack.router.group_id,
+            settings={
+                **BACKEND_SETTINGS,
+                "numReplicas": plan.wanted.replicas,
+                "startCommand": plan.start_command,
+            },
+            image=plan.image,
+            created=lambda service_id: setattr(progress, "service_id", service_id),
+        )
+
+
+def start_backend(api: Api, stack: Stack, plan: Plan, progress: Progress, output: Output) -> None:
+    """Source mode: upload and build on Railway. Image mode: deploy the image that was pushed."""
+    assert progress.service_id
+    target = stack.target
+    deployment: str | None
+    if plan.image:
+        deployment = deploy_service(api, target, progress.service_id)
+    else:
+        output.waiting(f"uploading {plan.app.context}")
+        deployment = up(
+            api,
+            project=target.project_id,
+            environment=target.environment_id,
+            service=plan.service_name,
+            context=plan.app.context,
+            no_gitignore=plan.wanted.no_gitignore,
+        )
+    if deployment is None:  # a CLI that does not say
+
+        def ask() -> str | None:
+            found = latest(api, target).get(str(progress.service_id))
+            return found["id"] if found else None
+
+        deployment = poll(60.0, ask, "Railway's answer to the upload")
+    progress.railway_deployment = deployment
+    wait_for_build(api, str(deployment), output)
+
+
+def register(api: Api, stack: Stack, plan: Plan, progress: Progress) -> None:
+    assert progress.service_id
+    address = backend_address(api, stack.target, progress.service_id)
+    progress.registered = True  # it may have been, from here on
+    control.register(
+        api,
+        stack,
+        deployment_id=plan.deployment_id,
+        service_name=plan.service_name,
+        service_id=progress.service_id,
+        address=address,
+        held=not plan.wanted.promote,
+    )
+
+
+def promote_new(api: Api, stack: Stack, plan: Plan, progress: Progress, output: Output) -> None:
+    control.promote(api, stack, plan.deployment_id, plan.service_name)
+    progress.promoted = True
+    remember_active(api, stack, plan.deployment_id, output)

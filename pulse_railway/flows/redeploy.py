@@ -1,0 +1,36 @@
+"""`redeploy`: build and start a deployment's service anew."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pulse_railway.control import active_deployment
+from pulse_railway.errors import Failure
+from pulse_railway.flows.routed import wait_until_routed
+from pulse_railway.output import Output
+from pulse_railway.railway.api import Api
+from pulse_railway.services import deploy_service
+from pulse_railway.stack import Stack, find_backend
+from pulse_railway.waiting import wait_for_build
+
+
+def redeploy(api: Api, stack: Stack, deployment_id: str | None, output: Output) -> dict[str, Any]:
+    """Build and start a deployment's service anew, by default the active one's."""
+    if deployment_id is None:
+        with output.step("ask the router which deployment is active"):
+            deployment_id = active_deployment(api, stack)
+        if deployment_id is None:
+            raise Failure("no deployment is active: run `pulse-railway deploy`")
+    service = find_backend(stack, deployment_id)
+    with output.step(f"redeploy {service.name}"):
+        railway_deployment = deploy_service(api, stack.target, service.id)
+        wait_for_build(api, railway_deployment, output)
+    with output.step("reach it through the router"):
+        wait_until_routed(stack.address, deployment_id, by_affinity=True)
+    return {
+        "deployment_id": deployment_id,
+        "backend_service_id": service.id,
+        "backend_service_name": service.name,
+        "backend_deployment_id": railway_deployment,
+        "backend_status": "SUCCESS",
+    }

@@ -1,0 +1,52 @@
+"""`delete` and `remove`: take down a deployment that is not active."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pulse_railway import control, naming
+from pulse_railway.errors import Failure
+from pulse_railway.output import Output
+from pulse_railway.railway.api import Api
+from pulse_railway.services import delete_service
+from pulse_railway.stack import Stack, find_backend, joined
+
+
+def delete(api: Api, stack: Stack, deployment_id: str, output: Output) -> dict[str, Any]:
+    """Remove a deployment that is not active: the router retires it, then its service is deleted
+    and its record forgotten.
+
+    Cut off anywhere, it can be run again; the janitor finishes it too. Raises Failure, and has
+    deleted nothing, where the router has not said in an answer that counts that it is retired.
+    """
+    service = stack.backend(deployment_id)
+    with output.step(f"claim {deployment_id}"):
+        if service is None and not any(
+            r["deployment_id"] == deployment_id for r in control.state(api, stack)["deployments"]
+        ):
+            find_backend(stack, deployment_id)  # says which there are
+        control.retire(api, stack, deployment_id, service.id if service else None)
+    if service:
+        with output.step(f"delete the service {service.name}"):
+            delete_service(api, stack.target, service.id)
+    with output.step("forget it"):
+        control.forget(api, stack, deployment_id)
+    return {"deployment_id": deployment_id, "deleted": True}
+
+
+def by_name(stack: Stack, name: str) -> str:
+    """The one deployment id that `name` means: itself, or the id generated from that name."""
+    ids = [str(s.deployment_id) for s in stack.backends]
+    wanted = name.strip().lower()
+    if wanted in ids:
+        return wanted
+    prefix = naming.deployment_slug(wanted) + "-"
+    matches = [i for i in ids if i.startswith(prefix)]
+    if len(matches) == 1:
+        return matches[0]
+    if not matches:
+        raise Failure(f"no deployment is named {name}; there are: {joined(ids) or 'none'}")
+    raise Failure(
+        f"several deployments are named {name}: {joined(matches)}. Pass one of them to"
+        " `pulse-railway delete --deployment-id`"
+    )

@@ -1,0 +1,109 @@
+"""`status`: the baseline, each deployment with its state, age and sessions, and what is wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pulse_railway import contract, control
+from pulse_railway.errors import Failure
+from pulse_railway.railway.api import Api
+from pulse_railway.stack import Stack, require_baseline
+from pulse_railway.waiting import FAILED_STATES
+
+
+def status(api: Api, stack: Stack) -> dict[str, Any]:
+    """All that is known, also where the router does not answer. `problems` says in words what is
+    wrong, each with the command that mends it."""
+    state, silence = None, None
+    if stack.router:
+        try:
+            state = control.state(api, stack, pauses=(1.0,))
+        except Failure as failure:
+            silence = str(failure)
+    known = {r["deployment_id"]: r for r in state["deployments"]} if state else {}
+    ids = {str(s.deployment_id): s for s in stack.backends}
+    rows = []
+    for name in sorted(
+        {*known, *ids}, key=lambda n: ids[n].created_at if n in ids else "", reverse=True
+    ):
+        record, service = known.get(name, {}), ids.get(name)
+        rows.append(
+            {
+                "deployment_id": name,
+                "state": record.get("state") or ("unregistered" if state else "unknown"),
+                "service": service.name if service else None,
+                "railway": service.status if service else "GONE",
+                "age_seconds": round(service.age) if service else None,
+                "drain_started_at": record.get("drain_started_at"),
+                "sessions": record.get("sessions"),
+            }
+        )
+    has_address = stack.router and stack.router.domains
+    found = problems(stack, state, silence)
+    return {
+        "address": stack.address if has_address else None,
+        "active": state["active"] if state else None,
+        "last_promoted": stack.intent,
+        "baseline": [
+            {
+                "service": s.name,
+                "railway": s.status,
+                "version": s.variables.get(contract.RUNTIME_VERSION),
+            }
+            for s in stack.baseline
+        ],
+        "missing": stack.missing,
+        "deployments": rows,
+        "routers": state["routers"] if state else [],
+        "problem": found[0] if found else None,
+        "problems": found,
+    }
+
+
+def problems(stack: Stack, state: dict[str, Any] | None, silence: str | None) -> list[str]:
+    """What is wrong, the most urgent first.
+
+    Args:
+        state: the router's answer, None where there is none; `silence` says why.
+    """
+    found = []
+    try:
+        require_baseline(stack)
+    except Failure as failure:
+        found.append(str(failure))
+    found += [
+        f"{s.name} is {s.status} on Railway: see `pulse-railway logs --service {s.name}`"
+        for s in stack.baseline
+        if s.status in FAILED_STATES
+    ]
+    if silence:
+        found.append(
+            f"the router does not answer: {silence}. See `pulse-railway logs --service"
+            f" {stack.names.router}`"
+        )
+    if state is None:
+        return found
+    active = state["active"]
+    if not active:
+        if state["lost"]:
+            found.append(
+                f"the routing state is lost, {stack.intent} was active: run `pulse-railway restore`"
+            )
+        elif stack.backends:
+            found.append(
+                "no deployment is active: run `pulse-railway promote --deployment-id ...`, or"
+                " `pulse-railway restore --deployment-id ...` where one was active before"
+            )
+        return found
+    service = stack.backend(active)
+    if service is None:
+        found.append(
+            f"the active deployment {active} has no service: promote another with `pulse-railway"
+            " promote`, or deploy"
+        )
+    elif service.status in FAILED_STATES:
+        found.append(
+            f"the active deployment {active} is {service.status} on Railway: see `pulse-railway"
+            " logs`; `pulse-railway rollback` goes back, `pulse-railway redeploy` starts it anew"
+        )
+    return found

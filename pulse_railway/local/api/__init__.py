@@ -1,0 +1,62 @@
+"""Railway's GraphQL API over the local state.
+
+access.py says who may see what, views.py what each type answers, queries.py and mutations.py have
+a resolver a field.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from graphql import GraphQLResolveInfo, GraphQLSchema, build_schema, default_field_resolver, graphql
+
+from pulse_railway.local import state as model
+from pulse_railway.local.api.access import Caller, need_instance, need_service
+from pulse_railway.local.api.mutations import MUTATIONS
+from pulse_railway.local.api.queries import QUERIES
+
+SCHEMA = Path(__file__).parent.with_name("schema.graphql")
+
+
+def _resolve(source: Any, info: GraphQLResolveInfo[Caller], **arguments: Any) -> Any:
+    table = {"Query": QUERIES, "Mutation": MUTATIONS}.get(info.parent_type.name)
+    if table is None:
+        return default_field_resolver(source, info, **arguments)
+    return table[info.field_name](info.context, **arguments)
+
+
+def schema() -> GraphQLSchema:
+    return build_schema(SCHEMA.read_text())
+
+
+async def execute(
+    compiled: GraphQLSchema, caller: Caller, document: str, values: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Run a document; the answer as Railway shapes it. Mutations are saved."""
+    result = await graphql(
+        compiled,
+        document,
+        context_value=caller,
+        variable_values=values,
+        field_resolver=_resolve,
+    )
+    caller.state.save()
+    answer: dict[str, Any] = {"data": result.data}
+    if result.errors:
+        answer["errors"] = [
+            {
+                "message": error.message,
+                "locations": [
+                    {"line": place.line, "column": place.column} for place in error.locations or []
+                ],
+                "path": error.path,
+                "extensions": {"code": "INTERNAL_SERVER_ERROR"},
+                "traceId": model.new_id()[:8],
+            }
+            for error in result.errors
+        ]
+    return answer
+
+
+__all__ = ["MUTATIONS", "QUERIES", "Caller", "execute", "need_instance", "need_service", "schema"]

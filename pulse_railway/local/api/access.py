@@ -1,0 +1,86 @@
+"""Who may see what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from graphql import GraphQLError
+
+from pulse_railway.local import state as model
+from pulse_railway.local.state import Deployment, Environment, Instance, Project, Service, Token
+from pulse_railway.local.supervisor import Supervisor
+
+
+@dataclass
+class Caller:
+    """Who asks, and of what. `token` is None without credentials."""
+
+    token: Token | None
+    supervisor: Supervisor
+    open_domain: Callable[[Service, Instance, int | None], Any]
+
+    @property
+    def state(self) -> model.State:
+        return self.supervisor.state
+
+
+def refuse(message: str = "Not Authorized") -> GraphQLError:
+    return GraphQLError(message)
+
+
+def visible(caller: Caller, project: Project) -> bool:
+    token = caller.token
+    if token is None:
+        return False
+    match token.kind:
+        case "project":
+            return token.project_id == project.id
+        case "workspace":
+            return token.workspace_id == project.workspace_id
+        case _:
+            return True
+
+
+def need_project(caller: Caller, project_id: str) -> Project:
+    project = caller.state.project(project_id)
+    if project is None or not visible(caller, project):
+        raise refuse() if caller.token is None or project else refuse("Project not found")
+    return project
+
+
+def need_environment(caller: Caller, environment_id: str) -> tuple[Project, Environment]:
+    found = caller.state.environment(environment_id)
+    if found is None:
+        raise refuse("Environment not found")
+    need_project(caller, found[0].id)
+    token = caller.token
+    if token and token.kind == "project" and token.environment_id != environment_id:
+        raise refuse()
+    return found
+
+
+def need_service(caller: Caller, service_id: str) -> Service:
+    service = caller.state.service(service_id)
+    if service is None:
+        raise refuse("Service not found")
+    need_project(caller, service.project_id)
+    return service
+
+
+def need_instance(caller: Caller, service_id: str, environment_id: str) -> Instance:
+    need_service(caller, service_id)
+    need_environment(caller, environment_id)
+    instance = caller.state.instance(service_id, environment_id)
+    if instance is None:
+        raise refuse("ServiceInstance not found")
+    return instance
+
+
+def need_deployment(caller: Caller, deployment_id: str) -> Deployment:
+    deployment = caller.state.deployment(deployment_id)
+    if deployment is None:
+        raise refuse("Deployment not found")
+    need_environment(caller, deployment.environment_id)
+    return deployment

@@ -1,0 +1,311 @@
+"""The mutations: MUTATIONS holds one resolver a top-level field."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from pulse_railway.local import state as model
+from pulse_railway.local.api.access import (
+    Caller,
+    need_deployment,
+    need_environment,
+    need_instance,
+    need_project,
+    need_service,
+    refuse,
+)
+from pulse_railway.local.api.views import (
+    SETTINGS,
+    deployment_view,
+    domain_view,
+    environment_view,
+    project_view,
+    service_view,
+)
+from pulse_railway.local.state import Environment, Instance, Project
+
+Resolver = Callable[..., Any]
+MUTATIONS: dict[str, Resolver] = {}
+
+
+def mutation(function: Resolver) -> Resolver:
+    MUTATIONS[function.__name__] = function
+    return function
+
+
+@mutation
+def projectCreate(caller: Caller, input: dict[str, Any]) -> Any:
+    if caller.token is None or caller.token.kind == "project":
+        raise refuse()
+    home = input.get("workspaceId") or caller.state.workspaces[0].id
+    name = input.get("name") or "project"
+    environment = input.get("defaultEnvironmentName") or "production"
+    created = caller.state.add_project(name, home, environment)
+    return project_view(caller, created)
+
+
+@mutation
+async def projectDelete(caller: Caller, id: str) -> bool:
+    found = need_project(caller, id)
+    for owned in [s for s in caller.state.services if s.project_id == found.id]:
+        await caller.supervisor.remove(owned)
+        caller.state.services.remove(owned)
+    caller.state.projects.remove(found)
+    return True
+
+
+@mutation
+def projectTokenCreate(caller: Caller, input: dict[str, Any]) -> str:
+    if caller.token is None or caller.token.kind == "project":
+        raise refuse()
+    need_environment(caller, input["environmentId"])
+    token = caller.state.new_project_token(
+        input["projectId"], input["environmentId"], input["name"]
+    )
+    caller.state.tokens.append(token)
+    return token.value
+
+
+@mutation
+def environmentCreate(caller: Caller, input: dict[str, Any]) -> Any:
+    owner = need_project(caller, input["projectId"])
+    created = Environment(model.new_id(), input["name"])
+    owner.environments.append(created)
+    for owned in caller.state.services:
+        if owned.project_id == owner.id:
+            owned.instances.append(Instance(model.new_id(), owned.id, created.id))
+    return environment_view(caller, owner, created)
+
+
+@mutation
+def environmentPatchCommit(
+    caller: Caller,
+    environmentId: str,
+    patch: dict[str, Any] | None = None,
+    commitMessage: str | None = None,
+) -> str:
+    need_environment(caller, environmentId)
+    for service_id, change in ((patch or {}).get("services") or {}).items():
+        instance = need_instance(caller, service_id, environmentId)
+        if "groupId" in change:
+            instance.group_id = change["groupId"]
+    return model.new_id()
+
+
+@mutation
+def serviceCreate(caller: Caller, input: dict[str, Any]) -> Any:
+    owner = need_project(caller, input["projectId"])
+    name = input.get("name") or f"service-{model.new_id()[:4]}"
+    if len(name) > 32:
+        raise refuse("Service name must be 32 characters or less")
+    if any(s.project_id == owner.id and s.name == name for s in caller.state.services):
+        raise refuse(f'A service named "{name}" already exists in this project')
+    environment_id = input.get("environmentId")
+    if environment_id:
+        need_environment(caller, environment_id)
+    created = caller.state.add_service(owner, name)
+    source = input.get("source") or {}
+    for instance in created.instances:
+        instance.variables.update(_strings(input.get("variables") or {}))
+        instance.image, instance.repo = source.get("image"), source.get("repo")
+        if source.get("image") and environment_id in (None, instance.environment_id):
+            caller.supervisor.deploy(created, instance)
+    return service_view(caller, created)
+
+
+@mutation
+def serviceUpdate(caller: Caller, id: str, input: dict[str, Any]) -> Any:
+    found = need_service(caller, id)
+    found.name = input.get("name") or found.name
+    found.icon = input.get("icon") or found.icon
+    return service_view(caller, found)
+
+
+@mutation
+async def serviceDelete(caller: Caller, id: str, environmentId: str | None = None) -> bool:
+    found = need_service(caller, id)
+    await caller.supervisor.remove(found)
+    caller.state.services.remove(found)
+    for instance in found.instances:
+        caller.supervisor.write_hosts(instance.environment_id)
+    return True
+
+
+@mutation
+def serviceConnect(caller: Caller, id: str, input: dict[str, Any]) -> Any:
+    found = need_service(caller, id)
+    for instance in found.instances:
+        instance.repo = input.get("repo")
+    return service_view(caller, found)
+
+
+@mutation
+def serviceDisconnect(caller: Caller, id: str) -> Any:
+    found = need_service(caller, id)
+    for instance in found.instances:
+        instance.image = instance.repo = None
+    return service_view(caller, found)
+
+
+@mutation
+def serviceInstanceUpdate(
+    caller: Caller,
+    serviceId: str,
+    input: dict[str, Any],
+    environmentId: str | None = None,
+) -> bool:
+    found = need_service(caller, serviceId)
+    for instance in found.instances:
+        if environmentId in (None, instance.environment_id):
+            need_environment(caller, instance.environment_id)
+            instance.settings.update({k: v for k, v in input.items() if k in SETTINGS})
+            if input.get("source"):
+                instance.image = input["source"].get("image")
+                instance.repo = input["source"].get("repo")
+            instance.updated_at = model.now()
+    return True
+
+
+@mutation
+def serviceInstanceDeployV2(
+    caller: Caller, serviceId: str, environmentId: str, commitSha: str | None = None
+) -> str:
+    instance = need_instance(caller, serviceId, environmentId)
+    return caller.supervisor.deploy(need_service(caller, serviceId), instance).id
+
+
+@mutation
+def serviceInstanceDeploy(caller: Caller, serviceId: str, environmentId: str, **_: Any) -> bool:
+    return bool(serviceInstanceDeployV2(caller, serviceId, environmentId))
+
+
+@mutation
+def serviceInstanceRedeploy(caller: Caller, serviceId: str, environmentId: str) -> bool:
+    return bool(serviceInstanceDeployV2(caller, serviceId, environmentId))
+
+
+def _strings(values: dict[str, Any]) -> dict[str, str]:
+    return {str(k): str(v) for k, v in values.items()}
+
+
+def _set_variables(caller: Caller, input: dict[str, Any], values: dict[str, str]) -> None:
+    _, where = need_environment(caller, input["environmentId"])
+    if not input.get("serviceId"):
+        if input.get("replace"):
+            where.shared.clear()
+        where.shared.update(values)
+        return
+    instance = need_instance(caller, input["serviceId"], input["environmentId"])
+    if input.get("replace"):
+        instance.variables.clear()
+    instance.variables.update(values)
+    deployed = caller.state.deployments_of(input["serviceId"], input["environmentId"])
+    if not input.get("skipDeploys") and any(d.status == "SUCCESS" for d in deployed):
+        caller.supervisor.deploy(need_service(caller, input["serviceId"]), instance)
+
+
+@mutation
+def variableCollectionUpsert(caller: Caller, input: dict[str, Any]) -> bool:
+    _set_variables(caller, input, _strings(input["variables"]))
+    return True
+
+
+@mutation
+def variableUpsert(caller: Caller, input: dict[str, Any]) -> bool:
+    _set_variables(caller, input, {input["name"]: input["value"]})
+    return True
+
+
+@mutation
+def variableDelete(caller: Caller, input: dict[str, Any]) -> bool:
+    _, where = need_environment(caller, input["environmentId"])
+    if input.get("serviceId"):
+        instance = need_instance(caller, input["serviceId"], input["environmentId"])
+        instance.variables.pop(input["name"], None)
+    else:
+        where.shared.pop(input["name"], None)
+    return True
+
+
+@mutation
+async def serviceDomainCreate(caller: Caller, input: dict[str, Any]) -> Any:
+    instance = need_instance(caller, input["serviceId"], input["environmentId"])
+    owner = need_service(caller, input["serviceId"])
+    created = await caller.open_domain(owner, instance, input.get("targetPort"))
+    return domain_view(owner, instance, created)
+
+
+@mutation
+def serviceDomainDelete(caller: Caller, id: str) -> bool:
+    for owned in caller.state.services:
+        for instance in owned.instances:
+            for domain in instance.domains:
+                if domain.id == id:
+                    need_service(caller, owned.id)
+                    instance.domains.remove(domain)
+                    return True
+    raise refuse("Domain not found")
+
+
+@mutation
+def templateDeployV2(caller: Caller, input: dict[str, Any]) -> Any:
+    """Asynchronous, as on Railway: the services appear a moment after the answer."""
+    owner = need_project(caller, input["projectId"])
+    where = next(e for e in owner.environments if e.id == input["environmentId"])
+    caller.supervisor.spawn(_deploy_template(caller, owner, where, input["serializedConfig"]))
+    return {"projectId": owner.id, "workflowId": model.new_id()}
+
+
+async def _deploy_template(
+    caller: Caller, owner: Project, where: Environment, config: dict[str, Any]
+) -> None:
+    await asyncio.sleep(0.5)
+    for created, instance in model.apply_template(caller.state, owner, where, config):
+        if instance.image:
+            caller.supervisor.deploy(created, instance)
+    caller.state.save()
+
+
+@mutation
+def deploymentRedeploy(caller: Caller, id: str, usePreviousImageTag: bool | None = None) -> Any:
+    old = need_deployment(caller, id)
+    assert old.service_id
+    instance = need_instance(caller, old.service_id, old.environment_id)
+    owner = need_service(caller, old.service_id)
+    return deployment_view(caller, caller.supervisor.deploy(owner, instance, upload=old.upload))
+
+
+@mutation
+def deploymentRestart(caller: Caller, id: str) -> bool:
+    found = need_deployment(caller, id)
+    instance = need_instance(caller, found.service_id, found.environment_id)
+    caller.supervisor.restart(need_service(caller, found.service_id), instance, found)
+    return True
+
+
+@mutation
+async def deploymentStop(caller: Caller, id: str) -> bool:
+    await caller.supervisor.stop_deployment(need_deployment(caller, id))
+    return True
+
+
+@mutation
+async def deploymentRemove(caller: Caller, id: str) -> bool:
+    found = need_deployment(caller, id)
+    await caller.supervisor.stop_deployment(found)
+    found.status = "REMOVED"
+    return True
+
+
+@mutation
+def deploymentInstanceExecutionCreate(caller: Caller, input: dict[str, Any]) -> bool:
+    """Railway's "Run now" on a cron service."""
+    for owned in caller.state.services:
+        for instance in owned.instances:
+            if instance.id == input["serviceInstanceId"]:
+                need_instance(caller, owned.id, instance.environment_id)
+                caller.supervisor.spawn(caller.supervisor.run_cron(owned, instance), "cron")
+                return True
+    raise refuse("ServiceInstance not found")

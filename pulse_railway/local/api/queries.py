@@ -1,0 +1,209 @@
+"""The queries: QUERIES holds one resolver a top-level field."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from pulse_railway.local import state as model
+from pulse_railway.local.api.access import (
+    Caller,
+    need_deployment,
+    need_environment,
+    need_instance,
+    need_project,
+    need_service,
+    refuse,
+    visible,
+)
+from pulse_railway.local.api.views import (
+    connection,
+    deployment_view,
+    environment_view,
+    instance_view,
+    project_view,
+    service_view,
+    workspace_view,
+)
+
+Resolver = Callable[..., Any]
+QUERIES: dict[str, Resolver] = {}
+
+
+def query(function: Resolver) -> Resolver:
+    QUERIES[function.__name__] = function
+    return function
+
+
+@query
+def projectToken(caller: Caller) -> Any:
+    token = caller.token
+    if token is None or token.kind != "project":
+        raise refuse("Project Token not found")
+    assert token.project_id
+    assert token.environment_id
+    project, environment = need_environment(caller, token.environment_id)
+    return {
+        "id": token.name,
+        "name": token.name,
+        "projectId": token.project_id,
+        "environmentId": token.environment_id,
+        "createdAt": project.created_at,
+        "displayToken": "****",
+        "project": project_view(caller, project),
+        "environment": environment_view(caller, project, environment),
+    }
+
+
+@query
+def me(caller: Caller) -> Any:
+    if caller.token is None or caller.token.kind not in ("account", "oauth"):
+        raise refuse()
+    own = [w for w in caller.state.workspaces if not w.external]
+    return {
+        "id": "local-user",
+        "name": "Local User",
+        "email": "local@localhost",
+        "username": "local",
+        "workspaces": [workspace_view(caller, w.id) for w in own],
+    }
+
+
+@query
+def apiToken(caller: Caller) -> Any:
+    if caller.token is None or caller.token.kind not in ("account", "workspace"):
+        raise refuse()
+    ids = [caller.token.workspace_id] if caller.token.workspace_id else None
+    found = [w for w in caller.state.workspaces if ids is None or w.id in ids]
+    return {"workspaces": [{"id": w.id, "name": w.name} for w in found]}
+
+
+@query
+def externalWorkspaces(caller: Caller, projectId: str | None = None) -> Any:
+    if caller.token is None or caller.token.kind not in ("account", "oauth"):
+        raise refuse()
+    return [workspace_view(caller, w.id) for w in caller.state.workspaces if w.external]
+
+
+@query
+def projects(caller: Caller, workspaceId: str | None = None, **_: Any) -> Any:
+    if caller.token is None or caller.token.kind == "project":
+        raise refuse()
+    found = [p for p in caller.state.projects if workspaceId in (None, p.workspace_id)]
+    return connection([project_view(caller, p) for p in found if visible(caller, p)])
+
+
+@query
+def project(caller: Caller, id: str) -> Any:
+    return project_view(caller, need_project(caller, id))
+
+
+@query
+def environments(caller: Caller, projectId: str, **_: Any) -> Any:
+    found = need_project(caller, projectId)
+    return connection([environment_view(caller, found, e) for e in found.environments])
+
+
+@query
+def environment(caller: Caller, id: str, projectId: str | None = None) -> Any:
+    return environment_view(caller, *need_environment(caller, id))
+
+
+@query
+def service(caller: Caller, id: str) -> Any:
+    return service_view(caller, need_service(caller, id))
+
+
+@query
+def serviceInstance(caller: Caller, serviceId: str, environmentId: str) -> Any:
+    instance = need_instance(caller, serviceId, environmentId)
+    return instance_view(caller, need_service(caller, serviceId), instance)
+
+
+@query
+def variables(
+    caller: Caller,
+    projectId: str,
+    environmentId: str,
+    serviceId: str | None = None,
+    unrendered: bool | None = None,
+) -> Any:
+    _, where = need_environment(caller, environmentId)
+    if serviceId is None:
+        return dict(where.shared)
+    owner = need_service(caller, serviceId)
+    instance = need_instance(caller, serviceId, environmentId)
+    if unrendered:
+        return {**model.provided(caller.state, owner, instance), **instance.variables}
+    return model.rendered(caller.state, owner, instance)
+
+
+@query
+def variablesForServiceDeployment(
+    caller: Caller, projectId: str, environmentId: str, serviceId: str
+) -> Any:
+    return variables(caller, projectId, environmentId, serviceId)
+
+
+@query
+def deployment(caller: Caller, id: str) -> Any:
+    return deployment_view(caller, need_deployment(caller, id))
+
+
+@query
+def deployments(caller: Caller, input: dict[str, Any], first: int | None = None, **_: Any) -> Any:
+    if input.get("environmentId"):
+        need_environment(caller, input["environmentId"])
+    elif input.get("projectId"):
+        need_project(caller, input["projectId"])
+    else:
+        raise refuse("projectId or environmentId is required")
+    wanted = (input.get("status") or {}).get("in")
+    found = [
+        d
+        for d in reversed(caller.state.deployments)
+        if input.get("environmentId") in (None, d.environment_id)
+        and input.get("projectId") in (None, d.project_id)
+        and input.get("serviceId") in (None, d.service_id)
+        and (not wanted or d.status in wanted)
+    ]
+    return connection([deployment_view(caller, d) for d in found[:first]])
+
+
+def _logs(kind: str) -> Resolver:
+    def resolve(
+        caller: Caller,
+        deploymentId: str,
+        limit: int | None = None,
+        startDate: str | None = None,
+        filter: str | None = None,
+        **_: Any,
+    ) -> Any:
+        need_deployment(caller, deploymentId)
+        count = min(limit or 100, 5000)
+        lines = caller.supervisor.read_logs(deploymentId, kind, count, startDate, filter)
+        return [{**line, "attributes": [], "tags": None} for line in lines]
+
+    return resolve
+
+
+QUERIES["buildLogs"] = _logs("build")
+QUERIES["deploymentLogs"] = _logs("deploy")
+
+
+@query
+def template(caller: Caller, code: str | None = None, **_: Any) -> Any:
+    if code != "pulse-baseline":
+        raise refuse("Template not found")
+    return {
+        "id": "local-pulse-baseline",
+        "code": code,
+        "name": "Pulse baseline",
+        "serializedConfig": model.template(),
+        "createdAt": model.now(),
+    }
+
+
+@query
+def domains(caller: Caller, projectId: str, environmentId: str, serviceId: str) -> Any:
+    return serviceInstance(caller, serviceId, environmentId)["domains"]

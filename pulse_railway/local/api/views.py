@@ -1,0 +1,214 @@
+"""What each type answers: dicts, with lambdas that are asked only when the document asks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pulse_railway.local import state as model
+from pulse_railway.local.api.access import Caller, need_project, need_service, visible
+from pulse_railway.local.state import Deployment, Environment, Instance, Project, Service
+
+# ServiceInstanceUpdateInput's fields that are kept as they are given
+SETTINGS = (
+    "buildCommand builder cronSchedule dockerfilePath drainingSeconds healthcheckPath"
+    " healthcheckTimeout numReplicas overlapSeconds preDeployCommand railwayConfigFile region"
+    " restartPolicyMaxRetries restartPolicyType rootDirectory sleepApplication startCommand"
+    " watchPatterns"
+).split()
+
+
+def connection(nodes: list[Any]) -> dict[str, Any]:
+    return {
+        "edges": [{"node": node, "cursor": str(i)} for i, node in enumerate(nodes)],
+        "pageInfo": {
+            "hasNextPage": False,
+            "hasPreviousPage": False,
+            "startCursor": None,
+            "endCursor": None,
+        },
+    }
+
+
+def project_view(caller: Caller, project: Project) -> dict[str, Any]:
+    state = caller.state
+    environments = [environment_view(caller, project, e) for e in project.environments]
+    return {
+        "id": project.id,
+        "name": project.name,
+        "description": project.description,
+        "createdAt": project.created_at,
+        "updatedAt": project.created_at,
+        "workspaceId": project.workspace_id,
+        "workspace": lambda *_: workspace_view(caller, project.workspace_id),
+        "primaryEnvironmentId": project.environments[0].id,
+        "baseEnvironmentId": project.environments[0].id,
+        "environments": lambda *_, **__: connection(environments),
+        "services": lambda *_, **__: connection(
+            [service_view(caller, s) for s in state.services if s.project_id == project.id]
+        ),
+    }
+
+
+def workspace_view(caller: Caller, workspace_id: str) -> dict[str, Any]:
+    workspace = next(w for w in caller.state.workspaces if w.id == workspace_id)
+    projects = [p for p in caller.state.projects if p.workspace_id == workspace_id]
+    views = [project_view(caller, p) for p in projects if visible(caller, p)]
+    return {
+        "id": workspace.id,
+        "name": workspace.name,
+        # a connection on Workspace, a list on ExternalWorkspace
+        "projects": views if workspace.external else lambda *_, **__: connection(views),
+    }
+
+
+def environment_view(caller: Caller, project: Project, environment: Environment) -> dict[str, Any]:
+    state = caller.state
+    instances = list(state.instances(environment.id))
+    return {
+        "id": environment.id,
+        "name": environment.name,
+        "projectId": project.id,
+        "createdAt": environment.created_at,
+        "updatedAt": environment.created_at,
+        "isEphemeral": False,
+        "canAccess": True,
+        "config": lambda *_, **__: {
+            "services": {
+                service.id: {
+                    "groupId": instance.group_id,
+                    "source": {"image": instance.image} if instance.image else {},
+                    "isCreated": True,
+                }
+                for service, instance in instances
+            },
+            "groups": environment.groups,
+            "sharedVariables": {},
+        },
+        "serviceInstances": lambda *_, **__: connection(
+            [instance_view(caller, s, i) for s, i in instances]
+        ),
+        "deployments": lambda *_, **__: connection(
+            [
+                deployment_view(caller, d)
+                for d in reversed(state.deployments)
+                if d.environment_id == environment.id
+            ]
+        ),
+        "variables": lambda *_, **__: connection(
+            [
+                {
+                    "id": f"{i.id}:{name}",
+                    "name": name,
+                    "serviceId": s.id,
+                    "environmentId": environment.id,
+                    "isSealed": False,
+                    "references": [m[0] for m in model.REFERENCE.finditer(value)],
+                    "createdAt": i.created_at,
+                    "updatedAt": i.updated_at,
+                }
+                for s, i in instances
+                for name, value in i.variables.items()
+            ]
+        ),
+    }
+
+
+def service_view(caller: Caller, service: Service) -> dict[str, Any]:
+    return {
+        "id": service.id,
+        "name": service.name,
+        "icon": service.icon,
+        "projectId": service.project_id,
+        "createdAt": service.created_at,
+        "updatedAt": service.created_at,
+        "project": lambda *_: project_view(caller, need_project(caller, service.project_id)),
+        "serviceInstances": lambda *_, **__: connection(
+            [instance_view(caller, service, i) for i in service.instances]
+        ),
+        "deployments": lambda *_, **__: connection(
+            [
+                deployment_view(caller, d)
+                for d in reversed(caller.state.deployments)
+                if d.service_id == service.id
+            ]
+        ),
+    }
+
+
+def instance_view(caller: Caller, service: Service, instance: Instance) -> dict[str, Any]:
+    state = caller.state
+    deployments = state.deployments_of(service.id, instance.environment_id)
+    settings = instance.settings
+    return {
+        **{name: settings.get(name) for name in SETTINGS},
+        "id": instance.id,
+        "serviceId": service.id,
+        "serviceName": service.name,
+        "service": lambda *_: service_view(caller, service),
+        "environmentId": instance.environment_id,
+        "createdAt": instance.created_at,
+        "updatedAt": instance.updated_at,
+        "source": {"image": instance.image, "repo": instance.repo}
+        if instance.image or instance.repo
+        else None,
+        "builder": settings.get("builder") or "RAILPACK",
+        "numReplicas": settings.get("numReplicas", 1),
+        "restartPolicyType": settings.get("restartPolicyType") or "ON_FAILURE",
+        "restartPolicyMaxRetries": settings.get("restartPolicyMaxRetries") or 10,
+        "watchPatterns": settings.get("watchPatterns") or [],
+        "isUpdatable": True,
+        "domains": {
+            "serviceDomains": [domain_view(service, instance, d) for d in instance.domains],
+            "customDomains": [],
+        },
+        "latestDeployment": deployment_view(caller, deployments[0]) if deployments else None,
+        "activeDeployments": [
+            deployment_view(caller, d)
+            for d in deployments
+            if d.status == "SUCCESS" and not d.stopped
+        ],
+    }
+
+
+def domain_view(service: Service, instance: Instance, domain: model.Domain) -> dict[str, Any]:
+    return {
+        "__typename": "ServiceDomain",
+        "id": domain.id,
+        "domain": domain.domain,
+        "targetPort": domain.target_port,
+        "serviceId": service.id,
+        "environmentId": instance.environment_id,
+        "projectId": service.project_id,
+        "createdAt": domain.created_at,
+        "updatedAt": domain.created_at,
+        "suffix": "localhost",
+        "syncStatus": "ACTIVE",
+    }
+
+
+def deployment_view(caller: Caller, deployment: Deployment) -> dict[str, Any]:
+    state = caller.state
+    instance = state.instance(deployment.service_id, deployment.environment_id)
+    domain = instance.domains[0].domain if instance and instance.domains else None
+    return {
+        "id": deployment.id,
+        "projectId": deployment.project_id,
+        "environmentId": deployment.environment_id,
+        "serviceId": deployment.service_id,
+        "service": lambda *_: service_view(caller, need_service(caller, deployment.service_id)),
+        "status": deployment.status,
+        "createdAt": deployment.created_at,
+        "updatedAt": deployment.updated_at,
+        "statusUpdatedAt": deployment.updated_at,
+        "deploymentStopped": deployment.stopped or deployment.status in model.ENDED,
+        "staticUrl": domain,
+        "url": f"https://{domain}" if domain else None,
+        "meta": {"image": deployment.image} if deployment.image else {"cliUpload": True},
+        "canRedeploy": True,
+        "canRollback": False,
+        "snapshotId": deployment.id,
+        "suggestAddServiceDomain": False,
+        "instances": [
+            {"id": deployment.id, "status": "RUNNING" if not deployment.stopped else "STOPPED"}
+        ],
+    }

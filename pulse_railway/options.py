@@ -1,0 +1,285 @@
+"""The door: what a verb was asked for, settled once and checked here.
+
+In come flags (with the defaults of Invoke's configuration, see verbs.py); over the plugin, over
+the environment, they become a typed value, which is all that a flow sees of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pulse_railway import config, contract, naming
+from pulse_railway.config import AppConfig, Names, Where
+from pulse_railway.errors import Failure, keep_secret
+from pulse_railway.output import Output
+
+if TYPE_CHECKING:
+    from pulse_railway.plugin import RailwayPlugin
+
+Flags = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class StackOptions:
+    """For the verbs that work on what stands, and need no app."""
+
+    where: Where
+    names: Names
+    deployment_id: str | None = None
+    deployment_name: str | None = None
+    yes: bool = False
+
+
+@dataclass(frozen=True)
+class LogsOptions(StackOptions):
+    service: str | None = None  # a stable service; else a deployment's
+    build: bool = False
+    follow: bool = False
+    lines: int = 100
+
+
+@dataclass(frozen=True)
+class BaselineOptions:
+    """What a user may choose about the baseline."""
+
+    where: Where
+    names: Names
+    redis_url: str | None = None
+    redis_prefix: str = contract.DEFAULT_REDIS_PREFIX
+    cron: str = contract.DEFAULT_CRON
+    drain_ttl: int = contract.DEFAULT_DRAIN_TTL_SECONDS  # seconds
+    router_replicas: int = 1
+    runtime_image: str | None = None
+    plan_only: bool = False
+
+
+@dataclass(frozen=True)
+class DeployOptions:
+    where: Where
+    app: AppConfig
+    deployment_id: str | None = None
+    deployment_name: str = contract.DEFAULT_DEPLOYMENT_NAME
+    server_address: str | None = None
+    web_root: str | None = None
+    image_repository: str | None = None
+    build_args: Mapping[str, str] = config.NOTHING
+    env: Mapping[str, str] = config.NOTHING
+    no_gitignore: bool = False
+    replicas: int = 1
+    promote: bool = True
+    keep_failed: bool = False
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    repository: str
+    tag: str | None = None
+
+
+# -- a verb's flags to its value: one function a kind ------------------------------------------
+
+
+def stack(flags: Flags, output: Output) -> StackOptions:
+    app = load_app(flags, output) if flags.get("app") else None
+    return StackOptions(
+        where=where(flags, app.plugin if app else None),
+        names=app.names if app else names(flags),
+        deployment_id=deployment_id(flags),
+        deployment_name=flags.get("deployment_name"),
+        yes=bool(flags.get("yes")),
+    )
+
+
+def one_deployment(flags: Flags, output: Output) -> StackOptions:
+    """As `stack`, with the deployment that it is about."""
+    if not flags.get("deployment_id"):
+        raise Failure("which deployment? pass --deployment-id; `status` lists them")
+    return stack(flags, output)
+
+
+def one_name(flags: Flags, output: Output) -> StackOptions:
+    if not flags.get("deployment_name"):
+        raise Failure("which deployment? pass --deployment-name")
+    return stack(flags, output)
+
+
+def logs(flags: Flags, output: Output) -> LogsOptions:
+    # here --service is what to read, not the router's name
+    common = stack({**flags, "service": None}, output)
+    return LogsOptions(
+        **vars(common),
+        service=flags.get("service"),
+        build=bool(flags.get("build")),
+        follow=bool(flags.get("follow")),
+        lines=number(flags, "lines", 100),
+    )
+
+
+def baseline(flags: Flags, output: Output) -> BaselineOptions:
+    app = load_app(flags, output)
+    cron = flags.get("janitor_cron_schedule") or contract.DEFAULT_CRON
+    check_cron(cron)
+    redis_url = flags.get("redis_url")
+    keep_secret(redis_url)
+    if redis_url and not redis_url.startswith(("redis://", "rediss://")):
+        raise Failure("--redis-url must start with redis:// or rediss://")
+    return BaselineOptions(
+        where=where(flags, app.plugin),
+        names=app.names,
+        redis_url=redis_url,
+        redis_prefix=flags.get("redis_prefix") or contract.DEFAULT_REDIS_PREFIX,
+        cron=cron,
+        drain_ttl=number(flags, "drain_ttl_seconds", contract.DEFAULT_DRAIN_TTL_SECONDS, 0),
+        router_replicas=number(flags, "router_replicas", 1),
+        runtime_image=flags.get("runtime_image") or app.plugin.runtime_image,
+        plan_only=bool(flags.get("plan")),
+    )
+
+
+def deploy(flags: Flags, output: Output) -> DeployOptions:
+    app = load_app(flags, output)
+    repository = flags.get("image_repository") or app.plugin.image_repository
+    if repository and flags.get("no_gitignore"):
+        raise Failure("--no-gitignore is for source deploys: leave it or --image-repository out")
+    build_args = pairs(flags.get("build_arg"), "--build-arg")
+    env = pairs(flags.get("env"), "--env")
+    for flag, given in (("--env", env), ("--build-arg", {} if repository else build_args)):
+        if taken := sorted(contract.RESERVED & given.keys()):
+            raise Failure(f"{flag} cannot set {', '.join(taken)}: pulse-railway manages it")
+    keep_secret(*env.values(), *build_args.values())
+    name = flags.get("deployment_name") or app.plugin.deployment_name
+    return DeployOptions(
+        where=where(flags, app.plugin),
+        app=app,
+        deployment_id=deployment_id(flags),
+        deployment_name=name or contract.DEFAULT_DEPLOYMENT_NAME,
+        server_address=flags.get("server_address") or app.server_address,
+        web_root=flags.get("web_root"),
+        image_repository=repository,
+        build_args=build_args,
+        env=env,
+        no_gitignore=bool(flags.get("no_gitignore")),
+        replicas=number(flags, "backend_replicas", 1),
+        promote=not flags.get("no_promote"),
+        keep_failed=bool(flags.get("keep_failed")),
+    )
+
+
+def image(flags: Flags, output: Output) -> ImageOptions:
+    if not flags.get("repository"):
+        raise Failure("where to? pass --repository, e.g. registry/org/pulse-railway")
+    return ImageOptions(flags["repository"], flags.get("tag"))
+
+
+# -- what they share ---------------------------------------------------------------------------
+
+
+def load_app(flags: Flags, output: Output) -> AppConfig:
+    with output.step(f"load {flags.get('app') or 'the app'}"):
+        app = config.load_app(flags.get("app"), Path(flags.get("context") or ".").resolve())
+    if not flags.get("service_prefix"):
+        return app
+    try:  # the backends' only, as in 0.3.x
+        prefix = naming.service_prefix(flags["service_prefix"])
+    except ValueError as error:
+        raise Failure(str(error)) from None
+    return replace(app, names=replace(app.names, prefix=prefix))
+
+
+def where(flags: Flags, plugin: RailwayPlugin | None = None) -> Where:
+    """Which project and environment, by flags over the plugin.
+
+    Raises Failure where one is named and given by id at once.
+    """
+    for what in ("workspace", "project", "environment"):
+        if flags.get(what) and flags.get(f"{what}_id"):
+            raise Failure(f"pass --{what} or --{what}-id, not both")
+    project, environment = flags.get("project"), flags.get("environment")
+    if plugin and not flags.get("project_id"):
+        project = project or plugin.project
+    if plugin and not flags.get("environment_id"):
+        environment = environment or plugin.environment
+    return Where(
+        token=flags.get("token"),
+        workspace=flags.get("workspace"),
+        workspace_id=flags.get("workspace_id"),
+        project=project,
+        project_id=flags.get("project_id"),
+        environment=environment,
+        environment_id=flags.get("environment_id"),
+    )
+
+
+def names(flags: Flags) -> Names:
+    """For verbs that load no app. Raises Failure for a name that Railway would not take."""
+    router, redis = flags.get("service"), flags.get("redis_service")
+    try:
+        prefix = naming.service_prefix(flags.get("service_prefix"))
+        usual = Names(
+            *(
+                naming.baseline_name(prefix, name)
+                for name in (
+                    contract.DEFAULT_ROUTER,
+                    contract.DEFAULT_ENV,
+                    contract.DEFAULT_REDIS,
+                    contract.DEFAULT_JANITOR,
+                )
+            ),
+            prefix,
+        )
+        return replace(
+            usual,
+            router=naming.service_name(router) if router else usual.router,
+            redis=naming.service_name(redis) if redis else usual.redis,
+        )
+    except ValueError as error:
+        raise Failure(str(error)) from None
+
+
+def deployment_id(flags: Flags) -> str | None:
+    given = flags.get("deployment_id")
+    try:
+        return naming.deployment_id(given) if given else None
+    except ValueError as error:
+        raise Failure(str(error)) from None
+
+
+def check_cron(schedule: str) -> None:
+    """Five fields, and not more often than Railway's every five minutes."""
+    fields = schedule.split()
+    if len(fields) != 5:
+        raise Failure(f"cron schedule {schedule!r} needs five fields, like {contract.DEFAULT_CRON}")
+    minute = fields[0]
+    step = minute.removeprefix("*/")
+    if minute == "*" or (step != minute and step.isdigit() and int(step) < 5):
+        raise Failure(f"cron schedule {schedule!r}: Railway runs nothing more often than */5")
+
+
+def pairs(items: list[str] | None, flag: str) -> dict[str, str]:
+    """`KEY=VALUE` items as a dict. Raises Failure for one that is not."""
+    found = {}
+    for item in items or []:
+        key, equals, value = item.partition("=")
+        if not key or not equals:
+            raise Failure(f"{flag} takes KEY=VALUE, not {key!r}")
+        found[key] = value
+    return found
+
+
+def number(flags: Flags, name: str, default: int, least: int = 1) -> int:
+    """A flag that holds a whole number. Raises Failure for anything else."""
+    value = flags.get(name)
+    if value in (None, ""):
+        return default
+    try:
+        found = int(str(value))
+    except ValueError:
+        found = least - 1
+    if found < least:
+        raise Failure(
+            f"--{name.replace('_', '-')} takes a whole number from {least}, not {value!r}"
+        )
+    return found

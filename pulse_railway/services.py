@@ -1,0 +1,197 @@
+"""What is done to a service, whichever it is: create, write, deploy, delete."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from pulse_railway import contract
+from pulse_railway.config import Target
+from pulse_railway.errors import Failure
+from pulse_railway.railway import documents
+from pulse_railway.railway.api import Api
+from pulse_railway.stack import SECRET_NAMES, Service
+
+
+@dataclass
+class Change:
+    """What is to be done to one service."""
+
+    service: Service
+    variables: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    group_id: str | None = None
+    disconnect: bool = False
+    domain: bool = False
+    deploy: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(
+            self.variables
+            or self.settings
+            or self.group_id
+            or self.disconnect
+            or self.domain
+            or self.deploy
+        )
+
+    def lines(self) -> list[str]:
+        """For people; secrets are not shown."""
+        name = self.service.name
+        lines = []
+        for key, value in sorted(self.variables.items()):
+            before = self.service.variables.get(key)
+            if key in SECRET_NAMES:
+                lines.append(f"{name}: set {key} (secret)")
+            else:
+                lines.append(f"{name}: {key} {before or 'unset'} -> {value}")
+        for key, value in sorted(self.settings.items()):
+            before = self.service.image if key == "source" else self.service.settings.get(key)
+            shown = value.get("image") if key == "source" else value
+            lines.append(f"{name}: {key} {'unset' if before is None else before} -> {shown}")
+        if self.disconnect:
+            lines.append(
+                f"{name}: image {self.service.image} -> built from pulse-railway's sources"
+            )
+        if self.group_id:
+            lines.append(f"{name}: move into the router's group")
+        if self.domain:
+            lines.append(f"{name}: create a public address")
+        if self.deploy:
+            lines.append(f"{name}: deploy")
+        return lines
+
+
+def create_service(
+    api: Api,
+    target: Target,
+    name: str,
+    variables: dict[str, str],
+    *,
+    group_id: str | None,
+    settings: dict[str, Any] | None = None,
+    image: str | None = None,
+    created: Callable[[str], None] = lambda _: None,
+) -> str:
+    """Create a service with its variables, settings and place on the canvas; two calls.
+
+    Returns its id, and tells it to `created` as soon as there is one. Raises Uncertain where
+    Railway's answer was lost.
+    """
+    answer = api.call(
+        documents.SERVICE_CREATE,
+        input={
+            "projectId": target.project_id,
+            "environmentId": target.environment_id,
+            "name": name,
+            "variables": variables,
+        },
+    )
+    service_id = str(answer["serviceCreate"]["id"])
+    created(service_id)
+    configure_service(api, target, service_id, settings or {}, group_id, image)
+    return service_id
+
+
+def configure_service(
+    api: Api,
+    target: Target,
+    service_id: str,
+    settings: dict[str, Any],
+    group_id: str | None,
+    image: str | None = None,
+) -> None:
+    service = Service(service_id, "", "", "", None, {}, [], None, None)
+    if image:
+        settings = {**settings, "source": {"image": image}}
+    write(api, target, [Change(service, settings=settings, group_id=group_id)])
+
+
+def write(api: Api, target: Target, changes: list[Change]) -> None:
+    """Everything but deployments, in one document. All of it may be repeated."""
+    values: dict[str, Any] = {"environment": target.environment_id}
+    counts = {"variables": 0, "settings": 0, "disconnect": 0}
+    groups: dict[str, Any] = {}
+    for change in changes:
+        variables = {k: v for k, v in change.variables.items() if k != contract.RUNTIME_VERSION}
+        if change.disconnect:
+            values[f"d{counts['disconnect']}"] = change.service.id
+            counts["disconnect"] += 1
+        if variables:
+            values[f"v{counts['variables']}"] = variable_input(target, change.service.id, variables)
+            counts["variables"] += 1
+        if change.settings:
+            values[f"s{counts['settings']}"] = change.service.id
+            values[f"i{counts['settings']}"] = change.settings
+            counts["settings"] += 1
+        if change.group_id:
+            groups[change.service.id] = {"groupId": change.group_id}
+    if groups:
+        values["patch"] = {"services": groups}
+    if not counts["settings"] and not groups:
+        del values["environment"]
+    if any(counts.values()) or groups:
+        document = documents.configure(patch=bool(groups), **counts)
+        api.call(document, repeatable=True, **values)
+
+
+def variable_input(target: Target, service_id: str, variables: dict[str, str]) -> dict[str, Any]:
+    return {
+        "projectId": target.project_id,
+        "environmentId": target.environment_id,
+        "serviceId": service_id,
+        "variables": variables,
+        "skipDeploys": True,
+    }
+
+
+def write_variables(api: Api, target: Target, service_id: str, variables: dict[str, str]) -> None:
+    """Write some of a service's variables, without deploying it anew."""
+    document = documents.configure(variables=1)
+    api.call(document, repeatable=True, v0=variable_input(target, service_id, variables))
+
+
+def create_domain(api: Api, target: Target, service_id: str) -> str:
+    data = api.call(
+        documents.DOMAIN_CREATE,
+        input={
+            "environmentId": target.environment_id,
+            "serviceId": service_id,
+            "targetPort": contract.DEFAULT_PORT,
+        },
+    )
+    return str(data["serviceDomainCreate"]["domain"])
+
+
+def deploy_service(api: Api, target: Target, service_id: str) -> str:
+    """Deploy what a service's source is; returns the deployment's id. A second one supersedes."""
+    data = api.call(
+        documents.SERVICE_DEPLOY,
+        service=service_id,
+        environment=target.environment_id,
+        repeatable=True,
+    )
+    return str(data["serviceInstanceDeployV2"])
+
+
+def delete_service(api: Api, target: Target, service_id: str) -> None:
+    """Delete a service; one that is gone already is what was wanted."""
+    try:
+        api.call(
+            documents.SERVICE_DELETE,
+            service=service_id,
+            environment=target.environment_id,
+            repeatable=True,
+        )
+    except Failure as failure:
+        if "not found" not in str(failure).lower():
+            raise
+
+
+def shell(command: str) -> str:
+    """A start command in a shell: Railway runs it without one where there is a Dockerfile."""
+    if command.startswith(("sh -c ", "/bin/sh -c ")):
+        return command
+    return f"sh -c {shlex.quote(command)}"

@@ -1,0 +1,124 @@
+"""Waiting for Railway: one polling query, however many services are waited for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from pulse_railway.config import Target
+from pulse_railway.errors import Failure
+from pulse_railway.output import Output
+from pulse_railway.railway import documents
+from pulse_railway.railway.api import Api
+
+POLL_SECONDS = 2.0  # Railway asks for no more
+BUILD_TIMEOUT = 1800.0
+FAILED_STATES = ("FAILED", "CRASHED", "REMOVED", "SKIPPED")
+
+
+def poll(timeout: float, ask: Callable[[], Any], what: str) -> Any:
+    """Ask every two seconds until there is an answer. Raises Failure when the time is up."""
+    deadline = time.monotonic() + timeout
+    pause = 0.5
+    while True:
+        answer = ask()
+        if answer is not None:
+            return answer
+        if time.monotonic() > deadline:
+            raise Failure(f"{what} took longer than {timeout:.0f} s")
+        time.sleep(pause)
+        pause = min(pause * 2, POLL_SECONDS)
+
+
+def latest(api: Api, target: Target) -> dict[str, dict[str, str]]:
+    """The latest deployment of every service that has one, by service id."""
+    data = api.call(documents.LATEST, project=target.project_id, environment=target.environment_id)
+    return {
+        node["serviceId"]: node["latestDeployment"]
+        for edge in data["environment"]["serviceInstances"]["edges"]
+        if (node := edge["node"])["latestDeployment"]
+    }
+
+
+def wait_for_services(
+    api: Api,
+    target: Target,
+    wanted: dict[str, str],
+    known: dict[str, str | None],
+    output: Output,
+    timeout: float = BUILD_TIMEOUT,
+) -> None:
+    """Wait until the deployments of several services have succeeded, with one polling query.
+
+    Args:
+        wanted: service id to name.
+        known: service id to the deployment to wait for; None: whatever is the latest.
+
+    Raises Failure naming the service whose deployment failed, with the end of its build log.
+    """
+    shown: dict[str, str] = {}
+
+    def ask() -> bool | None:
+        now = latest(api, target)
+        waiting = []
+        for service_id, name in wanted.items():
+            deployment = now.get(service_id)
+            status = deployment["status"] if deployment else "INITIALIZING"
+            expected = known.get(service_id)
+            if expected and deployment and deployment["id"] != expected:
+                status = "QUEUED"  # an older deployment is still the latest
+            if deployment and status in FAILED_STATES:
+                tail = build_tail(api, deployment["id"])
+                raise Failure(f"the deployment of {name} ended as {status}\n{tail}".rstrip())
+            if status != "SUCCESS":
+                waiting.append(f"{name} {status.lower()}")
+        line = ", ".join(waiting)
+        if waiting and shown.get("line") != line:
+            shown["line"] = line
+            output.waiting(line)
+        return None if waiting else True
+
+    poll(timeout, ask, f"the deployment of {', '.join(wanted.values())}")
+
+
+def wait_for_build(
+    api: Api, deployment_id: str, output: Output, timeout: float = BUILD_TIMEOUT
+) -> None:
+    """Wait for one deployment, showing its build log as it comes.
+
+    Raises Failure with the end of the log where it does not succeed.
+    """
+    log: list[str] = []
+    since: str | None = None
+    seen: set[tuple[str, str]] = set()
+    last = ""
+
+    def ask() -> bool | None:
+        nonlocal since, last
+        data = api.call(documents.DEPLOYMENT, deployment=deployment_id, since=since)
+        for line in data["buildLogs"]:
+            if (key := (line["timestamp"], line["message"])) not in seen:
+                seen.add(key)
+                since = line["timestamp"]
+                log.append(line["message"])
+                output.log(line["message"])
+        status = data["deployment"]["status"]
+        if status == "SUCCESS":
+            return True
+        if status in FAILED_STATES:
+            tail = "\n".join(f"    {line}" for line in log[-20:])
+            raise Failure(f"the build or start ended as {status}; its log ended with\n{tail}")
+        if status == "NEEDS_APPROVAL":
+            raise Failure("the deployment waits for an approval on Railway: approve it there")
+        if status != last:
+            last = status
+            output.waiting(status.lower())
+        return None
+
+    poll(timeout, ask, "the build")
+
+
+def build_tail(api: Api, deployment_id: str) -> str:
+    data = api.call(documents.DEPLOYMENT, deployment=deployment_id, since=None)
+    return "\n".join(f"    {line['message']}" for line in data["buildLogs"][-20:])
