@@ -28,6 +28,7 @@ def test_variables_are_read_by_their_names() -> None:
     known = {v for k, v in vars(contract).items() if k.isupper() and isinstance(v, str)}
     own = {
         "PULSE_RAILWAY_ROUTER_RESPONSE_TIMEOUT",
+        "PULSE_RAILWAY_ROUTER_CONNECTION_LIMIT",
         "PULSE_RAILWAY_ROUTER_HALF_CLOSED_SECONDS",
         "PULSE_RAILWAY_ROUTER_SHUTDOWN_SECONDS",
         "PULSE_RAILWAY_ROUTER_WORKERS",

@@ -135,10 +135,57 @@ def test_contradictions_delete_nothing(room: Room) -> None:
     railway = Railway(service("other"))
     with pytest.raises(janitor.Refused, match="has no service"):
         janitor.sweep(room.store, railway, "token", 0)
-    room.server.client.delete("pulse:railway:active")
-    with pytest.raises(janitor.Refused, match="none is active"):
-        janitor.sweep(room.store, railway, "token", 0)
     assert railway.deleted == []
+
+
+def test_lost_state_is_restored_from_railway(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(router, "HEAL_WAIT", 0.2)
+    room.sessions(0)
+    room.server.client.flushall()
+    for intent in (None, "gone"):  # what nobody knows is not guessed
+        railway = Railway(service("active"), service("rolled-back", 60), intent=intent)
+        with pytest.raises(janitor.Refused, match=r"none is active.*--deployment-id"):
+            janitor.sweep(room.store, railway, "token", 0)
+    railway = Railway(service("active"), service("rolled-back", 60), intent="active")
+    assert janitor.sweep(room.store, railway, "token", 0).restored == "active"
+    assert railway.deleted == []
+    assert room.server.client.get("pulse:railway:active") == "active"
+    record = room.record("rolled-back")
+    assert record is not None
+    assert record["state"] == "draining"
+
+
+def test_the_active_deployment_is_noted_on_railway(room: Room) -> None:
+    for intent, noted in ((None, ["active"]), ("before", ["active"]), ("active", [])):
+        railway = Railway(service("active"), intent=intent)
+        janitor.sweep(room.store, railway, "token", 60)
+        assert railway.remembered == noted
+
+
+@pytest.mark.parametrize("meanwhile", ["promoted", "drained anew", "forgotten", "emptied"])
+def test_what_changed_since_it_was_judged_is_left(
+    room: Room, monkeypatch: pytest.MonkeyPatch, meanwhile: str
+) -> None:
+    """Before: a deployment that was rolled back to during its tabs' grace was deleted."""
+    began = time.time() - 500
+    room.server.deployment("old", room.backend.address, "draining", drain_started_at=began)
+
+    def change(_: Any, __: str) -> None:
+        client = room.server.client
+        if meanwhile == "promoted":
+            room.server.deployment("old", room.backend.address, "active")
+        elif meanwhile == "drained anew":
+            now = time.time()
+            room.server.deployment("old", room.backend.address, "draining", drain_started_at=now)
+        elif meanwhile == "forgotten":
+            client.delete("pulse:railway:deployment:old")
+        else:
+            client.flushall()
+
+    monkeypatch.setattr(janitor, "reload_tabs", change)
+    report, deleted = room.run(service("old"), ttl=40)
+    assert deleted == []
+    assert "changed meanwhile" in report.kept["old"] or "is active" in report.kept["old"]
 
 
 def test_the_flags_of_0_3_set_what_ensure_sets() -> None:

@@ -44,7 +44,7 @@ def test_a_redis_outage_fails_no_request(redis_server: Redis, run_router: Run) -
         redis_server.start()
         time.sleep(4)
         assert ask(router.port).body == b"a"
-        assert "restore" in router.output()
+        assert "writing back" in router.output()
         # and a new state is taken up
         redis_server.deployment("b", b.address)
         eventually(lambda: ask(router.port).body == b"b")
@@ -386,7 +386,7 @@ def test_10000_mangled_requests_leave_the_router_serving(
         finally:
             sock.close()
         # an answer is the backend's, or a refusal; never the router's own failure
-        assert answer == b"" or answer[9:10] in (b"2", b"4"), answer[:200]
+        assert answer == b"" or answer[9:10] in (b"2", b"4") or answer[9:12] == b"505", answer[:200]
         if i % 1000 == 0:
             assert ask(router.port).body == b"a"
     assert ask(router.port).body == b"a"

@@ -64,19 +64,20 @@ def clean_up(
     try:
         with output.step(f"remove {progress.service_name}"):
             undo(api, Stack(target, wanted.app.names, {}), progress)
-    except Refused as refused:
-        if refused.reason == "active":  # the promotion ran, and its answer was lost
+    except (Failure, Interrupted) as why:
+        if isinstance(why, Refused) and why.reason == "active":  # it ran, its answer was lost
             progress.promoted = True
             _stays(name, output)
+        elif not progress.creating:
+            output.say(f"{progress.service_name} is removed; its record is left to the janitor")
         else:
-            output.say(f"{progress.service_name} stays: {refused}")
-    except Failure as failure:
-        output.say(
-            f"{progress.service_name} stays, since it is not certain that it may go: {failure}."
-            f" `pulse-railway status` tells whether {name} is active; if not, run"
-            f" `pulse-railway delete --deployment-id {name}`. Else the janitor removes it after an"
-            " hour"
-        )
+            reason = "interrupted again" if isinstance(why, Interrupted) else str(why)
+            output.say(
+                f"{progress.service_name} stays, since it is not certain that it may go: {reason}."
+                f" `pulse-railway status` tells whether {name} is active; if not, run"
+                f" `pulse-railway delete --deployment-id {name}`. Else the janitor removes it after"
+                " an hour"
+            )
 
 
 def _stays(name: str, output: Output) -> None:
@@ -96,6 +97,7 @@ def undo(api: Api, stack: Stack, progress: Progress) -> None:
     service_id = progress.service_id or created_after_all(api, stack, progress)
     if service_id:
         delete_service(api, stack.target, service_id)
+    progress.creating = False
     if progress.registered:
         control.forget(api, stack, progress.deployment_id)
 

@@ -1,0 +1,235 @@
+"""A store that has lost its data, and commands that meet what others have just done."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from pulse_railway import runtime_image
+from tests.conftest import Process, Redis
+from tests.net import Backend, ask, eventually, ok
+
+router: Any = runtime_image.load("router")
+Run = Callable[..., Process]
+
+
+class Site:
+    """Two backends, each of which names itself, and a store with `new` active, `old` draining."""
+
+    def __init__(self, server: Redis, new: Backend, old: Backend) -> None:
+        self.server, self.new, self.old = server, new, old
+        self.store = router.RedisStore(server.url, "pulse:railway")
+        self.control("register", "--deployment-id", "old", "--service-id", "s-old", backend=old)
+        self.promote("old")
+        self.control("register", "--deployment-id", "new", "--service-id", "s-new", backend=new)
+        self.promote("new")
+
+    def control(self, command: str, *words: str, backend: Backend | None = None) -> int:
+        if backend:
+            words = (*words, "--service-name", words[1], "--address", backend.address)
+        return int(router.control([command, *words]))
+
+    def promote(self, name: str, *words: str) -> int:
+        service = ["--active-service-name", name]
+        return self.control("promote", "--active-deployment-id", name, *service, *words)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return dict(self.store.read())
+
+    def record(self, name: str) -> dict[str, Any]:
+        return dict(json.loads(self.state.get(f":deployment:{name}", "{}")))
+
+
+@pytest.fixture
+def site(redis_server: Redis, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    monkeypatch.setenv("REDIS_URL", redis_server.url)
+    monkeypatch.setenv("RAILWAY_SERVICE_ID", "here")
+    monkeypatch.delenv("PULSE_RAILWAY_ACTIVE", raising=False)
+    monkeypatch.setattr(router, "HEAL_WAIT", 0.5)
+    with Backend(ok(b"new")) as new, Backend(ok(b"old")) as old:
+        yield Site(redis_server, new, old)
+
+
+def page(process: Process, affinity: str = "") -> tuple[int, bytes]:
+    answer = ask(process.port, f"/?pulse_deployment={affinity}" if affinity else "/")
+    return answer.status, answer.body
+
+
+def up(process: Process) -> Process:
+    eventually(lambda: ask(process.port, "/healthz").status == 200)
+    return process
+
+
+# -- emptied -----------------------------------------------------------------------------------
+
+
+def test_an_emptied_store_is_filled_by_a_router(site: Site, run_router: Run) -> None:
+    routers = [up(run_router(site.server)) for _ in range(2)]
+    before = {k: v for k, v in site.state.items() if k != router.MARK}
+    site.server.client.flushall()
+    eventually(
+        lambda: (
+            {k: v for k, v in site.state.items() if k != router.MARK} | {":answers": ""}
+            == before | {":answers": ""}
+        )
+    )
+    assert router.MARK in site.state
+    time.sleep(router.REFRESH_EVERY + 0.5)  # the other has seen the new mark, and left it
+    for process in routers:
+        assert page(process) == (200, b"new")
+        assert page(process, "old") == (200, b"old")
+
+
+def test_a_registration_on_an_emptied_store_is_not_the_whole_state(
+    site: Site, run_router: Run
+) -> None:
+    """Before: every visitor got 404, and the promotion that followed turned old tabs to 409."""
+    process = up(run_router(site.server))
+    site.server.client.flushall()
+    words = ["--deployment-id", "third", "--service-id", "s-third"]
+    assert site.control("register", *words, backend=site.old) == 0
+    eventually(lambda: site.state.get(":active") == "new")
+    assert page(process) == (200, b"new")
+    assert page(process, "old") == (200, b"old")
+    assert site.record("third")["state"] == "pending"
+    assert site.promote("third") == 0
+    eventually(lambda: page(process) == (200, b"old"))
+    assert site.record("new")["state"] == "draining"
+
+
+def test_a_promotion_on_an_emptied_store_drains_what_was_active(
+    site: Site, run_router: Run
+) -> None:
+    process = up(run_router(site.server))
+    client = site.server.client
+    client.flushall()
+    # as 0.3.x writes it, all in one
+    record = {"deployment_id": "x", "state": "active", "service_name": "x"}
+    record |= {"address": site.old.address, "drain_started_at": None}
+    client.mset({"pulse:railway:deployment:x": json.dumps(record), "pulse:railway:active": "x"})
+    eventually(lambda: site.record("new").get("state") == "draining")
+    assert site.state[":active"] == "x"
+    assert time.time() - site.record("new")["drain_started_at"] < 5
+    eventually(lambda: page(process, "new") == (200, b"new"))
+    assert page(process) == (200, b"old")
+
+
+def test_what_was_removed_does_not_come_back(site: Site, run_router: Run) -> None:
+    up(run_router(site.server))
+    assert site.control("delete", "--deployment-id", "old") == 0
+    time.sleep(0.3)
+    site.server.client.flushall()
+    eventually(lambda: site.state.get(":active") == "new")
+    assert "old" in json.loads(site.state[":removed"])
+    assert site.record("old") == {}
+
+
+def test_a_router_that_starts_on_an_emptied_store(site: Site, run_router: Run) -> None:
+    """It knows from Railway that something was active: no 404, and no good health."""
+    site.server.client.flushall()
+    process = run_router(site.server, PULSE_RAILWAY_ACTIVE="new")
+    time.sleep(1)
+    health, answer = ask(process.port, "/healthz"), ask(process.port, "/")
+    assert (health.status, answer.status) == (503, 503)
+    assert answer.header("retry-after") == "1"
+    records = [{"deployment_id": "new", "service_name": "new", "address": site.new.address}]
+    words = ["--records-json", json.dumps(records)]
+    assert site.control("restore", "--active-deployment-id", "new", *words) == 0
+    eventually(lambda: page(process) == (200, b"new"))
+    assert ask(process.port, "/healthz").status == 200
+
+
+@pytest.mark.parametrize("command", ["register", "promote", "retire", "delete"])
+def test_commands_wait_for_lost_state_and_then_refuse(
+    site: Site, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    site.server.client.flushall()
+    capsys.readouterr()
+    words = {
+        "register": ["--deployment-id", "x", "--service-name", "x"],
+        "promote": ["--active-deployment-id", "new", "--active-service-name", "new"],
+    }.get(command, ["--deployment-id", "new"])
+    assert site.control(command, *words, "--intent", "new", "--nonce", "n") == 1
+    answer = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (answer["command"], answer["nonce"], answer["reason"]) == (command, "n", "lost")
+    assert "run `pulse-railway restore`" in answer["error"]
+    assert site.state == {}
+
+
+def test_the_state_survives_a_redis_that_restarts_empty(site: Site, run_router: Run) -> None:
+    process = up(run_router(site.server))
+    site.server.stop()
+    time.sleep(0.5)
+    assert page(process) == (200, b"new")
+    site.server.start()
+    eventually(lambda: site.state.get(":active") == "new", 20)
+    assert page(process, "old") == (200, b"old")
+
+
+# -- answers that count ------------------------------------------------------------------------
+
+
+def test_a_nonce_is_carried_out_once(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    assert site.promote("old", "--nonce", "one") == 0
+    assert site.promote("new", "--nonce", "two") == 0
+    capsys.readouterr()
+    assert site.promote("old", "--nonce", "one") == 0  # asked again: its answer was lost
+    assert json.loads(capsys.readouterr().out) == {"ok": True, "command": "promote", "nonce": "one"}
+    assert site.state[":active"] == "new"
+
+
+def test_a_redis_that_does_not_answer(
+    site: Site, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert site.server.process
+    os.kill(site.server.process.popen.pid, 19)  # SIGSTOP
+    try:
+        monkeypatch.setattr(router, "REDIS_TIMEOUT", 0.3)
+        began = time.monotonic()
+        assert site.control("status", "--nonce", "n") == 1
+        assert time.monotonic() - began < 3
+    finally:
+        os.kill(site.server.process.popen.pid, 18)
+    said = capsys.readouterr()
+    assert json.loads(said.out.splitlines()[-1])["reason"] == "store"
+    assert "Traceback" not in said.err
+
+
+# -- what others have just done ----------------------------------------------------------------
+
+
+def test_only_what_is_registered_is_promoted(site: Site) -> None:
+    assert site.promote("nowhere") == 1
+    assert site.control("retire", "--deployment-id", "old") == 0
+    assert site.promote("old") == 1  # a `delete` goes on
+    assert site.control("delete", "--deployment-id", "old") == 0
+    assert site.promote("old") == 1  # ... and has ended
+    assert site.state[":active"] == "new"
+    assert site.record("new")["state"] == "active"
+
+
+def test_a_late_registration_is_refused_and_a_new_service_starts_clean(site: Site) -> None:
+    words = ["--deployment-id", "late", "--service-id", "s-1"]
+    assert site.control("retire", *words) == 0  # it was undone before its command came through
+    assert site.control("register", *words, backend=site.old) == 1
+    assert site.record("late") == {}
+    assert site.control("register", *words[:3], "s-2", backend=site.old) == 0
+    assert site.control("retire", *words[:3], "s-2") == 0  # a delete that is cut off here
+    assert site.promote("late") == 1
+    assert site.control("register", *words[:3], "s-2", backend=site.old) == 1
+    assert site.control("register", *words[:3], "s-3", backend=site.old) == 0
+    assert "retiring_at" not in site.record("late")
+    assert site.promote("late") == 0
+
+
+def test_the_active_one_is_neither_retired_nor_forgotten(site: Site) -> None:
+    for command in ("retire", "delete"):
+        assert site.control(command, "--deployment-id", "new") == 1
+    assert "retiring_at" not in site.record("new")
+    assert "new" not in json.loads(site.state.get(":removed", "{}"))

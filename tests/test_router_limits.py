@@ -1,0 +1,215 @@
+"""What a client cannot do: grow the router, or say in a trailer what a head may not."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pulse_railway.local.supervisor import free_port
+from tests.conftest import ROOT, Process, Redis
+from tests.net import Backend, Connection, ask, eventually, header, headers, read_answer
+
+Run = Callable[..., Process]
+POST = b"POST / HTTP/1.1\r\nhost: app.example\r\ntransfer-encoding: chunked\r\n\r\n"
+MB = 1 << 20
+
+
+class Bodies(Backend):
+    """A backend that reads chunked bodies, and keeps what it was sent."""
+
+    def __init__(self) -> None:
+        self.sent: list[bytes] = []
+        super().__init__(handle=self.read)
+
+    def read(self, connection: Connection) -> None:
+        while head := connection.head():
+            self.heads.append(head)
+            body = b""
+            if header(head, "transfer-encoding"):
+                while size := int(connection.until(b"\r\n").split(b";")[0] or b"0", 16):
+                    body += connection.read(size)
+                    connection.read(2)
+                self.sent.append(connection.until(b"\r\n"))
+            self.sent.append(body)
+            connection.send(self.answer)
+
+
+@pytest.fixture
+def site(redis_server: Redis, run_router: Run) -> Iterator[tuple[Bodies, Process]]:
+    with Bodies() as backend:
+        redis_server.deployment("a", backend.address)
+        router = run_router(redis_server)
+        eventually(lambda: ask(router.port, "/healthz").status == 200)
+        yield backend, router
+
+
+def test_a_trailer_never_becomes_a_header(site: tuple[Bodies, Process]) -> None:
+    """Head, body and trailers in one segment: before, they were one list of headers."""
+    backend, router = site
+    trailers = (
+        b"host: evil.example\r\nx-forwarded-for: 6.6.6.6\r\nx-pulse-deployment: nowhere\r\n"
+        b"cookie: session=stolen\r\nX-Pulse-Client-Loader: 1\r\n"
+    )
+    for parts in ([POST + b"2\r\nhi\r\n0\r\n" + trailers + b"\r\n"],
+                  [POST, b"2\r\nhi\r\n0\r\n", trailers, b"\r\n"]):  # fmt: skip
+        with Connection.to(router.port) as c:
+            for part in parts:
+                c.send(part)
+                time.sleep(0.05)
+            assert read_answer(c).status == 200
+        head = backend.heads[-1]
+        assert headers(head, "host") == ["app.example"]
+        assert headers(head, "x-forwarded-for") == ["127.0.0.1"]
+        for name in ("cookie", "x-pulse-deployment", "x-pulse-client-loader"):
+            assert header(head, name) is None
+        assert backend.sent[-2:] == [b"\r\n", b"hi"]
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [b"x-trailer: " + b"a" * 1000 + b"\r\n", b"a" * 1000],
+    ids=["many trailers", "one endless trailer"],
+)
+def test_trailers_are_bounded(site: tuple[Bodies, Process], piece: bytes) -> None:
+    _refused(site[1], POST + b"2\r\nhi\r\n0\r\n", piece)
+
+
+@pytest.mark.parametrize(
+    "piece", [b"a" * 1000, b"1;" + b"x" * 5000 + b"\r\na\r\n"], ids=["one", "many"]
+)
+def test_chunk_extensions_are_bounded(site: tuple[Bodies, Process], piece: bytes) -> None:
+    _refused(site[1], POST + (b"2;" if piece[:1] == b"a" else b""), piece)
+
+
+def _refused(router: Process, start: bytes, piece: bytes) -> None:
+    """60 MB of it cost 173 MB before, and were answered 200."""
+    before = router.rss
+    with Connection.to(router.port) as c:
+        c.send(start)
+        sent = 0
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            while sent < 60 * MB:
+                c.send(piece * 64)
+                sent += len(piece) * 64
+        with contextlib.suppress(ConnectionResetError):
+            assert read_answer(c).status in (0, 431)
+    assert router.rss - before < 6 * MB
+    assert ask(router.port).status == 200
+
+
+def test_small_chunks_are_no_attack(site: tuple[Bodies, Process]) -> None:
+    backend, router = site
+    with Connection.to(router.port) as c:
+        c.send(POST)
+        for _ in range(40):
+            c.send(b"1;a=b\r\nx\r\n" * 1000)
+        c.send(b"0\r\n\r\n")
+        assert read_answer(c).status == 200
+    assert backend.sent[-1] == b"x" * 40_000
+
+
+def test_headers_are_counted(site: tuple[Bodies, Process]) -> None:
+    assert ask(site[1].port, "/", *(f"x-{i}: 1" for i in range(400))).status == 200
+    assert ask(site[1].port, "/", *(f"x-{i}: 1" for i in range(600))).status == 431
+
+
+def test_pipelined_requests_are_bounded(site: tuple[Bodies, Process]) -> None:
+    """They are answered up to the limit, then the connection ends (RFC 9112 section 9.3.2)."""
+    _, router = site
+    before = router.rss
+    one = b"GET / HTTP/1.1\r\nhost: app.example\r\n\r\n"
+    for count, answered in ((30, 30), (20_000, None)):
+        with Connection.to(router.port) as c:
+            try:
+                c.send(one * count)
+            except (BrokenPipeError, ConnectionResetError):
+                assert answered is None
+            got = 0
+            try:
+                while got < count and read_answer(c).status == 200:
+                    got += 1
+            except ConnectionResetError:
+                assert answered is None
+            assert got == answered or (answered is None and got < 200)
+    assert router.rss - before < 8 * MB
+
+
+@pytest.mark.parametrize("version", ["HTTP/2.0", "HTTP/0.9", "HTTP/3.0", "HTTP/1.2"])
+def test_other_versions_are_refused(site: tuple[Bodies, Process], version: str) -> None:
+    backend, router = site
+    with Connection.to(router.port) as c:
+        c.send(f"GET / {version}\r\nhost: app.example\r\n\r\n".encode())
+        assert read_answer(c).status in (400, 505)
+    assert not backend.heads
+
+
+# -- descriptors -------------------------------------------------------------------------------
+
+
+def limited(start: Run, server: Redis, limits: str, **env: str) -> Process:
+    port = free_port()
+    given = {"PORT": str(port), "HOST": "127.0.0.1", "REDIS_URL": server.url, **env}
+    command = ["sh", "-c", f"ulimit {limits}; exec {sys.executable} {ROOT / 'router.py'}"]
+    router = start(command, port, given)
+    eventually(lambda: ask(router.port, "/healthz").status == 200)
+    return router
+
+
+def test_the_soft_descriptor_limit_is_raised(redis_server: Redis, start: Run) -> None:
+    router = limited(start, redis_server, "-S -n 100; ulimit -H -n 500")
+    limits = Path(f"/proc/{router.popen.pid}/limits").read_text()
+    line = next(x for x in limits.splitlines() if x.startswith("Max open files"))
+    assert line.split()[3:5] == ["500", "500"]
+
+
+@pytest.mark.parametrize("how", ["descriptors", "variable"])
+def test_newcomers_are_turned_away_near_the_limit(
+    redis_server: Redis, start: Run, how: str
+) -> None:
+    env = {"PULSE_RAILWAY_ROUTER_CONNECTION_LIMIT": "68"} if how == "variable" else {}
+    with Backend() as backend:
+        redis_server.deployment("a", backend.address)
+        router = limited(
+            start, redis_server, "-n 200" if how == "descriptors" else "-n 1000", **env
+        )
+        held = [Connection.to(router.port) for _ in range(67)]
+        request = b"GET / HTTP/1.1\r\nhost: app.example\r\n\r\n"
+        for c in held:
+            c.send(request)
+            assert read_answer(c).status == 200
+        turned = ask(router.port)
+        while turned.status == 200:  # the health check's own connection may have gone
+            extra = Connection.to(router.port)
+            held.append(extra)
+            extra.send(request)
+            turned = read_answer(extra)
+        assert turned.status == 503
+        assert turned.json == {"detail": "too many connections"}
+        for c in held[:67]:  # those who are there go on, each with a backend of its own
+            c.send(request)
+        assert [read_answer(c).status for c in held[:67]] == [200] * 67
+        for c in held:
+            c.close()
+        eventually(lambda: ask(router.port).status == 200)
+
+
+@pytest.mark.parametrize(
+    "variable", ["PORT", "PULSE_RAILWAY_ROUTER_CONNECTION_LIMIT", "PULSE_RAILWAY_ROUTER_WORKERS"]
+)
+def test_a_number_that_is_none(redis_server: Redis, variable: str) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "router.py")],
+        env={**os.environ, "REDIS_URL": redis_server.url, variable: "abc"},
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip() == f"{variable} takes a whole number from 1, not 'abc'"
