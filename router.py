@@ -457,6 +457,13 @@ class RedisStore:
                     continue  # somebody else wrote in between: read again
                 return change
 
+    def heal(self, known: State) -> None:
+        """Write back what is known, on a connection of its own that does not stay."""
+        try:
+            self.apply(functools.partial(heal, known=known))
+        finally:
+            self.client.connection_pool.disconnect()
+
     def routers(self) -> list[Record]:
         """What each running router last said of itself."""
         keys = list(self.client.scan_iter(f"{self.prefix}:router:*", count=SCAN_COUNT))
@@ -493,8 +500,7 @@ class RedisStore:
                     keys.update(self.prefix + record_key(name) for name in asked)
                     state = await self._read(client, keys)
                     if table.misses(state):
-                        step = functools.partial(heal, known=table.raw)
-                        await loop.run_in_executor(None, self.apply, step)
+                        await loop.run_in_executor(None, self.heal, table.raw)
                         keys |= {self.prefix + key for key in table.raw if key not in FIXED}
                         state = await self._read(client, keys)
                         next_scan = 0.0
@@ -772,6 +778,9 @@ class Metrics:
                 "errors": self.errors,
                 "stale": self.stale,
                 "turned_away": self.turned_away,
+                "clients": len(Client.instances),
+                "pooled": idle_connections(),
+                "tasks": len(asyncio.all_tasks()),
                 "tunnels_open": self.tunnels_open,
                 "tunnels_opened": self.tunnels_opened,
                 "requests_per_deployment": dict(self.per_deployment),
@@ -1263,6 +1272,8 @@ class Client(HttpToolsProtocol):
         self.lingering = True
         self.touched = self.lingers_since = self.loop.time()
         self.flow.resume_reading()
+        if not self.transport.is_closing() and self.transport.can_write_eof():
+            self.transport.write_eof()  # the client need not wait for the rest to see the end
 
     def overdue(self, now: float) -> bool:
         """Is this one still there although it has been given all the time that it gets?"""

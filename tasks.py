@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from typing import Any
 
 from invoke.collection import Collection
@@ -44,6 +45,14 @@ def bench(c: Context, control: bool = False, quick: bool = False) -> None:
     c.run(f"{sys.executable} -m benchmarks.{what}", pty=False)
 
 
+@task(help={"minutes": "how long to play", "seed": "repeats a run"})
+def soak(_: Any, minutes: float = 5.0, seed: int = 0) -> None:
+    """Play every kind of ending against a router, and see that it gives back what it took."""
+    from tests import soak as script
+
+    raise SystemExit(script.main(minutes, seed or time.time_ns() % (1 << 32)))
+
+
 ns = Collection.from_module(railway)
-for own in (demo, test, lint, bench):
+for own in (demo, test, lint, bench, soak):
     ns.add_task(own)  # type: ignore[arg-type]  # the decorator hides that it is a Task
