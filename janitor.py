@@ -112,7 +112,7 @@ class Railway:
     def __init__(self, env: dict[str, str]) -> None:
         self.project = env["RAILWAY_PROJECT_ID"]
         self.environment = env["RAILWAY_ENVIRONMENT_ID"]
-        self.token = env["RAILWAY_TOKEN"]
+        self.token = env["RAILWAY_TOKEN"].strip()
         self.router = env.get("PULSE_RAILWAY_SERVICE") or "pulse-router"
         self.url = env.get("PULSE_RAILWAY_API_URL") or API_URL
         self.client = httpx.Client(timeout=30)

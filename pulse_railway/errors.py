@@ -39,13 +39,14 @@ class Interrupted(BaseException):
 def keep_secret(*values: str | None) -> None:
     """Remember values that no output may hold, in any form in which they could get into one."""
     for value in values:
-        for text in {value or "", (value or "").strip()}:
+        lines = (value or "").splitlines()  # a message may show but one
+        for text in {value or "", (value or "").strip(), *(line.strip() for line in lines)}:
             if len(text) >= 6:
                 _secrets.update(_forms(text))
 
 
 def _forms(secret: str) -> set[str]:
-    """A secret as it is, escaped, quoted, URL-encoded, in base64; and its lines by themselves."""
+    """A secret as it is, escaped, quoted, URL-encoded, in base64."""
     forms = {
         secret,
         json.dumps(secret)[1:-1],
@@ -65,7 +66,6 @@ def _forms(secret: str) -> set[str]:
             text = encode(b"\0" * offset + raw).decode().rstrip("=")
             whole = (offset + len(raw)) * 8 // 6
             forms.add(text[-(-offset * 8 // 6) : whole])
-    forms |= {line.strip() for line in secret.splitlines()}
     return {form for form in forms if len(form) >= 6}
 
 

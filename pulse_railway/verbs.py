@@ -12,6 +12,7 @@ import inspect
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,6 +154,13 @@ def run(function: Callable[..., None], door: str, flags: Mapping[str, Any]) -> N
         raise Exit("interrupted", 128 + interrupted.number) from None
     except (OSError, httpx.HTTPError) as error:
         raise Exit(f"error: {redact(str(error) or type(error).__name__)}", 1) from None
+    except Exception as error:  # what we did not think of: its traceback may hold a secret
+        sys.stderr.write(redact(traceback.format_exc()))
+        raise Exit(
+            f"error: {type(error).__name__}, which is a fault of pulse-railway: nothing is known"
+            " to be lost, `pulse-railway status` tells what stands",
+            1,
+        ) from None
 
 
 def load_dotenv() -> None:

@@ -18,6 +18,7 @@ import httpx
 
 from pulse_railway import contract, control, naming
 from pulse_railway.config import AppConfig, Target
+from pulse_railway.context import exposed
 from pulse_railway.errors import Failure, Interrupted
 from pulse_railway.flows.cleanup import Progress, clean_up
 from pulse_railway.flows.routed import (
@@ -82,6 +83,11 @@ def prepare(wanted: DeployOptions, output: Output) -> Plan:
     program.need("railway")
     if wanted.image_repository:
         program.need("docker")
+        if bad := exposed(context, context / dockerfile):
+            raise Failure(
+                f"the image would hold {', '.join(bad)}: name them in"
+                f" {context / '.dockerignore'}, or copy less in {dockerfile}"
+            )
     if wanted.replicas > 1:
         output.warn("with several replicas a tab can reach one that does not know it: use 1")
     if app.internal_address is None or "127.0.0.1" not in app.internal_address:

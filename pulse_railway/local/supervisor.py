@@ -27,6 +27,7 @@ from typing import Any
 
 import httpx
 
+from pulse_railway.context import instructions
 from pulse_railway.local.state import (
     Deployment,
     Instance,
@@ -260,16 +261,16 @@ class Supervisor:
         path = folder / dockerfile
         if not path.is_file():
             raise BuildError(f"dockerfile not found in the upload: {dockerfile}")
-        instructions = _instructions(path)
-        if not any(name == "FROM" for name, _ in instructions):
+        steps = instructions(path)
+        if not any(name == "FROM" for name, _ in steps):
             raise BuildError(f"{dockerfile}: no FROM instruction")
-        for name, rest in instructions:
+        for name, rest in steps:
             self._log(deployment, "build", f"{name} {rest}".strip())
             if name == "RUN" and rest in ("false", "exit 1"):
                 raise BuildError(f"process {rest!r} did not complete successfully: exit code: 1")
         if command:
             return Build(shlex.split(command), folder)
-        commands = [rest for name, rest in instructions if name == "CMD"]
+        commands = [rest for name, rest in steps if name == "CMD"]
         if not commands:
             raise BuildError("no start command: the Dockerfile has no CMD")
         words = commands[-1]
@@ -587,22 +588,6 @@ class Supervisor:
         if text:
             lines = [x for x in lines if text in x["message"]]
         return lines[-limit:]
-
-
-def _instructions(path: Path) -> list[tuple[str, str]]:
-    """The instructions of a Dockerfile, continuation lines joined."""
-    joined: list[tuple[str, str]] = []
-    pending = ""
-    for line in path.read_text().splitlines():
-        stripped = line.strip()
-        if not stripped or stripped.startswith("#"):
-            continue
-        pending += stripped.removesuffix("\\")
-        if not stripped.endswith("\\"):
-            name, _, rest = pending.partition(" ")
-            joined.append((name.upper(), rest.strip()))
-            pending = ""
-    return joined
 
 
 def cron_matches(schedule: str, moment: datetime) -> bool:

@@ -28,12 +28,15 @@ NO_TOKEN = (
 )
 
 
+Source = Literal["flag", "RAILWAY_TOKEN", "RAILWAY_API_TOKEN", "login"]
+
+
 @dataclass(frozen=True)
 class Token:
     """A token and where it comes from. Never shown."""
 
     value: str
-    source: Literal["flag", "RAILWAY_TOKEN", "RAILWAY_API_TOKEN", "login"]
+    source: Source
 
     def __repr__(self) -> str:
         return f"Token(from {self.source})"
@@ -46,18 +49,22 @@ class Token:
 
 def find(flag: str | None) -> Token:
     """The token of this run. Raises Failure where there is none."""
-    if flag:
-        token = Token(flag, "flag")
-    elif value := os.environ.get(contract.RAILWAY_TOKEN):
-        token = Token(value, "RAILWAY_TOKEN")
-    elif value := os.environ.get(contract.RAILWAY_API_TOKEN):
-        token = Token(value, "RAILWAY_API_TOKEN")
-    elif value := login():
-        token = Token(value, "login")
-    else:
-        raise Failure(NO_TOKEN)
-    keep_secret(token.value)
-    return token
+    given: list[tuple[str | None, Source]] = [
+        (flag, "flag"),
+        (os.environ.get(contract.RAILWAY_TOKEN), "RAILWAY_TOKEN"),
+        (os.environ.get(contract.RAILWAY_API_TOKEN), "RAILWAY_API_TOKEN"),
+    ]
+    for value, source in given:
+        keep_secret(value)
+        if value and (text := value.strip()):  # a secret read from a file ends in a line break
+            if not text.isascii() or not text.isprintable() or " " in text:
+                where = "--token" if source == "flag" else source
+                raise Failure(f"{where} is no token: it has white space or odd characters in it")
+            return Token(text, source)
+    if value := login():
+        keep_secret(value)
+        return Token(value, "login")
+    raise Failure(NO_TOKEN)
 
 
 def login_file() -> Path:
