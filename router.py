@@ -374,6 +374,8 @@ def heal(state: State, known: State) -> Change:
         elif record.get("state") == "active":  # another was promoted on the emptied store
             record |= {"state": "draining", "drain_started_at": time.time()}
         change[record_key(name)] = _save(record)
+    if MARK not in state and active:
+        change[MARK] = secrets.token_hex(8)
     return change
 
 
@@ -665,13 +667,14 @@ class Table:
         return self.loaded and not self.lost
 
     def misses(self, state: State) -> bool:
-        """Has the store lost what this table knows? Another mark, or no active one, tells."""
-        if not self.active or (state.get(MARK) == self.raw.get(MARK) and state.get(":active")):
-            return False
-        emptied = bool(heal(state, self.raw))
-        if emptied:
+        """Has the store lost what this table knows? Another mark, or no active one, tells. One
+        without a mark gets it, or a loss between two looks could not be told."""
+        if state.get(":active") and state.get(MARK) == self.raw.get(MARK, state.get(MARK)):
+            return MARK not in state
+        if self.active and heal(state, self.raw).keys() - {MARK}:
             log.error("the store has lost its data: writing back what this router knows")
-        return emptied
+            return True
+        return bool(state.get(":active")) and MARK not in state
 
     def load(self, state: State) -> None:
         self.lost = lost(state, os.environ.get(INTENT_VARIABLE))

@@ -120,6 +120,21 @@ def test_a_promotion_on_an_emptied_store_drains_what_was_active(
     assert page(process) == (200, b"old")
 
 
+def test_a_store_of_0_3_that_is_emptied_and_written_to_at_once(
+    redis_server: Redis, run_router: Run
+) -> None:
+    """It had no mark; the soak found its draining deployments gone."""
+    with Backend(ok(b"new")) as new, Backend(ok(b"old")) as old:
+        redis_server.deployment("old", old.address, "draining")
+        redis_server.deployment("new", new.address)
+        process = up(run_router(redis_server))
+        redis_server.stop()
+        redis_server.start()
+        redis_server.deployment("new", new.address)
+        time.sleep(router.REFRESH_EVERY + 1)
+        assert page(process, "old") == (200, b"old")
+
+
 def test_what_was_removed_does_not_come_back(site: Site, run_router: Run) -> None:
     up(run_router(site.server))
     assert site.control("delete", "--deployment-id", "old") == 0

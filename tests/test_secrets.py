@@ -34,7 +34,8 @@ def forms(secret: str) -> set[str]:
     found = set()
     for text in lines:
         found |= {text, repr(text)[1:-1], json.dumps(text)[1:-1], urllib.parse.quote(text, safe="")}
-        found |= {base64.b64encode(text.encode()).decode().rstrip("=")[:-1]}
+        encoded = base64.b64encode(text.encode()).decode()  # the last letter can hold more
+        found.add(encoded.rstrip("=")[:-1] if encoded.endswith("=") else encoded)
     return {text for text in found if len(text.strip()) >= 6}
 
 
