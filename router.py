@@ -424,7 +424,8 @@ class RedisStore:
             decode_responses=True,
             socket_timeout=REDIS_TIMEOUT,
             socket_connect_timeout=REDIS_TIMEOUT,
-            retry=redis.retry.Retry(redis.backoff.NoBackoff(), 1),
+            # a connection that has died meanwhile is made anew; one that hangs is not asked again
+            retry=redis.retry.Retry(redis.backoff.NoBackoff(), 1, (redis.ConnectionError,)),
         )
         self._pattern = f"{prefix}:deployment:*"
         self._fixed = [prefix + key for key in FIXED]
