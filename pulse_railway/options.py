@@ -219,16 +219,11 @@ def names(flags: Flags) -> Names:
     try:
         prefix = naming.service_prefix(flags.get("service_prefix"))
         usual = Names(
-            *(
-                naming.baseline_name(prefix, name)
-                for name in (
-                    contract.DEFAULT_ROUTER,
-                    contract.DEFAULT_ENV,
-                    contract.DEFAULT_REDIS,
-                    contract.DEFAULT_JANITOR,
-                )
-            ),
-            prefix,
+            router=naming.baseline_name(prefix, contract.DEFAULT_ROUTER),
+            env=naming.baseline_name(prefix, contract.DEFAULT_ENV),
+            redis=naming.baseline_name(prefix, contract.DEFAULT_REDIS),
+            janitor=naming.baseline_name(prefix, contract.DEFAULT_JANITOR),
+            prefix=prefix,
         )
         return replace(
             usual,

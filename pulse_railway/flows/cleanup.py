@@ -49,7 +49,8 @@ def clean_up(
     """Say where a deploy ended, and remove what it made, if it was not promoted yet."""
     what = "interrupted" if isinstance(error, Interrupted) else "failed"
     output.say(f"{what} at: {progress.step}")
-    if not progress.creating:
+    began = progress.creating  # `undo` takes it back once the service is gone
+    if not began:
         return
     name = progress.deployment_id
     if progress.promoted:
