@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import signal
@@ -20,6 +22,7 @@ import redis
 
 from examples import demo
 from pulse_railway.local.supervisor import free_port, redis_executable
+from tests.zygote import Zygote
 
 ROOT = Path(__file__).parent.parent
 
@@ -200,12 +203,17 @@ class Verb:
 def pulse_railway(
     *arguments: str, env: dict[str, str], cwd: Path = ROOT, timeout: float = 240
 ) -> Verb:
-    """`pulse-railway <arguments>` as its own process."""
-    command = [sys.executable, "-m", "pulse_railway", *arguments]
-    done = subprocess.run(
-        command, env=env, cwd=cwd, capture_output=True, text=True, timeout=timeout
-    )
-    return Verb(done)
+    """`pulse-railway <arguments>` as its own process (see zygote.py)."""
+    return Verb(zygote().run(list(arguments), env, cwd, timeout))
+
+
+@functools.cache
+def zygote() -> Zygote:
+    folder = tempfile.TemporaryDirectory()
+    made = Zygote(Path(folder.name))
+    atexit.register(folder.cleanup)
+    atexit.register(made.stop)
+    return made
 
 
 TINY = ROOT / "tests" / "apps" / "tiny"

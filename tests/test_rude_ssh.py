@@ -298,7 +298,7 @@ def rude(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "time", quiet, raising=False)
 
 
-EXAMPLES = int(os.environ.get("PULSE_EXAMPLES") or 400)
+EXAMPLES = int(os.environ.get("PULSE_EXAMPLES") or 150)
 
 
 @given(plan=st.lists(st.tuples(STEPS, st.lists(FAULTS, max_size=8)), min_size=1, max_size=5))

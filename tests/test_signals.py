@@ -12,6 +12,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.conftest import BASE, TINY, Project
+from tests.net import eventually
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -56,12 +57,13 @@ def test_a_signal_during_deploy(base: Project, step: str, number: signal.Signals
         assert base.services == BASE | {"first"}
         assert set(base.records) == {"first"}
     else:  # running it again succeeds, under another id or the same
-        late = step in ("create the service", "promote it")  # what was ordered happens all the same
-        time.sleep(2.2 if late else 0.3)
-        if base.active == name:
+        # what was ordered and delayed happens all the same
+        time.sleep(2.2 if step == "create the service" else 0.3)
+        if step == "promote it":
+            eventually(lambda: base.active == name, seconds=15)
             base.ok("promote", "--deployment-id", "first")
         if name in base.services:
-            assert base.run("delete", "--deployment-id", name).code == 0
+            assert (done := base.run("delete", "--deployment-id", name)).code == 0, done.err
         assert base.deploy(f"{name}-2"[:24], "--no-promote")
         assert base.run("delete", "--deployment-id", f"{name}-2"[:24]).code == 0
     if base.active != "first":  # killed after the promotion

@@ -1,0 +1,154 @@
+"""Runs verbs in processes that are forked, not started: importing Pulse takes 1.5 s each time.
+
+    python -m tests.zygote SOCKET
+
+Each connection brings one verb: its arguments, environment and folder as JSON, its stdout and
+stderr as descriptors. The answer is the verb's process id, and its exit status once it has ended.
+Everything that a user's process has (environment, folder, session, signals) it has too; tests of
+signals and of the wheel start real ones all the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+def serve(path: str) -> None:
+    import pulse  # noqa: F401
+
+    import pulse_railway.cli
+    import pulse_railway.flows.baseline
+    import pulse_railway.flows.deploy
+    import pulse_railway.options
+    import pulse_railway.plugin  # noqa: F401
+
+    parent = os.getppid()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # handlers are not waited for
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen(16)
+        listener.settimeout(1.0)
+        while os.getppid() == parent:  # ends with the tests, however they end
+            try:
+                connection, _ = listener.accept()
+            except TimeoutError:
+                continue
+            if os.fork() == 0:
+                listener.close()
+                connection.setblocking(True)
+                handle(connection)
+                os._exit(0)
+            connection.close()
+
+
+def handle(connection: socket.socket) -> None:
+    """One verb: fork its process, tell its id, wait for it, tell its status."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    message, fds, _, _ = socket.recv_fds(connection, 1 << 20, 2)
+    size = int.from_bytes(message[:4])
+    while len(message) < 4 + size:
+        message += connection.recv(1 << 20)
+    request = json.loads(message[4:])
+    pid = os.fork()
+    if pid == 0:
+        connection.close()
+        become(request, fds)
+    for fd in fds:
+        os.close(fd)
+    connection.sendall(pid.to_bytes(4))
+    _, status = os.waitpid(pid, 0)
+    with contextlib.suppress(OSError):
+        connection.sendall(os.waitstatus_to_exitcode(status).to_bytes(4, signed=True))
+
+
+def become(request: dict[str, object], fds: list[int]) -> None:
+    """What `python -m pulse_railway <arguments>` would be. Does not return."""
+    code = 1
+    try:
+        os.setsid()
+        null = os.open(os.devnull, os.O_RDONLY)
+        for number, fd in enumerate((null, *fds)):
+            os.dup2(fd, number)
+        os.environ.clear()
+        os.environ.update(request["env"])  # type: ignore[arg-type]
+        os.chdir(str(request["cwd"]))
+        sys.path[0] = os.getcwd()
+        sys.argv = ["pulse-railway", *request["arguments"]]  # type: ignore[misc]
+        from pulse_railway.cli import main
+
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            if isinstance(stop.code, str):
+                print(stop.code, file=sys.stderr)
+            code = stop.code if isinstance(stop.code, int) else int(bool(stop.code))
+    except BaseException:
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+class Zygote:
+    """The tests' end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = str(folder / "zygote")
+        self.process = subprocess.Popen([sys.executable, "-m", "tests.zygote", self.path])
+
+    def run(
+        self, arguments: list[str], env: dict[str, str], cwd: Path, timeout: float
+    ) -> subprocess.CompletedProcess[str]:
+        """As subprocess.run would, with the output captured."""
+        with (
+            socket.socket(socket.AF_UNIX) as connection,
+            open(os.memfd_create("out"), "r+") as out,
+            open(os.memfd_create("err"), "r+") as err,
+        ):
+            self._connect(connection)
+            connection.settimeout(timeout)
+            request = {"arguments": arguments, "env": env, "cwd": str(cwd)}
+            body = json.dumps(request).encode()
+            message = len(body).to_bytes(4) + body
+            sent = socket.send_fds(connection, [message], [out.fileno(), err.fileno()])
+            connection.sendall(message[sent:])
+            pid = int.from_bytes(connection.recv(4))
+            try:
+                code = int.from_bytes(connection.recv(4), signed=True)
+            except TimeoutError:
+                os.killpg(pid, signal.SIGKILL)
+                raise
+            said = []
+            for file in (out, err):
+                file.seek(0)
+                said.append(file.read())
+            return subprocess.CompletedProcess(arguments, code, *said)
+
+    def _connect(self, connection: socket.socket) -> None:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                return connection.connect(self.path)
+            except OSError:
+                if time.monotonic() > deadline or self.process.poll() is not None:
+                    raise
+                time.sleep(0.05)
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
