@@ -40,13 +40,18 @@ def exposed(context: Path, dockerfile: Path) -> list[str]:
     for folder, folders, files in os.walk(context):
         here = Path(folder).relative_to(context)
         names = [n for n in folders if n in FOLDERS]
-        names += [n for n in files if _any(n, SECRET) and not _any(n, EXAMPLES)]
+        names += filter(holds_secrets, files)
         folders[:] = [n for n in folders if n not in FOLDERS and n not in SKIPPED]
         for name in names:
             path = (here / name).as_posix()
             if _taken(path, sources) and not ignore(path):
                 found.append(path)
     return sorted(found)
+
+
+def holds_secrets(name: str) -> bool:
+    """Is a file of this name one that can hold secrets?"""
+    return _any(name, SECRET) and not _any(name, EXAMPLES)
 
 
 def _any(name: str, patterns: tuple[str, ...]) -> bool:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
+import httpx
 import pytest
 
 from examples import demo
 from pulse_railway.local.supervisor import cron_matches
-from tests.conftest import TINY, pulse_railway
+from tests.conftest import TINY, Project, order, pulse_railway
 from tests.net import eventually
 
 
@@ -52,6 +54,54 @@ def test_a_cron_run_ends_with_it(tmp_path: Path) -> None:
         stage.run_janitor()
         eventually(lambda: set(demo.processes_of(root)) - before)
     assert demo.processes_of(root) == []
+
+
+def test_a_container_ends_with_all_it_started(new_project: Callable[[], Project]) -> None:
+    """`pulse run` starts uvicorn on a pty of its own, outside of its process group."""
+    project = new_project()
+    project.ok("ensure", "main.py")
+    project.deploy("one")
+    running = demo.processes_of(project.railway.root)
+    service = project.stage.services()["one"]["serviceId"]
+    project.railway.graphql(
+        "mutation ($s: String!, $c: String!) {"
+        " serviceInstanceUpdate(serviceId: $s, input: { startCommand: $c }) }",
+        s=service,
+        c="sh -c 'setsid sleep 321 & setsid nohup sleep 321 & exec python backend.py'",
+    )
+    project.ok("redeploy", "--deployment-id", "one")
+    project.deploy("two")
+    found = set(demo.processes_of(project.railway.root)) - set(running)
+    sleeping = [pid for pid in found if b"321" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(sleeping) == 2
+    assert project.run("delete", "--deployment-id", "one").code == 0
+    eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in sleeping), 15)
+
+
+def test_orders_that_are_not_understood(railway: demo.Stage) -> None:
+    url = railway.api.replace("/graphql/v2", "/local/faults")
+    for wrong in (
+        b"{",
+        b"[]",
+        b'{"fault": []}',
+        b'{"faults": [{"mach": "ssh"}]}',
+        b'{"faults": 1}',
+    ):
+        answer = httpx.post(url, content=wrong)
+        assert answer.status_code == 400, wrong
+        assert answer.json()["message"].startswith("not an order that is known")
+
+
+def test_a_rate_limit(railway: demo.Stage) -> None:
+    order(railway, rate_limit=2)
+    try:
+        headers = {"Authorization": f"Bearer {railway.env['RAILWAY_API_TOKEN']}"}
+        body = {"query": "query { me { id } }"}
+        said = [httpx.post(railway.api, json=body, headers=headers) for _ in range(3)]
+        assert [answer.status_code for answer in said] == [200, 200, 429]
+        assert int(said[2].headers["retry-after"]) <= 61
+    finally:
+        order(railway)
 
 
 @pytest.mark.parametrize(

@@ -1,35 +1,43 @@
 """The `railway` command of the local Railway: `up` and `ssh`, with Railway's own flags.
 
-It finds the local Railway by PULSE_RAILWAY_API_URL and presents RAILWAY_TOKEN (a project token)
-or RAILWAY_API_TOKEN (any other), never both, as Railway's CLI does.
+Written after the source of Railway's CLI 5.43. It finds the local Railway by
+PULSE_RAILWAY_API_URL and presents RAILWAY_TOKEN (a project token) or RAILWAY_API_TOKEN (any other);
+where both are set the first wins. With `--json` an error is one object on stdout.
 """
 
 from __future__ import annotations
 
 import argparse
+import http.client
 import io
 import json
 import os
 import subprocess
 import sys
 import tarfile
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode, urlsplit
 
-import httpx
+VERSION = "railway 5.43.1 (local)"
 
-VERSION = "railway 5.0.0 (local)"
-
-SERVICES = """
-query Services($environment: String!) {
-  environment(id: $environment) {
-    serviceInstances { edges { node { serviceId serviceName } } }
+PROJECT = """
+query Project($id: String!) {
+  project(id: $id) {
+    environments { edges { node { id name } } }
+    services { edges { node { id name } } }
   }
 }
 """
-
+INSTANCE = """
+query Instance($environment: String!, $service: String!) {
+  serviceInstance(environmentId: $environment, serviceId: $service) { id }
+}
+"""
+KEYS = """
+query Keys { sshPublicKeys { edges { node { id name publicKey fingerprint } } } }
+"""
 STATUS = """
 query Status($deployment: String!, $since: DateTime) {
   deployment(id: $deployment) { status }
@@ -37,65 +45,108 @@ query Status($deployment: String!, $since: DateTime) {
 }
 """
 
+UNAUTHORIZED = "Unauthorized. Please login with `railway login`"
+NO_LOCAL_KEY = (
+    "No SSH keys found in your SSH agent or ~/.ssh/\n\nGenerate one with:\n"
+    "  ssh-keygen -t ed25519\n\nThen run this command again."
+)
+NO_REGISTERED_KEY = (
+    "No registered SSH keys found. Register one with:\n  railway ssh keys add\n\n"
+    "Or import from GitHub:\n  railway ssh keys github"
+)
+
 
 class Failure(Exception):
-    pass
+    """What the CLI says, and the `code` and `hint` that it adds to it with `--json`."""
+
+    def __init__(self, message: str, code: str = "UNKNOWN_ERROR", hint: str | None = None) -> None:
+        super().__init__(message)
+        self.code, self.hint = code, hint
 
 
-def connection() -> httpx.Client:
-    project, account = os.environ.get("RAILWAY_TOKEN"), os.environ.get("RAILWAY_API_TOKEN")
-    if project and account:
-        raise Failure("both RAILWAY_TOKEN and RAILWAY_API_TOKEN are set")
-    if not project and not account:
-        raise Failure("Unauthorized. Please login with `railway login`")
-    url = os.environ.get("PULSE_RAILWAY_API_URL")
-    if not url:
-        raise Failure("PULSE_RAILWAY_API_URL is not set: this `railway` is the local one's")
-    headers = (
-        {"Project-Access-Token": project} if project else {"Authorization": f"Bearer {account}"}
-    )
-    base = url.removesuffix("/graphql/v2")
-    return httpx.Client(base_url=base, headers=headers, timeout=180, trust_env=False)
+class Railway:
+    """The local Railway's address, and the token of this run."""
+
+    def __init__(self) -> None:
+        project = os.environ.get("RAILWAY_TOKEN")
+        account = os.environ.get("RAILWAY_API_TOKEN")
+        if not project and not account:
+            raise Failure(UNAUTHORIZED, "UNAUTHORIZED", "Run `railway login`")
+        url = os.environ.get("PULSE_RAILWAY_API_URL")
+        if not url:
+            raise Failure("PULSE_RAILWAY_API_URL is not set: this `railway` is the local one's")
+        self.headers = (
+            {"Project-Access-Token": project} if project else {"Authorization": f"Bearer {account}"}
+        )
+        self.host = urlsplit(url).netloc
+
+    def post(self, path: str, body: bytes, kind: str, timeout: float = 30) -> tuple[int, bytes]:
+        connection = http.client.HTTPConnection(self.host, timeout=timeout)
+        headers = {**self.headers, "content-type": kind}
+        try:
+            connection.request("POST", path, body, headers)
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise Failure(f"error sending request for url (http://{self.host}{path})") from error
+        finally:
+            connection.close()
+
+    def call(self, document: str, **variables: Any) -> Any:
+        body = json.dumps({"query": document, "variables": variables}).encode()
+        status, answer = self.post("/graphql/v2", body, "application/json")
+        if status == 429:
+            raise Failure(
+                "You are being ratelimited. Try again in 1 seconds", "RATE_LIMITED", "Wait a moment"
+            )
+        if status != 200:
+            raise Failure(f"Failed to fetch: status code {status}")
+        found = json.loads(answer)
+        if found.get("errors"):
+            message = found["errors"][0]["message"]
+            if message == "Not Authorized":
+                raise Failure(UNAUTHORIZED, "UNAUTHORIZED", "Run `railway login`")
+            raise Failure(message)
+        return found["data"]
+
+    def resolve(self, args: argparse.Namespace) -> tuple[str, str]:
+        """The ids of the environment and the service, each given by id or by name."""
+        found = self.call(PROJECT, id=args.project)["project"]
+        return (
+            _one(found["environments"], args.environment, "Environment"),
+            _one(found["services"], args.service, "Service"),
+        )
 
 
-def call(client: httpx.Client, document: str, **variables: Any) -> Any:
-    answer = client.post("/graphql/v2", json={"query": document, "variables": variables})
-    if answer.status_code != 200:
-        raise Failure(f"API answered {answer.status_code}")
-    body = answer.json()
-    if body.get("errors"):
-        raise Failure(body["errors"][0]["message"])
-    return body["data"]
-
-
-def service_id(client: httpx.Client, environment: str, wanted: str) -> str:
-    data = call(client, SERVICES, environment=environment)
-    for edge in data["environment"]["serviceInstances"]["edges"]:
+def _one(connection: Any, wanted: str, what: str) -> str:
+    for edge in connection["edges"]:
         node = edge["node"]
-        if wanted in (node["serviceId"], node["serviceName"]):
-            return str(node["serviceId"])
-    raise Failure(f"Service {wanted!r} not found")
+        if wanted == node["id"] or wanted.lower() == node["name"].lower():
+            return str(node["id"])
+    raise Failure(f"{what} '{wanted}' not found", f"{what.upper()}_NOT_FOUND")
 
 
-def files_of(folder: Path, *, gitignore: bool) -> list[str]:
-    """What an upload holds: without .git and node_modules, and without what is ignored."""
-    with tempfile.TemporaryDirectory() as empty:
-        git_dir = Path(empty) / "git"
-        subprocess.run(["git", "init", "-q", "--bare", str(git_dir)], check=True)
-        command = ["git", f"--git-dir={git_dir}", f"--work-tree={folder}", "ls-files", "-z"]
-        command += ["--others", "--exclude-per-directory=.railwayignore"]
-        command += ["--exclude=.git", "--exclude=node_modules"]
-        if gitignore:
-            command.append("--exclude-per-directory=.gitignore")
-        listed = subprocess.run(command, check=True, capture_output=True, cwd=folder).stdout
-    return [name for name in listed.decode().split("\0") if name]
+# -- up ----------------------------------------------------------------------------------------
 
 
 def archive(folder: Path, root: Path, *, gitignore: bool) -> bytes:
+    """What the CLI sends: links are followed, one that leads nowhere fails the upload."""
+    from pulse_railway.railway.upload import left_out
+
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=1) as tar:
-        for name in files_of(folder, gitignore=gitignore):
-            tar.add(folder / name, arcname=str((folder / name).relative_to(root)), recursive=False)
+    with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=1, dereference=True) as tar:
+        for here, folders, files in os.walk(folder, followlinks=True):
+            at = Path(here)
+            for name in sorted([*folders, *files]):
+                path = at / name
+                if left_out(folder, path.relative_to(folder), gitignore=gitignore):
+                    if name in folders:
+                        folders.remove(name)
+                    continue
+                try:
+                    tar.add(path, arcname=f"./{path.relative_to(root)}", recursive=False)
+                except OSError as error:
+                    raise Failure(f"{path}: {error.strerror} (os error {error.errno})") from None
     return buffer.getvalue()
 
 
@@ -103,29 +154,33 @@ def up(args: argparse.Namespace) -> int:
     folder = Path(args.path).resolve()
     if not folder.is_dir():
         raise Failure(f"{folder} is not a folder")
-    with connection() as client:
-        service = service_id(client, args.environment, args.service)
-        root = folder if args.path_as_root else Path.cwd()
-        answer = client.post(
-            f"/project/{args.project}/environment/{args.environment}/up",
-            params={"serviceId": service},
-            content=archive(folder, root, gitignore=not args.no_gitignore),
-            headers={"content-type": "multipart/form-data"},
-        )
-        if answer.status_code != 200:
-            raise Failure(f"Failed to upload code with status code {answer.status_code}")
-        body = answer.json()
-        if args.json:
-            print(json.dumps({k: body[k] for k in ("deploymentId", "logsUrl")}))
-        else:
-            print(f"  Build Logs: {body['logsUrl']}")
-        return 0 if args.detach else follow(client, body["deploymentId"])
+    railway = Railway()
+    environment, service = railway.resolve(args)
+    root = folder if args.path_as_root else Path.cwd()
+    query = urlencode({"serviceId": service, **({"message": args.message} if args.message else {})})
+    timeout = float(os.environ.get("RAILWAY_HTTP_TIMEOUT") or 90)
+    status, answer = railway.post(
+        f"/project/{args.project}/environment/{environment}/up?{query}",
+        archive(folder, root, gitignore=not args.no_gitignore),
+        "application/gzip",
+        timeout,
+    )
+    if status == 400:
+        raise Failure(json.loads(answer)["message"], "FAILED_TO_UPLOAD")
+    if status != 200:
+        raise Failure(f"Failed to upload code with status code {status}", "FAILED_TO_UPLOAD")
+    body = json.loads(answer)
+    if args.json:
+        print(json.dumps({k: body[k] for k in ("deploymentId", "logsUrl")}))
+    else:
+        print(f"  Build Logs: {body['logsUrl']}")
+    return 0 if args.detach else follow(railway, body["deploymentId"])
 
 
-def follow(client: httpx.Client, deployment: str) -> int:
+def follow(railway: Railway, deployment: str) -> int:
     seen = 0
     while True:
-        data = call(client, STATUS, deployment=deployment, since=None)
+        data = railway.call(STATUS, deployment=deployment, since=None)
         for line in data["buildLogs"][seen:]:
             print(line["message"])
         seen = len(data["buildLogs"])
@@ -135,32 +190,65 @@ def follow(client: httpx.Client, deployment: str) -> int:
         time.sleep(0.5)
 
 
+# -- ssh ---------------------------------------------------------------------------------------
+
+
 def ssh(args: argparse.Namespace) -> int:
-    if not args.command:
-        raise Failure("the local railway runs commands only: railway ssh ... -- <command>")
-    with connection() as client:
-        body = {
-            "serviceId": service_id(client, args.environment, args.service),
-            "environmentId": args.environment,
-            # one word goes to the shell as it is, several are quoted word by word
-            "command": args.command[0] if len(args.command) == 1 else _quote(args.command),
-        }
-        answer = client.post("/ssh", json=body)
-        if answer.status_code != 200:
-            raise Failure(f"ssh failed ({answer.status_code}): {answer.json().get('message')}")
-        code = 255
-        for line in answer.text.splitlines():
-            part = json.loads(line)
-            sys.stdout.write(part.get("out", ""))
-            sys.stderr.write(part.get("err", ""))
-            code = part.get("exit", code)
-        return code
+    railway = Railway()
+    identity = args.identity_file or registered_key(railway)
+    environment, service = railway.resolve(args)
+    found = railway.call(INSTANCE, environment=environment, service=service)["serviceInstance"]
+    status, answer = railway.post("/local/relay", b"{}", "application/json")
+    if status != 200:
+        raise Failure(f"the local Railway's relay cannot be reached: {status}")
+    relay = json.loads(answer)
+    # The real one says neither: a loopback relay is nobody's business in ~/.ssh
+    command = ["ssh", "-F", "/dev/null", "-o", f"UserKnownHostsFile={relay['knownHosts']}"]
+    command += ["-o", "GlobalKnownHostsFile=/dev/null", "-p", str(relay["port"])]
+    if identity:
+        command += ["-i", str(identity), "-o", "IdentitiesOnly=yes"]
+    if args.command:
+        command.append("-t" if sys.stdin.isatty() and sys.stdout.isatty() else "-T")
+    command.append(f"{found['id']}@127.0.0.1")
+    # one word goes to the shell as it is, several are quoted word by word
+    command += args.command if len(args.command) == 1 else map(_quote, args.command)
+    return subprocess.run(command).returncode
 
 
-def _quote(words: list[str]) -> str:
+def registered_key(railway: Railway) -> Path | None:
+    """The first key of the agent or of ~/.ssh/*.pub that Railway knows; None is the agent's."""
+    local: list[tuple[Path | None, str]] = [(None, line) for line in _agent()]
+    local += [(path, path.read_text()) for path in sorted((Path.home() / ".ssh").glob("*.pub"))]
+    if not local:
+        raise Failure(NO_LOCAL_KEY)
+    known = {
+        edge["node"]["publicKey"].split()[1]: edge["node"]["name"]
+        for edge in railway.call(KEYS)["sshPublicKeys"]["edges"]
+    }
+    for path, text in local:
+        words = text.split()
+        if len(words) > 1 and words[1] in known:
+            name = words[2] if len(words) > 2 else path.stem if path else words[1][:12]
+            source = f"file {path}" if path else "agent"
+            print(f"Using SSH key from {source}: {name}", file=sys.stderr)
+            return path.with_suffix("") if path else None
+    raise Failure(NO_REGISTERED_KEY)
+
+
+def _agent() -> list[str]:
+    if not os.environ.get("SSH_AUTH_SOCK"):
+        return []
+    try:
+        done = subprocess.run(["ssh-add", "-L"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return done.stdout.splitlines() if done.returncode == 0 else []
+
+
+def _quote(word: str) -> str:
     import shlex
 
-    return shlex.join(words)
+    return shlex.quote(word)
 
 
 def main(argv: list[str]) -> int:
@@ -186,14 +274,16 @@ def main(argv: list[str]) -> int:
     verb = verbs.add_parser("ssh", parents=[target])
     verb.add_argument("-i", "--identity-file")
     verb.add_argument("command", nargs="*")
-    verb.set_defaults(run=ssh)
+    verb.set_defaults(run=ssh, json=False)
     args = parser.parse_args(argv)
     try:
         return int(args.run(args))
     except Failure as failure:
-        print(failure, file=sys.stderr)
-    except httpx.HTTPError as error:
-        print(f"the local Railway is not reachable ({type(error).__name__})", file=sys.stderr)
+        if args.json:
+            said = {"error": str(failure), "code": failure.code, "hint": failure.hint}
+            print(json.dumps(said))
+        else:
+            print(failure, file=sys.stderr)
     return 1
 
 

@@ -2,7 +2,7 @@
 
 /graphql/v2                                    Railway's API
 /project/<id>/environment/<id>/up              uploads, as the railway CLI sends them
-/ssh                                           `railway ssh`: a command in a service
+a loopback port of its own                     `railway ssh`: a command in a service (relay.py)
 /oauth/token                                   refreshes a CLI login
 /local/faults, /local/stats, /local/cron/...,
 /local/login                                   for tests: what is to go wrong, what was called
@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import shlex
-import signal
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -30,18 +29,29 @@ from graphql import FieldNode, GraphQLError, OperationDefinitionNode, parse
 from graphql.error import GraphQLSyntaxError
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from pulse_railway import contract
-from pulse_railway.local import api, edge
-from pulse_railway.local.state import Deployment, Domain, Instance, Service, State, Token, new_id
-from pulse_railway.local.supervisor import Supervisor, free_port
+from pulse_railway.local import api, cli, edge
+from pulse_railway.local.relay import Relay, fingerprint, key_file
+from pulse_railway.local.state import (
+    Deployment,
+    Domain,
+    Instance,
+    Service,
+    SshKey,
+    State,
+    Token,
+    new_id,
+)
+from pulse_railway.local.supervisor import BuildError, Supervisor, free_port
 
 
 @dataclass
 class Fault:
-    """What is to go wrong, and when. `match` is a top-level field, `up`, `ssh` or `*`."""
+    """What is to go wrong, and when. `match` is a top-level field of a document, `up`,
+    `ssh`, `oauth` or `*`."""
 
     match: str = "*"
     nth: int = 1  # the n-th matching call from now
@@ -52,13 +62,40 @@ class Fault:
     delay: float = 0.0
     drop: bool = False  # the connection ends without an answer
     after: bool = False  # the call is carried out first
+    # of `ssh` alone: what the relay answers in place of the command
+    says: str = ""  # on stderr
+    prints: str = ""  # on stdout
+    exit: int | None = None
     seen: int = field(default=0, compare=False)
+
+    @property
+    def ends(self) -> bool:
+        """Is the command's own answer lost?"""
+        words = self.says or self.prints or self.error or self.status
+        return bool(words) or self.drop or self.exit is not None
 
     def hits(self, fields: list[str]) -> bool:
         if self.match != "*" and self.match not in fields:
             return False
         self.seen += 1
         return self.nth <= self.seen < self.nth + self.times
+
+
+@dataclass
+class Orders:
+    """What `POST /local/faults` takes; what it does not name is as usual again."""
+
+    faults: list[dict[str, Any]] = field(default_factory=list)
+    latency: float = 0.0  # seconds, of each GraphQL call
+    crash_at: str | None = None  # a status (BUILDING, DEPLOYING) at which the next deployment fails
+    build_seconds: float = 0.0
+    react_delay: float | str = ""  # seconds until React's server listens, or `never`
+    rate_limit: int | None = None  # API calls a minute, over which the answer is 429
+    ipv6_only: bool = False  # private names resolve to IPv6 alone, as in older environments
+    name_delay: float = 0.0  # seconds from a start until its private name resolves
+    old_gets_requests: bool = False  # during the overlap with the process that replaces it
+    keep_files: bool = False  # of a container that is restarted
+    clock: bool | None = None  # does the cron run? None: as before
 
 
 class LocalRailway:
@@ -71,9 +108,12 @@ class LocalRailway:
         self.url = f"http://127.0.0.1:{self.state.api_port}"
         self.supervisor = Supervisor(self.state, f"{self.url}/graphql/v2")
         self.schema = api.schema()
+        self.relay = Relay(self)
         self.edges: dict[str, edge.Edge] = {}
         self.faults: list[Fault] = []
         self.latency = 0.0
+        self.rate_limit: int | None = None
+        self.minute = (0.0, 0)  # since when, and how many API calls
         self.calls: Counter[str] = Counter()
         self.documents = 0
 
@@ -90,17 +130,31 @@ class LocalRailway:
             "RAILWAY_PROJECT_ID": project.id,
             "RAILWAY_ENVIRONMENT": project.environments[0].name,
             "RAILWAY_ENVIRONMENT_ID": project.environments[0].id,
+            "PULSE_RAILWAY_SSH_KEY": str(self.ssh_key()),
             "SSL_CERT_FILE": str(self.bundle),
+            "NODE_EXTRA_CA_CERTS": str(self.bundle),
             "PATH": f"{self.state.root / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}",
         }
+
+    def ssh_key(self) -> Path:
+        """A key that is registered with the account, so that a demo needs nothing."""
+        path = key_file(self.state.root / "ssh" / "id_ed25519")
+        public = path.with_suffix(".pub").read_text().strip()
+        mark = fingerprint(public)
+        if all(key.fingerprint != mark for key in self.state.ssh_keys):
+            self.state.ssh_keys.append(SshKey(new_id(), "local", public, mark))
+            self.state.save()
+        return path
 
     def write_railway(self) -> None:
         """The `railway` executable that `PATH` gets."""
         folder = self.state.root / "bin"
         folder.mkdir(parents=True, exist_ok=True)
         script = folder / "railway"
+        python = shlex.quote(sys.executable)
         script.write_text(
-            f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m pulse_railway.local.cli "$@"\n'
+            f'#!/bin/sh\n[ "$*" = --version ] && exec echo "{cli.VERSION}"\n'
+            f'exec {python} -m pulse_railway.local.cli "$@"\n'
         )
         script.chmod(0o755)
 
@@ -109,14 +163,18 @@ class LocalRailway:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         self.write_railway()
+        self.ssh_key()
         for service in self.state.services:
             for instance in service.instances:
                 for domain in instance.domains:
                     await self._open_edge(service, instance, domain)
         await self.supervisor.start()
+        await self.relay.start()
+        self.state.save()
         try:
             yield
         finally:
+            await self.relay.stop()
             await asyncio.gather(*(e.stop() for e in self.edges.values()))
             await self.supervisor.stop()
 
@@ -131,7 +189,7 @@ class LocalRailway:
 
     async def _open_edge(self, service: Service, instance: Instance, domain: Domain) -> None:
         def target() -> int | None:
-            running = self.supervisor.current.get(instance.id)
+            running = self.supervisor.traffic(instance)
             return running.port if running else None
 
         self.edges[domain.id] = edge.Edge(domain.port, self.key, target)
@@ -183,6 +241,8 @@ class LocalRailway:
             return JSONResponse({"errors": [{"message": error.message}]}, 400)
         self.documents += 1
         self.calls.update(fields)
+        if limited := self._limited():
+            return limited
         if self.latency:
             await asyncio.sleep(self.latency)
         if faulty := await self._fault(fields):
@@ -194,6 +254,18 @@ class LocalRailway:
         return JSONResponse(
             answer, 400 if answer["data"] is None and not values_error(answer) else 200
         )
+
+    def _limited(self) -> Response | None:
+        """Railway's rate limit, over a minute instead of an hour."""
+        began, count = self.minute
+        now = time.monotonic()
+        if now > began + 60:
+            began, count = now, 0
+        self.minute = began, count + 1
+        if self.rate_limit is None or count < self.rate_limit:
+            return None
+        after = str(int(began + 60 - now) + 1)
+        return JSONResponse({"message": "Too many requests"}, 429, {"retry-after": after})
 
     async def up(self, request: Request) -> Response:
         caller = self.caller(request)
@@ -211,7 +283,10 @@ class LocalRailway:
             async for chunk in request.stream():
                 file.write(chunk)
             file.flush()
-            upload = self.supervisor.unpack(Path(file.name))
+            try:
+                upload = self.supervisor.unpack(Path(file.name))
+            except BuildError as error:
+                return JSONResponse({"message": str(error)}, 400)
         deployment = self.supervisor.deploy(service, instance, upload=upload)
         if faulty := await self._fault(["up"], after=True):
             return faulty
@@ -225,41 +300,21 @@ class LocalRailway:
             }
         )
 
-    async def ssh(self, request: Request) -> Response:
-        """Streams JSON lines: {"out": ...}, {"err": ...}, and {"exit": code} last."""
-        body = await request.json()
+    async def relay_of(self, request: Request) -> Response:
+        """Where `railway ssh` goes; the real one has it built in."""
+        if self.token_of(request) is None:
+            return JSONResponse({"message": "Not Authorized"}, 401)
+        known = str(self.relay.folder / "known_hosts")
+        return JSONResponse({"port": self.relay.port, "knownHosts": known})
+
+    def relay_fault(self) -> Fault | None:
+        """The fault that is due for a command which has come in by ssh."""
         self.calls.update(["ssh"])
-        if faulty := await self._fault(["ssh"]):
-            return faulty
-        try:
-            instance = api.need_instance(
-                self.caller(request), body["serviceId"], body["environmentId"]
-            )
-        except GraphQLError as error:
-            return JSONResponse({"message": error.message}, 404)
-        process = await self.supervisor.execute(instance, body["command"])
-        if process is None:
-            return JSONResponse({"message": "no running instance of this service"}, 409)
-
-        async def lines() -> AsyncIterator[str]:
-            try:
-                async with asyncio.timeout(120):
-                    out, err = await process.communicate()
-                yield json.dumps({"out": out.decode(errors="replace")}) + "\n"
-                yield json.dumps({"err": err.decode(errors="replace")}) + "\n"
-                yield json.dumps({"exit": process.returncode}) + "\n"
-            finally:
-                if process.returncode is None:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.killpg(process.pid, signal.SIGKILL)
-
-        if faulty := await self._fault(["ssh"], after=True):
-            await process.communicate()
-            return faulty
-        return StreamingResponse(lines(), media_type="application/x-ndjson")
+        return next((fault for fault in self.faults if fault.hits(["ssh"])), None)
 
     async def oauth(self, request: Request) -> Response:
         form = parse_qs((await request.body()).decode())
+        self.calls.update(["oauth"])
         if faulty := await self._fault(["oauth"]):
             return faulty
         refresh = (form.get("refresh_token") or [""])[0]
@@ -288,16 +343,23 @@ class LocalRailway:
     # -- orders --------------------------------------------------------------------------------
 
     async def set_faults(self, request: Request) -> Response:
-        """Replaces the faults: {"faults": [...], "latency": s, "crash_at": status, ...}.
-
-        `"clock": false` stops the cron: runs then start by order only.
-        """
-        body = await request.json()
-        self.faults = [Fault(**fault) for fault in body.get("faults", [])]
-        self.latency = body.get("latency", 0.0)
-        self.supervisor.crash_at = body.get("crash_at")
-        self.supervisor.build_seconds = body.get("build_seconds", 0.0)
-        self.supervisor.clock = body.get("clock", self.supervisor.clock)
+        """Replaces what is to go wrong; 400 with a sentence for what is not understood."""
+        try:
+            orders = Orders(**await request.json())
+            self.faults = [Fault(**fault) for fault in orders.faults]
+            self.latency = float(orders.latency)
+            self.supervisor.build_seconds = float(orders.build_seconds)
+        except (ValueError, TypeError) as error:
+            return JSONResponse({"message": f"not an order that is known: {error}"}, 400)
+        self.rate_limit, self.minute = orders.rate_limit, (0.0, 0)
+        self.supervisor.react_delay = str(orders.react_delay)
+        for name in "crash_at ipv6_only name_delay old_gets_requests keep_files".split():
+            setattr(self.supervisor, name, getattr(orders, name))
+        if orders.clock is not None:
+            self.supervisor.clock = orders.clock
+        for project in self.state.projects:
+            for environment in project.environments:
+                self.supervisor.write_hosts(environment.id)
         return JSONResponse({"ok": True})
 
     async def stats(self, request: Request) -> Response:
@@ -356,7 +418,7 @@ class LocalRailway:
                 Route("/graphql/v2", self.graphql, methods=post),
                 Route("/graphql/v2/", self.graphql, methods=post),  # as some clients join it
                 Route("/project/{project}/environment/{environment}/up", self.up, methods=post),
-                Route("/ssh", self.ssh, methods=post),
+                Route("/local/relay", self.relay_of, methods=post),
                 Route("/oauth/token", self.oauth, methods=post),
                 Route("/local/login", self.login, methods=post),
                 Route("/local/faults", self.set_faults, methods=post),

@@ -32,6 +32,7 @@ class Environment:
     created_at: str = field(default_factory=now)
     groups: dict[str, dict[str, Any]] = field(default_factory=dict)
     shared: dict[str, str] = field(default_factory=dict)
+    staged: dict[str, Any] = field(default_factory=dict)  # a patch that waits to be committed
 
 
 @dataclass
@@ -70,6 +71,7 @@ class Instance:
     group_id: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)  # of ServiceInstanceUpdateInput
     volume: bool = False
+    custom_domains: list[Domain] = field(default_factory=list)
 
 
 @dataclass
@@ -118,6 +120,18 @@ class Token:
 
 
 @dataclass
+class SshKey:
+    """Registered with an account, or with a workspace."""
+
+    id: str
+    name: str
+    public_key: str
+    fingerprint: str
+    workspace_id: str | None = None
+    created_at: str = field(default_factory=now)
+
+
+@dataclass
 class Workspace:
     id: str
     name: str
@@ -134,7 +148,10 @@ class State:
         self.services: list[Service] = []
         self.deployments: list[Deployment] = []
         self.tokens: list[Token] = []
+        self.ssh_keys: list[SshKey] = []
+        self.workflows: dict[str, str] = {}  # of template deploys, by id; not kept
         self.api_port: int | None = None
+        self.ssh_port: int | None = None
         if self.path.exists():
             self._load(json.loads(self.path.read_text()))
         else:
@@ -145,7 +162,8 @@ class State:
         return self.root / "state.json"
 
     def _load(self, data: dict[str, Any]) -> None:
-        self.api_port = data.get("api_port")
+        self.api_port, self.ssh_port = data.get("api_port"), data.get("ssh_port")
+        self.ssh_keys = [SshKey(**k) for k in data.get("ssh_keys", [])]
         self.workspaces = [Workspace(**w) for w in data["workspaces"]]
         for raw in data["projects"]:
             environments = [Environment(**e) for e in raw.pop("environments")]
@@ -154,7 +172,8 @@ class State:
             instances = []
             for item in raw.pop("instances"):
                 domains = [Domain(**d) for d in item.pop("domains")]
-                instances.append(Instance(domains=domains, **item))
+                custom = [Domain(**d) for d in item.pop("custom_domains", [])]
+                instances.append(Instance(domains=domains, custom_domains=custom, **item))
             self.services.append(Service(instances=instances, **raw))
         self.deployments = [Deployment(**d) for d in data["deployments"]]
         self.tokens = [Token(**t) for t in data["tokens"]]
@@ -174,6 +193,8 @@ class State:
     def save(self) -> None:
         data = {
             "api_port": self.api_port,
+            "ssh_port": self.ssh_port,
+            "ssh_keys": [asdict(k) for k in self.ssh_keys],
             "workspaces": [asdict(w) for w in self.workspaces],
             "projects": [asdict(p) for p in self.projects],
             "services": [asdict(s) for s in self.services],
@@ -207,6 +228,10 @@ class State:
         if service is None:
             return None
         return next((i for i in service.instances if i.environment_id == environment_id), None)
+
+    def instance_by_id(self, instance_id: str) -> Instance | None:
+        every = (instance for service in self.services for instance in service.instances)
+        return next((i for i in every if i.id == instance_id), None)
 
     def instances(self, environment_id: str) -> Iterator[tuple[Service, Instance]]:
         for service in self.services:

@@ -2,8 +2,9 @@
 
 A deployment goes INITIALIZING, BUILDING, DEPLOYING, SUCCESS as on Railway: its upload is unpacked
 and its Dockerfile looked at (not executed: there is no Docker here), its start command is run in a
-process group of its own, its health check must answer 200, and only then does it take the place of
-the deployment before it, which gets SIGTERM and, its draining seconds later, SIGKILL.
+session of its own, its health check must answer 200, and only then does it take the place of the
+deployment before it. To end one, SIGTERM goes to its first process alone; when that has ended, or
+its draining seconds are over, everything it had started is killed, as a container's processes are.
 """
 
 from __future__ import annotations
@@ -78,6 +79,17 @@ def belongs(pid: int, root: Path) -> bool:
         return False
 
 
+def marked(mark: str) -> list[int]:
+    """The processes that have `NAME=value` in their environment, also those that have made a
+    session of their own."""
+    found = []
+    for home in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if mark.encode() in (home / "environ").read_bytes().split(b"\0"):
+                found.append(int(home.name))
+    return found
+
+
 @dataclass(eq=False)
 class Running:
     """A deployment's process."""
@@ -87,6 +99,7 @@ class Running:
     port: int
     env: dict[str, str]
     cwd: Path
+    launched: float = field(default_factory=time.monotonic)
     restarts: int = 0
     stopping: bool = False
     pump: asyncio.Task[None] | None = None
@@ -119,10 +132,19 @@ class Supervisor:
         self.logs.mkdir(parents=True, exist_ok=True)
         self.crash_at: str | None = None  # a status at which the next deployment fails
         self.build_seconds = 0.0
+        self.react_delay = (
+            ""  # seconds until the placeholder for React's server listens, or `never`
+        )
         self.clock = True  # does the cron run?
         self.cron_running: dict[str, Running] = {}
         self.started: Counter[str] = Counter()  # process starts per service id
         self.closing = False
+        # what is ordered by POST /local/faults
+        self.ipv6_only = False  # the private network's names, as in environments before 2025-10
+        self.name_delay = 0.0  # seconds from a start until its private name resolves
+        self.old_gets_requests = False  # during the overlap
+        self.keep_files = False  # of a container that is restarted
+        self.retiring: dict[str, Running] = {}  # instance id -> what is being replaced
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -161,12 +183,14 @@ class Supervisor:
         return task
 
     def _kill_leftovers(self) -> None:
+        """What a killed run of ours has left: by its mark, and by its folder where the mark is gone
+        (Redis writes its title over its environment)."""
         pids = self.root / "pids"
-        if pids.exists():
-            for pid in map(int, pids.read_text().split()):
-                if belongs(pid, self.root):
-                    with contextlib.suppress(ProcessLookupError):
-                        os.killpg(pid, signal.SIGKILL)
+        started = pids.read_text().split() if pids.exists() else []
+        found = {pid for pid in map(int, started) if belongs(pid, self.root)}
+        for pid in found | set(marked(f"{MARK}={self.root}")):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         pids.write_text("")
 
     # -- deployments ---------------------------------------------------------------------------
@@ -254,8 +278,9 @@ class Supervisor:
             raise BuildError("there is no source to build: upload one, or set an image")
         # a container's file system is its own, and new at every start
         folder = self.root / "containers" / deployment.id
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(deployment.upload, folder, symlinks=True)
+        if not (self.keep_files and folder.is_dir()):
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(deployment.upload, folder, symlinks=True)
         variables = rendered(self.state, service, instance)
         dockerfile = variables.get("RAILWAY_DOCKERFILE_PATH") or "Dockerfile"
         path = folder / dockerfile
@@ -319,6 +344,8 @@ class Supervisor:
             "PORT": str(port),
             "PYTHONPATH": str(HERE / "site"),
             "PYTHONUNBUFFERED": "1",
+            "RAILWAY_LOCAL_PYTHON": sys.executable,
+            "RAILWAY_LOCAL_REACT_DELAY": self.react_delay,
             "RAILWAY_LOCAL_HOSTS": str(self._hosts_file(instance.environment_id)),
             MARK: str(self.root),
             "RAILWAY_DEPLOYMENT_ID": deployment.id,
@@ -333,7 +360,7 @@ class Supervisor:
         env = self.environment(service, instance, deployment, build, port)
         argv = build.command
         if build.ready_by_port:  # Redis takes its port and password as arguments
-            argv = [*argv, "--port", str(port), "--bind", "127.0.0.1"]
+            argv = [*argv, "--port", str(port), "--bind", "127.0.0.1", "-::1"]
             if password := env.get("REDIS_PASSWORD"):
                 config = build.cwd / "redis.conf"
                 config.write_text(f"requirepass {password}\n")
@@ -407,6 +434,7 @@ class Supervisor:
             if other is not deployment and other.status == "SUCCESS":
                 self._set(other, "REMOVED")
         if old:
+            self.retiring[instance.id] = old
             overlap = min(float(instance.settings.get("overlapSeconds") or 0), 1.0)
             self.spawn(self._retire(instance, old, overlap if running else 0.0), "retire")
             if not running:
@@ -414,28 +442,42 @@ class Supervisor:
 
     async def _retire(self, instance: Instance, old: Running, overlap: float) -> None:
         await asyncio.sleep(overlap)
+        if self.retiring.get(instance.id) is old:
+            del self.retiring[instance.id]
+            self.write_hosts(instance.environment_id)
         await self._end(old, grace=self._grace(instance, old))
+
+    def traffic(self, instance: Instance) -> Running | None:
+        """What an instance's requests go to. Whether the old or the new process gets those of the
+        overlap is answered both ways by Railway."""
+        old = self.retiring.get(instance.id) if self.old_gets_requests else None
+        return old or self.current.get(instance.id)
 
     def _grace(self, instance: Instance, running: Running) -> float:
         setting = running.env.get("RAILWAY_DEPLOYMENT_DRAINING_SECONDS")
         return float(setting or instance.settings.get("drainingSeconds") or 0)
 
     async def _end(self, running: Running, grace: float) -> None:
-        """SIGTERM, then SIGKILL `grace` seconds later, to the whole process group."""
+        """SIGTERM to the first process; SIGKILL for all, when it has ended or `grace` is over."""
         if running.stopping:
             return
         running.stopping = True
         if running.watcher:
             running.watcher.cancel()
-        group = running.process.pid
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(group, signal.SIGTERM)
+            os.kill(running.process.pid, signal.SIGTERM)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(running.process.wait(), max(grace, 0.2))
-            os.killpg(group, signal.SIGKILL)
+        self._kill(running)
         await running.process.wait()
         self.processes.discard(running)
         shutil.rmtree(self.root / "containers" / running.deployment.id, ignore_errors=True)
+
+    def _kill(self, running: Running) -> None:
+        """Everything that a container's processes have started, wherever it went."""
+        for pid in marked(f"RAILWAY_REPLICA_ID={running.env['RAILWAY_REPLICA_ID']}"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     async def _watch(
         self, service: Service, instance: Instance, running: Running, build: Build
@@ -444,6 +486,7 @@ class Supervisor:
         while True:
             code = await running.process.wait()
             self.processes.discard(running)
+            self._kill(running)
             policy = instance.settings.get("restartPolicyType") or "ON_FAILURE"
             limit = instance.settings.get("restartPolicyMaxRetries") or 10
             if self.closing or running.stopping:
@@ -457,6 +500,7 @@ class Supervisor:
             restarts = running.restarts + 1
             self._log(running.deployment, "deploy", f"exited with {code}; restart {restarts}")
             await asyncio.sleep(RESTART_PAUSE)
+            build = self._build(service, instance, running.deployment)
             running = await self._launch(service, instance, running.deployment, build)
             running.restarts, running.watcher = restarts, asyncio.current_task()
             self.current[instance.id] = running
@@ -493,10 +537,13 @@ class Supervisor:
         return self.root / f"hosts-{environment_id}.json"
 
     def write_hosts(self, environment_id: str) -> None:
-        hosts: dict[str, dict[str, int]] = {}
+        hosts: dict[str, Any] = {"ipv6": self.ipv6_only}
         for service, instance in self.state.instances(environment_id):
-            running = self.current.get(instance.id)
-            if running:
+            running = self.traffic(instance)
+            if running and time.monotonic() < running.launched + self.name_delay:
+                later = running.launched + self.name_delay - time.monotonic()
+                asyncio.get_running_loop().call_later(later, self.write_hosts, environment_id)
+            elif running:
                 variables = rendered(self.state, service, instance)
                 declared = variables.get("PORT") or variables.get("REDISPORT") or "6379"
                 hosts[private_domain(service)] = {declared: running.port}
@@ -530,6 +577,7 @@ class Supervisor:
         self.cron_running[instance.id] = running
         try:
             code = await running.process.wait()
+            self._kill(running)
             if running.pump:
                 await running.pump
             self.processes.discard(running)
@@ -559,10 +607,15 @@ class Supervisor:
     # -- uploads and logs ----------------------------------------------------------------------
 
     def unpack(self, archive: Path) -> str:
+        """The folder of an upload. Raises BuildError for one that cannot be unpacked here."""
         folder = self.root / "uploads" / new_id()
-        folder.mkdir(parents=True)
-        with tarfile.open(archive) as tar:
-            tar.extractall(folder, filter="data")
+        try:
+            folder.mkdir(parents=True)
+            with tarfile.open(archive) as tar:
+                tar.extractall(folder, filter="data")
+        except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise BuildError(f"the upload cannot be unpacked: {error}") from None
         return str(folder)
 
     def _log(self, deployment: Deployment, kind: str, message: str, severity: str = "info") -> None:

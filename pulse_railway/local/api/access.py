@@ -84,3 +84,10 @@ def need_deployment(caller: Caller, deployment_id: str) -> Deployment:
         raise refuse("Deployment not found")
     need_environment(caller, deployment.environment_id)
     return deployment
+
+
+def ssh_key_owner(caller: Caller, workspace_id: str | None) -> str | None:
+    """Whose SSH keys a token works with: a workspace's id, or None for the account's own."""
+    if caller.token is None or caller.token.kind == "project":
+        raise refuse()
+    return workspace_id or caller.token.workspace_id

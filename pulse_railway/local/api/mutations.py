@@ -15,15 +15,21 @@ from pulse_railway.local.api.access import (
     need_project,
     need_service,
     refuse,
+    ssh_key_owner,
 )
+from pulse_railway.local.api.patch import apply, check_settings
 from pulse_railway.local.api.views import (
     SETTINGS,
+    custom_domain_view,
     deployment_view,
     domain_view,
     environment_view,
     project_view,
     service_view,
+    ssh_key_view,
+    staged_view,
 )
+from pulse_railway.local.relay import fingerprint
 from pulse_railway.local.state import Environment, Instance, Project
 
 Resolver = Callable[..., Any]
@@ -53,6 +59,7 @@ async def projectDelete(caller: Caller, id: str) -> bool:
         await caller.supervisor.remove(owned)
         caller.state.services.remove(owned)
     caller.state.projects.remove(found)
+    caller.state.tokens = [t for t in caller.state.tokens if t.project_id != found.id]
     return True
 
 
@@ -69,6 +76,27 @@ def projectTokenCreate(caller: Caller, input: dict[str, Any]) -> str:
 
 
 @mutation
+def sshPublicKeyCreate(caller: Caller, input: dict[str, Any]) -> Any:
+    owner = ssh_key_owner(caller, input.get("workspaceId"))
+    try:
+        mark = fingerprint(input["publicKey"])
+    except ValueError:
+        raise refuse("Invalid SSH public key") from None
+    if any(k.fingerprint == mark for k in caller.state.ssh_keys):
+        raise refuse("This SSH key is already registered")
+    made = model.SshKey(model.new_id(), input["name"], input["publicKey"].strip(), mark, owner)
+    caller.state.ssh_keys.append(made)
+    return ssh_key_view(made)
+
+
+@mutation
+def sshPublicKeyDelete(caller: Caller, id: str) -> bool:
+    ssh_key_owner(caller, None)
+    caller.state.ssh_keys = [k for k in caller.state.ssh_keys if k.id != id]
+    return True
+
+
+@mutation
 def environmentCreate(caller: Caller, input: dict[str, Any]) -> Any:
     owner = need_project(caller, input["projectId"])
     created = Environment(model.new_id(), input["name"])
@@ -80,18 +108,55 @@ def environmentCreate(caller: Caller, input: dict[str, Any]) -> Any:
 
 
 @mutation
-def environmentPatchCommit(
+async def environmentDelete(caller: Caller, id: str) -> bool:
+    owner, where = need_environment(caller, id)
+    if len(owner.environments) == 1:
+        raise refuse("Cannot delete the last environment of a project")
+    for owned in [s for s in caller.state.services if s.project_id == owner.id]:
+        await caller.supervisor.remove(owned, id)
+        owned.instances = [i for i in owned.instances if i.environment_id != id]
+    owner.environments.remove(where)
+    return True
+
+
+@mutation
+async def environmentPatchCommit(
     caller: Caller,
     environmentId: str,
     patch: dict[str, Any] | None = None,
     commitMessage: str | None = None,
 ) -> str:
-    need_environment(caller, environmentId)
-    for service_id, change in ((patch or {}).get("services") or {}).items():
-        instance = need_instance(caller, service_id, environmentId)
-        if "groupId" in change:
-            instance.group_id = change["groupId"]
+    _, where = need_environment(caller, environmentId)
+    await apply(caller, where, patch or {})
     return model.new_id()
+
+
+@mutation
+def environmentStageChanges(
+    caller: Caller, environmentId: str, input: dict[str, Any], merge: bool | None = None
+) -> Any:
+    _, where = need_environment(caller, environmentId)
+    where.staged = _deep(where.staged, input) if merge else input
+    return staged_view(where)
+
+
+@mutation
+async def environmentPatchCommitStaged(
+    caller: Caller,
+    environmentId: str,
+    commitMessage: str | None = None,
+    skipDeploys: bool | None = None,
+) -> str:
+    _, where = need_environment(caller, environmentId)
+    await apply(caller, where, where.staged, deploys=not skipDeploys)
+    where.staged = {}
+    return model.new_id()
+
+
+def _deep(into: Any, given: Any) -> Any:
+    if not isinstance(into, dict) or not isinstance(given, dict):
+        return given
+    return {**into, **{k: _deep(into.get(k), v) for k, v in given.items()}}
 
 
 @mutation
@@ -160,7 +225,9 @@ def serviceInstanceUpdate(
     for instance in found.instances:
         if environmentId in (None, instance.environment_id):
             need_environment(caller, instance.environment_id)
-            instance.settings.update({k: v for k, v in input.items() if k in SETTINGS})
+            instance.settings.update(
+                check_settings({k: v for k, v in input.items() if k in SETTINGS})
+            )
             if input.get("source"):
                 instance.image = input["source"].get("image")
                 instance.repo = input["source"].get("repo")
@@ -250,21 +317,64 @@ def serviceDomainDelete(caller: Caller, id: str) -> bool:
 
 
 @mutation
+def serviceDomainUpdate(caller: Caller, input: dict[str, Any]) -> bool:
+    """The port; another name would need another certificate and port on this machine."""
+    instance = need_instance(caller, input["serviceId"], input["environmentId"])
+    for domain in instance.domains:
+        if domain.id == input["serviceDomainId"]:
+            if domain.domain != input["domain"]:
+                raise refuse("the local Railway cannot rename a domain")
+            domain.target_port = input.get("targetPort")
+            return True
+    raise refuse("Domain not found")
+
+
+@mutation
+def customDomainCreate(caller: Caller, input: dict[str, Any]) -> Any:
+    """Kept and shown; it is never verified, since nobody's DNS leads here."""
+    instance = need_instance(caller, input["serviceId"], input["environmentId"])
+    owner = need_service(caller, input["serviceId"])
+    created = model.Domain(model.new_id(), input["domain"], 0, input.get("targetPort"))
+    instance.custom_domains.append(created)
+    return custom_domain_view(owner, instance, created)
+
+
+@mutation
+def customDomainDelete(caller: Caller, id: str) -> bool:
+    for owned in caller.state.services:
+        for instance in owned.instances:
+            if any(domain.id == id for domain in instance.custom_domains):
+                need_service(caller, owned.id)
+                instance.custom_domains = [d for d in instance.custom_domains if d.id != id]
+                return True
+    raise refuse("Domain not found")
+
+
+@mutation
+def twoFactorInfoValidate(caller: Caller, input: dict[str, Any]) -> bool:
+    raise refuse("Invalid two-factor token")
+
+
+@mutation
 def templateDeployV2(caller: Caller, input: dict[str, Any]) -> Any:
     """Asynchronous, as on Railway: the services appear a moment after the answer."""
     owner = need_project(caller, input["projectId"])
     where = next(e for e in owner.environments if e.id == input["environmentId"])
-    caller.supervisor.spawn(_deploy_template(caller, owner, where, input["serializedConfig"]))
-    return {"projectId": owner.id, "workflowId": model.new_id()}
+    workflow = model.new_id()
+    caller.state.workflows[workflow] = "Running"
+    config = input["serializedConfig"]
+    caller.supervisor.spawn(_deploy_template(caller, owner, where, config, workflow))
+    return {"projectId": owner.id, "workflowId": workflow}
 
 
 async def _deploy_template(
-    caller: Caller, owner: Project, where: Environment, config: dict[str, Any]
+    caller: Caller, owner: Project, where: Environment, config: dict[str, Any], workflow: str
 ) -> None:
     await asyncio.sleep(0.5)
     for created, instance in model.apply_template(caller.state, owner, where, config):
         if instance.image:
             caller.supervisor.deploy(created, instance)
+    caller.state.workflows[workflow] = "Complete"
     caller.state.save()
 
 

@@ -14,8 +14,10 @@ from pulse_railway.local.api.access import (
     need_project,
     need_service,
     refuse,
+    ssh_key_owner,
     visible,
 )
+from pulse_railway.local.api.patch import REGIONS
 from pulse_railway.local.api.views import (
     connection,
     deployment_view,
@@ -23,6 +25,8 @@ from pulse_railway.local.api.views import (
     instance_view,
     project_view,
     service_view,
+    ssh_key_view,
+    staged_view,
     workspace_view,
 )
 
@@ -76,6 +80,40 @@ def apiToken(caller: Caller) -> Any:
     ids = [caller.token.workspace_id] if caller.token.workspace_id else None
     found = [w for w in caller.state.workspaces if ids is None or w.id in ids]
     return {"workspaces": [{"id": w.id, "name": w.name} for w in found]}
+
+
+@query
+def sshPublicKeys(caller: Caller, workspaceId: str | None = None, **_: Any) -> Any:
+    """A workspace token sees its workspace's, others their own; a project token none."""
+    owner = ssh_key_owner(caller, workspaceId)
+    found = [k for k in caller.state.ssh_keys if k.workspace_id == owner]
+    return connection([ssh_key_view(k) for k in found])
+
+
+@query
+def twoFactorInfo(caller: Caller) -> Any:
+    if caller.token is None or caller.token.kind not in ("account", "oauth"):
+        raise refuse()
+    return {"isVerified": False, "hasRecoveryCodes": False}
+
+
+@query
+def regions(caller: Caller, projectId: str | None = None) -> Any:
+    found = [
+        {"name": name, "region": name, "location": location, "country": country}
+        for name, (location, country) in REGIONS.items()
+    ]
+    return [{**region, "deploymentConstraints": None} for region in found]
+
+
+@query
+def environmentStagedChanges(caller: Caller, environmentId: str) -> Any:
+    return staged_view(need_environment(caller, environmentId)[1])
+
+
+@query
+def workflowStatus(caller: Caller, workflowId: str) -> Any:
+    return {"status": caller.state.workflows.get(workflowId, "NotFound"), "error": None}
 
 
 @query
@@ -200,6 +238,8 @@ def template(caller: Caller, code: str | None = None, **_: Any) -> Any:
         "code": code,
         "name": "Pulse baseline",
         "serializedConfig": model.template(),
+        "status": "PUBLISHED",
+        "category": "Other",
         "createdAt": model.now(),
     }
 

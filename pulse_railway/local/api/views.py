@@ -6,14 +6,15 @@ from typing import Any
 
 from pulse_railway.local import state as model
 from pulse_railway.local.api.access import Caller, need_project, need_service, visible
-from pulse_railway.local.state import Deployment, Environment, Instance, Project, Service
+from pulse_railway.local.api.patch import config_of
+from pulse_railway.local.state import Deployment, Environment, Instance, Project, Service, SshKey
 
 # ServiceInstanceUpdateInput's fields that are kept as they are given
 SETTINGS = (
     "buildCommand builder cronSchedule dockerfilePath drainingSeconds healthcheckPath"
-    " healthcheckTimeout numReplicas overlapSeconds preDeployCommand railwayConfigFile region"
-    " restartPolicyMaxRetries restartPolicyType rootDirectory sleepApplication startCommand"
-    " watchPatterns"
+    " healthcheckTimeout multiRegionConfig numReplicas overlapSeconds preDeployCommand"
+    " railwayConfigFile region restartPolicyMaxRetries restartPolicyType rootDirectory"
+    " sleepApplication startCommand watchPatterns"
 ).split()
 
 
@@ -43,6 +44,7 @@ def project_view(caller: Caller, project: Project) -> dict[str, Any]:
         "primaryEnvironmentId": project.environments[0].id,
         "baseEnvironmentId": project.environments[0].id,
         "environments": lambda *_, **__: connection(environments),
+        "buckets": lambda *_, **__: connection([]),
         "services": lambda *_, **__: connection(
             [service_view(caller, s) for s in state.services if s.project_id == project.id]
         ),
@@ -72,18 +74,13 @@ def environment_view(caller: Caller, project: Project, environment: Environment)
         "updatedAt": environment.created_at,
         "isEphemeral": False,
         "canAccess": True,
-        "config": lambda *_, **__: {
-            "services": {
-                service.id: {
-                    "groupId": instance.group_id,
-                    "source": {"image": instance.image} if instance.image else {},
-                    "isCreated": True,
-                }
-                for service, instance in instances
-            },
-            "groups": environment.groups,
-            "sharedVariables": {},
-        },
+        "unmergedChangesCount": len(environment.staged.get("services") or {}),
+        "sourceEnvironment": None,
+        "meta": None,
+        "config": lambda *_, **__: config_of(caller, environment),
+        "volumeInstances": lambda *_, **__: connection(
+            [volume_view(s, i) for s, i in instances if i.volume]
+        ),
         "serviceInstances": lambda *_, **__: connection(
             [instance_view(caller, s, i) for s, i in instances]
         ),
@@ -159,7 +156,9 @@ def instance_view(caller: Caller, service: Service, instance: Instance) -> dict[
         "isUpdatable": True,
         "domains": {
             "serviceDomains": [domain_view(service, instance, d) for d in instance.domains],
-            "customDomains": [],
+            "customDomains": [
+                custom_domain_view(service, instance, d) for d in instance.custom_domains
+            ],
         },
         "latestDeployment": deployment_view(caller, deployments[0]) if deployments else None,
         "activeDeployments": [
@@ -167,6 +166,19 @@ def instance_view(caller: Caller, service: Service, instance: Instance) -> dict[
             for d in deployments
             if d.status == "SUCCESS" and not d.stopped
         ],
+    }
+
+
+def ssh_key_view(key: SshKey) -> dict[str, Any]:
+    return {
+        "id": key.id,
+        "name": key.name,
+        "publicKey": key.public_key,
+        "fingerprint": key.fingerprint,
+        "createdAt": key.created_at,
+        "updatedAt": key.created_at,
+        "userId": None if key.workspace_id else "local-user",
+        "workspaceId": key.workspace_id,
     }
 
 
@@ -183,6 +195,53 @@ def domain_view(service: Service, instance: Instance, domain: model.Domain) -> d
         "updatedAt": domain.created_at,
         "suffix": "localhost",
         "syncStatus": "ACTIVE",
+    }
+
+
+def custom_domain_view(
+    service: Service, instance: Instance, domain: model.Domain
+) -> dict[str, Any]:
+    record = {
+        "hostlabel": domain.domain.partition(".")[0],
+        "fqdn": domain.domain,
+        "recordType": "DNS_RECORD_TYPE_CNAME",
+        "requiredValue": f"{service.name}.localhost",
+        "currentValue": "",
+        "status": "DNS_RECORD_STATUS_REQUIRES_UPDATE",
+        "zone": domain.domain.partition(".")[2],
+        "purpose": "DNS_RECORD_PURPOSE_TRAFFIC_ROUTE",
+    }
+    return {
+        **domain_view(service, instance, domain),
+        "__typename": "CustomDomain",
+        "status": {
+            "dnsRecords": [record],
+            "certificateStatus": "CERTIFICATE_STATUS_TYPE_VALIDATING_OWNERSHIP",
+            "certificates": [],
+            "verified": False,
+        },
+    }
+
+
+def volume_view(service: Service, instance: Instance) -> dict[str, Any]:
+    return {
+        "id": f"volume-of-{instance.id}",
+        "serviceId": service.id,
+        "environmentId": instance.environment_id,
+        "mountPath": "/data",
+        "currentSizeMB": 0.0,
+        "sizeMB": 500,
+        "state": "READY",
+        "isPendingDeletion": False,
+        "volume": {"id": f"volume-{service.id}", "name": f"{service.name}-volume"},
+    }
+
+
+def staged_view(environment: Environment) -> dict[str, Any]:
+    return {
+        "id": f"patch-of-{environment.id}",
+        "status": "STAGED",
+        "patch": lambda *_, **__: environment.staged,
     }
 
 

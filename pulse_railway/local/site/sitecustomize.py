@@ -19,10 +19,12 @@ def _real(host, port):  # type: ignore[no-untyped-def]
     if not isinstance(name, str) or not name.endswith(".railway.internal"):
         return host, port
     with open(os.environ["RAILWAY_LOCAL_HOSTS"]) as file:
-        ports = json.load(file).get(name)
+        hosts = json.load(file)
+    ports = hosts.get(name)
     if ports is None:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-    return "127.0.0.1", ports.get(str(port), 9)  # nobody listens on a port nobody declared
+    address = "::1" if hosts.get("ipv6") else "127.0.0.1"
+    return address, ports.get(str(port), 9)  # nobody listens on a port nobody declared
 
 
 def _getaddrinfo(host, port, *args, **kwargs):  # type: ignore[no-untyped-def]

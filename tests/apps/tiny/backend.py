@@ -7,6 +7,9 @@ from pathlib import Path
 
 SESSIONS = Path(os.environ.get("TINY_SESSIONS", "sessions"))  # how many it claims to hold
 
+if message := os.environ.get("TINY_FAILS"):
+    raise RuntimeError(message)
+
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"

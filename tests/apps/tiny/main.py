@@ -18,5 +18,6 @@ plugin = RailwayPlugin(
 app = ps.App(
     routes=[ps.Route("/", render=home)],
     plugins=[plugin],
+    session_store=ps.InMemorySessionStore(),
     internal_server_address=internal_server_address(),
 )

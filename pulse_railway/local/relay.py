@@ -1,0 +1,133 @@
+"""The SSH relay: what ssh.railway.com is. The user is a service instance, the key a registered one.
+
+What runs is a command in the container of that instance. `railway ssh` (cli.py) gets here with the
+system's `ssh`, whose words about a lost connection are then the real ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import asyncssh
+
+if TYPE_CHECKING:
+    from pulse_railway.local.server import LocalRailway
+
+COMMAND_SECONDS = 120.0
+
+
+class Relay:
+    """Listens on the loopback; its host key is in `<root>/ssh/known_hosts`, where a stranger would
+    not look."""
+
+    def __init__(self, local: LocalRailway) -> None:
+        self.local = local
+        self.folder = local.state.root / "ssh"
+        self.server: asyncssh.SSHAcceptor | None = None
+        self.port = 0
+
+    async def start(self) -> None:
+        host_key = key_file(self.folder / "host")
+        self.server = await asyncssh.create_server(
+            lambda: Door(self.local),
+            "127.0.0.1",
+            self.local.state.ssh_port or 0,
+            server_host_keys=[str(host_key)],
+            process_factory=self._run,
+            encoding=None,
+            line_editor=False,
+        )
+        self.port = self.server.get_port()
+        self.local.state.ssh_port = self.port
+        public = host_key.with_suffix(".pub").read_text().split()[:2]
+        known = f"[127.0.0.1]:{self.port} {' '.join(public)}\n"
+        (self.folder / "known_hosts").write_text(known)
+
+    async def stop(self) -> None:
+        if self.server:
+            self.server.close()
+            await self.server.wait_closed()
+
+    async def _run(self, process: asyncssh.SSHServerProcess[bytes]) -> None:
+        """One command. Without one Railway gives a shell; we say that we do not."""
+        instance_id = process.get_extra_info("username")
+        if not process.command:
+            process.stderr.write(b"the local Railway runs commands only: railway ssh ... -- ls\n")
+            process.exit(1)
+            return
+        fault = self.local.relay_fault()
+        if fault and fault.delay:
+            await asyncio.sleep(fault.delay)
+        out, err, code = b"", b"", 0
+        if not fault or fault.after or not fault.ends:
+            found = self.local.state.instance_by_id(instance_id)
+            child = await self.local.supervisor.execute(found, process.command) if found else None
+            if child is None:
+                process.stderr.write(f"No target found for '{instance_id}'\n".encode())
+                process.channel.get_connection().abort()
+                return
+            out, err, code = await finish(child)
+        if fault and fault.drop:
+            process.channel.get_connection().abort()
+            return
+        if fault and fault.ends:
+            failed = fault.says or fault.error or fault.status
+            said = fault.says or fault.error or (f"status {fault.status}" if fault.status else "")
+            out, err = fault.prints.encode(), f"{said}\n".encode() if said else b""
+            code = fault.exit if fault.exit is not None else 255 if failed else 0
+        process.stdout.write(out)
+        process.stderr.write(err)
+        process.exit(code)
+
+
+class Door(asyncssh.SSHServer):
+    """Who may come in: whoever has a key that is registered, to an instance that exists."""
+
+    def __init__(self, local: LocalRailway) -> None:
+        self.local = local
+
+    def begin_auth(self, username: str) -> bool:
+        return True
+
+    def public_key_auth_supported(self) -> bool:
+        return True
+
+    def validate_public_key(self, username: str, key: asyncssh.SSHKey) -> bool:
+        fingerprint = key.get_fingerprint()
+        return any(k.fingerprint == fingerprint for k in self.local.state.ssh_keys)
+
+
+async def finish(child: asyncio.subprocess.Process) -> tuple[bytes, bytes, int]:
+    """A child's output and status; it ends with us, with all it has started."""
+    try:
+        async with asyncio.timeout(COMMAND_SECONDS):
+            out, err = await child.communicate()
+        return out, err, child.returncode or 0
+    finally:
+        if child.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+
+
+def key_file(path: Path) -> Path:
+    """An Ed25519 key pair, made where it is not there yet."""
+    if not path.exists():
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        key = asyncssh.generate_private_key("ssh-ed25519", comment="local-railway")
+        key.write_private_key(str(path))
+        path.chmod(0o600)
+        key.write_public_key(str(path.with_suffix(".pub")))
+    return path
+
+
+def fingerprint(public_key: str) -> str:
+    """SHA256:... of a public key in OpenSSH's format. Raises ValueError for anything else."""
+    try:
+        return asyncssh.import_public_key(public_key).get_fingerprint()
+    except asyncssh.KeyImportError as error:
+        raise ValueError(str(error)) from None
