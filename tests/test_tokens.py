@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from pulse_railway import config, contract, errors
 from pulse_railway.options import where
 from pulse_railway.railway import program, tokens
 from pulse_railway.railway.api import Api
+from tests.conftest import order
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +54,7 @@ def test_the_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(errors.Failure, match="no Railway token"):
         tokens.find(None)
     login(tmp_path, accessToken="from-login")
-    assert tokens.find(None) == tokens.Token("from-login", "login")
+    assert tokens.find(None) == tokens.Token("from-login", "login", None)
     monkeypatch.setenv("RAILWAY_API_TOKEN", "from-api")
     assert tokens.find(None).value == "from-api"
     monkeypatch.setenv("RAILWAY_TOKEN", "from-token")
@@ -62,16 +65,21 @@ def test_the_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_login_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     login(tmp_path, token="legacy")
-    assert tokens.login() == "legacy"
+    assert found() == "legacy"
     login(tmp_path, "config-staging.json", accessToken="staging")
     login(tmp_path, "config-dev.json", accessToken="dev")
     for name, expected in (("staging", "staging"), ("dev", "dev"), ("", "legacy")):
         monkeypatch.setenv("RAILWAY_ENV", name)
-        assert tokens.login() == expected
+        assert found() == expected
     monkeypatch.setenv("RAILWAY_ENV", "")
     for broken in ("", "[]", '{"user": null}', '{"user": {}}', "{"):
         (tmp_path / ".railway" / "config.json").write_text(broken)
         assert tokens.login() is None
+
+
+def found() -> str | None:
+    token = tokens.login()
+    return token.value if token else None
 
 
 def test_an_expired_login_is_refreshed_and_written_back(
@@ -84,7 +92,7 @@ def test_an_expired_login_is_refreshed_and_written_back(
         refreshToken=made["refresh_token"],
         tokenExpiresAt=time.time() - 5,
     )
-    fresh = tokens.login()
+    fresh = found()
     assert fresh not in (None, "expired")
     kept = json.loads(path.read_text())
     assert kept["user"]["accessToken"] == fresh
@@ -92,7 +100,7 @@ def test_an_expired_login_is_refreshed_and_written_back(
     assert kept["user"]["tokenExpiresAt"] > time.time() + 3000
     assert kept["projects"] == {"kept": 1}
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert tokens.login() == fresh  # not refreshed again
+    assert found() == fresh  # not refreshed again
     api = Api(tokens.find(None))
     assert config.find_target(api, where({"project": "pulse-local"})).project_id
 
@@ -104,6 +112,94 @@ def test_a_login_that_cannot_be_refreshed(tmp_path: Path) -> None:
     login(tmp_path, accessToken="x", tokenExpiresAt=1)
     with pytest.raises(errors.Failure, match="railway login"):
         tokens.login()
+
+
+def oauth_calls(railway: demo.Stage) -> int:
+    stats = railway.get(railway.api.replace("/graphql/v2", "/local/stats")).json()
+    return int(stats["fields"].get("oauth", 0))
+
+
+def test_a_login_is_refreshed_in_the_middle_of_a_run(railway: demo.Stage, tmp_path: Path) -> None:
+    """Before: a login with 66 s left and a build of 70 s ended in "Not Authorized"."""
+    made = oauth(railway, 2)
+    expires = time.time() + 2 + tokens.EXPIRY_MARGIN
+    path = login(
+        tmp_path,
+        accessToken=made["access_token"],
+        refreshToken=made["refresh_token"],
+        tokenExpiresAt=expires,
+    )
+    api = Api(tokens.find(None))
+    asked = where({"project": "pulse-local"})
+    assert config.find_target(api, asked)
+    time.sleep(2.5)
+    assert config.find_target(api, asked)
+    assert api.token.value == json.loads(path.read_text())["user"]["accessToken"]
+    assert api.token.value != made["access_token"]
+
+
+def test_a_blip_is_no_expiry(railway: demo.Stage, tmp_path: Path) -> None:
+    """Before: a single 502 of the token endpoint was "has expired"."""
+    for times, left, ends in ((2, -5, "fresh"), (3, 30, "kept"), (3, -5, "fails")):
+        made = oauth(railway, 3600)
+        login(
+            tmp_path,
+            accessToken=made["access_token"],
+            refreshToken=made["refresh_token"],
+            tokenExpiresAt=time.time() + left,
+        )
+        order(railway, faults=[{"match": "oauth", "status": 502, "times": times}])
+        try:
+            if ends == "fails":
+                with pytest.raises(
+                    errors.Failure, match=r"refreshing it failed: Railway ans.* 502"
+                ):
+                    tokens.login()
+            else:
+                assert (found() == made["access_token"]) == (ends == "kept")
+        finally:
+            order(railway)
+        if ends == "fails":  # nothing was lost: the next run refreshes it
+            assert found() not in (None, made["access_token"])
+
+
+def test_a_refresh_token_is_used_once(railway: demo.Stage, tmp_path: Path) -> None:
+    """Several runs at once, under the CLI's lock: using it twice logs the user out."""
+    made = oauth(railway, 3600)
+    login(
+        tmp_path,
+        accessToken=made["access_token"],
+        refreshToken=made["refresh_token"],
+        tokenExpiresAt=time.time() - 5,
+    )
+    before = oauth_calls(railway)
+    program = "from pulse_railway.railway import tokens; print(tokens.login().value)"
+    runs = [
+        subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    values = {run.communicate(timeout=60)[0].strip() for run in runs}
+    assert [run.returncode for run in runs] == [0] * 4
+    assert len(values) == 1
+    assert oauth_calls(railway) == before + 1
+
+
+def test_a_wrong_token_is_told_as_that(railway: demo.Stage) -> None:
+    for asked in ({}, {"project": "pulse-local"}, {"project_id": "x"}):
+        with pytest.raises(errors.Failure, match=r"Not Authorized.*token from flag"):
+            config.find_target(api_with("wrong", "flag"), where(asked))
+
+
+def test_a_workspace_that_is_unknown_is_refused_everywhere(railway: demo.Stage) -> None:
+    known = kinds(railway)
+    project = railway.env["RAILWAY_PROJECT_ID"]
+    for kind in ("account", "workspace", "project"):
+        for asked in ({"project": "pulse-local"}, {"project_id": project}):
+            api = api_with(known[kind])
+            assert config.find_target(api, where({**asked, "workspace": "local"}))
+            for wrong in ({"workspace": "nowhere"}, {"workspace_id": "nowhere"}):
+                with pytest.raises(errors.Failure):
+                    config.find_target(api, where({**asked, **wrong}))
 
 
 def api_with(value: str, source: Any = "RAILWAY_TOKEN") -> Api:

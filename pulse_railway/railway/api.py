@@ -12,7 +12,7 @@ import httpx
 
 from pulse_railway import contract
 from pulse_railway.errors import Failure, Uncertain, redact
-from pulse_railway.railway import documents
+from pulse_railway.railway import documents, tokens
 from pulse_railway.railway.tokens import Token
 
 ATTEMPTS = 5
@@ -34,7 +34,7 @@ class Api:
     """
 
     def __init__(self, token: Token, on_wait: Callable[[str], None] = lambda _: None) -> None:
-        self.token = token
+        self._token = token
         self.calls = 0
         self._on_wait = on_wait
         self._scope: dict[str, Any] | None = None
@@ -46,6 +46,21 @@ class Api:
         self._client.close()
 
     # -- the token -----------------------------------------------------------------------------
+
+    @property
+    def token(self) -> Token:
+        """The token as it is now: a login is refreshed in the middle of a run too."""
+        self._token = tokens.fresh(self._token)
+        return self._token
+
+    def check_token(self) -> None:
+        """Raises ApiError where Railway accepts the token for nothing at all."""
+        if self.is_project_token:
+            return
+        try:
+            self.call(documents.MY_PROJECTS)
+        except ApiError:
+            self.call(documents.API_TOKEN)  # a workspace token has no `me`
 
     def scope(self) -> dict[str, Any] | None:
         """For a project token, its project and environment; None for any other token."""
@@ -98,6 +113,8 @@ class Api:
         for attempt in range(ATTEMPTS):
             last = attempt == ATTEMPTS - 1
             self.calls += 1
+            if "Authorization" in headers:  # it may have expired while we waited
+                headers = {"Authorization": f"Bearer {self.token.value}"}
             try:
                 answer = self._client.post(self.url, json=body, headers=headers)
             except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:

@@ -48,6 +48,24 @@ query Projects($workspace: String) {
 }
 """
 
+EXECUTE = """
+mutation Execute($instance: String!) {
+  deploymentInstanceExecutionCreate(input: { serviceInstanceId: $instance })
+}
+"""
+
+API_TOKEN = """
+query ApiToken {
+  apiToken { workspaces { id name } }
+}
+"""
+
+WORKSPACE_OF = """
+query WorkspaceOf($project: String!) {
+  project(id: $project) { workspaceId workspace { id name } }
+}
+"""
+
 ENVIRONMENTS = """
 query Environments($project: String!) {
   environments(projectId: $project) { edges { node { id name } } }

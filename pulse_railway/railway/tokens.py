@@ -5,10 +5,13 @@ Order: the flag, RAILWAY_TOKEN, RAILWAY_API_TOKEN, the Railway CLI's login (READ
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +23,11 @@ from pulse_railway.errors import Failure, keep_secret
 OAUTH_URL = "https://backboard.railway.com/oauth/token"
 # the Railway CLI's own public client id, which its refresh tokens are bound to
 OAUTH_CLIENT_ID = "rlwy_oaci_onEklvmksh1hRUiCo7E2zX12"
-EXPIRY_MARGIN = 60  # seconds
+EXPIRY_MARGIN = 90  # seconds; the CLI's own is 60, and it is to find nothing to do
+LOCK_TIMEOUT = 10.0  # seconds, as the CLI's
+REFRESH_ATTEMPTS = 3
+REFRESH_PAUSE = 0.25  # seconds
+LOGIN_EXPIRED = "the Railway CLI's login has expired: run `railway login` again"
 
 NO_TOKEN = (
     "no Railway token: set RAILWAY_API_TOKEN (account or workspace token) or RAILWAY_TOKEN"
@@ -37,6 +44,7 @@ class Token:
 
     value: str
     source: Source
+    expires: float | None = None  # seconds since 1970, of a login
 
     def __repr__(self) -> str:
         return f"Token(from {self.source})"
@@ -61,10 +69,16 @@ def find(flag: str | None) -> Token:
                 where = "--token" if source == "flag" else source
                 raise Failure(f"{where} is no token: it has white space or odd characters in it")
             return Token(text, source)
-    if value := login():
-        keep_secret(value)
-        return Token(value, "login")
+    if token := login():
+        return token
     raise Failure(NO_TOKEN)
+
+
+def fresh(token: Token) -> Token:
+    """The token as it is to be used now: a login that is about to expire is refreshed."""
+    if token.expires is None or time.time() < token.expires - EXPIRY_MARGIN:
+        return token
+    return login() or token
 
 
 def login_file() -> Path:
@@ -74,28 +88,58 @@ def login_file() -> Path:
     return Path.home() / ".railway" / f"config{suffix.get(name, '')}.json"
 
 
-def login() -> str | None:
-    """The CLI login's access token, refreshed where it has expired.
-
-    Raises Failure where the refresh is refused.
-    """
-    path = login_file()
+def read_login(path: Path) -> tuple[dict[str, Any], Token | None]:
+    """The CLI's configuration and the login in it, None where there is none."""
     try:
         config = json.loads(path.read_text())
         user = config["user"]
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return {}, None
     if not isinstance(user, dict):
-        return None
+        return {}, None
     access = user.get("accessToken") or user.get("access_token")
-    if not access:
-        legacy = user.get("token")
-        return str(legacy) if legacy else None
-    keep_secret(access, user.get("refreshToken"))
     expires = user.get("tokenExpiresAt") or user.get("token_expires_at")
-    if not isinstance(expires, int | float) or time.time() < expires - EXPIRY_MARGIN:
-        return str(access)
-    return refresh(path, config, user.get("refreshToken") or user.get("refresh_token"))
+    if not access:
+        access, expires = user.get("token"), None  # of an older CLI, which does not expire
+    if not access:
+        return config, None
+    keep_secret(str(access), user.get("refreshToken") or user.get("refresh_token"))
+    known = float(expires) if isinstance(expires, int | float) else None
+    return config, Token(str(access), "login", known)
+
+
+def login() -> Token | None:
+    """The CLI login's access token, refreshed where it is about to expire.
+
+    A refresh token may be used once: a second use logs the user out. So it is done under the
+    CLI's own lock, after reading the file again. Raises Failure where Railway refuses the refresh,
+    or cannot be reached and the token has expired.
+    """
+    path = login_file()
+    _, token = read_login(path)
+    if token is None or token.expires is None or time.time() < token.expires - EXPIRY_MARGIN:
+        return token
+    with locked(path.with_suffix(".lock")):
+        config, token = read_login(path)
+        if token is None or token.expires is None or time.time() < token.expires - EXPIRY_MARGIN:
+            return token  # another process has done it
+        return refresh(path, config, token)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """The Railway CLI's lock (an exclusive flock); like the CLI, we do not wait for ever for it."""
+    with path.open("w") as file:
+        deadline = time.monotonic() + LOCK_TIMEOUT
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(0.05)
+        yield
 
 
 def oauth_url() -> str:
@@ -104,31 +148,51 @@ def oauth_url() -> str:
     return api.removesuffix("/graphql/v2") + "/oauth/token" if api else OAUTH_URL
 
 
-def refresh(path: Path, config: dict[str, Any], refresh_token: object) -> str:
+def refresh(path: Path, config: dict[str, Any], token: Token) -> Token:
     """Trade the refresh token for a new login (RFC 6749 section 6) and write it back."""
-    again = "the Railway CLI's login has expired: run `railway login` again"
+    user = config["user"]
+    refresh_token = user.get("refreshToken") or user.get("refresh_token")
     if not isinstance(refresh_token, str) or not refresh_token:
-        raise Failure(again)
+        raise Failure(LOGIN_EXPIRED)
     form = {
         "grant_type": "refresh_token",
         "refresh_token": refresh_token,
         "client_id": os.environ.get("RAILWAY_OAUTH_CLIENT_ID") or OAUTH_CLIENT_ID,
     }
-    try:
-        answer = httpx.post(oauth_url(), data=form, timeout=30)
-        answer.raise_for_status()
-        body = answer.json()
-        access = str(body["access_token"])
-    except (httpx.HTTPError, ValueError, KeyError):
-        raise Failure(again) from None
-    user = config["user"]
+    body, why = _ask_for_a_login(form)
+    if body is None:
+        if token.expires and time.time() < token.expires:
+            return replace(token, expires=token.expires + EXPIRY_MARGIN)  # until it really has
+        raise Failure(f"the Railway CLI's login has expired, and refreshing it failed: {why}")
+    access = str(body["access_token"])
+    lives = float(body.get("expires_in") or 3600)
     user["accessToken"] = access
     user["refreshToken"] = body.get("refresh_token") or refresh_token
-    user["tokenExpiresAt"] = int(time.time() + float(body.get("expires_in") or 3600))
+    user["tokenExpiresAt"] = int(time.time() + lives)
     keep_secret(access, user["refreshToken"])
     temporary = path.with_suffix(".tmp")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with open(fd, "w") as file:
         json.dump(config, file, indent=2)
     temporary.replace(path)
-    return access
+    return Token(access, "login", float(user["tokenExpiresAt"]))
+
+
+def _ask_for_a_login(form: dict[str, str]) -> tuple[dict[str, Any] | None, str]:
+    """The token endpoint's answer, or None and why there is none. Tried three times: only
+    `invalid_grant` is final (RFC 6749 section 5.2), and raises Failure."""
+    why = ""
+    for attempt in range(REFRESH_ATTEMPTS):
+        if attempt:
+            time.sleep(REFRESH_PAUSE * attempt)
+        try:
+            answer = httpx.post(oauth_url(), data=form, timeout=30)
+            body = answer.json()
+            if answer.status_code == 200 and body.get("access_token"):
+                return body, ""
+            if body.get("error") == "invalid_grant":
+                raise Failure(LOGIN_EXPIRED)
+            why = f"Railway answered {answer.status_code}"
+        except (httpx.HTTPError, ValueError, AttributeError) as error:
+            why = type(error).__name__
+    return None, why
