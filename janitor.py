@@ -51,6 +51,8 @@ API_URL = "https://backboard.railway.com/graphql/v2"
 LOCK_SECONDS = 60  # renewed while the run lasts
 DEAD_DEPLOY_SECONDS = 3600
 RELOAD_GRACE_SECONDS = 3.0
+CONTROL = "PULSE_RAILWAY_CONTROL"  # {"nonce": ..., "words": [...], "until": seconds since 1970}
+CONTROL_ANSWER = "PULSE_RAILWAY_CONTROL_ANSWER"  # the control command's own answer
 
 SERVICES = """
 query Services($project: String!, $environment: String!) {
@@ -94,6 +96,9 @@ class Seen:
     backends: list[Service]
     router_id: str | None = None
     intent: str | None = None  # the deployment that was promoted last, as the router service says
+    janitor_id: str | None = None
+    order: str = ""  # what PULSE_RAILWAY_CONTROL holds
+    answer: str = ""
 
 
 @dataclass
@@ -114,6 +119,7 @@ class Railway:
         self.environment = env["RAILWAY_ENVIRONMENT_ID"]
         self.token = env["RAILWAY_TOKEN"].strip()
         self.router = env.get("PULSE_RAILWAY_SERVICE") or "pulse-router"
+        self.janitor = env.get("PULSE_RAILWAY_JANITOR_SERVICE") or "pulse-janitor"
         self.url = env.get("PULSE_RAILWAY_API_URL") or API_URL
         self.client = httpx.Client(timeout=30)
         self.headers = {"Project-Access-Token": self.token}
@@ -176,21 +182,30 @@ class Railway:
             for i, node in enumerate(nodes)
             if variables[f"s{i}"].get("PULSE_DEPLOYMENT_ID")
         ]
-        for i, node in enumerate(nodes):
-            if node["serviceName"] == self.router:
-                intent = variables[f"s{i}"].get(router.INTENT_VARIABLE)
-                return Seen(backends, node["serviceId"], intent)
-        return Seen(backends)
+        stable = {
+            node["serviceName"]: (node["serviceId"], variables[f"s{i}"])
+            for i, node in enumerate(nodes)
+        }
+        router_id, of_router = stable.get(self.router, (None, {}))
+        janitor_id, of_janitor = stable.get(self.janitor, (None, {}))
+        return Seen(
+            backends,
+            router_id,
+            of_router.get(router.INTENT_VARIABLE),
+            janitor_id,
+            of_janitor.get(CONTROL) or "",
+            of_janitor.get(CONTROL_ANSWER) or "",
+        )
 
-    def remember(self, router_id: str, active: str) -> None:
-        """Note on the router service which deployment is active; nothing is deployed anew."""
+    def remember(self, service_id: str, name: str, value: str) -> None:
+        """Set a variable of a service; nothing is deployed anew."""
         self.call(
             REMEMBER,
             input={
                 "projectId": self.project,
                 "environmentId": self.environment,
-                "serviceId": router_id,
-                "variables": {router.INTENT_VARIABLE: active},
+                "serviceId": service_id,
+                "variables": {name: value},
                 "skipDeploys": True,
             },
         )
@@ -285,8 +300,30 @@ def sweep(store: router.RedisStore, railway: Railway, token: str, drain_ttl: flo
                 report.deleted.append(service.deployment)
     active = store.read().get(":active")
     if seen.router_id and active and active != seen.intent:
-        railway.remember(seen.router_id, active)
+        railway.remember(seen.router_id, router.INTENT_VARIABLE, active)
     return report
+
+
+def answer_to(seen: Seen, env: dict[str, str]) -> router.Record | None:
+    """Carry out the control command that was left for us, and return its answer.
+
+    None where there is nothing to do: no command, one that was answered, one whose caller waits
+    no longer and must not be surprised by it.
+    """
+    try:
+        order = json.loads(seen.order or "null")
+        nonce, words, until = order["nonce"], [str(word) for word in order["words"]], order["until"]
+        answered = (json.loads(seen.answer or "null") or {}).get("nonce")
+        if nonce == answered or time.time() > float(until):
+            return None
+        name = words[0]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return None
+    try:
+        return router.carry_out([*words, "--nonce", str(nonce)], env)
+    except SystemExit:
+        said = "the janitor runs another version of pulse-railway: run `pulse-railway ensure`"
+        return {"ok": False, "reason": "version", "error": said, "command": name, "nonce": nonce}
 
 
 def restore(store: router.RedisStore, seen: Seen) -> str:
@@ -412,12 +449,18 @@ def main(argv: list[str]) -> int:
     assert isinstance(store, router.RedisStore)
     token = env.get("PULSE_RAILWAY_INTERNAL_TOKEN", "")
     drain_ttl = float(env.get("PULSE_RAILWAY_DRAIN_TTL_SECONDS") or 86_400)
+    railway = Railway(env)
     try:
+        seen = railway.inspect()
+        if seen.janitor_id and (answer := answer_to(seen, env)):
+            railway.remember(seen.janitor_id, CONTROL_ANSWER, json.dumps(answer))
+            print(json.dumps({"carried_out": answer.get("command"), "ok": answer["ok"]}))
+            return 0
         with lock(store) as held:
             if not held:
                 print(json.dumps({"skipped": "another run holds the lock"}))
                 return 0
-            report = sweep(store, Railway(env), token, drain_ttl)
+            report = sweep(store, railway, token, drain_ttl)
     except (Refused, router.StateError, RuntimeError) as error:
         print(f"refused: {error}", file=sys.stderr)
         return 1

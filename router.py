@@ -2303,22 +2303,19 @@ def change_state(store: Store, args: argparse.Namespace) -> None:
         time.sleep(0.25)
 
 
-def control(argv: list[str]) -> int:
-    """Run one control command. The last line on stdout is its answer: a JSON object with the
-    command's name and the nonce that was given. `reason` says why it is not ok: `store` where the
-    store did not answer, so that it is not known whether the command ran."""
+def carry_out(argv: list[str], env: dict[str, str]) -> Record:
+    """One control command's answer: it has the command's name and the nonce that was given.
+    `reason` says why it is not ok: `store` where the store did not answer, so that it is not known
+    whether the command ran. Raises SystemExit for arguments that it does not know."""
     args = control_parser().parse_args(argv)
-    if not any(os.environ.get(name) for name in RAILWAY_RUNTIME):
-        print("run this inside the router service, with `railway ssh`", file=sys.stderr)
-        return 1
-    args.intent = args.intent or os.environ.get(INTENT_VARIABLE)
+    args.intent = args.intent or env.get(INTENT_VARIABLE)
     answer: Record = {}
     try:
-        store = store_from_env(dict(os.environ))
+        store = store_from_env(env)
         if args.command == "active":
             answer = {"ok": True, "deployment_id": store.read().get(":active")}
         elif args.command == "status":
-            token = os.environ.get("PULSE_RAILWAY_INTERNAL_TOKEN", "")
+            token = env.get("PULSE_RAILWAY_INTERNAL_TOKEN", "")
             answer = {"ok": True, **status(store, token, args.intent)}
         else:
             change_state(store, args)
@@ -2329,9 +2326,20 @@ def control(argv: list[str]) -> int:
         # The class only: the message of a Redis error can carry its URL.
         said = f"the router's Redis does not answer ({type(error).__name__})"
         answer = {"ok": False, "error": said, "reason": "store"}
+    return {**answer, "command": args.command, "nonce": args.nonce}
+
+
+def control(argv: list[str]) -> int:
+    """Run one control command inside the router service. The last line on stdout is its answer, a
+    JSON object."""
+    control_parser().parse_args(argv)  # help, and what is wrong with it, anywhere
+    if not any(os.environ.get(name) for name in RAILWAY_RUNTIME):
+        print("run this inside the router service, with `railway ssh`", file=sys.stderr)
+        return 1
+    answer = carry_out(argv, dict(os.environ))
     if not answer["ok"]:
         print(answer["error"], file=sys.stderr)
-    print(json.dumps({**answer, "command": args.command, "nonce": args.nonce}))
+    print(json.dumps(answer))
     return 0 if answer["ok"] else 1
 
 

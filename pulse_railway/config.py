@@ -6,11 +6,11 @@ import contextlib
 import difflib
 import io
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pulse_railway import contract
 from pulse_railway.errors import Failure
@@ -49,6 +49,19 @@ class Where:
     project_id: str | None = None
     environment: str | None = None
     environment_id: str | None = None
+    control: Literal["ssh", "job"] | None = None
+    ssh_key: Path | None = None
+
+
+@dataclass
+class Way:
+    """How control commands get to the router: by `railway ssh`, or by the janitor. None: by ssh
+    where there is a key that Railway takes, else by the janitor; the first command settles it."""
+
+    kind: Literal["ssh", "job"] | None = None
+    key: Path | None = None  # the private key that was asked for
+    say: Callable[[str], None] = lambda _: None
+    checked: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,6 +70,7 @@ class Target:
 
     project_id: str
     environment_id: str
+    way: Way = field(default_factory=Way, compare=False)
 
 
 @dataclass(frozen=True)
@@ -70,6 +84,7 @@ class AppConfig:
     web_root: Path
     internal_address: str | None
     uses_session_store: bool
+    needs_secret: bool  # its sessions are in cookies, signed with PULSE_SECRET
     plugin: RailwayPlugin
 
 
@@ -119,15 +134,24 @@ def load_app(app: str | None, context: Path) -> AppConfig:
         web_root=web_root(loaded),
         internal_address=loaded.internal_server_address,
         uses_session_store=isinstance(loaded.session_store, RailwaySessionStore),
+        needs_secret=getattr(loaded.session_store, "secret", None) == _NO_SECRET.encode(),
         plugin=plugin,
     )
+
+
+_NO_SECRET = "none, while the app is being looked at"
 
 
 @contextlib.contextmanager
 def _build_environment(context: Path, app: Path) -> Iterator[None]:
     """Pulse's environment of a build, for as long as the app is being imported."""
     before = dict(os.environ), Path.cwd()
-    os.environ.update(PULSE_ENV="ci", PULSE_APP_FILE=str(app), PULSE_APP_DIR=str(app.parent))
+    os.environ.update(
+        PULSE_ENV="ci",
+        PULSE_APP_FILE=str(app),
+        PULSE_APP_DIR=str(app.parent),
+        PULSE_SECRET=_NO_SECRET,
+    )
     os.chdir(context)
     try:
         yield
@@ -162,16 +186,20 @@ def find_target(api: Api, where: Where) -> Target:
     project = None if project_id else where.project
     environment = None if environment_id else where.environment
     if scope := api.scope():
+        _check_workspace(api, where, scope["projectId"])
         return _scoped(scope, project, project_id, environment, environment_id)
     if not project and not project_id:
         project_id = os.environ.get("RAILWAY_PROJECT_ID")
         if not environment and not environment_id:
             environment_id = os.environ.get("RAILWAY_ENVIRONMENT_ID")
     if not project and not project_id:
+        api.check_token()  # a wrong one comes first
         raise Failure(
             "which project? pass --project (or --project-id), set it on RailwayPlugin, or use a"
             " project token"
         )
+    if project_id:
+        _check_workspace(api, where, project_id)
     if project_id and environment_id:
         return Target(project_id, environment_id)
     if project_id:
@@ -187,6 +215,22 @@ def find_target(api: Api, where: Where) -> Target:
         return Target(project_id, environment_id)
     wanted = environment or contract.DEFAULT_ENVIRONMENT
     return Target(project_id, _one_named("environment", wanted, environments)["id"])
+
+
+def _check_workspace(api: Api, where: Where, project_id: str) -> None:
+    """A project that is known by its id must be in the workspace that was named."""
+    if not where.workspace and not where.workspace_id:
+        return
+    data = api.call(documents.WORKSPACE_OF, project=project_id)["project"]
+    its_name = (data["workspace"] or {}).get("name")
+    if where.workspace_id not in (None, data["workspaceId"]) or where.workspace not in (
+        None,
+        its_name,
+    ):
+        raise Failure(
+            f"the project is in workspace {its_name}, not in"
+            f" {where.workspace or where.workspace_id}"
+        )
 
 
 def _scoped(
@@ -222,6 +266,9 @@ def _project_by_name(api: Api, name: str, where: Where) -> dict[str, Any]:
     try:
         data = api.call(documents.MY_PROJECTS)
     except ApiError:  # a workspace token has no `me`
+        spaces = api.call(documents.API_TOKEN)["apiToken"]["workspaces"]
+        if workspace:
+            workspace_id = _one_named("workspace", workspace, spaces)["id"]
         data = api.call(documents.PROJECTS, workspace=workspace_id)
         return _one_named("project", name, _nodes(data["projects"]))
     spaces = [
@@ -256,4 +303,5 @@ def connect(where: Where, output: Output) -> tuple[Api, Target]:
     """The API with this run's token, and where it works. Raises Failure where there is no token."""
     api = Api(tokens.find(where.token), on_wait=output.waiting)
     with output.step("find the project"):
-        return api, find_target(api, where)
+        target = find_target(api, where)
+    return api, replace(target, way=Way(where.control, where.ssh_key, output.say))

@@ -51,6 +51,8 @@ JANITOR_SERVICE: Final = "PULSE_RAILWAY_JANITOR_SERVICE"
 REDIS_SERVICE: Final = "PULSE_RAILWAY_REDIS_SERVICE"
 INTENT: Final = "PULSE_RAILWAY_ACTIVE"  # ours: which deployment was promoted last
 RUN: Final = "PULSE_RAILWAY_DEPLOY_RUN"  # ours, on a backend: the run that created it
+CONTROL: Final = "PULSE_RAILWAY_CONTROL"  # ours, on the janitor: a control command to carry out
+CONTROL_ANSWER: Final = "PULSE_RAILWAY_CONTROL_ANSWER"  # ... and its answer
 RUNTIME_VERSION: Final = "PULSE_RAILWAY_RUNTIME_VERSION"  # ours: which runtime a service runs
 
 # Variables that a user's `pulse-env` or `--env` may not set on a backend.
@@ -85,8 +87,10 @@ DEPLOYMENT_ID_PATTERN: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,23}")
 SERVICE_NAME_LIMIT: Final = 32  # Railway's
 SERVICE_PREFIX_LIMIT: Final = 8  # with its dash
 
+# The empty address is every one of IPv4 and IPv6: Railway's older environments have IPv6 alone
+# between services, and `::` would be IPv6 alone (asyncio sets IPV6_V6ONLY).
 START_COMMAND: Final = (
-    'pulse run "$PULSE_APP_FILE" --prod --address 0.0.0.0 --port "${PORT:-8000}" --no-find-port'
+    'pulse run "$PULSE_APP_FILE" --prod --address "" --port "${PORT:-8000}" --no-find-port'
 )
 
 API_URL: Final = "https://backboard.railway.com/graphql/v2"

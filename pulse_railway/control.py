@@ -1,9 +1,9 @@
 """The router's control commands: how they are asked, and what counts as an answer.
 
 A command runs inside the router's container, by `railway ssh`, which loses answers, brings other
-programs' JSON, and ends with 0 without having run anything. So the router's answer carries the
-command's name and a nonce of ours, and nothing else counts. The router carries a nonce out once,
-which makes asking again harmless.
+programs' JSON, and ends with 0 without having run anything; or it is left to the janitor (job.py).
+So the answer carries the command's name and a nonce of ours, and nothing else counts. A nonce is
+carried out once, which makes asking again harmless.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import secrets
 import time
 from typing import Any
 
+from pulse_railway import job
 from pulse_railway.errors import Refused, Uncertain
+from pulse_railway.railway import ssh
 from pulse_railway.railway.api import Api
-from pulse_railway.railway.ssh import ssh
 from pulse_railway.stack import Stack
 
 PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0)  # seconds, between one time and the next
@@ -32,20 +33,22 @@ def control(
     Raises:
         Refused: the router said no; nothing was changed.
         Uncertain: no answer counted; it is not known whether the command ran.
+        Failure: it was not asked, for want of a way to it.
     """
     nonce = secrets.token_hex(8)
-    words = ["pulse-railway", "control", command, *arguments, "--nonce", nonce]
+    words = [command, *arguments]
     if stack.intent:
         words += ["--intent", stack.intent]
+    settle(api, stack)
     deadline = time.monotonic() + PATIENCE
     for pause in (*pauses, None):
-        outcome = ssh(
-            api,
-            project=stack.target.project_id,
-            environment=stack.target.environment_id,
-            service=stack.names.router,
-            words=words,
-        )
+        if stack.target.way.kind == "job":
+            outcome = job.run(api, stack, words, nonce)
+        else:
+            outcome = by_ssh(api, stack, [*words, "--nonce", nonce])
+            if outcome.no_key and stack.target.way.kind is None:
+                take_the_job_way(stack, outcome.said)
+                outcome = job.run(api, stack, words, nonce)
         why = outcome.said
         answer = answer_to(outcome.stdout, command, nonce)
         if answer is not None:
@@ -59,6 +62,37 @@ def control(
         time.sleep(pause)
     raise Uncertain(
         f"it is not known whether the router carried out `{command}`: {why or 'no answer'}"
+    )
+
+
+def settle(api: Api, stack: Stack) -> None:
+    """Choose the way, once. Raises Failure where ssh was asked for and cannot be had."""
+    way = stack.target.way
+    if way.checked or way.kind == "job":
+        return
+    try:
+        way.key = ssh.check(api, way.key)
+        way.checked = True
+    except ssh.NoKey as failure:
+        if way.kind == "ssh":
+            raise
+        take_the_job_way(stack, str(failure))
+
+
+def take_the_job_way(stack: Stack, why: str) -> None:
+    way = stack.target.way
+    way.kind = "job"
+    way.say(f"control commands go by the janitor, which takes longer: {why}")
+
+
+def by_ssh(api: Api, stack: Stack, words: list[str]) -> ssh.Outcome:
+    return ssh.ssh(
+        api,
+        project=stack.target.project_id,
+        environment=stack.target.environment_id,
+        service=stack.names.router,
+        words=["pulse-railway", "control", *words],
+        key=stack.target.way.key,
     )
 
 

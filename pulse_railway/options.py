@@ -6,6 +6,7 @@ the environment, they become a typed value, which is all that a flow sees of the
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from pulse_railway import config, contract, naming
 from pulse_railway.config import AppConfig, Names, Where
 from pulse_railway.errors import Failure, keep_secret
 from pulse_railway.output import Output
+from pulse_railway.railway.ssh import KEY_VARIABLE, identity
 
 if TYPE_CHECKING:
     from pulse_railway.plugin import RailwayPlugin
@@ -197,6 +199,10 @@ def where(flags: Flags, plugin: RailwayPlugin | None = None) -> Where:
     for what in ("workspace", "project", "environment"):
         if flags.get(what) and flags.get(f"{what}_id"):
             raise Failure(f"pass --{what} or --{what}-id, not both")
+    way = flags.get("control")
+    if way not in (None, "ssh", "job"):
+        raise Failure(f"--control takes ssh or job, not {way!r}")
+    key = flags["ssh_key"] or os.environ.get(KEY_VARIABLE) if "ssh_key" in flags else None
     project, environment = flags.get("project"), flags.get("environment")
     if plugin and not flags.get("project_id"):
         project = project or plugin.project
@@ -210,6 +216,8 @@ def where(flags: Flags, plugin: RailwayPlugin | None = None) -> Where:
         project_id=flags.get("project_id"),
         environment=environment,
         environment_id=flags.get("environment_id"),
+        control=way,
+        ssh_key=identity(key) if key and way != "job" else None,
     )
 
 

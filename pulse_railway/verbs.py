@@ -41,6 +41,9 @@ FLAGS: dict[str, Flag] = {
     "environment": Flag("Railway environment, by name (default: production)"),
     "environment_id": Flag("Railway environment, by id"),
     "token": Flag("Railway token; better in RAILWAY_TOKEN or RAILWAY_API_TOKEN"),
+    # the way to the router
+    "control": Flag("how control commands get to the router: ssh, or job, by the janitor"),
+    "ssh_key": Flag("private key for `railway ssh` (default: $PULSE_RAILWAY_SSH_KEY)"),
     "service": Flag("the router's service name (default: pulse-router)"),
     "service_prefix": Flag("what every service name starts with; at most 8 characters"),
     "redis_service": Flag("the Redis service's name (default: pulse-redis)"),
@@ -75,7 +78,8 @@ FLAGS: dict[str, Flag] = {
 }
 
 TARGET = ("workspace workspace_id project project_id environment environment_id token").split()
-STACK = ["app", "context", *TARGET, "service", "service_prefix", "redis_service", "json"]
+WAY = ["control", "ssh_key"]
+STACK = ["app", "context", *TARGET, *WAY, "service", "service_prefix", "redis_service", "json"]
 BASELINE = [
     "app",
     "context",
@@ -87,6 +91,7 @@ DEPLOY = [
     "app",
     "context",
     *TARGET,
+    *WAY,
     *"deployment_name deployment_id service_prefix server_address web_root".split(),
     *"image_repository build_arg no_gitignore env backend_replicas no_promote".split(),
     *"keep_failed json".split(),

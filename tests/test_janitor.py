@@ -33,9 +33,9 @@ class Railway:
     def inspect(self) -> Any:
         return janitor.Seen(self.services, "id-router", self.intent)
 
-    def remember(self, router_id: str, active: str) -> None:
-        assert router_id == "id-router"
-        self.remembered.append(active)
+    def remember(self, service_id: str, name: str, value: str) -> None:
+        assert (service_id, name) == ("id-router", "PULSE_RAILWAY_ACTIVE")
+        self.remembered.append(value)
 
     def delete(self, service: Any) -> None:
         self.deleted.append(service.deployment)
@@ -199,3 +199,23 @@ def test_the_flags_of_0_3_set_what_ensure_sets() -> None:
     assert given["PULSE_RAILWAY_DRAIN_TTL_SECONDS"] == "7"
     assert len(given) == 10
     assert janitor.options([]) == {}
+
+
+def test_a_control_command_is_carried_out_once_and_in_time(room: Room) -> None:
+    env = {"REDIS_URL": room.server.url, "RAILWAY_SERVICE_ID": "x"}
+
+    def answer(order: object, before: str = "") -> Any:
+        text = order if isinstance(order, str) else json.dumps(order)
+        return janitor.answer_to(janitor.Seen([], order=text, answer=before), env)
+
+    order = {"nonce": "n1", "words": ["active"], "until": time.time() + 60}
+    said = answer(order)
+    assert said == {"ok": True, "deployment_id": "active", "command": "active", "nonce": "n1"}
+    assert answer(order, json.dumps(said)) is None  # it was answered
+    assert answer({**order, "until": time.time() - 1}) is None  # nobody waits any more
+    for nonsense in ("", "{", "[]", "null", "{}", '{"nonce": 1}', {**order, "words": []}):
+        assert answer(nonsense) is None
+    unknown = answer({**order, "words": ["explode"]})
+    assert (unknown["ok"], unknown["nonce"], unknown["command"]) == (False, "n1", "explode")
+    words = ["retire", "--deployment-id", "active"]
+    assert answer({**order, "words": words})["reason"] == "active"

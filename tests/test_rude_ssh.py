@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import shlex
 import subprocess
+import time
 import types
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -23,16 +25,18 @@ import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
-from pulse_railway import config, contract, control, runtime_image
-from pulse_railway.config import AppConfig, Names, Target, Where
+from pulse_railway import config, contract, control, job, runtime_image
+from pulse_railway.config import AppConfig, Names, Target, Way, Where
 from pulse_railway.errors import Failure, Interrupted
 from pulse_railway.flows import cleanup, deploy, promote, redeploy, remove, restore, routed, status
 from pulse_railway.options import DeployOptions
 from pulse_railway.output import Output
-from pulse_railway.railway import documents, ssh
+from pulse_railway.railway import documents, program, ssh
+from pulse_railway.railway.api import ApiError
 from pulse_railway.stack import Stack, inspect
 
 router: Any = runtime_image.load("router")
+janitor: Any = runtime_image.load("janitor")
 
 BAD_DAY = [
     "Connection timed out",
@@ -78,7 +82,8 @@ STEPS = st.one_of(
 class World:
     """A Railway, the router's store, and the rude ssh between us and them."""
 
-    def __init__(self) -> None:
+    def __init__(self, way: str) -> None:
+        self.way: Any = way
         self.services: dict[str, dict[str, Any]] = {}
         self.store = router.LocalStore(":memory:", "pulse:railway")
         self.faults: list[tuple[str, str, int]] = []
@@ -117,6 +122,8 @@ class World:
             return self.delete(values["service"])
         if document == documents.SERVICE_DEPLOY:
             return {"serviceInstanceDeployV2": "d"}
+        if document == documents.EXECUTE:
+            return self.run_janitor()
         if document == documents.RENDERED:
             return {"variablesForServiceDeployment": {"RAILWAY_PRIVATE_DOMAIN": "x.internal"}}
         if document == documents.DEPLOYMENT:
@@ -207,6 +214,30 @@ class World:
             return subprocess.CompletedProcess(command, code, "", what)
         return subprocess.CompletedProcess(command, 0, what, "Using SSH key from agent x")
 
+    def run_janitor(self) -> Any:
+        """Railway's "run now": carries the command out that was left, or does what it likes."""
+        variables = self.services["pulse-janitor"]["variables"]
+        order = variables.get(contract.CONTROL, "")
+        when, what, code = self.faults.pop(0) if self.faults else WORKS
+        event(f"job {when}: {what or 'nothing'}")
+        if what == "signal":
+            raise Interrupted(15)
+        if when == "late" and order:
+            given = json.loads(order)
+            self.late.append([*given["words"], "--nonce", given["nonce"]])
+        if when in ("works", "after"):
+            given = variables.get(contract.CONTROL_ANSWER, "")
+            seen = janitor.Seen([], order=order, answer=given)
+            answer = janitor.answer_to(seen, {})
+            self.remember()
+            if answer and (when == "works" or code == 255):
+                variables[contract.CONTROL_ANSWER] = json.dumps(answer)
+        if code == 255:
+            raise Failure(what) if "timed" in what else ApiError(f"Railway: {what}")
+        if when != "works" and what not in ("", "hangs"):
+            variables[contract.CONTROL_ANSWER] = what
+        return {"deploymentInstanceExecutionCreate": True}
+
     # -- the public address ----------------------------------------------------------------------
 
     def routed(self, _: str, name: str, *, by_affinity: bool, timeout: float = 0) -> None:
@@ -221,7 +252,7 @@ class World:
         """Run a verb; what it raised, if that is what a user may see."""
         self.said = []
         output: Any = Recorder(self.said)
-        target = Target("p", "e")
+        target = Target("p", "e", Way(self.way, checked=True))
         try:
             if verb.startswith("deploy"):
                 wanted = DeployOptions(Where(), APP, deployment_id=name, promote="--no" not in verb)
@@ -281,10 +312,11 @@ class Recorder(Output):
 
 class _Plugin:
     dockerfile = "Dockerfile"
+    check_path = "/"
 
 
 plugin: Any = _Plugin()
-APP = AppConfig("main.py", Path(), Names(), None, Path("web"), None, False, plugin)
+APP = AppConfig("main.py", Path(), Names(), None, Path("web"), None, False, False, plugin)
 
 
 @pytest.fixture
@@ -296,27 +328,38 @@ def rude(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(router, "HEAL_WAIT", 0.0)
     for module in (control, cleanup, routed):
         monkeypatch.setattr(module, "time", quiet, raising=False)
+    ticks = itertools.count(0, 9)
+    passes = types.SimpleNamespace(
+        sleep=lambda _: None, monotonic=lambda: float(next(ticks)), time=time.time
+    )
+    monkeypatch.setattr(job, "time", passes)
+    monkeypatch.setattr(janitor, "router", router)
+    monkeypatch.setattr(program, "need_railway", lambda _: None)
 
 
 EXAMPLES = int(os.environ.get("PULSE_EXAMPLES") or 150)
 
 
-@given(plan=st.lists(st.tuples(STEPS, st.lists(FAULTS, max_size=8)), min_size=1, max_size=5))
+@given(
+    way=st.sampled_from(["ssh", "job"]),
+    plan=st.lists(st.tuples(STEPS, st.lists(FAULTS, max_size=8)), min_size=1, max_size=5),
+)
 @settings(
     max_examples=EXAMPLES,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @pytest.mark.usefixtures("rude")
-def test_nothing_that_serves_is_lost(plan: list[Any]) -> None:
+def test_nothing_that_serves_is_lost(way: str, plan: list[Any]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         holder: list[World] = []
         patch.setattr(router, "store_from_env", lambda _: holder[0].store)
         patch.setattr(ssh, "run", lambda *a, **k: holder[0].ssh(*a, **k))
         patch.setattr(deploy, "up", lambda *_, **__: "d")
+        patch.setattr(deploy, "wait_until_rendered", lambda *_: None)
         for module in (deploy, promote, redeploy, restore, routed):
             patch.setattr(module, "wait_until_routed", lambda *a, **k: holder[0].routed(*a, **k))
-        world = World()
+        world = World(way)
         holder.append(world)
         world.begin()
         for (verb, name), faults in plan:

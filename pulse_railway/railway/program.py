@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import re
 import shutil
 import signal
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 from pulse_railway import contract
@@ -26,10 +29,19 @@ TRANSIENT = (
     "status code 5",
     "status code 429",
     "answered 429",
+    "ratelimited",
+    "rate limit",
+    "error sending request",
     "502",
     "503",
     "504",
 )
+
+
+# `up --project`; without a terminal and with exit statuses of the command, `ssh` too
+OLDEST_CLI = (4, 17)
+# `up` with a project token fails in these
+BROKEN_WITH_PROJECT_TOKEN = ((5, 3, 0), (5, 4, 0))
 
 
 def need(program: str) -> None:
@@ -38,8 +50,47 @@ def need(program: str) -> None:
         how = {
             "railway": "install it: https://docs.railway.com/guides/cli",
             "docker": "install Docker with buildx, or leave the image repository out",
+            "ssh": "`railway ssh` uses it; install OpenSSH's client, or pass --control job",
         }
         raise Failure(f"`{program}` is not on PATH: {how.get(program, 'install it')}")
+
+
+def version(program: str) -> tuple[int, ...]:
+    """What `<program> --version` says, as numbers; empty where it says nothing like one."""
+    return _version(shutil.which(program) or program)
+
+
+@functools.cache
+def _version(path: str) -> tuple[int, ...]:
+    try:
+        done = subprocess.run(
+            [path, "--version"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    found = re.search(r"\d+(?:\.\d+)+", done.stdout)
+    return tuple(map(int, found[0].split("."))) if found else ()
+
+
+def need_railway(api: Api) -> None:
+    """Raises Failure where Railway's CLI is missing, or is one that cannot do what we need."""
+    need("railway")
+    found = version("railway")
+    shown = ".".join(map(str, found))
+    if found and found < OLDEST_CLI:
+        oldest = ".".join(map(str, OLDEST_CLI))
+        raise Failure(
+            f"`railway` is {shown}, and {oldest} is the oldest that works: run `railway upgrade`"
+        )
+    first, last = BROKEN_WITH_PROJECT_TOKEN
+    if first <= found <= last and api.is_project_token:
+        raise Failure(
+            f"`railway` {shown} cannot upload with a project token: run `railway upgrade`"
+        )
 
 
 def environment(api: Api) -> dict[str, str]:
@@ -53,7 +104,11 @@ def environment(api: Api) -> dict[str, str]:
 
 
 def run(
-    command: list[str], api: Api, timeout: float, cwd: Path | None = None
+    command: list[str],
+    api: Api,
+    timeout: float,
+    cwd: Path | None = None,
+    more: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """The Railway CLI to its end; one that hangs ends with a status of 1 and says so.
 
@@ -62,7 +117,7 @@ def run(
     """
     process = subprocess.Popen(
         command,
-        env=environment(api),
+        env={**(more or {}), **environment(api)},
         stdin=subprocess.DEVNULL,  # a question could not be seen
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

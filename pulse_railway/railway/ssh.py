@@ -1,23 +1,58 @@
-"""`railway ssh`: a command inside the router service."""
+"""`railway ssh`: a command inside the router service, and the key it needs.
+
+Since 4.43 Railway's CLI runs the system's `ssh`. It finds a key by the `.pub` files in ~/.ssh or
+in the agent and asks Railway which of them it knows, which a project token may not ask; `-i` skips
+the question. Older ones have a relay of their own and take no key.
+"""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import os
+import re
 import shlex
+import shutil
+import stat
+import subprocess
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from pulse_railway.errors import redact
+from pulse_railway.errors import Failure, keep_secret, redact
 from pulse_railway.railway.api import Api
-from pulse_railway.railway.program import run
+from pulse_railway.railway.program import need, need_railway, run, version
 
 TIMEOUT = 60.0  # seconds
-SSH_KEY_WORDS = ("ssh key", "ssh-key", "permission denied (publickey", "no keys found")
-SSH_KEY_HELP = (
-    "`railway ssh` needs an SSH key that Railway knows: run `railway ssh keys add` once; in CI,"
-    " put that private key in ~/.ssh before the deploy"
+KEY_VARIABLE = "PULSE_RAILWAY_SSH_KEY"
+USES_KEYS = (4, 43)  # the CLI's version from which it does
+NO_KEY = (
+    "`railway ssh` needs an SSH key that Railway knows: `ssh-keygen -t ed25519` if there is none,"
+    " then `railway ssh keys add`, once; in CI give the private key as --ssh-key or"
+    f" {KEY_VARIABLE}, or pass --control job"
 )
-NOT_TO_BE_HAD = ("unauthorized", "not authorized", "both railway_token")
+UNKNOWN_KEY = (
+    "Railway does not know the SSH key: register it once, with `railway ssh keys add` as the"
+    " account or in the workspace that the project is in (docs/ci.md), or pass --control job"
+)
+UNKNOWN_HOST = (
+    "ssh does not know Railway's relay yet: run `ssh-keyscan ssh.railway.com >> ~/.ssh/known_hosts`"
+    " once, in CI as a step before the deploy"
+)
 OTHER_VERSION = "the router runs another version of pulse-railway: run `pulse-railway ensure`"
+
+# How it fails for good, and what that means: the words are OpenSSH's and the CLI's own, which
+# nothing translates. Whatever is not here is tried again.
+CAUSES = (
+    (re.compile(r"Permission denied \(publickey"), UNKNOWN_KEY, True),
+    (re.compile(r"No registered SSH keys? found"), NO_KEY, True),
+    (re.compile(r"No SSH keys? found"), NO_KEY, True),
+    (re.compile(r"Host key verification failed"), UNKNOWN_HOST, False),
+    (re.compile(r"usage: pulse-railway control"), OTHER_VERSION, False),
+    (re.compile(r"pulse-railway: (?:command )?not found"), OTHER_VERSION, False),
+    (re.compile(r"(?i)\bunauthorized|not authorized|both RAILWAY_TOKEN and"), "", False),
+)
 
 
 @dataclass(frozen=True)
@@ -28,22 +63,118 @@ class Outcome:
     stdout: str
     said: str  # why there was no answer, for people
     hopeless: bool  # asking again would not help
+    no_key: bool = False  # ... for want of a key that Railway takes
 
 
-def ssh(api: Api, *, project: str, environment: str, service: str, words: Sequence[str]) -> Outcome:
+class NoKey(Failure):
+    """There is no key to try."""
+
+
+def ssh(
+    api: Api,
+    *,
+    project: str,
+    environment: str,
+    service: str,
+    words: Sequence[str],
+    key: Path | None = None,
+) -> Outcome:
     """Run a command once inside a service."""
     # One shell-quoted word: every version of the CLI passes that on alike.
     command = ["railway", "ssh", "--project", project, "--environment", environment]
-    command += ["--service", service, "--", shlex.join(words)]
+    command += ["--service", service, *(["-i", str(key)] if key else []), "--", shlex.join(words)]
     done = run(command, api, TIMEOUT)
     # CLI 5 says on every run which key it uses
     lines = [x for x in done.stderr.splitlines() if not x.strip().startswith("Using SSH key")]
     said = redact("\n".join(lines).strip() or done.stdout.strip())[-2000:]
-    lower = said.lower()
-    if any(words in lower for words in SSH_KEY_WORDS):
-        return Outcome(done.stdout, f"{SSH_KEY_HELP} ({said.splitlines()[-1]})", True)
-    if "usage: pulse-railway control" in lower:
-        return Outcome(done.stdout, OTHER_VERSION, True)
-    hopeless = any(words in lower for words in NOT_TO_BE_HAD)
+    for pattern, meaning, no_key in CAUSES:
+        if pattern.search(said) and done.returncode:
+            return Outcome(done.stdout, meaning or said, True, no_key)
+    if "Traceback (most recent call last)" in said:  # of the command itself
+        said = f"the router's command failed: {said.splitlines()[-1]}"
     said = said or f"`railway ssh` ended with {done.returncode} and said nothing"
-    return Outcome(done.stdout, said, hopeless)
+    return Outcome(done.stdout, said, False)
+
+
+# -- the key -----------------------------------------------------------------------------------
+
+
+def check(api: Api, key: Path | None) -> Path | None:
+    """See that `railway ssh` can be run, and return the key to pass on, None to leave the choice
+    to the CLI. Raises NoKey, or Failure where a program is missing or too old."""
+    need_railway(api)
+    found = version("railway")
+    if found and found < USES_KEYS:
+        return None
+    need("ssh")
+    if key:
+        return key
+    folder = Path.home() / ".ssh"
+    if api.is_project_token:  # it may not ask which keys are registered, so one has to be named
+        for name in ("id_ed25519", "id_ecdsa", "id_rsa"):
+            if (folder / name).is_file():
+                return folder / name
+        raise NoKey(NO_KEY)
+    if any(folder.glob("*.pub")) or _agent_has_keys():
+        return None
+    raise NoKey(NO_KEY)
+
+
+def _agent_has_keys() -> bool:
+    if not os.environ.get("SSH_AUTH_SOCK") or not shutil.which("ssh-add"):
+        return False
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        return subprocess.run(["ssh-add", "-l"], capture_output=True, timeout=10).returncode == 0
+    return False
+
+
+def identity(given: str) -> Path:
+    """The file of a private key: `given` is its path, or the key itself, as CI secrets hold it.
+    That is written to a file that only we can read, and that ends with this process.
+
+    Raises Failure for what `ssh` could not use without asking somebody.
+    """
+    if "PRIVATE KEY-----" in given:
+        keep_secret(given)
+        return _usable(_written(given), "the private key in " + KEY_VARIABLE)
+    path = Path(given).expanduser()
+    if not path.is_file():
+        raise Failure(
+            f"there is no SSH key at {path}: --ssh-key and {KEY_VARIABLE} take the path of a"
+            " private key, or the private key itself"
+        )
+    if path.suffix == ".pub":
+        raise Failure(f"{path} is the public half: pass the private key, {path.with_suffix('')}")
+    if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise Failure(f"ssh refuses a key that others can read: chmod 600 {path}")
+    return _usable(path, str(path))
+
+
+def _written(key: str) -> Path:
+    if "\n" not in key.strip():
+        key = key.replace("\\n", "\n")  # as some secret stores give it
+    fd, name = tempfile.mkstemp(prefix="pulse-railway-key-")  # with mode 600
+    atexit.register(Path(name).unlink, missing_ok=True)
+    with open(fd, "w") as file:
+        file.write("\n".join(line.strip() for line in key.strip().splitlines()) + "\n")
+    return Path(name)
+
+
+def _usable(path: Path, what: str) -> Path:
+    if not (ssh_keygen := shutil.which("ssh-keygen")):
+        return path  # that `ssh` is missing is told when it is needed
+    done = subprocess.run(
+        [ssh_keygen, "-y", "-P", "", "-f", str(path)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    if done.returncode == 0:
+        return path
+    if "passphrase" in done.stderr:
+        raise Failure(
+            f"{what} has a passphrase, which nobody can be asked for: use a key without one, or"
+            " `ssh-add` it to an agent and leave --ssh-key out"
+        )
+    raise Failure(f"{what} is no SSH private key that ssh can read")

@@ -1,0 +1,119 @@
+"""The janitor as a way to the router, for a CI that has a project token and nothing else.
+
+A control command is left as a variable on the janitor service, the janitor is run at once, and its
+answer is read from another variable there. It is janitor.py that carries it out, with the same
+function of router.py. Variables are not secret, and neither is what they hold here.
+
+Whether Railway lets a project token run a cron service at once is not known to us. Where it does
+not, the janitor's next run by its schedule does it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+
+from pulse_railway import contract
+from pulse_railway.errors import Failure, Interrupted
+from pulse_railway.railway import documents
+from pulse_railway.railway.api import Api, ApiError
+from pulse_railway.railway.ssh import Outcome
+from pulse_railway.services import write_variables
+from pulse_railway.stack import Service, Stack
+
+POLL = 1.0  # seconds, growing to
+LONGEST_POLL = 5.0
+AT_ONCE = 120.0  # seconds that a run ordered now may take
+RUN_AGAIN = 20.0  # seconds; Railway skips a run while the last is alive
+BY_SCHEDULE = 420.0  # seconds: Railway's shortest schedule is five minutes
+
+
+def run(api: Api, stack: Stack, words: list[str], nonce: str) -> Outcome:
+    """Have the janitor carry out a control command, once for its nonce; its answer is the same as
+    by ssh. Where none comes the command is withdrawn: nobody is to be surprised by it later."""
+    janitor = stack.janitor
+    if janitor is None:
+        return Outcome("", "there is no janitor: run `pulse-railway ensure`", True)
+    try:
+        answer = _ask(api, stack, janitor, words, nonce)
+        name = janitor.name
+        why = f"{name} gave no answer in time; see `pulse-railway logs --service {name}`"
+    except Failure as failure:
+        answer, why = "", str(failure)
+    except (Interrupted, KeyboardInterrupt):
+        _withdraw(api, stack, janitor, nonce)
+        raise
+    if not answer:
+        _withdraw(api, stack, janitor, nonce)
+    return Outcome(answer, why, True)
+
+
+def _ask(api: Api, stack: Stack, janitor: Service, words: list[str], nonce: str) -> str:
+    """Leave the command, have the janitor run, and wait; empty where no answer came."""
+    patience, ordered, pause = AT_ONCE, 0.0, POLL
+    began = time.monotonic()
+    while time.monotonic() < began + patience:
+        seen = _variables(api, stack, janitor)
+        answer = seen.get(contract.CONTROL_ANSWER, "")
+        if _nonce(answer) == nonce:
+            return answer
+        ours = _nonce(seen.get(contract.CONTROL, "")) == nonce
+        if not ours and not _waits(seen):  # somebody else's command goes first
+            order = {"nonce": nonce, "words": words, "until": time.time() + BY_SCHEDULE}
+            write_variables(api, stack.target, janitor.id, {contract.CONTROL: json.dumps(order)})
+            ours = True
+        if ours and time.monotonic() > ordered + RUN_AGAIN:
+            ordered = time.monotonic()
+            if not _run_now(api, janitor) and patience == AT_ONCE:
+                patience = BY_SCHEDULE
+                stack.target.way.say(
+                    "Railway does not run the janitor at once: waiting for its schedule,"
+                    f" {janitor.settings.get('cronSchedule')}"
+                )
+        time.sleep(pause)
+        pause = min(pause * 1.3, LONGEST_POLL)
+    return ""
+
+
+def _variables(api: Api, stack: Stack, janitor: Service) -> dict[str, str]:
+    found = api.call(
+        documents.variables_of(1),
+        project=stack.target.project_id,
+        environment=stack.target.environment_id,
+        s0=janitor.id,
+    )["v0"]
+    return dict(found)
+
+
+def _nonce(text: str) -> str | None:
+    try:
+        return str(json.loads(text)["nonce"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _waits(seen: dict[str, str]) -> bool:
+    """Does somebody's command wait for its answer?"""
+    order = seen.get(contract.CONTROL, "")
+    if _nonce(order) in (None, _nonce(seen.get(contract.CONTROL_ANSWER, ""))):
+        return False
+    try:
+        return time.time() < float(json.loads(order)["until"])
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _run_now(api: Api, janitor: Service) -> bool:
+    """Does Railway run it at once?"""
+    try:
+        api.call(documents.EXECUTE, instance=janitor.instance_id, repeatable=True)
+    except ApiError:
+        return False
+    return True
+
+
+def _withdraw(api: Api, stack: Stack, janitor: Service, nonce: str) -> None:
+    with contextlib.suppress(Failure):
+        if _nonce(_variables(api, stack, janitor).get(contract.CONTROL, "")) == nonce:
+            write_variables(api, stack.target, janitor.id, {contract.CONTROL: ""})
