@@ -30,10 +30,11 @@ class RailwayPlugin(ps.Plugin):
         runtime_image: a published image with router.py and janitor.py; where not set, they are
             built on Railway.
         start_command: how a backend starts, instead of `contract.START_COMMAND`.
+        check_path: the page that has to come up before a deployment is promoted.
         router_service, janitor_service, redis_service, env_service: names of the stable services.
         service_prefix: put before every service's name; at most 8 characters with its dash.
 
-    Raises ValueError for a name that Railway would not take.
+    Raises ValueError for a name that Railway would not take, or a check_path that is no path.
     """
 
     priority = 100
@@ -48,12 +49,15 @@ class RailwayPlugin(ps.Plugin):
         image_repository: str | None = None,
         runtime_image: str | None = None,
         start_command: str | None = None,
+        check_path: str = "/",
         router_service: str = contract.DEFAULT_ROUTER,
         janitor_service: str = contract.DEFAULT_JANITOR,
         redis_service: str = contract.DEFAULT_REDIS,
         env_service: str = contract.DEFAULT_ENV,
         service_prefix: str | None = None,
     ) -> None:
+        if not check_path.startswith("/"):
+            raise ValueError(f"check_path must start with a slash, as in {'/' + check_path!r}")
         self.dockerfile = os.fspath(dockerfile) if dockerfile else None
         self.project = project
         self.environment = environment
@@ -61,6 +65,7 @@ class RailwayPlugin(ps.Plugin):
         self.image_repository = image_repository
         self.runtime_image = runtime_image
         self.start_command = start_command
+        self.check_path = check_path
         self.service_prefix = naming.service_prefix(service_prefix)
         self.router_service = naming.baseline_name(self.service_prefix, router_service)
         self.janitor_service = naming.baseline_name(self.service_prefix, janitor_service)

@@ -108,7 +108,8 @@ def wait_for_build(
             return True
         if status in FAILED_STATES:
             tail = "\n".join(f"    {line}" for line in log[-20:])
-            raise Failure(f"the build or start ended as {status}; its log ended with\n{tail}")
+            said = runtime_tail(api, deployment_id)
+            raise Failure(f"the build or start ended as {status}; its log ended with\n{tail}{said}")
         if status == "NEEDS_APPROVAL":
             raise Failure("the deployment waits for an approval on Railway: approve it there")
         if status != last:
@@ -117,6 +118,16 @@ def wait_for_build(
         return None
 
     poll(timeout, ask, "the build")
+
+
+def runtime_tail(api: Api, deployment_id: str) -> str:
+    """What a deployment that was built said before it ended: a traceback, a missing variable."""
+    try:
+        data = api.call(documents.RUNTIME_LOGS, deployment=deployment_id, since=None, limit=20)
+    except Failure as failure:
+        return f"\nand its runtime log could not be read: {failure}"
+    lines = [f"    {line['message']}" for line in data["deploymentLogs"]]
+    return "\n".join(["\nand it said, while it ran,", *lines]) if lines else ""
 
 
 def build_tail(api: Api, deployment_id: str) -> str:

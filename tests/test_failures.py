@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -57,7 +58,8 @@ class InProcess:
         monkeypatch.setattr(api_module, "TIMEOUT", httpx.Timeout(1.0))
         monkeypatch.setattr(time, "sleep", _quicker(time.sleep))
         self.project = project
-        self.target = config.Target(project.id, project.environment)
+        way = config.Way("ssh", Path(project.env["PULSE_RAILWAY_SSH_KEY"]))
+        self.target = config.Target(project.id, project.environment, way)
         self.names = config.Names()
 
     def api(self) -> Api:
@@ -96,8 +98,8 @@ def test_a_deploy_that_fails_leaves_nothing(
 ) -> None:
     project = here.project
     name = f"d-{DEPLOY_CALLS.index(call)}-{list(KINDS).index(kind)}"
-    # the first query of a kind is the inspection; `deployment` and `ssh` come later
-    project.faults({"match": call, **KINDS[kind]})
+    # the first query of a kind is the inspection, the first ssh asks whether the way is open
+    project.faults({"match": call, **KINDS[kind], "nth": 2 if call == "ssh" else 1})
     try:
         here.deploy(name, no_promote=True)
         failed = None
@@ -140,10 +142,19 @@ def test_a_build_that_fails(here: InProcess, capsys: pytest.CaptureFixture[str])
     here.delete("kept")
 
 
+@pytest.mark.parametrize("kind", ["502 always", "refused"])
+def test_nothing_is_made_where_the_router_cannot_be_asked(here: InProcess, kind: str) -> None:
+    here.project.faults({"match": "ssh", **KINDS[kind], "times": 1000})
+    with pytest.raises(Failure, match="not known whether the router carried out `active`"):
+        here.deploy("no-way")
+    here.project.faults()
+    assert here.project.services == BASE | {"first"}
+
+
 def test_a_promotion_whose_answer_is_lost(here: InProcess) -> None:
     """`promote` ran, its answer did not come: it is asked what happened, and nothing is removed."""
     project = here.project
-    project.faults({"match": "ssh", "nth": 2, "status": 502, "after": True})
+    project.faults({"match": "ssh", "nth": 3, "status": 502, "after": True})
     assert here.deploy("lost")["active"] is True
     project.faults()
     assert project.active == "lost"

@@ -29,7 +29,7 @@ def test_a_signal_during_deploy(base: Project, step: str, number: signal.Signals
         "register": "ssh",
         "promote it": "ssh",
     }[step]
-    nth = {"register": 1, "promote it": 2}.get(step, 1)
+    nth = {"register": 2, "promote it": 3}.get(step, 1)
     base.faults({"match": slow, "nth": nth, "delay": 2.0})
     process = subprocess.Popen(
         [sys.executable, "-m", "pulse_railway", "deploy", "main.py", "--deployment-id", name],

@@ -25,17 +25,18 @@ from pulse_railway.flows.routed import (
     backend_address,
     remember_active,
     wait_until_active,
+    wait_until_rendered,
     wait_until_routed,
 )
 from pulse_railway.flows.signals import interruptible, shielded
 from pulse_railway.options import DeployOptions
 from pulse_railway.output import Output
-from pulse_railway.railway import docker, program
+from pulse_railway.railway import docker, program, upload
 from pulse_railway.railway.api import Api
 from pulse_railway.railway.up import up
 from pulse_railway.services import create_service, deploy_service, shell
 from pulse_railway.stack import Stack, inspect, require_baseline
-from pulse_railway.waiting import latest, poll, wait_for_build
+from pulse_railway.waiting import latest, poll, runtime_tail, wait_for_build
 
 
 @dataclass(frozen=True)
@@ -80,14 +81,20 @@ def prepare(wanted: DeployOptions, output: Output) -> Plan:
         naming.backend_name(app.names.prefix, chosen)
     except ValueError as error:
         raise Failure(str(error)) from None
-    program.need("railway")
+    program.need("docker" if wanted.image_repository else "railway")
     if wanted.image_repository:
-        program.need("docker")
         if bad := exposed(context, context / dockerfile):
             raise Failure(
                 f"the image would hold {', '.join(bad)}: name them in"
                 f" {context / '.dockerignore'}, or copy less in {dockerfile}"
             )
+    else:
+        check_upload(wanted, dockerfile, web_root, output)
+    if wanted.server_address and not wanted.server_address.startswith("https://"):
+        raise Failure(
+            f"the app's server address is {wanted.server_address}, and must be https in production:"
+            " set server_address on ps.App, or pass --server-address https://..."
+        )
     if wanted.replicas > 1:
         output.warn("with several replicas a tab can reach one that does not know it: use 1")
     if app.internal_address is None or "127.0.0.1" not in app.internal_address:
@@ -105,6 +112,24 @@ def prepare(wanted: DeployOptions, output: Output) -> Plan:
     )
 
 
+def check_upload(wanted: DeployOptions, dockerfile: Path, web_root: Path, output: Output) -> None:
+    """Raises Failure where `railway up` would leave out what the build needs; warns of what it
+    would take along that it should not."""
+    context, gitignore = wanted.app.context, not wanted.no_gitignore
+    app = Path(wanted.app.file.partition(":")[0])
+    for what, path in (("Dockerfile", dockerfile), ("app", app), ("web root", web_root)):
+        if why := upload.left_out(context, path, gitignore=gitignore):
+            raise Failure(f"the {what} {path} would not be uploaded: {why}")
+    if found := upload.exposed(context, gitignore=gitignore):
+        output.warn(
+            f"the upload holds {', '.join(found[:5])}{' and more' if len(found) > 5 else ''}: name"
+            f" them in {context / '.railwayignore'}"
+        )
+    name, keys = upload.overridden(context)
+    if keys:
+        output.warn(f"{name} is uploaded too, and wins over what is set here: {', '.join(keys)}")
+
+
 def inside(context: Path, path: str | Path, what: str) -> Path:
     """`path` relative to the context. Raises Failure where it is outside of it."""
     full = (context / path).resolve()
@@ -115,6 +140,21 @@ def inside(context: Path, path: str | Path, what: str) -> Path:
             f"{what} {full} is outside the deploy context {context}: pass --context "
             "with a folder that holds it"
         ) from None
+
+
+def check_secret(plan: Plan, stack: Stack) -> None:
+    """Raises Failure where the app would not start for want of PULSE_SECRET."""
+    if not plan.app.needs_secret or plan.wanted.env.get(PULSE_SECRET):
+        return
+    assert stack.env is not None
+    in_image = PULSE_SECRET in (plan.app.context / plan.dockerfile).read_text(errors="replace")
+    if stack.env.variables.get(PULSE_SECRET) or in_image:
+        return
+    raise Failure(
+        f"the app keeps its sessions in cookies and needs {PULSE_SECRET}: set it once on"
+        f" {stack.env.name} (`railway variables --service {stack.env.name} --set"
+        f' "{PULSE_SECRET}=$(openssl rand -hex 32)"`), or keep sessions in RailwaySessionStore'
+    )
 
 
 def free_name(plan: Plan, stack: Stack) -> Plan:
@@ -159,6 +199,7 @@ def backend_variables(plan: Plan, stack: Stack) -> dict[str, str]:
     return {**build, **references, **plan.wanted.env, **managed}
 
 
+PULSE_SECRET = "PULSE_SECRET"  # Pulse's own: what signs its session cookies
 BACKEND_SETTINGS: dict[str, Any] = {
     "healthcheckPath": contract.HEALTH_PATH,
     "healthcheckTimeout": 300,
@@ -173,6 +214,8 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
     Raises Failure where a step fails, saying which; before the promotion the service and the
     record that this run made are removed (unless `plan.wanted.keep_failed`).
     """
+    if not plan.image:
+        program.need_railway(api)
     progress = Progress(plan.deployment_id, plan.service_name)
     began = time.monotonic()
     with interruptible():
@@ -180,11 +223,14 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
             with step(output, progress, "inspect the baseline"):
                 stack = inspect(api, target, plan.app.names)
                 require_baseline(stack)
+                check_secret(plan, stack)
                 plan = free_name(plan, stack)
                 progress.deployment_id, progress.service_name = (
                     plan.deployment_id,
                     plan.service_name,
                 )
+            with step(output, progress, "ask the router"):  # the way to it is open, before a build
+                control.active_deployment(api, stack)
             output.say(f"deployment {plan.deployment_id}")
             if plan.image:
                 with step(output, progress, f"build and push {plan.image}"):
@@ -197,6 +243,8 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
                 register(api, stack, plan, progress)
             with step(output, progress, "reach it through the router"):
                 wait_until_routed(stack.address, plan.deployment_id, by_affinity=True)
+            with step(output, progress, f"see its page {plan.app.plugin.check_path}"):
+                wait_for_page(api, stack, plan, progress)
             if plan.wanted.promote:
                 with step(output, progress, "promote it"):
                     promote_new(api, stack, plan, progress, output)
@@ -309,6 +357,16 @@ def register(api: Api, stack: Stack, plan: Plan, progress: Progress) -> None:
         address=address,
         held=not plan.wanted.promote,
     )
+
+
+def wait_for_page(api: Api, stack: Stack, plan: Plan, progress: Progress) -> None:
+    """Python's health check says nothing of React's server beside it, which renders the pages and
+    can come up later, or not at all. Raises Failure with what the deployment said last."""
+    try:
+        wait_until_rendered(stack.address, plan.deployment_id, plan.app.plugin.check_path)
+    except Failure as failure:
+        said = runtime_tail(api, str(progress.railway_deployment))
+        raise Failure(f"{failure}{said}") from None
 
 
 def promote_new(api: Api, stack: Stack, plan: Plan, progress: Progress, output: Output) -> None:

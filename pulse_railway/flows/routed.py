@@ -15,7 +15,8 @@ from pulse_railway.services import write_variables
 from pulse_railway.stack import Stack
 from pulse_railway.waiting import poll
 
-ROUTED_TIMEOUT = 180.0
+ROUTED_TIMEOUT = 180.0  # seconds
+PAGE_TIMEOUT = 120.0  # seconds
 
 
 def backend_address(api: Api, target: Target, service_id: str) -> str:
@@ -58,6 +59,33 @@ def wait_until_routed(
             poll(timeout, ask, "reaching the deployment through the router")
         except Failure as failure:
             raise Failure(f"{failure}; {address}{contract.META_PATH} gave {last}") from None
+
+
+def wait_until_rendered(address: str, deployment_id: str, path: str) -> None:
+    """Ask this deployment for a page through the public address, until it is no server error.
+    A redirect or a 404 is the app's own answer."""
+    last = "no answer"
+    url = httpx.URL(address + path).copy_merge_params({contract.AFFINITY_QUERY: deployment_id})
+
+    def ask() -> bool | None:
+        nonlocal last
+        try:
+            answer = client.get(url, headers={"accept": "text/html"})
+        except httpx.HTTPError as error:
+            last = type(error).__name__
+            return None
+        last = f"status {answer.status_code}"
+        ours = answer.headers.get(contract.SELECTED_HEADER) == deployment_id
+        return True if ours and answer.status_code < 500 else None
+
+    with httpx.Client(timeout=30) as client:
+        try:
+            poll(PAGE_TIMEOUT, ask, f"the page {path}")
+        except Failure as failure:
+            raise Failure(
+                f"{failure} to come up; the last answer was {last}. Python's server answers,"
+                " React's beside it may not: is the web app built into the image?"
+            ) from None
 
 
 def wait_until_active(api: Api, stack: Stack, deployment_id: str) -> None:

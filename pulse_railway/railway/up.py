@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -10,8 +11,11 @@ from pulse_railway.errors import Failure, redact
 from pulse_railway.railway.api import Api
 from pulse_railway.railway.program import run, transient
 
-UP_ATTEMPTS = 3
-UP_TIMEOUT = 1800.0
+PAUSES = (1.0, 5.0, 15.0)  # seconds, between one attempt and the next
+TIMEOUT = 1800.0  # seconds
+HTTP_TIMEOUT = "RAILWAY_HTTP_TIMEOUT"  # the CLI's for one request, 90 s by default, uploads too
+RATE_LIMIT = re.compile(r"[Tt]ry again in (?:about )?(\d+) (second|minute)")
+LONGEST_PAUSE = 300.0  # seconds
 
 
 def up(
@@ -33,18 +37,36 @@ def up(
     command += ["--service", service, "--detach", "--json", "--path-as-root"]
     if no_gitignore:
         command.append("--no-gitignore")
-    for attempt in range(UP_ATTEMPTS):
-        done = run(command, api, UP_TIMEOUT, context)
+    for pause in (*PAUSES, None):
+        done = run(command, api, TIMEOUT, context, {HTTP_TIMEOUT: f"{TIMEOUT:.0f}"})
         if done.returncode == 0:
             return _deployment_id(done.stdout)
-        said = (done.stderr.strip() or done.stdout.strip())[-2000:]
-        if "--json" in said and "--json" in command:
-            command.remove("--json")
+        said = what_it_said(done.stdout, done.stderr)
+        if "unexpected argument '--json'" in done.stderr and "--json" in command:
+            command.remove("--json")  # a CLI before 4.24
             continue
-        if not transient(said):
+        if pause is None or not transient(said + done.stderr):
             break
-        time.sleep(1.0 + attempt)
+        if again := RATE_LIMIT.search(said):
+            pause = max(pause, float(again[1]) * (60 if again[2] == "minute" else 1))
+            if pause > LONGEST_PAUSE:
+                break
+        time.sleep(pause)
     raise Failure(f"`railway up` failed: {redact(said)}")
+
+
+def what_it_said(stdout: str, stderr: str) -> str:
+    """Why it failed, in the CLI's words: with `--json` an error is one object on stdout, with a
+    hint, and stderr has warnings."""
+    for line in reversed(stdout.splitlines()):
+        try:
+            found = json.loads(line)
+            message = found["error"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        hint = found.get("hint")
+        return f"{message} ({hint})" if hint else str(message)
+    return (stderr.strip() or stdout.strip() or "it said nothing")[-2000:]
 
 
 def _deployment_id(stdout: str) -> str | None:

@@ -1,0 +1,246 @@
+"""`railway up`: what it takes along, how it fails, what is checked before it."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pulse_railway import errors
+from pulse_railway.local import cli as local_cli
+from pulse_railway.railway import up as uploading
+from pulse_railway.railway import upload
+from tests.conftest import TINY, Project
+from tests.test_ways import Cli, api, cli  # noqa: F401  # a fixture, and the CLI's stand-in
+
+# -- how it fails ------------------------------------------------------------------------------
+
+
+def up(context: Path) -> str | None:
+    return uploading.up(api("account"), project="p", environment="e", service="s", context=context)
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    slept: list[float] = []
+    monkeypatch.setattr(uploading, "time", types.SimpleNamespace(sleep=slept.append))
+    return slept
+
+
+def test_an_error_is_read_from_its_json(
+    cli: Cli,  # noqa: F811
+    tmp_path: Path,
+    pauses: list[float],
+) -> None:
+    said = {"error": "Project not found", "code": "NOT_FOUND", "hint": "Run `railway link`"}
+    cli.says(json.dumps(said), "warning: a new version is available\n", 1)
+    with pytest.raises(errors.Failure, match=r"Project not found \(Run `railway link`\)$"):
+        up(tmp_path)
+    cli.says(json.dumps({**said, "hint": None}), "", 1)
+    with pytest.raises(errors.Failure, match=r"Project not found$"):
+        up(tmp_path)
+    cli.says("", "something else\n", 1)
+    with pytest.raises(errors.Failure, match="something else"):
+        up(tmp_path)
+    assert pauses == []
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        ("error sending request for url (https://x)", [1, 5, 15]),
+        ("You are being ratelimited. Try again in 7 seconds", [7, 7, 15]),
+        ("You are being ratelimited. Try again in about 2 minutes", [120, 120, 120]),
+        ("You are being ratelimited. Try again in about 60 minutes", []),
+        ("Failed to upload code with status code 502", [1, 5, 15]),
+        ("Failed to upload code. File too large (1 bytes)", []),
+    ],
+)
+def test_what_may_pass_is_tried_again(
+    cli: Cli,  # noqa: F811
+    tmp_path: Path,
+    pauses: list[float],
+    error: str,
+    expected: list[float],
+) -> None:
+    cli.says(json.dumps({"error": error, "code": "X", "hint": None}), "", 1)
+    with pytest.raises(errors.Failure, match="failed"):
+        up(tmp_path)
+    assert pauses == expected
+
+
+def test_a_large_upload_gets_its_time(
+    cli: Cli,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    script = cli.folder / "railway"
+    script.write_text('#!/bin/sh\necho "{\\"deploymentId\\": \\"$RAILWAY_HTTP_TIMEOUT\\"}"\n')
+    assert up(tmp_path) == "1800"
+    monkeypatch.setenv("RAILWAY_HTTP_TIMEOUT", "7")  # who has set it knows why
+    assert up(tmp_path) == "7"
+
+
+# -- what is taken along -----------------------------------------------------------------------
+
+
+def tree(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def left(root: Path, *names: str, **more: bool) -> list[str]:
+    return [name for name in names if upload.left_out(root, Path(name), **more)]
+
+
+def test_what_the_cli_leaves_out(tmp_path: Path) -> None:
+    """By its source: `.gitignore` counts in a repository only, `.railwayignore` wins."""
+    context = tree(
+        tmp_path / "outer" / "context",
+        {
+            ".gitignore": ".env\nbuild/\n",
+            ".railwayignore": "!build/keep\nsecret.txt\n",
+            ".ignore": "*.log\n",
+            ".env": "",
+            "secret.txt": "",
+            "a.log": "",
+            "build/x": "",
+            "web/.railwayignore": "!important.log\n*.map\n",
+            "web/important.log": "",
+            "web/x.map": "",
+            "node_modules/x/y": "",
+            "deep/node_modules/y": "",
+            ".git-not": "",
+        },
+    )
+    names = ".env secret.txt a.log build/x web/important.log web/x.map node_modules/x/y".split()
+    names += ["deep/node_modules/y", ".git-not", "Dockerfile"]
+    everywhere = ["secret.txt", "a.log", "web/x.map", "node_modules/x/y", "deep/node_modules/y"]
+    assert left(context, *names) == everywhere
+    subprocess.run(["git", "init", "-q", str(context)], check=True)
+    assert left(context, *names) == [".env", *everywhere[:2], "build/x", *everywhere[2:]]
+    assert left(context, *names, gitignore=False) == everywhere
+    upload._patterns.cache_clear()
+    (tmp_path / "outer" / ".ignore").write_text("Dockerfile\n")  # of a folder above
+    (tmp_path / "outer" / ".gitignore").write_text("web\n")  # outside of the repository
+    assert left(context, "Dockerfile", "web/x") == ["Dockerfile"]
+
+
+def test_gits_rules_are_gits(tmp_path: Path) -> None:
+    """Against `git check-ignore`, on many odd ignore files."""
+    rng = random.Random(7)
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    parts = ["a", "b", "a.txt", "b.log", "x y", "[c]", "éé", "A"]
+    patterns = [
+        *("a", "/a", "a/", "*.txt", "**/b", "a/**", "!a.txt", "!/b", "# x", "\\[c\\]", "?", "x y"),
+        *("*", "!*/", "a/b", "b/*.log", "**/a/b", "éé", "[ab]", "[!a]", "a ", "/**/b.log", ""),
+    ]
+    names = {"/".join(rng.choices(parts, k=rng.randint(1, 3))) for _ in range(60)}
+    files = [n for n in sorted(names) if not any(o.startswith(n + "/") for o in names)]
+    tree(tmp_path, dict.fromkeys(files, ""))
+    for _ in range(40):
+        lines = rng.choices(patterns, k=rng.randint(1, 5))
+        (tmp_path / ".gitignore").write_text("\n".join(lines) + "\n")
+        upload._patterns.cache_clear()
+        done = subprocess.run(
+            ["git", "-C", str(tmp_path), "check-ignore", "-z", "--no-index", "--stdin"],
+            input="\0".join(files),
+            capture_output=True,
+            text=True,
+        )
+        assert left(tmp_path, *files) == done.stdout.split("\0")[:-1], lines
+
+
+def test_the_local_cli_follows_links_and_names_what_fails(tmp_path: Path) -> None:
+    import io
+    import tarfile
+
+    root = tree(tmp_path / "c", {"a b/é\n.txt": "x", "d/real": "y"})
+    (root / "link").symlink_to(root / "d")  # absolute, and to a folder
+    (root / "empty").mkdir()
+    packed = io.BytesIO(local_cli.archive(root, root, gitignore=True))
+    with tarfile.open(fileobj=packed) as tar:
+        found = {member.name: member for member in tar}
+    assert {"./a b/é\n.txt", "./link/real", "./empty"} <= set(found)
+    assert not any(member.issym() for member in found.values())
+    (root / "dangling").symlink_to("nowhere")
+    with pytest.raises(local_cli.Failure, match="dangling: No such file"):
+        local_cli.archive(root, root, gitignore=True)
+
+
+def test_an_upload_that_cannot_be_unpacked(project: Project) -> None:
+    import httpx
+
+    project.ok("ensure", "main.py")
+    service = project.stage.services()["pulse-env"]["serviceId"]
+    path = f"/project/{project.id}/environment/{project.environment}/up?serviceId={service}"
+    answer = httpx.post(
+        project.railway.api.replace("/graphql/v2", path),
+        content=b"no archive",
+        headers={"Authorization": f"Bearer {project.env['RAILWAY_API_TOKEN']}"},
+    )
+    assert answer.status_code == 400
+    assert "cannot be unpacked" in answer.json()["message"]
+
+
+# -- what is checked before it -----------------------------------------------------------------
+
+
+@pytest.fixture
+def app(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(TINY, tmp_path / "app"))
+
+
+def deploy(project: Project, app: Path, *arguments: str) -> Any:
+    return project.run("deploy", "main.py", *arguments, cwd=app)
+
+
+def test_nothing_is_made_of_a_context_that_lacks_its_parts(project: Project, app: Path) -> None:
+    services = project.services
+    for ignored, said in (
+        ("Dockerfile", "the Dockerfile Dockerfile would not be uploaded"),
+        ("web/", "the web root web would not be uploaded"),
+        ("*.py", "the app main.py would not be uploaded"),
+    ):
+        (app / ".railwayignore").write_text(f"{ignored}\n")
+        verb = deploy(project, app)
+        assert said in verb.error
+        assert ".railwayignore leaves it out" in verb.error
+    (app / ".railwayignore").unlink()
+    for text, said in (
+        ("ps.InMemorySessionStore()", "needs PULSE_SECRET: set it once on pulse-env"),
+        (None, "must be https in production"),
+    ):
+        source = (TINY / "main.py").read_text()
+        arguments = [] if text else ["--server-address", "http://shop.example"]
+        (app / "main.py").write_text(source.replace(text or "-", "None" if text else "-"))
+        verb = deploy(project, app, *arguments)
+        assert verb.code == 1
+        assert said in verb.error
+    assert project.services == services
+
+
+def test_what_is_warned_about(project: Project, app: Path) -> None:
+    tree(
+        app,
+        {
+            ".env": "TOKEN=x",
+            "keys/id_rsa": "x",
+            ".env.example": "",
+            "railway.toml": '[deploy]\nstartCommand = "x"\n[build]\nbuilder = "NIXPACKS"',
+        },
+    )
+    verb = deploy(project, app, "--deployment-id", "warned")
+    assert verb.code == 0, verb.err
+    said = " ".join(verb.err.split())
+    assert "the upload holds .env, keys/id_rsa: name them in" in said
+    assert "wins over what is set here: deploy.startCommand, build.builder" in said
