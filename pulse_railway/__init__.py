@@ -10,20 +10,27 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pulse_railway.plugin import RailwayPlugin, internal_server_address
-    from pulse_railway.session import RailwaySessionStore
+    from pulse_railway.plugin import RailwayPlugin, RailwayPluginError, internal_server_address
+    from pulse_railway.session import RailwayRedisSessionStore, RailwaySessionStore
 
 __version__ = "0.4.0"
-__all__ = ["RailwayPlugin", "RailwaySessionStore", "__version__", "internal_server_address"]
+__all__ = [
+    "RailwayPlugin",
+    "RailwayPluginError",
+    "RailwayRedisSessionStore",
+    "RailwaySessionStore",
+    "__version__",
+    "internal_server_address",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("RailwayPlugin", "internal_server_address"):
+    if name in ("RailwayPlugin", "RailwayPluginError", "internal_server_address"):
         from pulse_railway import plugin
 
         return getattr(plugin, name)
-    if name == "RailwaySessionStore":
-        from pulse_railway.session import RailwaySessionStore
+    if name in ("RailwaySessionStore", "RailwayRedisSessionStore"):
+        from pulse_railway import session
 
-        return RailwaySessionStore
+        return getattr(session, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

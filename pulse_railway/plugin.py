@@ -15,6 +15,10 @@ from pulse_railway import contract, naming
 from pulse_railway.session import RailwaySessionStore
 
 
+class RailwayPluginError(ValueError):
+    """What the plugin was given does not fit."""
+
+
 class RailwayPlugin(ps.Plugin):
     """Ties every tab to the deployment that served it, and says how the app is deployed.
 
@@ -57,7 +61,9 @@ class RailwayPlugin(ps.Plugin):
         service_prefix: str | None = None,
     ) -> None:
         if not check_path.startswith("/"):
-            raise ValueError(f"check_path must start with a slash, as in {'/' + check_path!r}")
+            raise RailwayPluginError(
+                f"check_path must start with a slash, as in {'/' + check_path!r}"
+            )
         self.dockerfile = os.fspath(dockerfile) if dockerfile else None
         self.project = project
         self.environment = environment
@@ -176,12 +182,12 @@ def internal_server_address() -> str:
 def plugin_of(app: ps.App) -> RailwayPlugin:
     """The app's one RailwayPlugin.
 
-    Raises ValueError where it has none or several.
+    Raises RailwayPluginError where it has none or several.
     """
     found = [plugin for plugin in app.plugins if isinstance(plugin, RailwayPlugin)]
     if len(found) != 1:
         how_many = f"{len(found)} RailwayPlugins" if found else "no RailwayPlugin"
-        raise ValueError(
+        raise RailwayPluginError(
             f"the app has {how_many}; give it one: ps.App(plugins=[RailwayPlugin(...)])"
         )
     return found[0]

@@ -1,18 +1,44 @@
-"""Sessions in Redis, so that they outlive the deployment that made them."""
+"""Sessions in Redis, shared by the deployments that are live at once.
+
+Two versions of an app hold the same session in memory and save it whole. Written as it comes, a
+login on the new one would be undone by an old tab on the other. So what is written is what this
+process has changed since it read: each save is a difference, applied to what Redis holds in one
+atomic step.
+
+Redis may be away. Sessions that this process knows are then served from memory, new ones live
+there, and all that was not written is written when Redis is back, again as differences. Nothing
+waits for it for longer than a moment.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 import os
-from typing import Any, cast, override
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeVar, override
 
 import pulse as ps
+import redis
 import redis.asyncio
-from pulse.serializer import Serialized, deserialize, serialize
+from pulse.serializer import deserialize, serialize
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 
 from pulse_railway import contract
 
 DEFAULT_PREFIX = "pulse:session"
+TIMEOUT = 1.0  # seconds, for one answer of Redis
+PAUSE = 1.0  # seconds, between one attempt to reach it and the next
+KNOWN = 20_000  # sessions that a process remembers; the one that was used longest ago goes first
+
+log = logging.getLogger("pulse.railway")
+
+Fields = dict[str, str]  # a session: field to its value in Pulse's wire format
+T = TypeVar("T")
 
 
 class RailwaySessionStore(ps.SessionStore):
@@ -21,18 +47,36 @@ class RailwaySessionStore(ps.SessionStore):
     Args:
         url: the Redis to use. Where not given, `PULSE_RAILWAY_REDIS_URL`, which `deploy` sets on
             every backend whose app uses this store.
+        env: where to look for that variable; the process's environment by default.
+        client: a redis.asyncio.Redis of the app's own, with `decode_responses`; it is closed with
+            the store only if `owns_client`.
         prefix: what session keys start with.
         ttl: seconds that a session outlives its last use. Where not given, RailwayPlugin sets it
             to the lifetime of the app's session cookie, without which nobody can come back to it.
     """
 
     def __init__(
-        self, url: str | None = None, *, prefix: str = DEFAULT_PREFIX, ttl: int | None = None
+        self,
+        url: str | None = None,
+        *,
+        env: Mapping[str, str] | None = None,
+        client: redis.asyncio.Redis | None = None,
+        owns_client: bool = False,
+        prefix: str = DEFAULT_PREFIX,
+        ttl: int | None = None,
     ) -> None:
-        self._url = url
+        self._url, self._env = url, env
+        self._client, self._owns_client = client, owns_client or client is None
         self.prefix = prefix.rstrip(":")
         self.ttl = ttl
-        self._client: redis.asyncio.Redis | None = None
+        self._known: OrderedDict[str, Fields] = OrderedDict()  # as Redis has it, or will have
+        self._unwritten: OrderedDict[str, Fields | None] = OrderedDict()  # None: to be deleted
+        self._away_until = 0.0
+        self._writer: asyncio.Task[None] | None = None
+
+    @classmethod
+    def from_url(cls, url: str, *, prefix: str = DEFAULT_PREFIX) -> RailwaySessionStore:
+        return cls(url, prefix=prefix)
 
     @override
     def __repr__(self) -> str:
@@ -45,18 +89,26 @@ class RailwaySessionStore(ps.SessionStore):
         Raises RuntimeError where no URL is known.
         """
         if self._client is None:
-            url = self._url or os.environ.get(contract.SESSION_REDIS_URL)
+            env = os.environ if self._env is None else self._env
+            url = self._url or env.get(contract.SESSION_REDIS_URL)
             if not url:
                 raise RuntimeError(
                     f"RailwaySessionStore needs url= or {contract.SESSION_REDIS_URL}"
                 )
             self._client = redis.asyncio.Redis.from_url(
-                url, decode_responses=True, health_check_interval=30
+                url,
+                decode_responses=True,
+                socket_timeout=TIMEOUT,
+                socket_connect_timeout=TIMEOUT,
+                # a connection that a restart of Redis has closed is made anew, once
+                retry=Retry(NoBackoff(), 1, (redis.ConnectionError,)),
             )
         return self._client
 
     def _key(self, sid: str) -> str:
         return f"{self.prefix}:{sid}"
+
+    # -- Pulse's side --------------------------------------------------------------------------
 
     @override
     async def init(self) -> None:
@@ -64,31 +116,173 @@ class RailwaySessionStore(ps.SessionStore):
 
     @override
     async def close(self) -> None:
-        if self._client is not None:
+        writer, self._writer = self._writer, None
+        if writer:
+            writer.cancel()
+        if self._unwritten:
+            self._away_until = 0.0
+            await self._ask(self._write_all)
+        if self._client is not None and self._owns_client:
             client, self._client = self._client, None
             await client.aclose()
 
     @override
     async def get(self, sid: str) -> dict[str, Any] | None:
+        if sid in self._unwritten:
+            fields = self._unwritten[sid]
+        else:
+            reached, fields = await self._ask(lambda: self._read(sid))
+            if not reached:
+                fields = self._known.get(sid)
+            elif fields is None:
+                self._known.pop(sid, None)
+            else:
+                self._remember(sid, fields)
+        return session_of(fields) if fields is not None else None
+
+    @override
+    async def create(self, sid: str) -> dict[str, Any]:
+        """An empty session. One that another process has made meanwhile is left alone."""
+        await self.save(sid, {})
+        return {}
+
+    @override
+    async def save(self, sid: str, session: dict[str, Any]) -> None:
+        fields = fields_of(session)
+        if sid in self._unwritten:  # what it is compared with stays what Redis had
+            self._put_aside(sid, fields)
+            return
+        reached, _ = await self._ask(lambda: self._write(sid, fields))
+        if not reached:
+            self._put_aside(sid, fields)
+
+    @override
+    async def delete(self, sid: str) -> None:
+        self._known.pop(sid, None)
+        self._unwritten.pop(sid, None)
+        reached, _ = await self._ask(lambda: self.client.delete(self._key(sid)))
+        if not reached:
+            self._put_aside(sid, None)
+
+    # -- Redis's side --------------------------------------------------------------------------
+
+    async def _ask(self, question: Callable[[], Awaitable[T]]) -> tuple[bool, T | None]:
+        """Whether Redis was reached, and what it said. One that was away a moment ago is not
+        asked: a page is not to wait for it."""
+        if time.monotonic() < self._away_until:
+            return False, None
+        try:
+            answer = await question()
+            if self._away_until:
+                self._away_until = 0.0
+                log.warning("sessions: Redis is back")
+            return True, answer
+        except (redis.RedisError, OSError, TimeoutError) as error:
+            if not self._away_until:
+                # The class only: the message of a Redis error can carry its URL.
+                log.warning(
+                    "sessions: Redis is away (%s); they are kept in memory", type(error).__name__
+                )
+            self._away_until = time.monotonic() + PAUSE
+            return False, None
+
+    async def _read(self, sid: str) -> Fields | None:
         async with self.client.pipeline(transaction=False) as pipe:
             pipe.get(self._key(sid))
             if self.ttl:  # Pulse renews the cookie whenever it loads a session
                 pipe.expire(self._key(sid), self.ttl)
             payload = (await pipe.execute())[0]
-        if payload is None:
-            return None
-        return cast(dict[str, Any], deserialize(cast(Serialized, json.loads(payload))))
+        return decode(payload, sid)
 
-    @override
-    async def create(self, sid: str) -> dict[str, Any]:
-        await self.save(sid, {})
-        return {}
+    async def _write(self, sid: str, fields: Fields) -> None:
+        """Apply what has changed since `sid` was read to what Redis holds."""
+        base = self._known.get(sid, {})
+        changed = {name: value for name, value in fields.items() if base.get(name) != value}
+        gone = base.keys() - fields.keys()
+        key = self._key(sid)
+        async with self.client.pipeline() as pipe:
+            while True:
+                await pipe.watch(key)
+                held = await pipe.get(key)
+                before = decode(held, sid)
+                after = {**(before or {}), **changed}
+                after = {name: value for name, value in after.items() if name not in gone}
+                pipe.multi()
+                if before is None or after != before:
+                    pipe.set(key, encode(after), ex=self.ttl)
+                elif self.ttl:
+                    pipe.expire(key, self.ttl)
+                try:
+                    await pipe.execute()
+                    break
+                except redis.WatchError:
+                    continue  # another process has saved it in between
+        self._remember(sid, fields)
 
-    @override
-    async def delete(self, sid: str) -> None:
-        await self.client.delete(self._key(sid))
+    def _remember(self, sid: str, fields: Fields) -> None:
+        self._known[sid] = fields
+        self._known.move_to_end(sid)
+        while len(self._known) > KNOWN:
+            self._known.popitem(last=False)
 
-    @override
-    async def save(self, sid: str, session: dict[str, Any]) -> None:
-        payload = json.dumps(serialize(dict(session)), separators=(",", ":"))
-        await self.client.set(self._key(sid), payload, ex=self.ttl)
+    # -- while Redis is away -------------------------------------------------------------------
+
+    def _put_aside(self, sid: str, fields: Fields | None) -> None:
+        """Keep what could not be written, within a bound, until Redis is back."""
+        self._unwritten[sid] = fields
+        self._unwritten.move_to_end(sid)
+        if len(self._unwritten) > KNOWN:
+            self._unwritten.popitem(last=False)
+            log.warning("sessions: Redis is away for too long, the oldest one was not written")
+        if self._writer is None or self._writer.done():
+            self._writer = asyncio.create_task(self._keep_writing())
+
+    async def _keep_writing(self) -> None:
+        while self._unwritten:
+            await asyncio.sleep(PAUSE)
+            await self._ask(self._write_all)
+
+    async def _write_all(self) -> None:
+        while self._unwritten:
+            sid, fields = next(iter(self._unwritten.items()))
+            if fields is None:
+                await self.client.delete(self._key(sid))
+            else:
+                await self._write(sid, fields)
+            if self._unwritten.get(sid) is fields:  # and was not saved again meanwhile
+                del self._unwritten[sid]
+
+
+RailwayRedisSessionStore = RailwaySessionStore  # its older name
+
+
+def fields_of(session: Mapping[str, Any]) -> Fields:
+    """A session field by field, so that two of them can be compared."""
+    return {
+        str(name): json.dumps(serialize(value), separators=(",", ":"))
+        for name, value in dict(session).items()
+    }
+
+
+def session_of(fields: Fields) -> dict[str, Any]:
+    return {name: deserialize(json.loads(value)) for name, value in fields.items()}
+
+
+def encode(fields: Fields) -> str:
+    """A session as Redis holds it, as 0.3.x does."""
+    return json.dumps(serialize(session_of(fields)), separators=(",", ":"))
+
+
+def decode(payload: str | None, sid: str) -> Fields | None:
+    """What Redis holds of a session. One that this version of Pulse cannot read is a new one, and
+    a line in the log: another wire format beside this one is no error on every request."""
+    if payload is None:
+        return None
+    try:
+        session = deserialize(json.loads(payload))
+        if not isinstance(session, dict):
+            raise TypeError(type(session).__name__)
+        return fields_of(session)
+    except Exception as error:  # whatever Pulse's deserializer makes of it
+        log.warning("sessions: %s… cannot be read (%s): a new one", sid[:8], type(error).__name__)
+        return None

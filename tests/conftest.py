@@ -80,23 +80,32 @@ class Process:
 
 
 class Redis:
-    """A redis-server that a test may stop and start again, on the same port."""
+    """A redis-server that a test may stop and start again, on the same port. It forgets all, or
+    with a folder nothing."""
 
-    def __init__(self, port: int | None = None) -> None:
+    def __init__(self, port: int | None = None, folder: Path | None = None) -> None:
         self.port = port or free_port()
+        self.folder = folder
         self.url = f"redis://127.0.0.1:{self.port}"
         self.process: Process | None = None
         self.start()
 
     def start(self) -> None:
         command = [redis_executable(), "--port", str(self.port), "--bind", "127.0.0.1"]
-        command += ["--save", "", "--dir", tempfile.gettempdir()]
+        command += ["--save", "", "--dir", str(self.folder or tempfile.gettempdir())]
+        if self.folder:
+            command += ["--appendonly", "yes", "--appendfsync", "always"]
         self.process = Process(command, self.port).wait()
 
     def stop(self) -> None:
         if self.process:
             self.process.stop(signal.SIGKILL)
             self.process = None
+
+    def signal(self, number: int) -> None:
+        """SIGSTOP freezes it, SIGCONT lets it go on."""
+        assert self.process
+        os.killpg(self.process.popen.pid, number)
 
     @property
     def client(self) -> redis.Redis:

@@ -9,7 +9,7 @@ from tests.conftest import ROOT
 
 SAYING = {
     *("Failure", "Uncertain", "ApiError", "StateError", "Refused", "ValueError", "UpstreamError"),
-    *("SystemExit", "Exit", "warn", "warning", "error"),
+    *("RailwayPluginError", "SystemExit", "Exit", "warn", "warning", "error"),
 }
 FILES = [
     *sorted((ROOT / "pulse_railway").glob("*.py")),

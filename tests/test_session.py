@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pulse as ps
 import pytest
+from pulse.context import PulseContext
 
 from pulse_railway import RailwayPlugin, RailwaySessionStore
 from tests.conftest import Redis
@@ -68,3 +74,223 @@ def test_a_store_without_an_address_says_what_it_needs(monkeypatch: pytest.Monke
     with pytest.raises(RuntimeError, match="PULSE_RAILWAY_REDIS_URL"):
         asyncio.run(use(RailwaySessionStore(), lambda s: s.init()))
     assert "secret" not in repr(RailwaySessionStore("redis://:secret@host"))
+
+
+# -- two versions at once ----------------------------------------------------------------------
+
+
+class Version:
+    """A real Pulse app as one deployment has it: what it holds in memory, it saves whole."""
+
+    def __init__(self, redis_server: Redis) -> None:
+        self.store = RailwaySessionStore(redis_server.url)
+        self.app = ps.App(routes=[], session_store=self.store)
+        self.app.cookie.secure = True
+
+    async def session(self, sid: str) -> Any:
+        with PulseContext(app=self.app):
+            session = await self.app.get_or_create_session(sid)
+            await self._saved(session)
+            return session
+
+    async def change(self, session: Any, *, drop: str | None = None, **values: Any) -> None:
+        """What a tab does to its session; Pulse's own effect saves it."""
+        with PulseContext(app=self.app):
+            session.data.update(values)
+            if drop:
+                del session.data[drop]
+            await self._saved(session)
+
+    async def _saved(self, session: Any) -> None:
+        for _ in range(3):
+            await asyncio.sleep(0)
+            if session._effect.is_scheduled:
+                await session._effect.wait()
+
+    async def close(self) -> None:
+        await self.store.close()
+
+
+def stored(redis_server: Redis, sid: str = "sid") -> Any:
+    return json.loads(str(redis_server.client.get(f"pulse:session:{sid}")))[1]
+
+
+def test_a_login_is_not_undone_by_an_old_tab(redis_server: Redis) -> None:
+    """Before, the old version's next save wrote the session back as it had read it."""
+
+    async def story() -> None:
+        old, new = Version(redis_server), Version(redis_server)
+        on_old = await old.session("sid")
+        await old.change(on_old, cart=["a"], theme="dark")
+        on_new = await new.session("sid")
+        assert on_new.data["cart"] == ["a"]
+        await new.change(on_new, user="ada", drop="theme")
+        assert stored(redis_server) == {"cart": ["a"], "user": "ada"}
+        await old.change(on_old, cart=["a", "b"])
+        assert stored(redis_server) == {"cart": ["a", "b"], "user": "ada"}
+        await old.change(on_old, drop="cart")
+        assert stored(redis_server) == {"user": "ada"}
+        await old.close()
+        await new.close()
+
+    asyncio.run(story())
+
+
+def test_many_saves_at_once_lose_nothing(redis_server: Redis) -> None:
+    async def story() -> None:
+        stores = [RailwaySessionStore(redis_server.url) for _ in range(4)]
+        for store in stores:
+            await store.get("sid")
+        await asyncio.gather(
+            *(
+                store.save("sid", {f"{n}": step for step in range(i + 1)})
+                for n, store in enumerate(stores)
+                for i in range(5)
+            )
+        )
+        for store in stores:
+            await store.close()
+
+    asyncio.run(story())
+    assert set(stored(redis_server)) == {"0", "1", "2", "3"}
+
+
+def test_an_unknown_wire_format_is_a_new_session(
+    redis_server: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    for odd in ("{", "[1, 2]", '["v9", {"a": 1}]', "null", '[[[0], [], [], []], "text"]'):
+        redis_server.client.set(KEY, odd)
+        store = RailwaySessionStore(redis_server.url)
+        caplog.clear()
+        found = asyncio.run(use(store, lambda s: s.get("sid")))
+        assert found == [None], odd
+        assert len(caplog.records) == 1
+        store = RailwaySessionStore(redis_server.url)
+        asyncio.run(use(store, lambda s: s.save("sid", {"a": 1})))
+        assert stored(redis_server) == {"a": 1}
+
+
+@pytest.fixture
+def lasting(tmp_path: Path) -> Iterator[Redis]:
+    server = Redis(folder=tmp_path)
+    yield server
+    server.stop()
+
+
+# -- while Redis is away -----------------------------------------------------------------------
+
+
+def test_a_restart_of_redis_costs_no_error(lasting: Redis) -> None:
+    async def story() -> None:
+        store = RailwaySessionStore(lasting.url)
+        await store.save("sid", {"a": 1})
+        lasting.stop()
+        lasting.start()
+        assert await store.get("sid") == {"a": 1}
+        await store.save("sid", {"a": 2})
+        await store.close()
+
+    asyncio.run(story())
+    assert stored(lasting) == {"a": 2}
+
+
+def test_what_happens_meanwhile_is_kept_and_written(
+    lasting: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+
+    async def story() -> None:
+        here, there = (RailwaySessionStore(lasting.url) for _ in range(2))
+        await here.save("known", {"a": 1, "b": 1})
+        await here.save("other", {"x": 1})
+        await there.get("known")
+        await there.save("known", {"a": 1, "b": 1, "there": 1})
+        lasting.stop()
+        began = time.monotonic()
+        assert await here.get("known") == {"a": 1, "b": 1}
+        await here.save("known", {"a": 2})  # `b` is gone
+        assert await here.get("known") == {"a": 2}
+        assert await here.get("stranger") is None
+        assert await here.create("stranger") == {}
+        await here.save("stranger", {"new": True})
+        assert await here.get("stranger") == {"new": True}
+        await here.delete("other")
+        assert await here.get("other") is None
+        assert time.monotonic() - began < 1
+        lasting.start()
+        deadline = time.monotonic() + 10
+        while here._unwritten:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.1)
+        await here.close()
+        await there.close()
+
+    asyncio.run(story())
+    assert stored(lasting, "known") == {"a": 2, "there": 1}
+    assert stored(lasting, "stranger") == {"new": True}
+    assert lasting.client.get("pulse:session:other") is None
+    said = [record.message for record in caplog.records]
+    assert said == [
+        "sessions: Redis is away (ConnectionError); they are kept in memory",
+        "sessions: Redis is back",
+    ]
+
+
+def test_a_frozen_redis_is_not_waited_for(redis_server: Redis) -> None:
+    async def story() -> None:
+        store = RailwaySessionStore(redis_server.url)
+        await store.save("sid", {"a": 1})
+        redis_server.signal(signal.SIGSTOP)
+        try:
+            began = time.monotonic()
+            for _ in range(50):
+                assert await store.get("sid") == {"a": 1}
+            assert time.monotonic() - began < 3  # one answer was waited for
+        finally:
+            redis_server.signal(signal.SIGCONT)
+        await store.close()
+
+    asyncio.run(story())
+
+
+def test_no_more_is_kept_than_a_process_can_bear(
+    lasting: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pulse_railway.session.KNOWN", 10)
+
+    async def story() -> None:
+        store = RailwaySessionStore(lasting.url)
+        for i in range(15):
+            await store.save(f"s{i}", {"i": i})
+        assert list(store._known) == [f"s{i}" for i in range(5, 15)]
+        lasting.stop()
+        for i in range(15):
+            await store.save(f"t{i}", {"i": i})
+        assert list(store._unwritten) == [f"t{i}" for i in range(5, 15)]
+        lasting.start()
+        await store.close()
+
+    asyncio.run(story())
+    assert stored(lasting, "t14") == {"i": 14}
+
+
+def test_the_names_of_0_3_x(redis_server: Redis) -> None:
+    import redis.asyncio
+
+    from pulse_railway import RailwayPluginError, RailwayRedisSessionStore
+
+    assert RailwayRedisSessionStore.from_url("redis://x", prefix="p:").prefix == "p"
+    assert issubclass(RailwayPluginError, Exception)
+    by_env = RailwaySessionStore(env={"PULSE_RAILWAY_REDIS_URL": redis_server.url})
+
+    async def story() -> None:
+        client = redis.asyncio.Redis.from_url(redis_server.url, decode_responses=True)
+        own = RailwaySessionStore(client=client)
+        await own.save("sid", {"a": 1})
+        await own.close()
+        assert await client.ping()  # it is the app's
+        assert await by_env.get("sid") == {"a": 1}
+        await by_env.close()
+        await client.aclose()
+
+    asyncio.run(story())
