@@ -38,6 +38,7 @@ import collections
 import concurrent.futures
 import contextlib
 import functools
+import ipaddress
 import json
 import logging
 import os
@@ -108,6 +109,13 @@ LINGER_AT_MOST = 30.0
 CONNECT_TIMEOUT = 5.0
 DESCRIPTORS_KEPT = 64  # for the store, the listening socket, files
 HANDSHAKE_TIMEOUT = 30.0  # for a backend's answer to a WebSocket handshake
+SPARE_TIMEOUT = 1.5  # for another deployment to say whether it has what the one asked lacks
+UNWELL_SECONDS = 30.0  # one that did not say is not asked again for so long
+HAD_SECONDS = 300.0  # who had an asset is remembered for
+HAD_AT_MOST = 2000  # assets ...
+HAD_PATH = 512  # ... with paths of at most so many bytes
+RESOLVED_SECONDS = 5.0  # an address is remembered for
+RESOLVERS = 64  # names that can be looked up at once; a bad one may take many seconds
 RESPONSE_TIMEOUT = float(os.environ.get("PULSE_RAILWAY_ROUTER_RESPONSE_TIMEOUT") or 900)
 UPSTREAM_IDLE = 4.0  # uvicorn backends close idle connections after 5 s
 UNSAFE_IDLE = 1.0  # a request that may not be repeated only goes onto a fresher one
@@ -643,6 +651,7 @@ class Deployment:
     port: int
     header: bytes
     idle: collections.deque[Upstream] = field(default_factory=collections.deque)
+    unwell: float = 0.0  # until then (monotonic) it is not asked for what others lack
 
     @property
     def authority(self) -> str:
@@ -662,6 +671,9 @@ class Table:
         self.asked: set[str] = set()  # ids that the next load should look for
         self.asked_at = 0.0
         self.raw: State = {}
+        self.had: dict[
+            bytes, tuple[str, float]
+        ] = {}  # path -> who had it, and until when we say so
 
     @property
     def ready(self) -> bool:
@@ -682,7 +694,8 @@ class Table:
         if state != self.raw or not self.loaded:
             known: dict[bytes, Deployment] = {}
             for record in records(state):
-                entry = self._entry(record)
+                # one that is being removed is gone for its tabs: they reload, and meet no 502
+                entry = None if record.get("retiring_at") else self._entry(record)
                 if entry:
                     known[entry.id.encode()] = entry
             for name, entry in self.deployments.items():
@@ -734,9 +747,20 @@ class Table:
                     await self.changed.wait()
         return self.deployments.get(name)
 
-    def others(self) -> list[Deployment]:
-        """Live deployments besides the active one, newest first."""
-        return [d for d in self.deployments.values() if d is not self.active]
+    def others(self, asked: Deployment, path: bytes) -> list[Deployment]:
+        """Live deployments besides the one that was asked, newest first, before them the one that
+        had this path a while ago. One that did not answer lately is left out."""
+        now = time.monotonic()
+        had, until = self.had.get(path, ("", 0.0))
+        found = [d for d in self.deployments.values() if d is not asked and d.unwell < now]
+        return sorted(found, key=lambda d: d.id != had) if until > now else found
+
+    def remember(self, path: bytes, deployment: Deployment) -> None:
+        if len(path) > HAD_PATH:
+            return
+        self.had[path] = deployment.id, time.monotonic() + HAD_SECONDS
+        while len(self.had) > HAD_AT_MOST:
+            del self.had[next(iter(self.had))]
 
     async def follow(self, store: Store) -> None:
         """Keep the table as the store says, for as long as the process lives."""
@@ -876,31 +900,92 @@ def pooled(deployment: Deployment, max_idle: float) -> Upstream | None:
     return None
 
 
-async def connect(deployment: Deployment) -> Upstream:
+Address = tuple[str, int]
+
+
+class Resolver:
+    """Names to addresses, by Python's own resolver in threads: one question at a time for a name,
+    so that a bad one holds one thread, and an answer is good for a few seconds."""
+
+    def __init__(self) -> None:
+        self.known: dict[Address, tuple[float, list[Address]]] = {}
+        self.asking: dict[Address, asyncio.Task[list[Address]]] = {}
+        self.threads = concurrent.futures.ThreadPoolExecutor(RESOLVERS, "resolver")
+
+    async def addresses(self, host: str, port: int) -> tuple[list[Address], bool]:
+        """All addresses of a name, and whether they were remembered. Raises OSError."""
+        if is_literal(host):
+            return [(host, port)], False
+        key = host, port
+        until, found = self.known.get(key, (0.0, []))
+        if time.monotonic() < until:
+            return list(found), True
+        task = self.asking.get(key)
+        if task is None:
+            task = self.asking[key] = asyncio.get_running_loop().create_task(self._ask(key))
+            task.add_done_callback(_look_away)
+        return list(await asyncio.shield(task)), False
+
+    async def _ask(self, key: Address) -> list[Address]:
+        try:
+            # not loop.getaddrinfo: uvloop's own would pass by what Python's resolver is told
+            infos = await asyncio.get_running_loop().run_in_executor(
+                self.threads, functools.partial(socket.getaddrinfo, *key, type=socket.SOCK_STREAM)
+            )
+            found = list(dict.fromkeys((str(i[4][0]), int(i[4][1])) for i in infos))
+            now = time.monotonic()
+            self.known = {k: v for k, v in self.known.items() if v[0] > now}
+            self.known[key] = now + RESOLVED_SECONDS, found
+            return found
+        finally:
+            del self.asking[key]
+
+    def forget(self, host: str, port: int) -> None:
+        self.known.pop((host, port), None)
+
+
+def _look_away(task: asyncio.Task[Any]) -> None:
+    """Its outcome is for those who wait; nobody may be there any more."""
+    if not task.cancelled():
+        task.exception()
+
+
+@functools.lru_cache(maxsize=512)
+def is_literal(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return False
+    return True
+
+
+RESOLVER = Resolver()
+
+
+async def connect(deployment: Deployment, patience: float = CONNECT_TIMEOUT) -> Upstream:
     """A new connection. Every address of the name is tried, a later one 250 ms after the one
     before it (RFC 8305), so that a name with a dead IPv6 address costs little.
 
     Raises UpstreamError: 502 where the backend refuses, 504 where it does not answer in time.
     """
-    loop = asyncio.get_running_loop()
     clients = len(Client.instances) + len(TunnelEnd.open)
     if clients > CONNECTIONS.limit // 2 and clients + idle_connections() > CONNECTIONS.limit:
         for other in TABLE.deployments.values():
             close_idle(other)  # descriptors are short, and this one is needed
+    host, port = deployment.host, deployment.port
     try:
-        async with asyncio.timeout(CONNECT_TIMEOUT):
-            # not loop.getaddrinfo: uvloop's own would pass by what Python's resolver is told
-            infos = await loop.run_in_executor(
-                None,
-                functools.partial(
-                    socket.getaddrinfo,
-                    deployment.host,
-                    deployment.port,
-                    type=socket.SOCK_STREAM,
-                ),
-            )
-            return await _first_to_connect(deployment, list(dict.fromkeys(i[4][:2] for i in infos)))
+        async with asyncio.timeout(patience):
+            addresses, remembered = await RESOLVER.addresses(host, port)
+            try:
+                return await _first_to_connect(deployment, addresses)
+            except OSError:
+                RESOLVER.forget(host, port)
+                if not remembered:
+                    raise
+            addresses, _ = await RESOLVER.addresses(host, port)  # it may have moved
+            return await _first_to_connect(deployment, addresses)
     except TimeoutError:
+        RESOLVER.forget(host, port)
         raise UpstreamError(504, "the deployment does not answer") from None
     except OSError:
         raise UpstreamError(502, "the deployment refuses connections") from None
@@ -1329,13 +1414,14 @@ class Exchange:
     waits for `done`. A client that reads slowly pauses the upstream, so memory stays flat.
     """
 
-    def __init__(self, incoming: Incoming, upstream: Upstream, *, spare_404: bool = False) -> None:
+    def __init__(self, incoming: Incoming, upstream: Upstream, spare: str = "") -> None:
         client = self.client = incoming.client
         self.incoming = incoming
         self.cycle = incoming.cycle
         self.upstream = upstream
         self.parser = httptools.HttpResponseParser(self)
-        self.spare_404 = spare_404  # a 404 is swallowed, for the asset fallback
+        self.spare = spare  # an answer that says "not here" is swallowed: see `lacking`
+        self.spared = False
         loop = client.loop
         self.done: asyncio.Future[str] = loop.create_future()
         self.began = time.monotonic()  # loop.time() stands still within one turn of the loop
@@ -1411,8 +1497,9 @@ class Exchange:
         if status < 200:
             self.informational(status, reason)
             return
-        if self.spare_404 and status == 404:
+        if self.spare and lacking(self.spare, self.incoming.scope["path"], status, self.fields):
             self.keep = parser.should_keep_alive()
+            self.spared = True
             self.end("missing")
             return
         length = coded = False
@@ -1538,11 +1625,15 @@ class Exchange:
         if self.finished or time.monotonic() - (self.heard or self.began) <= limit:
             return
         if not self.started:
+            self.give_up()
+        elif not self.client.flow.write_paused:  # else it is the client that is slow
+            self.broken("the backend fell silent in its answer")
+
+    def give_up(self) -> None:
+        if not self.started and not self.finished:
             self.end("timeout")
             self.keep = False
             self.release()
-        elif not self.client.flow.write_paused:  # else it is the client that is slow
-            self.broken("the backend fell silent in its answer")
 
     # -- from the client -----------------------------------------------------------------------
 
@@ -1577,8 +1668,8 @@ class Exchange:
             self.go_ahead.set()
         self.writable.set()
         sending = self.cycle.more_body or self.cycle.body
-        # the body of a 404 that was held back is still on its way
-        unread = self.spare_404 and self.status == 404 and not self.head_only
+        # the body of an answer that was held back is still on its way
+        unread = self.spared and not self.head_only
         pool = upstream.deployment.idle
         if (
             self.keep
@@ -1682,7 +1773,11 @@ SAFE_TO_REPEAT = frozenset(("GET", "HEAD", "OPTIONS", "TRACE"))
 
 
 async def forward(
-    incoming: Incoming, receive: Receive, deployment: Deployment, *, spare_404: bool = False
+    incoming: Incoming,
+    receive: Receive,
+    deployment: Deployment,
+    spare: str = "",
+    patience: float | None = None,
 ) -> str:
     """Send the client's request to a deployment and its answer back.
 
@@ -1699,12 +1794,13 @@ async def forward(
         upstream = pooled(deployment, UPSTREAM_IDLE if repeatable else UNSAFE_IDLE)
     while True:
         if upstream is None:
-            upstream = await connect(deployment)
+            upstream = await connect(deployment, patience or CONNECT_TIMEOUT)
         if cycle.disconnected:  # or its body was refused
             upstream.transport.abort()
             return "gone"
-        exchange = Exchange(incoming, upstream, spare_404=spare_404)
+        exchange = Exchange(incoming, upstream, spare)
         pump = exchange.send(head, receive)
+        hurry = patience and client.loop.call_later(patience, exchange.give_up)
         try:
             outcome = await exchange.done
         except asyncio.CancelledError:
@@ -1713,6 +1809,8 @@ async def forward(
         finally:
             if pump:
                 pump.cancel()
+            if hurry:
+                hurry.cancel()
         if not (outcome == "reset" and repeatable):
             break
         upstream = None  # it had died in the pool: once more, on a new connection
@@ -1927,24 +2025,37 @@ class Router:
         if target is None:
             await self.answer(self.no_target(scope, name), scope, receive, send)
             return
-        asset = (
-            not name
-            and path.startswith(ASSET_PREFIXES)
-            and scope["method"] in ("GET", "HEAD")
-            and len(table.deployments) > 1
-        )
+        spare = ""
+        if not name and len(table.deployments) > 1 and scope["method"] in ("GET", "HEAD"):
+            if path.startswith(ASSET_PREFIXES):
+                spare = ASSET
+            elif path.endswith(DISCOVERY_PATH):
+                spare = DISCOVERY
         try:
-            if await forward(incoming, receive, target, spare_404=asset) == "missing":
-                for other in table.others():
-                    with contextlib.suppress(UpstreamError):
-                        if await forward(incoming, receive, other, spare_404=True) != "missing":
-                            return
+            lacks = await forward(incoming, receive, target, spare) == "missing"
+            if lacks and not await self.elsewhere(incoming, receive, target, spare):
                 await forward(incoming, receive, target)
         except UpstreamError as error:
             METRICS.errors += 1
             response = JSONResponse({"detail": error.detail}, error.status)
             response.raw_headers.append((SELECTED_HEADER.encode(), target.id.encode()))
             await self.answer(response, scope, receive, send)
+
+    async def elsewhere(
+        self, incoming: Incoming, receive: Receive, asked: Deployment, spare: str
+    ) -> bool:
+        """Ask the other live deployments for what the one asked lacks. Was it answered?"""
+        path = incoming.url
+        for other in self.table.others(asked, path):
+            try:
+                outcome = await forward(incoming, receive, other, spare, SPARE_TIMEOUT)
+            except UpstreamError:  # down or frozen: not every asset of a page is to wait for it
+                other.unwell = time.monotonic() + UNWELL_SECONDS
+                continue
+            if outcome != "missing":
+                self.table.remember(path, other)
+                return True
+        return False
 
     async def answer(self, response: Response, scope: Scope, receive: Receive, send: Send) -> None:
         """An answer of the router's own."""
@@ -1968,7 +2079,7 @@ class Router:
             access(incoming, response.status_code, None, len(response.body), began)
 
     def no_target(self, scope: Scope, name: bytes) -> Response:
-        """Section 4 of the design: what a request gets whose deployment is not known."""
+        """What a request gets whose deployment is not known."""
         if not self.table.ready:
             why = "the routing state is lost" if self.table.loaded else "not loaded yet"
             return JSONResponse({"detail": why}, 503, headers={"retry-after": "1"})
@@ -1996,6 +2107,29 @@ class Router:
                 answer["access-control-allow-headers"] = asked
             return Response(status_code=204, headers=answer)
         return JSONResponse({"detail": "stale affinity"}, 409, headers=answer)
+
+
+ASSET, DISCOVERY = "asset", "discovery"
+DISCOVERY_PATH = "/__manifest"
+
+
+def lacking(spare: str, path: str, status: int, fields: list[tuple[bytes, bytes]]) -> bool:
+    """Does this answer say that the deployment does not have what was asked for?
+
+    An asset: a 404, or a page in place of a file, which is what an app with a catch-all route
+    gives. React Router's route discovery (a question for a build's own routes): a 204 that asks
+    for a reload, since the build is another one.
+    """
+    if spare == DISCOVERY:
+        return status == 204 and any(n.lower() == b"x-remix-reload-document" for n, _ in fields)
+    if status == 404:
+        return True
+    if status != 200 or path.endswith((".html", ".htm")):
+        return False
+    return any(
+        n.lower() == b"content-type" and v.strip().lower().startswith(b"text/html")
+        for n, v in fields
+    )
 
 
 def access(

@@ -114,7 +114,7 @@ class Redis:
     def deployment(
         self, name: str, address: str | None, state: str = "active", **more: Any
     ) -> None:
-        """Write a record as section 3 of the design says, and announce it."""
+        """Write a record as 0.3.x does, and announce it."""
         record = {
             "deployment_id": name,
             "state": state,

@@ -1,15 +1,23 @@
-"""Which deployment a request gets: the table of the design's section 4, row by row."""
+"""Which deployment a request gets: the README's table, row by row."""
 
 from __future__ import annotations
 
+import asyncio
+import collections
 import json
+import socket
+import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
+from pulse_railway import runtime_image
 from tests.conftest import Process, Redis
-from tests.net import Backend, ask, eventually, ok
+from tests.net import Backend, Connection, ask, eventually, ok
+
+router: Any = runtime_image.load("router")
 
 Run = Callable[..., Process]
 
@@ -219,6 +227,137 @@ def test_an_old_tabs_asset_comes_from_the_newest_deployment_that_has_it(
         older.stop()
         oldest.answer = ok(b"chunk of oldest")
         assert ask(port, "/assets/y.js").body == b"chunk of oldest"
+
+
+def test_a_page_in_place_of_a_file_is_no_file(redis_server: Redis, run_router: Run) -> None:
+    """An app with a catch-all route answers a page to everything."""
+    page = ok(b"<p>home", "content-type: text/html; charset=utf-8")
+    with Backend(ok(b"chunk")) as old, Backend(page) as active:
+        redis_server.deployment("old", old.address, "draining", registered_at=1)
+        redis_server.deployment("active", active.address, "active", registered_at=2)
+        port = run_router(redis_server).port
+        eventually(lambda: ask(port, "/").body == b"<p>home")
+        assert ask(port, "/assets/x.js").body == b"chunk"
+        assert ask(port, "/assets/help.html").body == b"<p>home"
+        old.answer = page
+        assert ask(port, "/assets/y.js").body == b"<p>home"
+
+
+def test_route_discovery_finds_its_build(redis_server: Redis, run_router: Run) -> None:
+    """React Router asks for its own build's routes, without affinity; another build answers 204
+    and a wish for a reload, which would end an old tab's life on its version."""
+    reload = b"HTTP/1.1 204 No Content\r\nx-remix-reload-document: true\r\n\r\n"
+    with Backend(ok(b"{}")) as old, Backend(reload) as active:
+        redis_server.deployment("old", old.address, "draining", registered_at=1)
+        redis_server.deployment("active", active.address, "active", registered_at=2)
+        port = run_router(redis_server).port
+        eventually(lambda: ask(port, "/").status == 204)
+        assert ask(port, "/__manifest?paths=%2Fa&version=1f").body == b"{}"
+        assert ask(port, "/__manifest?version=1f&pulse_deployment=active").status == 204
+        old.answer = reload
+        answer = ask(port, "/__manifest?paths=%2Fa&version=2f")
+        assert (answer.status, answer.header("x-remix-reload-document")) == (204, "true")
+
+
+def test_a_frozen_deployment_does_not_hold_what_others_have(
+    redis_server: Redis, run_router: Run
+) -> None:
+    """Before, one frozen draining backend held every missing asset for up to 900 s."""
+    with (
+        Backend(ok(b"chunk")) as old,
+        Backend(handle=lambda c: time.sleep(60)) as frozen,
+        Backend(ok(b"", status="404 Not Found")) as active,
+    ):
+        redis_server.deployment("old", old.address, "draining", registered_at=1)
+        redis_server.deployment("frozen", frozen.address, "draining", registered_at=2)
+        redis_server.deployment("active", active.address, "active", registered_at=3)
+        port = run_router(redis_server).port
+        eventually(lambda: ask(port, "/").status == 404)
+        took = []
+        for name in ("a", "b", "c"):
+            began = time.monotonic()
+            assert ask(port, f"/assets/{name}.js").body == b"chunk"
+            took.append(time.monotonic() - began)
+        assert took[0] < 3
+        assert max(took[1:]) < 1
+
+
+def test_who_had_an_asset_is_asked_first(redis_server: Redis, run_router: Run) -> None:
+    missing = ok(b"", status="404 Not Found")
+    with Backend(ok(b"chunk")) as old, Backend(missing) as newer, Backend(missing) as active:
+        redis_server.deployment("old", old.address, "draining", registered_at=1)
+        redis_server.deployment("newer", newer.address, "draining", registered_at=2)
+        redis_server.deployment("active", active.address, "active", registered_at=3)
+        port = run_router(redis_server).port
+        eventually(lambda: ask(port, "/").status == 404)
+        for _ in range(5):
+            assert ask(port, "/assets/a.js").body == b"chunk"
+        assert len(newer.heads) == 1
+
+
+def test_an_asset_of_the_version_that_is_promoted_meanwhile(
+    redis_server: Redis, run_router: Run
+) -> None:
+    """Those other than the one that was asked: not those other than the active one now."""
+    with Backend(ok(b"chunk of new")) as new, Backend() as old:
+
+        def slow(c: Connection) -> None:
+            while c.head():
+                time.sleep(1)
+                c.send(ok(b"", status="404 Not Found"))
+
+        old.handler = slow
+        redis_server.deployment("new", new.address, "pending", registered_at=2)
+        redis_server.deployment("old", old.address, "active", registered_at=1)
+        port = run_router(redis_server).port
+        eventually(lambda: ask(port, "/").status == 404)
+        timer = threading.Timer(0.3, redis_server.deployment, ("new", new.address))
+        timer.start()
+        assert ask(port, "/assets/new.js").body == b"chunk of new"
+        timer.join()
+
+
+def test_a_deployment_that_is_being_removed_is_stale(two: int, redis_server: Redis) -> None:
+    """Its tabs reload at once, and do not meet a 502 when its service has gone."""
+    assert ask(two, "/?pulse_deployment=a").body == b"from a"
+    redis_server.deployment("a", "http://127.0.0.1:9", "draining", retiring_at=time.time())
+    eventually(lambda: ask(two, "/?pulse_deployment=a").status == 409)
+
+
+# -- names -------------------------------------------------------------------------------------
+
+
+def test_one_bad_name_harms_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before, 40 requests to a name that took 20 s to resolve were a 504 for all."""
+    asked: collections.Counter[str] = collections.Counter()
+
+    def resolve(host: str, port: int, **_: Any) -> Any:
+        asked[host] += 1
+        if host == "bad":
+            time.sleep(1)
+            raise OSError("no such name")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+
+    monkeypatch.setattr(router.socket, "getaddrinfo", resolve)
+
+    async def story() -> None:
+        names = router.Resolver()
+        bad = [asyncio.create_task(names.addresses("bad", 1)) for _ in range(200)]
+        await asyncio.sleep(0.05)
+        began = time.monotonic()
+        for _ in range(50):
+            assert (await names.addresses("good", 1))[0] == [("127.0.0.1", 1)]
+        assert await names.addresses("::1", 7) == ([("::1", 7)], False)
+        assert time.monotonic() - began < 0.5
+        answers = await asyncio.gather(*bad, return_exceptions=True)
+        assert {type(a) for a in answers} == {OSError}
+        assert asked == {"bad": 1, "good": 1}
+        names.forget("good", 1)
+        await names.addresses("good", 1)
+        assert asked["good"] == 2
+        assert not names.asking
+
+    asyncio.run(story())
 
 
 # -- the table follows the state ---------------------------------------------------------------
