@@ -130,15 +130,16 @@ def load_app(app: str | None, context: Path) -> AppConfig:
             plugin.janitor_service,
             plugin.service_prefix,
         ),
-        server_address=loaded.server_address,
+        server_address=getattr(loaded, "server_address", None),  # goes in a later Pulse
         web_root=web_root(loaded),
-        internal_address=loaded.internal_server_address,
+        internal_address=getattr(loaded, "internal_server_address", LOOPBACK),  # as this does
         uses_session_store=isinstance(loaded.session_store, RailwaySessionStore),
         needs_secret=getattr(loaded.session_store, "secret", None) == _NO_SECRET.encode(),
         plugin=plugin,
     )
 
 
+LOOPBACK = "http://127.0.0.1"  # what a Pulse that asks nobody uses
 _NO_SECRET = "none, while the app is being looked at"
 
 

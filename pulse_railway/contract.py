@@ -33,6 +33,7 @@ DEPLOYMENT_ID: Final = "PULSE_DEPLOYMENT_ID"
 INTERNAL_TOKEN: Final = "PULSE_RAILWAY_INTERNAL_TOKEN"
 APP_FILE: Final = "PULSE_APP_FILE"
 SERVER_ADDRESS: Final = "PULSE_SERVER_ADDRESS"
+PUBLIC_ORIGIN: Final = "PULSE_PUBLIC_ORIGIN"  # what a later Pulse reads in its place
 PORT: Final = "PORT"
 SESSION_REDIS_URL: Final = "PULSE_RAILWAY_REDIS_URL"
 # ... and, besides some of those, of its build.
@@ -62,6 +63,7 @@ RESERVED: Final = frozenset(
         INTERNAL_TOKEN,
         APP_FILE,
         SERVER_ADDRESS,
+        PUBLIC_ORIGIN,
         PORT,
         SESSION_REDIS_URL,
         "PULSE_RAILWAY_DEPLOYMENT_STATE",

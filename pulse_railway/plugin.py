@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, override
 
 import pulse as ps
-from fastapi import Header, HTTPException
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse
 
 from pulse_railway import contract, naming
 from pulse_railway.session import RailwaySessionStore
@@ -99,46 +101,61 @@ class RailwayPlugin(ps.Plugin):
 
     @override
     def on_setup(self, app: ps.App) -> None:
-        token = Header(default=None, alias=contract.INTERNAL_TOKEN_HEADER)
+        """Adds our endpoints, as plain Starlette routes: an app's `PulseMiddleware.api` stands
+        around FastAPI's, and one that turns strangers away there would lock out `deploy` and the
+        janitor. Raises RailwayPluginError for a Pulse that lacks what they need."""
+        needed = ("fastapi", "render_sessions", "reload_connected_clients")
+        if absent := [name for name in needed if not hasattr(app, name)]:
+            raise RailwayPluginError(
+                f"this version of Pulse has no {', '.join(absent)} on ps.App, which pulse-railway"
+                " needs: use a newer pulse-railway"
+            )
 
-        @app.fastapi.get(contract.META_PATH, include_in_schema=False)
-        def meta() -> dict[str, Any]:
+        async def meta(_: Request) -> JSONResponse:
             self._require_enabled()
-            return {
-                "status": "ok",
-                "deployment_id": self.deployment_id,
-                "api_prefix": app.api_prefix,
-            }
+            found = {"status": "ok", "deployment_id": self.deployment_id}
+            prefix = getattr(app, "api_prefix", None)  # goes in a later Pulse
+            return JSONResponse({**found, "api_prefix": prefix} if prefix else found)
 
-        @app.fastapi.get(contract.SESSIONS_PATH, include_in_schema=False)
-        def sessions(given: str | None = token) -> dict[str, Any]:
-            self._require_token(given)
+        async def sessions(request: Request) -> JSONResponse:
+            self._require_token(request)
             count = len(app.render_sessions)
-            return {
-                "deployment_id": self.deployment_id,
-                "render_session_count": count,
-                "drainable": count == 0,
-                "session_timeout_seconds": app.session_timeout,
-            }
+            return JSONResponse(
+                {
+                    "deployment_id": self.deployment_id,
+                    "render_session_count": count,
+                    "drainable": count == 0,
+                    "session_timeout_seconds": getattr(app, "session_timeout", None),
+                }
+            )
 
-        @app.fastapi.post(contract.RELOAD_PATH, include_in_schema=False)
-        async def reload(given: str | None = token) -> dict[str, Any]:
-            self._require_token(given)
+        async def reload(request: Request) -> JSONResponse:
+            self._require_token(request)
             connected = sum(render.connected for render in app.render_sessions.values())
-            return {
-                "deployment_id": self.deployment_id,
-                "connected_render_count": connected,
-                "reloaded_socket_count": await app.reload_connected_clients(),
-            }
+            return JSONResponse(
+                {
+                    "deployment_id": self.deployment_id,
+                    "connected_render_count": connected,
+                    "reloaded_socket_count": await app.reload_connected_clients(),
+                }
+            )
+
+        for path, endpoint, method in (
+            (contract.META_PATH, meta, "GET"),
+            (contract.SESSIONS_PATH, sessions, "GET"),
+            (contract.RELOAD_PATH, reload, "POST"),
+        ):
+            app.fastapi.router.add_route(path, endpoint, [method], include_in_schema=False)
 
     def _require_enabled(self) -> None:
         if not self.enabled:
             raise HTTPException(503, f"{contract.DEPLOYMENT_ID} is not set")
 
-    def _require_token(self, given: str | None) -> None:
+    def _require_token(self, request: Request) -> None:
         self._require_enabled()
+        given = request.headers.get(contract.INTERNAL_TOKEN_HEADER, "")
         expected = self._internal_token
-        if not expected or not hmac.compare_digest((given or "").encode(), expected.encode()):
+        if not expected or not hmac.compare_digest(given.encode(), expected.encode()):
             raise HTTPException(403, "forbidden")
 
 

@@ -208,7 +208,7 @@ class RailwaySessionStore(ps.SessionStore):
                 after = {**(before or {}), **changed}
                 after = {name: value for name, value in after.items() if name not in gone}
                 pipe.multi()
-                if before is None or after != before:
+                if after != (before or {}):  # an empty one need not be there: bots leave nothing
                     pipe.set(key, encode(after), ex=self.ttl)
                 elif self.ttl:
                     pipe.expire(key, self.ttl)

@@ -59,7 +59,7 @@ def test_a_session_lives_as_long_as_its_cookie(redis_server: Redis) -> None:
         cookie=ps.Cookie("sid", max_age_seconds=1000),
     )
     plugin.on_startup(app)
-    asyncio.run(use(store, lambda s: s.save("sid", {})))
+    asyncio.run(use(store, lambda s: s.save("sid", {"a": 1})))
     assert 990 < redis_server.client.ttl(KEY) <= 1000
     redis_server.client.expire(KEY, 5)
     asyncio.run(use(store, lambda s: s.get("sid")))
@@ -67,6 +67,15 @@ def test_a_session_lives_as_long_as_its_cookie(redis_server: Redis) -> None:
     chosen = RailwaySessionStore(redis_server.url, ttl=50)
     plugin.on_startup(ps.App(routes=[], session_store=chosen))
     assert chosen.ttl == 50
+
+
+def test_a_visitor_who_leaves_nothing_is_not_kept(redis_server: Redis) -> None:
+    """A health check, a robot: each has a session in Pulse, and had a key in Redis for a week."""
+    store = RailwaySessionStore(redis_server.url, ttl=50)
+    asyncio.run(use(store, lambda s: s.create("sid"), lambda s: s.save("sid", {})))
+    assert redis_server.client.keys() == []
+    asyncio.run(use(store, lambda s: s.save("sid", {"a": 1}), lambda s: s.save("sid", {})))
+    assert stored(redis_server) == {}
 
 
 def test_a_store_without_an_address_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:

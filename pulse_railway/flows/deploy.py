@@ -187,6 +187,7 @@ def backend_variables(plan: Plan, stack: Stack) -> dict[str, str]:
         contract.INTERNAL_TOKEN: f"${{{{{names.router}.{contract.INTERNAL_TOKEN}}}}}",
         contract.APP_FILE: plan.app.file,
         contract.SERVER_ADDRESS: plan.wanted.server_address or stack.address,
+        contract.PUBLIC_ORIGIN: plan.wanted.server_address or stack.address,
         contract.PORT: str(contract.DEFAULT_PORT),
     }
     if plan.app.uses_session_store:

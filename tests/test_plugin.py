@@ -1,0 +1,61 @@
+"""The plugin's endpoints in a real Pulse app."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pulse as ps
+import pytest
+from fastapi.routing import APIRoute
+from starlette.testclient import TestClient
+
+from pulse_railway import RailwayPlugin, RailwayPluginError, contract
+
+TOKEN = {contract.INTERNAL_TOKEN_HEADER: "secret-token"}
+
+
+@pytest.fixture
+def client(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv(contract.DEPLOYMENT_ID, "prod-1")
+    monkeypatch.setenv(contract.INTERNAL_TOKEN, "secret-token")
+    plugin = RailwayPlugin()
+    app = ps.App(routes=[], plugins=[plugin], session_store=ps.InMemorySessionStore())
+    plugin.on_startup(app)
+
+    class Closed(APIRoute):
+        """What a later Pulse's `PulseMiddleware.api` can make of every FastAPI route."""
+
+        def get_route_handler(self) -> Any:
+            async def refuse(request: Any) -> Any:
+                return httpx.Response(401)
+
+            return refuse
+
+    app.fastapi.router.route_class = Closed
+    plugin.on_setup(app)
+    return TestClient(app.fastapi)
+
+
+def test_they_stand_outside_what_an_app_puts_around_its_routes(client: Any) -> None:
+    meta = client.get(contract.META_PATH)
+    assert (meta.status_code, meta.json()["deployment_id"]) == (200, "prod-1")
+    found = client.get(contract.SESSIONS_PATH, headers=TOKEN).json()
+    assert (found["render_session_count"], found["drainable"]) == (0, True)
+    assert client.post(contract.RELOAD_PATH, headers=TOKEN).json()["reloaded_socket_count"] == 0
+
+
+@pytest.mark.parametrize("given", [{}, {contract.INTERNAL_TOKEN_HEADER: "wrong"}])
+def test_strangers_are_told_nothing(client: Any, given: dict[str, str]) -> None:
+    assert client.get(contract.SESSIONS_PATH, headers=given).status_code == 403
+    assert client.post(contract.RELOAD_PATH, headers=given).status_code == 403
+    assert client.post(contract.META_PATH).status_code == 405
+
+
+def test_a_pulse_that_lacks_what_it_needs_is_named() -> None:
+    class Later:
+        fastapi = None
+
+    later: Any = Later()
+    with pytest.raises(RailwayPluginError, match="no render_sessions, reload_connected_clients"):
+        RailwayPlugin().on_setup(later)
