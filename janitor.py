@@ -50,6 +50,7 @@ import router
 API_URL = "https://backboard.railway.com/graphql/v2"
 LOCK_SECONDS = 60  # renewed while the run lasts
 DEAD_DEPLOY_SECONDS = 3600
+GONE_SECONDS = 60  # a record that is younger may have a service that Railway does not show yet
 RELOAD_GRACE_SECONDS = 3.0
 CONTROL = "PULSE_RAILWAY_CONTROL"  # {"nonce": ..., "words": [...], "until": seconds since 1970}
 CONTROL_ANSWER = "PULSE_RAILWAY_CONTROL_ANSWER"  # the control command's own answer
@@ -275,13 +276,18 @@ def sweep(store: router.RedisStore, railway: Railway, token: str, drain_ttl: flo
     by_id = {service.deployment: service for service in seen.backends}
     known = {record["deployment_id"]: record for record in router.records(state)}
     for name, record in known.items():
-        verdict = judge(record, token, drain_ttl)
+        stray = record.get("state") == "active" and name != state.get(":active")
+        if stray:  # of 0.3.x, which could be cut off between two writes
+            store.apply(functools.partial(router.drain, deployment_id=name, judged=record))
+            report.kept[name] = "was active beside the active one, drains from now on"
+            continue
+        verdict = judge(record, by_id.get(name), store.routers(), token, drain_ttl)
         if verdict.startswith("keep"):
             if record.get("state") == "draining":
                 report.kept[name] = verdict.removeprefix("keep: ")
             continue
         judged = json.loads(state[router.record_key(name)])
-        if remove(store, railway, name, judged, by_id.get(name), report):
+        if remove(store, railway, name, judged, by_id.get(name), report, token):
             report.deleted.append(name)
             if verdict == "expired":
                 report.expired.append(name)
@@ -296,7 +302,7 @@ def sweep(store: router.RedisStore, railway: Railway, token: str, drain_ttl: flo
             if count := router.sessions(record, token):
                 store.apply(functools.partial(router.adopt, record=record))
                 report.kept[service.deployment] = f"{count} sessions, draining from now on"
-            elif remove(store, railway, service.deployment, {}, service, report):
+            elif remove(store, railway, service.deployment, {}, service, report, token):
                 report.deleted.append(service.deployment)
     active = store.read().get(":active")
     if seen.router_id and active and active != seen.intent:
@@ -355,27 +361,39 @@ def restore(store: router.RedisStore, seen: Seen) -> str:
     return str(seen.intent)
 
 
-def judge(record: router.Record, token: str, drain_ttl: float) -> str:
-    """What is to become of a deployment: `keep: <why>`, `drained`, `expired` or `dead`."""
-    now = time.time()
+def judge(
+    record: router.Record,
+    service: Service | None,
+    routers: list[router.Record],
+    token: str,
+    drain_ttl: float,
+) -> str:
+    """What is to become of a deployment: `keep: <why>`, `drained`, `expired`, `gone` or `dead`."""
+    now, state = time.time(), record.get("state")
     if record.get("retiring_at"):
         return "drained"  # an earlier run, or `delete`, was cut off
-    if record.get("state") == "pending":
+    if state == "active":
+        return "keep: active"
+    registered = record.get("registered_at")
+    # the records were read before the services, and a service is there before its record
+    if service is None and now - (registered or 0) > GONE_SECONDS:
+        return "gone"  # deleted on Railway by hand: its tabs are to reload, not to meet 502
+    if state == "pending":
         if record.get("held"):
             return "keep: held"
-        age = now - (record.get("registered_at") or now)
+        age = now - registered if registered else service.age if service else 0.0
         if age <= DEAD_DEPLOY_SECONDS or router.sessions(record, token):
             return "keep: being deployed"
         return "dead"
-    if record.get("state") != "draining":
-        return "keep: active"
     if now - (record.get("drain_started_at") or now) >= drain_ttl:
-        reload_tabs(record, token)
         return "expired"
     count = router.sessions(record, token)
     if count is None:
         return "keep: not answering"
-    return f"keep: {count} sessions" if count else "drained"
+    if count:
+        return f"keep: {count} sessions"
+    under_way = sum(r.get("in_flight", {}).get(record["deployment_id"], 0) for r in routers)
+    return f"keep: {under_way} requests under way" if under_way else "drained"
 
 
 def reload_tabs(record: router.Record, token: str) -> None:
@@ -393,9 +411,10 @@ def remove(
     judged: router.Record,
     service: Service | None,
     report: Report,
+    token: str,
 ) -> bool:
     """Delete a deployment, if it still is what was judged: it is claimed first, so that nobody
-    promotes it meanwhile. Says whether it did."""
+    promotes it meanwhile, then its tabs are told to reload. Says whether it did."""
     try:
         service_id = service.id if service else None
         store.apply(lambda state: router.claim(state, name, judged, service_id))
@@ -403,6 +422,8 @@ def remove(
         report.kept[name] = str(error)
         return False
     if service:
+        if judged:
+            reload_tabs(judged, token)
         railway.delete(service)
     store.apply(lambda state: router.delete(state, name))
     return True

@@ -338,6 +338,14 @@ def claim(state: State, deployment_id: str, judged: Record, service_id: str | No
     return retire(state, deployment_id, service_id)
 
 
+def drain(state: State, deployment_id: str, judged: Record) -> Change:
+    """A record that says active and is not the active one drains from now on."""
+    if _record(state, deployment_id) != judged or state.get(":active") == deployment_id:
+        return {}
+    record = {**judged, "state": "draining", "drain_started_at": time.time()}
+    return {record_key(deployment_id): _save(record)}
+
+
 def adopt(state: State, record: Record) -> Change:
     """A running deployment that has no record drains from now on."""
     name = record["deployment_id"]
@@ -812,6 +820,7 @@ class Metrics:
                 "tunnels_open": self.tunnels_open,
                 "tunnels_opened": self.tunnels_opened,
                 "requests_per_deployment": dict(self.per_deployment),
+                "in_flight": in_flight(),
             }
         )
 
@@ -821,6 +830,17 @@ METRICS = Metrics()
 
 # ---------------------------------------------------------------------------------------------
 # The backend's side of a connection.
+
+
+def in_flight() -> dict[str, int]:
+    """Requests and tunnels under way, per deployment: a download needs no tab to be in use."""
+    found: collections.Counter[str] = collections.Counter()
+    for client in Client.instances:
+        if client.exchange and not client.exchange.finished:
+            found[client.exchange.upstream.deployment.id] += 1
+    for end in TunnelEnd.open:
+        found[end.deployment] += 1
+    return dict(found)
 
 
 class UpstreamError(Exception):
@@ -1853,11 +1873,11 @@ class TunnelEnd(asyncio.Protocol):
     has been silent for HALF_CLOSED seconds. What is still to be written then has FLUSH seconds.
     """
 
-    __slots__ = ("ended", "lost", "peer", "since", "transport")
+    __slots__ = ("deployment", "ended", "lost", "peer", "since", "transport")
     open: ClassVar[set[TunnelEnd]] = set()  # the clients' ends, until both connections are gone
 
-    def __init__(self, transport: asyncio.Transport) -> None:
-        self.transport = transport
+    def __init__(self, transport: asyncio.Transport, deployment: str) -> None:
+        self.transport, self.deployment = transport, deployment
         self.peer: TunnelEnd = self
         self.ended = False  # it sends no more
         self.lost = False
@@ -1931,7 +1951,8 @@ def join(client: Client, exchange: Exchange) -> None:
         client.transport.close()  # one end has gone meanwhile
         upstream.transport.close()
         return
-    near, far = TunnelEnd(client.transport), TunnelEnd(upstream.transport)
+    name = upstream.deployment.id
+    near, far = TunnelEnd(client.transport, name), TunnelEnd(upstream.transport, name)
     near.peer, far.peer = far, near
     near.transport.write(b"".join(head))
     if client.early:
@@ -2437,6 +2458,16 @@ def change_state(store: Store, args: argparse.Namespace) -> None:
         time.sleep(0.25)
 
 
+def reload_tabs(store: Store, deployment_id: str, env: dict[str, str]) -> int:
+    """Tell the tabs of a deployment that is about to be deleted to reload: how many were told."""
+    record = _record(store.read(), deployment_id)
+    token = env.get("PULSE_RAILWAY_INTERNAL_TOKEN", "")
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        answer = ask_backend(record, RELOAD_PATH, token, method="POST") if record else {}
+        return int(answer.get("reloaded_socket_count") or 0)
+    return 0
+
+
 def carry_out(argv: list[str], env: dict[str, str]) -> Record:
     """One control command's answer: it has the command's name and the nonce that was given.
     `reason` says why it is not ok: `store` where the store did not answer, so that it is not known
@@ -2454,6 +2485,8 @@ def carry_out(argv: list[str], env: dict[str, str]) -> Record:
         else:
             change_state(store, args)
             answer = {"ok": True}
+            if args.command == "retire":
+                answer["reloaded"] = reload_tabs(store, args.deployment_id, env)
     except StateError as error:
         answer = {"ok": False, "error": str(error), "reason": error.reason}
     except (redis.RedisError, sqlite3.Error, OSError) as error:

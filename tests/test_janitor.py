@@ -170,7 +170,7 @@ def test_what_changed_since_it_was_judged_is_left(
     began = time.time() - 500
     room.server.deployment("old", room.backend.address, "draining", drain_started_at=began)
 
-    def change(_: Any, __: str) -> None:
+    def change(_: Any, __: str) -> int:
         client = room.server.client
         if meanwhile == "promoted":
             room.server.deployment("old", room.backend.address, "active")
@@ -181,9 +181,10 @@ def test_what_changed_since_it_was_judged_is_left(
             client.delete("pulse:railway:deployment:old")
         else:
             client.flushall()
+        return 0
 
-    monkeypatch.setattr(janitor, "reload_tabs", change)
-    report, deleted = room.run(service("old"), ttl=40)
+    monkeypatch.setattr(router, "sessions", change)
+    report, deleted = room.run(service("old"))
     assert deleted == []
     assert "changed meanwhile" in report.kept["old"] or "is active" in report.kept["old"]
 
@@ -199,6 +200,61 @@ def test_the_flags_of_0_3_set_what_ensure_sets() -> None:
     assert given["PULSE_RAILWAY_DRAIN_TTL_SECONDS"] == "7"
     assert len(given) == 10
     assert janitor.options([]) == {}
+
+
+def test_a_deployment_whose_service_is_gone_loses_its_record(room: Room) -> None:
+    """Before, its tabs met 502 for a day: somebody had deleted the service on Railway."""
+    room.sessions(3)
+    long_ago = time.time() - 500
+    for name, state, more in (
+        ("gone", "draining", {"registered_at": long_ago}),
+        ("pending", "pending", {"registered_at": long_ago}),
+        ("fresh", "pending", {"registered_at": time.time()}),
+    ):
+        room.server.deployment(name, room.backend.address, state, **more)
+    report, deleted = room.run()
+    assert deleted == []  # there is nothing on Railway to delete
+    assert sorted(report.deleted) == ["gone", "pending"]
+    assert room.record("gone") is None
+    assert room.record("fresh")
+
+
+def test_what_0_3_x_can_leave_behind_drains(room: Room) -> None:
+    """Two records that say active, one of which is; a pending one without a time."""
+    room.server.deployment("stray", room.backend.address, "active", registered_at=1)
+    room.server.deployment("old", room.backend.address, "pending")
+    room.server.client.set("pulse:railway:active", "active")
+    room.sessions(0)
+    report, deleted = room.run(service("stray"), service("old"))
+    assert report.kept["stray"].startswith("was active beside the active one")
+    assert (room.record("stray") or {})["state"] == "draining"
+    assert (report.deleted, deleted) == (["old"], ["old"])
+    assert room.run(service("stray"))[1] == ["stray"]
+
+
+def test_a_download_without_a_tab_is_use(room: Room) -> None:
+    room.server.deployment("old", room.backend.address, "draining", registered_at=1)
+    room.sessions(0)
+    said = json.dumps({"in_flight": {"old": 1, "active": 7}})
+    room.server.client.set("pulse:railway:router:r1", said)
+    report, deleted = room.run(service("old"))
+    assert (report.kept["old"], deleted) == ("1 requests under way", [])
+    room.server.client.set("pulse:railway:router:r1", json.dumps({}))
+    assert room.run(service("old"))[1] == ["old"]
+
+
+def test_the_tabs_are_told_whoever_removes_it(room: Room) -> None:
+    """Also where the run finishes what another began, and by `delete`."""
+    record = {"registered_at": 1, "retiring_at": time.time()}
+    room.server.deployment("old", room.backend.address, "draining", **record)
+    room.backend.answer = ok(json.dumps({"reloaded_socket_count": 2}).encode())
+    assert room.run(service("old"))[1] == ["old"]
+    told = [head for head in room.backend.heads if b"/internal/railway/reload" in head]
+    assert len(told) == 1
+    room.server.deployment("next", room.backend.address, "draining", registered_at=1)
+    env = {"REDIS_URL": room.server.url, "PULSE_RAILWAY_INTERNAL_TOKEN": "token"}
+    answer = router.carry_out(["retire", "--deployment-id", "next"], env)
+    assert (answer["ok"], answer["reloaded"]) == (True, 2)
 
 
 def test_a_control_command_is_carried_out_once_and_in_time(room: Room) -> None:

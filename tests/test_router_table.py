@@ -324,6 +324,34 @@ def test_a_deployment_that_is_being_removed_is_stale(two: int, redis_server: Red
     eventually(lambda: ask(two, "/?pulse_deployment=a").status == 409)
 
 
+def test_what_is_under_way_is_counted(redis_server: Redis, run_router: Run) -> None:
+    """For the janitor: a download needs no tab to be in use."""
+    go_on = threading.Event()
+
+    def slow(c: Connection) -> None:
+        while c.head():
+            c.send(b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nab")
+            go_on.wait(20)
+            c.send(b"cd")
+
+    def said() -> dict[str, int]:
+        client = redis_server.client
+        dumps = [client.get(key) for key in client.scan_iter("pulse:railway:router:*")]
+        return json.loads(str(dumps[0]))["in_flight"] if dumps else {}
+
+    with Backend(handle=slow) as old, Backend() as active:
+        redis_server.deployment("old", old.address, "draining")
+        redis_server.deployment("active", active.address)
+        port = run_router(redis_server).port
+        eventually(lambda: ask(port).status == 200)
+        thread = threading.Thread(target=ask, args=(port, "/big?pulse_deployment=old"))
+        thread.start()
+        eventually(lambda: said() == {"old": 1}, 10)
+        go_on.set()
+        thread.join()
+        eventually(lambda: said() == {}, 10)
+
+
 # -- names -------------------------------------------------------------------------------------
 
 
