@@ -89,10 +89,13 @@ DEPLOYMENT_ID_PATTERN: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,23}")
 SERVICE_NAME_LIMIT: Final = 32  # Railway's
 SERVICE_PREFIX_LIMIT: Final = 8  # with its dash
 
-# The empty address is every one of IPv4 and IPv6: Railway's older environments have IPv6 alone
-# between services, and `::` would be IPv6 alone (asyncio sets IPV6_V6ONLY).
+# `serve` passes SIGTERM on, clears old locks and reaps (serve.py). An app whose container has a
+# pulse-railway without it runs as it did. The empty address is every one of IPv4 and IPv6: older
+# environments of Railway have IPv6 alone between services, and `::` would be IPv6 alone, since
+# asyncio sets IPV6_V6ONLY.
 START_COMMAND: Final = (
-    'pulse run "$PULSE_APP_FILE" --prod --address "" --port "${PORT:-8000}" --no-find-port'
+    "pulse-railway serve --help >/dev/null 2>&1 && exec pulse-railway serve;"
+    ' exec pulse run "$PULSE_APP_FILE" --prod --address "" --port "${PORT:-8000}" --no-find-port'
 )
 
 API_URL: Final = "https://backboard.railway.com/graphql/v2"

@@ -204,10 +204,10 @@ class RailwaySessionStore(ps.SessionStore):
             while True:
                 await pipe.watch(key)
                 held = await pipe.get(key)
-                before = decode(held, sid)
+                before = decode(str(held) if held is not None else None, sid)
                 after = {**(before or {}), **changed}
                 after = {name: value for name, value in after.items() if name not in gone}
-                pipe.multi()
+                pipe.multi()  # type: ignore[no-untyped-call]
                 if after != (before or {}):  # an empty one need not be there: bots leave nothing
                     pipe.set(key, encode(after), ex=self.ttl)
                 elif self.ttl:

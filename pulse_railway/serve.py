@@ -1,0 +1,151 @@
+"""`pulse-railway serve`: the first process of an app's container.
+
+`pulse run` starts uvicorn and React's server as children, each on a pty of its own. It does not
+react to SIGTERM, which is all that a container's first process is told before everything is killed;
+it leaves a lock behind when it is killed, and then never starts again in the same file system; and
+as the first process it would have to reap what its children leave. This does all three:
+
+- a lock of a run before is removed: nobody else can be alive in a container that just starts;
+- on SIGTERM, uvicorn is told to finish (its requests, then the app's shutdown hooks), React's
+  server once uvicorn has ended, and what is left within the draining seconds is killed;
+- every child that ends is waited for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+from pulse_railway import contract
+
+LOCK = Path(".pulse") / "lock"  # in the web root
+DRAINING_VARIABLE = "RAILWAY_DEPLOYMENT_DRAINING_SECONDS"
+DRAINING_SECONDS = 10.0  # what `deploy` sets on a backend
+POLL = 0.1  # seconds
+MARGIN = 1.0  # seconds before Railway's own SIGKILL
+PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
+
+
+def command() -> list[str]:
+    """`pulse run` as a backend needs it: on IPv4 and IPv6 both, which the empty address is."""
+    app = os.environ.get(contract.APP_FILE)
+    if not app:
+        raise SystemExit(f"error: {contract.APP_FILE} is not set: which app?")
+    port = os.environ.get(contract.PORT) or str(contract.DEFAULT_PORT)
+    return ["pulse", "run", app, "--prod", "--address", "", "--port", port, "--no-find-port"]
+
+
+def remove_lock() -> None:
+    """Wherever the web root is: where the variable says, else beside the app, as in Pulse."""
+    app = Path((os.environ.get(contract.APP_FILE) or ".").partition(":")[0])
+    roots = [Path(os.environ.get(contract.WEB_ROOT) or "web"), app.parent / "web"]
+    for root in roots:
+        with contextlib.suppress(OSError):
+            path = root / LOCK
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def adopt_orphans() -> None:
+    """What our children leave becomes ours to reap, as it is for the first process anyway."""
+    with contextlib.suppress(OSError, AttributeError):
+        import ctypes
+
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def descendants(root: int) -> dict[int, str]:
+    """Every process below `root`, with its command line."""
+    children: dict[int, list[int]] = {}
+    lines: dict[int, str] = {}
+    for home in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            pid = int(home.name)
+            parent = int((home / "stat").read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(pid)
+            lines[pid] = (home / "cmdline").read_bytes().replace(b"\0", b" ").decode("latin-1")
+    found: dict[int, str] = {}
+    todo = list(children.get(root, []))
+    while todo:
+        pid = todo.pop()
+        if pid not in found:
+            found[pid] = lines.get(pid, "")
+            todo += children.get(pid, [])
+    return found
+
+
+def tell(pids: list[int], number: int) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, number)
+
+
+def reap() -> dict[int, int]:
+    """The children that have ended, with their status."""
+    ended: dict[int, int] = {}
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if not pid:
+                break
+            ended[pid] = os.waitstatus_to_exitcode(status)
+    return ended
+
+
+def patience() -> float:
+    """Seconds from SIGTERM until we kill what is left ourselves."""
+    try:
+        given = float(os.environ.get(DRAINING_VARIABLE) or DRAINING_SECONDS)
+    except ValueError:
+        given = DRAINING_SECONDS
+    return max(given - MARGIN, 0.5)
+
+
+def serve(argv: list[str]) -> int:
+    """Run until the app ends or SIGTERM; its exit status, 0 after an orderly end."""
+    asked: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):  # before anything else: it may come at once
+        signal.signal(number, lambda n, _: asked.append(n))
+    adopt_orphans()
+    remove_lock()
+    child = os.posix_spawnp(argv[0], argv, os.environ, setpgroup=0)
+    while not asked:
+        time.sleep(POLL)
+        if (status := reap().get(child)) is not None:
+            tell(list(descendants(os.getpid())), signal.SIGKILL)
+            return status if status >= 0 else 128 - status
+    return stop(time.monotonic() + patience())
+
+
+def stop(deadline: float) -> int:
+    """uvicorn first, so that no page is half rendered; then whatever is left."""
+    told: set[int] = set()
+    while time.monotonic() < deadline:
+        reap()
+        alive = descendants(os.getpid())
+        if not alive:
+            return 0
+        servers = [pid for pid, line in alive.items() if "uvicorn" in line]
+        due = servers or list(alive)
+        tell([pid for pid in due if pid not in told], signal.SIGTERM)
+        told.update(due)
+        time.sleep(POLL)
+    tell(list(descendants(os.getpid())), signal.SIGKILL)
+    reap()
+    return 128 + signal.SIGKILL
+
+
+def main(argv: list[str]) -> int:
+    """`serve` runs the app as a backend needs it, `serve -- COMMAND ...` another command."""
+    if argv[:1] in (["-h"], ["--help"]):
+        print(f"{main.__doc__}\n\n{__doc__}")
+        return 0
+    return serve(argv[1:] if argv[:1] == ["--"] else command())
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

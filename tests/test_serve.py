@@ -1,0 +1,172 @@
+"""`pulse-railway serve` as the first process of a container, which is a PID namespace here."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from pulse_railway import contract, serve
+from tests.conftest import ROOT, free_port
+from tests.net import eventually
+
+PYTHON = str(Path(sys.executable))
+APP = """
+import os, pty, signal, sys, time
+# as `pulse run`: children on ptys of their own, deaf to SIGTERM
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+for name in ("uvicorn", "react"):
+    pid, _ = pty.fork()
+    if pid == 0:
+        code = '''
+import signal, sys, time, pathlib
+def end(*_):
+    time.sleep(float(sys.argv[2]))
+    with open("order", "a") as file:
+        file.write(sys.argv[1] + " ")
+    sys.exit(0)
+signal.signal(signal.SIGTERM, end)
+pathlib.Path(sys.argv[1] + ".ready").touch()
+time.sleep(600)
+'''
+        os.execv(sys.executable, [sys.executable, "-c", code, name, sys.argv[1]])
+if os.fork() == 0:  # an orphan, for whoever is first to reap
+    os.setsid()
+    if os.fork() == 0:
+        time.sleep(0.2)
+    os._exit(0)
+while True:
+    try:
+        os.waitpid(-1, 0)
+    except ChildProcessError:
+        sys.exit(3)
+"""
+unshare = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+namespaces = subprocess.run([*unshare, "true"], capture_output=True).returncode == 0
+pytestmark = pytest.mark.skipif(not namespaces, reason="this machine allows no PID namespace")
+
+
+def container(folder: Path, *command: str, **env: str) -> subprocess.Popen[str]:
+    given = {**os.environ, "PYTHONPATH": str(ROOT), **env}
+    return subprocess.Popen(
+        [*unshare, PYTHON, "-m", "pulse_railway", "serve", *command],
+        cwd=folder,
+        env=given,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def first_process(container: subprocess.Popen[str]) -> int:
+    """`unshare`'s only child, to which a runtime sends its signal."""
+    path = Path(f"/proc/{container.pid}/task/{container.pid}/children")
+    eventually(lambda: path.read_text().split())
+    return int(path.read_text().split()[0])
+
+
+@pytest.mark.parametrize(
+    ("takes", "order", "code"), [("0.3", "uvicorn react ", 0), ("60", "", 137)]
+)
+def test_sigterm_lets_the_app_finish(tmp_path: Path, takes: str, order: str, code: int) -> None:
+    """uvicorn first, with its shutdown hooks; killed where it does not end in time."""
+    (tmp_path / "app.py").write_text(APP)
+    env = {"RAILWAY_DEPLOYMENT_DRAINING_SECONDS": "4"}
+    running = container(tmp_path, "--", PYTHON, "app.py", takes, **env)
+    eventually(lambda: all((tmp_path / f"{n}.ready").exists() for n in ("uvicorn", "react")))
+    os.kill(first_process(running), signal.SIGTERM)
+    began = time.monotonic()
+    assert running.wait(20) == code
+    assert time.monotonic() - began < 6
+    written = tmp_path / "order"
+    assert (written.read_text() if written.exists() else "") == order
+
+
+def test_sigterm_at_once(tmp_path: Path) -> None:
+    for pause in (0.0, 0.05, 0.1, 0.2):
+        running = container(tmp_path, "--", "sleep", "600")
+        pid = first_process(running)
+        time.sleep(pause)
+        for _ in range(50):  # a first process without a handler does not even notice
+            os.kill(pid, signal.SIGTERM)
+            time.sleep(0.1)
+            if running.poll() is not None:
+                break
+        assert running.wait(5) in (0, 137, 143)
+
+
+def test_nothing_is_left_unreaped(tmp_path: Path) -> None:
+    (tmp_path / "app.py").write_text(APP)
+    running = container(tmp_path, "--", PYTHON, "app.py", "0")
+    eventually(lambda: (tmp_path / "react.ready").exists())
+    time.sleep(1)
+    first = first_process(running)
+    below = serve.descendants(first)
+    states = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for pid in below]
+    os.kill(first, signal.SIGTERM)
+    assert running.wait(20) == 0
+    assert "Z" not in states
+
+
+def test_an_app_that_ends_ends_the_container(tmp_path: Path) -> None:
+    for command, code in (("exit 3", 3), ("kill -9 $$", 137), ("exit 0", 0)):
+        running = container(tmp_path, "--", "sh", "-c", f"sleep 300 & {command}")
+        assert running.wait(10) == code
+
+
+def test_a_lock_of_a_run_before_is_removed(tmp_path: Path) -> None:
+    """Killed, `pulse run` leaves it behind, and the next start in the same files never came up."""
+    lock = tmp_path / "site" / ".pulse" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.write_text("{}")
+    assert container(tmp_path, "--", "true", PULSE_WEB_ROOT="site").wait(10) == 0
+    assert not lock.exists()
+
+
+def test_a_real_pulse_app_closes_in_order(tmp_path: Path) -> None:
+    """Its container is told to stop, and its plugins' shutdown hooks run."""
+    (tmp_path / "main.py").write_text(
+        "import os, pulse as ps\n"
+        "class Note(ps.Plugin):\n"
+        "    def on_shutdown(self, app):\n"
+        "        open('closed', 'w').close()\n"
+        "app = ps.App(routes=[], plugins=[Note()], session_store=ps.InMemorySessionStore(),\n"
+        "             server_address='https://x.example')\n"
+    )
+    (tmp_path / "web" / ".pulse").mkdir(parents=True)
+    (tmp_path / "web" / ".pulse" / "lock").write_text("{}")
+    port = free_port()
+    command = [*shlex.split("pulse run main.py --prod --server-only --no-find-port --address ''")]
+    command += ["--port", str(port), "--react-server-address", "http://127.0.0.1:9"]
+    env = {"PULSE_SECRET": "x", "PATH": f"{Path(PYTHON).parent}:{os.environ['PATH']}"}
+    running = container(tmp_path, "--", *command, **env)
+
+    def healthy() -> bool:
+        try:
+            return httpx.get(f"http://127.0.0.1:{port}/_pulse/health").status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    eventually(healthy, 40)
+    os.kill(first_process(running), signal.SIGTERM)
+    code = running.wait(20)
+    assert (tmp_path / "closed").exists(), running.communicate()[0]
+    assert code == 0
+
+
+def test_the_start_command_falls_back_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PULSE_APP_FILE", "a/main.py")
+    monkeypatch.delenv("PORT", raising=False)
+    fallback = contract.START_COMMAND.partition("; exec ")[2]
+    shown = subprocess.run(
+        ["sh", "-c", f"printf '%s\\n' {fallback}"], capture_output=True, text=True
+    ).stdout
+    assert shown.splitlines() == serve.command()
