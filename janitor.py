@@ -27,6 +27,12 @@ Railway: the router service's variable PULSE_RAILWAY_ACTIVE says which deploymen
 
 from __future__ import annotations
 
+import signal
+import sys
+
+if __name__ == "__main__":  # ends a run in order: its lock is given back
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
 import argparse
 import contextlib
 import functools
@@ -34,7 +40,6 @@ import json
 import logging
 import os
 import secrets
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -469,7 +474,7 @@ def main(argv: list[str]) -> int:
     store = router.store_from_env(env)
     assert isinstance(store, router.RedisStore)
     token = env.get("PULSE_RAILWAY_INTERNAL_TOKEN", "")
-    drain_ttl = float(env.get("PULSE_RAILWAY_DRAIN_TTL_SECONDS") or 86_400)
+    drain_ttl = router.seconds("PULSE_RAILWAY_DRAIN_TTL_SECONDS", 86_400, env)
     railway = Railway(env)
     try:
         seen = railway.inspect()

@@ -32,6 +32,12 @@ client's side; one request and its answer; tunnels; which deployment; serving; c
 
 from __future__ import annotations
 
+import os
+import signal
+
+if __name__ == "__main__":  # a container's first process is deaf to what it has no handler for
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # until there is something to finish
+
 import argparse
 import asyncio
 import collections
@@ -41,11 +47,9 @@ import functools
 import ipaddress
 import json
 import logging
-import os
 import re
 import resource
 import secrets
-import signal
 import socket
 import sqlite3
 import struct
@@ -53,7 +57,7 @@ import sys
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
@@ -70,6 +74,19 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+
+def seconds(variable: str, default: float, env: Mapping[str, str] = os.environ) -> float:
+    """A variable that holds seconds. Raises SystemExit for anything else."""
+    text = env.get(variable)
+    try:
+        value = float(text) if text else default
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise SystemExit(f"{variable} takes a number of seconds, not {text!r}")
+    return value
+
 
 # ---------------------------------------------------------------------------------------------
 # Names shared with pulse_railway/contract.py; a test holds the two together.
@@ -102,7 +119,7 @@ WRITE_STALL_TIMEOUT = 300.0  # a client takes the next piece of its answer withi
 HEAD_TIMEOUT = 30.0  # a client sends its request head within this
 BODY_STALL_TIMEOUT = 60.0  # ... and the next piece of its body within this
 KEEP_ALIVE = 75.0  # idle client connections; longer than the edge's 60 s, so the edge closes first
-HALF_CLOSED = float(os.environ.get("PULSE_RAILWAY_ROUTER_HALF_CLOSED_SECONDS") or 60)
+HALF_CLOSED = seconds("PULSE_RAILWAY_ROUTER_HALF_CLOSED_SECONDS", 60)
 FLUSH = 30.0  # for what is still to be written to a tunnel's one end when the other has gone
 LINGER = 5.0  # after an early answer, an upload is read and dropped until it pauses for this long
 LINGER_AT_MOST = 30.0
@@ -116,7 +133,7 @@ HAD_AT_MOST = 2000  # assets ...
 HAD_PATH = 512  # ... with paths of at most so many bytes
 RESOLVED_SECONDS = 5.0  # an address is remembered for
 RESOLVERS = 64  # names that can be looked up at once; a bad one may take many seconds
-RESPONSE_TIMEOUT = float(os.environ.get("PULSE_RAILWAY_ROUTER_RESPONSE_TIMEOUT") or 900)
+RESPONSE_TIMEOUT = seconds("PULSE_RAILWAY_ROUTER_RESPONSE_TIMEOUT", 900)
 UPSTREAM_IDLE = 4.0  # uvicorn backends close idle connections after 5 s
 UNSAFE_IDLE = 1.0  # a request that may not be repeated only goes onto a fresher one
 UPSTREAM_IDLE_LIMIT = 256  # idle connections kept per deployment
@@ -128,7 +145,7 @@ REFRESH_AT_MOST_EVERY = 1.0  # for ids nobody knows
 SCAN_SHARE = 0.02  # of the time, at most, goes into looking for records that nobody announced
 SCAN_COUNT = 1000  # keys a step
 START_TIMEOUT = 2.0  # wait so long for the first load before serving 503s
-SHUTDOWN_GRACE = float(os.environ.get("PULSE_RAILWAY_ROUTER_SHUTDOWN_SECONDS") or 25)
+SHUTDOWN_GRACE = seconds("PULSE_RAILWAY_ROUTER_SHUTDOWN_SECONDS", 25)
 
 log = logging.getLogger("pulse.router")
 
@@ -2266,6 +2283,7 @@ def serve_many(sock: socket.socket, workers: int) -> None:
     def stop(number: int, _: object) -> None:
         nonlocal stopping
         stopping = True
+        sock.close()  # or what connects to it now would hang, and be reset at the end
         for pid in children:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
@@ -2277,6 +2295,8 @@ def serve_many(sock: socket.socket, workers: int) -> None:
     while children:
         with contextlib.suppress(ChildProcessError, InterruptedError):
             pid, _status = os.wait()
+            if pid not in children:
+                continue  # an orphan, which the first process of a container gets
             children.discard(pid)
             if not stopping:
                 time.sleep(0.5)
@@ -2298,7 +2318,12 @@ def serve() -> None:
     store_from_env(dict(os.environ))  # a missing variable shows before the port is taken
     workers = number("PULSE_RAILWAY_ROUTER_WORKERS") or 1
     number("PULSE_RAILWAY_ROUTER_CONNECTION_LIMIT")
-    sock = listen(os.environ.get("HOST"), port)
+    try:
+        sock = listen(os.environ.get("HOST"), port)
+    except OSError as error:
+        raise SystemExit(
+            f"port {port} cannot be listened on: {os.strerror(error.errno or 0)}"
+        ) from None
     if workers > 1 and hasattr(os, "fork"):
         serve_many(sock, workers)
     else:

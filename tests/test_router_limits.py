@@ -200,16 +200,44 @@ def test_newcomers_are_turned_away_near_the_limit(
         eventually(lambda: ask(router.port).status == 200)
 
 
-@pytest.mark.parametrize(
-    "variable", ["PORT", "PULSE_RAILWAY_ROUTER_CONNECTION_LIMIT", "PULSE_RAILWAY_ROUTER_WORKERS"]
-)
-def test_a_number_that_is_none(redis_server: Redis, variable: str) -> None:
+SECONDS = ["RESPONSE_TIMEOUT", "SHUTDOWN_SECONDS", "HALF_CLOSED_SECONDS"]
+
+
+def complains(script: str, **env: str) -> str:
+    """The one line with which it does not start."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / "router.py")],
-        env={**os.environ, "REDIS_URL": redis_server.url, variable: "abc"},
+        [sys.executable, str(ROOT / script)],
+        env={**os.environ, **env},
         capture_output=True,
         text=True,
         timeout=20,
     )
     assert done.returncode == 1
-    assert done.stderr.strip() == f"{variable} takes a whole number from 1, not 'abc'"
+    return done.stderr.strip()
+
+
+@pytest.mark.parametrize(
+    "variable", ["PORT", "PULSE_RAILWAY_ROUTER_CONNECTION_LIMIT", "PULSE_RAILWAY_ROUTER_WORKERS"]
+)
+def test_a_number_that_is_none(redis_server: Redis, variable: str) -> None:
+    said = complains("router.py", REDIS_URL=redis_server.url, **{variable: "abc"})
+    assert said == f"{variable} takes a whole number from 1, not 'abc'"
+
+
+@pytest.mark.parametrize("text", ["abc", "-1", "inf", "nan"])
+def test_seconds_that_are_none(redis_server: Redis, text: str) -> None:
+    for variable in (f"PULSE_RAILWAY_ROUTER_{name}" for name in SECONDS):
+        said = complains("router.py", REDIS_URL=redis_server.url, **{variable: text})
+        assert said == f"{variable} takes a number of seconds, not {text!r}"
+    railway = dict.fromkeys(("PROJECT_ID", "ENVIRONMENT_ID", "TOKEN", "SERVICE_ID"), "x")
+    env = {f"RAILWAY_{name}": value for name, value in railway.items()}
+    said = complains(
+        "janitor.py", REDIS_URL=redis_server.url, PULSE_RAILWAY_DRAIN_TTL_SECONDS=text, **env
+    )
+    assert said.endswith(f"takes a number of seconds, not {text!r}")
+
+
+def test_a_port_that_is_taken(redis_server: Redis) -> None:
+    port = str(redis_server.port)
+    said = complains("router.py", REDIS_URL=redis_server.url, HOST="127.0.0.1", PORT=port)
+    assert said == f"port {port} cannot be listened on: Address already in use"

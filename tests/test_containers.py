@@ -1,10 +1,12 @@
-"""`pulse-railway serve` as the first process of a container, which is a PID namespace here."""
+"""Each container's first process, which is that of a PID namespace here: `pulse-railway serve`, the
+router, the janitor."""
 
 from __future__ import annotations
 
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,8 +16,8 @@ import httpx
 import pytest
 
 from pulse_railway import contract, serve
-from tests.conftest import ROOT, free_port
-from tests.net import eventually
+from tests.conftest import ROOT, Redis, free_port
+from tests.net import Backend, Connection, ask, eventually, header, ok
 
 PYTHON = str(Path(sys.executable))
 APP = """
@@ -170,3 +172,91 @@ def test_the_start_command_falls_back_to_the_same(monkeypatch: pytest.MonkeyPatc
         ["sh", "-c", f"printf '%s\\n' {fallback}"], capture_output=True, text=True
     ).stdout
     assert shown.splitlines() == serve.command()
+
+
+# -- router and janitor ------------------------------------------------------------------------
+
+
+def runtime(script: str, **env: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*unshare, PYTHON, str(ROOT / script)],
+        env={**os.environ, **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("pause", [0.0, 0.05, 0.1, 0.2, 0.4, 1.5])
+def test_a_router_ends_at_any_moment(redis_server: Redis, workers: str, pause: float) -> None:
+    """From its first lines on: a first process does not even notice what it has no handler for."""
+    redis_server.deployment("a", "http://127.0.0.1:9")
+    env = {"REDIS_URL": redis_server.url, "PORT": str(free_port()), "HOST": "127.0.0.1"}
+    running = runtime("router.py", PULSE_RAILWAY_ROUTER_WORKERS=workers, **env)
+    first = first_process(running)
+    eventually(lambda: listens_to(first, signal.SIGTERM))
+    with pytest.raises(OSError, match="refused"):  # that is before it serves
+        socket.create_connection(("127.0.0.1", int(env["PORT"])), 2).close()
+    time.sleep(pause)
+    os.kill(first, signal.SIGTERM)
+    assert running.wait(8) in (0, 143)
+
+
+def listens_to(pid: int, number: int) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = int(status.partition("SigCgt:")[2].split()[0], 16)
+    return bool(caught >> (number - 1) & 1)
+
+
+def answers(port: int) -> bool:
+    try:
+        return ask(port).status > 0
+    except OSError:
+        return False
+
+
+def test_orphans_are_no_workers(redis_server: Redis) -> None:
+    """Before, each orphan that ended in its container added a router process."""
+    port = free_port()
+    redis_server.deployment("a", "http://127.0.0.1:9")
+    env = {"REDIS_URL": redis_server.url, "PORT": str(port), "HOST": "127.0.0.1"}
+    running = runtime("router.py", PULSE_RAILWAY_ROUTER_WORKERS="2", **env)
+    eventually(lambda: answers(port))
+    first = first_process(running)
+    workers = serve.descendants(first)
+    assert len(workers) == 2
+    enter = ["nsenter", "--target", str(first), "--pid", "--mount"]
+    for _ in range(5):
+        subprocess.run([*enter, "sh", "-c", "setsid sleep 0.1 &"], check=True)
+    time.sleep(2)
+    assert set(serve.descendants(first)) == set(workers)
+    os.kill(first, signal.SIGTERM)
+    time.sleep(0.3)
+    with pytest.raises(OSError, match="refused"):  # refused at once, not left hanging
+        socket.create_connection(("127.0.0.1", port), 2).close()
+    assert running.wait(10) == 0
+
+
+def test_a_janitor_that_is_stopped_gives_its_lock_back(redis_server: Redis) -> None:
+    nothing = b'{"data": {"environment": {"serviceInstances": {"edges": []}}}}'
+    calls: list[bytes] = []
+
+    def railway(c: Connection) -> None:
+        while head := c.head():
+            c.read(int(header(head, "content-length") or 0))
+            calls.append(head)
+            if len(calls) > 1:
+                time.sleep(30)
+            c.send(ok(nothing, "content-type: application/json"))
+
+    with Backend(handle=railway) as api:
+        ids = dict.fromkeys(("PROJECT_ID", "ENVIRONMENT_ID", "TOKEN", "SERVICE_ID"), "x")
+        env = {f"RAILWAY_{name}": value for name, value in ids.items()}
+        env |= {"PULSE_RAILWAY_API_URL": api.address, "REDIS_URL": redis_server.url}
+        running = runtime("janitor.py", **env)
+        eventually(lambda: redis_server.client.get("pulse:railway:janitor:lock"))
+        os.kill(first_process(running), signal.SIGTERM)
+        assert running.wait(5) == 143
+    assert redis_server.client.get("pulse:railway:janitor:lock") is None
