@@ -1,4 +1,4 @@
-"""The sources of the runtime image: router.py, janitor.py and Dockerfile.router."""
+"""The sources of the runtime image, with what they are locked to."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import ModuleType
 
 from pulse_railway import __version__
 
-FILES = ("Dockerfile.router", "janitor.py", "router.py")
+FILES = ("Dockerfile.router", "janitor.py", "router.py", "runtime.lock")
 
 
 def sources() -> Path:

@@ -50,12 +50,17 @@ def test_the_runtime_imports_nothing_of_the_package() -> None:
         assert not re.search(r"^\s*(from|import) pulse", text, re.M), script
 
 
-def test_dependencies_of_the_scripts_are_in_the_lock() -> None:
-    lock = (Path(runtime_image.sources()) / "requirements.lock").read_text()
+def test_what_ships_is_what_is_tested() -> None:
+    """runtime.lock, of which the image is made: what the scripts need, in the tests' versions."""
+    root = Path(runtime_image.sources())
+    tested, shipped = (
+        dict(re.findall(r"^([a-z0-9-]+)==([^ ]+)", (root / name).read_text(), re.M))
+        for name in ("requirements.lock", "runtime.lock")
+    )
+    assert {name: tested.get(name) for name in shipped} == shipped
     for script in ("router.py", "janitor.py"):
-        text = (runtime_image.sources() / script).read_text()
-        header = text.split("# ///")[1]
+        header = (root / script).read_text().split("# ///")[1]
         names = re.findall(r'"([a-z0-9-]+)[><=]', header)
         assert names
-        for name in names:
-            assert re.search(rf"^{name}==", lock, re.M), name
+        assert set(names) <= set(shipped)
+    assert "--hash=sha256:" in (root / "runtime.lock").read_text()

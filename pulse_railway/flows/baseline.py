@@ -161,7 +161,7 @@ def desired(
             "healthcheckTimeout": 120,
             "overlapSeconds": 30,
             "drainingSeconds": 30,
-            "startCommand": "python router.py",
+            "startCommand": "python -m router",
             "restartPolicyType": "ALWAYS",
         },
     )
@@ -178,7 +178,7 @@ def desired(
         janitor_variables,
         {
             "numReplicas": 1,
-            "startCommand": "python janitor.py",
+            "startCommand": "python -m janitor",
             "cronSchedule": wanted.cron,
             "restartPolicyType": "NEVER",
         },

@@ -1,0 +1,82 @@
+"""What the runtime image holds, installed from its own lock; no Docker here could build it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import environment
+from pulse_railway import runtime_image
+from tests.conftest import ROOT, Process, Redis, free_port
+from tests.net import ask
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The environment that Dockerfile.router makes, and its /app, which cannot be written."""
+    lock = ROOT / "runtime.lock"
+    digest = hashlib.sha256(lock.read_bytes()).hexdigest()[:12]
+    options = ["--no-deps", "--require-hashes", "-r", str(lock)]
+    python = environment.python(f"runtime-{digest}", *options)
+    app = tmp_path_factory.mktemp("app")
+    for name in ("router.py", "janitor.py"):
+        shutil.copy(ROOT / name, app)
+    subprocess.run([str(python), "-m", "compileall", "-q", str(app)], check=True)
+    return python, app
+
+
+def test_the_version_covers_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def version() -> str:
+        runtime_image.version.cache_clear()
+        return runtime_image.version()
+
+    before = version()
+    for name in runtime_image.FILES:
+        shutil.copy(ROOT / name, tmp_path)
+    monkeypatch.setattr(runtime_image, "sources", lambda: tmp_path)
+    assert version() == before
+    with (tmp_path / "runtime.lock").open("a") as file:
+        file.write("# another\n")
+    assert version() != before
+    runtime_image.version.cache_clear()
+
+
+def test_the_router_starts_on_it(image: tuple[Path, Path], redis_server: Redis) -> None:
+    python, app = image
+    redis_server.deployment("a", "http://127.0.0.1:9")
+    port = free_port()
+    env = {"REDIS_URL": redis_server.url, "PORT": str(port), "HOST": "127.0.0.1"}
+    env |= {"PYTHONPATH": str(app), "PYTHONDONTWRITEBYTECODE": "1"}
+    began = time.monotonic()
+    router = Process([str(python), "-m", "router"], port, env).wait()
+    try:
+        while ask(port, "/healthz").status != 200:
+            time.sleep(0.01)
+        assert time.monotonic() - began < 3  # 0.3 s alone; the machine is shared
+        command = [str(python), "-m", "router", "control", "active", "--nonce", "n"]
+        began = time.monotonic()
+        done = subprocess.run(
+            command,
+            env={**os.environ, **env, "RAILWAY_SERVICE_ID": "x"},
+            capture_output=True,
+            text=True,
+        )
+        assert time.monotonic() - began < 3
+        assert json.loads(done.stdout)["deployment_id"] == "a"
+    finally:
+        router.stop()
+
+
+def test_the_janitor_starts_on_it(image: tuple[Path, Path]) -> None:
+    python, app = image
+    env = {"PYTHONPATH": str(app), "PATH": "/usr/bin:/bin"}
+    command = [str(python), "-m", "janitor"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert (done.returncode, "inside the janitor service" in done.stderr) == (1, True)
