@@ -55,6 +55,7 @@ def write_app(source: Path, folder: Path) -> Path:
             "from pulse_railway.plugin import RailwayPlugin",
         ),
         ("    internal_server_address=internal_server_address(),\n", ""),
+        ("    session_store=ps.InMemorySessionStore(),\n", ""),
         (
             "app = ps.App(",
             "import os\n\napp = ps.App(\n"

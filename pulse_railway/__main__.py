@@ -1,4 +1,8 @@
-"""`python -m pulse_railway` and the console script."""
+"""`python -m pulse_railway` and the console script.
+
+What runs inside containers is sorted out first, since it has to be quick: `serve` as a container's
+first process, `control` for everybody who waits for its answer. The verbs are in cli.py.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,19 @@ import sys
 
 
 def main() -> None:
-    """A container's first process has to be ready for SIGTERM at once: `serve` waits for nothing
-    that only the verbs need."""
-    if sys.argv[1:2] == ["serve"]:
-        from pulse_railway import serve
+    match sys.argv[1:]:
+        case ["serve", *rest]:
+            from pulse_railway import serve
 
-        raise SystemExit(serve.main(sys.argv[2:]))
+            raise SystemExit(serve.main(rest))
+        case ["control", *rest] if rest[:1] not in ([], ["--help"], ["-h"]):
+            from pulse_railway import runtime_image
+
+            runtime_image.become("router", ["control", *rest])
+        case ["janitor", "run", *rest]:
+            from pulse_railway import runtime_image
+
+            runtime_image.become("janitor", ["run", *rest])
     from pulse_railway import cli
 
     cli.main()

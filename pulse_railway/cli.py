@@ -23,11 +23,6 @@ class Settings(Config):
 
 def main(argv: list[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
-    match arguments:
-        case ["control", *rest] if rest[:1] not in ([], ["--help"], ["-h"]):
-            tasks.run_runtime("router.py", ["control", *rest])
-        case ["janitor", "run", *rest]:
-            tasks.run_runtime("janitor.py", ["run", *rest])
     program = Program(
         name="pulse-railway",
         binary="pulse-railway",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import sys
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import NoReturn
 
 from pulse_railway import __version__
 
@@ -28,6 +30,14 @@ def version() -> str:
     for name in FILES:
         digest.update((sources() / name).read_bytes())
     return f"{__version__}+{digest.hexdigest()[:12]}"
+
+
+def become(name: str, arguments: list[str]) -> NoReturn:
+    """Become router.py or janitor.py, as the runtime image has them. Does not return."""
+    path = os.pathsep.join(filter(None, [str(sources()), os.environ.get("PYTHONPATH")]))
+    sys.stdout.flush()
+    command = [sys.executable, "-m", name, *arguments]  # which takes it compiled
+    os.execve(sys.executable, command, {**os.environ, "PYTHONPATH": path})
 
 
 def load(name: str) -> ModuleType:

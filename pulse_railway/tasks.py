@@ -6,7 +6,6 @@ result. Flows are imported when they are needed: listing the tasks loads nothing
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -191,22 +190,17 @@ def control(_: Any, arguments: str = "status") -> None:
     """Read or change the routing state; only inside the router service on Railway."""
     import shlex
 
-    run_runtime("router.py", ["control", *shlex.split(arguments)])
+    from pulse_railway import runtime_image
+
+    runtime_image.become("router", ["control", *shlex.split(arguments)])
 
 
 @task(name="run")
 def janitor_run(_: Any) -> None:
     """Remove drained deployments; only inside the janitor service on Railway."""
-    run_runtime("janitor.py", ["run"])
-
-
-def run_runtime(script: str, arguments: list[str]) -> None:
-    """Become router.py or janitor.py, as the runtime image has them."""
     from pulse_railway import runtime_image
 
-    path = runtime_image.sources() / script
-    sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, str(path), *arguments])
+    runtime_image.become("janitor", ["run"])
 
 
 @task(

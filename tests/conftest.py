@@ -165,10 +165,10 @@ def run_router(start: Callable[..., Process], router_python: Path) -> Callable[.
 
     def begin(server: Redis | None, **env: str) -> Process:
         port = free_port()
-        given = {"PORT": str(port), "HOST": "127.0.0.1", **env}
+        given = {"PORT": str(port), "HOST": "127.0.0.1", "PYTHONPATH": str(ROOT), **env}
         if server:
             given["REDIS_URL"] = server.url
-        return start([str(router_python), str(ROOT / "router.py")], port, given)
+        return start([str(router_python), "-m", "router"], port, given)
 
     return begin
 

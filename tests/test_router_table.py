@@ -456,7 +456,7 @@ def test_many_sessions_in_the_same_redis_cost_little(redis_server: Redis, run_ro
         time.sleep(1)
         before = router.cpu
         time.sleep(7)  # twice the interval
-        assert router.cpu - before < 0.1
+        assert router.cpu - before < 0.3  # 0.02 alone; going through them each time took 2
         # what nobody announced is found all the same
         record = {"state": "active", "service_name": "b", "address": b.address}
         redis_server.client.set("pulse:railway:deployment:b", json.dumps(record))
