@@ -13,12 +13,17 @@ from invoke.tasks import task
 from pulse_railway import tasks as railway
 
 
-@task(help={"once": "do not stay: two deploys, check the story, end"})
-def demo(_: Any, once: bool = False) -> None:
+@task(
+    help={
+        "once": "do not stay: two deploys, check the story, end",
+        "job": "the same with a project token and no SSH key",
+    }
+)
+def demo(_: Any, once: bool = False, job: bool = False) -> None:
     """Deploy the example on a local Railway and stay until Ctrl-C."""
     from examples import demo as script
 
-    raise SystemExit(script.main(once=once))
+    raise SystemExit(script.main(once=once, job=job))
 
 
 @task(help={"args": "more arguments for pytest"})

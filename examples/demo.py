@@ -48,6 +48,7 @@ class Stage:
 
     def __init__(self, root: Path, process: subprocess.Popen[bytes], env: dict[str, str]) -> None:
         self.root, self.process, self.env = root, process, env
+        self.of_verbs: dict[str, str] = {}  # over `env`
         self.api = env["PULSE_RAILWAY_API_URL"]
         self.bundle = env["SSL_CERT_FILE"]
 
@@ -55,7 +56,11 @@ class Stage:
         """One verb, as its own process, with --json. Its progress goes to our stderr."""
         command = [sys.executable, "-m", "pulse_railway", *arguments, "--json"]
         done = subprocess.run(
-            command, cwd=ROOT, env={**self.env, **env}, stdout=subprocess.PIPE, timeout=300
+            command,
+            cwd=ROOT,
+            env={**self.env, **self.of_verbs, **env},
+            stdout=subprocess.PIPE,
+            timeout=300,
         )
         if check and done.returncode:
             raise SystemExit(f"{' '.join(arguments)} failed with status {done.returncode}")
@@ -158,12 +163,22 @@ def see(what: str, held: bool) -> None:
         raise SystemExit(1)
 
 
-def story(root: Path) -> None:
+def as_a_ci(s: Stage) -> dict[str, str]:
+    """The environment of a CI that has a project token and nothing else: no key, no login."""
+    known = json.loads((s.root / "state.json").read_text())["tokens"]
+    token = next(t["value"] for t in known if t["kind"] == "project")
+    absent = "RAILWAY_API_TOKEN RAILWAY_PROJECT_ID RAILWAY_ENVIRONMENT_ID PULSE_RAILWAY_SSH_KEY"
+    return {**dict.fromkeys(absent.split(), ""), "RAILWAY_TOKEN": token, "HOME": str(s.root)}
+
+
+def story(root: Path, *, job: bool = False) -> None:
     """On an empty project: two deploys, an old tab, a new one, the janitor, a redeploy.
 
-    Raises SystemExit where something does not hold.
+    `job`: with a project token and no SSH key, so that control commands go by the janitor. Raises
+    SystemExit where something does not hold.
     """
     with stage(root) as s:
+        s.of_verbs = as_a_ci(s) if job else {}
         done = s.run("ensure", APP)
         see(
             "ensure creates router, env, Redis and janitor",
@@ -242,11 +257,11 @@ async def _tabs(s: Stage, address: str, a: str) -> None:
 # -- commands ----------------------------------------------------------------------------------
 
 
-def play_once() -> int:
+def play_once(*, job: bool = False) -> int:
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="pulse-railway-demo-") as folder:
         root = Path(folder).resolve()
-        story(root)
+        story(root, job=job)
         left = processes_of(root)
         see("no process is left behind", not left)
     print(f"the story held, in {time.monotonic() - began:.0f} s")
@@ -284,5 +299,5 @@ Ctrl-C ends it. What was deployed is kept in {root.name}/ for the next time.""",
         return 0
 
 
-def main(*, once: bool = False) -> int:
-    return play_once() if once else stay()
+def main(*, once: bool = False, job: bool = False) -> int:
+    return play_once(job=job) if once or job else stay()

@@ -10,9 +10,12 @@ from examples import demo
 
 
 @pytest.mark.story
-def test_two_deploys_of_the_example(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("job", [False, True], ids=["by ssh", "by the janitor"])
+def test_two_deploys_of_the_example(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], job: bool
+) -> None:
     root = tmp_path.resolve()
-    demo.story(root)
+    demo.story(root, job=job)
     seen = capsys.readouterr().out
     assert "DID NOT SEE" not in seen
     assert seen.count("saw:") == 16
