@@ -15,11 +15,12 @@
     python janitor.py [run]
 
 Each run asks every draining deployment how many sessions it holds. None left: the service is
-deleted. The drain TTL over: its tabs are told to reload, then it is deleted. Not answering: it is
-kept until the TTL. Deploys that died on the way are removed after an hour, unless somebody uses
-them. The active deployment is never touched, and nothing whose record has changed since it was
-judged. The record is claimed first, then the Railway service goes, the record last, so a run that
-is killed anywhere is finished by the next one.
+deleted, but for the one that was active last, which stays for a while to roll back to. The drain
+TTL over: its tabs are told to reload, then it is deleted. Not answering: it is kept until the TTL.
+Deploys that died on the way are removed after an hour, unless somebody uses them. The active
+deployment is never touched, and nothing whose record has changed since it was judged. The record is
+claimed first, then the Railway service goes, the record last, so a run that is killed anywhere is
+finished by the next one.
 
 Where Redis has lost its data and no router has it either, the routing state is restored from
 Railway: the router service's variable PULSE_RAILWAY_ACTIVE says which deployment was active.
@@ -115,6 +116,25 @@ class Report:
     expired: list[str] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
     restored: str | None = None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """For how long what is kept."""
+
+    drain_ttl: float = 86_400.0  # seconds
+    rollback_window: float = 0.0  # seconds from when it was active that there is a way back to it
+    keep: int = 0  # the last so many that were active, until the drain TTL
+
+    def ways_back(self, found: list[router.Record]) -> set[str]:
+        """Those that stay although their last tab has gone, so that `rollback` has somewhere to go:
+        what was active last for the window, and the last `keep`."""
+        drained = [r for r in found if r.get("state") == "draining" and r.get("drain_started_at")]
+        drained.sort(key=lambda r: float(r["drain_started_at"]), reverse=True)
+        kept = drained[: self.keep]
+        if drained and time.time() - float(drained[0]["drain_started_at"]) < self.rollback_window:
+            kept = [drained[0], *kept]
+        return {str(r["deployment_id"]) for r in kept}
 
 
 class Railway:
@@ -269,7 +289,7 @@ def check(state: router.State, services: list[Service]) -> None:
         )
 
 
-def sweep(store: router.RedisStore, railway: Railway, token: str, drain_ttl: float) -> Report:
+def sweep(store: router.RedisStore, railway: Railway, token: str, limits: Limits) -> Report:
     """One run. Raises Refused, and whatever Railway or Redis raise."""
     report = Report()
     state = store.read()
@@ -280,13 +300,16 @@ def sweep(store: router.RedisStore, railway: Railway, token: str, drain_ttl: flo
     check(state, seen.backends)
     by_id = {service.deployment: service for service in seen.backends}
     known = {record["deployment_id"]: record for record in router.records(state)}
+    ways_back = limits.ways_back(list(known.values()))
     for name, record in known.items():
         stray = record.get("state") == "active" and name != state.get(":active")
         if stray:  # of 0.3.x, which could be cut off between two writes
             store.apply(functools.partial(router.drain, deployment_id=name, judged=record))
             report.kept[name] = "was active beside the active one, drains from now on"
             continue
-        verdict = judge(record, by_id.get(name), store.routers(), token, drain_ttl)
+        verdict = judge(record, by_id.get(name), store.routers(), token, limits.drain_ttl)
+        if verdict == "drained" and name in ways_back and not record.get("retiring_at"):
+            verdict = "keep: a way back"
         if verdict.startswith("keep"):
             if record.get("state") == "draining":
                 report.kept[name] = verdict.removeprefix("keep: ")
@@ -474,7 +497,11 @@ def main(argv: list[str]) -> int:
     store = router.store_from_env(env)
     assert isinstance(store, router.RedisStore)
     token = env.get("PULSE_RAILWAY_INTERNAL_TOKEN", "")
-    drain_ttl = router.seconds("PULSE_RAILWAY_DRAIN_TTL_SECONDS", 86_400, env)
+    limits = Limits(
+        router.seconds("PULSE_RAILWAY_DRAIN_TTL_SECONDS", 86_400, env),
+        router.seconds("PULSE_RAILWAY_ROLLBACK_WINDOW_SECONDS", 900, env),
+        int(router.seconds("PULSE_RAILWAY_KEEP", 0, env)),
+    )
     railway = Railway(env)
     try:
         seen = railway.inspect()
@@ -486,7 +513,7 @@ def main(argv: list[str]) -> int:
             if not held:
                 print(json.dumps({"skipped": "another run holds the lock"}))
                 return 0
-            report = sweep(store, railway, token, drain_ttl)
+            report = sweep(store, railway, token, limits)
     except (Refused, router.StateError, RuntimeError) as error:
         print(f"refused: {error}", file=sys.stderr)
         return 1

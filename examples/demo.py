@@ -179,7 +179,8 @@ def story(root: Path, *, job: bool = False) -> None:
     """
     with stage(root) as s:
         s.of_verbs = as_a_ci(s) if job else {}
-        done = s.run("ensure", APP)
+        at_once = ("--rollback-window-seconds", "0")  # what is drained goes at once
+        done = s.run("ensure", APP, *at_once)
         see(
             "ensure creates router, env, Redis and janitor",
             {"pulse-router", "pulse-env", "pulse-redis", "pulse-janitor"} == set(s.services()),
@@ -195,10 +196,10 @@ def story(root: Path, *, job: bool = False) -> None:
             "it has the variable of pulse-env",
             s.get(f"{address}/greeting").json() == {"greeting": "hello"},
         )
-        asyncio.run(_tabs(s, address, a))
+        asyncio.run(_tabs(s, address, a, at_once))
 
 
-async def _tabs(s: Stage, address: str, a: str) -> None:
+async def _tabs(s: Stage, address: str, a: str, at_once: tuple[str, ...]) -> None:
     async with Visitor(address, s.bundle) as old:
         await old.open()
         see(
@@ -250,7 +251,7 @@ async def _tabs(s: Stage, address: str, a: str) -> None:
         again["deployment_id"] == b
         and s.get(f"{address}/_pulse/meta").json()["deployment_id"] == b,
     )
-    last = await asyncio.to_thread(s.run, "ensure", APP)
+    last = await asyncio.to_thread(s.run, "ensure", APP, *at_once)
     see("a second ensure changes nothing", last["changed"] == [])
 
 

@@ -53,6 +53,8 @@ class BaselineOptions:
     redis_prefix: str = contract.DEFAULT_REDIS_PREFIX
     cron: str = contract.DEFAULT_CRON
     drain_ttl: int = contract.DEFAULT_DRAIN_TTL_SECONDS  # seconds
+    rollback_window: int = contract.DEFAULT_ROLLBACK_WINDOW_SECONDS  # seconds; 0: none
+    keep: int = 0  # deployments
     router_replicas: int = 1
     runtime_image: str | None = None
     plan_only: bool = False
@@ -135,6 +137,10 @@ def baseline(flags: Flags, output: Output) -> BaselineOptions:
         redis_prefix=flags.get("redis_prefix") or contract.DEFAULT_REDIS_PREFIX,
         cron=cron,
         drain_ttl=number(flags, "drain_ttl_seconds", contract.DEFAULT_DRAIN_TTL_SECONDS, 0),
+        rollback_window=number(
+            flags, "rollback_window_seconds", contract.DEFAULT_ROLLBACK_WINDOW_SECONDS, 0
+        ),
+        keep=number(flags, "keep", 0, 0),
         router_replicas=number(flags, "router_replicas", 1),
         runtime_image=flags.get("runtime_image") or app.plugin.runtime_image,
         plan_only=bool(flags.get("plan")),

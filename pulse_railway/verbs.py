@@ -52,6 +52,10 @@ FLAGS: dict[str, Flag] = {
     "redis_prefix": Flag("what the state's Redis keys start with (default: pulse:railway)"),
     "janitor_cron_schedule": Flag("when the janitor runs, in UTC (default: */5 * * * *)"),
     "drain_ttl_seconds": Flag("keep a draining deployment at most so long (default: 86400)"),
+    "rollback_window_seconds": Flag(
+        "keep the deployment that was active last for so long, tabs or not (default: 900)"
+    ),
+    "keep": Flag("keep the last so many deployments, until the drain TTL (default: 0)"),
     "router_replicas": Flag("router replicas (default: 1)"),
     "runtime_image": Flag("a published image of router and janitor (default: built on Railway)"),
     "plan": Flag("print what would be done, and do nothing", False),
@@ -85,7 +89,7 @@ BASELINE = [
     "context",
     *TARGET,
     *"service_prefix redis_url redis_prefix janitor_cron_schedule drain_ttl_seconds".split(),
-    *"router_replicas runtime_image json".split(),
+    *"rollback_window_seconds keep router_replicas runtime_image json".split(),
 ]
 DEPLOY = [
     "app",

@@ -60,9 +60,12 @@ class Room:
         raw = self.server.client.get(f"pulse:railway:deployment:{name}")
         return json.loads(str(raw)) if raw else None
 
-    def run(self, *services: Any, ttl: float = 86_400) -> tuple[Any, list[str]]:
+    def run(
+        self, *services: Any, ttl: float = 86_400, window: float = 0, keep: int = 0
+    ) -> tuple[Any, list[str]]:
         railway = Railway(service("active"), *services)
-        return janitor.sweep(self.store, railway, "token", ttl), railway.deleted
+        limits = janitor.Limits(ttl, window, keep)
+        return janitor.sweep(self.store, railway, "token", limits), railway.deleted
 
 
 @pytest.fixture
@@ -131,10 +134,10 @@ def test_contradictions_delete_nothing(room: Room) -> None:
     twice = [service("twin"), janitor.Service("other", "twin-2", "twin", 7200)]
     railway = Railway(service("active"), *twice)
     with pytest.raises(janitor.Refused, match="on two services"):
-        janitor.sweep(room.store, railway, "token", 0)
+        janitor.sweep(room.store, railway, "token", janitor.Limits(0))
     railway = Railway(service("other"))
     with pytest.raises(janitor.Refused, match="has no service"):
-        janitor.sweep(room.store, railway, "token", 0)
+        janitor.sweep(room.store, railway, "token", janitor.Limits(0))
     assert railway.deleted == []
 
 
@@ -145,9 +148,9 @@ def test_lost_state_is_restored_from_railway(room: Room, monkeypatch: pytest.Mon
     for intent in (None, "gone"):  # what nobody knows is not guessed
         railway = Railway(service("active"), service("rolled-back", 60), intent=intent)
         with pytest.raises(janitor.Refused, match=r"none is active.*--deployment-id"):
-            janitor.sweep(room.store, railway, "token", 0)
+            janitor.sweep(room.store, railway, "token", janitor.Limits(0))
     railway = Railway(service("active"), service("rolled-back", 60), intent="active")
-    assert janitor.sweep(room.store, railway, "token", 0).restored == "active"
+    assert janitor.sweep(room.store, railway, "token", janitor.Limits(0)).restored == "active"
     assert railway.deleted == []
     assert room.server.client.get("pulse:railway:active") == "active"
     record = room.record("rolled-back")
@@ -158,7 +161,7 @@ def test_lost_state_is_restored_from_railway(room: Room, monkeypatch: pytest.Mon
 def test_the_active_deployment_is_noted_on_railway(room: Room) -> None:
     for intent, noted in ((None, ["active"]), ("before", ["active"]), ("active", [])):
         railway = Railway(service("active"), intent=intent)
-        janitor.sweep(room.store, railway, "token", 60)
+        janitor.sweep(room.store, railway, "token", janitor.Limits(60))
         assert railway.remembered == noted
 
 
@@ -255,6 +258,29 @@ def test_the_tabs_are_told_whoever_removes_it(room: Room) -> None:
     env = {"REDIS_URL": room.server.url, "PULSE_RAILWAY_INTERNAL_TOKEN": "token"}
     answer = router.carry_out(["retire", "--deployment-id", "next"], env)
     assert (answer["ok"], answer["reloaded"]) == (True, 2)
+
+
+def test_there_is_a_way_back_for_a_while(room: Room) -> None:
+    """Before, on a quiet app the version before was gone in the next run, and `rollback` had
+    nowhere to go."""
+    room.sessions(0)
+    now = time.time()
+    for name, ago in (("oldest", 900), ("older", 500), ("last", 100)):
+        room.server.deployment(
+            name, room.backend.address, "draining", registered_at=1, drain_started_at=now - ago
+        )
+    all_of_them = [service(n) for n in ("oldest", "older", "last")]
+    report, deleted = room.run(*all_of_them, window=200, keep=2)
+    assert deleted == ["oldest"]
+    assert report.kept == {"older": "a way back", "last": "a way back"}
+    assert room.run(*all_of_them[1:], window=200)[1] == ["older"]
+    assert room.run(all_of_them[2], window=200)[1] == []
+    assert room.run(all_of_them[2], window=50)[1] == ["last"]
+    # the drain TTL goes first
+    room.server.deployment(
+        "last", room.backend.address, "draining", registered_at=1, drain_started_at=now - 100
+    )
+    assert room.run(all_of_them[2], ttl=60, window=200, keep=5)[1] == ["last"]
 
 
 def test_a_control_command_is_carried_out_once_and_in_time(room: Room) -> None:

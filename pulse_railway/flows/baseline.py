@@ -168,6 +168,8 @@ def desired(
     janitor_variables = {
         **shared,
         contract.DRAIN_TTL: str(wanted.drain_ttl),
+        contract.ROLLBACK_WINDOW: str(wanted.rollback_window),
+        contract.KEEP: str(wanted.keep),
         contract.ROUTER_SERVICE: names.router,
         contract.JANITOR_SERVICE: names.janitor,
     }
