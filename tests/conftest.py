@@ -248,8 +248,9 @@ class Project:
         self.stage = demo.Stage(railway.root, railway.process, self.env)
 
     def run(self, *arguments: str, cwd: Path = TINY, **env: str) -> Verb:
-        if arguments[0] in ("ensure", "scaffold"):  # what is drained may go at once
-            arguments = (*arguments, "--rollback-window-seconds", "0")
+        window = "--rollback-window-seconds"
+        if arguments[0] in ("ensure", "scaffold") and window not in arguments:
+            arguments = (*arguments, window, "0")  # what is drained may go at once
         return pulse_railway(*arguments, env={**self.env, **env}, cwd=cwd)
 
     def ok(self, *arguments: str, **env: str) -> Any:

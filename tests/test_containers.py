@@ -3,6 +3,7 @@ router, the janitor."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
@@ -98,7 +99,8 @@ def test_sigterm_at_once(tmp_path: Path) -> None:
         pid = first_process(running)
         time.sleep(pause)
         for _ in range(50):  # a first process without a handler does not even notice
-            os.kill(pid, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
             time.sleep(0.1)
             if running.poll() is not None:
                 break

@@ -7,6 +7,7 @@ is orphaned.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,15 +16,18 @@ from typing import Any
 import httpx
 import pytest
 
-from pulse_railway import config, options
+from pulse_railway import config, control, options, runtime_image
 from pulse_railway.errors import Failure
 from pulse_railway.flows import baseline, deploy, remove
 from pulse_railway.output import Output
 from pulse_railway.railway import api as api_module
 from pulse_railway.railway import tokens
 from pulse_railway.railway.api import Api
-from pulse_railway.stack import inspect
+from pulse_railway.railway.ssh import Outcome
+from pulse_railway.stack import Stack, inspect
 from tests.conftest import BASE, TINY, Project
+
+router: Any = runtime_image.load("router")
 
 DEPLOY_CALLS = [
     "projectToken",
@@ -57,10 +61,21 @@ class InProcess:
         monkeypatch.setattr(api_module, "FIRST_PAUSE", 0.02)
         monkeypatch.setattr(api_module, "TIMEOUT", httpx.Timeout(1.0))
         monkeypatch.setattr(time, "sleep", _quicker(time.sleep))
-        self.project = project
+        self.project, self.monkeypatch = project, monkeypatch
         way = config.Way("ssh", Path(project.env["PULSE_RAILWAY_SSH_KEY"]))
         self.target = config.Target(project.id, project.environment, way)
         self.names = config.Names()
+
+    def without_ssh(self) -> None:
+        """Control commands run in this process, on the project's real Redis: where it is not ssh
+        that is made to fail, its three processes a command only cost time."""
+        port = self.project.redis.connection_pool.connection_kwargs
+        env = {"REDIS_URL": f"redis://:{port['password']}@127.0.0.1:{port['port']}"}
+
+        def carry_out(_: Api, __: Stack, words: list[str]) -> Outcome:
+            return Outcome(json.dumps(router.carry_out(words, env)), "", False)
+
+        self.monkeypatch.setattr(control, "by_ssh", carry_out)
 
     def api(self) -> Api:
         return Api(tokens.find(None))
@@ -97,6 +112,8 @@ def test_a_deploy_that_fails_leaves_nothing(
     here: InProcess, capsys: pytest.CaptureFixture[str], call: str, kind: str
 ) -> None:
     project = here.project
+    if call != "ssh":
+        here.without_ssh()
     name = f"d-{DEPLOY_CALLS.index(call)}-{list(KINDS).index(kind)}"
     # the first query of a kind is the inspection, the first ssh asks whether the way is open
     project.faults({"match": call, **KINDS[kind], "nth": 2 if call == "ssh" else 1})
@@ -166,6 +183,8 @@ def test_a_promotion_whose_answer_is_lost(here: InProcess) -> None:
 @pytest.mark.parametrize("call", ["environment", "ssh", "serviceDelete"])
 @pytest.mark.parametrize("kind", ["502 always", "refused", "lost"])
 def test_a_delete_that_fails_can_be_run_again(here: InProcess, call: str, kind: str) -> None:
+    if call != "ssh":
+        here.without_ssh()
     name = f"x-{list(KINDS).index(kind)}-{call.lower()[:8]}"
     here.deploy(name, no_promote=True)
     here.project.faults({"match": call, **KINDS[kind]})

@@ -274,7 +274,7 @@ def test_17_invoke_with_a_configuration_file(project: Project, tmp_path: Path) -
         "ns = Collection.from_module(railway)\n"
     )
     (tmp_path / "p" / "invoke.yaml").write_text(
-        "pulse_railway:\n  app: main.py\n  drain-ttl-seconds: 120\n"
+        "pulse_railway:\n  app: main.py\n  drain-ttl-seconds: 120\n  rollback_window_seconds: 0\n"
     )
     token = project.env["RAILWAY_API_TOKEN"]
     (tmp_path / "p" / ".env").write_text(f"RAILWAY_API_TOKEN={token}\n")

@@ -82,7 +82,7 @@ def become(request: dict[str, object], fds: list[int]) -> None:
         os.chdir(str(request["cwd"]))
         sys.path[0] = os.getcwd()
         sys.argv = ["pulse-railway", *request["arguments"]]  # type: ignore[misc]
-        from pulse_railway.cli import main
+        from pulse_railway.__main__ import main
 
         try:
             main()
