@@ -146,6 +146,7 @@ def run(kind: str = "account", key: Path | None = None) -> ssh.Outcome:
         ("No SSH keys found in your SSH agent or ~/.ssh/", 1, "needs an SSH key", True),
         ("No registered SSH keys found. Register one with:", 1, "needs an SSH key", True),
         ("Host key verification failed.", 255, "ssh-keyscan ssh.railway.com", False),
+        ("error: unexpected argument '-i' found", 2, "run `railway upgrade`", False),
         ("usage: pulse-railway control [-h]", 2, "run `pulse-railway ensure`", False),
         ("sh: 1: pulse-railway: not found", 127, "run `pulse-railway ensure`", False),
         ("Unauthorized. Please login with `railway login`", 1, "Unauthorized", False),

@@ -40,6 +40,7 @@ UNKNOWN_HOST = (
     "ssh does not know Railway's relay yet: run `ssh-keyscan ssh.railway.com >> ~/.ssh/known_hosts`"
     " once, in CI as a step before the deploy"
 )
+OLD_CLI = "this `railway` takes no key (-i): run `railway upgrade`, or pass --control job"
 OTHER_VERSION = "the router runs another version of pulse-railway: run `pulse-railway ensure`"
 
 # How it fails for good, and what that means: the words are OpenSSH's and the CLI's own, which
@@ -49,6 +50,7 @@ CAUSES = (
     (re.compile(r"No registered SSH keys? found"), NO_KEY, True),
     (re.compile(r"No SSH keys? found"), NO_KEY, True),
     (re.compile(r"Host key verification failed"), UNKNOWN_HOST, False),
+    (re.compile(r"unexpected argument '-(i|-identity-file)'"), OLD_CLI, False),
     (re.compile(r"usage: pulse-railway control"), OTHER_VERSION, False),
     (re.compile(r"pulse-railway: (?:command )?not found"), OTHER_VERSION, False),
     (re.compile(r"(?i)\bunauthorized|not authorized|both RAILWAY_TOKEN and"), "", False),
