@@ -28,7 +28,7 @@ from pulse_railway.railway import program, ssh
 from pulse_railway.railway.api import Api
 from pulse_railway.railway.tokens import Token
 from pulse_railway.stack import Stack
-from tests.conftest import BASE, Project, order
+from tests.conftest import BASE, TINY, Project, order
 from tests.test_rude_ssh import BAD_DAY, FOREIGN
 
 # -- what the key must be ----------------------------------------------------------------------
@@ -371,6 +371,34 @@ def test_two_by_the_janitor_at_once(two: Project, ci: dict[str, str]) -> None:
     for done in runs:
         assert done.code == 0 or "another deploy ran" in done.error, done.err
     assert two.active in ("first", "second")
+
+
+def test_a_deploy_that_is_interrupted_cleans_up_by_the_janitor(
+    two: Project, ci: dict[str, str]
+) -> None:
+    """It knew of no janitor then, and left its service."""
+    before = two.active
+    slow = {"match": "deploymentInstanceExecutionCreate", "nth": 3, "delay": 3}
+    order(two.railway, clock=False, faults=[slow])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pulse_railway", "deploy", "main.py", "--deployment-id", "cut"],
+        cwd=TINY,
+        env={**two.env, **ci},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stderr
+    for line in process.stderr:
+        if line.strip().startswith("promote it"):
+            time.sleep(1)
+            process.send_signal(signal.SIGINT)
+            break
+    said = process.communicate(timeout=90)[1]
+    assert process.returncode == 130, said
+    order(two.railway, clock=False)
+    assert two.services == BASE | {"first", "second"}
+    assert two.active == before
 
 
 def test_a_command_that_nobody_waits_for_is_withdrawn(two: Project, ci: dict[str, str]) -> None:

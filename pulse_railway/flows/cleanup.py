@@ -36,6 +36,7 @@ class Progress:
     registered: bool = False  # the router may know of it
     promoted: bool = False
     railway_deployment: str | None = None
+    stack: Stack | None = None  # as it was inspected
 
 
 def clean_up(
@@ -64,7 +65,7 @@ def clean_up(
         return
     try:
         with output.step(f"remove {progress.service_name}"):
-            undo(api, Stack(target, wanted.app.names, {}), progress)
+            undo(api, progress.stack or Stack(target, wanted.app.names, {}), progress)
     except (Failure, Interrupted) as why:
         if isinstance(why, Refused) and why.reason == "active":  # it ran, its answer was lost
             progress.promoted = True

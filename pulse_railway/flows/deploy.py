@@ -224,6 +224,7 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
             with step(output, progress, "inspect the baseline"):
                 stack = inspect(api, target, plan.app.names)
                 require_baseline(stack)
+                progress.stack = stack
                 check_secret(plan, stack)
                 plan = free_name(plan, stack)
                 progress.deployment_id, progress.service_name = (
