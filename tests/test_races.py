@@ -53,7 +53,12 @@ def test_the_same_name_twice_at_once(base: Project) -> None:
 
 def test_a_deploy_during_ensure_and_the_janitor_during_both(base: Project) -> None:
     runs = [
-        start(base, "ensure", "main.py", "--drain-ttl-seconds", "999"),
+        start(
+            base,
+            "ensure",
+            "main.py",
+            *"--rollback-window-seconds 0 --drain-ttl-seconds 999".split(),
+        ),
         start(base, "deploy", "main.py", "--deployment-id", "during"),
     ]
     for _ in range(3):

@@ -337,7 +337,7 @@ def rude(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(program, "need_railway", lambda _: None)
 
 
-EXAMPLES = int(os.environ.get("PULSE_EXAMPLES") or 150)
+EXAMPLES = int(os.environ.get("PULSE_EXAMPLES") or 100)
 
 
 @given(
