@@ -14,7 +14,6 @@ import pytest
 from tests.conftest import BASE, TINY, Project
 from tests.net import eventually
 
-
 STEPS = ["inspect the baseline", "create the service", "build and start", "register", "promote it"]
 
 
