@@ -84,7 +84,7 @@ def measure(
         subprocess.run(
             [*command, *arguments, *target],
             cwd=app,
-            env=stage.env,
+            env={**stage.env, "HOME": peer.home_with_key(stage.root)},
             check=True,
             capture_output=True,
             timeout=300,

@@ -35,6 +35,17 @@ def command() -> list[str]:
     return [str(python()), str(launcher)]
 
 
+def home_with_key(railway: Path) -> str:
+    """A home folder with the SSH key that a local Railway knows: 0.3.13 leaves finding one to
+    `railway ssh`."""
+    home = railway / "home"
+    if not home.exists():
+        (home / ".ssh").mkdir(parents=True)
+        for path in (railway / "ssh").glob("id_ed25519*"):
+            shutil.copy(path, home / ".ssh")
+    return str(home)
+
+
 def provide_images(railway: Path) -> None:
     """Give a local Railway the published runtime images, which cannot be pulled here: their
     package, run with the start commands that 0.3.13 sets."""

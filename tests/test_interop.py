@@ -7,7 +7,6 @@ it redeploys in the stack that is ours then.
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -22,23 +21,13 @@ def old(project: Project, *arguments: str, cwd: Path = TINY) -> Any:
     done = subprocess.run(
         [*peer.command(), *arguments],
         cwd=cwd,
-        env={**project.env, "HOME": home_with_key(project)},
+        env={**project.env, "HOME": peer.home_with_key(project.railway.root)},
         capture_output=True,
         text=True,
         timeout=200,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout)
-
-
-def home_with_key(project: Project) -> str:
-    """It leaves finding a key to `railway ssh`."""
-    home = project.railway.root / "home"
-    if not home.exists():
-        (home / ".ssh").mkdir(parents=True)
-        for path in (project.railway.root / "ssh").glob("id_ed25519*"):
-            shutil.copy(path, home / ".ssh")
-    return str(home)
 
 
 def test_a_stack_of_0_3_13_is_taken_over(project: Project, tmp_path: Path) -> None:
