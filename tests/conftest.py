@@ -27,6 +27,20 @@ from tests.zygote import Zygote
 ROOT = Path(__file__).parent.parent
 
 
+SLOW = {"test_story", "test_interop", "test_browser", "test_local", "test_runtime_image"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow files first, which are those on a local Railway: the quick ones fill what is left
+    at the end, and no process is alone with a long one."""
+    items.sort(key=lambda item: not on_a_railway(item.path))
+
+
+@functools.cache
+def on_a_railway(path: Path) -> bool:
+    return path.stem in SLOW or "Project" in path.read_text()
+
+
 class Process:
     """A server under test: started, waited for, ended by its process id."""
 
