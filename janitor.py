@@ -289,11 +289,17 @@ def check(state: router.State, services: list[Service]) -> None:
         )
 
 
-def sweep(store: router.RedisStore, railway: Railway, token: str, limits: Limits) -> Report:
-    """One run. Raises Refused, and whatever Railway or Redis raise."""
+def sweep(
+    store: router.RedisStore,
+    railway: Railway,
+    state: router.State,
+    seen: Seen,
+    token: str,
+    limits: Limits,
+) -> Report:
+    """One run on what was read: `state` first, then what stands on Railway. Raises Refused, and
+    whatever Railway or Redis raise."""
     report = Report()
-    state = store.read()
-    seen = railway.inspect()
     if seen.backends and not state.get(":active"):
         report.restored = restore(store, seen)
         return report  # what it means for the others, the next run sees
@@ -301,13 +307,14 @@ def sweep(store: router.RedisStore, railway: Railway, token: str, limits: Limits
     by_id = {service.deployment: service for service in seen.backends}
     known = {record["deployment_id"]: record for record in router.records(state)}
     ways_back = limits.ways_back(list(known.values()))
+    routers = store.routers()  # goes through all keys of Redis: once a run
     for name, record in known.items():
         stray = record.get("state") == "active" and name != state.get(":active")
         if stray:  # of 0.3.x, which could be cut off between two writes
             store.apply(functools.partial(router.drain, deployment_id=name, judged=record))
             report.kept[name] = "was active beside the active one, drains from now on"
             continue
-        verdict = judge(record, by_id.get(name), store.routers(), token, limits.drain_ttl)
+        verdict = judge(record, by_id.get(name), routers, token, limits.drain_ttl)
         if verdict == "drained" and name in ways_back and not record.get("retiring_at"):
             verdict = "keep: a way back"
         if verdict.startswith("keep"):
@@ -424,14 +431,6 @@ def judge(
     return f"keep: {under_way} requests under way" if under_way else "drained"
 
 
-def reload_tabs(record: router.Record, token: str) -> None:
-    """Tell the tabs that are still open to reload, and give them a moment to do it."""
-    with contextlib.suppress(OSError, ValueError):
-        answer = router.ask_backend(record, router.RELOAD_PATH, token, method="POST")
-        if answer.get("reloaded_socket_count"):
-            time.sleep(RELOAD_GRACE_SECONDS)
-
-
 def remove(
     store: router.RedisStore,
     railway: Railway,
@@ -450,8 +449,8 @@ def remove(
         report.kept[name] = str(error)
         return False
     if service:
-        if judged:
-            reload_tabs(judged, token)
+        if judged and router.reload_tabs(judged, token):
+            time.sleep(RELOAD_GRACE_SECONDS)
         railway.delete(service)
     store.apply(lambda state: router.delete(state, name))
     return True
@@ -504,16 +503,17 @@ def main(argv: list[str]) -> int:
     )
     railway = Railway(env)
     try:
-        seen = railway.inspect()
-        if seen.janitor_id and (answer := answer_to(seen, env)):
-            railway.remember(seen.janitor_id, CONTROL_ANSWER, json.dumps(answer))
-            print(json.dumps({"carried_out": answer.get("command"), "ok": answer["ok"]}))
-            return 0
         with lock(store) as held:
+            state = store.read()
+            seen = railway.inspect()
+            if seen.janitor_id and (answer := answer_to(seen, env)):  # whoever holds the lock
+                railway.remember(seen.janitor_id, CONTROL_ANSWER, json.dumps(answer))
+                print(json.dumps({"carried_out": answer.get("command"), "ok": answer["ok"]}))
+                return 0
             if not held:
                 print(json.dumps({"skipped": "another run holds the lock"}))
                 return 0
-            report = sweep(store, railway, token, limits)
+            report = sweep(store, railway, state, seen, token, limits)
     except (Refused, router.StateError, RuntimeError) as error:
         print(f"refused: {error}", file=sys.stderr)
         return 1

@@ -696,9 +696,8 @@ class Table:
         self.asked: set[str] = set()  # ids that the next load should look for
         self.asked_at = 0.0
         self.raw: State = {}
-        self.had: dict[
-            bytes, tuple[str, float]
-        ] = {}  # path -> who had it, and until when we say so
+        # path -> who had it, and until when we say so
+        self.had: dict[bytes, tuple[str, float]] = {}
 
     @property
     def ready(self) -> bool:
@@ -2483,12 +2482,10 @@ def change_state(store: Store, args: argparse.Namespace) -> None:
         time.sleep(0.25)
 
 
-def reload_tabs(store: Store, deployment_id: str, env: dict[str, str]) -> int:
+def reload_tabs(record: Record, token: str) -> int:
     """Tell the tabs of a deployment that is about to be deleted to reload: how many were told."""
-    record = _record(store.read(), deployment_id)
-    token = env.get("PULSE_RAILWAY_INTERNAL_TOKEN", "")
     with contextlib.suppress(OSError, ValueError, TypeError):
-        answer = ask_backend(record, RELOAD_PATH, token, method="POST") if record else {}
+        answer = ask_backend(record, RELOAD_PATH, token, method="POST")
         return int(answer.get("reloaded_socket_count") or 0)
     return 0
 
@@ -2499,19 +2496,19 @@ def carry_out(argv: list[str], env: dict[str, str]) -> Record:
     whether the command ran. Raises SystemExit for arguments that it does not know."""
     args = control_parser().parse_args(argv)
     args.intent = args.intent or env.get(INTENT_VARIABLE)
+    token = env.get("PULSE_RAILWAY_INTERNAL_TOKEN", "")
     answer: Record = {}
     try:
         store = store_from_env(env)
         if args.command == "active":
             answer = {"ok": True, "deployment_id": store.read().get(":active")}
         elif args.command == "status":
-            token = env.get("PULSE_RAILWAY_INTERNAL_TOKEN", "")
             answer = {"ok": True, **status(store, token, args.intent)}
         else:
             change_state(store, args)
             answer = {"ok": True}
-            if args.command == "retire":
-                answer["reloaded"] = reload_tabs(store, args.deployment_id, env)
+            if args.command == "retire" and (record := _record(store.read(), args.deployment_id)):
+                answer["reloaded"] = reload_tabs(record, token)
     except StateError as error:
         answer = {"ok": False, "error": str(error), "reason": error.reason}
     except (redis.RedisError, sqlite3.Error, OSError) as error:

@@ -18,7 +18,7 @@ import pytest
 
 from pulse_railway import contract, serve
 from tests.conftest import ROOT, Redis, free_port
-from tests.net import Backend, Connection, ask, eventually, header, ok
+from tests.net import Backend, Connection, ask, eventually
 
 PYTHON = str(Path(sys.executable))
 APP = """
@@ -242,16 +242,9 @@ def test_orphans_are_no_workers(redis_server: Redis) -> None:
 
 
 def test_a_janitor_that_is_stopped_gives_its_lock_back(redis_server: Redis) -> None:
-    nothing = b'{"data": {"environment": {"serviceInstances": {"edges": []}}}}'
-    calls: list[bytes] = []
-
     def railway(c: Connection) -> None:
-        while head := c.head():
-            c.read(int(header(head, "content-length") or 0))
-            calls.append(head)
-            if len(calls) > 1:
-                time.sleep(30)
-            c.send(ok(nothing, "content-type: application/json"))
+        c.head()
+        time.sleep(30)
 
     with Backend(handle=railway) as api:
         ids = dict.fromkeys(("PROJECT_ID", "ENVIRONMENT_ID", "TOKEN", "SERVICE_ID"), "x")

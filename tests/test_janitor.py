@@ -45,6 +45,10 @@ def service(name: str, age: float = 7200) -> Any:
     return janitor.Service(f"id-{name}", name, name, age)
 
 
+def sweep(store: Any, railway: Railway, limits: Any) -> Any:
+    return janitor.sweep(store, railway, store.read(), railway.inspect(), "token", limits)
+
+
 class Room:
     """A Redis with an active deployment, and one backend that answers for all."""
 
@@ -65,7 +69,7 @@ class Room:
     ) -> tuple[Any, list[str]]:
         railway = Railway(service("active"), *services)
         limits = janitor.Limits(ttl, window, keep)
-        return janitor.sweep(self.store, railway, "token", limits), railway.deleted
+        return sweep(self.store, railway, limits), railway.deleted
 
 
 @pytest.fixture
@@ -134,10 +138,10 @@ def test_contradictions_delete_nothing(room: Room) -> None:
     twice = [service("twin"), janitor.Service("other", "twin-2", "twin", 7200)]
     railway = Railway(service("active"), *twice)
     with pytest.raises(janitor.Refused, match="on two services"):
-        janitor.sweep(room.store, railway, "token", janitor.Limits(0))
+        sweep(room.store, railway, janitor.Limits(0))
     railway = Railway(service("other"))
     with pytest.raises(janitor.Refused, match="has no service"):
-        janitor.sweep(room.store, railway, "token", janitor.Limits(0))
+        sweep(room.store, railway, janitor.Limits(0))
     assert railway.deleted == []
 
 
@@ -148,9 +152,9 @@ def test_lost_state_is_restored_from_railway(room: Room, monkeypatch: pytest.Mon
     for intent in (None, "gone"):  # what nobody knows is not guessed
         railway = Railway(service("active"), service("rolled-back", 60), intent=intent)
         with pytest.raises(janitor.Refused, match=r"none is active.*--deployment-id"):
-            janitor.sweep(room.store, railway, "token", janitor.Limits(0))
+            sweep(room.store, railway, janitor.Limits(0))
     railway = Railway(service("active"), service("rolled-back", 60), intent="active")
-    assert janitor.sweep(room.store, railway, "token", janitor.Limits(0)).restored == "active"
+    assert sweep(room.store, railway, janitor.Limits(0)).restored == "active"
     assert railway.deleted == []
     assert room.server.client.get("pulse:railway:active") == "active"
     record = room.record("rolled-back")
@@ -161,7 +165,7 @@ def test_lost_state_is_restored_from_railway(room: Room, monkeypatch: pytest.Mon
 def test_the_active_deployment_is_noted_on_railway(room: Room) -> None:
     for intent, noted in ((None, ["active"]), ("before", ["active"]), ("active", [])):
         railway = Railway(service("active"), intent=intent)
-        janitor.sweep(room.store, railway, "token", janitor.Limits(60))
+        sweep(room.store, railway, janitor.Limits(60))
         assert railway.remembered == noted
 
 
