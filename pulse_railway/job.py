@@ -20,7 +20,7 @@ from pulse_railway.railway import documents
 from pulse_railway.railway.api import Api, ApiError
 from pulse_railway.railway.ssh import Outcome
 from pulse_railway.services import write_variables
-from pulse_railway.stack import Service, Stack
+from pulse_railway.stack import Service, Stack, read_variables
 
 POLL = 1.0  # seconds, growing to
 LONGEST_POLL = 5.0
@@ -77,13 +77,8 @@ def _ask(api: Api, stack: Stack, janitor: Service, words: list[str], nonce: str)
 
 
 def _variables(api: Api, stack: Stack, janitor: Service) -> dict[str, str]:
-    found = api.call(
-        documents.variables_of(1),
-        project=stack.target.project_id,
-        environment=stack.target.environment_id,
-        s0=janitor.id,
-    )["v0"]
-    return dict(found)
+    read_variables(api, Stack(stack.target, stack.names, {janitor.name: janitor}))
+    return janitor.variables
 
 
 def _nonce(text: str) -> str | None:

@@ -12,6 +12,7 @@ import http.client
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -211,7 +212,7 @@ def ssh(args: argparse.Namespace) -> int:
         command.append("-t" if sys.stdin.isatty() and sys.stdout.isatty() else "-T")
     command.append(f"{found['id']}@127.0.0.1")
     # one word goes to the shell as it is, several are quoted word by word
-    command += args.command if len(args.command) == 1 else map(_quote, args.command)
+    command += args.command if len(args.command) == 1 else map(shlex.quote, args.command)
     return subprocess.run(command).returncode
 
 
@@ -243,12 +244,6 @@ def _agent() -> list[str]:
     except (OSError, subprocess.TimeoutExpired):
         return []
     return done.stdout.splitlines() if done.returncode == 0 else []
-
-
-def _quote(word: str) -> str:
-    import shlex
-
-    return shlex.quote(word)
 
 
 def main(argv: list[str]) -> int:

@@ -76,10 +76,9 @@ class Relay:
             process.channel.get_connection().abort()
             return
         if fault and fault.ends:
-            failed = fault.says or fault.error or fault.status
             said = fault.says or fault.error or (f"status {fault.status}" if fault.status else "")
             out, err = fault.prints.encode(), f"{said}\n".encode() if said else b""
-            code = fault.exit if fault.exit is not None else 255 if failed else 0
+            code = fault.exit if fault.exit is not None else 255 if said else 0
         process.stdout.write(out)
         process.stderr.write(err)
         process.exit(code)

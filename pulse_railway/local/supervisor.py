@@ -132,14 +132,12 @@ class Supervisor:
         self.logs.mkdir(parents=True, exist_ok=True)
         self.crash_at: str | None = None  # a status at which the next deployment fails
         self.build_seconds = 0.0
-        self.react_delay = (
-            ""  # seconds until the placeholder for React's server listens, or `never`
-        )
         self.clock = True  # does the cron run?
         self.cron_running: dict[str, Running] = {}
         self.started: Counter[str] = Counter()  # process starts per service id
         self.closing = False
         # what is ordered by POST /local/faults
+        self.react_delay = ""  # seconds until the placeholder for React listens, or `never`
         self.ipv6_only = False  # the private network's names, as in environments before 2025-10
         self.name_delay = 0.0  # seconds from a start until its private name resolves
         self.old_gets_requests = False  # during the overlap

@@ -46,6 +46,11 @@ class Token:
     source: Source
     expires: float | None = None  # seconds since 1970, of a login
 
+    @property
+    def lasts(self) -> bool:
+        """May it be used as it is, or is it a login that is about to expire?"""
+        return self.expires is None or time.time() < self.expires - EXPIRY_MARGIN
+
     def __repr__(self) -> str:
         return f"Token(from {self.source})"
 
@@ -76,9 +81,7 @@ def find(flag: str | None) -> Token:
 
 def fresh(token: Token) -> Token:
     """The token as it is to be used now: a login that is about to expire is refreshed."""
-    if token.expires is None or time.time() < token.expires - EXPIRY_MARGIN:
-        return token
-    return login() or token
+    return token if token.lasts else login() or token
 
 
 def login_file() -> Path:
@@ -117,11 +120,11 @@ def login() -> Token | None:
     """
     path = login_file()
     _, token = read_login(path)
-    if token is None or token.expires is None or time.time() < token.expires - EXPIRY_MARGIN:
+    if token is None or token.lasts:
         return token
     with locked(path.with_suffix(".lock")):
         config, token = read_login(path)
-        if token is None or token.expires is None or time.time() < token.expires - EXPIRY_MARGIN:
+        if token is None or token.lasts:
             return token  # another process has done it
         return refresh(path, config, token)
 
