@@ -16,16 +16,17 @@
                                          register, promote, retire, delete, restore
     python router.py janitor run         the same as `python janitor.py`
 
-How a request travels: uvicorn accepts the connection, and `Client` parses and polices the request
-head. `Router` picks a deployment out of the in-memory `Table`, and `forward` lets an `Exchange`
-copy the answer from a pooled `Upstream` connection to the client's, in the callbacks of the two.
-A WebSocket handshake goes the same way; once the backend has answered 101, `join` makes the two
-connections a tunnel of bytes. Starlette has the rest: `/healthz`, life span, the router's answers.
+How a request travels: `Client` parses and polices its head; `route` picks a deployment out of the
+in-memory `Table`; an `Exchange` copies the answer from a pooled `Upstream` connection to the
+client's, in the callbacks of the two, without a task. Where something has to be waited for, a
+connection or a deployment nobody knows yet, `handle` is the task that does. A WebSocket handshake
+goes the same way; once the backend has answered 101, `join` makes the two connections a tunnel of
+bytes. uvicorn has the server, its life span and its signals, Starlette the router's own answers.
 
 The file needs nothing but itself and the libraries named above, so that its image, `uv run` and a
 laptop run the same. It is long because it is two programs that share the routing state, the proxy
 and the control commands, and because ASGI's events cannot carry what a proxy must keep (header
-case, reason phrases, 1xx, framing, a connection broken off), so it writes HTTP/1.1 by itself.
+case, reason phrases, 1xx, framing, a connection broken off), so it speaks HTTP/1.1 by itself.
 From top to bottom: names and limits; routing state and stores; table; counters; backend's side;
 client's side; one request and its answer; tunnels; which deployment; serving; control commands.
 """
@@ -44,6 +45,7 @@ import collections
 import concurrent.futures
 import contextlib
 import functools
+import http
 import ipaddress
 import json
 import logging
@@ -57,7 +59,7 @@ import sys
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
@@ -68,12 +70,8 @@ import redis.backoff
 import redis.retry
 import uvicorn
 from starlette.applications import Starlette
-from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 
 def seconds(variable: str, default: float, env: Mapping[str, str] = os.environ) -> float:
@@ -117,6 +115,7 @@ PIPELINE_LIMIT = 64  # requests on one connection that wait for the answers befo
 ANSWER_HEAD_LIMIT = 256 * 1024  # of a backend
 WRITE_STALL_TIMEOUT = 300.0  # a client takes the next piece of its answer within this
 HEAD_TIMEOUT = 30.0  # a client sends its request head within this
+BODY_AHEAD = 64 * 1024  # of a body is read before the backend has taken what came before it
 BODY_STALL_TIMEOUT = 60.0  # ... and the next piece of its body within this
 KEEP_ALIVE = 75.0  # idle client connections; longer than the edge's 60 s, so the edge closes first
 HALF_CLOSED = seconds("PULSE_RAILWAY_ROUTER_HALF_CLOSED_SECONDS", 60)
@@ -896,11 +895,11 @@ class Upstream(asyncio.Protocol):
                 self.deployment.idle.remove(self)
 
     def pause_writing(self) -> None:
-        if self.exchange:
+        if self.exchange and self.exchange.writable:
             self.exchange.writable.clear()
 
     def resume_writing(self) -> None:
-        if self.exchange:
+        if self.exchange and self.exchange.writable:
             self.exchange.writable.set()
 
 
@@ -1108,13 +1107,16 @@ HOP_BY_HOP = frozenset(
 NOT_NAMED_AWAY = frozenset((b"content-length", b"host"))
 
 
-REASONS = {
-    400: "Bad Request",
-    408: "Request Timeout",
-    431: "Request Header Fields Too Large",
-    503: "Service Unavailable",
-    505: "HTTP Version Not Supported",
-}
+# ... of a request: what police() looks at
+POLICED = frozenset((b"host", b"content-length", b"transfer-encoding", b"expect"))
+
+
+def reason(status: int) -> bytes:
+    return http.HTTPStatus(status).phrase.encode()
+
+
+def plain(status: int, detail: str = "") -> Response:
+    return JSONResponse({"detail": detail or http.HTTPStatus(status).phrase.lower()}, status)
 
 
 class BadRequest(Exception):
@@ -1125,27 +1127,66 @@ class BadRequest(Exception):
         self.status = status
 
 
-@dataclass(slots=True)
 class Incoming:
     """One request. Several can be on a connection at once: the head of a pipelined one is
     parsed while the one before it is being answered."""
 
-    client: Client
-    scope: Scope
-    cycle: RequestResponseCycle
-    url: bytes  # the request target as it was sent
-    names: list[bytes]  # header names as they were written
-    handshake: bool  # of a WebSocket
+    more_body = True  # is some of it still to come?
+    gone = False  # so is its client, or its body cannot be read
+    begun = False  # its answer is
+    answered = False
+
+    def __init__(self, client: Client, method: bytes, version: str, keep_alive: bool) -> None:
+        self.client = client
+        self.method = method
+        self.version = version
+        self.keep_alive = keep_alive
+        self.url = client.url  # the request target as it was sent
+        self.fields = client.fields
+        self.handshake = client.handshake  # of a WebSocket
+        self.expects_continue = client.expects_continue
+        self.body = bytearray()  # what has come of it and has not been taken
+        self.arrived = asyncio.Event()  # set when more comes, and at every end
+        path, _, query = self.url.partition(b"?")
+        if not path.startswith(b"/") or b"#" in self.url:
+            # absolute-form (RFC 9112 section 3.2.2), `*`, or a fragment, which says nothing here
+            parsed = httptools.parse_url(self.url)
+            path, query = parsed.path or b"/", parsed.query or b""
+        self.path, self.query = path, query
+
+    async def read(self) -> bytes:
+        """The next piece of the body; nothing at its end, and where nobody waits for an answer."""
+        client = self.client
+        if self.expects_continue and not client.transport.is_closing():
+            self.expects_continue = False
+            client.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        while self.more_body and not (self.body or self.gone or self.answered):
+            client.resume_reading()
+            self.arrived.clear()
+            await self.arrived.wait()
+        if self.gone or self.answered:
+            return b""
+        piece, self.body = bytes(self.body), bytearray()
+        return piece
 
 
-class Client(HttpToolsProtocol):
-    """uvicorn's HTTP/1.1 protocol, stricter about what comes in and told of what goes out."""
+class Client(asyncio.Protocol):
+    """A client's connection: its requests are parsed, policed, and answered one after the other.
+
+    uvicorn's server makes it, counts it among its `connections`, and calls `shutdown`. Nothing of
+    ASGI is between here and a backend: its cycle and task were a third of a small request's cost.
+    """
 
     instances: ClassVar[set[Client]] = set()  # all open ones, for the sweep
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self.names: list[bytes] = []  # header names as they were written
+    def __init__(self, config: uvicorn.Config, server_state: Any, **_: Any) -> None:
+        self.config = config
+        self.connections, self.tasks = server_state.connections, server_state.tasks
+        self.loop = asyncio.get_running_loop()
+        self.parser: Any = self.new_parser()  # None: nothing more is read
+        self.arriving: Incoming | None = None  # the request that is read now, or was last
+        self.waiting: collections.deque[Incoming] = collections.deque()  # not begun yet
+        self.request: Incoming | None = None  # being answered, or the last that was
         self.exchange: Exchange | None = None
         self.handshake = False
         self.early = b""  # what a client sent behind its handshake
@@ -1157,17 +1198,43 @@ class Client(HttpToolsProtocol):
         self.chunks = self.body_bytes = 0  # of it, in the last read
         self.lingering = False
         self.lingers_since = 0.0
+        self.reading_paused = False
+        self.stalled_since = 0.0  # when it stopped taking its answer, if it has
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        peer = transport.get_extra_info("peername")
+        self.peer = str(peer[0]).encode() if peer else b""
         self.touched = self.loop.time()  # when the client last sent, or was last answered
-        self.stalled_since = 0.0  # when it stopped reading, if it has
+        self.connections.add(self)
         Client.instances.add(self)
         if (open_now := len(Client.instances) + len(TunnelEnd.open)) > CONNECTIONS.limit:
             self.turn_away(open_now)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
+        self.connections.discard(self)
         Client.instances.discard(self)
+        self.parser = None
+        self.waiting.clear()
+        for incoming in (self.request, self.arriving):
+            if incoming:
+                incoming.gone = True
+                incoming.arrived.set()
         if self.exchange:
             self.exchange.client_lost()
+
+    @property
+    def busy(self) -> bool:
+        """Is a request being answered?"""
+        return self.request is not None and not self.request.answered
+
+    def new_parser(self) -> Any:
+        parser = httptools.HttpRequestParser(self)
+        # or it fails at what follows a request that asks for `connection: close`
+        parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        return parser
+
+    # -- reading -------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
         self.touched = self.loop.time()
@@ -1186,11 +1253,11 @@ class Client(HttpToolsProtocol):
         except httptools.HttpParserUpgrade as upgrade:
             rest = data[upgrade.args[0] :]
             if self.handshake:
-                self.parser = None  # type: ignore[assignment]
+                self.parser = None
                 self.early = rest
             else:
                 head = self.head_without_upgrade()
-                self.parser = httptools.HttpRequestParser(self)
+                self.parser = self.new_parser()
                 self.data_received(head + rest)
         except httptools.HttpParserError as error:
             cause = error.__context__
@@ -1200,41 +1267,47 @@ class Client(HttpToolsProtocol):
         else:
             if self.in_head and self.head_size > HEAD_LIMIT:
                 self.refuse(431)
+        if self.waiting and not self.busy:
+            self.begin()
+
+    def begin(self) -> None:
+        """Send the next request that waits on its way: with as much of its body as has come."""
+        self.request = self.waiting.popleft()
+        self.route(self.request)
+
+    def route(self, incoming: Incoming) -> None:
+        route(incoming)
 
     def refuse(self, status: int) -> None:
         """Answer a head that cannot be parsed, and hang up."""
-        self.parser = None  # type: ignore[assignment]
-        cycle = self.cycle
-        if cycle and not cycle.response_complete:
-            if cycle.more_body:  # it is the body of this one that is bad
-                self.break_off(cycle, status)
+        self.parser = None
+        arriving = self.arriving
+        if arriving and not arriving.answered:
+            if arriving.more_body:  # it is the body of this one that is bad
+                self.break_off(arriving, status)
             else:
-                cycle.keep_alive = False  # the answers before it come first
-                self.flow.pause_reading()
+                arriving.keep_alive = False  # the answers before it come first
+                self.pause_reading()
             return
         METRICS.requests += 1
-        self.answer_plainly(status, REASONS[status].lower())
+        self.say(plain(status))
         self.transport.close()
 
-    def break_off(self, cycle: RequestResponseCycle, status: int) -> None:
+    def break_off(self, arriving: Incoming, status: int) -> None:
         """End a request whose body cannot be read on: the backend must not take what it has for
         the whole of it."""
-        cycle.disconnected = True
-        cycle.message_event.set()
-        if self.exchange and self.exchange.cycle is cycle:
+        arriving.gone = True
+        arriving.arrived.set()
+        alone = arriving is self.request or (not self.busy and self.waiting[0] is arriving)
+        begun = arriving.begun or self.exchange is not None
+        if self.exchange and self.exchange.incoming is arriving:
             self.exchange.client_lost()
-        if cycle.response_started or self.pipeline or self.exchange:
+        self.waiting.clear()
+        if begun or not alone:
             self.transport.close()
         else:
-            self.answer_plainly(status, REASONS[status].lower())
+            self.say(plain(status))
             self.linger()
-
-    def answer_plainly(self, status: int, detail: str) -> None:
-        body = json.dumps({"detail": detail})
-        self.transport.write(
-            f"HTTP/1.1 {status} {REASONS[status]}\r\ncontent-type: application/json\r\n"
-            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n{body}".encode()
-        )
 
     def turn_away(self, open_now: int) -> None:
         """Near the limit of descriptors, newcomers are told so; those who are there go on. Each
@@ -1243,8 +1316,8 @@ class Client(HttpToolsProtocol):
         if open_now > CONNECTIONS.limit * 1.05 + 16:  # no descriptors for politeness either
             self.transport.abort()
             return
-        self.parser = None  # type: ignore[assignment]
-        self.answer_plainly(503, "too many connections")
+        self.parser = None
+        self.say(plain(503, "too many connections"))
         self.linger()
 
     def check_framing(self, received: int) -> None:
@@ -1255,13 +1328,16 @@ class Client(HttpToolsProtocol):
         if self.framing > FRAMING_LIMIT:
             raise BadRequest("too much around the body", 431)
 
-    def on_chunk_header(self) -> None:
-        self.chunks += 1
+    # called by the parser
 
     def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self.names = []
+        self.url = b""
+        self.fields: list[tuple[bytes, bytes, bytes]] = []  # name as written, in lower case, value
+        self.expects_continue = False
         self.in_head = True
+
+    def on_url(self, url: bytes) -> None:
+        self.url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self.in_head:
@@ -1271,13 +1347,12 @@ class Client(HttpToolsProtocol):
             if self.framing > FRAMING_LIMIT:
                 raise BadRequest("trailers too large", 431)
             return
-        self.names.append(name)
-        if len(self.names) > HEADER_COUNT_LIMIT:
+        self.fields.append((name, name.lower(), value))
+        if len(self.fields) > HEADER_COUNT_LIMIT:
             raise BadRequest("too many headers", 431)
-        name = name.lower()
-        if name == b"expect" and value.lower() == b"100-continue":
-            self.expect_100_continue = True
-        self.headers.append((name, value))
+
+    def on_chunk_header(self) -> None:
+        self.chunks += 1
 
     def on_headers_complete(self) -> None:
         self.in_head = False
@@ -1285,35 +1360,40 @@ class Client(HttpToolsProtocol):
             raise BadRequest("head too large", 431)
         self.head_size = self.framing = 0
         self.head_in_read = True
-        self.police()
-        if len(self.pipeline) >= PIPELINE_LIMIT:
+        parser = self.parser
+        method, version = parser.get_method(), parser.get_http_version()
+        self.police(method, version)
+        if len(self.waiting) >= PIPELINE_LIMIT:
             raise BadRequest("too many requests at once")
-        if self.parser.should_upgrade():
+        behind = self.busy or bool(self.waiting)
+        if parser.should_upgrade():
             if not self.is_handshake():
                 return  # it comes again, as a plain request
-            if self.cycle and not self.cycle.response_complete:
+            if behind:
                 raise BadRequest("a handshake behind a request")
             self.handshake = True
-        super().on_headers_complete()
-        scope = cast(Scope, self.scope)
-        incoming = Incoming(self, scope, self.cycle, self.url, self.names, self.handshake)
-        scope["extensions"] = {"pulse": incoming}
-        if self.handshake:
-            self.cycle.keep_alive = False
-            self.flow.pause_reading()  # what comes now is the tunnel's
+        keep_alive = version != "1.0" and not self.handshake and parser.should_keep_alive()
+        self.arriving = Incoming(self, method, version, keep_alive)
+        self.waiting.append(self.arriving)
+        if behind or self.handshake:
+            self.pause_reading()  # what comes behind a handshake is the tunnel's
 
     def head_bytes(self) -> int:
-        return len(self.url) + sum(len(n) + len(v) + 4 for n, v in self.headers)
+        return len(self.url) + sum(len(name) + len(value) + 4 for name, _, value in self.fields)
 
-    def police(self) -> None:
+    def police(self, method: bytes, version: str) -> None:
         """Refuse what request smugglers use (RFC 9112 sections 3.2, 5 and 6.3).
 
         llhttp has already refused bare CR and LF, bad names, and chunked not being last.
         """
         lengths = hosts = 0
         coding: bytes | None = None
-        for name, value in self.headers:
-            if name == b"content-length":
+        for _, name, value in self.fields:
+            if name not in POLICED:
+                continue
+            if name == b"host":
+                hosts += 1
+            elif name == b"content-length":
                 lengths += 1
                 if not value.isdigit():
                     raise BadRequest("content-length is not a number")
@@ -1321,14 +1401,13 @@ class Client(HttpToolsProtocol):
                 if coding is not None or value.lower() != b"chunked":
                     raise BadRequest("only one transfer coding, chunked, is understood")
                 coding = value
-            elif name == b"host":
-                hosts += 1
+            elif value.lower() == b"100-continue":
+                self.expects_continue = True
         if lengths > 1 or (lengths and coding is not None):
             raise BadRequest("conflicting message lengths")
-        if self.parser.get_method() == b"CONNECT":
+        if method == b"CONNECT":
             raise BadRequest("this is no forward proxy")
         self.chunked = coding is not None
-        version = self.parser.get_http_version()
         if version not in ("1.0", "1.1"):  # the parser takes HTTP/0.9 and HTTP/2.0 for it too
             raise BadRequest("HTTP/1.0 or HTTP/1.1, please", 505)
         if hosts > 1 or (hosts == 0 and version == "1.1"):
@@ -1341,7 +1420,7 @@ class Client(HttpToolsProtocol):
         (RFC 9110 section 7.8), but the parser would not read the body."""
         version = self.parser.get_http_version().encode()
         head = [b"%b %b HTTP/%b\r\n" % (self.parser.get_method(), self.url, version)]
-        for name, (lower, value) in zip(self.names, self.headers, strict=True):
+        for name, lower, value in self.fields:
             if lower != b"upgrade":
                 head.append(name + b": " + value + b"\r\n")
         return b"".join([*head, b"\r\n"])
@@ -1349,54 +1428,107 @@ class Client(HttpToolsProtocol):
     def is_handshake(self) -> bool:
         """Does it open a WebSocket (RFC 6455 section 4.1)?"""
         wanted = False
-        for name, value in self.headers:
+        for _, name, value in self.fields:
             if name == b"upgrade":
                 wanted = value.lower() == b"websocket"
             elif name == b"transfer-encoding" or (name == b"content-length" and value.strip(b"0")):
                 return False
-        return wanted and self.parser.get_method() == b"GET"
+        return wanted and bool(self.parser.get_method() == b"GET")
 
     def on_body(self, body: bytes) -> None:
         self.body_bytes += len(body)
-        if not self.lingering:
-            super().on_body(body)
+        arriving = self.arriving
+        if self.lingering or arriving is None or arriving.answered:
+            return
+        arriving.body += body
+        arriving.arrived.set()
+        if len(arriving.body) > BODY_AHEAD:
+            self.pause_reading()
 
     def on_message_complete(self) -> None:
         self.in_head, self.head_size = True, 0
         if self.lingering:
             self.transport.close()
-        elif self.handshake or not self.parser.should_upgrade():
-            super().on_message_complete()
+        elif self.arriving and (self.handshake or not self.parser.should_upgrade()):
+            self.arriving.more_body = False
+            self.arriving.arrived.set()
 
-    def on_response_complete(self) -> None:
-        """As uvicorn's, but idle connections are closed by the sweep, without a timer each."""
+    # -- answering -----------------------------------------------------------------------------
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run what has to wait. The server ends these when its time for an orderly end is over."""
+        task = self.loop.create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.worked)
+
+    def worked(self, task: asyncio.Task[None]) -> None:
+        self.tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            log.error("a request failed in the router itself", exc_info=error)
+            self.transport.abort()
+
+    def answer(self, incoming: Incoming, response: Response) -> None:
+        """An answer of the router's own."""
+        if not self.transport.is_closing():
+            close = incoming.more_body or not incoming.keep_alive
+            self.say(response, close=close, head_only=incoming.method == b"HEAD")
+        if ACCESS_LOG:
+            access(incoming, response.status_code, None, len(response.body), time.monotonic())
+        self.finish(incoming)
+
+    def say(self, response: Response, *, close: bool = True, head_only: bool = False) -> None:
+        head = b"HTTP/1.1 %d %b\r\n" % (response.status_code, reason(response.status_code))
+        lines = [name + b": " + value + b"\r\n" for name, value in response.raw_headers]
+        if close:
+            lines.append(b"connection: close\r\n")
+        body = b"" if head_only else bytes(response.body)
+        self.transport.write(b"".join([head, *lines, b"\r\n", body]))
+
+    def finish(self, incoming: Incoming, close: bool = False) -> None:
+        """The answer is written: on to the next request, or the connection ends."""
+        incoming.answered = True
+        incoming.arrived.set()
         self.touched = self.loop.time()
-        if self.transport.is_closing():
-            return
-        self.flow.resume_reading()
-        if self.pipeline:
-            cycle, app = self.pipeline.pop()
-            self._start_asgi_task(cycle, app)
+        if incoming.more_body:
+            self.linger()
+        elif close or not incoming.keep_alive:
+            self.transport.close()
+        elif not self.transport.is_closing():
+            self.resume_reading()
+            if self.waiting:
+                self.begin()
+
+    def pause_reading(self) -> None:
+        if not self.reading_paused:
+            self.reading_paused = True
+            self.transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        if self.reading_paused:
+            self.reading_paused = False
+            self.transport.resume_reading()
 
     def pause_writing(self) -> None:
-        super().pause_writing()
         self.stalled_since = self.loop.time()
 
     def resume_writing(self) -> None:
-        super().resume_writing()
         self.stalled_since = 0.0
         if self.exchange:
             self.exchange.client_writable()
 
-    def _should_upgrade(self) -> bool:
-        return False  # not to one of uvicorn's own protocols
+    def shutdown(self) -> None:
+        """The server ends: this connection does after the answers that are under way."""
+        if self.arriving is None or self.arriving.answered:
+            self.transport.close()
+        else:
+            self.arriving.keep_alive = False
 
     def linger(self) -> None:
         """The answer is out but the upload is not in: a close now would reset the connection and
         lose the answer, so read and drop for a while (RFC 9112 section 9.6)."""
         self.lingering = True
         self.touched = self.lingers_since = self.loop.time()
-        self.flow.resume_reading()
+        self.resume_reading()
         if not self.transport.is_closing() and self.transport.can_write_eof():
             self.transport.write_eof()  # the client need not wait for the rest to see the end
 
@@ -1415,19 +1547,19 @@ async def sweep() -> None:
         await asyncio.sleep(1.0)
         now = loop.time()
         for client in list(Client.instances):
-            cycle, idle = client.cycle, now - client.touched
+            arriving, idle = client.arriving, now - client.touched
             if client.overdue(now):
                 client.transport.abort()
             elif client.lingering:
                 continue
-            elif cycle is None or cycle.response_complete:
+            elif arriving is None or arriving.answered:
                 if client.head_size and idle > 0 and client.parser is not None:
                     if idle > HEAD_TIMEOUT:
                         client.refuse(408)
-                elif idle > (KEEP_ALIVE if cycle else HEAD_TIMEOUT):
+                elif idle > (KEEP_ALIVE if arriving else HEAD_TIMEOUT):
                     closing = client.transport.is_closing()
                     (client.transport.abort if closing else client.transport.close)()
-            elif cycle.more_body and not client.flow.read_paused and idle > BODY_STALL_TIMEOUT:
+            elif arriving.more_body and not client.reading_paused and idle > BODY_STALL_TIMEOUT:
                 client.transport.abort()
             elif client.exchange:
                 client.exchange.check_time()
@@ -1446,36 +1578,41 @@ async def sweep() -> None:
 class Exchange:
     """Copies one answer from an upstream to a client, chunk by chunk as it comes.
 
-    Everything runs in the callbacks of the two connections: the task that made the exchange only
-    waits for `done`. A client that reads slowly pauses the upstream, so memory stays flat.
+    Everything runs in the callbacks of the two connections, and `then` is called with how it
+    ended when the two are parted: ok, switched (a tunnel now), missing (an answer that was held
+    back), gone (the client), broken (too late for another answer); where nothing was sent to the
+    client: reset (a pooled connection that had died), lost, timeout.
+
+    A client that reads slowly pauses the upstream, so memory stays flat.
     """
 
-    def __init__(self, incoming: Incoming, upstream: Upstream, spare: str = "") -> None:
+    # what an exchange begins with
+    spared = False
+    writable: asyncio.Event | None = None  # for the task that sends the body
+    go_ahead: asyncio.Event | None = None
+    reason = tail = b""  # tail: what came behind a 101
+    status = bytes_out = head_size = 0
+    heard = 0.0  # the backend, last
+    started = finished = chunked = until_close = close = False
+    keep = True
+    outcome = ""
+
+    def __init__(
+        self,
+        incoming: Incoming,
+        upstream: Upstream,
+        then: Callable[[Exchange, str], None],
+        spare: str = "",
+    ) -> None:
         client = self.client = incoming.client
-        self.incoming = incoming
-        self.cycle = incoming.cycle
-        self.upstream = upstream
+        self.incoming, self.upstream, self.then = incoming, upstream, then
         self.parser = httptools.HttpResponseParser(self)
         self.spare = spare  # an answer that says "not here" is swallowed: see `lacking`
-        self.spared = False
-        loop = client.loop
-        self.done: asyncio.Future[str] = loop.create_future()
         self.began = time.monotonic()  # loop.time() stands still within one turn of the loop
-        self.writable = asyncio.Event()
-        self.writable.set()
-        self.go_ahead: asyncio.Event | None = None
         self.fields: list[tuple[bytes, bytes]] = []
-        self.reason = b""
         self.out: list[bytes] = []
-        self.status = 0
-        self.bytes_out = 0
-        self.head_size = 0
-        self.heard = 0.0  # the backend, last
-        self.head_only = incoming.scope["method"] == "HEAD"
-        self.version_10 = incoming.scope["http_version"] == "1.0"
-        self.started = self.finished = self.chunked = self.until_close = self.close = False
-        self.keep = True
-        self.tail = b""  # what came behind a 101
+        self.head_only = incoming.method == b"HEAD"
+        self.version_10 = incoming.version == "1.0"
         upstream.exchange = self
         client.exchange = self
 
@@ -1494,6 +1631,8 @@ class Exchange:
                 self.upstream.transport.pause_reading()
                 self.tail = data[upgrade.args[0] :]
                 self.end("switched")
+                self.let_go()
+                self.then(self, self.outcome)
                 return
             why = "the backend switched protocols unasked"
         except httptools.HttpParserError:
@@ -1533,7 +1672,7 @@ class Exchange:
         if status < 200:
             self.informational(status, reason)
             return
-        if self.spare and lacking(self.spare, self.incoming.scope["path"], status, self.fields):
+        if self.spare and lacking(self.spare, self.incoming.path, status, self.fields):
             self.keep = parser.should_keep_alive()
             self.spared = True
             self.end("missing")
@@ -1574,13 +1713,13 @@ class Exchange:
                 append(CHUNKED)
         elif coded and self.head_only and not self.version_10:
             append(CHUNKED)
-        if not self.cycle.keep_alive or self.close:
+        if not self.incoming.keep_alive or self.close:
             self.close = True
             append(b"connection: close\r\n")
         append(b"\r\n")
         self.out = out
-        self.started = self.cycle.response_started = True
-        self.cycle.waiting_for_100_continue = False
+        self.started = self.incoming.begun = True
+        self.incoming.expects_continue = False
         if self.go_ahead:
             self.go_ahead.set()
         if self.head_only:
@@ -1619,7 +1758,7 @@ class Exchange:
             self.out = []
             self.client.transport.write(out[0] if len(out) == 1 else b"".join(out))
             self.client.touched = self.client.loop.time()
-            if self.client.flow.write_paused and not self.finished:
+            if self.client.stalled_since and not self.finished:
                 self.upstream.transport.pause_reading()
         if self.finished:
             self.release()
@@ -1662,7 +1801,7 @@ class Exchange:
             return
         if not self.started:
             self.give_up()
-        elif not self.client.flow.write_paused:  # else it is the client that is slow
+        elif not self.client.stalled_since:  # else it is the client that is slow
             self.broken("the backend fell silent in its answer")
 
     def give_up(self) -> None:
@@ -1687,8 +1826,7 @@ class Exchange:
 
     def end(self, outcome: str) -> None:
         self.finished = True
-        if not self.done.done():
-            self.done.set_result(outcome)
+        self.outcome = outcome
 
     def let_go(self) -> None:
         self.upstream.exchange = self.client.exchange = None
@@ -1702,8 +1840,9 @@ class Exchange:
         self.let_go()
         if self.go_ahead:
             self.go_ahead.set()
-        self.writable.set()
-        sending = self.cycle.more_body or self.cycle.body
+        if self.writable:
+            self.writable.set()
+        sending = self.incoming.more_body or self.incoming.body
         # the body of an answer that was held back is still on its way
         unread = self.spared and not self.head_only
         pool = upstream.deployment.idle
@@ -1718,83 +1857,82 @@ class Exchange:
             pool.append(upstream)
         else:
             upstream.transport.abort()
+        self.then(self, self.outcome)
 
     # -- to the upstream -----------------------------------------------------------------------
 
-    def send(self, head: list[bytes], receive: Receive) -> asyncio.Task[None] | None:
+    def send(self, head: list[bytes]) -> asyncio.Task[None] | None:
         """Send the request: at once where all of it is here, else its body by a task."""
-        cycle, write = self.cycle, self.upstream.transport.write
+        incoming, write = self.incoming, self.upstream.transport.write
         chunked = head[-2] == CHUNKED
-        if cycle.more_body or len(cycle.body) > 65536:
-            if cycle.waiting_for_100_continue:
+        if incoming.more_body or len(incoming.body) > BODY_AHEAD:
+            if incoming.expects_continue:
                 self.go_ahead = asyncio.Event()
+            self.writable = asyncio.Event()
+            self.writable.set()
             write(b"".join(head))
-            return self.client.loop.create_task(self.send_body(receive, chunked))
-        if cycle.body:
-            body, cycle.body = bytes(cycle.body), bytearray()
+            return self.client.loop.create_task(self.send_body(chunked))
+        if incoming.body:
+            body, incoming.body = bytes(incoming.body), bytearray()
             head = [*head, b"%x\r\n%b\r\n" % (len(body), body) if chunked else body]
         write(b"".join([*head, b"0\r\n\r\n"] if chunked else head))
         return None
 
-    async def send_body(self, receive: Receive, chunked: bool) -> None:
+    async def send_body(self, chunked: bool) -> None:
         """Copy the body as it comes in, at the pace the backend takes it."""
-        write = self.upstream.transport.write
+        incoming, write = self.incoming, self.upstream.transport.write
         if self.go_ahead:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.go_ahead.wait(), CONTINUE_TIMEOUT)
-            if self.finished or self.started:
+            if self.started:
                 return
-        more = True
-        while more:
-            message = await receive()
-            if self.finished or message["type"] != "http.request":
-                return
-            more = message.get("more_body", False)
-            if piece := message.get("body", b""):
-                write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
-            await self.writable.wait()
+        while not self.finished and (piece := await incoming.read()):
             if self.finished:
                 return  # type: ignore[unreachable]  # it changes while we wait
-        if chunked:
+            write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+            if self.writable:
+                await self.writable.wait()
+        if chunked and not (self.finished or incoming.more_body or incoming.gone):
             write(b"0\r\n\r\n")
 
 
 def request_head(incoming: Incoming, deployment: Deployment) -> list[bytes]:
     """The lines of the request for the backend: the client's, byte for byte and in order, less
     the hop-by-hop ones, plus the forwarding headers that the edge has not set."""
-    client, scope, url = incoming.client, incoming.scope, incoming.url
-    if not url.startswith(b"/"):  # absolute-form (RFC 9112 section 3.2.2) and `*`
-        parsed = httptools.parse_url(url)
-        url = (parsed.path or b"/") + (b"?" + parsed.query if parsed.query is not None else b"")
-    out = [scope["method"].encode(), b" ", url, b" HTTP/1.1\r\n"]
+    url = incoming.url
+    if not url.startswith(b"/"):  # absolute-form and `*`
+        asked = b"?" in url
+        url = incoming.path + (b"?" + incoming.query if asked else b"")
+    out = [incoming.method, b" ", url, b" HTTP/1.1\r\n"]
     drop = HOP_BY_HOP
     host = forwarded_for = forwarded_proto = forwarded_host = coded = None
-    for i, (name, value) in enumerate(scope["headers"]):
-        if name in drop:
-            if name == b"connection":
+    for name, lower, value in incoming.fields:
+        if lower in drop:
+            if lower == b"connection":
                 named = value.lower()
                 if named not in (b"keep-alive", b"close", b"upgrade", b"keep-alive, upgrade"):
                     drop = drop | ({t.strip() for t in named.split(b",")} - NOT_NAMED_AWAY)
-            elif name == b"transfer-encoding":
+            elif lower == b"transfer-encoding":
                 coded = True
             continue
-        if name == b"host":
-            host = value
-        elif name == b"x-forwarded-for":
-            forwarded_for = value
-        elif name == b"x-forwarded-proto":
-            forwarded_proto = value
-        elif name == b"x-forwarded-host":
-            forwarded_host = value
-        out.append(incoming.names[i] + b": " + value + b"\r\n")
+        if lower in FORWARDED:
+            if lower == b"host":
+                host = value
+            elif lower == b"x-forwarded-for":
+                forwarded_for = value
+            elif lower == b"x-forwarded-proto":
+                forwarded_proto = value
+            else:
+                forwarded_host = value
+        out.append(name + b": " + value + b"\r\n")
     if drop is not HOP_BY_HOP:  # Connection may name a header that stood before it
         out[4:] = [line for line in out[4:] if line.partition(b":")[0].lower() not in drop]
     if host is None:  # HTTP/1.0
         out.append(b"host: " + deployment.authority.encode() + b"\r\n")
     elif forwarded_host is None:
         out.append(b"x-forwarded-host: " + host + b"\r\n")
-    if forwarded_for is None and client.client:
-        out.append(b"x-forwarded-for: " + client.client[0].encode() + b"\r\n")
+    if forwarded_for is None and incoming.client.peer:
+        out.append(b"x-forwarded-for: " + incoming.client.peer + b"\r\n")
     if forwarded_proto is None:
         out.append(b"x-forwarded-proto: http\r\n")
     if coded:
@@ -1805,40 +1943,53 @@ def request_head(incoming: Incoming, deployment: Deployment) -> list[bytes]:
     return out
 
 
-SAFE_TO_REPEAT = frozenset(("GET", "HEAD", "OPTIONS", "TRACE"))
+FORWARDED = frozenset((b"host", b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host"))
+SAFE_TO_REPEAT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE"))
+
+
+def repeatable(incoming: Incoming) -> bool:
+    """May it be sent once more, where a pooled connection had died (RFC 9110 section 9.2.2)?"""
+    return incoming.method in SAFE_TO_REPEAT and not (incoming.more_body or incoming.body)
+
+
+def from_pool(incoming: Incoming, deployment: Deployment) -> Upstream | None:
+    if incoming.handshake:
+        return None
+    return pooled(deployment, UPSTREAM_IDLE if repeatable(incoming) else UNSAFE_IDLE)
 
 
 async def forward(
     incoming: Incoming,
-    receive: Receive,
     deployment: Deployment,
     spare: str = "",
     patience: float | None = None,
+    *,
+    fresh: bool = False,
 ) -> str:
-    """Send the client's request to a deployment and its answer back.
-
-    Returns how it ended: ok, switched (a tunnel now), missing (a 404 that was held back), gone,
-    broken. Raises UpstreamError where nothing has been sent to the client yet.
+    """Send the client's request to a deployment and its answer back, on a `fresh` connection or a
+    pooled one. Returns how it ended, as `Exchange` has it; raises UpstreamError where nothing has
+    been sent to the client yet.
     """
-    client, cycle = incoming.client, incoming.cycle
-    repeatable = (
-        incoming.scope["method"] in SAFE_TO_REPEAT and not cycle.more_body and not cycle.body
-    )
-    head = request_head(incoming, deployment)
-    upstream = None
-    if not incoming.handshake:
-        upstream = pooled(deployment, UPSTREAM_IDLE if repeatable else UNSAFE_IDLE)
+    loop = incoming.client.loop
+    again = repeatable(incoming)
+    upstream = None if fresh else from_pool(incoming, deployment)
     while True:
         if upstream is None:
             upstream = await connect(deployment, patience or CONNECT_TIMEOUT)
-        if cycle.disconnected:  # or its body was refused
+        if incoming.gone:
             upstream.transport.abort()
             return "gone"
-        exchange = Exchange(incoming, upstream, spare)
-        pump = exchange.send(head, receive)
-        hurry = patience and client.loop.call_later(patience, exchange.give_up)
+        done: asyncio.Future[str] = loop.create_future()
+
+        def ended(_: Exchange, outcome: str, done: asyncio.Future[str] = done) -> None:
+            if not done.done():
+                done.set_result(outcome)
+
+        exchange = Exchange(incoming, upstream, ended, spare)
+        pump = exchange.send(request_head(incoming, deployment))
+        hurry = patience and loop.call_later(patience, exchange.give_up)
         try:
-            outcome = await exchange.done
+            outcome = await done
         except asyncio.CancelledError:
             exchange.client_lost()
             raise
@@ -1847,34 +1998,26 @@ async def forward(
                 pump.cancel()
             if hurry:
                 hurry.cancel()
-        if not (outcome == "reset" and repeatable):
-            break
+        if not (outcome == "reset" and again):
+            return conclude(exchange, outcome)
         upstream = None  # it had died in the pool: once more, on a new connection
+
+
+def conclude(exchange: Exchange, outcome: str) -> str:
+    """Do what is to be done when an exchange has ended. Returns and raises as `forward`."""
+    incoming, deployment = exchange.incoming, exchange.upstream.deployment
     if outcome in ("reset", "lost"):
         raise UpstreamError(502, "the deployment closed the connection without an answer")
     if outcome == "timeout":
         raise UpstreamError(504, "the deployment did not answer in time")
-    if outcome == "switched":
-        join(client, exchange)
-    elif outcome == "ok":
-        finish(client, exchange)
     METRICS.per_deployment[deployment.id] += 1
     if ACCESS_LOG:
         access(incoming, exchange.status, deployment.id, exchange.bytes_out, exchange.began)
+    if outcome == "ok":
+        incoming.client.finish(incoming, exchange.close)
+    elif outcome == "switched":
+        join(incoming.client, exchange)
     return outcome
-
-
-def finish(client: Client, exchange: Exchange) -> None:
-    """The answer is written: do what uvicorn does at the end of one."""
-    cycle = exchange.cycle
-    cycle.response_complete = True
-    cycle.message_event.set()
-    if cycle.more_body:
-        client.linger()
-    elif exchange.close or not cycle.keep_alive:
-        client.transport.close()
-    else:
-        client.on_response_complete()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1959,8 +2102,7 @@ def join(client: Client, exchange: Exchange) -> None:
     head = [b"HTTP/1.1 101 Switching Protocols\r\n"]
     head += [n + b": " + v + b"\r\n" for n, v in exchange.fields]
     head += [upstream.deployment.header, b"\r\n", exchange.tail]
-    exchange.let_go()
-    client.cycle.response_started = client.cycle.response_complete = True
+    exchange.incoming.begun = exchange.incoming.answered = True
     client.connections.discard(client)
     Client.instances.discard(client)
     if client.transport.is_closing() or upstream.transport.is_closing():
@@ -1986,30 +2128,31 @@ def join(client: Client, exchange: Exchange) -> None:
 
 QUERY_AFFINITY = re.compile(rb"(?:^|&)" + AFFINITY_QUERY.encode() + rb"=([^&]*)")
 QUERY_RELOAD = re.compile(rb"(?:^|&)" + RELOAD_QUERY.encode() + rb"=1(?:&|$)")
-ODD_PATH = re.compile(r"//|/\.|[%\\;]")
+SUSPECT_PATH = re.compile(rb"_pulse|//|/\.|[%\\;]", re.IGNORECASE)
+HEALTH_PATH = ROUTER_HEALTH_PATH.encode()
 ACCESS_LOG = os.environ.get("PULSE_RAILWAY_ACCESS_LOG", "") not in ("", "0", "false")
 ASSET_PREFIXES = tuple(
-    p for p in os.environ.get("PULSE_RAILWAY_ASSET_PREFIXES", "/assets/").split(",") if p
+    p.encode() for p in os.environ.get("PULSE_RAILWAY_ASSET_PREFIXES", "/assets/").split(",") if p
 )
 
 
-def affinity(scope: Scope) -> bytes:
+def affinity(incoming: Incoming) -> bytes:
     """The deployment id that a request carries, query before header, or nothing."""
-    query: bytes = scope["query_string"]
+    query = incoming.query
     if query and (found := QUERY_AFFINITY.search(query)) and found[1]:
         return urllib.parse.unquote_to_bytes(found[1])
-    for name, value in scope["headers"]:
+    for _, name, value in incoming.fields:
         if name == b"x-pulse-deployment":
-            return cast(bytes, value).strip()
+            return value.strip()
     return b""
 
 
-def is_internal(path: str) -> bool:
+def is_internal(raw: bytes) -> bool:
     """Is this the internal prefix, in any spelling that a backend could undo?"""
-    if not ODD_PATH.search(path):
-        path = path.lower()
-        return path == INTERNAL_PREFIX or path.startswith(INTERNAL_PREFIX + "/")
-    for _ in range(4):  # decoded more than once on the way
+    if not SUSPECT_PATH.search(raw):
+        return False
+    path = raw.decode("latin-1")
+    for _ in range(5):  # decoded more than once on the way
         path, before = urllib.parse.unquote(path), path
         if path == before:
             break
@@ -2036,121 +2179,124 @@ def local_location(value: str, host: str) -> str | None:
     return None
 
 
-class Router:
-    """Answers everything but the health check, which is the app's that it stands before."""
+def route(incoming: Incoming) -> None:
+    """Send a request on its way: at once where nothing has to be waited for, else in a task."""
+    METRICS.requests += 1
+    client, path = incoming.client, incoming.path
+    if path == HEALTH_PATH:
+        client.answer(incoming, JSONResponse({"ok": TABLE.ready}, 200 if TABLE.ready else 503))
+        return
+    if is_internal(path):
+        client.answer(incoming, plain(404))
+        return
+    name = affinity(incoming)
+    target = TABLE.deployments.get(name) if name else TABLE.active
+    simple = target and not incoming.more_body and not spare_for(incoming, name)
+    if target and simple and (upstream := from_pool(incoming, target)):
+        exchange = Exchange(incoming, upstream, functools.partial(at_end, name))
+        exchange.send(request_head(incoming, target))
+    else:
+        client.spawn(handle(incoming, name))
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-        self.table = TABLE
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] == ROUTER_HEALTH_PATH:
-            await self.app(scope, receive, send)
-            return
-        incoming: Incoming = scope["extensions"]["pulse"]
-        METRICS.requests += 1
-        path: str = scope["path"]
-        if is_internal(path) or ("%" in path and is_internal(incoming.url.decode("latin-1"))):
-            await self.answer(JSONResponse({"detail": "not found"}, 404), scope, receive, send)
-            return
-        name = affinity(scope)
-        table = self.table
-        target = await table.find(name) if name else table.active
-        if target is None and incoming.handshake and QUERY_RELOAD.search(scope["query_string"]):
-            METRICS.stale += 1
-            target = table.active  # which tells the tab to reload
-        if target is None:
-            await self.answer(self.no_target(scope, name), scope, receive, send)
-            return
-        spare = ""
-        if not name and len(table.deployments) > 1 and scope["method"] in ("GET", "HEAD"):
-            if path.startswith(ASSET_PREFIXES):
-                spare = ASSET
-            elif path.endswith(DISCOVERY_PATH):
-                spare = DISCOVERY
-        try:
-            lacks = await forward(incoming, receive, target, spare) == "missing"
-            if lacks and not await self.elsewhere(incoming, receive, target, spare):
-                await forward(incoming, receive, target)
-        except UpstreamError as error:
-            METRICS.errors += 1
-            response = JSONResponse({"detail": error.detail}, error.status)
-            response.raw_headers.append((SELECTED_HEADER.encode(), target.id.encode()))
-            await self.answer(response, scope, receive, send)
+def at_end(name: bytes, exchange: Exchange, outcome: str) -> None:
+    """What was sent on its way at once has ended."""
+    incoming = exchange.incoming
+    if outcome == "reset" and repeatable(incoming):
+        incoming.client.spawn(handle(incoming, name, fresh=True))
+        return
+    try:
+        conclude(exchange, outcome)
+    except UpstreamError as error:
+        answer_for(incoming, exchange.upstream.deployment, error)
 
-    async def elsewhere(
-        self, incoming: Incoming, receive: Receive, asked: Deployment, spare: str
-    ) -> bool:
-        """Ask the other live deployments for what the one asked lacks. Was it answered?"""
-        path = incoming.url
-        for other in self.table.others(asked, path):
-            try:
-                outcome = await forward(incoming, receive, other, spare, SPARE_TIMEOUT)
-            except UpstreamError:  # down or frozen: not every asset of a page is to wait for it
-                other.unwell = time.monotonic() + UNWELL_SECONDS
-                continue
-            if outcome != "missing":
-                self.table.remember(path, other)
-                return True
-        return False
 
-    async def answer(self, response: Response, scope: Scope, receive: Receive, send: Send) -> None:
-        """An answer of the router's own."""
-        incoming: Incoming = scope["extensions"]["pulse"]
-        client, cycle = incoming.client, incoming.cycle
-        began = time.monotonic()
-        if scope["method"] == "HEAD":
-            response.body = b""
-        if cycle.more_body:
-            response.raw_headers.append((b"connection", b"close"))
-
-            async def send_and_stay(message: Message) -> None:
-                await send(message)
-                cycle.keep_alive = True  # else uvicorn closes at once, and the answer may be lost
-
-            await response(scope, receive, send_and_stay)
-            client.linger()
-        else:
-            await response(scope, receive, send)
-        if ACCESS_LOG:
-            access(incoming, response.status_code, None, len(response.body), began)
-
-    def no_target(self, scope: Scope, name: bytes) -> Response:
-        """What a request gets whose deployment is not known."""
-        if not self.table.ready:
-            why = "the routing state is lost" if self.table.loaded else "not loaded yet"
-            return JSONResponse({"detail": why}, 503, headers={"retry-after": "1"})
-        if not name or self.table.active is None:
-            return JSONResponse({"detail": "deployment not found"}, 404)
+async def handle(incoming: Incoming, name: bytes, *, fresh: bool = False) -> None:
+    """Answer a request that something has to be waited for: a name, a connection, another one."""
+    target = await TABLE.find(name) if name else TABLE.active
+    if target is None and incoming.handshake and QUERY_RELOAD.search(incoming.query):
         METRICS.stale += 1
-        headers = Request(scope).headers
-        location = headers.get(CLIENT_LOADER_LOCATION_HEADER)
-        if headers.get(CLIENT_LOADER_HEADER) == "1" and location:
-            host = headers.get("x-forwarded-host") or headers.get("host") or ""
-            if target := local_location(location, host):
-                return Response(status_code=302, headers={"location": target})
-        answer = {STALE_HEADER: "1"}
-        if origin := headers.get("origin"):
-            answer |= {
-                "access-control-allow-origin": origin,
-                "access-control-allow-credentials": "true",
-                "access-control-expose-headers": STALE_HEADER,
-                "vary": "Origin",
-            }
-        wanted = headers.get("access-control-request-method")
-        if scope["method"] == "OPTIONS" and wanted:
-            answer["access-control-allow-methods"] = wanted
-            if asked := headers.get("access-control-request-headers"):
-                answer["access-control-allow-headers"] = asked
-            return Response(status_code=204, headers=answer)
-        return JSONResponse({"detail": "stale affinity"}, 409, headers=answer)
+        target = TABLE.active  # which tells the tab to reload
+    if target is None:
+        incoming.client.answer(incoming, no_target(incoming, name))
+        return
+    spare = spare_for(incoming, name)
+    try:
+        lacks = await forward(incoming, target, spare, fresh=fresh) == "missing"
+        if lacks and not await elsewhere(incoming, target, spare):
+            await forward(incoming, target)
+    except UpstreamError as error:
+        answer_for(incoming, target, error)
+
+
+def answer_for(incoming: Incoming, target: Deployment, error: UpstreamError) -> None:
+    """The answer where a backend gave none."""
+    METRICS.errors += 1
+    response = plain(error.status, error.detail)
+    response.raw_headers.append((SELECTED_HEADER.encode(), target.id.encode()))
+    incoming.client.answer(incoming, response)
+
+
+def spare_for(incoming: Incoming, name: bytes) -> str:
+    """Is this something that another deployment may have where the one asked has not?"""
+    if name or len(TABLE.deployments) < 2 or incoming.method not in (b"GET", b"HEAD"):
+        return ""
+    if incoming.path.startswith(ASSET_PREFIXES):
+        return ASSET
+    return DISCOVERY if incoming.path.endswith(DISCOVERY_PATH) else ""
+
+
+async def elsewhere(incoming: Incoming, asked: Deployment, spare: str) -> bool:
+    """Ask the other live deployments for what the one asked lacks. Was it answered?"""
+    path = incoming.url
+    for other in TABLE.others(asked, path):
+        try:
+            outcome = await forward(incoming, other, spare, SPARE_TIMEOUT)
+        except UpstreamError:  # down or frozen: not every asset of a page is to wait for it
+            other.unwell = time.monotonic() + UNWELL_SECONDS
+            continue
+        if outcome != "missing":
+            TABLE.remember(path, other)
+            return True
+    return False
+
+
+def no_target(incoming: Incoming, name: bytes) -> Response:
+    """What a request gets whose deployment is not known."""
+    if not TABLE.ready:
+        why = "the routing state is lost" if TABLE.loaded else "not loaded yet"
+        return JSONResponse({"detail": why}, 503, headers={"retry-after": "1"})
+    if not name or TABLE.active is None:
+        return plain(404, "deployment not found")
+    METRICS.stale += 1
+    headers = Headers(raw=[(lower, value) for _, lower, value in incoming.fields])
+    location = headers.get(CLIENT_LOADER_LOCATION_HEADER)
+    if headers.get(CLIENT_LOADER_HEADER) == "1" and location:
+        host = headers.get("x-forwarded-host") or headers.get("host") or ""
+        if target := local_location(location, host):
+            return Response(status_code=302, headers={"location": target})
+    answer = {STALE_HEADER: "1"}
+    if origin := headers.get("origin"):
+        answer |= {
+            "access-control-allow-origin": origin,
+            "access-control-allow-credentials": "true",
+            "access-control-expose-headers": STALE_HEADER,
+            "vary": "Origin",
+        }
+    wanted = headers.get("access-control-request-method")
+    if incoming.method == b"OPTIONS" and wanted:
+        answer["access-control-allow-methods"] = wanted
+        if asked := headers.get("access-control-request-headers"):
+            answer["access-control-allow-headers"] = asked
+        return Response(status_code=204, headers=answer)
+    return JSONResponse({"detail": "stale affinity"}, 409, headers=answer)
 
 
 ASSET, DISCOVERY = "asset", "discovery"
-DISCOVERY_PATH = "/__manifest"
+DISCOVERY_PATH = b"/__manifest"
 
 
-def lacking(spare: str, path: str, status: int, fields: list[tuple[bytes, bytes]]) -> bool:
+def lacking(spare: str, path: bytes, status: int, fields: list[tuple[bytes, bytes]]) -> bool:
     """Does this answer say that the deployment does not have what was asked for?
 
     An asset: a 404, or a page in place of a file, which is what an app with a catch-all route
@@ -2161,7 +2307,7 @@ def lacking(spare: str, path: str, status: int, fields: list[tuple[bytes, bytes]
         return status == 204 and any(n.lower() == b"x-remix-reload-document" for n, _ in fields)
     if status == 404:
         return True
-    if status != 200 or path.endswith((".html", ".htm")):
+    if status != 200 or path.endswith((b".html", b".htm")):
         return False
     return any(
         n.lower() == b"content-type" and v.strip().lower().startswith(b"text/html")
@@ -2173,21 +2319,16 @@ def access(
     incoming: Incoming, status: int, deployment: str | None, size: int, began: float
 ) -> None:
     """One JSON line on stdout. Paths only: a query can carry a secret."""
-    scope = incoming.scope
     line = {
         "time": round(time.time(), 3),
-        "method": scope["method"],
-        "path": scope["path"],
+        "method": incoming.method.decode(),
+        "path": urllib.parse.unquote(incoming.path.decode("latin-1")),
         "status": status,
         "deployment": deployment,
         "bytes": size,
         "seconds": round(time.monotonic() - began, 6),
     }
     print(json.dumps(line), flush=True)
-
-
-async def healthz(request: Request) -> Response:
-    return JSONResponse({"ok": TABLE.ready}, 200 if TABLE.ready else 503)
 
 
 @contextlib.asynccontextmanager
@@ -2209,11 +2350,7 @@ async def lifespan(_: Starlette) -> AsyncIterator[None]:
             end.transport.close()
 
 
-app = Starlette(
-    routes=[Route(ROUTER_HEALTH_PATH, healthz)],
-    middleware=[Middleware(Router)],  # before the routes: matching them costs a fifth of a request
-    lifespan=lifespan,
-)
+app = Starlette(lifespan=lifespan)
 
 
 # ---------------------------------------------------------------------------------------------

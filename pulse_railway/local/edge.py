@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import socket
 import ssl
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import trustme
 import uvicorn
+from starlette.applications import Starlette
 from starlette.responses import JSONResponse
-from starlette.types import Receive, Scope, Send
 
 from pulse_railway import runtime_image
 
@@ -47,26 +48,37 @@ def certificates(root: Path) -> tuple[Path, Path]:
 class EdgeClient(router.Client):  # type: ignore[misc]
     """A connection to the edge: every request gets the edge's headers."""
 
-    names: list[bytes]
-    headers: list[tuple[bytes, bytes]]
+    fields: list[tuple[bytes, bytes, bytes]]
+
+    def __init__(self, edge: Edge, **given: Any) -> None:
+        super().__init__(**given)
+        self.edge = edge
 
     def on_headers_complete(self) -> None:
-        peer = self.client[0].encode() if self.client else b"127.0.0.1"
         added = {
-            b"x-real-ip": peer,
+            b"x-real-ip": self.peer or b"127.0.0.1",
             b"x-forwarded-proto": b"https",
-            b"x-forwarded-host": next((v for n, v in self.headers if n == b"host"), b""),
+            b"x-forwarded-host": next((v for _, n, v in self.fields if n == b"host"), b""),
             b"x-request-start": b"t=%d" % (time.time() * 1000),
         }
-        kept = [
-            (name, header)
-            for name, header in zip(self.names, self.headers, strict=True)
-            if header[0] not in added
-        ]
-        kept += [(name, (name, value)) for name, value in added.items()]
-        self.names = [name for name, _ in kept]
-        self.headers[:] = [header for _, header in kept]
+        kept = [field for field in self.fields if field[1] not in added]
+        self.fields[:] = kept + [(name, name, value) for name, value in added.items()]
         super().on_headers_complete()
+
+    def route(self, incoming: Any) -> None:
+        self.spawn(self.serve(incoming))
+
+    async def serve(self, incoming: Any) -> None:
+        deployment = self.edge.deployment()
+        if deployment is None:
+            said = {"status": "error", "message": "Application not found"}
+            self.answer(incoming, JSONResponse(said, 404))
+            return
+        try:
+            await router.forward(incoming, deployment)
+        except router.UpstreamError:
+            failed = {"status": "error", "code": 502, "message": "Application failed to respond"}
+            self.answer(incoming, JSONResponse(failed, 502))
 
 
 class Server(router.Server):  # type: ignore[misc]
@@ -84,20 +96,6 @@ class Edge:
         self.server: Any = None
         self.task: asyncio.Task[None] | None = None
 
-    async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
-        deployment = self.deployment()
-        if deployment is None:
-            await JSONResponse({"status": "error", "message": "Application not found"}, 404)(
-                scope, receive, send
-            )
-            return
-        try:
-            await router.forward(scope["extensions"]["pulse"], receive, deployment)
-        except router.UpstreamError:
-            await JSONResponse(
-                {"status": "error", "code": 502, "message": "Application failed to respond"}, 502
-            )(scope, receive, send)
-
     def deployment(self) -> Any:
         port = self.target()
         if port is None:
@@ -108,8 +106,8 @@ class Edge:
 
     async def start(self) -> None:
         config = uvicorn.Config(
-            self.app,
-            http=EdgeClient,
+            Starlette(),
+            http=cast(Any, functools.partial(EdgeClient, self)),
             ws="none",
             loop="asyncio",
             interface="asgi3",
