@@ -126,6 +126,7 @@ CONNECT_TIMEOUT = 5.0
 DESCRIPTORS_KEPT = 64  # for the store, the listening socket, files
 HANDSHAKE_TIMEOUT = 30.0  # for a backend's answer to a WebSocket handshake
 SPARE_TIMEOUT = 1.5  # for another deployment to say whether it has what the one asked lacks
+SPARE_PAUSE = 0.2  # then the next one is asked beside it
 UNWELL_SECONDS = 30.0  # one that did not say is not asked again for so long
 HAD_SECONDS = 300.0  # who had an asset is remembered for
 HAD_AT_MOST = 2000  # assets ...
@@ -1614,7 +1615,8 @@ class Exchange:
         self.head_only = incoming.method == b"HEAD"
         self.version_10 = incoming.version == "1.0"
         upstream.exchange = self
-        client.exchange = self
+        if client.exchange is None:
+            client.exchange = self  # else one of several that are asked; the answer's is the one
 
     # -- from the upstream ---------------------------------------------------------------------
 
@@ -1672,11 +1674,14 @@ class Exchange:
         if status < 200:
             self.informational(status, reason)
             return
-        if self.spare and lacking(self.spare, self.incoming.path, status, self.fields):
-            self.keep = parser.should_keep_alive()
-            self.spared = True
-            self.end("missing")
-            return
+        if self.spare:
+            lacks = lacking(self.spare, self.incoming.path, status, self.fields)
+            if lacks or self.incoming.begun or self.incoming.gone:  # or another was first
+                self.keep = parser.should_keep_alive()
+                self.spared = True
+                self.end("missing")
+                return
+            self.client.exchange = self
         length = coded = False
         drop = HOP_BY_HOP
         version = b"1.1"
@@ -1829,7 +1834,9 @@ class Exchange:
         self.outcome = outcome
 
     def let_go(self) -> None:
-        self.upstream.exchange = self.client.exchange = None
+        self.upstream.exchange = None
+        if self.client.exchange is self:
+            self.client.exchange = None
         del self.parser  # the two hold each other
 
     def release(self) -> None:
@@ -2241,24 +2248,41 @@ def spare_for(incoming: Incoming, name: bytes) -> str:
     """Is this something that another deployment may have where the one asked has not?"""
     if name or len(TABLE.deployments) < 2 or incoming.method not in (b"GET", b"HEAD"):
         return ""
+    if incoming.more_body or incoming.body:
+        return ""  # it could be sent only once
     if incoming.path.startswith(ASSET_PREFIXES):
         return ASSET
     return DISCOVERY if incoming.path.endswith(DISCOVERY_PATH) else ""
 
 
 async def elsewhere(incoming: Incoming, asked: Deployment, spare: str) -> bool:
-    """Ask the other live deployments for what the one asked lacks. Was it answered?"""
-    path = incoming.url
-    for other in TABLE.others(asked, path):
-        try:
-            outcome = await forward(incoming, other, spare, SPARE_TIMEOUT)
-        except UpstreamError:  # down or frozen: not every asset of a page is to wait for it
-            other.unwell = time.monotonic() + UNWELL_SECONDS
-            continue
-        if outcome != "missing":
-            TABLE.remember(path, other)
-            return True
-    return False
+    """Ask the other live deployments for what the one asked lacks: the next one as soon as one
+    says no, or beside one that takes its time. The first that has it answers. Did one?"""
+    loop, path = incoming.client.loop, incoming.url
+    others = collections.deque(TABLE.others(asked, path))
+    asking: dict[asyncio.Task[str], Deployment] = {}
+    try:
+        while asking or (others and not incoming.gone):
+            if others and not incoming.begun:
+                other = others.popleft()
+                asking[loop.create_task(forward(incoming, other, spare, SPARE_TIMEOUT))] = other
+            done, _ = await asyncio.wait(
+                asking,
+                timeout=SPARE_PAUSE if others else None,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            for task in done:
+                other = asking.pop(task)
+                try:
+                    if task.result() != "missing":
+                        TABLE.remember(path, other)
+                        return True
+                except UpstreamError:  # down or frozen: not every asset of a page waits for it
+                    other.unwell = time.monotonic() + UNWELL_SECONDS
+        return incoming.gone
+    finally:
+        for task in asking:
+            task.cancel()
 
 
 def no_target(incoming: Incoming, name: bytes) -> Response:

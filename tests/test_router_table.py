@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import json
 import socket
 import threading
@@ -281,6 +282,61 @@ def test_a_frozen_deployment_does_not_hold_what_others_have(
             took.append(time.monotonic() - began)
         assert took[0] < 3
         assert max(took[1:]) < 1
+
+
+def test_several_slow_deployments_are_asked_side_by_side(
+    redis_server: Redis, run_router: Run
+) -> None:
+    """One after the other, three that are frozen would take 4.5 s."""
+    with contextlib.ExitStack() as stack:
+        active = stack.enter_context(Backend(ok(b"none", status="404 Not Found")))
+        had = stack.enter_context(Backend(ok(b"chunk")))
+        redis_server.deployment("had", had.address, "draining", registered_at=1)
+        for n in (2, 3, 4):
+            frozen = stack.enter_context(Backend(handle=lambda c: time.sleep(60)))
+            redis_server.deployment(f"frozen{n}", frozen.address, "draining", registered_at=n)
+        redis_server.deployment("active", active.address, "active", registered_at=9)
+        port = run_router(redis_server).port
+        eventually(lambda: ask(port, "/").status == 404)
+        began = time.monotonic()
+        assert ask(port, "/assets/a.js").body == b"chunk"
+        assert time.monotonic() - began < 1.4
+
+
+def test_only_the_first_of_two_that_have_an_asset_answers(
+    redis_server: Redis, run_router: Run
+) -> None:
+    """The slower one's answer comes while the other's is on its way, and goes nowhere."""
+    body = b"y" * 300_000
+
+    def late(connection: Connection) -> None:
+        connection.head()
+        time.sleep(0.8)
+        connection.send(ok(b"late"))
+
+    def slow(connection: Connection) -> None:
+        connection.head()
+        time.sleep(0.3)
+        connection.send(b"HTTP/1.1 200 OK\r\ncontent-length: 300000\r\n\r\n" + body[:1000])
+        time.sleep(0.6)
+        connection.send(body[1000:])
+
+    with (
+        Backend(ok(b"none", status="404 Not Found")) as active,
+        Backend(handle=late) as first,
+        Backend(handle=slow) as second,
+    ):
+        redis_server.deployment("first", first.address, "draining", registered_at=2)
+        redis_server.deployment("second", second.address, "draining", registered_at=1)
+        redis_server.deployment("active", active.address, "active", registered_at=9)
+        port = run_router(redis_server).port
+        eventually(lambda: ask(port, "/").status == 404)
+        with Connection.to(port) as client:
+            for _ in range(2):
+                client.send(b"GET /assets/a.js HTTP/1.1\r\nhost: x\r\n\r\n")
+                head = client.head()
+                assert b"x-pulse-selected-deployment: second" in head
+                assert client.read(300_000) == body
 
 
 def test_who_had_an_asset_is_asked_first(redis_server: Redis, run_router: Run) -> None:
