@@ -27,6 +27,7 @@ SESSIONS_PATH: Final = "/_pulse/internal/railway/sessions"
 RELOAD_PATH: Final = "/_pulse/internal/railway/reload"
 INTERNAL_TOKEN_HEADER: Final = "x-pulse-railway-internal-token"
 ROUTER_HEALTH_PATH: Final = "/healthz"
+SCRIPT_PATH: Final = "/_pulse/railway/affinity.js"  # ours
 
 # Variables of a backend service.
 DEPLOYMENT_ID: Final = "PULSE_DEPLOYMENT_ID"

@@ -11,10 +11,12 @@ from typing import Any, override
 import pulse as ps
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import FileResponse, JSONResponse
 
 from pulse_railway import contract, naming
 from pulse_railway.session import RailwaySessionStore
+
+AFFINITY_SCRIPT = Path(__file__).with_name("affinity.js")
 
 
 class RailwayPluginError(ValueError):
@@ -25,8 +27,9 @@ class RailwayPlugin(ps.Plugin):
     """Ties every tab to the deployment that served it, and says how the app is deployed.
 
     At run time (where `PULSE_DEPLOYMENT_ID` is set) it puts the affinity into Pulse's directives,
-    answers `/_pulse/meta`, and serves the two internal endpoints the janitor uses. Everywhere
-    else it only carries configuration for `pulse-railway`, whose flags win over it.
+    answers `/_pulse/meta`, and serves the two internal endpoints the janitor uses, and the script
+    that gives `fetch` in the browser its affinity (affinity.js). Everywhere else it only carries
+    configuration for `pulse-railway`, whose flags win over it.
 
     Args:
         dockerfile: the app's Dockerfile, relative to the deploy context.
@@ -140,8 +143,13 @@ class RailwayPlugin(ps.Plugin):
                 }
             )
 
+        async def script(_: Request) -> FileResponse:
+            cached = {"cache-control": "public, max-age=300"}
+            return FileResponse(AFFINITY_SCRIPT, media_type="text/javascript", headers=cached)
+
         for path, endpoint, method in (
             (contract.META_PATH, meta, "GET"),
+            (contract.SCRIPT_PATH, script, "GET"),
             (contract.SESSIONS_PATH, sessions, "GET"),
             (contract.RELOAD_PATH, reload, "POST"),
         ):

@@ -59,3 +59,12 @@ def test_a_pulse_that_lacks_what_it_needs_is_named() -> None:
     later: Any = Later()
     with pytest.raises(RailwayPluginError, match="no render_sessions, reload_connected_clients"):
         RailwayPlugin().on_setup(later)
+
+
+def test_the_script_for_the_browser_is_served(client: Any) -> None:
+    answer = client.get(contract.SCRIPT_PATH)
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/javascript")
+    assert contract.AFFINITY_HEADER in answer.text
+    assert contract.AFFINITY_QUERY in answer.text
+    assert contract.STALE_HEADER in answer.text

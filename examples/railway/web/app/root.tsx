@@ -6,6 +6,7 @@ export default function Root() {
       <head>
         <meta charSet="utf-8" />
         <meta name="viewport" content="width=device-width, initial-scale=1" />
+        <script src="/_pulse/railway/affinity.js" />
         <Meta />
         <Links />
       </head>
