@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from typing import Any
@@ -52,6 +53,20 @@ def bench(c: Context, control: bool = False, quick: bool = False) -> None:
     c.run(f"{sys.executable} -m benchmarks.{what}", pty=False)
 
 
+@task
+def image_check(c: Context) -> None:
+    """Lint the Dockerfiles (hadolint) and build them (buildah, as an ordinary user may)."""
+    for name in ("Dockerfile.router", "examples/railway/Dockerfile"):
+        for tool, command in (
+            ("hadolint", f"hadolint {name}"),
+            ("buildah", f"buildah build --isolation chroot --storage-driver vfs -f {name} ."),
+        ):
+            if shutil.which(tool):
+                c.run(command, echo=True, pty=False)
+            else:
+                print(f"{tool} is not installed: {name} was not tried with it")
+
+
 @task(help={"minutes": "how long to play", "seed": "repeats a run"})
 def soak(_: Any, minutes: float = 5.0, seed: int = 0) -> None:
     """Play every kind of ending against a router, and see that it gives back what it took."""
@@ -61,5 +76,5 @@ def soak(_: Any, minutes: float = 5.0, seed: int = 0) -> None:
 
 
 ns = Collection.from_module(railway)
-for own in (demo, test, lint, bench, soak):
+for own in (demo, test, lint, bench, soak, image_check):
     ns.add_task(own)  # type: ignore[arg-type]  # the decorator hides that it is a Task

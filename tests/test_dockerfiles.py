@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -25,3 +26,56 @@ def test_dockerfiles_pass_a_linter(tmp_path: Path) -> None:
     done = subprocess.run([LINTER, "lint", bad], capture_output=True, text=True)
     assert done.returncode == 1
     assert "CPY" in done.stdout
+
+
+def test_the_example_is_one_for_any_app(tmp_path: Path) -> None:
+    """Copied out: it names no path of this repository, installs before it copies code, from locks,
+    and does not run as root."""
+    folder = ROOT / "examples" / "railway"
+    lines = (folder / "Dockerfile").read_text().splitlines()
+    orders = [line for line in lines if line and not line.startswith("#")]
+    assert "examples/" not in "\n".join(orders)
+    at = {order: orders.index(order) for order in orders}
+    code = at["COPY . ."]
+    assert at["RUN pip install --no-cache-dir -r requirements.txt"] < code
+    assert at['RUN npm --prefix "$PULSE_WEB_ROOT" ci --no-audit --no-fund'] < code
+    assert any(
+        o.startswith("USER ") and o.split()[1].split(":")[0].isdigit() for o in orders[code:]
+    )
+    package = json.loads((folder / "web/package.json").read_text())
+    lock = json.loads((folder / "web/package-lock.json").read_text())["packages"]
+    for kind in ("dependencies", "devDependencies"):
+        assert package[kind] == lock[""][kind]
+        for name, version in package[kind].items():
+            assert lock[f"node_modules/{name}"]["version"] == version
+    pinned = (folder / "requirements.txt").read_text()
+    assert f"pulse-framework=={package['dependencies']['pulse-ui-client']}" in pinned
+
+
+@pytest.mark.skipif(not shutil.which("buildah"), reason="buildah is not installed")
+def test_what_the_image_is_not_given(tmp_path: Path) -> None:
+    """A real builder on the example's ignore file, with no base image, which cannot be had here."""
+    context = tmp_path / "context"
+    kept = ["main.py", "web/package.json", "web/app/root.tsx"]
+    left = [".env", ".env.production", "deploy.pem", ".git/config", ".venv/bin/python"]
+    left += ["web/node_modules/x/index.js", "web/.env", "web/__pycache__/x.pyc"]
+    for name in (*kept, *left):
+        path = context / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    ignore = ROOT / "examples/railway/Dockerfile.dockerignore"
+    (context / "Dockerfile").write_text("FROM scratch\nCOPY . /\n")
+    (context / "Dockerfile.dockerignore").write_text(ignore.read_text())
+    store = ["--root", str(tmp_path / "root"), "--runroot", str(tmp_path / "run")]
+    store += ["--storage-driver", "vfs"]
+    build = ["bud", "--isolation", "chroot", "-q", "-f", str(context / "Dockerfile")]
+
+    def buildah(*args: str) -> str:
+        command = ["buildah", *store, *args]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    image = buildah(*build, str(context))
+    root = Path(buildah("mount", buildah("from", image)))
+    found = {str(p.relative_to(root)) for p in root.rglob("*") if p.is_file()}
+    assert set(kept) <= found
+    assert not found & set(left)
