@@ -2,15 +2,20 @@
 
     python -m benchmarks.load http PORT PATH CONNECTIONS SECONDS
     python -m benchmarks.load ws   PORT PATH CONNECTIONS SECONDS
+    python -m benchmarks.load open PORT PATH RATE        SECONDS
 
-Prints how many round trips there were.
+Prints how many round trips there were; `open` sends RATE a second whatever the answers do, and
+prints percentiles of the milliseconds from when each was due.
 """
 
 from __future__ import annotations
 
 import asyncio
+import collections
+import json
 import sys
 import time
+from typing import ClassVar
 
 import uvloop
 
@@ -74,6 +79,56 @@ class Client(asyncio.Protocol):
             self.done.set_result(None)
 
 
+class Due(asyncio.Protocol):
+    """One connection of many: answers one request at a time, of those that are due."""
+
+    free: ClassVar[list[Due]] = []
+    queue: ClassVar[collections.deque[float]] = collections.deque()  # when they were due
+    took: ClassVar[list[float]] = []
+
+    def __init__(self, request: bytes) -> None:
+        self.request, self.due, self.buffer = request, 0.0, b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport: asyncio.Transport = transport  # type: ignore[assignment]
+        Due.free.append(self)
+
+    def send(self, due: float) -> None:
+        self.due = due
+        self.transport.write(self.request)
+
+    def data_received(self, data: bytes) -> None:
+        self.buffer += data
+        if not self.buffer.endswith(b"\r\n\r\nok"):
+            return
+        self.buffer = b""
+        Due.took.append(time.monotonic() - self.due)
+        if Due.queue:
+            self.send(Due.queue.popleft())
+        else:
+            Due.free.append(self)
+
+
+async def steadily(port: int, path: str, rate: int, seconds: float) -> None:
+    loop = asyncio.get_running_loop()
+    request = f"GET {path} HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\n\r\n".encode()
+    for _ in range(64):
+        await loop.create_connection(lambda: Due(request), "127.0.0.1", port)
+    began, sent = time.monotonic(), 0
+    while (now := time.monotonic()) < began + seconds:
+        while (due := began + sent / rate) <= now:
+            sent += 1
+            if Due.free:
+                Due.free.pop().send(due)
+            else:
+                Due.queue.append(due)
+        await asyncio.sleep(0.0005)
+    await asyncio.sleep(1)
+    took = sorted(Due.took[len(Due.took) // 10 :])  # the first tenth warms up
+    at = {"50": 0.5, "99": 0.99, "99.9": 0.999}
+    print(json.dumps({name: took[int(len(took) * q)] * 1000 for name, q in at.items()}))
+
+
 async def main(kind: str, port: int, path: str, connections: int, seconds: float) -> None:
     upgrade = (
         "connection: Upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\n"
@@ -94,4 +149,7 @@ async def main(kind: str, port: int, path: str, connections: int, seconds: float
 
 if __name__ == "__main__":
     _, kind, port, path, connections, seconds = sys.argv
+    if kind == "open":
+        uvloop.run(steadily(int(port), path, int(connections), float(seconds)))
+        raise SystemExit
     uvloop.run(main(kind, int(port), path, int(connections), float(seconds)))

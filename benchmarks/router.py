@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,7 +22,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import servers
+from benchmarks import lasting, servers
 from benchmarks.servers import Server
 
 GB = 1 << 30
@@ -71,23 +72,9 @@ def websocket(server: Server, connections: int, seconds: float) -> float:
 
 def socket_bytes(server: Server, count: int = 400) -> float:
     """Resident bytes that an open WebSocket adds."""
-    upgrade = (
-        b"GET /socket HTTP/1.1\r\nhost: bench\r\nconnection: Upgrade\r\nupgrade: websocket\r\n"
-        b"sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
-    )
-
-    def hold(n: int) -> list[socket.socket]:
-        held = []
-        for _ in range(n):
-            sock = socket.create_connection(("127.0.0.1", server.port), 10)
-            sock.sendall(upgrade)
-            assert sock.recv(4096).startswith(b"HTTP/1.1 101")
-            held.append(sock)
-        return held
-
-    warm = hold(100)
+    warm = lasting.hold(server, 100)
     before = server.rss
-    held = hold(count)
+    held = lasting.hold(server, count)
     time.sleep(0.3)
     added = server.rss - before
     for sock in (*warm, *held):
@@ -163,14 +150,25 @@ def measure(start: Start, quick: bool, *, requests_only: bool) -> dict[str, floa
     return rows
 
 
-# what the router is held to, as a ratio to 0.3.13's in the same run
+# what the router is held to: a ratio to another in the same run, or a figure of its own
 BARS = {
-    "small request, CPU us": 1 / 5,
-    "with affinity, CPU us": 1 / 6,
-    "64 KiB, CPU us": 1 / 4,
-    "WebSocket round trip, 1 open, CPU us": 1 / 2,
-    "WebSocket round trip, 32 open, CPU us": 1 / 2,
-    "WebSocket round trip, 500 open, CPU us": 1 / 2,
+    "small request, CPU us": "1/5 of 0.3.13",
+    "small request in turns with Caddy: ratio": "0.6",
+    "with affinity, CPU us": "1/6 of 0.3.13",
+    "64 KiB, CPU us": "1/4 of 0.3.13",
+    "WebSocket round trip, 1 open, CPU us": "1/3 of 0.3.13",
+    "WebSocket round trip, 32 open, CPU us": "1/3 of 0.3.13",
+    "WebSocket round trip, 500 open, CPU us": "1/3 of 0.3.13",
+    "memory a socket, KB": "4",
+    "open loop, 99 %, ms": "Caddy's",
+    "open loop, 99.9 %, ms": "Caddy's",
+    "9,500 sockets, 200 deployments: cost ratio": "1.1",
+    "... memory a socket, KB": "4",
+    "... descriptors more": "0",
+    "... memory ratio": "1.1",
+    "image: first healthy answer, ms": "500",
+    "image: control active, ms": "400",
+    "image: MB over its base": "45",
 }
 
 
@@ -196,8 +194,54 @@ def main(argv: list[str]) -> int:
         for name, start in wanted.items():
             console.print(f"measuring {name}", style="dim")
             results[name] = measure(start, quick, requests_only=name in others)
+        lasts(console, wanted, results, env["REDIS_URL"], folder, quick)
     show(console, results)
     return 0
+
+
+def lasts(
+    console: Console,
+    wanted: dict[str, Start],
+    results: dict[str, dict[str, float]],
+    store: str,
+    folder: Path,
+    quick: bool,
+) -> None:
+    """The longer rows: the tail of all, the rest of our router alone."""
+
+    def cost(server: Server, seconds: float) -> float:
+        return http(server, "/", seconds)[0]
+
+    names = list(wanted)
+    beside = "Caddy" if "Caddy" in wanted else names[0]
+    rate = int(results[beside]["small requests a second"] / 2)
+    for name, start in wanted.items():
+        console.print(f"measuring {name}: tail at {rate:,} requests a second", style="dim")
+        if name == "0.3.13":
+            continue  # it cannot do so many
+        with start() as server:
+            http(server, "/", 1)
+            for q, value in lasting.tail(server, rate, 4 if quick else 20).items():
+                results[name][f"open loop, {q} %, ms"] = value
+    ours = results[names[0]]
+    if beside == "Caddy":
+        with wanted[names[0]]() as mine, wanted[beside]() as other:
+            cost(mine, 1.0), cost(other, 1.0)
+            turns = [cost(mine, 2.0) / cost(other, 2.0) for _ in range(5)]
+        ours["small request in turns with Caddy: ratio"] = statistics.median(turns)
+    console.print("measuring our router: scale, endurance, image", style="dim")
+    with wanted[names[0]]() as server:
+        found = lasting.scale(server, store, cost, 2.0 if quick else 5.0)
+        ours["9,500 sockets, 200 deployments: cost ratio"] = found["cost ratio"]
+        ours["... memory a socket, KB"] = found["memory a socket, KB"]
+    with wanted[names[0]]() as server:
+        requests, sockets = (100_000, 5_000) if quick else (1_000_000, 50_000)
+        found = lasting.endurance(server, cost, requests, sockets)
+        ours["endurance: requests"] = found["requests"]
+        ours["... descriptors more"] = found["descriptors more"]
+        ours["... memory ratio"] = found["memory ratio"]
+    for row, value in lasting.image(store, folder).items():
+        ours[f"image: {row}"] = value
 
 
 def show(console: Console, results: dict[str, dict[str, float]]) -> None:
@@ -206,19 +250,22 @@ def show(console: Console, results: dict[str, dict[str, float]]) -> None:
     table.add_column("")
     for name in names:
         table.add_column(name, justify="right")
-    table.add_column("ours / 0.3.13", justify="right")
-    table.add_column("bar", justify="right")
+    table.add_column("/ 0.3.13", justify="right")
+    table.add_column("/ Caddy", justify="right")
+    table.add_column("bar")
     ours, peer = results[names[0]], results[names[1]]
+    caddy = results.get("Caddy", {})
     for row in ours:
         cells = [_cell(results[name].get(row, float("nan"))) for name in names]
-        ratio = ours[row] / peer[row] if peer[row] else 0.0
-        bar = BARS.get(row)
-        table.add_row(row, *cells, f"{ratio:.3f}", f"{bar:.3f}" if bar else "")
-    Console(width=140, file=console.file).print(table)
+        ratios = [
+            f"{ours[row] / other[row]:.3f}" if other.get(row) else "" for other in (peer, caddy)
+        ]
+        table.add_row(row, *cells, *ratios, BARS.get(row, ""))
+    Console(width=160, file=console.file).print(table)
 
 
 def _cell(value: float) -> str:
-    return "-" if value != value else f"{value:,.1f}"  # NaN: not measured
+    return "-" if value != value else f"{value:,.{2 if value < 10 else 1}f}"  # NaN: not measured
 
 
 if __name__ == "__main__":

@@ -172,7 +172,8 @@ def nginx(backend_port: int, folder: Path) -> Iterator[Server]:
         f"""daemon off; worker_processes 1; pid {folder}/nginx.pid; error_log {folder}/error.log;
 events {{ worker_connections 2048; }}
 http {{
-  access_log off; client_max_body_size 0; proxy_request_buffering off;
+  access_log off; client_max_body_size 0; keepalive_requests 1000000000;
+  proxy_request_buffering off;
   upstream b {{ server 127.0.0.1:{backend_port}; keepalive 64; }}
   map $http_upgrade $up {{ default upgrade; '' ''; }}
   server {{ listen 127.0.0.1:{port};

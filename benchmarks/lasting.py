@@ -1,0 +1,182 @@
+"""The rows of `invoke bench` that take longer than a request: tail, scale, endurance, image."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import redis
+
+from benchmarks import environment, servers
+from benchmarks.servers import Server
+from pulse_railway.local.supervisor import free_port
+
+UPGRADE = (
+    b"GET /socket HTTP/1.1\r\nhost: bench\r\nconnection: Upgrade\r\nupgrade: websocket\r\n"
+    b"sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+)
+SOCKETS = 9_500  # with 20,000 descriptors, which is what most machines allow, near the limit
+DEPLOYMENTS = 200
+
+
+def hold(server: Server, count: int) -> list[socket.socket]:
+    """That many open WebSockets."""
+    held = []
+    for _ in range(count):
+        sock = socket.create_connection(("127.0.0.1", server.port), 10)
+        sock.sendall(UPGRADE)
+        assert sock.recv(4096).startswith(b"HTTP/1.1 101")
+        held.append(sock)
+    return held
+
+
+def tail(server: Server, rate: int, seconds: float) -> dict[str, float]:
+    """Milliseconds from when a request was due to its answer, at a steady rate (open loop)."""
+    command = [sys.executable, "-m", "benchmarks.load", "open", str(server.port), "/"]
+    command += [str(rate), str(seconds)]
+    said = subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        cwd=servers.ROOT,
+        preexec_fn=lambda: servers.pin(1),
+    ).stdout
+    return {k: float(v) for k, v in json.loads(said).items()}
+
+
+def scale(
+    server: Server, store: str, cost: Callable[[Server, float], float], seconds: float
+) -> dict[str, float]:
+    """What a small request costs with many sockets open and many deployments known, as a ratio to
+    what it costs with none; measured in turns, since the machine is noisy."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    client = redis.Redis.from_url(store)
+
+    def know(count: int) -> None:
+        for n in range(count):
+            key = f"pulse:railway:deployment:old-{n}"
+            client.set(key, json.dumps({"deployment_id": f"old-{n}", "state": "draining"}))
+        for n in range(count, DEPLOYMENTS):
+            client.delete(f"pulse:railway:deployment:old-{n}")
+        client.publish("pulse:railway:events", "bench")
+        time.sleep(4)
+
+    cost(server, 1.0)
+    without, with_all, memory = [], [], 0.0
+    for _ in range(4):
+        without.append(cost(server, seconds))
+        know(DEPLOYMENTS)
+        before = server.rss
+        held = hold(server, SOCKETS)
+        time.sleep(1)
+        memory = memory or (server.rss - before) / SOCKETS / 1024
+        with_all.append(cost(server, seconds))
+        for sock in held:
+            sock.close()
+        know(0)
+    return {"cost ratio": min(with_all) / min(without), "memory a socket, KB": memory}
+
+
+def endurance(
+    server: Server, cost: Callable[[Server, float], float], requests: int, sockets: int
+) -> dict[str, float]:
+    """Descriptors and memory after many requests and sockets that came and went, beside what they
+    were after the first tenth, when every pool is warm."""
+
+    def descriptors() -> int:
+        return len(os.listdir(f"/proc/{server.pid}/fd"))
+
+    def play(share: float) -> None:
+        target = played[0] + requests * share
+        while played[0] < target:
+            began = server.cpu
+            each = cost(server, 10.0)
+            played[0] += (server.cpu - began) / each * 1e6
+        for _ in range(int(sockets * share / 500)):
+            for sock in hold(server, 500):
+                sock.close()
+
+    def rest() -> tuple[int, int]:
+        time.sleep(8)  # idle connections are closed
+        return descriptors(), server.rss
+
+    played = [0.0]
+    play(0.1)
+    fds, memory = rest()
+    play(0.9)
+    fds_after, memory_after = rest()
+    return {
+        "requests": played[0],
+        "descriptors more": fds_after - fds,
+        "memory ratio": memory_after / memory,
+    }
+
+
+def image(store: str, folder: Path) -> dict[str, float]:
+    """What the runtime image's lock installs, and how fast it is up: compiled, as in the image."""
+    lock = servers.ROOT / "runtime.lock"
+    name = f"runtime-{hashlib.sha256(lock.read_bytes()).hexdigest()[:12]}"
+    python = environment.python(name, "--no-deps", "--require-hashes", "-r", str(lock))
+    packages = next((python.parent.parent / "lib").glob("python*/site-packages"))
+    shutil.copy(servers.ROOT / "router.py", folder)
+    for path in (packages, folder / "router.py"):
+        subprocess.run([str(python), "-m", "compileall", "-q", str(path)], check=False)
+    own = ("pip", "setuptools", "pip-", "setuptools-")
+    size = sum(
+        path.stat().st_size
+        for path in packages.rglob("*")
+        if path.is_file() and not path.relative_to(packages).parts[0].startswith(own)
+    )
+    port = free_port()
+    env = {"REDIS_URL": store, "PORT": str(port), "HOST": "127.0.0.1", "RAILWAY_SERVICE_ID": "x"}
+    env["PYTHONPATH"] = str(folder)
+    router = [str(python), "-m", "router"]
+    first, control = [], []
+    for _ in range(5):
+        with _until_healthy(router, port, env) as took:
+            first.append(took)
+            began = time.monotonic()
+            subprocess.run(
+                [*router, "control", "active"],
+                env={**os.environ, **env},
+                check=True,
+                capture_output=True,
+            )
+            control.append(time.monotonic() - began)
+    return {
+        "first healthy answer, ms": min(first) * 1000,
+        "control active, ms": min(control) * 1000,
+        "MB over its base": size / (1 << 20),
+    }
+
+
+@contextlib.contextmanager
+def _until_healthy(command: list[str], port: int, env: dict[str, str]) -> Iterator[float]:
+    began = time.monotonic()
+    popen = subprocess.Popen(command, env={**os.environ, **env}, start_new_session=True)
+    try:
+        while time.monotonic() - began < 20:
+            with (
+                contextlib.suppress(OSError),
+                socket.create_connection(("127.0.0.1", port), 1) as sock,
+            ):
+                sock.sendall(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
+                if sock.recv(100).startswith(b"HTTP/1.1 200"):
+                    break
+            time.sleep(0.01)
+        yield time.monotonic() - began
+    finally:
+        popen.terminate()
+        popen.wait()
