@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import resource
 import shutil
 import socket
@@ -53,6 +54,21 @@ def tail(server: Server, rate: int, seconds: float) -> dict[str, float]:
         preexec_fn=lambda: servers.pin(1),
     ).stdout
     return {k: float(v) for k, v in json.loads(said).items()}
+
+
+def tail_at_saturation(server: Server, seconds: float) -> float:
+    """Milliseconds at the 99th percentile, 32 connections that ask again at once (closed loop)."""
+    command = ["wrk", "-t1", "-c32", f"-d{int(seconds)}", "--latency"]
+    said = subprocess.run(
+        [*command, f"http://127.0.0.1:{server.port}/"],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        preexec_fn=lambda: servers.pin(1),
+    ).stdout
+    found = re.search(r"99%\s+([\d.]+)(us|ms|s)\b", said)
+    assert found is not None, said
+    return float(found[1]) * {"us": 0.001, "ms": 1.0, "s": 1000.0}[found[2]]
 
 
 def scale(

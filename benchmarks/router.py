@@ -223,6 +223,9 @@ def lasts(
             http(server, "/", 1)
             for q, value in lasting.tail(server, rate, 4 if quick else 20).items():
                 results[name][f"open loop, {q} %, ms"] = value
+            if shutil.which("wrk"):
+                closed = lasting.tail_at_saturation(server, 2 if quick else 10)
+                results[name]["closed loop, 99 %, ms"] = closed
     ours = results[names[0]]
     if beside == "Caddy":
         with wanted[names[0]]() as mine, wanted[beside]() as other:
