@@ -44,12 +44,19 @@ def on_a_railway(path: Path) -> bool:
 class Process:
     """A server under test: started, waited for, ended by its process id."""
 
-    def __init__(self, command: list[str], port: int, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        command: list[str],
+        port: int,
+        env: dict[str, str] | None = None,
+        cwd: Path | None = None,
+    ) -> None:
         self.port = port
         self.log = tempfile.TemporaryFile()
         self.popen = subprocess.Popen(
             command,
             env={**os.environ, **(env or {})},
+            cwd=cwd,
             stdout=self.log,
             stderr=self.log,
             start_new_session=True,

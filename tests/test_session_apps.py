@@ -56,7 +56,7 @@ def address(
         for at, name in enumerate(("a", "b")):
             port = free_port()
             command = [sys.executable, "-m", "uvicorn", "main:app.asgi_factory", "--factory"]
-            command += ["--app-dir", str(tmp_path), "--port", str(port)]
+            command += ["--port", str(port)]
             env = {
                 "PULSE_DEPLOYMENT_ID": name,
                 "PULSE_RAILWAY_INTERNAL_TOKEN": "secret",
@@ -64,7 +64,7 @@ def address(
                 "PULSE_REACT_SERVER_ADDRESS": "http://127.0.0.1:9",
                 "PULSE_ENV": "dev",
             }
-            process = Process(command, port, env).wait(60)
+            process = Process(command, port, env, tmp_path).wait(60)  # it writes routes there
             stack.callback(process.stop)
             state = "active" if name == "b" else "draining"
             address = f"http://127.0.0.1:{port}"
