@@ -1112,10 +1112,6 @@ NOT_NAMED_AWAY = frozenset((b"content-length", b"host"))
 POLICED = frozenset((b"host", b"content-length", b"transfer-encoding", b"expect"))
 
 
-def reason(status: int) -> bytes:
-    return http.HTTPStatus(status).phrase.encode()
-
-
 def plain(status: int, detail: str = "") -> Response:
     return JSONResponse({"detail": detail or http.HTTPStatus(status).phrase.lower()}, status)
 
@@ -1180,8 +1176,7 @@ class Client(asyncio.Protocol):
 
     instances: ClassVar[set[Client]] = set()  # all open ones, for the sweep
 
-    def __init__(self, config: uvicorn.Config, server_state: Any, **_: Any) -> None:
-        self.config = config
+    def __init__(self, *, server_state: Any, **_: Any) -> None:
         self.connections, self.tasks = server_state.connections, server_state.tasks
         self.loop = asyncio.get_running_loop()
         self.parser: Any = self.new_parser()  # None: nothing more is read
@@ -1478,7 +1473,8 @@ class Client(asyncio.Protocol):
         self.finish(incoming)
 
     def say(self, response: Response, *, close: bool = True, head_only: bool = False) -> None:
-        head = b"HTTP/1.1 %d %b\r\n" % (response.status_code, reason(response.status_code))
+        status = http.HTTPStatus(response.status_code)
+        head = b"HTTP/1.1 %d %b\r\n" % (status, status.phrase.encode())
         lines = [name + b": " + value + b"\r\n" for name, value in response.raw_headers]
         if close:
             lines.append(b"connection: close\r\n")
@@ -1579,10 +1575,10 @@ async def sweep() -> None:
 class Exchange:
     """Copies one answer from an upstream to a client, chunk by chunk as it comes.
 
-    Everything runs in the callbacks of the two connections, and `then` is called with how it
-    ended when the two are parted: ok, switched (a tunnel now), missing (an answer that was held
-    back), gone (the client), broken (too late for another answer); where nothing was sent to the
-    client: reset (a pooled connection that had died), lost, timeout.
+    Everything runs in the callbacks of the two connections, and `then` is called when the two are
+    parted. `outcome` says how it ended: ok, switched (a tunnel now), missing (an answer that was
+    held back), gone (the client), broken (too late for another answer); where nothing was sent to
+    the client: reset (a pooled connection that had died), lost, timeout.
 
     A client that reads slowly pauses the upstream, so memory stays flat.
     """
@@ -1602,7 +1598,7 @@ class Exchange:
         self,
         incoming: Incoming,
         upstream: Upstream,
-        then: Callable[[Exchange, str], None],
+        then: Callable[[Exchange], None],
         spare: str = "",
     ) -> None:
         client = self.client = incoming.client
@@ -1634,7 +1630,7 @@ class Exchange:
                 self.tail = data[upgrade.args[0] :]
                 self.end("switched")
                 self.let_go()
-                self.then(self, self.outcome)
+                self.then(self)
                 return
             why = "the backend switched protocols unasked"
         except httptools.HttpParserError:
@@ -1864,7 +1860,7 @@ class Exchange:
             pool.append(upstream)
         else:
             upstream.transport.abort()
-        self.then(self, self.outcome)
+        self.then(self)
 
     # -- to the upstream -----------------------------------------------------------------------
 
@@ -1908,7 +1904,7 @@ def request_head(incoming: Incoming, deployment: Deployment) -> list[bytes]:
     the hop-by-hop ones, plus the forwarding headers that the edge has not set."""
     url = incoming.url
     if not url.startswith(b"/"):  # absolute-form and `*`
-        asked = b"?" in url
+        asked = b"?" in url.partition(b"#")[0]
         url = incoming.path + (b"?" + incoming.query if asked else b"")
     out = [incoming.method, b" ", url, b" HTTP/1.1\r\n"]
     drop = HOP_BY_HOP
@@ -1986,17 +1982,17 @@ async def forward(
         if incoming.gone:
             upstream.transport.abort()
             return "gone"
-        done: asyncio.Future[str] = loop.create_future()
+        done: asyncio.Future[None] = loop.create_future()
 
-        def ended(_: Exchange, outcome: str, done: asyncio.Future[str] = done) -> None:
+        def ended(_: Exchange, done: asyncio.Future[None] = done) -> None:
             if not done.done():
-                done.set_result(outcome)
+                done.set_result(None)
 
         exchange = Exchange(incoming, upstream, ended, spare)
         pump = exchange.send(request_head(incoming, deployment))
         hurry = patience and loop.call_later(patience, exchange.give_up)
         try:
-            outcome = await done
+            await done
         except asyncio.CancelledError:
             exchange.client_lost()
             raise
@@ -2005,14 +2001,15 @@ async def forward(
                 pump.cancel()
             if hurry:
                 hurry.cancel()
-        if not (outcome == "reset" and again):
-            return conclude(exchange, outcome)
+        if not (exchange.outcome == "reset" and again):
+            return conclude(exchange)
         upstream = None  # it had died in the pool: once more, on a new connection
 
 
-def conclude(exchange: Exchange, outcome: str) -> str:
+def conclude(exchange: Exchange) -> str:
     """Do what is to be done when an exchange has ended. Returns and raises as `forward`."""
     incoming, deployment = exchange.incoming, exchange.upstream.deployment
+    outcome = exchange.outcome
     if outcome in ("reset", "lost"):
         raise UpstreamError(502, "the deployment closed the connection without an answer")
     if outcome == "timeout":
@@ -2206,14 +2203,14 @@ def route(incoming: Incoming) -> None:
         client.spawn(handle(incoming, name))
 
 
-def at_end(name: bytes, exchange: Exchange, outcome: str) -> None:
+def at_end(name: bytes, exchange: Exchange) -> None:
     """What was sent on its way at once has ended."""
     incoming = exchange.incoming
-    if outcome == "reset" and repeatable(incoming):
+    if exchange.outcome == "reset" and repeatable(incoming):
         incoming.client.spawn(handle(incoming, name, fresh=True))
         return
     try:
-        conclude(exchange, outcome)
+        conclude(exchange)
     except UpstreamError as error:
         answer_for(incoming, exchange.upstream.deployment, error)
 

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import redis
@@ -45,27 +45,14 @@ def tail(server: Server, rate: int, seconds: float) -> dict[str, float]:
     """Milliseconds from when a request was due to its answer, at a steady rate (open loop)."""
     command = [sys.executable, "-m", "benchmarks.load", "open", str(server.port), "/"]
     command += [str(rate), str(seconds)]
-    said = subprocess.run(
-        command,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-        cwd=servers.ROOT,
-        preexec_fn=lambda: servers.pin(1),
-    ).stdout
+    said = servers.run_load(command)
     return {k: float(v) for k, v in json.loads(said).items()}
 
 
 def tail_at_saturation(server: Server, seconds: float) -> float:
     """Milliseconds at the 99th percentile, 32 connections that ask again at once (closed loop)."""
     command = ["wrk", "-t1", "-c32", f"-d{int(seconds)}", "--latency"]
-    said = subprocess.run(
-        [*command, f"http://127.0.0.1:{server.port}/"],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-        preexec_fn=lambda: servers.pin(1),
-    ).stdout
+    said = servers.run_load([*command, f"http://127.0.0.1:{server.port}/"])
     found = re.search(r"99%\s+([\d.]+)(us|ms|s)\b", said)
     assert found is not None, said
     return float(found[1]) * {"us": 0.001, "ms": 1.0, "s": 1000.0}[found[2]]
@@ -157,16 +144,19 @@ def image(store: str, folder: Path) -> dict[str, float]:
     )
     port = free_port()
     env = {"REDIS_URL": store, "PORT": str(port), "HOST": "127.0.0.1", "RAILWAY_SERVICE_ID": "x"}
-    env["PYTHONPATH"] = str(folder)
     router = [str(python), "-m", "router"]
     first, control = [], []
     for _ in range(5):
-        with _until_healthy(router, port, env) as took:
-            first.append(took)
+        began = time.monotonic()
+        with servers.process("the runtime image's router", router, port, 0, env, folder):
+            while not _healthy(port):
+                time.sleep(0.01)
+            first.append(time.monotonic() - began)
             began = time.monotonic()
             subprocess.run(
                 [*router, "control", "active"],
                 env={**os.environ, **env},
+                cwd=folder,
                 check=True,
                 capture_output=True,
             )
@@ -178,21 +168,8 @@ def image(store: str, folder: Path) -> dict[str, float]:
     }
 
 
-@contextlib.contextmanager
-def _until_healthy(command: list[str], port: int, env: dict[str, str]) -> Iterator[float]:
-    began = time.monotonic()
-    popen = subprocess.Popen(command, env={**os.environ, **env}, start_new_session=True)
-    try:
-        while time.monotonic() - began < 20:
-            with (
-                contextlib.suppress(OSError),
-                socket.create_connection(("127.0.0.1", port), 1) as sock,
-            ):
-                sock.sendall(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
-                if sock.recv(100).startswith(b"HTTP/1.1 200"):
-                    break
-            time.sleep(0.01)
-        yield time.monotonic() - began
-    finally:
-        popen.terminate()
-        popen.wait()
+def _healthy(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1) as sock:
+        sock.sendall(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
+        return sock.recv(100).startswith(b"HTTP/1.1 200")
+    return False

@@ -10,7 +10,6 @@ import re
 import shutil
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,9 +35,7 @@ def http(server: Server, path: str, seconds: float) -> tuple[float, float]:
     if shutil.which("wrk"):
         url = f"http://127.0.0.1:{server.port}{path}"
         command = ["wrk", "-t1", "-c32", f"-d{int(seconds)}", url]
-        said = subprocess.run(
-            command, capture_output=True, text=True, check=True, preexec_fn=lambda: servers.pin(1)
-        ).stdout
+        said = servers.run_load(command)
         found = re.search(r"(\d+) requests in", said)
         assert found is not None
         if "Non-2xx" in said:
@@ -52,15 +49,7 @@ def http(server: Server, path: str, seconds: float) -> tuple[float, float]:
 def load(kind: str, server: Server, path: str, connections: int, seconds: float) -> int:
     command = [sys.executable, "-m", "benchmarks.load", kind, str(server.port), path]
     command += [str(connections), str(seconds)]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=servers.ROOT,
-        preexec_fn=lambda: servers.pin(1),
-    )
-    return int(done.stdout)
+    return int(servers.run_load(command))
 
 
 def websocket(server: Server, connections: int, seconds: float) -> float:
@@ -216,9 +205,9 @@ def lasts(
     beside = "Caddy" if "Caddy" in wanted else names[0]
     rate = int(results[beside]["small requests a second"] / 2)
     for name, start in wanted.items():
-        console.print(f"measuring {name}: tail at {rate:,} requests a second", style="dim")
         if name == "0.3.13":
             continue  # it cannot do so many
+        console.print(f"measuring {name}: tail at {rate:,} requests a second", style="dim")
         with start() as server:
             http(server, "/", 1)
             for q, value in lasting.tail(server, rate, 4 if quick else 20).items():

@@ -59,6 +59,18 @@ def pin(core: int) -> None:
     os.sched_setaffinity(0, {CORES[core % len(CORES)]})
 
 
+def run_load(command: list[str]) -> str:
+    """What a load generator prints; it runs on the core that the servers do not have."""
+    return subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        preexec_fn=lambda: pin(1),
+    ).stdout
+
+
 @contextlib.contextmanager
 def process(
     name: str,
