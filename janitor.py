@@ -129,7 +129,13 @@ class Limits:
     def ways_back(self, found: list[router.Record]) -> set[str]:
         """Those that stay although their last tab has gone, so that `rollback` has somewhere to go:
         what was active last for the window, and the last `keep`."""
-        drained = [r for r in found if r.get("state") == "draining" and r.get("drain_started_at")]
+        drained = [
+            r
+            for r in found
+            if r.get("state") == "draining"
+            and r.get("drain_started_at")
+            and not r.get("rejected_at")  # rolled back from, or a canary that was ended
+        ]
         drained.sort(key=lambda r: float(r["drain_started_at"]), reverse=True)
         kept = drained[: self.keep]
         if drained and time.time() - float(drained[0]["drain_started_at"]) < self.rollback_window:
@@ -322,7 +328,7 @@ def sweep(
                 report.kept[name] = verdict.removeprefix("keep: ")
             continue
         judged = json.loads(state[router.record_key(name)])
-        if remove(store, railway, name, judged, by_id.get(name), report, token):
+        if remove(store, railway, name, judged, by_id.get(name), report, token, verdict):
             report.deleted.append(name)
             if verdict == "expired":
                 report.expired.append(name)
@@ -337,7 +343,7 @@ def sweep(
             if count := router.sessions(record, token):
                 store.apply(functools.partial(router.adopt, record=record))
                 report.kept[service.deployment] = f"{count} sessions, draining from now on"
-            elif remove(store, railway, service.deployment, {}, service, report, token):
+            elif remove(store, railway, service.deployment, {}, service, report, token, "dead"):
                 report.deleted.append(service.deployment)
     active = store.read().get(":active")
     if seen.router_id and active and active != seen.intent:
@@ -439,6 +445,7 @@ def remove(
     service: Service | None,
     report: Report,
     token: str,
+    why: str,
 ) -> bool:
     """Delete a deployment, if it still is what was judged: it is claimed first, so that nobody
     promotes it meanwhile, then its tabs are told to reload. Says whether it did."""
@@ -452,7 +459,8 @@ def remove(
         if judged and router.reload_tabs(judged, token):
             time.sleep(RELOAD_GRACE_SECONDS)
         railway.delete(service)
-    store.apply(lambda state: router.delete(state, name))
+    step = functools.partial(router.delete, deployment_id=name)
+    store.apply(router.logged(step, "remove", name, by="janitor", why=why))
     return True
 
 

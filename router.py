@@ -12,8 +12,7 @@
 """The router: every request of a Pulse app goes through this file.
 
     python router.py                     serve on HOST (default: IPv4 and IPv6) and PORT (8000)
-    python router.py control <command>   read or change the routing state: active, status,
-                                         register, promote, retire, delete, restore
+    python router.py control <command>   read or change the routing state: active, status, ...
     python router.py janitor run         the same as `python janitor.py`
 
 How a request travels: `Client` parses and polices its head; `route` picks a deployment out of the
@@ -41,10 +40,13 @@ if __name__ == "__main__":  # a container's first process is deaf to what it has
 
 import argparse
 import asyncio
+import bisect
 import collections
 import concurrent.futures
 import contextlib
 import functools
+import hashlib
+import hmac
 import http
 import ipaddress
 import json
@@ -59,7 +61,7 @@ import sys
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
@@ -100,6 +102,8 @@ INTERNAL_PREFIX = "/_pulse/internal"
 SESSIONS_PATH = "/_pulse/internal/railway/sessions"
 RELOAD_PATH = "/_pulse/internal/railway/reload"
 INTERNAL_TOKEN_HEADER = "x-pulse-railway-internal-token"
+HEALTH_PATH = "/_pulse/health"
+VISITOR_COOKIE = "pulse_railway_visitor"
 ROUTER_HEALTH_PATH = "/healthz"
 DEFAULT_PORT = 8000
 DEFAULT_REDIS_PREFIX = "pulse:railway"
@@ -162,8 +166,12 @@ Step = Callable[[State], Change]
 MARK = ":store"  # which contents the store has: another mark, or none, means that it lost them
 REMOVED = ":removed"  # deployment id -> when it was removed, and the Railway service it was on
 ANSWERS = ":answers"  # nonce -> when its command was carried out
-FIXED = (":active", MARK, REMOVED, ANSWERS)
+HISTORY = ":history"  # what was done, by whom and why, the oldest first
+MAINTENANCE = ":maintenance"  # since when, and the page that everybody gets
+LOCK = ":deploy:lock"  # who deploys, since when, and until when at the latest
+FIXED = (":active", MARK, REMOVED, ANSWERS, HISTORY, MAINTENANCE, LOCK)
 REMEMBERED = 3600.0  # seconds that a removal and a nonce are remembered
+HISTORY_AT_MOST = 100
 
 
 class StateError(Exception):
@@ -236,9 +244,11 @@ def register(
     address: str | None = None,
     held: bool = False,
     service_id: str | None = None,
+    about: Record | None = None,
 ) -> Change:
     """A deployment that runs but is not yet chosen: reachable by affinity only. `held`: it is
-    meant to stay so, and the janitor does not take it for a deploy that died.
+    meant to stay so, and the janitor does not take it for a deploy that died. `about`: its commit,
+    author and message, and who deployed it.
 
     A command that comes late, when the deployment has been removed already, is refused: it is
     known by its Railway service. The id on a new service starts clean.
@@ -266,6 +276,8 @@ def register(
         record["service_id"] = service_id
     if address:
         record["address"] = address.rstrip("/")
+    if about:
+        record["about"] = about
     change: Change = {record_key(deployment_id): _save(record)}
     if deployment_id in removed:
         del removed[deployment_id]
@@ -273,21 +285,8 @@ def register(
     return change
 
 
-def promote(
-    state: State,
-    deployment_id: str,
-    service_name: str,
-    draining: list[Record],
-    address: str | None = None,
-) -> Change:
-    """Make a deployment active. Only the one that was active drains; pending ones stay pending.
-
-    `draining` is what 0.3.x clients send: it names every other service, so it only tells the
-    service name and drain time of the deployment that was active.
-    """
-    hints = {item["deployment_id"]: item for item in draining}
-    if deployment_id in hints:
-        raise StateError(f"{deployment_id} cannot be active and draining")
+def _promotable(state: State, deployment_id: str) -> Record:
+    """Its record. Raises StateError for one that is unknown or being removed."""
     record = _record(state, deployment_id)
     if not record:
         raise StateError(
@@ -297,11 +296,41 @@ def promote(
         )
     if record.get("retiring_at"):
         raise StateError(f"{deployment_id} is being removed and cannot be promoted", "removed")
+    return record
+
+
+def promote(
+    state: State,
+    deployment_id: str,
+    service_name: str,
+    draining: list[Record],
+    address: str | None = None,
+    instead_of: str | None = None,
+    rolls_back: bool = False,
+    bake: float | None = None,
+) -> Change:
+    """Make a deployment active. Only the one that was active drains; pending ones stay pending,
+    and a canary that is another one gets no more visitors.
+
+    Args:
+        draining: what 0.3.x clients send: it names every other service, so it only tells the
+            service name and drain time of the deployment that was active.
+        instead_of: the deployment that has to be active; where another one is, nothing is done.
+        rolls_back: the one that was active is no way back from here on.
+        bake: watched for so many seconds; kept with the record until `baked`.
+    """
+    hints = {item["deployment_id"]: item for item in draining}
+    if deployment_id in hints:
+        raise StateError(f"{deployment_id} cannot be active and draining")
+    previous = state.get(":active")
+    if instead_of and previous != instead_of:
+        raise StateError(f"{previous or 'none'} is active by now, not {instead_of}", "changed")
+    record = _promotable(state, deployment_id)
     if address:
         record["address"] = address.rstrip("/")
     change: Change = {":active": deployment_id}
     change[record_key(deployment_id)] = _save(
-        record
+        _without(record, "weight", "rejected_at", "bake")
         | {
             "deployment_id": deployment_id,
             "state": "active",
@@ -309,21 +338,134 @@ def promote(
             "drain_started_at": None,
             "promoted_at": time.time(),
         }
+        | _baking(bake)
     )
-    previous = state.get(":active")
+    for other in records(state):
+        name = other["deployment_id"]
+        if "weight" in other and name not in (deployment_id, previous):
+            change[record_key(name)] = _save(_without(other, "weight", "bake"))
     if previous and previous != deployment_id:
         old = _record(state, previous)
         hint = hints.get(previous, {})
         change[record_key(previous)] = _save(
-            old
+            _without(old, "weight", "bake")
             | {
                 "deployment_id": previous,
                 "state": "draining",
                 "service_name": old.get("service_name") or hint.get("service_name") or previous,
                 "drain_started_at": hint.get("drain_started_at") or time.time(),
             }
+            | ({"rejected_at": time.time()} if rolls_back else {})
         )
     return change
+
+
+def _without(record: Record, *names: str) -> Record:
+    return {key: value for key, value in record.items() if key not in names}
+
+
+def _baking(seconds: float | None) -> Record:
+    return {"bake": {"until": time.time() + seconds}} if seconds else {}
+
+
+def canary(state: State) -> Record | None:
+    """The deployment that a share of the new visitors gets, beside the active one."""
+    for record in records(state):
+        if _is_canary(record):
+            return record
+    return None
+
+
+def _is_canary(record: Record) -> bool:
+    return (
+        isinstance(record.get("weight"), int | float)
+        and record.get("state") == "pending"
+        and not record.get("retiring_at")
+    )
+
+
+def weigh(
+    state: State,
+    deployment_id: str,
+    service_name: str,
+    weight: float,
+    instead_of: str | None = None,
+    bake: float | None = None,
+) -> Change:
+    """Give a deployment that share of the new visitors, in percent: it is the canary, of which
+    there is one. It stays until it is promoted or withdrawn."""
+    active = state.get(":active")
+    if not active:
+        raise StateError("no deployment is active: promote it without a weight", "inactive")
+    if instead_of and active != instead_of:
+        raise StateError(f"{active} is active by now, not {instead_of}", "changed")
+    _not_active(state, deployment_id)
+    other = canary(state)
+    if other and other["deployment_id"] != deployment_id:
+        raise StateError(
+            f"{other['deployment_id']} is the canary already, with {other['weight']:g} %: promote"
+            " it, or `pulse-railway rollback`",
+            "canary",
+        )
+    record = _without(_promotable(state, deployment_id), "rejected_at")
+    record |= {
+        "deployment_id": deployment_id,
+        "state": "pending",
+        "service_name": service_name,
+        "drain_started_at": None,
+        "held": True,
+        "weight": weight,
+    }
+    return {record_key(deployment_id): _save(record | _baking(bake))}
+
+
+def withdraw(state: State, deployment_id: str) -> Change:
+    """End a canary: nobody new gets it, and it drains."""
+    record = _record(state, deployment_id)
+    if not _is_canary(record):
+        raise StateError(f"{deployment_id} is no canary (any more)", "changed")
+    now = time.time()
+    record = _without(record, "weight", "bake", "held")
+    record |= {"state": "draining", "drain_started_at": now, "rejected_at": now}
+    return {record_key(deployment_id): _save(record)}
+
+
+def baked(state: State, deployment_id: str) -> Change:
+    """The bake of a deployment is over, and it stays."""
+    record = _record(state, deployment_id)
+    return {record_key(deployment_id): _save(_without(record, "bake"))} if record else {}
+
+
+def maintain(
+    state: State, page: str | None, retry_after: int, by: str | None, off: bool = False
+) -> Change:
+    """Everybody gets a page that says so, or the app again."""
+    if off:
+        return {MAINTENANCE: None} if MAINTENANCE in state else {}
+    since = _object(state, MAINTENANCE).get("since") or time.time()
+    return {
+        MAINTENANCE: _save({"since": since, "page": page, "retry_after": retry_after, "by": by})
+    }
+
+
+def lock(state: State, holder: str, by: str | None, lease: float) -> Change:
+    """Hold the deploy lock for `lease` seconds from now; who holds it already holds it for longer.
+    Raises StateError where somebody else does."""
+    held, now = _object(state, LOCK), time.time()
+    mine = held.get("holder") == holder
+    if held and not mine and float(held.get("until") or 0) > now:
+        since = time.strftime("%H:%M:%S UTC", time.gmtime(float(held.get("since") or now)))
+        raise StateError(f"{held.get('by') or 'somebody'} deploys since {since}", "locked")
+    facts = {"holder": holder, "by": by, "since": held.get("since", now) if mine else now}
+    return {LOCK: _save({**facts, "until": now + lease})}
+
+
+def unlock(state: State, holder: str | None) -> Change:
+    """Give the deploy lock back; without a holder, take it from whoever has it."""
+    held = _object(state, LOCK)
+    if LOCK not in state or (holder and held.get("holder") != holder):
+        return {}
+    return {LOCK: None}
 
 
 def delete(state: State, deployment_id: str) -> Change:
@@ -382,8 +524,11 @@ def restore(state: State, wanted: list[Record], active: str) -> Change:
     for record in wanted:
         name = record["deployment_id"]
         known = {k: v for k, v in _record(state, name).items() if v is not None}
-        merged = {**record, **known, "state": "active" if name == active else "draining"}
-        if name != active:
+        merged = {**record, **known}
+        if name == active:
+            merged = {**_without(merged, "weight"), "state": "active", "drain_started_at": None}
+        elif merged.get("state") != "pending":
+            merged["state"] = "draining"
             merged["drain_started_at"] = known.get("drain_started_at") or time.time()
         change[record_key(name)] = _save(merged)
     return change
@@ -398,6 +543,9 @@ def heal(state: State, known: State) -> Change:
         change[":active"] = active
     if remembered := {k: v for k, v in _object(known, REMOVED).items() if k not in removed}:
         change[REMOVED] = _save(remembered | removed)
+    for key in (HISTORY, MAINTENANCE, LOCK):
+        if key in known and key not in state:
+            change[key] = known[key]
     for record in records(known):
         name = record["deployment_id"]
         if record_key(name) in state or name in removed:
@@ -435,6 +583,31 @@ def once(step: Step, nonce: str) -> Step:
         return {**step(state), ANSWERS: _remember(state, ANSWERS, nonce)}
 
     return inner
+
+
+def logged(step: Step, what: str, deployment_id: str, **facts: Any) -> Step:
+    """`step`, noted in the history where it changes anything."""
+
+    def inner(state: State) -> Change:
+        change = step(state)
+        if not change:
+            return {}
+        entry = {"at": time.time(), "what": what, "deployment_id": deployment_id}
+        entry["active"] = state.get(":active")  # until then
+        entry |= {key: str(value)[:300] for key, value in facts.items() if value}
+        entries = [*history(state), entry][-HISTORY_AT_MOST:]
+        return {**change, HISTORY: json.dumps(entries, separators=(",", ":"))}
+
+    return inner
+
+
+def history(state: State) -> list[Record]:
+    """What was done, the oldest first."""
+    with contextlib.suppress(ValueError):
+        found = json.loads(state.get(HISTORY) or "[]")
+        if isinstance(found, list):
+            return [entry for entry in found if isinstance(entry, dict)]
+    return []
 
 
 def marked(state: State, change: Change) -> Change:
@@ -675,6 +848,7 @@ class Deployment:
     host: str
     port: int
     header: bytes
+    tally: Tally
     idle: collections.deque[Upstream] = field(default_factory=collections.deque)
     unwell: float = 0.0  # until then (monotonic) it is not asked for what others lack
 
@@ -689,6 +863,9 @@ class Table:
     def __init__(self) -> None:
         self.deployments: dict[bytes, Deployment] = {}
         self.active: Deployment | None = None
+        self.canary: Deployment | None = None
+        self.weight = 0.0  # percent of the new visitors that the canary gets
+        self.maintenance: Maintenance | None = None
         self.loaded = False
         self.lost = False  # the store has lost its data, and so had this router when it started
         self.changed = asyncio.Event()  # set at every load, for those who wait for one
@@ -725,8 +902,13 @@ class Table:
             for name, entry in self.deployments.items():
                 if known.get(name) is not entry:
                     close_idle(entry)
+            METRICS.forget(name.decode() for name in self.deployments.keys() - known.keys())
             self.deployments = known
             self.active = known.get(state.get(":active", "").encode())
+            drawn_to = canary(state)
+            self.canary = known.get(drawn_to["deployment_id"].encode()) if drawn_to else None
+            self.weight = float(drawn_to["weight"]) if drawn_to else 0.0
+            self.maintenance = maintenance(state)
             self.raw = state
             self.loaded = True
             METRICS.active = self.active.id if self.active else None
@@ -752,7 +934,8 @@ class Table:
             old.state = str(record.get("state"))
             return old
         header = f"{SELECTED_HEADER}: {name}\r\n".encode()
-        return Deployment(name, str(record.get("state")), host, port, header)
+        tally = METRICS.tallies.setdefault(name, Tally())
+        return Deployment(name, str(record.get("state")), host, port, header, tally)
 
     async def find(self, name: bytes) -> Deployment | None:
         """The deployment of that id. An unknown one is worth one refresh, now and then."""
@@ -804,7 +987,20 @@ TABLE = Table()
 
 
 # ---------------------------------------------------------------------------------------------
-# Counters, for `control status`.
+# Counters, for `control status` and for who watches a new version. Plain lists: they are on the
+# path of every request.
+
+# Seconds: the buckets of OpenTelemetry's http.server.request.duration.
+BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
+
+
+@dataclass(slots=True)
+class Tally:
+    """What came of one deployment's requests."""
+
+    classes: list[int] = field(default_factory=lambda: [0] * 6)  # answers by status // 100
+    failed: int = 0  # no answer: refused, broken off before it, too late
+    seconds: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS) + 1))
 
 
 @dataclass(slots=True)
@@ -818,7 +1014,11 @@ class Metrics:
     turned_away: int = 0  # connections, at the limit
     tunnels_opened: int = 0
     tunnels_open: int = 0
-    per_deployment: collections.Counter[str] = field(default_factory=collections.Counter)
+    tallies: dict[str, Tally] = field(default_factory=dict)  # by deployment
+
+    def forget(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.tallies.pop(name, None)
 
     def dump(self) -> str:
         return json.dumps(
@@ -835,7 +1035,14 @@ class Metrics:
                 "tasks": len(asyncio.all_tasks()),
                 "tunnels_open": self.tunnels_open,
                 "tunnels_opened": self.tunnels_opened,
-                "requests_per_deployment": dict(self.per_deployment),
+                "requests_per_deployment": {
+                    name: sum(tally.classes) for name, tally in self.tallies.items()
+                },
+                "tallies": {
+                    name: [tally.classes, tally.failed, tally.seconds]
+                    for name, tally in self.tallies.items()
+                    if tally.failed or any(tally.classes)
+                },
                 "in_flight": in_flight(),
             }
         )
@@ -862,10 +1069,10 @@ def in_flight() -> dict[str, int]:
 class UpstreamError(Exception):
     """The backend did not answer. `status` is what the client is told."""
 
-    def __init__(self, status: int, detail: str, *, reset: bool = False) -> None:
+    def __init__(self, status: int, detail: str, *, sent: bool = False) -> None:
         super().__init__(detail)
         self.status, self.detail = status, detail
-        self.reset = reset  # a pooled connection that was already dead
+        self.sent = sent  # the backend may have seen the request
 
 
 class Upstream(asyncio.Protocol):
@@ -1132,6 +1339,7 @@ class Incoming:
     gone = False  # so is its client, or its body cannot be read
     begun = False  # its answer is
     answered = False
+    visitor = b""  # who is told so by a cookie, for the time of a canary
 
     def __init__(self, client: Client, method: bytes, version: str, keep_alive: bool) -> None:
         self.client = client
@@ -1701,6 +1909,8 @@ class Exchange:
         if drop is not HOP_BY_HOP:  # Connection may name a header that stood before it
             out[1:] = [line for line in out[1:] if line.partition(b":")[0].lower() not in drop]
         append(self.upstream.deployment.header)
+        if self.incoming.visitor:
+            out += visitor_cookie(self.incoming, self.fields)
         empty = self.head_only or status in (204, 304)
         self.keep = parser.should_keep_alive()
         self.until_close = not (length or coded or empty)
@@ -2011,10 +2221,15 @@ def conclude(exchange: Exchange) -> str:
     incoming, deployment = exchange.incoming, exchange.upstream.deployment
     outcome = exchange.outcome
     if outcome in ("reset", "lost"):
-        raise UpstreamError(502, "the deployment closed the connection without an answer")
+        detail = "the deployment closed the connection without an answer"
+        raise UpstreamError(502, detail, sent=True)
     if outcome == "timeout":
-        raise UpstreamError(504, "the deployment did not answer in time")
-    METRICS.per_deployment[deployment.id] += 1
+        raise UpstreamError(504, "the deployment did not answer in time", sent=True)
+    if exchange.status:
+        tally, took = deployment.tally, time.monotonic() - exchange.began
+        tally.classes[min(exchange.status // 100, 5)] += 1
+        tally.failed += outcome == "broken"
+        tally.seconds[bisect.bisect_left(BUCKETS, took)] += 1
     if ACCESS_LOG:
         access(incoming, exchange.status, deployment.id, exchange.bytes_out, exchange.began)
     if outcome == "ok":
@@ -2133,7 +2348,7 @@ def join(client: Client, exchange: Exchange) -> None:
 QUERY_AFFINITY = re.compile(rb"(?:^|&)" + AFFINITY_QUERY.encode() + rb"=([^&]*)")
 QUERY_RELOAD = re.compile(rb"(?:^|&)" + RELOAD_QUERY.encode() + rb"=1(?:&|$)")
 SUSPECT_PATH = re.compile(rb"_pulse|//|/\.|[%\\;]", re.IGNORECASE)
-HEALTH_PATH = ROUTER_HEALTH_PATH.encode()
+OWN_HEALTH_PATH = ROUTER_HEALTH_PATH.encode()
 ACCESS_LOG = os.environ.get("PULSE_RAILWAY_ACCESS_LOG", "") not in ("", "0", "false")
 ASSET_PREFIXES = tuple(
     p.encode() for p in os.environ.get("PULSE_RAILWAY_ASSET_PREFIXES", "/assets/").split(",") if p
@@ -2187,14 +2402,17 @@ def route(incoming: Incoming) -> None:
     """Send a request on its way: at once where nothing has to be waited for, else in a task."""
     METRICS.requests += 1
     client, path = incoming.client, incoming.path
-    if path == HEALTH_PATH:
+    if path == OWN_HEALTH_PATH:
         client.answer(incoming, JSONResponse({"ok": TABLE.ready}, 200 if TABLE.ready else 503))
         return
     if is_internal(path):
         client.answer(incoming, plain(404))
         return
+    if TABLE.maintenance and not passes(incoming):
+        client.answer(incoming, TABLE.maintenance.answer(incoming))
+        return
     name = affinity(incoming)
-    target = TABLE.deployments.get(name) if name else TABLE.active
+    target = TABLE.deployments.get(name) if name else chosen(incoming)
     simple = target and not incoming.more_body and not spare_for(incoming, name)
     if target and simple and (upstream := from_pool(incoming, target)):
         exchange = Exchange(incoming, upstream, functools.partial(at_end, name))
@@ -2209,33 +2427,159 @@ def at_end(name: bytes, exchange: Exchange) -> None:
     if exchange.outcome == "reset" and repeatable(incoming):
         incoming.client.spawn(handle(incoming, name, fresh=True))
         return
+    target = exchange.upstream.deployment
     try:
         conclude(exchange)
     except UpstreamError as error:
-        answer_for(incoming, exchange.upstream.deployment, error)
+        answer_for(incoming, target, error)
+
+
+# -- without affinity: the active deployment, or the canary ------------------------------------
+
+
+def chosen(incoming: Incoming) -> Deployment | None:
+    """The deployment of a request that names none. While there is a canary, its visitor is drawn
+    for, with the same outcome in every router: a page, its assets, its `fetch` calls and its
+    socket all get the same one."""
+    if TABLE.canary is None:
+        return TABLE.active
+    known, visitor = visitor_of(incoming)
+    if not known:
+        incoming.visitor = visitor
+    return TABLE.canary if drawn(visitor, TABLE.canary.id, TABLE.weight) else TABLE.active
+
+
+def drawn(visitor: bytes, deployment_id: str, weight: float) -> bool:
+    """Is this visitor among the `weight` percent that get the canary? Whoever is at one weight is
+    at every larger one; another canary draws anew."""
+    digest = hashlib.blake2b(visitor, digest_size=8, key=deployment_id.encode()).digest()
+    return int.from_bytes(digest) < weight / 100 * (1 << 64)
+
+
+VISITOR = re.compile(rb"(?:^|;) *" + VISITOR_COOKIE.encode() + rb"=([0-9a-f]{16})(?:;|$)")
+
+
+def visitor_of(incoming: Incoming) -> tuple[bool, bytes]:
+    """Who asks, and whether a cookie of ours said so. Without one, it is client address and user
+    agent, which the cookie then fixes: the address may change. An app's own session cookie would
+    not do, since it comes with the first page, and the page's assets would be drawn for anew."""
+    address = agent = forwarded = b""
+    for _, name, value in incoming.fields:
+        if name == b"cookie":
+            if found := VISITOR.search(value):
+                return True, found[1]
+        elif name == b"user-agent":
+            agent = value
+        elif name == b"x-real-ip":  # Railway's edge sets it
+            address = value
+        elif name == b"x-forwarded-for":
+            forwarded = value.partition(b",")[0].strip()
+    who = (address or forwarded or incoming.client.peer) + b"\n" + agent
+    return False, hashlib.blake2b(who, digest_size=8).hexdigest().encode()
+
+
+def visitor_cookie(incoming: Incoming, fields: list[tuple[bytes, bytes]]) -> list[bytes]:
+    """The header line that gives a visitor its cookie, with a page: other answers may be kept in
+    caches that many share."""
+    for name, value in fields:
+        if name.lower() == b"content-type" and value.strip().lower().startswith(b"text/html"):
+            secure = b""
+            for _, lower, proto in incoming.fields:
+                if lower == b"x-forwarded-proto" and proto.strip().lower() == b"https":
+                    secure = b"; Secure"
+            cookie = VISITOR_COOKIE.encode() + b"=" + incoming.visitor
+            life = b"; Path=/; Max-Age=2592000; HttpOnly; SameSite=Lax"
+            return [b"set-cookie: " + cookie + life + secure + b"\r\n"]
+    return []
+
+
+# -- maintenance -------------------------------------------------------------------------------
+
+PAGE = (
+    "<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+    "<title>Back soon</title><style>body{font:18px system-ui;margin:20vh auto;max-width:32em;"
+    "padding:0 1em;text-align:center}</style><h1>Back soon</h1><p>We are working on it. This page"
+    " tries again by itself."
+)
+INTERNAL_TOKEN = os.environ.get("PULSE_RAILWAY_INTERNAL_TOKEN", "").encode()
+
+
+@dataclass(frozen=True)
+class Maintenance:
+    """What everybody gets while the app is not to be used."""
+
+    page: bytes
+    retry_after: int  # seconds
+
+    def answer(self, incoming: Incoming) -> Response:
+        headers = {"retry-after": str(self.retry_after), "cache-control": "no-store"}
+        for _, name, value in incoming.fields:
+            if name == b"accept" and b"text/html" in value:
+                return Response(self.page, 503, headers, "text/html; charset=utf-8")
+        return JSONResponse({"detail": "maintenance"}, 503, headers)
+
+
+def maintenance(state: State) -> Maintenance | None:
+    if MAINTENANCE not in state:
+        return None
+    said = _object(state, MAINTENANCE)
+    retry_after = int(said.get("retry_after") or 30)
+    page = str(said.get("page") or f"<meta http-equiv=refresh content={retry_after}>{PAGE}")
+    return Maintenance(page.encode(), retry_after)
+
+
+def passes(incoming: Incoming) -> bool:
+    """Does this get to the app in maintenance too? Its health check does, and who shows the
+    internal token: `deploy` looks at the version that it brings up."""
+    if incoming.path == HEALTH_PATH.encode():
+        return True
+    return bool(INTERNAL_TOKEN) and any(
+        name == b"x-pulse-railway-internal-token" and hmac.compare_digest(value, INTERNAL_TOKEN)
+        for _, name, value in incoming.fields
+    )
+
+
+# -- a request that has to wait ----------------------------------------------------------------
 
 
 async def handle(incoming: Incoming, name: bytes, *, fresh: bool = False) -> None:
     """Answer a request that something has to be waited for: a name, a connection, another one."""
-    target = await TABLE.find(name) if name else TABLE.active
+    target = await TABLE.find(name) if name else chosen(incoming)
     if target is None and incoming.handshake and QUERY_RELOAD.search(incoming.query):
         METRICS.stale += 1
         target = TABLE.active  # which tells the tab to reload
     if target is None:
         incoming.client.answer(incoming, no_target(incoming, name))
         return
-    spare = spare_for(incoming, name)
     try:
-        lacks = await forward(incoming, target, spare, fresh=fresh) == "missing"
-        if lacks and not await elsewhere(incoming, target, spare):
-            await forward(incoming, target)
+        await answered_by(incoming, target, name, fresh)
     except UpstreamError as error:
-        answer_for(incoming, target, error)
+        active = TABLE.active
+        drawn = not name and target is not active and not incoming.begun
+        if drawn and active and (not error.sent or (error.status == 502 and repeatable(incoming))):
+            target.tally.failed += 1  # a canary that is down costs no visitor anything
+            try:
+                await answered_by(incoming, active, name)
+            except UpstreamError as also:
+                answer_for(incoming, active, also)
+        else:
+            answer_for(incoming, target, error)
+
+
+async def answered_by(
+    incoming: Incoming, target: Deployment, name: bytes, fresh: bool = False
+) -> None:
+    """Have a deployment answer, or another one what it lacks. Raises as `forward`."""
+    spare = spare_for(incoming, name)
+    lacks = await forward(incoming, target, spare, fresh=fresh) == "missing"
+    if lacks and not await elsewhere(incoming, target, spare):
+        await forward(incoming, target)
 
 
 def answer_for(incoming: Incoming, target: Deployment, error: UpstreamError) -> None:
     """The answer where a backend gave none."""
     METRICS.errors += 1
+    target.tally.failed += 1
     response = plain(error.status, error.detail)
     response.raw_headers.append((SELECTED_HEADER.encode(), target.id.encode()))
     incoming.client.answer(incoming, response)
@@ -2532,8 +2876,12 @@ def status(store: Store, token: str, intent: str | None) -> Record:
     found = records(state)
     with concurrent.futures.ThreadPoolExecutor(16) as pool:  # some may not answer
         counts = list(pool.map(lambda record: sessions(record, token), found))
+    drawn_to = canary(state)
     return {
         "active": state.get(":active"),
+        "canary": drawn_to and {k: drawn_to[k] for k in ("deployment_id", "weight")},
+        "maintenance": _without(_object(state, MAINTENANCE), "page") or None,
+        "lock": _without(_object(state, LOCK), "holder") or None,
         "lost": lost(state, intent),
         "deployments": [{**r, "sessions": n} for r, n in zip(found, counts, strict=True)],
         "routers": store.routers(),
@@ -2544,6 +2892,20 @@ def valid_id(value: str) -> str:
     if not DEPLOYMENT_ID.fullmatch(value):
         raise argparse.ArgumentTypeError("a deployment id is [a-z0-9][a-z0-9-]{0,23}")
     return value
+
+
+def json_object(value: str) -> Record:
+    found = json.loads(value)
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError("expected a JSON object")
+    return found
+
+
+def percent(value: str) -> float:
+    found = float(value)
+    if not 0 <= found <= 100:
+        raise argparse.ArgumentTypeError("expected a number from 0 to 100")
+    return found
 
 
 def draining_list(value: str) -> list[Record]:
@@ -2561,23 +2923,45 @@ def control_parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--nonce", help="comes back in the answer; carried out once")
     common.add_argument("--intent", help="the deployment that Railway says is active")
+    common.add_argument("--by", help="who asks, for the history")
+    common.add_argument("--why", help="for the history")
+    common.add_argument("--unlock", metavar="HOLDER", help="give the deploy lock back, too")
 
     def command(name: str, says: str) -> Callable[..., Any]:
         return commands.add_parser(name, help=says, parents=[common]).add_argument
 
     command("active", "the active deployment")
     command("status", "everything in the routing state, with session counts")
+    command("history", "what was done, by whom and why")
     add = command("register", "add a pending deployment")
     add("--deployment-id", type=valid_id, required=True)
     add("--service-name", required=True)
     add("--service-id", help="Railway's id of the service")
     add("--address", help="the backend's base URL")
     add("--hold", action="store_true", help="leave it pending until it is promoted")
+    add("--about", type=json_object, help="its commit, author, message, as JSON")
     add = command("promote", "make a deployment active, drain the one before")
     add("--active-deployment-id", type=valid_id, required=True)
     add("--active-service-name", required=True)
     add("--draining-json", type=draining_list, default=[])
     add("--address", help="the backend's base URL")
+    add("--weight", type=percent, help="as the canary, for this percentage of new visitors")
+    add("--instead-of", type=valid_id, help="only where this one is active")
+    add("--rolls-back", action="store_true", help="the one before is no way back from then on")
+    add("--bake", type=float, metavar="SECONDS", help="it is watched for so long")
+    add = command("withdraw", "end a canary: it drains")
+    add("--deployment-id", type=valid_id, required=True)
+    add = command("baked", "a deployment's bake is over, and it stays")
+    add("--deployment-id", type=valid_id, required=True)
+    add = command("maintenance", "answer everybody with a page, or with the app again")
+    add("switch", choices=["on", "off"])
+    add("--page", help="HTML")
+    add("--retry-after", type=int, default=30, metavar="SECONDS")
+    add = command("lock", "hold the deploy lock")
+    add("--holder", required=True)
+    add("--lease", type=float, required=True, metavar="SECONDS")
+    add = command("unlock", "give the deploy lock back, or take it from whoever has it")
+    add("--holder")
     add = command("retire", "claim a deployment for removal")
     add("--deployment-id", type=valid_id, required=True)
     add("--service-id", help="Railway's id of the service")
@@ -2590,42 +2974,84 @@ def control_parser() -> argparse.ArgumentParser:
 
 
 def control_step(args: argparse.Namespace) -> Step:
-    """The change that a control command makes."""
+    """The change that a control command makes, with its entry in the history."""
+    name: str = getattr(args, "deployment_id", "")
+    noted = {"by": args.by, "why": args.why}
     match args.command:
         case "register":
             return functools.partial(
                 register,
-                deployment_id=args.deployment_id,
+                deployment_id=name,
                 service_name=args.service_name,
                 address=args.address,
                 held=args.hold,
                 service_id=args.service_id,
+                about=args.about,
             )
+        case "promote" if args.weight is not None:
+            name = args.active_deployment_id
+            step = functools.partial(
+                weigh,
+                deployment_id=name,
+                service_name=args.active_service_name,
+                weight=args.weight,
+                instead_of=args.instead_of,
+                bake=args.bake,
+            )
+            return logged(step, "canary", name, weight=f"{args.weight:g} %", **noted)
         case "promote":
-            return functools.partial(
+            name = args.active_deployment_id
+            step = functools.partial(
                 promote,
-                deployment_id=args.active_deployment_id,
+                deployment_id=name,
                 service_name=args.active_service_name,
                 draining=args.draining_json,
                 address=args.address,
+                instead_of=args.instead_of,
+                rolls_back=args.rolls_back,
+                bake=args.bake,
             )
+            return logged(step, "rollback" if args.rolls_back else "promote", name, **noted)
+        case "withdraw":
+            step = functools.partial(withdraw, deployment_id=name)
+            return logged(step, "rollback", name, **noted)
+        case "baked":
+            return functools.partial(baked, deployment_id=name)
         case "retire":
-            return functools.partial(
-                retire, deployment_id=args.deployment_id, service_id=args.service_id
-            )
+            return functools.partial(retire, deployment_id=name, service_id=args.service_id)
         case "delete":
-            return functools.partial(delete, deployment_id=args.deployment_id)
-        case _:
-            return functools.partial(
-                restore, wanted=args.records_json, active=args.active_deployment_id
+            return logged(functools.partial(delete, deployment_id=name), "remove", name, **noted)
+        case "maintenance":
+            step = functools.partial(
+                maintain,
+                page=args.page,
+                retry_after=args.retry_after,
+                by=args.by,
+                off=args.switch == "off",
             )
+            return logged(step, f"maintenance {args.switch}", "", **noted)
+        case "lock":
+            return functools.partial(lock, holder=args.holder, by=args.by, lease=args.lease)
+        case "unlock":
+            return functools.partial(unlock, holder=args.holder)
+        case _:
+            name = args.active_deployment_id
+            step = functools.partial(restore, wanted=args.records_json, active=name)
+            return logged(step, "restore", name, **noted)
+
+
+def unlocking(step: Step, holder: str) -> Step:
+    """`step`, and the deploy lock given back, at once."""
+    return lambda state: {**unlock(state, holder), **step(state)}
 
 
 def change_state(store: Store, args: argparse.Namespace) -> None:
     """Carry a writing command out, once for its nonce. Where the store has lost its data, the
     routers are given time to write it back. Raises StateError."""
     step = control_step(args)
-    if args.command != "restore":
+    if args.unlock:
+        step = unlocking(step, args.unlock)
+    if args.command not in ("restore", "lock", "unlock", "maintenance"):
         step = guarded(step, args.intent)
     if args.nonce:
         step = once(step, args.nonce)
@@ -2662,6 +3088,8 @@ def carry_out(argv: list[str], env: dict[str, str]) -> Record:
             answer = {"ok": True, "deployment_id": store.read().get(":active")}
         elif args.command == "status":
             answer = {"ok": True, **status(store, token, args.intent)}
+        elif args.command == "history":
+            answer = {"ok": True, "history": history(store.read())}
         else:
             change_state(store, args)
             answer = {"ok": True}
