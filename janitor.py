@@ -58,6 +58,7 @@ LOCK_SECONDS = 60  # renewed while the run lasts
 DEAD_DEPLOY_SECONDS = 3600
 GONE_SECONDS = 60  # a record that is younger may have a service that Railway does not show yet
 RELOAD_GRACE_SECONDS = 3.0
+NOTIFY = "PULSE_RAILWAY_NOTIFY_URL"
 CONTROL = "PULSE_RAILWAY_CONTROL"  # {"nonce": ..., "words": [...], "until": seconds since 1970}
 CONTROL_ANSWER = "PULSE_RAILWAY_CONTROL_ANSWER"  # the control command's own answer
 
@@ -464,6 +465,19 @@ def remove(
     return True
 
 
+def notify(env: dict[str, str], report: Report) -> None:
+    """Tell who wants to know that a deployment was removed under its tabs."""
+    if not report.expired or not env.get(NOTIFY):
+        return
+    names = ", ".join(report.expired)
+    text = f"the drain time of {names} was over: its tabs were told to reload, and it was removed"
+    body = {"text": text, "event": "forced removal", "by": "janitor", "deployments": report.expired}
+    try:
+        httpx.post(env[NOTIFY], json=body, timeout=10).raise_for_status()
+    except (httpx.HTTPError, httpx.InvalidURL) as error:  # its text holds the URL, a secret
+        log.warning("%s was not told: %s", NOTIFY, type(error).__name__)
+
+
 def options(argv: list[str]) -> dict[str, str]:
     """The variables that flags set; on Railway `ensure` has set them all. The flags are 0.3.x's,
     of which some name what is no longer needed."""
@@ -522,6 +536,7 @@ def main(argv: list[str]) -> int:
                 print(json.dumps({"skipped": "another run holds the lock"}))
                 return 0
             report = sweep(store, railway, state, seen, token, limits)
+        notify(env, report)
     except (Refused, router.StateError, RuntimeError) as error:
         print(f"refused: {error}", file=sys.stderr)
         return 1

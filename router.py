@@ -3093,6 +3093,8 @@ def carry_out(argv: list[str], env: dict[str, str]) -> Record:
         else:
             change_state(store, args)
             answer = {"ok": True}
+            if args.command == "lock":
+                answer["active"] = store.read().get(":active")
             if args.command == "retire" and (record := _record(store.read(), args.deployment_id)):
                 answer["reloaded"] = reload_tabs(record, token)
     except StateError as error:

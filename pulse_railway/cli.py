@@ -42,13 +42,14 @@ def rewrite(arguments: list[str]) -> list[str]:
         _unknown(verb, list(tasks.ns.tasks), "verb")
     if "--help" in rest or "-h" in rest:
         return ["--help", verb]
+    positional = verb == "maintenance"  # on or off, not an app
     known = [name.replace("_", "-") for name in FLAGS] + ["arguments", "dir"]
     switches = {name.replace("_", "-") for name, flag in FLAGS.items() if flag.default is False}
     out, i = [verb], 0
     while i < len(rest):
         word = rest[i]
         if not word.startswith("--"):
-            out += ["--app", word]
+            out += [word] if positional else ["--app", word]
         else:
             name, equals, _ = word[2:].partition("=")
             if name not in known:

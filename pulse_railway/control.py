@@ -13,7 +13,7 @@ import secrets
 import time
 from typing import Any
 
-from pulse_railway import job
+from pulse_railway import job, provenance
 from pulse_railway.errors import Refused, Uncertain
 from pulse_railway.railway import ssh
 from pulse_railway.railway.api import Api
@@ -36,7 +36,7 @@ def control(
         Failure: it was not asked, for want of a way to it.
     """
     nonce = secrets.token_hex(8)
-    words = [command, *arguments]
+    words = [command, *arguments, "--by", provenance.by()]
     if stack.intent:
         words += ["--intent", stack.intent]
     settle(api, stack)
@@ -120,7 +120,8 @@ def active_deployment(api: Api, stack: Stack) -> str | None:
 
 
 def state(api: Api, stack: Stack, *, pauses: tuple[float, ...] = PAUSES) -> Answer:
-    """`active`, `lost`, `deployments` with their sessions, `routers`."""
+    """`active`, `canary`, `maintenance`, `lock`, `lost`, `deployments` with their sessions,
+    `routers`."""
     return control(api, stack, "status", pauses=pauses)
 
 
@@ -133,15 +134,84 @@ def register(
     service_id: str,
     address: str,
     held: bool,
+    about: dict[str, str],
 ) -> None:
     words = ["--deployment-id", deployment_id, "--service-name", service_name]
     words += ["--service-id", service_id, "--address", address]
+    words += ["--about", json.dumps(about, separators=(",", ":"))]
     control(api, stack, "register", *words, *(["--hold"] if held else []))
 
 
-def promote(api: Api, stack: Stack, deployment_id: str, service_name: str) -> None:
+def promote(
+    api: Api,
+    stack: Stack,
+    deployment_id: str,
+    service_name: str,
+    *,
+    weight: float | None = None,
+    instead_of: str | None = None,
+    rolls_back: bool = False,
+    bake: int = 0,
+    why: str | None = None,
+    unlock: str | None = None,
+) -> None:
+    """Make it the active one; with a weight, the canary for that percentage of new visitors.
+
+    Args:
+        instead_of: only where that one is active; else Refused, with the reason `changed`.
+        rolls_back: the one that was active is no way back from then on.
+        bake: seconds for which somebody watches it.
+        unlock: the holder of the deploy lock, which is given back with it.
+    """
     words = ["--active-deployment-id", deployment_id, "--active-service-name", service_name]
-    control(api, stack, "promote", *words)
+    words += [] if weight is None else ["--weight", f"{weight:g}"]
+    words += ["--instead-of", instead_of] if instead_of else []
+    words += ["--rolls-back"] if rolls_back else []
+    words += ["--bake", str(bake)] if bake else []
+    control(api, stack, "promote", *words, *_noted(why, unlock))
+
+
+def withdraw(
+    api: Api, stack: Stack, deployment_id: str, why: str | None = None, unlock: str | None = None
+) -> None:
+    """End a canary: it drains."""
+    control(api, stack, "withdraw", "--deployment-id", deployment_id, *_noted(why, unlock))
+
+
+def baked(api: Api, stack: Stack, deployment_id: str, unlock: str | None = None) -> None:
+    control(api, stack, "baked", "--deployment-id", deployment_id, *_noted(None, unlock))
+
+
+def _noted(why: str | None, unlock: str | None) -> list[str]:
+    return [*(["--why", why] if why else []), *(["--unlock", unlock] if unlock else [])]
+
+
+def lock(api: Api, stack: Stack, holder: str, lease: int) -> str | None:
+    """Hold the deploy lock for `lease` seconds; returns the active deployment. Raises Refused,
+    with the reason `locked`, where somebody else has it."""
+    words = ["--holder", holder, "--lease", str(lease)]
+    found = control(api, stack, "lock", *words).get("active")
+    return str(found) if found else None
+
+
+def unlock(
+    api: Api, stack: Stack, holder: str | None, *, pauses: tuple[float, ...] = PAUSES
+) -> None:
+    """Give the deploy lock back; without a holder, take it from whoever has it."""
+    words = ["--holder", holder] if holder else []
+    control(api, stack, "unlock", *words, pauses=pauses)
+
+
+def maintenance(
+    api: Api, stack: Stack, on: bool, page: str | None, retry_after: int, why: str | None
+) -> None:
+    words = ["on" if on else "off", "--retry-after", str(retry_after), *_noted(why, None)]
+    control(api, stack, "maintenance", *words, *(["--page", page] if page else []))
+
+
+def history(api: Api, stack: Stack) -> list[dict[str, Any]]:
+    """What was done, the oldest first."""
+    return list(control(api, stack, "history")["history"])
 
 
 def retire(api: Api, stack: Stack, deployment_id: str, service_id: str | None) -> None:

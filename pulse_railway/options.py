@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 Flags = Mapping[str, Any]
 
+PAGE_LIMIT = 24 * 1024  # bytes: it goes as one word of a control command
+NOTIFY_VARIABLE = contract.NOTIFY_URL
+
 
 @dataclass(frozen=True)
 class StackOptions:
@@ -33,6 +36,21 @@ class StackOptions:
     deployment_id: str | None = None
     deployment_name: str | None = None
     yes: bool = False
+    notify: str | None = field(default=None, repr=False)
+    message: str | None = None
+
+
+@dataclass(frozen=True)
+class PromoteOptions(StackOptions):
+    weight: float | None = None  # percent of new visitors; None: all, it becomes the active one
+    bake: int = 0  # seconds
+
+
+@dataclass(frozen=True)
+class MaintenanceOptions(StackOptions):
+    on: bool = True
+    page: str | None = None  # HTML
+    retry_after: int = 30  # seconds
 
 
 @dataclass(frozen=True)
@@ -57,6 +75,7 @@ class BaselineOptions:
     keep: int = 0  # deployments
     router_replicas: int = 1
     runtime_image: str | None = None
+    notify: str | None = field(default=None, repr=False)
     plan_only: bool = False
 
 
@@ -75,6 +94,11 @@ class DeployOptions:
     replicas: int = 1
     promote: bool = True
     keep_failed: bool = False
+    canary: float | None = None  # percent of new visitors, instead of a promotion
+    bake: int = 0  # seconds
+    lock_wait: int | None = None  # seconds; None: does not wait for another deploy
+    message: str | None = None
+    notify: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -94,7 +118,32 @@ def stack(flags: Flags, output: Output) -> StackOptions:
         deployment_id=deployment_id(flags),
         deployment_name=flags.get("deployment_name"),
         yes=bool(flags.get("yes")),
+        notify=notify(flags),
+        message=flags.get("message"),
     )
+
+
+def promote(flags: Flags, output: Output) -> PromoteOptions:
+    common = one_deployment(flags, output)
+    weight = percent(flags, "weight")
+    return PromoteOptions(**vars(common), weight=weight, bake=number(flags, "bake", 0, 0))
+
+
+def maintenance(flags: Flags, output: Output) -> MaintenanceOptions:
+    if flags.get("switch") not in ("on", "off"):
+        raise Failure("maintenance on, or maintenance off?")
+    on = flags["switch"] == "on"
+    page = None
+    if on and flags.get("page"):
+        path = Path(flags["page"])
+        if not path.is_file():
+            raise Failure(f"no page at {path}: --page takes an HTML file")
+        page = path.read_text(errors="replace")
+        if len(page.encode()) > PAGE_LIMIT:
+            raise Failure(f"{path} is larger than {PAGE_LIMIT // 1024} KB: link what it shows")
+    common = stack(flags, output)
+    after = number(flags, "retry_after", 30)
+    return MaintenanceOptions(**vars(common), on=on, page=page, retry_after=after)
 
 
 def one_deployment(flags: Flags, output: Output) -> StackOptions:
@@ -143,6 +192,7 @@ def baseline(flags: Flags, output: Output) -> BaselineOptions:
         keep=number(flags, "keep", 0, 0),
         router_replicas=number(flags, "router_replicas", 1),
         runtime_image=flags.get("runtime_image") or app.plugin.runtime_image,
+        notify=notify(flags),
         plan_only=bool(flags.get("plan")),
     )
 
@@ -158,6 +208,9 @@ def deploy(flags: Flags, output: Output) -> DeployOptions:
         if taken := sorted(contract.RESERVED & given.keys()):
             raise Failure(f"{flag} cannot set {', '.join(taken)}: pulse-railway manages it")
     keep_secret(*env.values(), *build_args.values())
+    canary, bake = percent(flags, "canary"), number(flags, "bake", 0, 0)
+    if flags.get("no_promote") and (canary is not None or bake):
+        raise Failure("--no-promote leaves nobody to watch: leave it or --canary and --bake out")
     name = flags.get("deployment_name") or app.plugin.deployment_name
     return DeployOptions(
         where=where(flags, app.plugin),
@@ -173,6 +226,11 @@ def deploy(flags: Flags, output: Output) -> DeployOptions:
         replicas=number(flags, "backend_replicas", 1),
         promote=not flags.get("no_promote"),
         keep_failed=bool(flags.get("keep_failed")),
+        canary=canary,
+        bake=bake,
+        lock_wait=number(flags, "lock_wait", 0, 0) if flags.get("lock_wait") is not None else None,
+        message=flags.get("message"),
+        notify=notify(flags),
     )
 
 
@@ -275,6 +333,29 @@ def pairs(items: list[str] | None, flag: str) -> dict[str, str]:
         if not key or not equals:
             raise Failure(f"{flag} takes KEY=VALUE, not {key!r}")
         found[key] = value
+    return found
+
+
+def notify(flags: Flags) -> str | None:
+    """The address to tell, a secret. Raises Failure for what is none."""
+    url = flags.get("notify") or os.environ.get(NOTIFY_VARIABLE)
+    keep_secret(url)
+    if url and not str(url).startswith(("https://", "http://")):
+        raise Failure(f"--notify and {NOTIFY_VARIABLE} take an http(s) address")
+    return str(url) if url else None
+
+
+def percent(flags: Flags, name: str) -> float | None:
+    """A flag that holds a percentage. Raises Failure for anything else."""
+    value = flags.get(name)
+    if value in (None, ""):
+        return None
+    try:
+        found = float(str(value).removesuffix("%"))
+    except ValueError:
+        found = -1.0
+    if not 0 <= found <= 100:
+        raise Failure(f"--{name} takes a number from 0 to 100, not {value!r}")
     return found
 
 

@@ -39,6 +39,9 @@ class RailwayPlugin(ps.Plugin):
         runtime_image: a published image with router.py and janitor.py; where not set, they are
             built on Railway.
         start_command: how a backend starts, instead of `contract.START_COMMAND`.
+        pre_deploy: a command that Railway runs in the new image before it starts, such as a
+            migration; where it fails, so does the deploy (Railway's preDeployCommand). The old
+            version serves meanwhile and after it, so it has to stand what the command changes.
         check_path: the page that has to come up before a deployment is promoted.
         router_service, janitor_service, redis_service, env_service: names of the stable services.
         service_prefix: put before every service's name; at most 8 characters with its dash.
@@ -58,6 +61,7 @@ class RailwayPlugin(ps.Plugin):
         image_repository: str | None = None,
         runtime_image: str | None = None,
         start_command: str | None = None,
+        pre_deploy: str | None = None,
         check_path: str = "/",
         router_service: str = contract.DEFAULT_ROUTER,
         janitor_service: str = contract.DEFAULT_JANITOR,
@@ -76,6 +80,7 @@ class RailwayPlugin(ps.Plugin):
         self.image_repository = image_repository
         self.runtime_image = runtime_image
         self.start_command = start_command
+        self.pre_deploy = pre_deploy
         self.check_path = check_path
         self.service_prefix = naming.service_prefix(service_prefix)
         self.router_service = naming.baseline_name(self.service_prefix, router_service)

@@ -13,7 +13,12 @@ from pulse_railway.errors import Failure, keep_secret
 from pulse_railway.railway import documents
 from pulse_railway.railway.api import Api
 
-SECRET_NAMES = (contract.RAILWAY_TOKEN, contract.REDIS_URL, contract.INTERNAL_TOKEN)
+SECRET_NAMES = (
+    contract.RAILWAY_TOKEN,
+    contract.REDIS_URL,
+    contract.INTERNAL_TOKEN,
+    contract.NOTIFY_URL,
+)
 
 
 @dataclass

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
         DeployOptions,
         ImageOptions,
         LogsOptions,
+        MaintenanceOptions,
+        PromoteOptions,
         StackOptions,
     )
     from pulse_railway.output import Output
@@ -66,23 +68,24 @@ def deploy(wanted: DeployOptions, output: Output) -> None:
     """Bring up the app as a new deployment and make it the active one."""
     from pulse_railway import config
     from pulse_railway.flows import deploy as flow
+    from pulse_railway.notify import notifying
 
     plan = flow.prepare(wanted, output)
-    api, target = config.connect(wanted.where, output)
-    result = flow.deploy(api, target, plan, output)
-    result["api_calls"] = api.calls
-    query = "" if result["active"] else f"/?pulse_deployment={result['deployment_id']}"
-    where = result["address"] + query
-    verdict = "is active" if result["active"] else "is up, and pending"
-    output.result(
-        result,
-        [
-            f"{result['deployment_id']} {verdict} at {where}",
-            "next: pulse-railway status"
-            if result["active"]
-            else f"next: pulse-railway promote --deployment-id {result['deployment_id']}",
-        ],
-    )
+    with notifying(wanted.notify, "deploy", output) as news:
+        news.facts["deployment_id"] = plan.deployment_id
+        api, target = config.connect(wanted.where, output)
+        result = flow.deploy(api, target, plan, output)
+        result["api_calls"] = api.calls
+        name = news.facts["deployment_id"] = result["deployment_id"]
+        if result["active"]:
+            news.text = f"{name} is active at {result['address']}"
+            following = "pulse-railway status"
+        else:
+            share = result["canary"]
+            what = "pending" if share is None else f"the canary, for {share:g} % of new visitors"
+            news.text = f"{name} is up, {what}, at {result['address']}/?pulse_deployment={name}"
+            following = f"pulse-railway promote --deployment-id {name}"
+    output.result(result, [news.text, f"next: {following}"])
 
 
 @verb([*STACK, "deployment_id"], door="stack")
@@ -95,24 +98,78 @@ def redeploy(wanted: StackOptions, output: Output) -> None:
     output.result(result, [f"{result['deployment_id']} runs anew"])
 
 
-@verb([*STACK, "deployment_id"], door="one_deployment")
-def promote(wanted: StackOptions, output: Output) -> None:
-    """Make a running deployment the active one; the one before it drains."""
+@verb([*STACK, "deployment_id", "weight", "bake", "message", "notify"], door="promote")
+def promote(wanted: PromoteOptions, output: Output) -> None:
+    """Make a running deployment the active one, or with --weight the canary."""
     from pulse_railway.flows import promote as flow
+    from pulse_railway.notify import notifying
 
-    api, stack = _stack(wanted, output)
-    result = flow.promote(api, stack, str(wanted.deployment_id), output)
-    output.result(result, [f"{result['deployment_id']} is active at {result['address']}"])
+    with notifying(wanted.notify, "promote", output) as news:
+        name = news.facts["deployment_id"] = str(wanted.deployment_id)
+        api, stack = _stack(wanted, output)
+        result = flow.promote(api, stack, wanted, output)
+        if result["active"]:
+            news.text = f"{name} is active at {result['address']}"
+        else:
+            news.text = f"{name} gets {result['weight']:g} % of the new visitors"
+    output.result(result, [news.text])
 
 
-@verb([*STACK], door="stack")
+@verb([*STACK, "message", "notify"], door="stack")
 def rollback(wanted: StackOptions, output: Output) -> None:
-    """Promote the deployment that was active before, while it still runs."""
+    """End the canary; without one, promote the deployment that was active before."""
     from pulse_railway.flows import promote as flow
+    from pulse_railway.notify import notifying
+
+    with notifying(wanted.notify, "rollback", output) as news:
+        api, stack = _stack(wanted, output)
+        result = flow.rollback(api, stack, output, wanted.message)
+        name = news.facts["deployment_id"] = result["deployment_id"]
+        if result.get("ended"):
+            news.text = f"{result['ended']} is no canary any more; {name} is active"
+        else:
+            news.text = f"{name} is active again at {result['address']}"
+    output.result(result, [news.text])
+
+
+@verb([*STACK, "switch", "page", "retry_after", "message"], door="maintenance")
+def maintenance(wanted: MaintenanceOptions, output: Output) -> None:
+    """Answer everybody with a page (on), or with the app again (off); open sockets stay."""
+    from pulse_railway.control import maintenance as switch
 
     api, stack = _stack(wanted, output)
-    result = flow.rollback(api, stack, output)
-    output.result(result, [f"{result['deployment_id']} is active again at {result['address']}"])
+    word = "on" if wanted.on else "off"
+    with output.step(f"switch it {word}"):
+        switch(api, stack, wanted.on, wanted.page, wanted.retry_after, wanted.message)
+    result = {"maintenance": wanted.on, "address": stack.address}
+    output.result(result, [f"maintenance is {word} at {stack.address}"])
+
+
+@verb([*STACK, "lines"], door="logs")
+def history(wanted: LogsOptions, output: Output) -> None:
+    """Show what was promoted, rolled back and removed, when, by whom and why."""
+    from pulse_railway import control, tables
+
+    api, stack = _stack(wanted, output)
+    with output.step("ask the router"):
+        entries = control.history(api, stack)[-wanted.lines :]
+    output.result({"history": entries}, [])
+    if not output.as_json:
+        tables.show_history(entries)
+
+
+@verb([*STACK, "yes"], door="stack")
+def unlock(wanted: StackOptions, output: Output) -> None:
+    """Take the deploy lock from a run that is dead."""
+    from pulse_railway import control
+
+    api, stack = _stack(wanted, output)
+    with output.step("ask the router who deploys"):
+        held = control.state(api, stack)["lock"]
+    if held:
+        confirm(f"take the lock from {held.get('by')}?", wanted.yes)
+        control.unlock(api, stack, None)
+    output.result({"lock": held}, ["the deploy lock is free" if held else "nobody deploys"])
 
 
 @verb([*STACK, "deployment_id", "redis_url", "redis_prefix", "yes"], door="one_deployment")
@@ -261,7 +318,7 @@ def _stack_result(
 
 
 ns = Collection(
-    scaffold, ensure, deploy, redeploy, promote, rollback, delete, remove, status, logs, restore,
-    image, control, local,
+    scaffold, ensure, deploy, redeploy, promote, rollback, delete, remove, status, history, logs,
+    maintenance, unlock, restore, image, control, local,
 )  # fmt: skip
 ns.add_collection(Collection("janitor", janitor_run))

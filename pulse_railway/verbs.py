@@ -71,6 +71,16 @@ FLAGS: dict[str, Flag] = {
     "backend_replicas": Flag("backend replicas (default: 1, the safe number)"),
     "no_promote": Flag("leave the new deployment pending", False),
     "keep_failed": Flag("do not remove the service when the deploy fails", False),
+    # its life
+    "canary": Flag("give it this percentage of the new visitors, and promote it later"),
+    "weight": Flag("only this percentage of the new visitors: it is the canary"),
+    "bake": Flag("watch it for so many seconds after the switch, and go back if it does worse"),
+    "lock_wait": Flag("wait so many seconds for another deploy (default: does not wait)"),
+    "message": Flag("what is deployed, or why (default: the commit's)"),
+    "notify": Flag("tell this URL (Slack-compatible JSON); better in PULSE_RAILWAY_NOTIFY_URL"),
+    "switch": Flag("on or off", "?"),
+    "page": Flag("an HTML file to show instead of the router's own page"),
+    "retry_after": Flag("seconds after which a browser may try again (default: 30)"),
     # the rest
     "repository": Flag("where to push the runtime image, e.g. registry/org/pulse-railway"),
     "tag": Flag("the image's tag (default: the version)"),
@@ -89,7 +99,7 @@ BASELINE = [
     "context",
     *TARGET,
     *"service_prefix redis_url redis_prefix janitor_cron_schedule drain_ttl_seconds".split(),
-    *"rollback_window_seconds keep router_replicas runtime_image json".split(),
+    *"rollback_window_seconds keep router_replicas runtime_image notify json".split(),
 ]
 DEPLOY = [
     "app",
@@ -98,7 +108,7 @@ DEPLOY = [
     *WAY,
     *"deployment_name deployment_id service_prefix server_address web_root".split(),
     *"image_repository build_arg no_gitignore env backend_replicas no_promote".split(),
-    *"keep_failed json".split(),
+    *"keep_failed canary bake lock_wait message notify json".split(),
 ]
 
 
@@ -120,7 +130,8 @@ def verb(flags: list[str], door: str) -> Callable[[Callable[..., None]], Task[An
         parameters = [parameter("c", kind)]
         for name in flags:
             default = FLAGS[name].default
-            parameters.append(parameter(name, kind, default=[] if default == () else default))
+            default = {(): [], "?": parameter.empty}.get(default, default)
+            parameters.append(parameter(name, kind, default=default))
         body.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         made = task(
             body,

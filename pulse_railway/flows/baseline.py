@@ -173,6 +173,8 @@ def desired(
         contract.ROUTER_SERVICE: names.router,
         contract.JANITOR_SERVICE: names.janitor,
     }
+    if wanted.notify:
+        janitor_variables[contract.NOTIFY_URL] = wanted.notify
     if not wanted.redis_url and stack.redis:
         janitor_variables[contract.REDIS_SERVICE] = names.redis
     janitor = Desired(

@@ -7,6 +7,7 @@ the router cannot be asked, nothing is deleted: the deployment could be the acti
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import time
 from dataclasses import dataclass, field
@@ -34,7 +35,9 @@ class Progress:
     service_id: str | None = None
     creating: bool = False  # a service may exist that we have no id of
     registered: bool = False  # the router may know of it
-    promoted: bool = False
+    promoted: bool = False  # or the canary: it has visitors
+    locked: bool = False  # the deploy lock is held, by `run`
+    previous: str | None = None  # what was active when it began
     railway_deployment: str | None = None
     stack: Stack | None = None  # as it was inspected
 
@@ -47,9 +50,27 @@ def clean_up(
     output: Output,
     error: BaseException,
 ) -> None:
-    """Say where a deploy ended, and remove what it made, if it was not promoted yet."""
+    """Say where a deploy ended, remove what it made, if it was not promoted yet, and give the
+    deploy lock back."""
     what = "interrupted" if isinstance(error, Interrupted) else "failed"
     output.say(f"{what} at: {progress.step}")
+    try:
+        remove_what_was_made(api, target, wanted, progress, output)
+    finally:
+        release(api, progress)
+
+
+def release(api: Api, progress: Progress) -> None:
+    """Give the deploy lock back, if it can be done: it ends by itself, too."""
+    if progress.locked and progress.stack:
+        progress.locked = False
+        with contextlib.suppress(Failure):
+            control.unlock(api, progress.stack, progress.run, pauses=(1.0,))
+
+
+def remove_what_was_made(
+    api: Api, target: Target, wanted: DeployOptions, progress: Progress, output: Output
+) -> None:
     began = progress.creating  # `undo` takes it back once the service is gone
     if not began:
         return

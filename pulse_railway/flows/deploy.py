@@ -16,11 +16,12 @@ from typing import Any
 
 import httpx
 
-from pulse_railway import contract, control, naming
+from pulse_railway import contract, control, naming, provenance
 from pulse_railway.config import AppConfig, Target
 from pulse_railway.context import exposed
-from pulse_railway.errors import Failure, Interrupted
-from pulse_railway.flows.cleanup import Progress, clean_up
+from pulse_railway.errors import Failure, Interrupted, Refused
+from pulse_railway.flows.bake import WentBack, bake, cut_off
+from pulse_railway.flows.cleanup import Progress, clean_up, release
 from pulse_railway.flows.routed import (
     backend_address,
     remember_active,
@@ -219,6 +220,7 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
         program.need_railway(api)
     progress = Progress(plan.deployment_id, plan.service_name)
     began = time.monotonic()
+    baking: dict[str, Any] | None = None
     with interruptible():
         try:
             with step(output, progress, "inspect the baseline"):
@@ -232,7 +234,7 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
                     plan.service_name,
                 )
             with step(output, progress, "ask the router"):  # the way to it is open, before a build
-                control.active_deployment(api, stack)
+                ask_router(api, stack, plan, progress, output)
             output.say(f"deployment {plan.deployment_id}")
             if plan.image:
                 with step(output, progress, f"build and push {plan.image}"):
@@ -244,14 +246,22 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
             with step(output, progress, "register with the router"):
                 register(api, stack, plan, progress)
             with step(output, progress, "reach it through the router"):
-                wait_until_routed(stack.address, plan.deployment_id, by_affinity=True)
+                wait_until_routed(stack, plan.deployment_id, by_affinity=True)
             with step(output, progress, f"see its page {plan.app.plugin.check_path}"):
                 wait_for_page(api, stack, plan, progress)
-            if plan.wanted.promote:
+            if plan.wanted.canary is not None:
+                with step(output, progress, f"give it {plan.wanted.canary:g} % of new visitors"):
+                    promote_new(api, stack, plan, progress, output)
+            elif plan.wanted.promote:
                 with step(output, progress, "promote it"):
                     promote_new(api, stack, plan, progress, output)
                 with step(output, progress, "reach it without affinity"):
                     wait_until_active(api, stack, plan.deployment_id)
+            if watched(plan, progress):
+                baking = watch(api, stack, plan, progress, output)
+            release(api, progress)
+        except WentBack:
+            raise
         except (Failure, Interrupted, httpx.HTTPError, OSError) as error:
             clean_up(api, target, plan.wanted, progress, output, error)
             raise
@@ -261,7 +271,9 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
         "service_name": plan.service_name,
         "railway_deployment_id": progress.railway_deployment,
         "image": plan.image,
-        "active": progress.promoted,
+        "active": progress.promoted and plan.wanted.canary is None,
+        "canary": plan.wanted.canary,
+        "bake": baking,
         "address": stack.address,
         "server_address": plan.wanted.server_address or stack.address,
         "seconds": round(time.monotonic() - began, 1),
@@ -279,6 +291,76 @@ def step(output: Output, progress: Progress, title: str) -> Iterator[None]:
     progress.step = title
     with output.step(title):
         yield
+
+
+LOCK_LEASE = 3600  # seconds, beyond a bake: longer than all steps of a deploy may take
+LOCK_POLL = 10.0
+
+
+def ask_router(api: Api, stack: Stack, plan: Plan, progress: Progress, output: Output) -> None:
+    """See that the way to the router is open before anything is built, and take the deploy lock,
+    so that others see who deploys. Raises Failure where a canary could not be one."""
+    wanted = plan.wanted
+    deadline = time.monotonic() + (wanted.lock_wait or 0)
+    while True:
+        try:
+            lease = LOCK_LEASE + wanted.bake
+            progress.previous = control.lock(api, stack, progress.run, lease)
+            progress.locked = True
+            break
+        except Refused as refused:
+            if refused.reason != "locked":
+                raise
+            if wanted.lock_wait is None:
+                output.warn(
+                    f"{refused}: both go on, and the one that is promoted last is active;"
+                    " --lock-wait SECONDS waits"
+                )
+                progress.previous = control.active_deployment(api, stack)
+                break
+            if time.monotonic() >= deadline:
+                raise Failure(
+                    f"{refused}, after {wanted.lock_wait} s still: if that run is dead,"
+                    " `pulse-railway unlock`"
+                ) from None
+            output.waiting(str(refused))
+        time.sleep(min(LOCK_POLL, max(deadline - time.monotonic(), 0.1)))
+    if wanted.canary is None:
+        return
+    if progress.previous is None:
+        raise Failure("a canary stands beside an active deployment, and none is active: deploy one")
+    if other := control.state(api, stack)["canary"]:
+        raise Failure(
+            f"{other['deployment_id']} is the canary already, with {other['weight']:g} %: promote"
+            " it, or `pulse-railway rollback`"
+        )
+
+
+def watched(plan: Plan, progress: Progress) -> bool:
+    """Is there a bake? There has to be something to go back to."""
+    return bool(plan.wanted.bake and progress.previous and progress.promoted)
+
+
+def watch(api: Api, stack: Stack, plan: Plan, progress: Progress, output: Output) -> dict[str, Any]:
+    """The bake. Raises WentBack where the new version did worse."""
+    progress.step = f"watch it for {plan.wanted.bake} s"
+    try:
+        with output.step(progress.step):
+            return bake(
+                api,
+                stack,
+                plan.deployment_id,
+                str(progress.previous),
+                plan.wanted.bake,
+                output,
+                canary=plan.wanted.canary is not None,
+                unlock=progress.run if progress.locked else None,
+            )
+    except WentBack:
+        raise
+    except (Failure, Interrupted) as error:
+        cut_off(plan.deployment_id, output, error)
+        raise
 
 
 def build_image(plan: Plan, stack: Stack, output: Output) -> None:
@@ -301,6 +383,8 @@ def build_image(plan: Plan, stack: Stack, output: Output) -> None:
 def create_backend(api: Api, stack: Stack, plan: Plan, progress: Progress) -> None:
     assert stack.router is not None
     progress.creating = True
+    before = plan.app.plugin.pre_deploy
+    pre_deploy = {"preDeployCommand": [before]} if before else {}
     with shielded():
         create_service(
             api,
@@ -312,6 +396,7 @@ def create_backend(api: Api, stack: Stack, plan: Plan, progress: Progress) -> No
                 **BACKEND_SETTINGS,
                 "numReplicas": plan.wanted.replicas,
                 "startCommand": plan.start_command,
+                **pre_deploy,
             },
             image=plan.image,
             created=lambda service_id: setattr(progress, "service_id", service_id),
@@ -357,7 +442,8 @@ def register(api: Api, stack: Stack, plan: Plan, progress: Progress) -> None:
         service_name=plan.service_name,
         service_id=progress.service_id,
         address=address,
-        held=not plan.wanted.promote,
+        held=not plan.wanted.promote or plan.wanted.canary is not None,
+        about=provenance.about(plan.app.context, plan.wanted.message),
     )
 
 
@@ -365,13 +451,28 @@ def wait_for_page(api: Api, stack: Stack, plan: Plan, progress: Progress) -> Non
     """Python's health check says nothing of React's server beside it, which renders the pages and
     can come up later, or not at all. Raises Failure with what the deployment said last."""
     try:
-        wait_until_rendered(stack.address, plan.deployment_id, plan.app.plugin.check_path)
+        wait_until_rendered(stack, plan.deployment_id, plan.app.plugin.check_path)
     except Failure as failure:
         said = runtime_tail(api, str(progress.railway_deployment))
         raise Failure(f"{failure}{said}") from None
 
 
 def promote_new(api: Api, stack: Stack, plan: Plan, progress: Progress, output: Output) -> None:
-    control.promote(api, stack, plan.deployment_id, plan.service_name)
+    """Make it the active one, or the canary. The deploy lock is given back with it, where no bake
+    follows."""
+    wanted = plan.wanted
+    unlock = progress.run if progress.locked and not wanted.bake else None
+    control.promote(
+        api,
+        stack,
+        plan.deployment_id,
+        plan.service_name,
+        weight=wanted.canary,
+        bake=wanted.bake if progress.previous else 0,
+        why=wanted.message,
+        unlock=unlock,
+    )
     progress.promoted = True
-    remember_active(api, stack, plan.deployment_id, output)
+    progress.locked = progress.locked and not unlock
+    if wanted.canary is None:
+        remember_active(api, stack, plan.deployment_id, output)

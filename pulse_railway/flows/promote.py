@@ -1,42 +1,113 @@
-"""`promote` and `rollback`: choose another running deployment."""
+"""`promote` and `rollback`: choose another running deployment, or a share of visitors for one."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from pulse_railway import control
-from pulse_railway.errors import Failure
+from pulse_railway.errors import Failure, Interrupted
+from pulse_railway.flows.bake import WentBack, bake, cut_off
 from pulse_railway.flows.routed import remember_active, wait_until_active, wait_until_routed
+from pulse_railway.flows.signals import interruptible
+from pulse_railway.options import PromoteOptions
 from pulse_railway.output import Output
 from pulse_railway.railway.api import Api
 from pulse_railway.stack import Stack, find_backend
 
 
-def promote(api: Api, stack: Stack, deployment_id: str, output: Output) -> dict[str, Any]:
-    """Make a running deployment the active one."""
+def promote(api: Api, stack: Stack, wanted: PromoteOptions, output: Output) -> dict[str, Any]:
+    """Make a running deployment the active one, or the canary; then watch it, where asked for."""
+    chosen = str(wanted.deployment_id)
+    find_backend(stack, chosen)
+    previous = None
+    if wanted.bake:
+        with output.step("ask the router which deployment is active"):
+            previous = control.active_deployment(api, stack)
+    baking = wanted.bake if previous and previous != chosen else 0  # else nothing to go back to
+    result = choose(
+        api, stack, chosen, output, weight=wanted.weight, bake=baking, why=wanted.message
+    )
+    if baking and previous:
+        canary = wanted.weight is not None
+        with interruptible():
+            try:
+                with output.step(f"watch it for {baking} s"):
+                    result["bake"] = bake(
+                        api, stack, chosen, previous, baking, output, canary=canary
+                    )
+            except WentBack:
+                raise
+            except (Failure, Interrupted) as error:
+                cut_off(chosen, output, error)
+                raise
+    return result
+
+
+def choose(
+    api: Api,
+    stack: Stack,
+    deployment_id: str,
+    output: Output,
+    *,
+    weight: float | None = None,
+    bake: int = 0,
+    why: str | None = None,
+    instead_of: str | None = None,
+) -> dict[str, Any]:
+    """Have the router choose it, when it is reached through the router.
+
+    Args:
+        instead_of: the deployment that is rolled back from.
+    """
     service = find_backend(stack, deployment_id)
     with output.step(f"reach {deployment_id} through the router"):
-        wait_until_routed(stack.address, deployment_id, by_affinity=True, timeout=20.0)
-    with output.step(f"promote {deployment_id}"):
-        control.promote(api, stack, deployment_id, service.name)
-        remember_active(api, stack, deployment_id, output)
-    with output.step("reach it without affinity"):
-        wait_until_active(api, stack, deployment_id)
-    return {"deployment_id": deployment_id, "active": True, "address": stack.address}
+        wait_until_routed(stack, deployment_id, by_affinity=True, timeout=20.0)
+    share = "" if weight is None else f" for {weight:g} % of new visitors"
+    with output.step(f"promote {deployment_id}{share}"):
+        control.promote(
+            api,
+            stack,
+            deployment_id,
+            service.name,
+            weight=weight,
+            bake=bake,
+            why=why,
+            instead_of=instead_of,
+            rolls_back=bool(instead_of),
+        )
+        if weight is None:
+            remember_active(api, stack, deployment_id, output)
+    if weight is None:
+        with output.step("reach it without affinity"):
+            wait_until_active(api, stack, deployment_id)
+    return {
+        "deployment_id": deployment_id,
+        "active": weight is None,
+        "weight": weight,
+        "address": stack.address,
+    }
 
 
-def rollback(api: Api, stack: Stack, output: Output) -> dict[str, Any]:
-    """Promote the deployment that was active before, while it still runs."""
+def rollback(api: Api, stack: Stack, output: Output, why: str | None = None) -> dict[str, Any]:
+    """End the canary where there is one; else promote the deployment that was active before, while
+    it still runs. What is rolled back from is no way back: a second rollback goes further."""
     with output.step("ask the router which deployment was active before"):
         state = control.state(api, stack)
+    if canary := state["canary"]:
+        name = canary["deployment_id"]
+        with output.step(f"end the canary {name}"):
+            control.withdraw(api, stack, name, why)
+        return {"deployment_id": state["active"], "ended": name, "address": stack.address}
     previous = [
         record
         for record in state["deployments"]
         if record.get("state") == "draining"
         and not record.get("retiring_at")
+        and not record.get("rejected_at")
         and stack.backend(record["deployment_id"])
     ]
     if not previous:
         raise Failure("no earlier deployment runs any more: deploy the earlier version again")
     previous.sort(key=lambda r: float(r.get("drain_started_at") or 0), reverse=True)
-    return promote(api, stack, previous[0]["deployment_id"], output)
+    chosen = previous[0]["deployment_id"]
+    return choose(api, stack, chosen, output, why=why, instead_of=state["active"])

@@ -44,7 +44,7 @@ def restore(api: Api, stack: Stack, wanted: str | None, output: Output) -> dict[
         control.restore(api, stack, chosen, records)
         remember_active(api, stack, chosen, output)
     with output.step("reach the active deployment"):
-        wait_until_routed(stack.address, chosen, by_affinity=False)
+        wait_until_routed(stack, chosen, by_affinity=False)
     return {"active": chosen, "restored": [r["deployment_id"] for r in records]}
 
 

@@ -35,9 +35,10 @@ def backend_address(api: Api, target: Target, service_id: str) -> str:
 
 
 def wait_until_routed(
-    address: str, deployment_id: str, *, by_affinity: bool, timeout: float = ROUTED_TIMEOUT
+    stack: Stack, deployment_id: str, *, by_affinity: bool, timeout: float = ROUTED_TIMEOUT
 ) -> None:
     """Ask `/_pulse/meta` through the public address until this deployment answers."""
+    address = stack.address
     query = {contract.AFFINITY_QUERY: deployment_id} if by_affinity else {}
     last = "no answer"
 
@@ -54,18 +55,26 @@ def wait_until_routed(
             last = f"deployment {named}"
         return True if named == deployment_id else None
 
-    with httpx.Client(timeout=10) as client:
+    with httpx.Client(timeout=10, headers=in_maintenance_too(stack)) as client:
         try:
             poll(timeout, ask, "reaching the deployment through the router")
         except Failure as failure:
             raise Failure(f"{failure}; {address}{contract.META_PATH} gave {last}") from None
 
 
-def wait_until_rendered(address: str, deployment_id: str, path: str) -> None:
+def in_maintenance_too(stack: Stack) -> dict[str, str]:
+    """The header with which the router lets us through to the app at all times."""
+    token = stack.router.variables.get(contract.INTERNAL_TOKEN) if stack.router else None
+    return {contract.INTERNAL_TOKEN_HEADER: token} if token and "${{" not in token else {}
+
+
+def wait_until_rendered(stack: Stack, deployment_id: str, path: str) -> None:
     """Ask this deployment for a page through the public address, until it is no server error.
     A redirect or a 404 is the app's own answer."""
     last = "no answer"
-    url = httpx.URL(address + path).copy_merge_params({contract.AFFINITY_QUERY: deployment_id})
+    url = httpx.URL(stack.address + path).copy_merge_params(
+        {contract.AFFINITY_QUERY: deployment_id}
+    )
 
     def ask() -> bool | None:
         nonlocal last
@@ -78,7 +87,7 @@ def wait_until_rendered(address: str, deployment_id: str, path: str) -> None:
         ours = answer.headers.get(contract.SELECTED_HEADER) == deployment_id
         return True if ours and answer.status_code < 500 else None
 
-    with httpx.Client(timeout=30) as client:
+    with httpx.Client(timeout=30, headers=in_maintenance_too(stack)) as client:
         try:
             poll(PAGE_TIMEOUT, ask, f"the page {path}")
         except Failure as failure:
@@ -94,7 +103,7 @@ def wait_until_active(api: Api, stack: Stack, deployment_id: str) -> None:
     Raises Failure where another run has promoted another deployment meanwhile.
     """
     try:
-        wait_until_routed(stack.address, deployment_id, by_affinity=False, timeout=4.0)
+        wait_until_routed(stack, deployment_id, by_affinity=False, timeout=4.0)
     except Failure:
         active = active_deployment(api, stack)
         if active != deployment_id:
@@ -102,7 +111,7 @@ def wait_until_active(api: Api, stack: Stack, deployment_id: str) -> None:
                 f"{active} was promoted after {deployment_id}, which drains now: another deploy"
                 " ran at the same time"
             ) from None
-        wait_until_routed(stack.address, deployment_id, by_affinity=False)
+        wait_until_routed(stack, deployment_id, by_affinity=False)
 
 
 def remember_active(api: Api, stack: Stack, deployment_id: str, output: Output) -> None:

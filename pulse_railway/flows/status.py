@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from pulse_railway import contract, control
@@ -36,6 +37,9 @@ def status(api: Api, stack: Stack) -> dict[str, Any]:
                 "age_seconds": round(service.age) if service else None,
                 "drain_started_at": record.get("drain_started_at"),
                 "sessions": record.get("sessions"),
+                "weight": record.get("weight"),
+                "rolled_back": bool(record.get("rejected_at")),
+                "about": record.get("about") or {},
             }
         )
     has_address = stack.router and stack.router.domains
@@ -43,6 +47,9 @@ def status(api: Api, stack: Stack) -> dict[str, Any]:
     return {
         "address": stack.address if has_address else None,
         "active": state["active"] if state else None,
+        "canary": state["canary"] if state else None,
+        "maintenance": state["maintenance"] if state else None,
+        "lock": state["lock"] if state else None,
         "last_promoted": stack.intent,
         "baseline": [
             {
@@ -58,6 +65,27 @@ def status(api: Api, stack: Stack) -> dict[str, Any]:
         "problem": found[0] if found else None,
         "problems": found,
     }
+
+
+BAKE_GRACE = 60.0  # seconds after its end that a bake may still be judged
+
+
+def of_record(record: dict[str, Any], stack: Stack) -> list[str]:
+    """What is wrong with one deployment that is not simply active or draining."""
+    name = record["deployment_id"]
+    found = []
+    until = (record.get("bake") or {}).get("until")
+    if until and time.time() > float(until) + BAKE_GRACE:
+        found.append(
+            f"the bake of {name} was cut off: it stays as it is, unwatched. `pulse-railway"
+            f" rollback` goes back, `pulse-railway promote --deployment-id {name}` keeps it"
+        )
+    service = stack.backend(name)
+    if record.get("weight") is not None and service and service.status in FAILED_STATES:
+        found.append(
+            f"the canary {name} is {service.status} on Railway: `pulse-railway rollback` ends it"
+        )
+    return found
 
 
 def problems(stack: Stack, state: dict[str, Any] | None, silence: str | None) -> list[str]:
@@ -95,6 +123,8 @@ def problems(stack: Stack, state: dict[str, Any] | None, silence: str | None) ->
                 " `pulse-railway restore --deployment-id ...` where one was active before"
             )
         return found
+    for record in state["deployments"]:
+        found += of_record(record, stack)
     service = stack.backend(active)
     if service is None:
         found.append(

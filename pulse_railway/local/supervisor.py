@@ -43,6 +43,7 @@ from pulse_railway.local.state import (
 HERE = Path(__file__).parent
 DEFAULT_HEALTH_TIMEOUT = 300
 RESTART_PAUSE = 0.5
+PRE_DEPLOY_TIMEOUT = 600.0
 MARK = "RAILWAY_LOCAL_ROOT"  # tells a process of ours from others after a crash
 
 
@@ -227,6 +228,7 @@ class Supervisor:
             if not again:
                 await asyncio.sleep(self.build_seconds)
                 await self._step(deployment, "DEPLOYING")
+                await self._pre_deploy(service, instance, deployment, build)
             if instance.settings.get("cronSchedule"):
                 await self._replace(instance, None, deployment)
                 self._set(deployment, "SUCCESS")
@@ -250,6 +252,39 @@ class Supervisor:
             self._set(deployment, "FAILED")
             deployment.stopped = True
             self.state.save()
+
+    async def _pre_deploy(
+        self, service: Service, instance: Instance, deployment: Deployment, build: Build
+    ) -> None:
+        """The commands that run in the new image before it starts, in a container of their own:
+        what they write to its files is gone. Raises BuildError where one fails."""
+        folder = self.root / "containers" / f"{deployment.id}-pre-deploy"
+        for command in instance.settings.get("preDeployCommand") or []:
+            shutil.copytree(build.cwd, folder, symlinks=True)
+            self._log(deployment, "deploy", f"pre-deploy: {command}")
+            process = await asyncio.create_subprocess_exec(
+                *("sh", "-c", command),
+                cwd=folder,
+                env=self.environment(service, instance, deployment, build, free_port()),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+                start_new_session=True,
+            )
+            try:
+                said, _ = await asyncio.wait_for(process.communicate(), PRE_DEPLOY_TIMEOUT)
+            except BaseException as error:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                if isinstance(error, TimeoutError):
+                    raise BuildError("the pre-deploy command took too long") from None
+                raise
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+            for line in said.decode(errors="replace").splitlines():
+                self._log(deployment, "deploy", line)
+            if process.returncode:
+                raise BuildError(f"the pre-deploy command ended with {process.returncode}")
 
     async def _step(self, deployment: Deployment, status: str) -> None:
         if deployment.status in ("REMOVED", "FAILED"):

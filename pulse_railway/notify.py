@@ -1,0 +1,54 @@
+"""`--notify URL`: a JSON object after what was done, with `text` as Slack and its like show it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from pulse_railway import provenance
+from pulse_railway.errors import Failure, Interrupted, redact
+from pulse_railway.output import Output
+
+TIMEOUT = 10.0  # seconds
+
+
+@dataclass
+class News:
+    """What is to be told: filled in by the verb, as far as it gets."""
+
+    event: str
+    text: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def notifying(url: str | None, event: str, output: Output) -> Iterator[News]:
+    """Tell `url` how the block ended. That nobody could be told is a warning."""
+    news = News(event)
+    try:
+        yield news
+    except (Failure, Interrupted, OSError, httpx.HTTPError) as error:
+        interrupted = isinstance(error, Interrupted)
+        news.facts |= {"ok": False, "error": "interrupted" if interrupted else str(error)}
+        news.text = f"{event} failed: {news.facts['error']}"
+        send(url, news, output)
+        raise
+    news.facts |= {"ok": True}
+    send(url, news, output)
+
+
+def send(url: str | None, news: News, output: Output) -> None:
+    if not url:
+        return
+    who = provenance.by()
+    body = {"text": f"{news.text} ({who})", "event": news.event, "by": who, **news.facts}
+    clean = {k: redact(v) if isinstance(v, str) else v for k, v in body.items()}
+    try:
+        httpx.post(url, json=clean, timeout=TIMEOUT).raise_for_status()
+    except (httpx.HTTPError, httpx.InvalidURL) as error:  # its text holds the URL, a secret
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        output.warn(f"--notify was not told: {status or type(error).__name__}")

@@ -1,0 +1,102 @@
+"""Who deploys what: from git where there is one, else from what CI services set."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import socket
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+TEXT_LIMIT = 200  # characters of a message
+
+# What CI services call them: commit, branch, author, user, where the run can be looked at.
+CI = {
+    "GitHub Actions": {
+        "mark": "GITHUB_ACTIONS",
+        "commit": "GITHUB_SHA",
+        "branch": "GITHUB_REF_NAME",
+        "user": "GITHUB_ACTOR",
+    },
+    "GitLab CI": {
+        "mark": "GITLAB_CI",
+        "commit": "CI_COMMIT_SHA",
+        "branch": "CI_COMMIT_REF_NAME",
+        "author": "CI_COMMIT_AUTHOR",
+        "message": "CI_COMMIT_TITLE",
+        "user": "GITLAB_USER_LOGIN",
+        "url": "CI_JOB_URL",
+    },
+    "CircleCI": {
+        "mark": "CIRCLECI",
+        "commit": "CIRCLE_SHA1",
+        "branch": "CIRCLE_BRANCH",
+        "user": "CIRCLE_USERNAME",
+        "url": "CIRCLE_BUILD_URL",
+    },
+}
+
+
+def about(context: Path, message: str | None) -> dict[str, str]:
+    """What is deployed and by whom: `commit`, `branch`, `author`, `message`, `by`, `url`, as far as
+    they are known. `dirty` is there where files differ from the commit."""
+    found = {**from_ci(os.environ), **from_git(context), "by": by()}
+    if message:
+        found["message"] = message
+    found["message"] = (found.get("message") or "").strip().split("\n")[0][:TEXT_LIMIT]
+    return {name: value for name, value in found.items() if value}
+
+
+def by() -> str:
+    """Who runs this: `ada@laptop`, `ada (GitHub Actions)`."""
+    for service, names in CI.items():
+        if os.environ.get(names["mark"]):
+            return f"{os.environ.get(names['user']) or 'somebody'} ({service})"
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError):  # a container's user that has no name
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}"
+
+
+def from_ci(env: Mapping[str, str]) -> dict[str, str]:
+    for names in CI.values():
+        if env.get(names["mark"]):
+            found = {k: env.get(v, "") for k, v in names.items() if k not in ("mark", "user")}
+            if env.get("GITHUB_RUN_ID"):
+                parts = ("GITHUB_SERVER_URL", "GITHUB_REPOSITORY", "GITHUB_RUN_ID")
+                server, repository, run = (env.get(name, "") for name in parts)
+                found["url"] = f"{server}/{repository}/actions/runs/{run}"
+            return found
+    return {}
+
+
+def from_git(context: Path) -> dict[str, str]:
+    """The commit that is checked out in the context; nothing where that is no work tree."""
+    log = _git(context, "log", "-1", "--format=%H%x00%an%x00%s")
+    if log is None or log.count("\0") != 2:
+        return {}
+    commit, author, message = log.strip("\n").split("\0")
+    found = {"commit": commit, "author": author, "message": message}
+    branch = (_git(context, "rev-parse", "--abbrev-ref", "HEAD") or "").strip()
+    if branch and branch != "HEAD":
+        found["branch"] = branch
+    if _git(context, "status", "--porcelain", "--", "."):
+        found["dirty"] = "yes"
+    return found
+
+
+def _git(context: Path, *words: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(context), *words],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None

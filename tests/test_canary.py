@@ -1,0 +1,283 @@
+"""A share of the new visitors: who is drawn, and what becomes of them on a bad day."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pulse_railway import runtime_image
+from tests.conftest import Process, Redis
+from tests.net import Answer, Backend, Connection, ask, eventually, ok
+
+router: Any = runtime_image.load("router")
+Run = Callable[..., Process]
+CHROME = "user-agent: Mozilla/5.0"
+PAGE = "content-type: text/html; charset=utf-8"
+
+
+def visitor(n: int) -> bytes:
+    return router.hashlib.blake2b(b"%d" % n, digest_size=8).hexdigest().encode()
+
+
+@pytest.mark.parametrize("weight", [0, 1, 5, 10, 25, 50, 90, 100])
+def test_the_share_is_within_a_point(weight: float) -> None:
+    drawn = sum(router.drawn(visitor(n), "prod-1", weight) for n in range(10_000))
+    assert abs(drawn / 100 - weight) <= (1 if 0 < weight < 100 else 0)
+
+
+@given(
+    st.binary(max_size=40), st.from_regex(r"[a-z0-9][a-z0-9-]{0,23}", fullmatch=True),
+    st.floats(0, 100), st.floats(0, 100),
+)  # fmt: skip
+def test_nobody_flips_back_as_the_share_grows(
+    who: bytes, name: str, some: float, more: float
+) -> None:
+    some, more = sorted((some, more))
+    assert router.drawn(who, name, some) <= router.drawn(who, name, more)
+    assert not router.drawn(who, name, 0)
+    assert router.drawn(who, name, 100)
+
+
+def test_another_canary_draws_anew() -> None:
+    """Not always the same people."""
+    both = sum(
+        router.drawn(visitor(n), "a", 10) and router.drawn(visitor(n), "b", 10)
+        for n in range(10_000)
+    )
+    assert 50 < both < 150
+
+
+# -- in the router -----------------------------------------------------------------------------
+
+
+@dataclass
+class Canary:
+    """`a` is active, `b` the canary."""
+
+    redis: Redis
+    a: Backend
+    b: Backend
+    ports: list[int]
+
+    def weigh(self, weight: float | None, name: str = "b") -> None:
+        backend = {"a": self.a, "b": self.b}[name]
+        more = {"registered_at": 2} | ({} if weight is None else {"weight": weight, "held": True})
+        self.redis.deployment(name, backend.address, "pending", **more)
+
+    def page(self, n: int, *lines: str, port: int = 0, path: str = "/") -> Answer:
+        """What visitor number `n` gets."""
+        address = f"x-real-ip: 10.0.{n // 250}.{n % 250}"
+        return ask(port or self.ports[0], path, address, CHROME, *lines)
+
+    def sides(self, visitors: int = 60, port: int = 0) -> list[bytes]:
+        return [self.page(n, port=port).body for n in range(visitors)]
+
+
+@pytest.fixture
+def canary(redis_server: Redis, run_router: Run) -> Iterator[Canary]:
+    with Backend(ok(b"a", PAGE)) as a, Backend(ok(b"b", PAGE)) as b:
+        redis_server.deployment("a", a.address, "active", registered_at=1)
+        found = Canary(redis_server, a, b, [])
+        found.weigh(50)
+        found.ports = [
+            run_router(redis_server).port,
+            run_router(redis_server, PULSE_RAILWAY_ROUTER_WORKERS="2").port,
+        ]
+        for port in found.ports:
+            eventually(lambda port=port: set(found.sides(port=port)) == {b"a", b"b"})
+        yield found
+
+
+def cookie_of(answer: Answer) -> str:
+    return (answer.header("set-cookie") or "").partition(";")[0]
+
+
+def test_every_router_and_worker_agrees(canary: Canary) -> None:
+    expected = canary.sides()
+    assert canary.sides() == expected
+    for _ in range(3):  # its two workers answer in turns
+        assert canary.sides(port=canary.ports[1]) == expected
+
+
+def test_a_page_its_assets_its_fetch_calls_and_its_socket_agree(canary: Canary) -> None:
+    """Also where the app's cookie comes with the page, and the address changes behind it."""
+    for n in range(20):
+        page = canary.page(n)
+        cookie = cookie_of(page)
+        assert cookie.startswith("pulse_railway_visitor=")
+        for lines in (
+            [],  # at once, before the cookie came
+            ["cookie: session=1"],
+            [f"cookie: session=1; {cookie}"],
+            [f"cookie: {cookie}; session=1", "x-real-ip: 192.0.2.1", "user-agent: Other"],
+        ):
+            if any(line.startswith("x-real-ip") for line in lines):
+                answer = ask(canary.ports[0], "/assets/x.js", *lines)
+            else:
+                answer = canary.page(n, *lines, path="/assets/x.js")
+            assert answer.body == page.body
+        with Connection.to(canary.ports[1]) as c:
+            c.send(
+                b"GET /socket HTTP/1.1\r\nhost: a\r\nupgrade: websocket\r\nconnection: upgrade\r\n"
+                b"sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\nsec-websocket-version: 13\r\n"
+                b"cookie: " + cookie.encode() + b"\r\n\r\n"
+            )
+            assert b"x-pulse-selected-deployment: " + page.body in c.head()
+
+
+def test_the_cookie_comes_once_and_with_pages_only(canary: Canary) -> None:
+    first = canary.page(1, "x-forwarded-proto: https")
+    said = first.header("set-cookie") or ""
+    assert said.endswith("; Path=/; Max-Age=2592000; HttpOnly; SameSite=Lax; Secure")
+    assert "Secure" not in (canary.page(1).header("set-cookie") or "")
+    assert canary.page(1, f"cookie: {cookie_of(first)}").header("set-cookie") is None
+    assert canary.page(1, "cookie: pulse_railway_visitor=nonsense").header("set-cookie")
+    assert canary.page(1, path="/?pulse_deployment=b").header("set-cookie") is None
+    canary.a.answer = canary.b.answer = ok(b"x", "content-type: text/css")
+    assert canary.page(2).header("set-cookie") is None
+
+
+def test_it_grows_and_ends(canary: Canary) -> None:
+    half = canary.sides()
+    canary.weigh(80)
+    eventually(lambda: canary.sides().count(b"b") > half.count(b"b"))
+    more = canary.sides()
+    assert all(after == b"b" for before, after in zip(half, more, strict=True) if before == b"b")
+    canary.weigh(100)
+    eventually(lambda: set(canary.sides()) == {b"b"})
+    canary.weigh(0)
+    eventually(lambda: set(canary.sides()) == {b"a"})
+    assert canary.page(0, path="/?pulse_deployment=b").body == b"b"
+    canary.weigh(None)
+    eventually(lambda: canary.page(0).header("set-cookie") is None)
+
+
+def test_a_canary_that_is_down_costs_nobody_anything(canary: Canary) -> None:
+    expected = canary.sides(20)
+    canary.weigh(100)
+    eventually(lambda: set(canary.sides(20)) == {b"b"})
+    canary.b.stop()
+    assert canary.sides(20) == [b"a"] * 20
+    upload = ask(canary.ports[0], "/", "x-real-ip: 10.0.0.1", CHROME, method="POST", body=b"x" * 9)
+    assert (upload.status, upload.body) == (200, b"a")
+    assert b"x" * 9 not in canary.b.heads
+    assert canary.page(0, path="/?pulse_deployment=b").status == 502  # its own tabs
+    assert expected
+
+
+def test_redis_away_and_a_router_that_has_just_started(canary: Canary, run_router: Run) -> None:
+    expected = canary.sides()
+    fresh = run_router(canary.redis).port
+    assert canary.sides(port=fresh) == expected
+    canary.redis.stop()
+    assert canary.sides() == expected
+    late = run_router(canary.redis).port
+    assert canary.page(0, port=late).status == 503
+    canary.redis.start()  # it has forgotten all; the routers have not
+    eventually(lambda: canary.page(0, port=late).status == 200, 20)
+    assert canary.sides(port=late) == expected
+
+
+def test_what_came_of_each_ones_requests_is_counted(canary: Canary) -> None:
+    canary.weigh(0)
+    eventually(lambda: set(canary.sides(20)) == {b"a"})
+
+    def tally(name: str) -> Any:
+        """[answers by class, failures, durations], summed over the routers."""
+        keys = list(canary.redis.client.scan_iter("pulse:railway:router:*"))
+        said = [json.loads(str(v))["tallies"] for v in canary.redis.client.mget(keys) if v]
+        found = [one[name] for one in said if name in one]
+        return [
+            [sum(t[0][i] for t in found) for i in range(6)],
+            sum(t[1] for t in found),
+            sum(sum(t[2]) for t in found),
+        ]
+
+    eventually(lambda: tally("a")[0][2] == tally("a")[2])
+    before = tally("b")
+    canary.b.answer = ok(b"no", status="500 Internal Server Error")
+    for _ in range(3):
+        canary.page(0, path="/?pulse_deployment=b")
+    canary.b.answer = ok(b"no", status="404 Not Found")
+    canary.page(0, path="/?pulse_deployment=b")
+    canary.b.stop()
+    time.sleep(0.1)
+    assert canary.page(0, path="/?pulse_deployment=b").status == 502
+    eventually(lambda: tally("b")[0][5] == before[0][5] + 3)
+    eventually(lambda: tally("b")[1] == before[1] + 1)
+    assert tally("b")[0][4] == before[0][4] + 1
+
+
+# -- maintenance -------------------------------------------------------------------------------
+
+
+def test_maintenance(redis_server: Redis, run_router: Run) -> None:
+    with Backend(ok(b"app")) as a:
+        redis_server.deployment("a", a.address)
+        port = run_router(redis_server, PULSE_RAILWAY_INTERNAL_TOKEN="secret").port
+        store = router.RedisStore(redis_server.url, "pulse:railway")
+
+        def switch(**how: Any) -> None:
+            given = {"page": None, "retry_after": 7, "by": "ada", **how}
+            store.apply(lambda state: router.maintain(state, **given))
+
+        eventually(lambda: ask(port).body == b"app")
+        switch()
+        eventually(lambda: ask(port).status == 503)
+        page = ask(port, "/any", "accept: text/html,*/*")
+        assert b"<h1>Back soon</h1>" in page.body
+        assert b"<meta http-equiv=refresh content=7>" in page.body
+        assert page.header("retry-after") == "7"
+        assert ask(port, "/api").json == {"detail": "maintenance"}
+        assert ask(port, "/?pulse_deployment=a").status == 503
+        assert ask(port, "/x", method="POST", body=b"x" * 100).status == 503
+        assert ask(port, "/healthz").status == 200
+        assert ask(port, "/_pulse/health").body == b"app"
+        assert ask(port, "/", "x-pulse-railway-internal-token: secret").body == b"app"
+        assert ask(port, "/", "x-pulse-railway-internal-token: guessed").status == 503
+        assert (
+            ask(port, "/_pulse/internal/x", "x-pulse-railway-internal-token: secret").status == 404
+        )
+        switch(page="<p>our own")
+        eventually(lambda: ask(port, "/", "accept: text/html").body == b"<p>our own")
+        switch(off=True)
+        eventually(lambda: ask(port).body == b"app")
+
+
+def test_open_sockets_stay_in_maintenance(redis_server: Redis, run_router: Run) -> None:
+    def serve(c: Connection) -> None:
+        c.head()
+        c.send(
+            b"HTTP/1.1 101 Switching Protocols\r\nupgrade: websocket\r\nconnection: Upgrade\r\n\r\n"
+        )
+        while word := c.read(1):
+            c.send(word)
+
+    with Backend(handle=serve) as a:
+        redis_server.deployment("a", a.address)
+        port = run_router(redis_server).port
+        handshake = (
+            b"GET / HTTP/1.1\r\nhost: a\r\nupgrade: websocket\r\nconnection: Upgrade\r\n"
+            b"sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\nsec-websocket-version: 13\r\n\r\n"
+        )
+        with Connection.to(port) as c:
+            c.send(handshake)
+            assert b" 101 " in c.head()
+            store = router.RedisStore(redis_server.url, "pulse:railway")
+            store.apply(lambda state: router.maintain(state, None, 7, None))
+
+            def refused() -> bool:
+                with Connection.to(port) as other:
+                    other.send(handshake)
+                    return b" 503 " in other.head()
+
+            eventually(refused)
+            c.send(b"x")
+            assert c.read(1) == b"x"
