@@ -848,7 +848,7 @@ class Deployment:
     host: str
     port: int
     header: bytes
-    tally: Tally
+    tally: Tally = field(default_factory=lambda: Tally())
     idle: collections.deque[Upstream] = field(default_factory=collections.deque)
     unwell: float = 0.0  # until then (monotonic) it is not asked for what others lack
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any
 
@@ -60,9 +61,14 @@ def doings(result: dict[str, Any]) -> list[str]:
     return found
 
 
+def stdout() -> Console:
+    """In a pipe a row is a line, whatever its length."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 250)
+
+
 def show_history(entries: list[dict[str, Any]]) -> None:
     """Print what `history` says, the newest last, on stdout."""
-    console = Console(highlight=False)
+    console = stdout()
     table = Table(box=None, pad_edge=False, header_style="dim")
     for title in ("when (UTC)", "what", "deployment", "before", "by", "why"):
         table.add_column(title, overflow="fold")
@@ -78,7 +84,7 @@ def show_history(entries: list[dict[str, Any]]) -> None:
 
 def show_status(result: dict[str, Any]) -> None:
     """Print what deployment.status returned, on stdout."""
-    console = Console(highlight=False)
+    console = stdout()
     console.print(Text.assemble("address  ", (result["address"] or "none yet", "bold")))
     for row in result["baseline"]:
         good = row["railway"] in ("SUCCESS", None)

@@ -132,7 +132,7 @@ def rollback(wanted: StackOptions, output: Output) -> None:
     output.result(result, [news.text])
 
 
-@verb([*STACK, "switch", "page", "retry_after", "message"], door="maintenance")
+@verb(["switch", *STACK, "page", "retry_after", "message"], door="maintenance")
 def maintenance(wanted: MaintenanceOptions, output: Output) -> None:
     """Answer everybody with a page (on), or with the app again (off); open sockets stay."""
     from pulse_railway.control import maintenance as switch

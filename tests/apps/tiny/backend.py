@@ -26,6 +26,8 @@ class Handler(BaseHTTPRequestHandler):
             answer |= {"render_session_count": count, "reloaded_socket_count": count}
         elif path == "/environment":
             answer = dict(os.environ)
+        elif path == "/work" and os.environ.get("TINY_BROKEN"):
+            status = 500
         body = json.dumps(answer).encode()
         self.send_response(status)
         self.send_header("content-type", "application/json")
