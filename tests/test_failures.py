@@ -162,7 +162,7 @@ def test_a_build_that_fails(here: InProcess, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize("kind", ["502 always", "refused"])
 def test_nothing_is_made_where_the_router_cannot_be_asked(here: InProcess, kind: str) -> None:
     here.project.faults({"match": "ssh", **KINDS[kind], "times": 1000})
-    with pytest.raises(Failure, match="not known whether the router carried out `active`"):
+    with pytest.raises(Failure, match="not known whether the router carried out `lock`"):
         here.deploy("no-way")
     here.project.faults()
     assert here.project.services == BASE | {"first"}

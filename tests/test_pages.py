@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
+import types
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -20,6 +22,11 @@ def page(status: str, deployment: str = "new") -> bytes:
     return f"HTTP/1.1 {status}\r\n{SELECTED}: {deployment}\r\ncontent-length: 0\r\n\r\n".encode()
 
 
+def at(backend: Backend) -> Any:
+    """A stack whose router is that."""
+    return types.SimpleNamespace(address=backend.address, router=None)
+
+
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(routed, "PAGE_TIMEOUT", 1.5)
@@ -29,7 +36,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("status", ["200 OK", "302 Found", "401 No", "404 Not Found"])
 def test_any_answer_of_the_apps_own_will_do(status: str) -> None:
     with Backend(page(status)) as backend:
-        routed.wait_until_rendered(backend.address, "new", "/a?b=c")
+        routed.wait_until_rendered(at(backend), "new", "/a?b=c")
         assert backend.heads[0].startswith(b"GET /a?b=c&pulse_deployment=new ")
 
 
@@ -46,7 +53,7 @@ def test_any_answer_of_the_apps_own_will_do(status: str) -> None:
 def test_a_page_that_does_not_come_up(answer: bytes, said: str) -> None:
     with Backend(answer) as backend:
         with pytest.raises(errors.Failure, match=rf"the page / took longer .* {said}"):
-            routed.wait_until_rendered(backend.address, "new", "/")
+            routed.wait_until_rendered(at(backend), "new", "/")
 
 
 @pytest.mark.usefixtures("quick")
@@ -54,7 +61,7 @@ def test_a_page_that_comes_up_late() -> None:
     with Backend(page("502 Bad Gateway")) as backend:
         threading.Timer(0.8, lambda: setattr(backend, "answer", page("200 OK"))).start()
         began = time.monotonic()
-        routed.wait_until_rendered(backend.address, "new", "/")
+        routed.wait_until_rendered(at(backend), "new", "/")
         assert time.monotonic() - began > 0.5
 
 

@@ -29,7 +29,7 @@ from pulse_railway import config, contract, control, job, runtime_image
 from pulse_railway.config import AppConfig, Names, Target, Way, Where
 from pulse_railway.errors import Failure, Interrupted
 from pulse_railway.flows import cleanup, deploy, promote, redeploy, remove, restore, routed, status
-from pulse_railway.options import DeployOptions
+from pulse_railway.options import DeployOptions, PromoteOptions
 from pulse_railway.output import Output
 from pulse_railway.railway import documents, program, ssh
 from pulse_railway.railway.api import ApiError
@@ -71,7 +71,12 @@ FAULTS = st.one_of(
 IDS = ["first", "second", "third", "fourth"]
 STEPS = st.one_of(
     st.tuples(
-        st.sampled_from(["deploy", "deploy --no-promote", "promote", "delete", "restore"]),
+        st.sampled_from(
+            [
+                *("deploy", "deploy --no-promote", "deploy --canary", "deploy --lock-wait"),
+                *("promote", "promote --weight", "delete", "restore"),
+            ]
+        ),
         st.sampled_from(IDS),
     ),
     st.tuples(st.sampled_from(["rollback", "status", "redeploy", "restore"]), st.just("")),
@@ -255,14 +260,23 @@ class World:
         target = Target("p", "e", Way(self.way, checked=True))
         try:
             if verb.startswith("deploy"):
-                wanted = DeployOptions(Where(), APP, deployment_id=name, promote="--no" not in verb)
+                wanted = DeployOptions(
+                    Where(),
+                    APP,
+                    deployment_id=name,
+                    promote="--no" not in verb,
+                    canary=20.0 if "--canary" in verb else None,
+                    lock_wait=0 if "--lock-wait" in verb else None,
+                )
                 plan = deploy.Plan(wanted, name, Path("Dockerfile"), Path("web"), "run")
                 deploy.deploy(self.api, target, plan, output)
                 return None
             stack = inspect(self.api, target, Names())
             match verb:
-                case "promote":
-                    promote.promote(self.api, stack, name, output)
+                case "promote" | "promote --weight":
+                    weight = 40.0 if "--weight" in verb else None
+                    asked = PromoteOptions(Where(), Names(), deployment_id=name, weight=weight)
+                    promote.promote(self.api, stack, asked, output)
                 case "rollback":
                     promote.rollback(self.api, stack, output)
                 case "delete":
@@ -313,6 +327,7 @@ class Recorder(Output):
 class _Plugin:
     dockerfile = "Dockerfile"
     check_path = "/"
+    pre_deploy = None
 
 
 plugin: Any = _Plugin()
@@ -376,6 +391,9 @@ def test_nothing_that_serves_is_lost(way: str, plan: list[Any]) -> None:
                 assert name not in world.services
             if failed is None and verb in ("deploy", "promote"):
                 assert world.active == name
+            if failed is None and verb.endswith(("--canary", "--weight")):
+                assert world.active == before
+                assert router.canary(world.state)["deployment_id"] == name
             if verb in ("status", "redeploy") and before:
                 assert world.active == before or world.late or failed
         for late in world.late:  # whatever is still under way
