@@ -75,6 +75,14 @@ def soak(_: Any, minutes: float = 5.0, seed: int = 0) -> None:
     raise SystemExit(script.main(minutes, seed or time.time_ns() % (1 << 32)))
 
 
+@task(help={"minutes": "how long to play", "seed": "repeats a run"})
+def chaos(_: Any, minutes: float = 10.0, seed: int = 0) -> None:
+    """Deploys, canaries, crashes and losses under 200 clients, of which none may notice."""
+    from tests import chaos as script
+
+    raise SystemExit(script.main(minutes, seed or time.time_ns() % (1 << 32)))
+
+
 ns = Collection.from_module(railway)
-for own in (demo, test, lint, bench, soak, image_check):
+for own in (demo, test, lint, bench, soak, chaos, image_check):
     ns.add_task(own)  # type: ignore[arg-type]  # the decorator hides that it is a Task

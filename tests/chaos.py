@@ -1,0 +1,572 @@
+"""The chaos run: three routers, a Redis, backends that come and go, and 200 clients that browse,
+upload, stream and hold sockets, while everything that can go wrong does.
+
+    invoke chaos --minutes 10 [--seed N]      by hand; a short one is among the tests
+
+Routers, Redis, janitor, control commands and the Pulse apps are real, each a process of its own.
+What stands in: light backends beside the Pulse apps, for numbers; this file for Railway, which
+starts, stops and restarts backends and has the list of services that the janitor asks for; and for
+Railway's edge, which sends nothing new to a router that is about to be stopped.
+
+Every answer is counted and judged (chaos_clients.py). What may happen is on a backend that was
+killed or ended on purpose: its requests, sockets and tabs. Everything else is a failure.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pulse_railway import runtime_image
+from pulse_railway.local.supervisor import free_port
+from tests.chaos_clients import Client, Connection, Tab
+from tests.conftest import ROOT, Process, Redis
+
+router: Any = runtime_image.load("router")
+APPS = ROOT / "tests" / "apps" / "chaos"
+TOKEN = "chaos-internal-token"
+DRAIN_TTL = 60.0
+SEEN_WITHIN = 1.0  # seconds in which every router has to know of a promotion ...
+SEEN_WITHIN_AFTER_REDIS = 8.0  # ... or of all that Redis was away for
+MOST = 6  # deployments at once
+
+
+@dataclass
+class Backend:
+    """One deployment's process."""
+
+    name: str
+    port: int
+    pulse: bool
+    process: Process
+    stalled: bool = False
+
+
+@dataclass
+class Sample:
+    """What a router holds while nobody asks for anything."""
+
+    descriptors: int
+    memory: int  # bytes
+
+
+@dataclass
+class World:
+    seed: int
+    folder: Path
+    redis: Redis
+    pulse_share: float
+    rng: random.Random = field(init=False)
+    began: float = field(default_factory=time.monotonic)
+    over: bool = False
+    ports: list[int] = field(default_factory=list)  # of the routers that get new connections
+    routers: list[Process] = field(default_factory=list)
+    retired: set[int] = field(default_factory=set)  # ports of routers that were stopped
+    running: dict[str, Backend] = field(default_factory=dict)
+    ended: set[str] = field(default_factory=set)
+    down: list[tuple[str, float, float]] = field(default_factory=list)  # on purpose: from, until
+    chosen: list[tuple[float, set[str]]] = field(default_factory=list)  # who may answer newcomers
+    intent: str | None = None
+    redis_back: float = 0.0
+    count: collections.Counter[str] = field(default_factory=collections.Counter)
+    events: collections.Counter[str] = field(default_factory=collections.Counter)
+    failures: list[str] = field(default_factory=list)
+    seen_after: list[float] = field(default_factory=list)  # seconds, per promotion
+
+    def __post_init__(self) -> None:
+        self.rng = random.Random(f"{self.seed}-events")
+
+    # -- judging -------------------------------------------------------------------------------
+
+    def fail(self, kind: str, what: str) -> None:
+        self.count[f"FAILED {kind}"] += 1
+        at = time.monotonic() - self.began
+        self.failures.append(f"{at:6.1f} s {kind}: {what}")
+
+    def may_answer(self, name: str, since: float) -> bool:
+        """May that deployment answer a request that named none and was sent then?"""
+        late = SEEN_WITHIN_AFTER_REDIS if since < self.redis_back + 8 else SEEN_WITHIN
+        known: set[str] = set()
+        for at, names in self.chosen:
+            if at <= since - late:
+                known = set(names)
+            else:
+                known |= names
+        return name in known
+
+    def excused(self, name: str, since: float) -> bool:
+        """Was that deployment killed or ended on purpose, then or later?"""
+        now = time.monotonic()
+        return any(n == name and a <= now and b >= since for n, a, b in self.down)
+
+    # -- processes -----------------------------------------------------------------------------
+
+    @property
+    def env(self) -> dict[str, str]:
+        return {
+            "REDIS_URL": self.redis.url,
+            "PULSE_RAILWAY_INTERNAL_TOKEN": TOKEN,
+            "RAILWAY_SERVICE_ID": "here",
+        }
+
+    async def start_router(self, workers: int = 1) -> Process:
+        port = free_port()
+        env = self.env | {"PORT": str(port), "HOST": "127.0.0.1", "PYTHONPATH": str(ROOT)}
+        env |= {"PULSE_RAILWAY_ROUTER_WORKERS": str(workers), "PULSE_RAILWAY_ACTIVE": ""}
+        process = Process([sys.executable, str(ROOT / "router.py")], port, env)
+        await asyncio.to_thread(process.wait, 60)
+        await self.until_status(port, "/healthz", 200)
+        return process
+
+    def spawn(self, name: str, port: int, pulse: bool) -> Process:
+        env = {
+            "PULSE_DEPLOYMENT_ID": name,
+            "PULSE_RAILWAY_INTERNAL_TOKEN": TOKEN,
+            "PULSE_RAILWAY_REDIS_URL": self.redis.url,
+            "PULSE_REACT_SERVER_ADDRESS": "http://127.0.0.1:9",
+            "PULSE_ENV": "dev",
+            "PORT": str(port),
+        }
+        if not pulse:
+            return Process([sys.executable, str(APPS / "light.py")], port, env)
+        home = self.folder / name
+        home.mkdir(exist_ok=True)
+        (home / "main.py").write_text((APPS / "main.py").read_text())
+        command = [sys.executable, "-m", "uvicorn", "main:app.asgi_factory", "--factory"]
+        command += ["--port", str(port), "--ws", "websockets", "--no-access-log"]
+        return Process(command, port, env | {"PYTHONPATH": str(ROOT)}, home)
+
+    async def start_backend(self, pulse: bool) -> Backend:
+        name, port = f"d{len(self.ended) + len(self.running)}", free_port()
+        backend = Backend(name, port, pulse, self.spawn(name, port, pulse))
+        await asyncio.to_thread(backend.process.wait, 90)
+        await self.until_status(port, "/_pulse/health", 200)
+        self.running[name] = backend
+        return backend
+
+    async def end_backend(self, name: str) -> None:
+        """As Railway deletes a service."""
+        backend = self.running.pop(name, None)
+        if backend:
+            self.ended.add(name)
+            self.down.append((name, time.monotonic(), float("inf")))
+            await asyncio.to_thread(backend.process.stop)
+
+    async def until_status(self, port: int, path: str, status: int) -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError, EOFError, TimeoutError):
+                if (await self.look(port, path)).status == status:
+                    return
+            await asyncio.sleep(0.05)
+        raise AssertionError(f"{path} on {port} did not become {status}")
+
+    async def look(self, port: int, path: str) -> Any:
+        """One request of ours, which is not judged."""
+        connection = Connection(port)
+        try:
+            async with asyncio.timeout(10):
+                await connection.open()
+                head = f"GET {path} HTTP/1.1\r\nhost: a\r\nuser-agent: chaos\r\n"
+                return await connection.ask(f"{head}connection: close\r\n\r\n".encode())
+        finally:
+            if hasattr(connection, "writer"):
+                connection.close()
+
+    # -- control -------------------------------------------------------------------------------
+
+    async def control(self, *words: str) -> dict[str, Any]:
+        """A control command, as `railway ssh` runs it in a router's container."""
+        nonce = f"{self.rng.getrandbits(64):x}"
+        given = [*words, "--nonce", nonce, "--by", "chaos"]
+        given += ["--intent", self.intent] if self.intent else []
+        for _ in range(6):
+            answer = await asyncio.to_thread(router.carry_out, given, {**os.environ, **self.env})
+            if answer["ok"] or answer["reason"] != "store":
+                return dict(answer)
+            await asyncio.sleep(1)
+        raise AssertionError(f"{words}: {answer}")
+
+    async def state(self) -> dict[str, str]:
+        """The store's, once it has what was lost."""
+        for _ in range(100):
+            with contextlib.suppress(Exception):
+                found = await asyncio.to_thread(self.store.read)
+                if found.get(":active"):
+                    return dict(found)
+            await asyncio.sleep(0.1)
+        raise AssertionError("the routing state did not come back")
+
+    @property
+    def store(self) -> Any:
+        return router.RedisStore(self.redis.url, "pulse:railway")
+
+    async def choose(self, *words: str, result: Callable[[], set[str] | None]) -> bool:
+        """A command that changes who answers newcomers: before it, during it, and after it."""
+        before = self.chosen[-1][1] if self.chosen else set()
+        after = result()
+        self.chosen.append((time.monotonic(), before | (after or set())))
+        answer = await self.control(*words)
+        self.chosen.append((time.monotonic(), (after or before) if answer["ok"] else before))
+        return bool(answer["ok"])
+
+    async def promote(self, name: str, *more: str) -> bool:
+        words = ["promote", "--active-deployment-id", name, "--active-service-name", name]
+        began = time.monotonic()
+        done = await self.choose(*words, *more, result=lambda: {name})
+        if done:
+            self.intent = name
+            await self.until_seen(name, began)
+        return done
+
+    async def until_seen(self, name: str, began: float) -> None:
+        """Wait until every router sends newcomers there."""
+        for port in list(self.ports):
+            while time.monotonic() < began + 30:
+                with contextlib.suppress(OSError, EOFError, TimeoutError):
+                    if (await self.look(port, "/work")).deployment == name:
+                        break
+                await asyncio.sleep(0.005)
+            else:
+                self.fail("promotion", f"{name} was not seen by the router on {port} in 30 s")
+        self.seen_after.append(time.monotonic() - began)
+
+    def others(self, state: dict[str, str], *states: str) -> list[str]:
+        return [
+            r["deployment_id"]
+            for r in router.records(state)
+            if r.get("state") in states
+            and not r.get("retiring_at")
+            and r["deployment_id"] in self.running
+        ]
+
+    # -- what happens --------------------------------------------------------------------------
+
+    async def bring_up(self) -> str | None:
+        """A new deployment, pending; none where there are enough."""
+        if len(self.running) >= MOST:
+            await self.janitor_runs()
+            return None
+        backend = await self.start_backend(self.rng.random() < self.pulse_share)
+        words = ["--deployment-id", backend.name, "--service-name", backend.name]
+        words += ["--address", f"http://127.0.0.1:{backend.port}", "--service-id", backend.name]
+        answer = await self.control("register", *words, "--hold")
+        assert answer["ok"], answer
+        return backend.name
+
+    async def deploy(self) -> None:
+        if name := await self.bring_up():
+            await self.promote(name)
+
+    async def failed_deploy(self) -> None:
+        """It is registered, does not come up as it should, and is removed."""
+        if name := await self.bring_up():
+            await self.delete(name)
+
+    async def canary(self) -> None:
+        """A share that grows; then it is promoted, withdrawn, or overtaken by another."""
+        state = await self.state()
+        if router.canary(state) or not (name := await self.bring_up()):
+            return
+        active = state[":active"]
+        words = ["promote", "--active-deployment-id", name, "--active-service-name", name]
+        for weight in sorted(self.rng.sample(range(1, 100), 2)):
+            given = [*words, "--weight", str(weight)]
+            if not await self.choose(*given, result=lambda: {active, name}):
+                return
+            await asyncio.sleep(self.rng.uniform(1, 3))
+        match self.rng.choice(("promote", "withdraw", "overtake", "crash")):
+            case "promote":
+                await self.promote(name)
+            case "withdraw":
+                given = ["withdraw", "--deployment-id", name]
+                await self.choose(*given, result=lambda: {active})
+            case "overtake":
+                await self.deploy()
+                await self.delete(name)
+            case _:
+                await self.crash(name)
+                await asyncio.sleep(1)
+                given = ["withdraw", "--deployment-id", name]
+                await self.choose(*given, result=lambda: {active})
+
+    async def rollback(self) -> None:
+        state = await self.state()
+        found = [
+            r
+            for r in router.records(state)
+            if r.get("state") == "draining"
+            and not (r.get("retiring_at") or r.get("rejected_at"))
+            and r["deployment_id"] in self.running
+        ]
+        if found and not router.canary(state):
+            found.sort(key=lambda r: -float(r.get("drain_started_at") or 0))
+            name = found[0]["deployment_id"]
+            await self.promote(name, "--instead-of", state[":active"], "--rolls-back")
+
+    async def delete_one(self) -> None:
+        state = await self.state()
+        if names := self.others(state, "draining", "pending"):
+            canary = (router.canary(state) or {}).get("deployment_id")
+            names = [name for name in names if name != canary]
+            if names:
+                await self.delete(self.rng.choice(names))
+
+    async def delete(self, name: str) -> None:
+        self.down.append((name, time.monotonic(), float("inf")))  # its tabs are told to reload
+        answer = await self.control("retire", "--deployment-id", name, "--service-id", name)
+        if not answer["ok"]:
+            self.down.pop()
+            return
+        await self.end_backend(name)
+        await self.control("delete", "--deployment-id", name)
+
+    async def janitor_runs(self, killed: bool = False) -> None:
+        """A run in a process of its own, which has Railway's list of services in a file."""
+        services = self.folder / "services.json"
+        services.write_text(json.dumps({n: b.process.popen.pid for n, b in self.running.items()}))
+        gone = self.folder / "gone"
+        gone.write_text("")
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "tests.chaos", str(services), str(gone), self.intent or ""),
+            cwd=ROOT,
+            env={**os.environ, **self.env},
+            stderr=asyncio.subprocess.DEVNULL,
+        )
+        ends = time.monotonic() + (self.rng.uniform(0.3, 1.5) if killed else 60)
+        while process.returncode is None:
+            for name in gone.read_text().split():
+                if name in self.running:
+                    await self.end_backend(name)
+            if time.monotonic() > ends:
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+                await process.wait()
+            await asyncio.sleep(0.02)
+        for name in gone.read_text().split():
+            await self.end_backend(name)
+
+    async def router_restarts(self) -> None:
+        """A new one first; then nothing new goes to the old one; then it is stopped."""
+        at = self.rng.randrange(1, len(self.routers))  # the first one is there all the time
+        fresh = await self.start_router(2 if at == 1 else 1)
+        old, self.routers[at] = self.routers[at], fresh
+        self.ports[at] = fresh.port
+        await asyncio.sleep(0.5)
+        self.retired.add(old.port)
+        os.kill(old.popen.pid, signal.SIGTERM)
+        await asyncio.to_thread(old.popen.wait, 60)
+
+    async def redis_restarts(self) -> None:
+        await asyncio.to_thread(self.redis.stop)
+        await asyncio.sleep(self.rng.uniform(0, 3))
+        await asyncio.to_thread(self.redis.start)
+        self.redis_back = time.monotonic()
+
+    async def redis_stalls(self) -> None:
+        self.redis.signal(signal.SIGSTOP)
+        await asyncio.sleep(self.rng.uniform(0.5, 4))
+        self.redis.signal(signal.SIGCONT)
+        self.redis_back = time.monotonic()
+
+    async def redis_loses_the_routing_state(self) -> None:
+        client = self.redis.client
+        await asyncio.sleep(3.5)  # every router knows what there is
+        keys = [k for k in client.scan_iter("pulse:railway:*") if ":router:" not in k]
+        client.delete(*keys)
+        self.redis_back = time.monotonic()
+        await self.state()
+
+    async def backend_crashes(self) -> None:
+        await self.crash(self.rng.choice(list(self.running)))
+
+    async def crash(self, name: str) -> None:
+        """Killed, and started anew by Railway."""
+        backend = self.running[name]
+        self.down.append((name, time.monotonic(), float("inf")))
+        await asyncio.to_thread(backend.process.stop, signal.SIGKILL)
+        await asyncio.sleep(self.rng.uniform(0, 1))
+        backend.process = self.spawn(name, backend.port, backend.pulse)
+        await asyncio.to_thread(backend.process.wait, 90)
+        await self.until_status(backend.port, "/_pulse/health", 200)
+        at = self.down.index(next(d for d in self.down if d[0] == name and d[2] == float("inf")))
+        self.down[at] = (name, self.down[at][1], time.monotonic() + 0.5)
+
+    async def backend_stalls(self) -> None:
+        """Frozen for a while: slow, but nothing fails."""
+        process = self.rng.choice(list(self.running.values())).process
+        os.killpg(process.popen.pid, signal.SIGSTOP)
+        await asyncio.sleep(self.rng.uniform(0.5, 3))
+        os.killpg(process.popen.pid, signal.SIGCONT)
+
+    # -- the run -------------------------------------------------------------------------------
+
+    async def begin(self) -> None:
+        for workers in (1, 2, 1):
+            self.routers.append(await self.start_router(workers))
+            self.ports.append(self.routers[-1].port)
+        name = await self.bring_up()
+        assert name
+        await self.promote(name)
+
+    async def play(self, clients: int, tabs: int, seconds: float, events: bool) -> None:
+        """Clients for that long, and meanwhile one thing after another goes wrong."""
+        self.over = False
+        people = [asyncio.create_task(Client(self, n).run()) for n in range(clients)]
+        people += [asyncio.create_task(Tab(self, n).run()) for n in range(tabs)]
+        deadline = time.monotonic() + seconds
+        try:
+            while time.monotonic() < deadline:
+                await asyncio.sleep(self.rng.uniform(0.2, 2.0))
+                for task in people:
+                    if task.done() and task.exception():
+                        raise task.exception() or AssertionError
+                if events:
+                    await self.happen()
+        finally:
+            self.over = True
+            await asyncio.wait(people, timeout=PATIENCE_AT_THE_END)
+            for task in people:
+                task.cancel()
+            await asyncio.gather(*people, return_exceptions=True)
+
+    async def happen(self) -> None:
+        kinds: dict[Callable[[], Awaitable[None]], int] = {
+            self.deploy: 4,
+            self.failed_deploy: 1,
+            self.canary: 3,
+            self.rollback: 2,
+            self.delete_one: 2,
+            self.janitor_runs: 2,
+            self.janitor_is_killed: 1,
+            self.router_restarts: 2,
+            self.redis_restarts: 1,
+            self.redis_stalls: 1,
+            self.redis_loses_the_routing_state: 1,
+            self.backend_crashes: 1,
+            self.backend_stalls: 2,
+        }
+        event = self.rng.choices(list(kinds), list(kinds.values()))[0]
+        name = event.__name__.replace("_", " ")
+        if os.environ.get("CHAOS_SAYS"):
+            print(f"{time.monotonic() - self.began:6.1f} s {name}", file=sys.stderr)
+        await event()
+        self.events[name] += 1
+
+    async def janitor_is_killed(self) -> None:
+        await self.janitor_runs(killed=True)
+
+    async def settled(self, process: Process) -> Sample:
+        """When the clients have gone, and what was pooled too."""
+        await asyncio.sleep(6)
+        fds = len(list(Path(f"/proc/{process.popen.pid}/fd").iterdir()))
+        return Sample(fds, process.rss)
+
+    def stop(self) -> None:
+        for process in [*self.routers, *(b.process for b in self.running.values())]:
+            process.stop(signal.SIGKILL)
+        self.redis.stop()
+
+
+PATIENCE_AT_THE_END = 60.0
+
+
+@dataclass
+class Result:
+    world: World
+    before: Sample
+    after: Sample
+
+    def problems(self) -> list[str]:
+        found = list(self.world.failures)
+        if self.after.descriptors > self.before.descriptors:
+            found.append(f"descriptors: {self.before.descriptors}, then {self.after.descriptors}")
+        if self.after.memory > self.before.memory * 1.25 + (4 << 20):
+            found.append(f"memory: {self.before.memory}, then {self.after.memory}")
+        return found
+
+    def table(self) -> str:
+        world, seen = self.world, sorted(self.world.seen_after)
+        lines = [f"seed {world.seed}"]
+        lines += [f"  {n:8} {name}" for name, n in sorted(world.events.items())]
+        lines += [f"  {n:8} {name}" for name, n in sorted(world.count.items())]
+        for kind in ("request", "wrong version", "session", "socket", "tab"):
+            if not world.count[f"FAILED {kind}"]:
+                lines.append(f"  {0:8} failed: {kind}")
+        if seen:
+            middle, last = seen[len(seen) // 2], seen[-1]
+            lines.append(f"  {middle:8.3f} s until every router had seen a promotion (median)")
+            lines.append(f"  {last:8.3f} s ... the slowest of {len(seen)}")
+        b, a = self.before, self.after
+        lines.append(f"  {b.descriptors:4} -> {a.descriptors:<4} descriptors of the first router")
+        lines.append(f"  {b.memory >> 20:4} -> {a.memory >> 20:<4} MB of it")
+        lines += [f"  FAILED {line}" for line in world.failures[:20]]
+        return "\n".join(lines)
+
+
+async def chaos(
+    seconds: float, seed: int, clients: int, tabs: int, pulse_share: float, folder: Path
+) -> Result:
+    (folder / "redis").mkdir()
+    world = World(seed, folder, Redis(folder=folder / "redis"), pulse_share)
+    try:
+        await world.begin()
+        await world.play(clients, tabs, min(8.0, seconds / 3), events=False)
+        before = await world.settled(world.routers[0])
+        await world.play(clients, tabs, seconds, events=True)
+        after = await world.settled(world.routers[0])
+        return Result(world, before, after)
+    finally:
+        world.stop()
+
+
+def run(
+    seconds: float, seed: int, clients: int = 200, tabs: int = 8, pulse_share: float = 0.3
+) -> Result:
+    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
+        return asyncio.run(chaos(seconds, seed, clients, tabs, pulse_share, Path(folder)))
+
+
+def main(minutes: float, seed: int) -> int:
+    result = run(minutes * 60, seed)
+    print(result.table())
+    if problems := result.problems():
+        print(f"repeat it: invoke chaos --minutes {minutes:g} --seed {seed}")
+    return 1 if problems else 0
+
+
+def janitor(services: str, gone: str, intent: str) -> None:
+    """One run of janitor.py on a Railway that is two files."""
+    script: Any = runtime_image.load("janitor")
+    there = json.loads(Path(services).read_text())
+    seen = script.Seen([script.Service(n, n, n, 1e6) for n in there], "router", intent or None)
+
+    def delete(service: Any) -> None:
+        with open(gone, "a") as file:
+            file.write(f"{service.deployment}\n")
+        time.sleep(0.1)
+
+    railway = types.SimpleNamespace(delete=delete, remember=lambda *_: None)
+    store = router.store_from_env(dict(os.environ))
+    with script.lock(store) as held:
+        if held:
+            limits = script.Limits(DRAIN_TTL, 10.0, 0)
+            with contextlib.suppress(script.Refused):
+                script.sweep(store, railway, store.read(), seen, TOKEN, limits)
+
+
+if __name__ == "__main__":
+    janitor(*sys.argv[1:])
