@@ -172,7 +172,7 @@ def as_a_ci(s: Stage) -> dict[str, str]:
 
 
 def story(root: Path, *, job: bool = False) -> None:
-    """On an empty project: two deploys, an old tab, a new one, the janitor, a redeploy.
+    """On an empty project: two deploys, an old tab, a new one, the janitor, a redeploy, a canary.
 
     `job`: with a project token and no SSH key, so that control commands go by the janitor. Raises
     SystemExit where something does not hold.
@@ -251,8 +251,29 @@ async def _tabs(s: Stage, address: str, a: str, at_once: tuple[str, ...]) -> Non
         again["deployment_id"] == b
         and s.get(f"{address}/_pulse/meta").json()["deployment_id"] == b,
     )
+    await _canary(s, address, b)
     last = await asyncio.to_thread(s.run, "ensure", APP, *at_once)
     see("a second ensure changes nothing", last["changed"] == [])
+
+
+async def _canary(s: Stage, address: str, b: str) -> None:
+    given = ("--deployment-name", "c", "--canary", "100", "--bake", "11")
+    c = (await asyncio.to_thread(s.run, "deploy", APP, *given))["deployment_id"]
+    async with Visitor(address, s.bundle) as drawn:
+        await drawn.open()
+        await drawn.connect()
+        await drawn.count()
+        see(f"a new tab is drawn to the canary {c}", drawn.affinity == c and drawn.tab == 1)
+        ended = await asyncio.to_thread(s.run, "rollback", "--message", "not yet")
+        see(f"rollback ends it, {b} is active", (ended["ended"], ended["deployment_id"]) == (c, b))
+        async with Visitor(address, s.bundle) as new:
+            await new.open()
+            see(f"a new tab gets {b}", new.affinity == b)
+        await drawn.count()
+        see("the canary's tab counts on", drawn.connected and drawn.tab == 2)
+    known = (await asyncio.to_thread(s.run, "history"))["history"]
+    did = [entry["what"] for entry in known]
+    see("history has who did what", did[-2:] == ["canary", "rollback"] and bool(known[-1]["by"]))
 
 
 # -- commands ----------------------------------------------------------------------------------

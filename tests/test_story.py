@@ -16,5 +16,5 @@ def test_two_deploys_of_the_example(tmp_path: Path, capsys: pytest.CaptureFixtur
     demo.story(root)
     seen = capsys.readouterr().out
     assert "DID NOT SEE" not in seen
-    assert seen.count("saw:") == 16
+    assert seen.count("saw:") == 21
     assert demo.processes_of(root) == []
