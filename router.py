@@ -121,6 +121,7 @@ WRITE_STALL_TIMEOUT = 300.0  # a client takes the next piece of its answer withi
 HEAD_TIMEOUT = 30.0  # a client sends its request head within this
 BODY_AHEAD = 64 * 1024  # of a body is read before the backend has taken what came before it
 BODY_STALL_TIMEOUT = 60.0  # ... and the next piece of its body within this
+LAST_CALL = 0.5  # at the end, a request may be on its way on a connection that looks idle
 KEEP_ALIVE = 75.0  # idle client connections; longer than the edge's 60 s, so the edge closes first
 HALF_CLOSED = seconds("PULSE_RAILWAY_ROUTER_HALF_CLOSED_SECONDS", 60)
 FLUSH = 30.0  # for what is still to be written to a tunnel's one end when the other has gone
@@ -1400,6 +1401,7 @@ class Client(asyncio.Protocol):
         self.head_in_read = False
         self.framing = 0  # bytes of a chunked body that were none of it
         self.chunks = self.body_bytes = 0  # of it, in the last read
+        self.ending = False
         self.lingering = False
         self.lingers_since = 0.0
         self.reading_paused = False
@@ -1577,6 +1579,7 @@ class Client(asyncio.Protocol):
                 raise BadRequest("a handshake behind a request")
             self.handshake = True
         keep_alive = version != "1.0" and not self.handshake and parser.should_keep_alive()
+        keep_alive = keep_alive and not self.ending
         self.arriving = Incoming(self, method, version, keep_alive)
         self.waiting.append(self.arriving)
         if behind or self.handshake:
@@ -1722,11 +1725,17 @@ class Client(asyncio.Protocol):
             self.exchange.client_writable()
 
     def shutdown(self) -> None:
-        """The server ends: this connection does after the answers that are under way."""
+        """The server ends: this connection does after the answers that are under way, and one
+        that waits for a request after a moment: it may have been sent already."""
+        self.ending = True
         if self.arriving is None or self.arriving.answered:
-            self.transport.close()
+            self.loop.call_later(LAST_CALL, self.last_call)
         else:
             self.arriving.keep_alive = False
+
+    def last_call(self) -> None:
+        if self.arriving is None or self.arriving.answered:
+            self.transport.close()
 
     def linger(self) -> None:
         """The answer is out but the upload is not in: a close now would reset the connection and
