@@ -40,7 +40,6 @@ if __name__ == "__main__":  # a container's first process is deaf to what it has
 
 import argparse
 import asyncio
-import bisect
 import collections
 import concurrent.futures
 import contextlib
@@ -61,6 +60,7 @@ import sys
 import time
 import urllib.parse
 import urllib.request
+from bisect import bisect_left
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
@@ -999,7 +999,7 @@ BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0,
 class Tally:
     """What came of one deployment's requests."""
 
-    classes: list[int] = field(default_factory=lambda: [0] * 6)  # answers by status // 100
+    classes: list[int] = field(default_factory=lambda: [0] * 10)  # answers by status // 100
     failed: int = 0  # no answer: refused, broken off before it, too late
     seconds: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS) + 1))
 
@@ -1879,7 +1879,7 @@ class Exchange:
         """The head of an answer is in: write the client's."""
         if self.finished:
             return
-        parser = self.parser
+        parser, incoming = self.parser, self.incoming
         status = self.status = parser.get_status_code()
         reason, self.reason = self.reason, b""
         if status == 101:
@@ -1888,8 +1888,8 @@ class Exchange:
             self.informational(status, reason)
             return
         if self.spare:
-            lacks = lacking(self.spare, self.incoming.path, status, self.fields)
-            if lacks or self.incoming.begun or self.incoming.gone:  # or another was first
+            lacks = lacking(self.spare, incoming.path, status, self.fields)
+            if lacks or incoming.begun or incoming.gone:  # or another was first
                 self.keep = parser.should_keep_alive()
                 self.spared = True
                 self.end("missing")
@@ -1918,8 +1918,8 @@ class Exchange:
         if drop is not HOP_BY_HOP:  # Connection may name a header that stood before it
             out[1:] = [line for line in out[1:] if line.partition(b":")[0].lower() not in drop]
         append(self.upstream.deployment.header)
-        if self.incoming.visitor:
-            out += visitor_cookie(self.incoming, self.fields)
+        if incoming.visitor:
+            out += visitor_cookie(incoming, self.fields)
         empty = self.head_only or status in (204, 304)
         self.keep = parser.should_keep_alive()
         self.until_close = not (length or coded or empty)
@@ -1933,13 +1933,13 @@ class Exchange:
                 append(CHUNKED)
         elif coded and self.head_only and not self.version_10:
             append(CHUNKED)
-        if not self.incoming.keep_alive or self.close:
+        if not incoming.keep_alive or self.close:
             self.close = True
             append(b"connection: close\r\n")
         append(b"\r\n")
         self.out = out
-        self.started = self.incoming.begun = True
-        self.incoming.expects_continue = False
+        self.started = incoming.begun = True
+        incoming.expects_continue = False
         if self.go_ahead:
             self.go_ahead.set()
         if self.head_only:
@@ -2003,6 +2003,7 @@ class Exchange:
             return
         if self.started:
             log.warning("%s: %s", self.upstream.deployment.id, why)
+            self.upstream.deployment.tally.failed += 1
             self.flush()
             if self.version_10:  # nothing else would tell it from a complete answer
                 reset(self.client.transport)
@@ -2234,11 +2235,10 @@ def conclude(exchange: Exchange) -> str:
         raise UpstreamError(502, detail, sent=True)
     if outcome == "timeout":
         raise UpstreamError(504, "the deployment did not answer in time", sent=True)
-    if exchange.status:
-        tally, took = deployment.tally, time.monotonic() - exchange.began
-        tally.classes[min(exchange.status // 100, 5)] += 1
-        tally.failed += outcome == "broken"
-        tally.seconds[bisect.bisect_left(BUCKETS, took)] += 1
+    if status := exchange.status:
+        tally = deployment.tally
+        tally.classes[status // 100] += 1
+        tally.seconds[bisect_left(BUCKETS, time.monotonic() - exchange.began)] += 1
     if ACCESS_LOG:
         access(incoming, exchange.status, deployment.id, exchange.bytes_out, exchange.began)
     if outcome == "ok":
@@ -2417,11 +2417,14 @@ def route(incoming: Incoming) -> None:
     if is_internal(path):
         client.answer(incoming, plain(404))
         return
-    if TABLE.maintenance and not passes(incoming):
-        client.answer(incoming, TABLE.maintenance.answer(incoming))
+    table = TABLE
+    if table.maintenance and not passes(incoming):
+        client.answer(incoming, table.maintenance.answer(incoming))
         return
-    name = affinity(incoming)
-    target = TABLE.deployments.get(name) if name else chosen(incoming)
+    if name := affinity(incoming):
+        target = table.deployments.get(name)
+    else:
+        target = table.active if table.canary is None else chosen(incoming)
     simple = target and not incoming.more_body and not spare_for(incoming, name)
     if target and simple and (upstream := from_pool(incoming, target)):
         exchange = Exchange(incoming, upstream, functools.partial(at_end, name))

@@ -195,7 +195,7 @@ def test_what_came_of_each_ones_requests_is_counted(canary: Canary) -> None:
         said = [json.loads(str(v))["tallies"] for v in canary.redis.client.mget(keys) if v]
         found = [one[name] for one in said if name in one]
         return [
-            [sum(t[0][i] for t in found) for i in range(6)],
+            [sum(t[0][i] for t in found) for i in range(10)],
             sum(t[1] for t in found),
             sum(sum(t[2]) for t in found),
         ]
