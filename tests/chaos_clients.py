@@ -48,6 +48,7 @@ class Connection:
     def __init__(self, port: int) -> None:
         self.port = port
         self.used = False
+        self.chosen = ""  # the deployment of an answer that broke off behind its head
 
     async def open(self) -> None:
         self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port)
@@ -57,6 +58,7 @@ class Connection:
 
     async def ask(self, head: bytes, body: bytes = b"") -> Answer:
         """Raises ConnectionResetError where it had died before, and this one may be repeated."""
+        self.chosen = ""
         try:
             self.writer.write(head + body)
             await self.writer.drain()
@@ -66,6 +68,7 @@ class Connection:
                 raise ConnectionResetError from None
             raise
         self.used = True
+        self.chosen = Answer(said, b"").deployment
         if b"\r\ntransfer-encoding: chunked" in said.lower():
             content = b""
             while size := int((await self.reader.readuntil(b"\r\n")).split(b";")[0], 16):
@@ -183,7 +186,8 @@ class Client:
                 broken = f"broken off ({type(error).__name__})"
                 break
         world.count["requests"] += 1
-        name = (answer.deployment if answer else "") or affinity
+        chosen = self.connection.chosen if self.connection else ""
+        name = (answer.deployment if answer else chosen) or affinity
         if answer and "set-cookie" in answer.fields and "visitor" in answer.fields["set-cookie"]:
             self.cookie = answer.fields["set-cookie"].partition(";")[0]
         if answer and answer.status == 200:
