@@ -6,10 +6,25 @@ first process, `control` for everybody who waits for its answer. The verbs are i
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 
 
 def main() -> None:
+    """Run what the command line says. Ctrl-C and a reader that has gone end it without a word more
+    than there is to say, also while modules are still being loaded."""
+    try:
+        dispatch()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
+    except BrokenPipeError:  # who read what we say, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
+
+
+def dispatch() -> None:
     match sys.argv[1:]:
         case ["serve", *rest]:
             from pulse_railway import serve
@@ -19,10 +34,10 @@ def main() -> None:
             from pulse_railway import runtime_image
 
             runtime_image.become("router", ["control", *rest])
-        case ["janitor", "run", *rest]:
+        case ["janitor", ("run" | "--help" | "-h"), *_]:
             from pulse_railway import runtime_image
 
-            runtime_image.become("janitor", ["run", *rest])
+            runtime_image.become("janitor", sys.argv[2:])
     from pulse_railway import cli
 
     cli.main()

@@ -7,18 +7,26 @@ What differs from Invoke's own parsing: the app may stand by itself (`deploy exa
 from __future__ import annotations
 
 import difflib
+import os
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from invoke.config import Config
 from invoke.program import Program
+from invoke.vendor import yaml
 
 from pulse_railway import __version__, tasks
 from pulse_railway.verbs import FLAGS
 
 
 class Settings(Config):
-    """Invoke's configuration: invoke.yaml, ~/.invoke.yaml, INVOKE_* as everywhere."""
+    """Invoke's configuration: this folder's invoke.yaml, ~/.invoke.yaml, INVOKE_*. Invoke itself
+    looks beside the task file, and there is none here."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.set_project_location(os.getcwd())
+        self.load_project()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -30,7 +38,11 @@ def main(argv: list[str] | None = None) -> None:
         version=__version__,
         config_class=Settings,
     )
-    program.run(["pulse-railway", *rewrite(arguments)])
+    try:
+        program.run(["pulse-railway", *rewrite(arguments)])
+    except yaml.YAMLError as error:
+        where = str(getattr(error, "problem_mark", "")).strip()
+        raise SystemExit(f"error: the Invoke configuration is no YAML: {where}") from None
 
 
 def rewrite(arguments: list[str]) -> list[str]:

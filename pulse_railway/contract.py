@@ -55,6 +55,7 @@ JANITOR_SERVICE: Final = "PULSE_RAILWAY_JANITOR_SERVICE"
 REDIS_SERVICE: Final = "PULSE_RAILWAY_REDIS_SERVICE"
 NOTIFY_URL: Final = "PULSE_RAILWAY_NOTIFY_URL"  # ours, on the janitor: who is told
 INTENT: Final = "PULSE_RAILWAY_ACTIVE"  # ours: which deployment was promoted last
+NAME: Final = "PULSE_RAILWAY_DEPLOYMENT_NAME"  # ours, on a backend: the name its id is made from
 RUN: Final = "PULSE_RAILWAY_DEPLOY_RUN"  # ours, on a backend: the run that created it
 CONTROL: Final = "PULSE_RAILWAY_CONTROL"  # ours, on the janitor: a control command to carry out
 CONTROL_ANSWER: Final = "PULSE_RAILWAY_CONTROL_ANSWER"  # ... and its answer
@@ -70,6 +71,7 @@ RESERVED: Final = frozenset(
         PUBLIC_ORIGIN,
         PORT,
         SESSION_REDIS_URL,
+        NAME,
         "PULSE_RAILWAY_DEPLOYMENT_STATE",
         "PULSE_RAILWAY_DRAIN_STARTED_AT",
     }

@@ -55,15 +55,27 @@ def deployment_id(text: str) -> str:
     return candidate
 
 
+STAMP = "%y%m%d-%H%M%S"  # UTC
+SLUG_LIMIT = 24 - len("yymmdd-HHMMSS") - 1
+
+
 def deployment_slug(name: str) -> str:
-    return _slug(name) or contract.DEFAULT_DEPLOYMENT_NAME
+    """What of a name is in the ids made from it. Raises ValueError where that is nothing."""
+    slug = _slug(name)
+    if not slug:
+        raise ValueError(f"deployment name {name!r} has no letter or digit (a-z, 0-9)")
+    return slug[:SLUG_LIMIT].rstrip("-")
 
 
 def generate_deployment_id(name: str, now: datetime | None = None) -> str:
-    """`<name slug>-<yymmdd-HHMMSS>`, in UTC; the slug is cut to what fits into 24 characters."""
-    stamp = (now or datetime.now(UTC)).strftime("%y%m%d-%H%M%S")
-    slug = deployment_slug(name)[: 24 - len(stamp) - 1].rstrip("-")
-    return f"{slug or contract.DEFAULT_DEPLOYMENT_NAME}-{stamp}"
+    """`<name slug>-<yymmdd-HHMMSS>`, in UTC; the slug is cut to what fits into 24 characters.
+    Raises ValueError as deployment_slug."""
+    return f"{deployment_slug(name)}-{(now or datetime.now(UTC)).strftime(STAMP)}"
+
+
+def is_made_from(deployment: str, name: str) -> bool:
+    """Can this id have been generated from that name?"""
+    return re.fullmatch(re.escape(deployment_slug(name)) + r"-\d{6}-\d{6}", deployment) is not None
 
 
 def backend_name(prefix: str, deployment: str) -> str:

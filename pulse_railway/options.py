@@ -7,6 +7,7 @@ the environment, they become a typed value, which is all that a flow sees of the
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 Flags = Mapping[str, Any]
 
+VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 PAGE_LIMIT = 24 * 1024  # bytes: it goes as one word of a control command
 NOTIFY_VARIABLE = contract.NOTIFY_URL
 
@@ -156,6 +158,10 @@ def one_deployment(flags: Flags, output: Output) -> StackOptions:
 def one_name(flags: Flags, output: Output) -> StackOptions:
     if not flags.get("deployment_name"):
         raise Failure("which deployment? pass --deployment-name")
+    try:
+        naming.deployment_slug(flags["deployment_name"])
+    except ValueError as error:
+        raise Failure(str(error)) from None
     return stack(flags, output)
 
 
@@ -330,8 +336,8 @@ def pairs(items: list[str] | None, flag: str) -> dict[str, str]:
     found = {}
     for item in items or []:
         key, equals, value = item.partition("=")
-        if not key or not equals:
-            raise Failure(f"{flag} takes KEY=VALUE, not {key!r}")
+        if not equals or not VARIABLE_NAME.fullmatch(key):
+            raise Failure(f"{flag} takes KEY=VALUE, not {key!r}: a name has letters, digits, _")
         found[key] = value
     return found
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 class Output:
     def __init__(self, *, as_json: bool = False) -> None:
         self.as_json = as_json
+        self.value: dict[str, Any] = {}  # the verb's result
         self._console: Console | None = None
         self._status: Status | None = None
         self._title = ""
@@ -82,8 +83,18 @@ class Output:
 
     def result(self, value: dict[str, Any], summary: list[str]) -> None:
         """The end of a verb: the whole of it as JSON on stdout, or a summary for people."""
+        self.value = value
         if self.as_json:
-            sys.stdout.write(redact(json.dumps(value, indent=2, sort_keys=True)) + "\n")
+            self._json(value)
         else:
             for line in summary:
                 self.say(line)
+
+    def failure(self, why: str) -> None:
+        """With --json, a failure is one object on stdout, too."""
+        if self.as_json:
+            self._json({"error": why})
+
+    def _json(self, value: dict[str, Any]) -> None:
+        sys.stdout.write(redact(json.dumps(value, indent=2, sort_keys=True)) + "\n")
+        sys.stdout.flush()

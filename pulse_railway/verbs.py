@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from invoke.config import DataProxy
 from invoke.context import Context
 from invoke.exceptions import Exit
 from invoke.tasks import Task, task
@@ -122,8 +123,11 @@ def verb(flags: list[str], door: str) -> Callable[[Callable[..., None]], Task[An
 
     def decorate(function: Callable[..., None]) -> Task[Any]:
         @functools.wraps(function)
-        def body(c: Context, **given: Any) -> None:
-            run(function, door, with_defaults(c, given))
+        def body(*args: Any, **given: Any) -> dict[str, Any]:
+            bound = signature.bind(*args, **given)  # TypeError for what it does not take
+            bound.apply_defaults()
+            context = bound.arguments.pop("c")
+            return run(function, door, with_defaults(context, bound.arguments))
 
         parameter = inspect.Parameter
         kind = parameter.POSITIONAL_OR_KEYWORD
@@ -132,7 +136,8 @@ def verb(flags: list[str], door: str) -> Callable[[Callable[..., None]], Task[An
             default = FLAGS[name].default
             default = {(): [], "?": parameter.empty}.get(default, default)
             parameters.append(parameter(name, kind, default=default))
-        body.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        signature = inspect.Signature(parameters)
+        body.__signature__ = signature  # type: ignore[attr-defined]
         made = task(
             body,
             help={name: FLAGS[name].help for name in flags},
@@ -147,6 +152,10 @@ def verb(flags: list[str], door: str) -> Callable[[Callable[..., None]], Task[An
 def with_defaults(context: Context, given: Mapping[str, Any]) -> dict[str, Any]:
     """Flags that were not given, from the project's Invoke configuration."""
     configured = context.config.get("pulse_railway") or {}
+    if not isinstance(configured, Mapping | DataProxy):
+        raise Exit(
+            "error: the section pulse_railway of invoke.yaml has to be `flag: value` lines", 1
+        )
     known = {key.replace("-", "_"): value for key, value in dict(configured).items()}
     return {
         name: value if value not in (None, [], False) else known.get(name, value)
@@ -154,8 +163,9 @@ def with_defaults(context: Context, given: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def run(function: Callable[..., None], door: str, flags: Mapping[str, Any]) -> None:
-    """Call a verb. Whatever a user can do something about becomes one line and a status of 1."""
+def run(function: Callable[..., None], door: str, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Call a verb; returns its result, what it says with --json. Whatever a user can do something
+    about becomes one line and a status of 1; with --json, one object on stdout too."""
     import httpx
 
     from pulse_railway import options
@@ -164,23 +174,32 @@ def run(function: Callable[..., None], door: str, flags: Mapping[str, Any]) -> N
 
     load_dotenv()
     output = Output(as_json=bool(flags.get("json")))
+
+    def end(why: str, code: int) -> Exit:
+        output.failure(why)
+        return Exit(f"error: {why}" if code == 1 else why, code)
+
     try:
         function(getattr(options, door)(flags, output), output)
     except Failure as failure:
-        raise Exit(f"error: {redact(str(failure))}", 1) from None
+        raise end(redact(str(failure)), 1) from None
     except KeyboardInterrupt:
-        raise Exit("interrupted", 128 + signal.SIGINT) from None
+        raise end("interrupted", 128 + signal.SIGINT) from None
     except Interrupted as interrupted:
-        raise Exit("interrupted", 128 + interrupted.number) from None
+        raise end("interrupted", 128 + interrupted.number) from None
+    except BrokenPipeError:  # who read what we say has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise Exit("", 128 + signal.SIGPIPE) from None
     except (OSError, httpx.HTTPError) as error:
-        raise Exit(f"error: {redact(str(error) or type(error).__name__)}", 1) from None
+        raise end(redact(str(error) or type(error).__name__), 1) from None
     except Exception as error:  # what we did not think of: its traceback may hold a secret
         sys.stderr.write(redact(traceback.format_exc()))
-        raise Exit(
-            f"error: {type(error).__name__}, which is a fault of pulse-railway: nothing is known"
+        raise end(
+            f"{type(error).__name__}, which is a fault of pulse-railway: nothing is known"
             " to be lost, `pulse-railway status` tells what stands",
             1,
         ) from None
+    return output.value
 
 
 def load_dotenv() -> None:

@@ -77,8 +77,8 @@ def prepare(wanted: DeployOptions, output: Output) -> Plan:
     web_root = inside(context, wanted.web_root or app.web_root, "the web root")
     if not (context / web_root).is_dir():
         raise Failure(f"no web root at {context / web_root}: pass --web-root")
-    chosen = wanted.deployment_id or naming.generate_deployment_id(wanted.deployment_name)
     try:
+        chosen = wanted.deployment_id or naming.generate_deployment_id(wanted.deployment_name)
         naming.backend_name(app.names.prefix, chosen)
     except ValueError as error:
         raise Failure(str(error)) from None
@@ -191,6 +191,8 @@ def backend_variables(plan: Plan, stack: Stack) -> dict[str, str]:
         contract.PUBLIC_ORIGIN: plan.wanted.server_address or stack.address,
         contract.PORT: str(contract.DEFAULT_PORT),
     }
+    if not plan.wanted.deployment_id:
+        managed[contract.NAME] = plan.wanted.deployment_name.strip()
     if plan.app.uses_session_store:
         managed[contract.SESSION_REDIS_URL] = f"${{{{{names.router}.{contract.REDIS_URL}}}}}"
     build = {**plan.wanted.build_args}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pulse_railway import control, naming
+from pulse_railway import contract, control, naming
 from pulse_railway.errors import Failure
 from pulse_railway.output import Output
 from pulse_railway.railway.api import Api
@@ -35,13 +35,19 @@ def delete(api: Api, stack: Stack, deployment_id: str, output: Output) -> dict[s
 
 
 def by_name(stack: Stack, name: str) -> str:
-    """The one deployment id that `name` means: itself, or the id generated from that name."""
+    """The one deployment id that `name` means: itself, or the id generated from that name, which is
+    kept whole with its service; where it is not (0.3.x), the id has to be of the form that such a
+    name gives."""
     ids = [str(s.deployment_id) for s in stack.backends]
-    wanted = name.strip().lower()
-    if wanted in ids:
-        return wanted
-    prefix = naming.deployment_slug(wanted) + "-"
-    matches = [i for i in ids if i.startswith(prefix)]
+    wanted = name.strip()
+    if wanted.lower() in ids:
+        return wanted.lower()
+    matches = []
+    for service in stack.backends:
+        known = service.variables.get(contract.NAME)
+        made = str(service.deployment_id)
+        if known.lower() == wanted.lower() if known else naming.is_made_from(made, wanted):
+            matches.append(made)
     if len(matches) == 1:
         return matches[0]
     if not matches:

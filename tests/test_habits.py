@@ -1,0 +1,170 @@
+"""What people expect of a command line and of Invoke tasks."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from invoke.config import Config
+from invoke.context import Context
+from invoke.exceptions import Exit
+
+from pulse_railway import contract, naming, tasks
+from pulse_railway.config import Names, Target
+from pulse_railway.errors import Failure
+from pulse_railway.flows import remove
+from pulse_railway.options import pairs
+from pulse_railway.stack import Service, Stack
+from tests.conftest import ROOT, Project
+
+COMMAND = [sys.executable, "-m", "pulse_railway"]
+
+
+def service(made: str, name: str | None) -> Service:
+    variables = {contract.DEPLOYMENT_ID: made} | ({contract.NAME: name} if name else {})
+    at = "2026-01-01T00:00:00Z"
+    return Service(made, "", made, at, None, {}, [], None, None, variables)
+
+
+def stack(*services: Service) -> Stack:
+    return Stack(Target("p", "e"), Names(), {s.name: s for s in services})
+
+
+STAMP = "260101-000000"
+
+
+def test_a_name_is_compared_whole() -> None:
+    """Before, `remove --deployment-name prod` took prod-featu-..., of another name."""
+    feature = service(f"prod-featu-{STAMP}", "prod-feature-x")
+    assert remove.by_name(stack(feature), "prod-feature-x") == feature.deployment_id
+    for name in ("prod", "prod-feature", "prod-featu"):
+        with pytest.raises(Failure, match=f"no deployment is named {name}"):
+            remove.by_name(stack(feature), name)
+    prod = service(f"prod-{STAMP}", "Prod")
+    assert remove.by_name(stack(feature, prod), "prod") == prod.deployment_id
+    with pytest.raises(Failure, match="several deployments are named prod"):
+        remove.by_name(stack(prod, service("prod-260101-000001", "prod")), "prod")
+    assert remove.by_name(stack(prod), f"prod-{STAMP}") == prod.deployment_id
+
+
+def test_one_of_0_3_x_has_no_name_with_it() -> None:
+    old = service(f"prod-{STAMP}", None), service(f"prod-eu-{STAMP}", None)
+    assert remove.by_name(stack(*old), "prod") == f"prod-{STAMP}"
+    assert remove.by_name(stack(*old), "prod eu") == f"prod-eu-{STAMP}"
+    cut = service(f"{naming.deployment_slug('prod-feature-x')}-{STAMP}", None)
+    assert remove.by_name(stack(cut), "prod-feature-x") == cut.deployment_id
+
+
+def test_a_name_without_letters_is_no_prod() -> None:
+    with pytest.raises(ValueError, match="no letter or digit"):
+        naming.generate_deployment_id("日本")
+
+
+def test_a_name_is_kept_with_its_service(base: Project) -> None:
+    name = "prod-feature-login"
+    made = base.ok("deploy", "main.py", "--deployment-name", name)["deployment_id"]
+    assert base.variables(made)[contract.NAME] == name
+    base.ok("rollback")
+    assert "no deployment is named prod" in base.run("remove", "--deployment-name", "prod").error
+    assert base.ok("remove", "--deployment-name", name)["deployment_id"] == made
+
+
+@pytest.mark.parametrize("item", ["A B=c", "=x", "1A=x", "NOVALUE", "A-B=c"])
+def test_a_variable_has_a_name(item: str) -> None:
+    with pytest.raises(Failure, match="--env takes KEY=VALUE"):
+        pairs([item], "--env")
+    assert pairs(["A_1=b=c d"], "--env") == {"A_1": "b=c d"}
+
+
+def test_the_console_script_reads_invoke_yaml(tmp_path: Path) -> None:
+    (tmp_path / "invoke.yaml").write_text("pulse_railway:\n  app: from-the-file.py\n")
+
+    def says(*words: str) -> str:
+        return subprocess.run(
+            [*COMMAND, *words], cwd=tmp_path, capture_output=True, text=True
+        ).stderr
+
+    assert "no app at" in says("deploy")
+    assert "from-the-file.py" in says("deploy")
+    assert "given.py" in says("deploy", "given.py")
+    (tmp_path / "invoke.yaml").write_text("pulse_railway:\n")
+    assert "which app?" in says("deploy")
+    (tmp_path / "invoke.yaml").write_text("pulse_railway: [x]\n")
+    assert says("deploy").startswith("error: the section pulse_railway of invoke.yaml")
+    (tmp_path / "invoke.yaml").write_text("pulse_railway: {a: ]\n")
+    assert says("deploy").startswith("error: the Invoke configuration is no YAML")
+
+
+def configured(**flags: Any) -> Context:
+    return Context(Config(overrides={"pulse_railway": flags}))
+
+
+def test_a_verb_called_from_another_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has the configuration's defaults, refuses a misspelt keyword, and returns its result."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Exit, match=r"configured\.py"):
+        tasks.deploy(configured(app="configured.py"))
+    with pytest.raises(TypeError, match="enviroment"):
+        tasks.deploy(configured(), enviroment="x")
+    with pytest.raises(Exit, match=r"given\.py"):
+        tasks.deploy(configured(app="configured.py"), app="given.py")
+
+    def image(_: Any, output: Any) -> None:
+        output.result({"image": "r/x:1"}, ["pushed"])
+
+    from pulse_railway import verbs
+
+    made = verbs.verb(["repository", "json"], door="image")(image)
+    assert made(configured(repository="r/x")) == {"image": "r/x:1"}
+    assert "pushed" in capsys.readouterr().err
+
+
+def test_a_failure_is_one_object_with_json(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [*COMMAND, "deploy", "no.py", "--json"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert list(json.loads(done.stdout)) == ["error"]
+    assert done.stderr.splitlines()[-1] == f"error: {json.loads(done.stdout)['error']}"
+
+
+def test_a_reader_that_has_gone() -> None:
+    for words in (["--list"], ["deploy", "--help"]):
+        process = subprocess.Popen(
+            [*COMMAND, *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()
+        assert process.wait(30) == 128 + signal.SIGPIPE
+        assert process.stderr.read() == b""
+
+
+def test_ctrl_c_before_anything_was_asked(tmp_path: Path) -> None:
+    (tmp_path / "main.py").write_text("import time\nprint('loading', flush=True)\ntime.sleep(20)\n")
+    process = subprocess.Popen(
+        [*COMMAND, "deploy", "main.py"],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    time.sleep(1.5)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGINT
+    assert "Traceback" not in said
+
+
+def test_the_janitor_says_what_it_takes() -> None:
+    done = subprocess.run([*COMMAND, "janitor", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "--redis-prefix" in done.stdout
