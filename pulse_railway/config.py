@@ -80,7 +80,8 @@ class AppConfig:
     file: str  # relative to the context
     context: Path
     names: Names
-    server_address: str | None
+    server_address: str | None  # that the app has of its own; None: what `deploy` tells it
+    has_address: bool  # Pulse does not start in production without one
     web_root: Path
     internal_address: str | None
     uses_session_store: bool
@@ -120,6 +121,7 @@ def load_app(app: str | None, context: Path) -> AppConfig:
         raise Failure(f"{file}: {error}") from None
     if loaded.codegen.cfg.base_dir is None:
         loaded.codegen.cfg.base_dir = path.parent
+    address = getattr(loaded, "server_address", _TOLD_LATER)  # goes in a later Pulse
     return AppConfig(
         file=str(path.relative_to(context.resolve())) + (f":{variable}" if variable else ""),
         context=context.resolve(),
@@ -130,7 +132,8 @@ def load_app(app: str | None, context: Path) -> AppConfig:
             plugin.janitor_service,
             plugin.service_prefix,
         ),
-        server_address=getattr(loaded, "server_address", None),  # goes in a later Pulse
+        server_address=None if address == _TOLD_LATER else address,
+        has_address=bool(address),
         web_root=web_root(loaded),
         internal_address=getattr(loaded, "internal_server_address", LOOPBACK),  # as this does
         uses_session_store=isinstance(loaded.session_store, RailwaySessionStore),
@@ -140,6 +143,7 @@ def load_app(app: str | None, context: Path) -> AppConfig:
 
 
 LOOPBACK = "http://127.0.0.1"  # what a Pulse that asks nobody uses
+_TOLD_LATER = "https://told-by-deploy.invalid"
 _NO_SECRET = "none, while the app is being looked at"
 
 
@@ -153,6 +157,8 @@ def _build_environment(context: Path, app: Path) -> Iterator[None]:
         PULSE_APP_DIR=str(app.parent),
         PULSE_SECRET=_NO_SECRET,
     )
+    for name in (contract.SERVER_ADDRESS, contract.PUBLIC_ORIGIN):
+        os.environ.setdefault(name, _TOLD_LATER)
     os.chdir(context)
     try:
         yield

@@ -240,6 +240,11 @@ def deploy(flags: Flags, output: Output) -> DeployOptions:
     )
 
 
+def as_given(flags: Flags, output: Output) -> Flags:
+    """For a verb that looks at each of them by itself."""
+    return flags
+
+
 def image(flags: Flags, output: Output) -> ImageOptions:
     if not flags.get("repository"):
         raise Failure("where to? pass --repository, e.g. registry/org/pulse-railway")

@@ -24,6 +24,7 @@ class Output:
     def __init__(self, *, as_json: bool = False) -> None:
         self.as_json = as_json
         self.value: dict[str, Any] = {}  # the verb's result
+        self.extra: dict[str, Any] = {}  # what a failure has to say besides
         self._console: Console | None = None
         self._status: Status | None = None
         self._title = ""
@@ -93,7 +94,7 @@ class Output:
     def failure(self, why: str) -> None:
         """With --json, a failure is one object on stdout, too."""
         if self.as_json:
-            self._json({"error": why})
+            self._json({**self.extra, "error": why})
 
     def _json(self, value: dict[str, Any]) -> None:
         sys.stdout.write(redact(json.dumps(value, indent=2, sort_keys=True)) + "\n")

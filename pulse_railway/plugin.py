@@ -173,7 +173,8 @@ class RailwayPlugin(ps.Plugin):
 
 
 class _Affinity(ps.PulseMiddleware):
-    """Adds the deployment to what the browser is told to send back."""
+    """Adds the deployment to what the browser is told to send back, and gives a tab that opens or
+    connects its session as the other deployments have left it."""
 
     def __init__(self, plugin: RailwayPlugin) -> None:
         super().__init__()
@@ -188,6 +189,7 @@ class _Affinity(ps.PulseMiddleware):
         session: dict[str, Any],
         next: Callable[[], Awaitable[ps.PrerenderResponse]],
     ) -> ps.PrerenderResponse:
+        await _as_others_left_it(session)
         response = await next()
         if self._plugin.enabled and isinstance(response, ps.Ok):
             directives = response.payload["directives"]
@@ -197,6 +199,24 @@ class _Affinity(ps.PulseMiddleware):
             socket_query[contract.AFFINITY_QUERY] = deployment
             socket_query[contract.RELOAD_QUERY] = "1"
         return response
+
+    @override
+    async def connect(
+        self,
+        *,
+        request: ps.PulseRequest,
+        session: dict[str, Any],
+        next: Callable[[], Awaitable[ps.ConnectResponse]],
+    ) -> ps.ConnectResponse:
+        await _as_others_left_it(session)
+        return await next()
+
+
+async def _as_others_left_it(session: dict[str, Any]) -> None:
+    context = ps.PulseContext.get()
+    store = context.app.session_store
+    if isinstance(store, RailwaySessionStore) and context.session is not None:
+        await store.refresh(context.session.sid, session)
 
 
 def internal_server_address() -> str:

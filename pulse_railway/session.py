@@ -3,7 +3,7 @@
 Two versions of an app hold the same session in memory and save it whole. Written as it comes, a
 login on the new one would be undone by an old tab on the other. So what is written is what this
 process has changed since it read: each save is a difference, applied to what Redis holds in one
-atomic step.
+atomic step. When a page is opened, what the other one has written since is taken over (`refresh`).
 
 Redis may be away. Sessions that this process knows are then served from memory, new ones live
 there, and all that was not written is written when Redis is back, again as differences. Nothing
@@ -18,7 +18,7 @@ import logging
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any, TypeVar, override
 
 import pulse as ps
@@ -139,6 +139,29 @@ class RailwaySessionStore(ps.SessionStore):
             else:
                 self._remember(sid, fields)
         return session_of(fields) if fields is not None else None
+
+    async def refresh(self, sid: str, session: MutableMapping[str, Any]) -> None:
+        """Take over what others have changed in a session that this process holds in memory.
+
+        Pulse holds it for as long as a tab is open and a minute longer, and reads it once. Who
+        comes back within that minute, after a rollback for example, would see it as it was, and
+        set the others' values back. What was changed here and is not written yet stays.
+        """
+        if sid in self._unwritten:
+            return
+        reached, held = await self._ask(lambda: self._read(sid))
+        if not reached or held is None:
+            return
+        base, mine = self._known.get(sid, {}), fields_of(ps.unwrap(session))
+        for name in base.keys() | held.keys():
+            theirs = held.get(name)
+            if theirs == base.get(name) or mine.get(name) != base.get(name):
+                continue
+            if theirs is None:
+                session.pop(name, None)
+            else:
+                session[name] = deserialize(json.loads(theirs))
+        self._remember(sid, held)
 
     @override
     async def create(self, sid: str) -> dict[str, Any]:

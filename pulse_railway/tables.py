@@ -82,6 +82,19 @@ def show_history(entries: list[dict[str, Any]]) -> None:
     console.print(table if entries else "nothing yet")
 
 
+MARKS = {"good": ("✓", "green"), "warning": ("!", "yellow"), "bad": ("✗", "red")}
+
+
+def show_checks(checks: list[dict[str, str]]) -> None:
+    """Print what `doctor` found, on stdout."""
+    console = stdout()
+    for check in checks:
+        mark = MARKS.get(check["verdict"], ("-", "dim"))
+        said = f": {check['said']}" if check["said"] else ""
+        line = Text.assemble(mark, " ", (check["name"], "bold"), said)
+        console.print(line, soft_wrap=True)
+
+
 def show_status(result: dict[str, Any]) -> None:
     """Print what deployment.status returned, on stdout."""
     console = stdout()

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pulse_railway.options import (
         BaselineOptions,
         DeployOptions,
+        Flags,
         ImageOptions,
         LogsOptions,
         MaintenanceOptions,
@@ -28,6 +29,35 @@ if TYPE_CHECKING:
     from pulse_railway.output import Output
     from pulse_railway.railway.api import Api
     from pulse_railway.stack import Stack
+
+
+@verb(["app", "json"], door="as_given")
+def init(given: Flags, output: Output) -> None:
+    """Write what an app of your own needs to be deployed, as far as it is missing."""
+    from pulse_railway.flows import init as flow
+
+    result = flow.init(given["app"], Path.cwd(), output)
+    output.result(
+        result, ["", "now:", *(f"{n}. {line}" for n, line in enumerate(result["todo"], 1))]
+    )
+
+
+@verb([*DEPLOY], door="as_given")
+def doctor(given: Flags, output: Output) -> None:
+    """Look at everything that a deploy and a running stack need, and say what to do."""
+    from pulse_railway import tables
+    from pulse_railway.errors import Failure
+    from pulse_railway.flows import doctor as flow
+
+    result = flow.doctor(dict(given), output)
+    if result["ok"] or not output.as_json:
+        output.result(result, [])
+    if not output.as_json:
+        tables.show_checks(result["checks"])
+    bad = [check["name"] for check in result["checks"] if check["verdict"] == "bad"]
+    if bad:
+        output.extra = result
+        raise Failure(f"not in order: {', '.join(dict.fromkeys(bad))}")
 
 
 @verb([*BASELINE], door="baseline")
@@ -318,7 +348,7 @@ def _stack_result(
 
 
 ns = Collection(
-    scaffold, ensure, deploy, redeploy, promote, rollback, delete, remove, status, history, logs,
-    maintenance, unlock, restore, image, control, local,
+    init, doctor, scaffold, ensure, deploy, redeploy, promote, rollback, delete, remove, status,
+    history, logs, maintenance, unlock, restore, image, control, local,
 )  # fmt: skip
 ns.add_collection(Collection("janitor", janitor_run))

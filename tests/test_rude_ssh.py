@@ -331,7 +331,7 @@ class _Plugin:
 
 
 plugin: Any = _Plugin()
-APP = AppConfig("main.py", Path(), Names(), None, Path("web"), None, False, False, plugin)
+APP = AppConfig("main.py", Path(), Names(), None, True, Path("web"), None, False, False, plugin)
 
 
 @pytest.fixture

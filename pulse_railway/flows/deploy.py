@@ -66,6 +66,13 @@ class Plan:
 
 def prepare(wanted: DeployOptions, output: Output) -> Plan:
     """Check all that can be checked on this machine. Raises Failure."""
+    plan = check(wanted, output)
+    program.need("docker" if wanted.image_repository else "railway")
+    return plan
+
+
+def check(wanted: DeployOptions, output: Output) -> Plan:
+    """Check the app and its files. Raises Failure."""
     app, context = wanted.app, wanted.app.context
     if not app.plugin.dockerfile:
         raise Failure("which Dockerfile? set RailwayPlugin(dockerfile=...)")
@@ -82,7 +89,6 @@ def prepare(wanted: DeployOptions, output: Output) -> Plan:
         naming.backend_name(app.names.prefix, chosen)
     except ValueError as error:
         raise Failure(str(error)) from None
-    program.need("docker" if wanted.image_repository else "railway")
     if wanted.image_repository:
         if bad := exposed(context, context / dockerfile):
             raise Failure(
@@ -91,6 +97,11 @@ def prepare(wanted: DeployOptions, output: Output) -> Plan:
             )
     else:
         check_upload(wanted, dockerfile, web_root, output)
+    if not app.has_address:
+        raise Failure(
+            "the app has no server_address, without which Pulse does not start in production: pass"
+            ' server_address=os.environ.get("PULSE_SERVER_ADDRESS") to ps.App; `deploy` sets it'
+        )
     if wanted.server_address and not wanted.server_address.startswith("https://"):
         raise Failure(
             f"the app's server address is {wanted.server_address}, and must be https in production:"

@@ -1,0 +1,106 @@
+"""From an empty folder and an app of one's own to a second deploy, by what the docs say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from invoke.vendor import yaml
+
+from tests.conftest import Project
+
+APP = """
+import pulse as ps
+{imports}
+
+@ps.component
+def home():
+    return ps.div()["Hello"]
+
+
+app = ps.App(routes=[ps.Route("/", render=home)]{more})
+"""
+WITH_PLUGIN = {
+    "imports": "import os\nfrom pulse_railway import RailwayPlugin, RailwaySessionStore,"
+    " internal_server_address",
+    "more": ', plugins=[RailwayPlugin(dockerfile="Dockerfile")],'
+    " session_store=RailwaySessionStore(),"
+    ' server_address=os.environ.get("PULSE_SERVER_ADDRESS"),'
+    " internal_server_address=internal_server_address()",
+}
+
+
+def test_from_an_empty_folder_to_a_second_deploy(
+    new_project: Callable[[], Project], tmp_path: Path
+) -> None:
+    project, folder = new_project(), tmp_path / "shop"
+    folder.mkdir()
+    (folder / "main.py").write_text(APP.format(imports="", more=""))
+
+    made = project.run("init", "--json", cwd=folder)
+    assert made.code == 0, made.err
+    assert made.json["app"] == "main.py"
+    assert sorted(made.json["written"]) == sorted(
+        (
+            *("Dockerfile", "requirements.txt", ".dockerignore", ".railwayignore", "invoke.yaml"),
+            *(".env.example", ".github/workflows/deploy.yml", "tasks.py"),
+        )
+    )
+    assert "give the app in main.py the plugin" in made.json["todo"][0]
+    assert "pulse-railway's own repository" not in (folder / "Dockerfile").read_text()
+    yaml.safe_load((folder / ".github/workflows/deploy.yml").read_text())
+
+    (folder / "main.py").write_text(APP.format(**WITH_PLUGIN))
+    web = folder / "web"
+    web.mkdir()
+    framework = (folder / "requirements.txt").read_text().split("==")[1].split()[0]
+    package = {"dependencies": {"pulse-ui-client": framework}}
+    (web / "package.json").write_text(json.dumps(package))
+    (web / "package-lock.json").write_text("{}")
+
+    looked = project.run("doctor", "--json", cwd=folder)
+    assert looked.code == 1
+    found = {check["name"]: check for check in looked.json["checks"]}
+    assert found["the baseline"]["verdict"] == "bad"
+    assert "run `pulse-railway ensure` first" in found["the baseline"]["said"]
+    assert found["the router"]["verdict"] == "skipped"
+    assert found["React's packages"]["verdict"] == "good"
+    assert "not in order: the baseline" in looked.json["error"]
+
+    ensured = project.run("ensure", cwd=folder)  # the app is in invoke.yaml now
+    assert ensured.code == 0, ensured.err
+    well = project.run("doctor", cwd=folder)
+    assert well.code == 0, well.out + well.err
+    assert "✓ the router: answers" in well.out
+    for _ in range(2):
+        deployed = project.run("deploy", "--json", cwd=folder)
+        assert deployed.code == 0, deployed.err
+        assert project.active == deployed.json["deployment_id"]
+    assert len(project.records) == 2
+
+    again = project.run("init", "--json", cwd=folder)
+    assert again.json["written"] == []
+    assert again.json["todo"][0].startswith("put a Railway token")
+    package["dependencies"]["pulse-ui-client"] = "0.0.1"
+    (web / "package.json").write_text(json.dumps(package))
+    (folder / ".env").write_text("X=1\n")
+    (folder / ".railwayignore").unlink()
+    sick = project.run("doctor", cwd=folder)
+    assert sick.code == 1
+    assert "pulse-ui-client is 0.0.1" in sick.out
+    assert "! its files and settings: the upload holds .env" in sick.out
+
+
+@pytest.mark.parametrize("files", [{}, {"a.py": "ps.App()", "b.py": "app = ps.App()"}])
+def test_which_app(files: dict[str, str], tmp_path: Path) -> None:
+    from pulse_railway.errors import Failure
+    from pulse_railway.flows.init import find_app
+
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(Failure, match="which app"):
+        find_app(None, tmp_path)
+    with pytest.raises(Failure, match="no app at"):
+        find_app("c.py", tmp_path)
