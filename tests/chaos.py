@@ -520,6 +520,10 @@ class Result:
 async def chaos(
     seconds: float, seed: int, clients: int, tabs: int, pulse_share: float, folder: Path
 ) -> Result:
+    task = asyncio.current_task()
+    assert task
+    for number in (signal.SIGTERM, signal.SIGINT):  # also where a shell has it ignored
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     (folder / "redis").mkdir()
     world = World(seed, folder, Redis(folder=folder / "redis"), pulse_share)
     try:

@@ -69,6 +69,14 @@ def test_from_an_empty_folder_to_a_second_deploy(
     assert found["React's packages"]["verdict"] == "good"
     assert "not in order: the baseline" in looked.json["error"]
 
+    with_address = (folder / "main.py").read_text()
+    (folder / "main.py").write_text(
+        with_address.replace(' server_address=os.environ.get("PULSE_SERVER_ADDRESS"),', "")
+    )
+    without = project.run("deploy", cwd=folder)
+    assert "the app has no server_address" in without.error
+    (folder / "main.py").write_text(with_address)
+
     ensured = project.run("ensure", cwd=folder)  # the app is in invoke.yaml now
     assert ensured.code == 0, ensured.err
     well = project.run("doctor", cwd=folder)

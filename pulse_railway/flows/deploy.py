@@ -97,7 +97,7 @@ def check(wanted: DeployOptions, output: Output) -> Plan:
             )
     else:
         check_upload(wanted, dockerfile, web_root, output)
-    if not app.has_address:
+    if not app.has_address and not app.plugin.start_command:  # else who knows how it starts
         raise Failure(
             "the app has no server_address, without which Pulse does not start in production: pass"
             ' server_address=os.environ.get("PULSE_SERVER_ADDRESS") to ps.App; `deploy` sets it'
