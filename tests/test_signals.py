@@ -34,6 +34,7 @@ def test_a_signal_during_deploy(base: Project, step: str, number: signal.Signals
         "promote it": "ssh",
     }[step]
     nth = {"register": 2, "promote it": 3}.get(step, 1)
+    base.redis.delete("pulse:railway:deploy:lock")  # which a killed deploy leaves for an hour
     base.faults({"match": slow, "nth": nth, "delay": 2.0})
     process = subprocess.Popen(
         [sys.executable, "-m", "pulse_railway", "deploy", "main.py", "--deployment-id", name],
@@ -58,7 +59,7 @@ def test_a_signal_during_deploy(base: Project, step: str, number: signal.Signals
         assert process.returncode == 128 + number, rest
         assert "Traceback" not in rest
         assert "interrupted at: " in rest
-        assert base.services == BASE | {"first"}
+        assert base.services == BASE | {"first"}, rest
         assert set(base.records) == {"first"}
     else:  # running it again succeeds, under another id or the same
         # what was ordered and delayed happens all the same
