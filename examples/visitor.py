@@ -101,6 +101,7 @@ class Visitor:
             auth={**wanted["auth"], "__pulse_page_instance_id": "one"},
             headers=self._headers(),
             transports=self.transports,
+            wait_timeout=20,
         )
         await self._emit({"type": "attach", "path": "/", "routeInfo": ROUTE})
 

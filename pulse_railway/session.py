@@ -7,7 +7,8 @@ atomic step. When a page is opened, what the other one has written since is take
 
 Redis may be away. Sessions that this process knows are then served from memory, new ones live
 there, and all that was not written is written when Redis is back, again as differences. Nothing
-waits for it for longer than a moment.
+waits for it for longer than a moment, but for a visitor whose session Redis alone has: those wait
+for a few seconds.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from pulse_railway import contract
 DEFAULT_PREFIX = "pulse:session"
 TIMEOUT = 1.0  # seconds, for one answer of Redis
 PAUSE = 1.0  # seconds, between one attempt to reach it and the next
+PATIENCE = 6.0  # seconds that a visitor whom only Redis knows waits for it, from when it went away
 KNOWN = 20_000  # sessions that a process remembers; the one that was used longest ago goes first
 
 log = logging.getLogger("pulse.railway")
@@ -71,7 +73,7 @@ class RailwaySessionStore(ps.SessionStore):
         self.ttl = ttl
         self._known: OrderedDict[str, Fields] = OrderedDict()  # as Redis has it, or will have
         self._unwritten: OrderedDict[str, Fields | None] = OrderedDict()  # None: to be deleted
-        self._away_until = 0.0
+        self._away_until = self._away_since = 0.0
         self._writer: asyncio.Task[None] | None = None
 
     @classmethod
@@ -132,6 +134,8 @@ class RailwaySessionStore(ps.SessionStore):
             fields = self._unwritten[sid]
         else:
             reached, fields = await self._ask(lambda: self._read(sid))
+            if not reached and sid not in self._known:
+                reached, fields = await self._wait_for(sid)
             if not reached:
                 fields = self._known.get(sid)
             elif fields is None:
@@ -139,6 +143,16 @@ class RailwaySessionStore(ps.SessionStore):
             else:
                 self._remember(sid, fields)
         return session_of(fields) if fields is not None else None
+
+    async def _wait_for(self, sid: str) -> tuple[bool, Fields | None]:
+        """Somebody's session that this process has never held, while Redis is away: an empty one
+        in its place would log them out, and be written over theirs later."""
+        while time.monotonic() < self._away_since + PATIENCE:
+            await asyncio.sleep(PAUSE / 4)
+            reached, fields = await self._ask(lambda: self._read(sid))
+            if reached:
+                return reached, fields
+        return False, None
 
     async def refresh(self, sid: str, session: MutableMapping[str, Any]) -> None:
         """Take over what others have changed in a session that this process holds in memory.
@@ -202,6 +216,7 @@ class RailwaySessionStore(ps.SessionStore):
             return True, answer
         except (redis.RedisError, OSError, TimeoutError) as error:
             if not self._away_until:
+                self._away_since = time.monotonic()
                 # The class only: the message of a Redis error can carry its URL.
                 log.warning(
                     "sessions: Redis is away (%s); they are kept in memory", type(error).__name__

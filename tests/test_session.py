@@ -231,9 +231,10 @@ def test_a_restart_of_redis_costs_no_error(lasting: Redis) -> None:
 
 
 def test_what_happens_meanwhile_is_kept_and_written(
-    lasting: Redis, caplog: pytest.LogCaptureFixture
+    lasting: Redis, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.WARNING)
+    monkeypatch.setattr("pulse_railway.session.PATIENCE", 0.0)  # it has been away for long
 
     async def story() -> None:
         here, there = (RailwaySessionStore(lasting.url) for _ in range(2))
@@ -270,6 +271,32 @@ def test_what_happens_meanwhile_is_kept_and_written(
         "sessions: Redis is away (ConnectionError); they are kept in memory",
         "sessions: Redis is back",
     ]
+
+
+def test_whom_only_redis_knows_waits_for_it_for_a_few_seconds(lasting: Redis) -> None:
+    """In a chaos run three visitors, who came to a new process while Redis stalled, began at 0
+    there, and 10 was written over their 53."""
+
+    async def play() -> tuple[Any, float, Any]:
+        before, fresh = (RailwaySessionStore(lasting.url) for _ in range(2))
+        await before.save("sid", {"count": 53})
+        lasting.signal(signal.SIGSTOP)
+        asyncio.get_running_loop().call_later(3, lasting.signal, signal.SIGCONT)
+        held = await fresh.get("sid")
+        lasting.signal(signal.SIGSTOP)
+        fresh._away_since = fresh._away_until = 0.0
+        began = time.monotonic()
+        unknown = [await fresh.get(f"other-{n}") for n in range(5)]  # not each of them so long
+        took = time.monotonic() - began
+        lasting.signal(signal.SIGCONT)
+        for store in (before, fresh):
+            await store.close()
+        return held, took, unknown
+
+    held, took, unknown = asyncio.run(play())
+    assert held == {"count": 53}
+    assert unknown == [None] * 5
+    assert took < 9
 
 
 def test_a_frozen_redis_is_not_waited_for(redis_server: Redis) -> None:
