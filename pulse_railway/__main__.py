@@ -15,7 +15,10 @@ def main() -> None:
     """Run what the command line says. Ctrl-C and a reader that has gone end it without a word more
     than there is to say, also while modules are still being loaded."""
     try:
-        dispatch()
+        try:
+            dispatch()
+        finally:
+            sys.stdout.flush()  # here, not when the interpreter ends
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None

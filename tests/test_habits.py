@@ -156,6 +156,7 @@ def test_ctrl_c_before_anything_was_asked(tmp_path: Path) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job's is ignored
     )
     time.sleep(1.5)
     process.send_signal(signal.SIGINT)
