@@ -286,6 +286,12 @@ def register(
     return change
 
 
+def _still_active(state: State, wanted: str | None) -> None:
+    active = state.get(":active")
+    if wanted and active != wanted:
+        raise StateError(f"{active or 'none'} is active by now, not {wanted}", "changed")
+
+
 def _promotable(state: State, deployment_id: str) -> Record:
     """Its record. Raises StateError for one that is unknown or being removed."""
     record = _record(state, deployment_id)
@@ -323,9 +329,8 @@ def promote(
     hints = {item["deployment_id"]: item for item in draining}
     if deployment_id in hints:
         raise StateError(f"{deployment_id} cannot be active and draining")
+    _still_active(state, instead_of)
     previous = state.get(":active")
-    if instead_of and previous != instead_of:
-        raise StateError(f"{previous or 'none'} is active by now, not {instead_of}", "changed")
     record = _promotable(state, deployment_id)
     if address:
         record["address"] = address.rstrip("/")
@@ -398,8 +403,7 @@ def weigh(
     active = state.get(":active")
     if not active:
         raise StateError("no deployment is active: promote it without a weight", "inactive")
-    if instead_of and active != instead_of:
-        raise StateError(f"{active} is active by now, not {instead_of}", "changed")
+    _still_active(state, instead_of)
     _not_active(state, deployment_id)
     other = canary(state)
     if other and other["deployment_id"] != deployment_id:
@@ -3000,28 +3004,23 @@ def control_step(args: argparse.Namespace) -> Step:
                 service_id=args.service_id,
                 about=args.about,
             )
-        case "promote" if args.weight is not None:
-            name = args.active_deployment_id
-            step = functools.partial(
-                weigh,
-                deployment_id=name,
-                service_name=args.active_service_name,
-                weight=args.weight,
-                instead_of=args.instead_of,
-                bake=args.bake,
-            )
-            return logged(step, "canary", name, weight=f"{args.weight:g} %", **noted)
         case "promote":
             name = args.active_deployment_id
+            common = {
+                "deployment_id": name,
+                "service_name": args.active_service_name,
+                "instead_of": args.instead_of,
+                "bake": args.bake,
+            }
+            if args.weight is not None:
+                step = functools.partial(weigh, weight=args.weight, **common)
+                return logged(step, "canary", name, weight=f"{args.weight:g} %", **noted)
             step = functools.partial(
                 promote,
-                deployment_id=name,
-                service_name=args.active_service_name,
                 draining=args.draining_json,
                 address=args.address,
-                instead_of=args.instead_of,
                 rolls_back=args.rolls_back,
-                bake=args.bake,
+                **common,
             )
             return logged(step, "rollback" if args.rolls_back else "promote", name, **noted)
         case "withdraw":

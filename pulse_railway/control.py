@@ -168,22 +168,21 @@ def promote(
     words += ["--instead-of", instead_of] if instead_of else []
     words += ["--rolls-back"] if rolls_back else []
     words += ["--bake", str(bake)] if bake else []
-    control(api, stack, "promote", *words, *_noted(why, unlock))
+    words += ["--unlock", unlock] if unlock else []
+    control(api, stack, "promote", *words, *_noted(why))
 
 
-def withdraw(
-    api: Api, stack: Stack, deployment_id: str, why: str | None = None, unlock: str | None = None
-) -> None:
+def withdraw(api: Api, stack: Stack, deployment_id: str, why: str | None = None) -> None:
     """End a canary: it drains."""
-    control(api, stack, "withdraw", "--deployment-id", deployment_id, *_noted(why, unlock))
+    control(api, stack, "withdraw", "--deployment-id", deployment_id, *_noted(why))
 
 
-def baked(api: Api, stack: Stack, deployment_id: str, unlock: str | None = None) -> None:
-    control(api, stack, "baked", "--deployment-id", deployment_id, *_noted(None, unlock))
+def baked(api: Api, stack: Stack, deployment_id: str) -> None:
+    control(api, stack, "baked", "--deployment-id", deployment_id)
 
 
-def _noted(why: str | None, unlock: str | None) -> list[str]:
-    return [*(["--why", why] if why else []), *(["--unlock", unlock] if unlock else [])]
+def _noted(why: str | None) -> list[str]:
+    return ["--why", why] if why else []
 
 
 def lock(api: Api, stack: Stack, holder: str, lease: int) -> str | None:
@@ -205,7 +204,7 @@ def unlock(
 def maintenance(
     api: Api, stack: Stack, on: bool, page: str | None, retry_after: int, why: str | None
 ) -> None:
-    words = ["on" if on else "off", "--retry-after", str(retry_after), *_noted(why, None)]
+    words = ["on" if on else "off", "--retry-after", str(retry_after), *_noted(why)]
     control(api, stack, "maintenance", *words, *(["--page", page] if page else []))
 
 

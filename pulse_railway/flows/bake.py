@@ -121,20 +121,28 @@ class Watch:
 
 
 def bake(
-    api: Api,
-    stack: Stack,
-    new: str,
-    old: str,
-    seconds: int,
-    output: Output,
-    *,
-    canary: bool = False,
-    unlock: str | None = None,
+    api: Api, stack: Stack, new: str, old: str, seconds: int, output: Output, canary: bool
 ) -> dict[str, Any]:
-    """Watch `new` for that long. Returns what was seen; raises WentBack where it did worse.
-
-    Cut off, it leaves everything as it is, and `status` says that nobody watches any more.
+    """Watch `new` for that long, as a step. Returns what was seen; raises WentBack where it did
+    worse. Cut off, it leaves everything as it is, and `status` says that nobody watches any more.
     """
+    try:
+        with output.step(f"watch it for {seconds} s"):
+            return _watch(api, stack, new, old, seconds, output, canary)
+    except WentBack:
+        raise
+    except (Failure, Interrupted) as error:
+        what = "interrupted" if isinstance(error, Interrupted) else "failed"
+        output.say(
+            f"the bake was {what}: {new} stays as it is, unwatched; `pulse-railway rollback` goes"
+            " back"
+        )
+        raise
+
+
+def _watch(
+    api: Api, stack: Stack, new: str, old: str, seconds: int, output: Output, canary: bool
+) -> dict[str, Any]:
     watch, began, looks = Watch(), time.monotonic(), 0
     pause = max(PAUSE, seconds / MOST_LOOKS)
     while True:
@@ -157,11 +165,11 @@ def bake(
             of_new, of_old = watch.total(new), watch.total(old)
             output.waiting(f"{passed:.0f} of {seconds} s: {of_new}; {old}: {of_old}")
             if verdict(of_new, of_old) == "worse":
-                go_back(api, stack, new, old, f"{of_new}; {old}: {of_old}", output, canary, unlock)
+                go_back(api, stack, new, old, f"{of_new}; {old}: {of_old}", output, canary)
         if passed >= seconds:
             break
         time.sleep(min(pause, max(seconds - passed, 0.1)))
-    control.baked(api, stack, new, unlock)
+    control.baked(api, stack, new)
     judged = verdict(watch.total(new), watch.total(old))
     return _seen(watch, new, old, "well" if judged == "well" else "too few requests to judge")
 
@@ -178,43 +186,19 @@ def _seen(watch: Watch, new: str, old: str, verdict: str) -> dict[str, Any]:
 
 
 def go_back(
-    api: Api,
-    stack: Stack,
-    new: str,
-    old: str,
-    seen: str,
-    output: Output,
-    canary: bool,
-    unlock: str | None,
+    api: Api, stack: Stack, new: str, old: str, seen: str, output: Output, canary: bool
 ) -> None:
     """Leave the new version. Raises WentBack, or Failure where there is no way back."""
     why = f"bake: {seen}"
     if canary:
-        control.withdraw(api, stack, new, why, unlock)
+        control.withdraw(api, stack, new, why)
         raise WentBack(f"{new} did worse and is no canary any more: {seen}")
     service = stack.backend(old)
     if service is None:
         raise Failure(f"{new} does worse ({seen}), but {old} is gone: it stays active")
     try:
-        control.promote(
-            api,
-            stack,
-            old,
-            service.name,
-            instead_of=new,
-            rolls_back=True,
-            why=why,
-            unlock=unlock,
-        )
+        control.promote(api, stack, old, service.name, instead_of=new, rolls_back=True, why=why)
     except Refused as refused:
         raise Failure(f"{new} does worse ({seen}), but nothing was done: {refused}") from None
     remember_active(api, stack, old, output)
     raise WentBack(f"{new} did worse, and {old} is active again: {seen}")
-
-
-def cut_off(new: str, output: Output, error: BaseException) -> None:
-    """What a bake says that ends before its time, and not by its own verdict."""
-    what = "interrupted" if isinstance(error, Interrupted) else "failed"
-    output.say(
-        f"the bake was {what}: {new} stays as it is, unwatched; `pulse-railway rollback` goes back"
-    )

@@ -50,27 +50,9 @@ def clean_up(
     output: Output,
     error: BaseException,
 ) -> None:
-    """Say where a deploy ended, remove what it made, if it was not promoted yet, and give the
-    deploy lock back."""
+    """Say where a deploy ended, and remove what it made, if it was not promoted yet."""
     what = "interrupted" if isinstance(error, Interrupted) else "failed"
     output.say(f"{what} at: {progress.step}")
-    try:
-        remove_what_was_made(api, target, wanted, progress, output)
-    finally:
-        release(api, progress)
-
-
-def release(api: Api, progress: Progress) -> None:
-    """Give the deploy lock back, if it can be done: it ends by itself, too."""
-    if progress.locked and progress.stack:
-        progress.locked = False
-        with contextlib.suppress(Failure):
-            control.unlock(api, progress.stack, progress.run, pauses=(1.0,))
-
-
-def remove_what_was_made(
-    api: Api, target: Target, wanted: DeployOptions, progress: Progress, output: Output
-) -> None:
     began = progress.creating  # `undo` takes it back once the service is gone
     if not began:
         return
@@ -108,6 +90,14 @@ def _stays(name: str, output: Output) -> None:
         f"{name} was promoted and stays; `pulse-railway status` shows what is active,"
         " `pulse-railway rollback` goes back"
     )
+
+
+def release(api: Api, progress: Progress) -> None:
+    """Give the deploy lock back, if it can be done: it ends by itself, too."""
+    if progress.locked and progress.stack:
+        progress.locked = False
+        with contextlib.suppress(Failure):
+            control.unlock(api, progress.stack, progress.run, pauses=(1.0,))
 
 
 def undo(api: Api, stack: Stack, progress: Progress) -> None:

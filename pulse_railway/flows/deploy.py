@@ -20,7 +20,7 @@ from pulse_railway import contract, control, naming, provenance
 from pulse_railway.config import AppConfig, Target
 from pulse_railway.context import exposed
 from pulse_railway.errors import Failure, Interrupted, Refused
-from pulse_railway.flows.bake import WentBack, bake, cut_off
+from pulse_railway.flows.bake import WentBack, bake
 from pulse_railway.flows.cleanup import Progress, clean_up, release
 from pulse_railway.flows.routed import (
     backend_address,
@@ -270,14 +270,18 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
                     promote_new(api, stack, plan, progress, output)
                 with step(output, progress, "reach it without affinity"):
                     wait_until_active(api, stack, plan.deployment_id)
-            if watched(plan, progress):
-                baking = watch(api, stack, plan, progress, output)
-            release(api, progress)
+            if seconds := to_bake(plan, progress):
+                canary = plan.wanted.canary is not None
+                progress.step = f"watch it for {seconds} s"
+                old = str(progress.previous)
+                baking = bake(api, stack, progress.deployment_id, old, seconds, output, canary)
         except WentBack:
             raise
         except (Failure, Interrupted, httpx.HTTPError, OSError) as error:
             clean_up(api, target, plan.wanted, progress, output, error)
             raise
+        finally:
+            release(api, progress)
     return {
         "deployment_id": plan.deployment_id,
         "service_id": progress.service_id,
@@ -349,31 +353,9 @@ def ask_router(api: Api, stack: Stack, plan: Plan, progress: Progress, output: O
         )
 
 
-def watched(plan: Plan, progress: Progress) -> bool:
-    """Is there a bake? There has to be something to go back to."""
-    return bool(plan.wanted.bake and progress.previous and progress.promoted)
-
-
-def watch(api: Api, stack: Stack, plan: Plan, progress: Progress, output: Output) -> dict[str, Any]:
-    """The bake. Raises WentBack where the new version did worse."""
-    progress.step = f"watch it for {plan.wanted.bake} s"
-    try:
-        with output.step(progress.step):
-            return bake(
-                api,
-                stack,
-                plan.deployment_id,
-                str(progress.previous),
-                plan.wanted.bake,
-                output,
-                canary=plan.wanted.canary is not None,
-                unlock=progress.run if progress.locked else None,
-            )
-    except WentBack:
-        raise
-    except (Failure, Interrupted) as error:
-        cut_off(plan.deployment_id, output, error)
-        raise
+def to_bake(plan: Plan, progress: Progress) -> int:
+    """For how many seconds it is watched: there has to be something to go back to."""
+    return plan.wanted.bake if progress.previous else 0
 
 
 def build_image(plan: Plan, stack: Stack, output: Output) -> None:
@@ -473,15 +455,15 @@ def wait_for_page(api: Api, stack: Stack, plan: Plan, progress: Progress) -> Non
 def promote_new(api: Api, stack: Stack, plan: Plan, progress: Progress, output: Output) -> None:
     """Make it the active one, or the canary. The deploy lock is given back with it, where no bake
     follows."""
-    wanted = plan.wanted
-    unlock = progress.run if progress.locked and not wanted.bake else None
+    wanted, seconds = plan.wanted, to_bake(plan, progress)
+    unlock = progress.run if progress.locked and not seconds else None
     control.promote(
         api,
         stack,
         plan.deployment_id,
         plan.service_name,
         weight=wanted.canary,
-        bake=wanted.bake if progress.previous else 0,
+        bake=seconds,
         why=wanted.message,
         unlock=unlock,
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from pulse_railway import control
-from pulse_railway.errors import Failure, Interrupted
-from pulse_railway.flows.bake import WentBack, bake, cut_off
+from pulse_railway.errors import Failure
+from pulse_railway.flows.bake import bake
 from pulse_railway.flows.routed import remember_active, wait_until_active, wait_until_routed
 from pulse_railway.flows.signals import interruptible
 from pulse_railway.options import PromoteOptions
@@ -30,16 +30,7 @@ def promote(api: Api, stack: Stack, wanted: PromoteOptions, output: Output) -> d
     if baking and previous:
         canary = wanted.weight is not None
         with interruptible():
-            try:
-                with output.step(f"watch it for {baking} s"):
-                    result["bake"] = bake(
-                        api, stack, chosen, previous, baking, output, canary=canary
-                    )
-            except WentBack:
-                raise
-            except (Failure, Interrupted) as error:
-                cut_off(chosen, output, error)
-                raise
+            result["bake"] = bake(api, stack, chosen, previous, baking, output, canary)
     return result
 
 
