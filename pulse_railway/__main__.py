@@ -6,7 +6,6 @@ first process, `control` for everybody who waits for its answer. The verbs are i
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 
@@ -22,9 +21,10 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
-    except BrokenPipeError:  # who read what we say, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(128 + signal.SIGPIPE) from None
+    except BrokenPipeError:
+        from pulse_railway.output import reader_has_gone
+
+        raise SystemExit(reader_has_gone()) from None
 
 
 def dispatch() -> None:

@@ -54,7 +54,7 @@ def rewrite(arguments: list[str]) -> list[str]:
         _unknown(verb, list(tasks.ns.tasks), "verb")
     if "--help" in rest or "-h" in rest:
         return ["--help", verb]
-    positional = verb == "maintenance"  # on or off, not an app
+    positional = tasks.ns[verb].positional  # then a bare word is that, not an app
     known = [name.replace("_", "-") for name in FLAGS] + ["arguments", "dir"]
     switches = {name.replace("_", "-") for name, flag in FLAGS.items() if flag.default is False}
     out, i = [verb], 0

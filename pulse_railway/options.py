@@ -26,7 +26,6 @@ Flags = Mapping[str, Any]
 
 VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 PAGE_LIMIT = 24 * 1024  # bytes: it goes as one word of a control command
-NOTIFY_VARIABLE = contract.NOTIFY_URL
 
 
 @dataclass(frozen=True)
@@ -349,10 +348,10 @@ def pairs(items: list[str] | None, flag: str) -> dict[str, str]:
 
 def notify(flags: Flags) -> str | None:
     """The address to tell, a secret. Raises Failure for what is none."""
-    url = flags.get("notify") or os.environ.get(NOTIFY_VARIABLE)
+    url = flags.get("notify") or os.environ.get(contract.NOTIFY_URL)
     keep_secret(url)
     if url and not str(url).startswith(("https://", "http://")):
-        raise Failure(f"--notify and {NOTIFY_VARIABLE} take an http(s) address")
+        raise Failure(f"--notify and {contract.NOTIFY_URL} take an http(s) address")
     return str(url) if url else None
 
 

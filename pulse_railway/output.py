@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -20,11 +22,17 @@ if TYPE_CHECKING:
     from rich.status import Status
 
 
+def reader_has_gone() -> int:
+    """Who read our stdout has gone, as `head` does: nothing is said any more, not even when the
+    interpreter ends. Returns the exit status that says so."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE
+
+
 class Output:
     def __init__(self, *, as_json: bool = False) -> None:
         self.as_json = as_json
         self.value: dict[str, Any] = {}  # the verb's result
-        self.extra: dict[str, Any] = {}  # what a failure has to say besides
         self._console: Console | None = None
         self._status: Status | None = None
         self._title = ""
@@ -92,9 +100,10 @@ class Output:
                 self.say(line)
 
     def failure(self, why: str) -> None:
-        """With --json, a failure is one object on stdout, too."""
+        """With --json, a failure is one object on stdout, too: what there was of a result, and why
+        there is no more of it."""
         if self.as_json:
-            self._json({**self.extra, "error": why})
+            self._json({**self.value, "error": why})
 
     def _json(self, value: dict[str, Any]) -> None:
         sys.stdout.write(redact(json.dumps(value, indent=2, sort_keys=True)) + "\n")

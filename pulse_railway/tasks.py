@@ -49,15 +49,13 @@ def doctor(given: Flags, output: Output) -> None:
     from pulse_railway.errors import Failure
     from pulse_railway.flows import doctor as flow
 
-    result = flow.doctor(dict(given), output)
-    if result["ok"] or not output.as_json:
-        output.result(result, [])
+    result = output.value = flow.doctor(dict(given), output)
     if not output.as_json:
         tables.show_checks(result["checks"])
     bad = [check["name"] for check in result["checks"] if check["verdict"] == "bad"]
     if bad:
-        output.extra = result
         raise Failure(f"not in order: {', '.join(dict.fromkeys(bad))}")
+    output.result(result, [])
 
 
 @verb([*BASELINE], door="baseline")

@@ -170,7 +170,7 @@ def run(function: Callable[..., None], door: str, flags: Mapping[str, Any]) -> d
 
     from pulse_railway import options
     from pulse_railway.errors import Failure, Interrupted, redact
-    from pulse_railway.output import Output
+    from pulse_railway.output import Output, reader_has_gone
 
     load_dotenv()
     output = Output(as_json=bool(flags.get("json")))
@@ -187,9 +187,8 @@ def run(function: Callable[..., None], door: str, flags: Mapping[str, Any]) -> d
         raise end("interrupted", 128 + signal.SIGINT) from None
     except Interrupted as interrupted:
         raise end("interrupted", 128 + interrupted.number) from None
-    except BrokenPipeError:  # who read what we say has gone, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise Exit("", 128 + signal.SIGPIPE) from None
+    except BrokenPipeError:
+        raise Exit("", reader_has_gone()) from None
     except (OSError, httpx.HTTPError) as error:
         raise end(redact(str(error) or type(error).__name__), 1) from None
     except Exception as error:  # what we did not think of: its traceback may hold a secret

@@ -8,6 +8,7 @@ bake began beside that of the one before it.
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -22,7 +23,7 @@ from pulse_railway.stack import Stack
 
 LEAST = 30  # requests of the new version, before which nothing is said of it
 CONFIDENCE = 0.99  # that it does worse, before it is rolled back
-Z = 2.326  # the normal deviate of that, one-sided
+Z = statistics.NormalDist().inv_cdf(CONFIDENCE)  # one-sided
 USUAL = 0.05  # the share that may fail where the one before had too few requests to compare
 PAUSE = 10.0  # seconds between two looks; each is a control command, so
 MOST_LOOKS = 20  # ... a long bake looks less often

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import httpx
 
-from pulse_railway import config, control, options, runtime_image
+from pulse_railway import config, contract, control, options, runtime_image
 from pulse_railway.errors import Failure
 from pulse_railway.flows import deploy, status
 from pulse_railway.options import DeployOptions
@@ -213,7 +213,7 @@ def check_stack(
 def check_versions(found: Checkup, stack: Stack) -> None:
     for service in (stack.router, stack.janitor):
         assert service is not None
-        runs, here = service.variables.get("PULSE_RAILWAY_RUNTIME_VERSION"), runtime_image.version()
+        runs, here = service.variables.get(contract.RUNTIME_VERSION), runtime_image.version()
         if runs == here or (service.image and runs == service.image):
             found.note(service.name, "good", str(runs))
         else:
