@@ -47,7 +47,9 @@ import functools
 import hashlib
 import hmac
 import http
+import http.client
 import ipaddress
+import itertools
 import json
 import logging
 import re
@@ -57,6 +59,8 @@ import socket
 import sqlite3
 import struct
 import sys
+import tempfile
+import threading
 import time
 import urllib.parse
 import urllib.request
@@ -104,6 +108,7 @@ RELOAD_PATH = "/_pulse/internal/railway/reload"
 INTERNAL_TOKEN_HEADER = "x-pulse-railway-internal-token"
 HEALTH_PATH = "/_pulse/health"
 VISITOR_COOKIE = "pulse_railway_visitor"
+REQUEST_ID = b"x-railway-request-id"  # set by Railway's edge
 ROUTER_HEALTH_PATH = "/healthz"
 DEFAULT_PORT = 8000
 DEFAULT_REDIS_PREFIX = "pulse:railway"
@@ -150,6 +155,11 @@ REFRESH_AT_MOST_EVERY = 1.0  # for ids nobody knows
 SCAN_SHARE = 0.02  # of the time, at most, goes into looking for records that nobody announced
 SCAN_COUNT = 1000  # keys a step
 START_TIMEOUT = 2.0  # wait so long for the first load before serving 503s
+LOG_RATE = 400  # lines of the access log a second; Railway keeps 500 of a replica
+LOG_FLUSH = 0.2  # how long a line may wait
+LOG_AHEAD = 20_000  # lines that wait for a reader that does not read
+TABS_EVERY = 10.0  # at most so often the deployments are asked for their sessions, for the metrics
+TABS_PATIENCE = 2.0  # ... and a reader of the metrics waits so long for it
 SHUTDOWN_GRACE = seconds("PULSE_RAILWAY_ROUTER_SHUTDOWN_SECONDS", 25)
 
 log = logging.getLogger("pulse.router")
@@ -872,6 +882,7 @@ class Table:
         self.weight = 0.0  # percent of the new visitors that the canary gets
         self.maintenance: Maintenance | None = None
         self.loaded = False
+        self.loaded_at = 0.0  # monotonic, the last time
         self.lost = False  # the store has lost its data, and so had this router when it started
         self.changed = asyncio.Event()  # set at every load, for those who wait for one
         self.kick = asyncio.Event()  # asks for a load
@@ -896,6 +907,7 @@ class Table:
         return bool(state.get(":active")) and MARK not in state
 
     def load(self, state: State) -> None:
+        self.loaded_at = time.monotonic()
         self.lost = lost(state, os.environ.get(INTENT_VARIABLE))
         if state != self.raw or not self.loaded:
             known: dict[bytes, Deployment] = {}
@@ -992,20 +1004,52 @@ TABLE = Table()
 
 
 # ---------------------------------------------------------------------------------------------
-# Counters, for `control status` and for who watches a new version. Plain lists: they are on the
-# path of every request.
+# Counters, for `control status`, for who watches a new version, and for what is exported. Plain
+# lists: they are on the path of every request.
 
 # Seconds: the buckets of OpenTelemetry's http.server.request.duration.
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
+METHODS = frozenset(b"GET HEAD POST PUT DELETE CONNECT OPTIONS TRACE PATCH".split())
+
+
+@dataclass(slots=True)
+class Histogram:
+    counts: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS) + 1))
+    total: float = 0.0
+
+    def add(self, seconds: float) -> None:
+        self.counts[bisect_left(BUCKETS, seconds)] += 1
+        self.total += seconds
 
 
 @dataclass(slots=True)
 class Tally:
     """What came of one deployment's requests."""
 
-    classes: list[int] = field(default_factory=lambda: [0] * 10)  # answers by status // 100
-    failed: int = 0  # no answer: refused, broken off before it, too late
-    seconds: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS) + 1))
+    # by method and status // 100; others than the known methods are OpenTelemetry's _OTHER
+    answers: dict[tuple[bytes, int], Histogram] = field(default_factory=dict)
+    first_byte: Histogram = field(default_factory=Histogram)
+    errors: dict[str, int] = field(default_factory=dict)  # by what went wrong
+    failed: int = 0  # of these, what is not among the answers: broken off, or another answered
+    tunnels: int = 0  # that were opened
+
+    def answered(self, method: bytes, status: int, seconds: float) -> None:
+        key = method if method in METHODS else b"_OTHER", status // 100
+        histogram = self.answers.get(key)
+        if histogram is None:
+            histogram = self.answers[key] = Histogram()
+        histogram.add(seconds)
+
+    def erred(self, kind: str) -> None:
+        self.errors[kind] = self.errors.get(kind, 0) + 1
+
+    def summary(self) -> tuple[list[int], int, list[int]]:
+        """Answers by status class, failures without one, answers by bucket of duration."""
+        classes = [0] * 10
+        for (_, status), histogram in self.answers.items():
+            classes[status] += sum(histogram.counts)
+        buckets = [h.counts for h in self.answers.values()] or [Histogram().counts]
+        return classes, self.failed, [sum(column) for column in zip(*buckets, strict=True)]
 
 
 @dataclass(slots=True)
@@ -1019,6 +1063,7 @@ class Metrics:
     turned_away: int = 0  # connections, at the limit
     tunnels_opened: int = 0
     tunnels_open: int = 0
+    own: Tally = field(default_factory=Tally)  # answers of the router's own
     tallies: dict[str, Tally] = field(default_factory=dict)  # by deployment
 
     def forget(self, names: Iterable[str]) -> None:
@@ -1026,6 +1071,7 @@ class Metrics:
             self.tallies.pop(name, None)
 
     def dump(self) -> str:
+        tallies = {name: tally.summary() for name, tally in self.tallies.items()}
         return json.dumps(
             {
                 "router": self.name,
@@ -1040,15 +1086,9 @@ class Metrics:
                 "tasks": len(asyncio.all_tasks()),
                 "tunnels_open": self.tunnels_open,
                 "tunnels_opened": self.tunnels_opened,
-                "requests_per_deployment": {
-                    name: sum(tally.classes) for name, tally in self.tallies.items()
-                },
-                "tallies": {
-                    name: [tally.classes, tally.failed, tally.seconds]
-                    for name, tally in self.tallies.items()
-                    if tally.failed or any(tally.classes)
-                },
-                "in_flight": in_flight(),
+                "requests_per_deployment": {name: sum(t[0]) for name, t in tallies.items()},
+                "tallies": {name: t for name, t in tallies.items() if t[1] or any(t[0])},
+                "in_flight": requests_under_way() + tunnels_by_deployment(),
             }
         )
 
@@ -1060,15 +1100,17 @@ METRICS = Metrics()
 # The backend's side of a connection.
 
 
-def in_flight() -> dict[str, int]:
-    """Requests and tunnels under way, per deployment: a download needs no tab to be in use."""
-    found: collections.Counter[str] = collections.Counter()
-    for client in Client.instances:
-        if client.exchange and not client.exchange.finished:
-            found[client.exchange.upstream.deployment.id] += 1
-    for end in TunnelEnd.open:
-        found[end.deployment] += 1
-    return dict(found)
+def requests_under_way() -> collections.Counter[str]:
+    """By deployment. A download needs no tab to be in use."""
+    return collections.Counter(
+        client.exchange.upstream.deployment.id
+        for client in Client.instances
+        if client.exchange and not client.exchange.finished
+    )
+
+
+def tunnels_by_deployment() -> collections.Counter[str]:
+    return collections.Counter(end.deployment for end in TunnelEnd.open)
 
 
 class UpstreamError(Exception):
@@ -1078,6 +1120,11 @@ class UpstreamError(Exception):
         super().__init__(detail)
         self.status, self.detail = status, detail
         self.sent = sent  # the backend may have seen the request
+
+    @property
+    def kind(self) -> str:
+        late = "timeout" if self.status == 504 else "lost"
+        return late if self.sent else {"timeout": "connect_timeout", "lost": "refused"}[late]
 
 
 class Upstream(asyncio.Protocol):
@@ -1678,13 +1725,19 @@ class Client(asyncio.Protocol):
             log.error("a request failed in the router itself", exc_info=error)
             self.transport.abort()
 
-    def answer(self, incoming: Incoming, response: Response) -> None:
-        """An answer of the router's own."""
+    def answer(
+        self, incoming: Incoming, response: Response, instead_of: Deployment | None = None
+    ) -> None:
+        """An answer of the router's own, or in place of a deployment that gave none."""
         if not self.transport.is_closing():
             close = incoming.more_body or not incoming.keep_alive
             self.say(response, close=close, head_only=incoming.method == b"HEAD")
+        took = self.loop.time() - self.touched
+        tally = instead_of.tally if instead_of else METRICS.own
+        tally.answered(incoming.method, response.status_code, took)
         if ACCESS_LOG:
-            access(incoming, response.status_code, None, len(response.body), time.monotonic())
+            name = instead_of.id if instead_of else None
+            access(incoming, response.status_code, name, len(response.body), took)
         self.finish(incoming)
 
     def say(self, response: Response, *, close: bool = True, head_only: bool = False) -> None:
@@ -1810,6 +1863,7 @@ class Exchange:
     go_ahead: asyncio.Event | None = None
     reason = tail = b""  # tail: what came behind a 101
     status = bytes_out = head_size = 0
+    answered_at = 0.0  # the head of its answer
     heard = 0.0  # the backend, last
     started = finished = chunked = until_close = close = False
     keep = True
@@ -1942,6 +1996,7 @@ class Exchange:
             append(b"connection: close\r\n")
         append(b"\r\n")
         self.out = out
+        self.answered_at = time.monotonic()
         self.started = incoming.begun = True
         incoming.expects_continue = False
         if self.go_ahead:
@@ -2007,7 +2062,9 @@ class Exchange:
             return
         if self.started:
             log.warning("%s: %s", self.upstream.deployment.id, why)
-            self.upstream.deployment.tally.failed += 1
+            tally = self.upstream.deployment.tally
+            tally.failed += 1
+            tally.erred("broken_off")
             self.flush()
             if self.version_10:  # nothing else would tell it from a complete answer
                 reset(self.client.transport)
@@ -2239,12 +2296,14 @@ def conclude(exchange: Exchange) -> str:
         raise UpstreamError(502, detail, sent=True)
     if outcome == "timeout":
         raise UpstreamError(504, "the deployment did not answer in time", sent=True)
-    if status := exchange.status:
+    took = time.monotonic() - exchange.began
+    if exchange.status:
         tally = deployment.tally
-        tally.classes[status // 100] += 1
-        tally.seconds[bisect_left(BUCKETS, time.monotonic() - exchange.began)] += 1
+        tally.answered(incoming.method, exchange.status, took)
+        if exchange.started:
+            tally.first_byte.add(exchange.answered_at - exchange.began)
     if ACCESS_LOG:
-        access(incoming, exchange.status, deployment.id, exchange.bytes_out, exchange.began)
+        access(incoming, exchange.status, deployment.id, exchange.bytes_out, took)
     if outcome == "ok":
         incoming.client.finish(incoming, exchange.close)
     elif outcome == "switched":
@@ -2352,6 +2411,7 @@ def join(client: Client, exchange: Exchange) -> None:
         end.transport.resume_reading()
     METRICS.tunnels_open += 1
     METRICS.tunnels_opened += 1
+    upstream.deployment.tally.tunnels += 1
     TunnelEnd.open.add(near)
 
 
@@ -2574,6 +2634,7 @@ async def handle(incoming: Incoming, name: bytes, *, fresh: bool = False) -> Non
         drawn = not name and target is not active and not incoming.begun
         if drawn and active and (not error.sent or (error.status == 502 and repeatable(incoming))):
             target.tally.failed += 1  # a canary that is down costs no visitor anything
+            target.tally.erred(error.kind)
             try:
                 await answered_by(incoming, active, name)
             except UpstreamError as also:
@@ -2595,10 +2656,10 @@ async def answered_by(
 def answer_for(incoming: Incoming, target: Deployment, error: UpstreamError) -> None:
     """The answer where a backend gave none."""
     METRICS.errors += 1
-    target.tally.failed += 1
+    target.tally.erred(error.kind)
     response = plain(error.status, error.detail)
     response.raw_headers.append((SELECTED_HEADER.encode(), target.id.encode()))
-    incoming.client.answer(incoming, response)
+    incoming.client.answer(incoming, response, instead_of=target)
 
 
 def spare_for(incoming: Incoming, name: bytes) -> str:
@@ -2696,20 +2757,413 @@ def lacking(spare: str, path: bytes, status: int, fields: list[tuple[bytes, byte
     )
 
 
-def access(
-    incoming: Incoming, status: int, deployment: str | None, size: int, began: float
-) -> None:
-    """One JSON line on stdout. Paths only: a query can carry a secret."""
-    line = {
-        "time": round(time.time(), 3),
-        "method": incoming.method.decode(),
-        "path": urllib.parse.unquote(incoming.path.decode("latin-1")),
-        "status": status,
-        "deployment": deployment,
-        "bytes": size,
-        "seconds": round(time.monotonic() - began, 6),
+# ---------------------------------------------------------------------------------------------
+# The access log: JSON lines on stdout, as Railway reads them.
+
+
+class AccessLog:
+    """Lines wait here for a fraction of a second and are written by a thread, so that a slow reader
+    holds no request up. Above `rate` lines a second, of which Railway drops what is over 500 of a
+    replica, every n-th is written and says so (`sample`); errors always are."""
+
+    def __init__(self, rate: int) -> None:
+        self.rate = rate
+        self.lines: list[str] = []
+        self.seen = self.kept = self.dropped = 0  # in this second, but for `dropped`
+        self.sample = 1
+        self.idle = threading.Event()  # nothing is being written
+        self.idle.set()
+
+    def add(self, line: Record, error: bool) -> None:
+        self.seen += 1
+        too_many = not error and (self.seen % self.sample or self.kept >= self.rate)
+        if too_many or len(self.lines) >= LOG_AHEAD:
+            self.dropped += 1
+            return
+        self.kept += 1
+        if self.sample > 1 and not error:
+            line["sample"] = self.sample
+        self.lines.append(json.dumps(line) + "\n")
+
+    def second(self) -> None:
+        """The next second begins: how much of it can be written is known from the one before."""
+        self.sample = -(-self.seen // self.rate) or 1
+        self.seen = self.kept = 0
+
+    def flush(self) -> None:
+        if self.lines and self.idle.is_set():
+            self.idle.clear()
+            text, self.lines = "".join(self.lines), []
+            # a daemon, since nobody may read what it writes, and the process has to end
+            threading.Thread(target=self.write, args=(text.encode(),), daemon=True).start()
+
+    def write(self, data: bytes) -> None:
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            while data:
+                data = data[os.write(1, data) :]
+        self.idle.set()
+
+    async def run(self) -> None:
+        try:
+            for turn in itertools.count(1):
+                await asyncio.sleep(LOG_FLUSH)
+                self.flush()
+                if turn % round(1 / LOG_FLUSH) == 0:
+                    self.second()
+        finally:
+            for _ in range(2):  # what is being written, and what came meanwhile
+                self.idle.wait(0.5)
+                self.flush()
+            self.idle.wait(0.5)
+
+
+LOG = AccessLog(LOG_RATE)
+
+
+def access(incoming: Incoming, status: int, deployment: str | None, size: int, took: float) -> None:
+    """Log one answer; status 0 is none, the client had gone. Paths only: a query can carry a
+    secret."""
+    path = urllib.parse.unquote(incoming.path.decode("latin-1"))
+    method = incoming.method.decode()
+    request_id = next((v for _, lower, v in incoming.fields if lower == REQUEST_ID), b"")
+    LOG.add(
+        {
+            "message": f"{method} {path} {status or 'gone'} {took * 1000:.1f} ms",
+            "level": "error" if status >= 500 else "warn" if status >= 400 else "info",
+            "requestId": request_id.decode("latin-1") or None,
+            "time": round(time.time(), 3),
+            "method": method,
+            "path": path,
+            "status": status,
+            "deployment": deployment,
+            "bytes": size,
+            "seconds": round(took, 6),
+        },
+        error=status >= 500,
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# What is exported: the same numbers as Prometheus text on a port of their own, and pushed as
+# OTLP. The names are OpenTelemetry's where it has one, and Prometheus' rendering of those
+# (https://opentelemetry.io/docs/specs/otel/compatibility/prometheus_and_openmetrics/).
+
+Labels = tuple[tuple[str, str], ...]
+Value = float | list[float]  # of a histogram: its counts by bucket, and the sum
+Numbers = dict[tuple[str, Labels], Value]
+
+
+@dataclass(frozen=True)
+class Family:
+    kind: str  # counter, gauge, histogram
+    unit: str
+    says: str
+    over_workers: Callable[[Any], Any] = sum  # or max, where each of them says the same
+
+    def prometheus(self, name: str) -> str:
+        suffix = {"s": "_seconds", "By": "_bytes"}.get(self.unit, "")
+        return name.replace(".", "_") + suffix + ("_total" if self.kind == "counter" else "")
+
+
+FAMILIES = {
+    "http.server.request.duration": Family("histogram", "s", "Requests, until their answer ended"),
+    "http.server.active_requests": Family("gauge", "{request}", "Requests under way"),
+    "pulse.router.first_byte.duration": Family("histogram", "s", "... until their answer began"),
+    "pulse.router.upstream.errors": Family("counter", "{error}", "What deployments did wrong"),
+    "pulse.router.websockets": Family("gauge", "{connection}", "Open WebSockets"),
+    "pulse.router.websockets.opened": Family("counter", "{connection}", "WebSockets opened"),
+    "pulse.router.stale": Family(
+        "counter", "{request}", "Requests of tabs of a removed deployment"
+    ),
+    "pulse.router.connections": Family(
+        "gauge", "{connection}", "Connected clients, less WebSockets"
+    ),
+    "pulse.router.connections.refused": Family("counter", "{connection}", "... beyond the limit"),
+    "pulse.router.log.dropped": Family("counter", "{line}", "Lines left out of the access log"),
+    "pulse.router.table.age": Family("gauge", "s", "Since the routing state was last read", max),
+    "pulse.router.deployments": Family("gauge", "{deployment}", "Deployments by state", max),
+    "pulse.router.sessions": Family("gauge", "{session}", "Render sessions of a deployment", max),
+    "process.cpu.time": Family("counter", "s", "Of the router's processes"),
+    "process.memory.usage": Family("gauge", "By", "Resident memory of the router's processes"),
+    "process.open_file_descriptor.count": Family("gauge", "{count}", "Open descriptors"),
+}
+
+
+DOTTED = {"http_request_method": "http.request.method", "error_type": "error.type"}  # OTel's own
+
+
+def numbers(tab_counts: Mapping[str, int]) -> Numbers:
+    """What this process has counted."""
+    found: Numbers = {}
+
+    def put(family: str, value: Value, **labels: str) -> None:
+        found[family, tuple(labels.items())] = value
+
+    def histogram(family: str, values: Histogram, **labels: str) -> None:
+        put(family, [*values.counts, round(values.total, 6)], **labels)
+
+    # "-" is no deployment: the router's own answers
+    for name, tally in [("-", METRICS.own), *METRICS.tallies.items()]:
+        for (method, status), values in tally.answers.items():
+            labels = {"http_request_method": method.decode(), "status_class": f"{status}xx"}
+            histogram("http.server.request.duration", values, deployment=name, **labels)
+        if any(tally.first_byte.counts):
+            histogram("pulse.router.first_byte.duration", tally.first_byte, deployment=name)
+        for kind, count in tally.errors.items():
+            put("pulse.router.upstream.errors", count, deployment=name, error_type=kind)
+    under_way, tunnels = requests_under_way(), tunnels_by_deployment()
+    for name, tally in METRICS.tallies.items():
+        put("http.server.active_requests", under_way[name], deployment=name)
+        put("pulse.router.websockets", tunnels[name], deployment=name)
+        put("pulse.router.websockets.opened", tally.tunnels, deployment=name)
+    put("pulse.router.stale", METRICS.stale)
+    put("pulse.router.connections", len(Client.instances))
+    put("pulse.router.connections.refused", METRICS.turned_away)
+    put("pulse.router.log.dropped", LOG.dropped)
+    put("pulse.router.table.age", round(time.monotonic() - TABLE.loaded_at, 3))
+    states = collections.Counter(entry.state for entry in TABLE.deployments.values())
+    for state in ("pending", "active", "draining"):
+        put("pulse.router.deployments", states[state], state=state)
+    for name, count in tab_counts.items():
+        put("pulse.router.sessions", count, deployment=name)
+    put("process.cpu.time", round(time.process_time(), 3))
+    with contextlib.suppress(OSError), open("/proc/self/statm") as statm:
+        put("process.memory.usage", int(statm.read().split()[1]) * resource.getpagesize())
+        put("process.open_file_descriptor.count", len(os.listdir("/proc/self/fd")))
+    return found
+
+
+def together(parts: Iterable[Numbers]) -> Numbers:
+    """One set of numbers for several processes."""
+    found: dict[tuple[str, Labels], list[Value]] = {}
+    for part in parts:
+        for key, value in part.items():
+            found.setdefault(key, []).append(value)
+    return {
+        key: [sum(column) for column in zip(*cast(list[list[float]], values), strict=True)]
+        if isinstance(values[0], list)
+        else FAMILIES[key[0]].over_workers(values)
+        for key, values in found.items()
     }
-    print(json.dumps(line), flush=True)
+
+
+def prometheus(found: Numbers) -> str:
+    """Prometheus' text format."""
+    lines = []
+    for name, family in FAMILIES.items():
+        title = family.prometheus(name)
+        points = [(labels, v) for (other, labels), v in found.items() if other == name]
+        if points:
+            lines += [f"# HELP {title} {family.says}", f"# TYPE {title} {family.kind}"]
+        for labels, value in points:
+            pairs = [f'{label}="{said}"' for label, said in labels]
+            braces = "{" + ",".join(pairs) + "}" if pairs else ""
+            if not isinstance(value, list):
+                lines.append(f"{title}{braces} {value}")
+                continue
+            *counts, total = value
+            for bound, count in zip((*BUCKETS, "+Inf"), itertools.accumulate(counts), strict=True):
+                bucket = ",".join([*pairs, f'le="{bound}"'])
+                lines.append(f"{title}_bucket{{{bucket}}} {count}")
+            lines += [f"{title}_sum{braces} {total}", f"{title}_count{braces} {sum(counts)}"]
+    return "\n".join(lines) + "\n"
+
+
+def otlp(found: Numbers, resource_attributes: Mapping[str, str]) -> Record:
+    """An ExportMetricsServiceRequest in OTLP's JSON encoding, in which 64-bit integers are text."""
+    now = str(time.time_ns())
+    began = str(int(METRICS.started_at * 1e9))
+
+    def attributes(labels: Iterable[tuple[str, str]]) -> list[Record]:
+        return [{"key": key, "value": {"stringValue": value}} for key, value in labels]
+
+    def point(labels: Labels, value: Value) -> Record:
+        dotted = ((DOTTED.get(key, key), said) for key, said in labels)
+        at = {"attributes": attributes(dotted), "startTimeUnixNano": began, "timeUnixNano": now}
+        if isinstance(value, list):
+            *counts, total = value
+            said = {"count": str(sum(counts)), "sum": total, "explicitBounds": list(BUCKETS)}
+            return {**at, **said, "bucketCounts": [str(count) for count in counts]}
+        return {**at, **({"asDouble": value} if value % 1 else {"asInt": str(int(value))})}
+
+    metrics: list[Record] = []
+    for name, family in FAMILIES.items():
+        points = [point(labels, v) for (other, labels), v in found.items() if other == name]
+        about: Record = {"aggregationTemporality": 2, "dataPoints": points}  # cumulative
+        if family.kind == "counter":
+            data = {"sum": {**about, "isMonotonic": True}}
+        elif family.kind == "histogram":
+            data = {"histogram": about}
+        else:
+            data = {"gauge": {"dataPoints": points}}
+        if points:
+            metrics.append({"name": name, "unit": family.unit, "description": family.says, **data})
+    return {
+        "resourceMetrics": [
+            {
+                "resource": {"attributes": attributes(resource_attributes.items())},
+                "scopeMetrics": [{"scope": {"name": "pulse-railway"}, "metrics": metrics}],
+            }
+        ]
+    }
+
+
+def push_target(env: Mapping[str, str] = os.environ) -> tuple[str, dict[str, str]] | None:
+    """Where OTLP is pushed to, and with which headers, by OpenTelemetry's own variables; None for
+    nowhere. Raises SystemExit for an address that is none."""
+    endpoint = env.get("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT") or ""
+    if not endpoint and (base := env.get("OTEL_EXPORTER_OTLP_ENDPOINT")):
+        endpoint = base.rstrip("/") + "/v1/metrics"
+    if not endpoint:
+        return None
+    if not re.match(r"https?://[^/]", endpoint):
+        raise SystemExit("OTEL_EXPORTER_OTLP_ENDPOINT takes an address with http:// or https://")
+    pairs = (env.get("OTEL_EXPORTER_OTLP_HEADERS") or "").split(",")
+    headers = {
+        name.strip(): urllib.parse.unquote(value.strip())
+        for name, mark, value in (pair.partition("=") for pair in pairs)
+        if mark
+    }
+    return endpoint, headers
+
+
+def about_this_router(env: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """OTLP's resource attributes."""
+    pairs = (pair.partition("=") for pair in (env.get("OTEL_RESOURCE_ATTRIBUTES") or "").split(","))
+    said = {name.strip(): urllib.parse.unquote(value) for name, mark, value in pairs if mark}
+    name = env.get("OTEL_SERVICE_NAME") or env.get("RAILWAY_SERVICE_NAME") or "pulse-router"
+    return {"service.name": name, "service.instance.id": METRICS.name, **said}
+
+
+class Exporter:
+    """Hands out the numbers of all workers. Each leaves its own in a file of `folder` every second;
+    whoever is scraped adds them up. A worker that replaces a dead one goes on from its counts, or
+    the sum would fall, which a reader of counters takes for a restart."""
+
+    def __init__(self, port: socket.socket | None, folder: str = "", worker: int = 0) -> None:
+        self.port, self.folder, self.worker = port, folder, worker
+        self.push_to = push_target() if worker == 0 else None
+        self.every = seconds("OTEL_METRIC_EXPORT_INTERVAL", 60_000) / 1000
+        self.path = os.path.join(folder, f"{worker}.json")
+        self.before = self.read(self.path) if folder else {}
+        self.tab_counts: dict[str, int] = {}
+        self.tabs_asked = 0.0
+        self.asking: asyncio.Task[None] | None = None
+        self.unsaid = True  # that the receiver does not answer
+
+    def read(self, path: str) -> Numbers:
+        with contextlib.suppress(OSError, ValueError), open(path) as file:
+            return {(name, tuple(map(tuple, labels))): v for name, labels, v in json.load(file)}
+        return {}
+
+    def write(self) -> None:
+        with open(self.path + ".new", "w") as file:
+            json.dump([[*key, value] for key, value in self.own().items()], file)
+        os.replace(self.path + ".new", self.path)
+
+    def own(self) -> Numbers:
+        """This worker's, with the counts of the one that it replaces."""
+        before = {k: v for k, v in self.before.items() if FAMILIES[k[0]].kind != "gauge"}
+        return together([numbers(self.tab_counts), before])
+
+    async def all(self) -> Numbers:
+        await self.count_tabs()
+        others = []
+        if self.folder:
+            names = [n for n in os.listdir(self.folder) if n.endswith(".json")]
+            others = [self.read(os.path.join(self.folder, n)) for n in names]
+            others = [
+                n for n, name in zip(others, names, strict=True) if name != f"{self.worker}.json"
+            ]
+        found = together([self.own(), *others])
+        gone = {"-", *METRICS.tallies}
+        return {k: v for k, v in found.items() if dict(k[1]).get("deployment", "-") in gone}
+
+    async def count_tabs(self) -> None:
+        """Ask the deployments for their sessions, now and then, and wait for it for a moment."""
+        now = time.monotonic()
+        if now - self.tabs_asked > TABS_EVERY and (self.asking is None or self.asking.done()):
+            self.tabs_asked = now
+            self.asking = asyncio.get_running_loop().create_task(self.ask_tabs())
+        if self.asking:
+            await asyncio.wait({self.asking}, timeout=TABS_PATIENCE)
+
+    async def ask_tabs(self) -> None:
+        loop, found = asyncio.get_running_loop(), records(TABLE.raw)
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:
+            token = INTERNAL_TOKEN.decode("latin-1")
+            counts = [loop.run_in_executor(pool, sessions, record, token) for record in found]
+            said = zip(found, await asyncio.gather(*counts), strict=True)
+        self.tab_counts = {r["deployment_id"]: count for r, count in said if count is not None}
+
+    async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+        server, next_push = None, time.monotonic() + min(self.every, 5.0)
+        if self.port:
+            state = uvicorn.server.ServerState()  # its connections hold up no end of the router's
+            server = await loop.create_server(
+                functools.partial(Scraped, server_state=state, exporter=self), sock=self.port
+            )
+        try:
+            while True:
+                if self.folder:
+                    self.write()
+                if self.push_to and time.monotonic() >= next_push:
+                    next_push = time.monotonic() + self.every
+                    body = json.dumps(otlp(await self.all(), about_this_router())).encode()
+                    await loop.run_in_executor(None, self.push, body)
+                await asyncio.sleep(1.0)
+        finally:
+            if self.folder:
+                self.write()
+            if server:
+                server.close()
+
+    def push(self, body: bytes) -> None:
+        """Send it once. What is lost is in the next one: the counts are cumulative."""
+        endpoint, headers = cast(tuple[str, dict[str, str]], self.push_to)
+        request = urllib.request.Request(
+            endpoint, body, {"content-type": "application/json", **headers}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=10):
+                self.unsaid = True
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            if self.unsaid:  # once, until it has answered again; its address may hold a secret
+                log.error(
+                    "metrics cannot be pushed (%s)", getattr(error, "code", type(error).__name__)
+                )
+            self.unsaid = False
+
+
+class Scraped(Client):
+    """A connection to the port of the metrics: the same limits, another answer."""
+
+    def __init__(self, *, exporter: Exporter, **options: Any) -> None:
+        super().__init__(**options)
+        self.exporter = exporter
+
+    def route(self, incoming: Incoming) -> None:
+        self.spawn(self.scrape(incoming))
+
+    async def scrape(self, incoming: Incoming) -> None:
+        # only the private network: the edge says who it is
+        from_outside = any(lower == REQUEST_ID for _, lower, _ in incoming.fields)
+        if from_outside or incoming.path != b"/metrics":
+            response = plain(404)
+        elif incoming.method not in (b"GET", b"HEAD"):
+            response = plain(405)
+        else:
+            text = prometheus(await self.exporter.all())
+            response = Response(text, media_type="text/plain; version=0.0.4")
+        if not self.transport.is_closing():
+            close = incoming.more_body or not incoming.keep_alive
+            self.say(response, close=close, head_only=incoming.method == b"HEAD")
+        self.finish(incoming)
+
+
+# ---------------------------------------------------------------------------------------------
+# Serving.
 
 
 @contextlib.asynccontextmanager
@@ -2720,6 +3174,10 @@ async def lifespan(_: Starlette) -> AsyncIterator[None]:
         asyncio.create_task(TABLE.follow(store_from_env(dict(os.environ)))),
         asyncio.create_task(sweep()),
     ]
+    if ACCESS_LOG:
+        tasks.append(asyncio.create_task(LOG.run()))
+    if exporter := cast(Exporter | None, getattr(app.state, "exporter", None)):
+        tasks.append(asyncio.create_task(exporter.run()))
     try:
         with contextlib.suppress(TimeoutError):  # connections wait in the backlog meanwhile
             await asyncio.wait_for(TABLE.changed.wait(), START_TIMEOUT)
@@ -2727,6 +3185,7 @@ async def lifespan(_: Starlette) -> AsyncIterator[None]:
     finally:
         for task in tasks:
             task.cancel()
+        await asyncio.wait(tasks)
         for end in list(TunnelEnd.open):
             end.transport.close()
 
@@ -2734,19 +3193,20 @@ async def lifespan(_: Starlette) -> AsyncIterator[None]:
 app = Starlette(lifespan=lifespan)
 
 
-# ---------------------------------------------------------------------------------------------
-# Serving.
-
-
 def listen(host: str | None, port: int) -> socket.socket:
-    """A listening socket; without a host on IPv4 and IPv6 both, where the machine has both."""
+    """A listening socket; without a host on IPv4 and IPv6 both, where the machine has both.
+    Raises SystemExit where there can be none."""
     if not host and socket.has_dualstack_ipv6():
         with contextlib.suppress(OSError):
             return socket.create_server(
                 ("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=2048
             )
     family = socket.AF_INET6 if host and ":" in host else socket.AF_INET
-    return socket.create_server((host or "", port), family=family, backlog=2048)
+    try:
+        return socket.create_server((host or "", port), family=family, backlog=2048)
+    except OSError as error:
+        why = os.strerror(error.errno or 0)
+        raise SystemExit(f"port {port} cannot be listened on: {why}") from None
 
 
 class Server(uvicorn.Server):
@@ -2757,7 +3217,8 @@ class Server(uvicorn.Server):
             await asyncio.sleep(0.05)
 
 
-def serve_one(sock: socket.socket) -> None:
+def serve_one(sock: socket.socket, exporter: Exporter | None) -> None:
+    app.state.exporter = exporter
     CONNECTIONS.raise_limit(number("PULSE_RAILWAY_ROUTER_CONNECTION_LIMIT"))
     config = uvicorn.Config(
         app,
@@ -2775,12 +3236,14 @@ def serve_one(sock: socket.socket) -> None:
     Server(config).run(sockets=[sock])
 
 
-def serve_many(sock: socket.socket, workers: int) -> None:
+def serve_many(
+    sock: socket.socket, workers: int, exporter: Callable[[int], Exporter | None]
+) -> None:
     """`workers` processes on one socket. One that dies is replaced; a signal ends them all."""
-    children: set[int] = set()
+    children: dict[int, int] = {}  # process id -> number of the worker
     ends = (signal.SIGTERM, signal.SIGINT)
 
-    def spawn() -> None:
+    def spawn(worker: int) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # until the child has its own handlers
         if not stopping:
             pid = os.fork()
@@ -2789,10 +3252,11 @@ def serve_many(sock: socket.socket, workers: int) -> None:
                     signal.signal(number, signal.SIG_DFL)
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, ends)
                 try:
-                    serve_one(sock)
+                    LOG.rate = max(1, LOG_RATE // workers)
+                    serve_one(sock, exporter(worker))
                 finally:
                     os._exit(0)
-            children.add(pid)
+            children[pid] = worker
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ends)
 
     stopping = False
@@ -2807,17 +3271,17 @@ def serve_many(sock: socket.socket, workers: int) -> None:
 
     for number in ends:
         signal.signal(number, stop)
-    for _ in range(workers):
-        spawn()
+    for worker in range(workers):
+        spawn(worker)
     while children:
         with contextlib.suppress(ChildProcessError, InterruptedError):
             pid, _status = os.wait()
             if pid not in children:
                 continue  # an orphan, which the first process of a container gets
-            children.discard(pid)
+            worker = children.pop(pid)
             if not stopping:
                 time.sleep(0.5)
-                spawn()
+                spawn(worker)
 
 
 def number(variable: str) -> int | None:
@@ -2835,16 +3299,19 @@ def serve() -> None:
     store_from_env(dict(os.environ))  # a missing variable shows before the port is taken
     workers = number("PULSE_RAILWAY_ROUTER_WORKERS") or 1
     number("PULSE_RAILWAY_ROUTER_CONNECTION_LIMIT")
-    try:
-        sock = listen(os.environ.get("HOST"), port)
-    except OSError as error:
-        raise SystemExit(
-            f"port {port} cannot be listened on: {os.strerror(error.errno or 0)}"
-        ) from None
-    if workers > 1 and hasattr(os, "fork"):
-        serve_many(sock, workers)
+    metrics_port = number("PULSE_RAILWAY_METRICS_PORT")
+    if metrics_port == port:
+        raise SystemExit("PULSE_RAILWAY_METRICS_PORT and PORT must be two ports")
+    pushes = push_target() is not None
+    sock = listen(os.environ.get("HOST"), port)
+    scraped = listen(os.environ.get("HOST"), metrics_port) if metrics_port else None
+    if workers == 1 or not hasattr(os, "fork"):
+        serve_one(sock, Exporter(scraped) if scraped or pushes else None)
+    elif scraped or pushes:
+        with tempfile.TemporaryDirectory(prefix="pulse-router-") as folder:
+            serve_many(sock, workers, functools.partial(Exporter, scraped, folder))
     else:
-        serve_one(sock)
+        serve_many(sock, workers, lambda _: None)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ def test_variables_are_read_by_their_names() -> None:
         "PULSE_RAILWAY_ROUTER_SHUTDOWN_SECONDS",
         "PULSE_RAILWAY_ROUTER_WORKERS",
         "PULSE_RAILWAY_ACCESS_LOG",
+        "PULSE_RAILWAY_METRICS_PORT",
         "PULSE_RAILWAY_ASSET_PREFIXES",
         "PULSE_KV_KIND",
         "PULSE_KV_URL",

@@ -1,0 +1,450 @@
+"""What the router exports and logs: read by Prometheus' own parser and OTLP's own messages."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from google.protobuf import json_format
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
+    ExportMetricsServiceRequest,
+)
+from prometheus_client.parser import text_string_to_metric_families
+
+import router
+from tests.conftest import ROOT, Process, Redis, free_port
+from tests.net import Backend, Connection, ask, eventually, header, ok
+
+Run = Callable[..., Process]
+DURATION = "http_server_request_duration_seconds"
+
+
+class Scrape:
+    """The samples of one scrape, checked as they are read."""
+
+    def __init__(self, port: int) -> None:
+        answer = ask(port, "/metrics")
+        assert answer.status == 200, answer.head
+        assert answer.header("content-type") == "text/plain; version=0.0.4; charset=utf-8"
+        families = list(text_string_to_metric_families(answer.body.decode()))
+        assert len({f.name for f in families}) == len(families)
+        self.types = {f.name: f.type for f in families}
+        self.samples = [s for f in families for s in f.samples]
+
+    def value(self, name: str, **labels: str) -> float:
+        """The sum of the samples with these labels."""
+        return sum(
+            s.value for s in self.samples if s.name == name and labels.items() <= s.labels.items()
+        )
+
+
+def session_answers(connection: Connection) -> None:
+    """A backend with three render sessions, a missing page, a download that never ends, and a
+    page that breaks off."""
+    while head := connection.head():
+        path = head.split(b" ")[1]
+        connection.read(int(header(head, "content-length") or 0))
+        if path == b"/_pulse/internal/railway/sessions":
+            assert header(head, "x-pulse-railway-internal-token") == "let-me-in"
+            body = b'{"render_session_count": 3}'
+            connection.send(ok(body))
+        elif path.startswith(b"/missing"):
+            connection.send(ok(b"no", status="404 Not Found"))
+        elif path.startswith(b"/broken"):
+            connection.send(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\nten bytes.")
+            return
+        elif path.startswith(b"/mute"):
+            return
+        elif b"upgrade: websocket" in head.lower():
+            connection.send(b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\n")
+            connection.send(b"upgrade: websocket\r\n\r\n")
+            connection.rest()
+            return
+        else:
+            if path.startswith(b"/slow"):
+                time.sleep(0.06)
+            connection.send(ok(b"a"))
+
+
+@pytest.fixture
+def stage(redis_server: Redis, run_router: Run) -> Iterator[Callable[..., tuple[Process, int]]]:
+    """`stage(NAME=value)`: a router with a metrics port in front of `a` (active), `gone` (which
+    refuses connections) and `old` (draining)."""
+    with Backend(handle=session_answers) as a, Backend(handle=session_answers) as old:
+        redis_server.deployment("old", old.address, "draining")
+        redis_server.deployment("gone", f"http://127.0.0.1:{free_port()}", "draining")
+        redis_server.deployment("a", a.address)
+
+        def begin(**env: str) -> tuple[Process, int]:
+            port = free_port()
+            given = {"PULSE_RAILWAY_METRICS_PORT": str(port), **env}
+            given["PULSE_RAILWAY_INTERNAL_TOKEN"] = "let-me-in"
+            router = run_router(redis_server, **given)
+            eventually(lambda: ask(router.port, "/healthz").status == 200)
+            return router, port
+
+        yield begin
+
+
+def test_every_number_is_there(stage: Callable[..., tuple[Process, int]]) -> None:
+    router, port = stage()
+    for target in ("/", "/", "/slow", "/missing", "/?pulse_deployment=old"):
+        ask(router.port, target)
+    ask(router.port, "/", method="POST", body=b"x")
+    ask(router.port, "/", method="PROPFIND")  # none of those that are counted apart
+    assert ask(router.port, "/?pulse_deployment=never").status == 409
+    assert ask(router.port, "/?pulse_deployment=gone").status == 502
+    assert ask(router.port, "/mute").status == 502
+    ask(router.port, "/broken")
+    with Connection.to(router.port) as tab:
+        tab.send(
+            b"GET /socket HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket\r\n"
+            b"sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\nsec-websocket-version: 13\r\n\r\n"
+        )
+        assert b" 101 " in tab.head()
+        seen = Scrape(port)
+    count, a = f"{DURATION}_count", {"deployment": "a"}
+    assert seen.value(count, **a, http_request_method="GET", status_class="2xx") == 4  # one broke
+    assert seen.value(count, **a, http_request_method="GET", status_class="4xx") == 1
+    assert seen.value(count, **a, http_request_method="GET", status_class="5xx") == 1  # /mute
+    assert seen.value(count, **a, http_request_method="POST", status_class="2xx") == 1
+    assert seen.value(count, **a, http_request_method="_OTHER", status_class="2xx") == 1
+    assert seen.value(count, deployment="old") == 1
+    assert seen.value(count, deployment="gone", status_class="5xx") == 1
+    assert seen.value(count, deployment="-", status_class="4xx") == 1
+    errors = "pulse_router_upstream_errors_total"
+    assert seen.value(errors, deployment="gone", error_type="refused") == 1
+    assert seen.value(errors, **a, error_type="lost") == 1
+    assert seen.value(errors, **a, error_type="broken_off") == 1
+    assert seen.value(errors) == 3
+    assert seen.value("pulse_router_stale_total") == 1
+    assert seen.value("pulse_router_websockets", **a) == 1
+    assert seen.value("pulse_router_websockets_opened_total", **a) == 1
+    assert seen.value("pulse_router_deployments", state="draining") == 2
+    assert seen.value("pulse_router_deployments", state="active") == 1
+    assert seen.value("pulse_router_sessions", deployment="a") == 3
+    assert seen.value("pulse_router_sessions", deployment="old") == 3
+    assert 0 <= seen.value("pulse_router_table_age_seconds") < 10
+    assert 1e7 < seen.value("process_memory_usage_bytes") < 3e8
+    assert seen.value("process_open_file_descriptor_count") > 5
+    # one took more than 50 ms, and the buckets are cumulative
+    slow = {**a, "http_request_method": "GET", "status_class": "2xx"}
+    assert seen.value(f"{DURATION}_bucket", **slow, le="0.05") <= 3
+    assert seen.value(f"{DURATION}_bucket", **slow, le="+Inf") == 4
+    assert 0.06 <= seen.value(f"{DURATION}_sum", **slow) < 2
+    assert seen.value("pulse_router_first_byte_duration_seconds_count", **a) == 7
+    eventually(lambda: Scrape(port).value("pulse_router_websockets", **a) == 0)
+
+
+def test_a_removed_deployment_has_no_numbers(
+    stage: Callable[..., tuple[Process, int]], redis_server: Redis
+) -> None:
+    router, port = stage()
+    ask(router.port, "/?pulse_deployment=old")
+    assert Scrape(port).value(f"{DURATION}_count", deployment="old") == 1
+    redis_server.client.delete("pulse:railway:deployment:old")
+    redis_server.client.publish("pulse:railway:events", "old")
+    eventually(lambda: not any(s.labels.get("deployment") == "old" for s in Scrape(port).samples))
+
+
+def test_only_the_private_network_gets_them(stage: Callable[..., tuple[Process, int]]) -> None:
+    """Railway's edge marks what it passes on; on the public port the path is the app's."""
+    router, port = stage()
+    assert ask(port, "/metrics", "X-Railway-Request-Id: abc").status == 404
+    assert ask(port, "/").status == 404
+    assert ask(port, "/metrics", method="POST", body=b"x").status == 405
+    assert ask(port, "/metrics", method="HEAD").status == 200
+    assert ask(router.port, "/metrics").body == b"a"
+    with Connection.to(port) as connection:  # what is policed on the other port is here, too
+        connection.send(b"GET /metrics HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n")
+        assert b" 400 " in connection.head()
+
+
+def test_they_are_off_by_default(redis_server: Redis, run_router: Run) -> None:
+    router = run_router(redis_server)
+    eventually(lambda: ask(router.port, "/healthz").status in (200, 404, 503))
+    listed = subprocess.run(["ss", "-ltnHp"], capture_output=True, text=True).stdout
+    assert len([x for x in listed.splitlines() if f"pid={router.popen.pid}," in x]) == 1
+
+
+@pytest.mark.parametrize(
+    ("env", "says"),
+    [
+        ({"PULSE_RAILWAY_METRICS_PORT": "no"}, "PULSE_RAILWAY_METRICS_PORT takes a whole number"),
+        ({"PULSE_RAILWAY_METRICS_PORT": "8000", "PORT": "8000"}, "must be two ports"),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "collector:4318"}, "with http:// or https://"),
+    ],
+)
+def test_a_bad_setting_is_one_line(router_python: Path, env: dict[str, str], says: str) -> None:
+    given = {**os.environ, "REDIS_URL": "redis://127.0.0.1:1", **env}
+    done = subprocess.run(
+        [router_python, ROOT / "router.py"], env=given, capture_output=True, text=True, timeout=30
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert says in done.stderr
+
+
+def test_workers_are_summed_and_a_dead_one_takes_no_counts_along(
+    stage: Callable[..., tuple[Process, int]],
+) -> None:
+    router, port = stage(PULSE_RAILWAY_ROUTER_WORKERS="3")
+
+    def counted() -> float:
+        return Scrape(port).value(f"{DURATION}_count", deployment="a")
+
+    for _ in range(60):
+        ask(router.port)
+    eventually(lambda: counted() == 60)
+    assert Scrape(port).value("pulse_router_deployments", state="draining") == 2
+    assert Scrape(port).value("pulse_router_sessions", deployment="a") == 3
+    time.sleep(1.2)  # they leave their counts once a second
+    listed = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(router.popen.pid)], capture_output=True, text=True
+    )
+    pids = [int(pid) for pid in listed.stdout.split()]
+    assert len(pids) == 3
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    eventually(lambda: ask(router.port).body == b"a")
+    eventually(lambda: counted() >= 61)
+    assert counted() == 61
+    folders = list(Path("/tmp").glob("pulse-router-*"))
+    router.popen.terminate()
+    router.popen.wait(10)
+    assert len(list(Path("/tmp").glob("pulse-router-*"))) < len(folders)
+
+
+def test_a_scrape_does_not_wait_for_dead_deployments(redis_server: Redis, run_router: Run) -> None:
+    with Backend(handle=lambda c: time.sleep(20)) as mute, Backend(handle=session_answers) as a:
+        redis_server.deployment("mute", mute.address, "draining")
+        redis_server.deployment("a", a.address)
+        port = free_port()
+        env = {"PULSE_RAILWAY_METRICS_PORT": str(port)}
+        router = run_router(redis_server, PULSE_RAILWAY_INTERNAL_TOKEN="let-me-in", **env)
+        eventually(lambda: ask(router.port, "/healthz").status == 200)
+        began = time.monotonic()
+        first = Scrape(port)
+        assert time.monotonic() - began < 3.5
+        assert first.value("pulse_router_deployments") == 2
+        eventually(lambda: Scrape(port).value("pulse_router_sessions", deployment="a") == 3)
+
+
+def test_scraping_leaves_nothing_behind(stage: Callable[..., tuple[Process, int]]) -> None:
+    router, port = stage()
+    Scrape(port)
+    folder = f"/proc/{router.popen.pid}/fd"
+    before = len(os.listdir(folder))
+    for _ in range(300):
+        Scrape(port)
+    eventually(lambda: len(os.listdir(folder)) <= before)
+
+
+# -- OTLP --------------------------------------------------------------------------------------
+
+
+class Collector:
+    """Takes what is pushed to /v1/metrics, and answers as it is told to."""
+
+    def __init__(self) -> None:
+        self.taken: list[tuple[str, dict[str, str], bytes]] = []
+        self.status = 200
+        collector = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["content-length"]))
+                sent = {name.lower(): value for name, value in self.headers.items()}
+                collector.taken.append((self.path, sent, body))
+                self.send_response(collector.status)
+                self.end_headers()
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def metrics(self) -> dict[str, Any]:
+        """The last push, read strictly as an ExportMetricsServiceRequest."""
+        message = ExportMetricsServiceRequest()
+        json_format.Parse(self.taken[-1][2], message)
+        (resource,) = message.resource_metrics
+        self.about = {a.key: a.value.string_value for a in resource.resource.attributes}
+        (scope,) = resource.scope_metrics
+        return {metric.name: metric for metric in scope.metrics}
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_the_same_is_pushed(stage: Callable[..., tuple[Process, int]], workers: str) -> None:
+    collector = Collector()
+    router, port = stage(
+        OTEL_EXPORTER_OTLP_ENDPOINT=collector.url,
+        OTEL_EXPORTER_OTLP_HEADERS="x-api-key=a%20key,other=1",
+        OTEL_RESOURCE_ATTRIBUTES="deployment.environment=production",
+        OTEL_METRIC_EXPORT_INTERVAL="1000",
+        PULSE_RAILWAY_ROUTER_WORKERS=workers,
+    )
+    for _ in range(10):
+        ask(router.port)
+
+    def duration() -> Any:
+        return collector.metrics().get("http.server.request.duration") if collector.taken else None
+
+    def pushed() -> int:
+        if not (metric := duration()):
+            return 0
+        assert metric.histogram.aggregation_temporality == 2
+        points = metric.histogram.data_points
+        for point in points:
+            assert sum(point.bucket_counts) == point.count
+            assert len(point.bucket_counts) == len(point.explicit_bounds) + 1
+            assert 0 < point.start_time_unix_nano <= point.time_unix_nano
+        of_a = {a.key: a.value.string_value for p in points for a in p.attributes if p.count > 5}
+        assert not of_a or of_a["http.request.method"] == "GET"
+        return sum(p.count for p in points if p.attributes[0].value.string_value == "a")
+
+    eventually(lambda: pushed() == 10)
+    path, sent, _ = collector.taken[-1]
+    assert path == "/v1/metrics"
+    assert (sent["content-type"], sent["x-api-key"]) == ("application/json", "a key")
+    assert collector.about["service.name"] == "pulse-router"
+    assert collector.about["deployment.environment"] == "production"
+    # what Prometheus gets under its names is here under OpenTelemetry's
+    scraped = {s.name for s in Scrape(port).samples}
+    for name in collector.metrics():
+        title = router_names()[name]
+        assert title in scraped or f"{title}_count" in scraped, name
+    # a receiver that fails is said once, and gets what it missed with the next push
+    collector.status = 503
+    ask(router.port)
+    eventually(lambda: "metrics cannot be pushed (503)" in router.output())
+    collector.status = 200
+    eventually(lambda: pushed() == 11)
+    assert router.output().count("cannot be pushed") == 1
+    assert "a key" not in router.output()
+
+
+def router_names() -> dict[str, str]:
+    return {name: family.prometheus(name) for name, family in router.FAMILIES.items()}
+
+
+def test_the_dashboard_asks_for_what_there_is() -> None:
+    """Every metric and label in docs/grafana.json exists, and every metric is on it."""
+    dashboard = json.loads((ROOT / "docs/grafana.json").read_text())
+    asked = {t["expr"] for p in dashboard["panels"] for t in p.get("targets", ())}
+    text = "\n".join(sorted(asked))
+    names = router_names()
+    there = set(names.values())
+    for name, family in router.FAMILIES.items():
+        if family.kind == "histogram":
+            there |= {f"{names[name]}_{end}" for end in ("bucket", "sum", "count")}
+    words = set(re.findall(r"\b(?:http|pulse|process)_\w+", text)) - {"http_request_method"}
+    assert words <= there, words - there
+    for name, title in names.items():
+        assert title in text, f"{name} is on no panel"
+    labels = set(re.findall(r"by \(([^)]*)\)", text)) | set(re.findall(r"{(\w+)", text))
+    known = {"deployment", "status_class", "http_request_method", "error_type", "state", "le"}
+    assert {x.strip() for many in labels for x in many.split(",")} <= known
+    ids = [panel["id"] for panel in dashboard["panels"]]
+    assert len(set(ids)) == len(ids)
+    assert all(p["datasource"]["uid"] == "${datasource}" for p in dashboard["panels"])
+
+
+# -- the access log ----------------------------------------------------------------------------
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) == 0
+
+
+def lines(router: Process) -> list[dict[str, Any]]:
+    return [json.loads(x) for x in router.output().splitlines() if x.startswith("{")]
+
+
+def test_a_line_is_what_railway_reads(stage: Callable[..., tuple[Process, int]]) -> None:
+    router, _ = stage(PULSE_RAILWAY_ACCESS_LOG="1")
+    ask(router.port, "/page?token=secret", "X-Railway-Request-Id: id-1")
+    ask(router.port, "/missing")
+    ask(router.port, "/mute")
+    ask(router.port, "/?pulse_deployment=gone")
+    eventually(lambda: len(lines(router)) >= 5)
+    page, missing, mute, gone = lines(router)[-4:]
+    assert re.fullmatch(r"GET /page 200 \d+\.\d ms", page["message"])
+    assert (page["level"], page["requestId"], page["bytes"]) == ("info", "id-1", 1)
+    assert (page["deployment"], page["status"], page["method"]) == ("a", 200, "GET")
+    assert (missing["level"], missing["status"], missing["requestId"]) == ("warn", 404, None)
+    assert (mute["level"], mute["status"], mute["deployment"]) == ("error", 502, "a")
+    assert (gone["level"], gone["status"], gone["deployment"]) == ("error", 502, "gone")
+    assert "secret" not in router.output()
+
+
+def test_what_has_not_been_written_is_at_the_end(
+    stage: Callable[..., tuple[Process, int]],
+) -> None:
+    router, _ = stage(PULSE_RAILWAY_ACCESS_LOG="1")
+    ask(router.port, "/last")
+    router.popen.terminate()
+    router.popen.wait(10)
+    assert lines(router)[-1]["path"] == "/last"
+
+
+def test_a_flood_is_sampled_and_errors_are_not() -> None:
+    log = router.AccessLog(rate=400)
+    for second in range(4):
+        for n in range(2000):
+            log.add({"status": 200, "n": n}, error=False)
+        for _ in range(30):
+            log.add({"status": 502}, error=True)
+        written = [json.loads(x) for x in log.lines]
+        log.lines.clear()
+        good = [x for x in written if x["status"] == 200]
+        assert len([x for x in written if x["status"] == 502]) == 30
+        assert len(good) <= 400
+        if second:  # now it is known how many there are
+            weight = sum(x["sample"] for x in good)
+            assert weight == pytest.approx(2000, rel=0.05)
+            assert good[-1]["n"] > 1900, "only the beginning of the second is seen"
+        log.second()
+    log.second()
+    log.add({"status": 200}, error=False)
+    assert "sample" not in json.loads(log.lines[0])
+
+
+def test_a_reader_that_does_not_read_holds_nothing_up(
+    redis_server: Redis, router_python: Path
+) -> None:
+    """Its pipe is full: requests go on, what waits is bounded, and the end is not held up."""
+    with Backend(ok(b"a")) as a:
+        redis_server.deployment("a", a.address)
+        port, read_end = free_port(), os.pipe()
+        env = {"REDIS_URL": redis_server.url, "PORT": str(port), "HOST": "127.0.0.1"}
+        env |= {"PULSE_RAILWAY_ACCESS_LOG": "1", "PATH": os.environ["PATH"]}
+        process = subprocess.Popen([router_python, ROOT / "router.py"], env=env, stdout=read_end[1])
+        try:
+            eventually(lambda: listens(port) and ask(port, "/healthz").status == 200)
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+                for n in range(1500):
+                    began = time.monotonic()
+                    assert client.get(f"/{'long' * 100}?{n}").text == "a"
+                    assert time.monotonic() - began < 2
+            process.terminate()
+            assert process.wait(10) in (0, -signal.SIGTERM)
+        finally:
+            process.kill()
+            process.wait()
+            os.close(read_end[0])
+            os.close(read_end[1])
