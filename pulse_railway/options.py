@@ -55,6 +55,12 @@ class MaintenanceOptions(StackOptions):
 
 
 @dataclass(frozen=True)
+class StatusOptions(StackOptions):
+    watch: bool = False
+    every: int = 15  # seconds
+
+
+@dataclass(frozen=True)
 class LogsOptions(StackOptions):
     service: str | None = None  # a stable service; else a deployment's
     build: bool = False
@@ -162,6 +168,14 @@ def one_name(flags: Flags, output: Output) -> StackOptions:
     except ValueError as error:
         raise Failure(str(error)) from None
     return stack(flags, output)
+
+
+def status(flags: Flags, output: Output) -> StatusOptions:
+    if flags.get("watch") and flags.get("json"):
+        raise Failure("--watch is for people: for a program, call status --json again and again")
+    common = stack(flags, output)
+    every = number(flags, "every", 15)
+    return StatusOptions(**vars(common), watch=bool(flags.get("watch")), every=every)
 
 
 def logs(flags: Flags, output: Output) -> LogsOptions:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from pulse_railway.flows.watch import History
 
 STATE_STYLES = {"active": "bold green", "draining": "yellow", "pending": "cyan"}
 
@@ -96,45 +101,101 @@ def show_checks(checks: list[dict[str, str]]) -> None:
 
 
 def show_status(result: dict[str, Any]) -> None:
-    """Print what deployment.status returned, on stdout."""
+    """Print what flows.status returned, on stdout."""
     console = stdout()
-    console.print(Text.assemble("address  ", (result["address"] or "none yet", "bold")))
+    for part in status_parts(result):
+        console.print(part, soft_wrap=isinstance(part, Text))
+
+
+def show_watch(looks: Iterable[tuple[dict[str, Any], History]]) -> None:
+    """Print each look: in place of the one before on a terminal, below it in a pipe."""
+    console = stdout()
+    if not console.is_terminal:
+        for result, history in looks:
+            console.print(Text(time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())))
+            for part in status_parts(result, history):
+                console.print(part, soft_wrap=isinstance(part, Text))
+            console.print()
+            sys.stdout.flush()
+        return
+    with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
+        for result, history in looks:
+            at = Text(f"at {time.strftime('%H:%M:%S')}; Ctrl-C ends it", "dim")
+            live.update(Group(*status_parts(result, history), at), refresh=True)
+
+
+def status_parts(result: dict[str, Any], history: History | None = None) -> list[Text | Table]:
+    """What `status` has to say, each part a line or a table. Nothing is told by a colour alone."""
+    parts: list[Text | Table] = [
+        Text.assemble("address  ", (result["address"] or "none yet", "bold"))
+    ]
     for row in result["baseline"]:
         good = row["railway"] in ("SUCCESS", None)
-        mark = Text("● ", "green" if good else "red")
-        version = f"  {row['version']}" if row["version"] else ""
-        console.print(mark + Text(row["service"]) + Text(version, "dim"))
-    for name in result["missing"]:
-        console.print(Text.assemble(("○ ", "red"), name, (" missing", "red")))
-    for line in doings(result):
-        console.print(Text(line, "yellow"), soft_wrap=True)
-    for problem in result["problems"]:
-        console.print(Text(f"problem: {problem}", "red"), soft_wrap=True)
-    if result["deployments"]:
-        table = Table(box=None, pad_edge=False, header_style="dim")
-        for title in ("deployment", "state", "railway", "age"):
-            table.add_column(title)
-        table.add_column("sessions", justify="right")
-        table.add_column("what", overflow="fold")
-        for row in result["deployments"]:
-            sessions = row["sessions"]
-            table.add_row(
-                row["deployment_id"],
-                Text(state_of(row), STATE_STYLES.get(row["state"], "red")),
-                row["railway"] or "",
-                age(row["age_seconds"]),
-                "?" if sessions is None else str(sessions),
-                what(row["about"]),
-            )
-        console.print()
-        console.print(table)
-    else:
-        console.print("no deployments: run pulse-railway deploy")
-    for router in result["routers"]:
-        console.print(
-            Text(
-                f"router {router['router']}: {router['requests']} requests, {router['errors']}"
-                f" errors, {router['tunnels_open']} sockets, up {age(router['uptime_seconds'])}",
-                "dim",
+        parts.append(
+            Text.assemble(
+                ("● ", "green" if good else "red"),
+                row["service"],
+                # the env service only holds variables, and has no deployment
+                "" if row["railway"] is None else ("  up" if good else f"  {row['railway']}"),
+                (f"  {row['version']}" if row["version"] else "", "dim"),
             )
         )
+    parts += [Text.assemble(("○ ", "red"), n, (" missing", "red")) for n in result["missing"]]
+    parts += [Text(line, "yellow") for line in doings(result)]
+    parts += [Text(f"problem: {problem}", "red") for problem in result["problems"]]
+    if not result["deployments"]:
+        parts.append(Text("no deployments: run pulse-railway deploy"))
+    else:
+        parts += [Text(), deployments(result["deployments"], history)]
+    parts += [
+        Text(
+            f"router {router['router']}: {router['requests']} requests, {router['errors']}"
+            f" errors, {router['tunnels_open']} sockets, up {age(router['uptime_seconds'])}",
+            "dim",
+        )
+        for router in result["routers"]
+    ]
+    if not result["problems"] and result["active"]:
+        parts.append(Text(f"{result['active']} is active, and nothing is wrong", "green"))
+    return parts
+
+
+def deployments(rows: list[dict[str, Any]], history: History | None) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for title in ("deployment", "state", "railway", "age"):
+        table.add_column(title)
+    table.add_column("sessions", justify="left" if history else "right")
+    if history:
+        table.add_column("requests/s")
+        table.add_column("errors/s")
+    table.add_column("what", overflow="fold")
+    for row in rows:
+        sessions = row["sessions"]
+        told = ["?" if sessions is None else str(sessions)]
+        if history:
+            series = history.series[row["deployment_id"]]
+            told = [trend(s) for s in (series.sessions, series.requests, series.errors)]
+        table.add_row(
+            row["deployment_id"],
+            Text(state_of(row), STATE_STYLES.get(row["state"], "red")),
+            row["railway"] or "",
+            age(row["age_seconds"]),
+            *told,
+            what(row["about"]),
+        )
+    return table
+
+
+BARS = "▁▂▃▄▅▆▇█"
+
+
+def trend(values: Iterable[float | None]) -> str:
+    """A sparkline, from 0 to the most there was, and the last value: `▁▃█ 12`. A gap where nobody
+    answered."""
+    found = list(values)
+    most = max((v for v in found if v is not None), default=0) or 1
+    line = "".join(
+        " " if v is None else BARS[round(v / most * (len(BARS) - 1))] for v in found
+    ).strip()
+    last = found[-1] if found else None
+    return f"{line} {'?' if last is None else f'{last:.3g}'}".strip()

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         MaintenanceOptions,
         PromoteOptions,
         StackOptions,
+        StatusOptions,
     )
     from pulse_railway.output import Output
     from pulse_railway.railway.api import Api
@@ -224,13 +225,17 @@ def remove(wanted: StackOptions, output: Output) -> None:
     output.result(result, [f"{chosen} is gone"])
 
 
-@verb([*STACK], door="stack")
-def status(wanted: StackOptions, output: Output) -> None:
+@verb([*STACK, "watch", "every"], door="status")
+def status(wanted: StatusOptions, output: Output) -> None:
     """Show the baseline, and each deployment with its state, age and sessions."""
     from pulse_railway import tables
     from pulse_railway.flows import status as flow
+    from pulse_railway.flows import watch
 
     api, stack = _stack(wanted, output, require=False)
+    if wanted.watch:
+        tables.show_watch(watch.watch(api, stack, wanted.every))
+        return
     with output.step("ask the router"):
         result = flow.status(api, stack)
     output.result(result, [])

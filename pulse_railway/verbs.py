@@ -87,6 +87,8 @@ FLAGS: dict[str, Flag] = {
     "tag": Flag("the image's tag (default: the version)"),
     "build": Flag("the build log instead of the running service's", False),
     "follow": Flag("go on until interrupted", False),
+    "watch": Flag("go on until interrupted, with what happened in between", False),
+    "every": Flag("seconds between two looks (default: 15; Railway limits API calls)"),
     "lines": Flag("how many lines (default: 100)"),
     "yes": Flag("do not ask", False),
     "json": Flag("one JSON object on stdout", False),

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pty
+import select
 import signal
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -12,7 +17,9 @@ import pytest
 from pulse_railway import contract
 from pulse_railway.config import Names, Target
 from pulse_railway.flows.status import problems
+from pulse_railway.flows.watch import LENGTH, History
 from pulse_railway.stack import Service, Stack
+from pulse_railway.tables import BARS, show_status, trend
 from tests.conftest import Project
 
 SET = dict.fromkeys((contract.RAILWAY_TOKEN, contract.REDIS_URL, contract.INTERNAL_TOKEN), "x")
@@ -78,3 +85,133 @@ def test_a_redis_that_hangs(base: Project) -> None:
     assert "Redis does not answer (TimeoutError)" in found["problem"]
     assert "pulse-railway logs --service pulse-router" in shown
     assert base.ok("status")["problems"] == []
+
+
+# -- what people see ---------------------------------------------------------------------------
+
+
+def row(name: str, sessions: int | None = 1, state: str = "active") -> dict[str, Any]:
+    facts = {"railway": "SUCCESS", "age_seconds": 5, "weight": None, "rolled_back": False}
+    return {"deployment_id": name, "state": state, "sessions": sessions, "about": {}, **facts}
+
+
+def result(*rows: dict[str, Any], routers: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    baseline = [{"service": "pulse-redis", "railway": "SUCCESS", "version": None}]
+    empty = dict.fromkeys(("address", "canary", "maintenance", "lock"))
+    found = {"active": "a", "baseline": baseline, "missing": [], "problems": [], **empty, **more}
+    return {**found, "deployments": list(rows), "routers": routers}
+
+
+def counted(router: str, good: int, bad: int) -> dict[str, Any]:
+    classes = [0, 0, good, 0, 0, bad, 0, 0, 0, 0]
+    return {"router": router, "tallies": {"a": [classes, 0, []]}}
+
+
+def test_what_happened_between_two_looks() -> None:
+    history = History()
+    history.look(result(row("a"), routers=[counted("r1", 100, 0), counted("r2", 50, 0)]), 0.0)
+    assert list(history.series["a"].requests) == [None]
+    history.look(result(row("a", 3), routers=[counted("r1", 110, 2), counted("r2", 58, 0)]), 10.0)
+    assert history.series["a"].requests[-1] == 2.0
+    assert history.series["a"].errors[-1] == pytest.approx(0.2)
+    # r2 was restarted and begins at 0; then nobody answers; then all of the gap is known
+    history.look(result(row("a"), routers=[counted("r1", 110, 2), counted("r2", 5, 0)]), 15.0)
+    assert history.series["a"].requests[-1] == 1.0
+    history.look(result(row("a", None), routers=[]), 20.0)
+    assert history.series["a"].requests[-1] is None
+    history.look(result(row("a"), routers=[counted("r1", 120, 2), counted("r2", 5, 0)]), 25.0)
+    assert history.series["a"].requests[-1] == 1.0
+    assert list(history.series["a"].sessions) == [1, 3, 1, None, 1]
+    history.look(result(row("b"), routers=[]), 30.0)
+    assert set(history.series) == {"b"}
+    for n in range(100):
+        history.look(result(row("b"), routers=[]), 31.0 + n)
+    assert len(history.series["b"].sessions) == LENGTH
+
+
+def test_a_trend_is_drawn_from_zero() -> None:
+    assert trend([0, 1, 2]) == "▁▅█ 2"
+    assert trend([5, None, 0]) == "█ ▁ 0"
+    assert trend([None, None]) == "?"
+    assert trend([]) == "?"
+
+
+def test_the_truth_is_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    """In a pipe there is no colour: a service that is down has to say so."""
+    found = result(row("a"), row("b", None, "draining"), routers=[])
+    show_status(found)
+    said = capsys.readouterr().out
+    assert "● pulse-redis  up" in said
+    assert "a is active, and nothing is wrong" in said
+    found["baseline"][0]["railway"] = "CRASHED"
+    found["problems"] = ["pulse-redis is CRASHED on Railway: see `pulse-railway logs ...`"]
+    show_status(found)
+    said = capsys.readouterr().out
+    assert "● pulse-redis  CRASHED" in said
+    assert "problem: pulse-redis is CRASHED" in said
+    assert "nothing is wrong" not in said
+    assert "\x1b" not in said
+
+
+def watching(base: Project, terminal: int | None = None) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "pulse_railway", "status", "--watch", "--every", "1"],
+        env={**base.env, "TERM": "xterm", "COLUMNS": "160", "LINES": "50"},
+        stdin=subprocess.DEVNULL,
+        stdout=terminal or subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def test_watching_in_a_pipe(base: Project) -> None:
+    active = base.active
+    assert active
+    process = watching(base)
+    assert process.stdout
+    try:
+        said = ""
+        while said.count(" is active, and nothing is wrong") < 3:
+            line = process.stdout.readline().decode()
+            assert line, said
+            said += line
+        process.send_signal(signal.SIGINT)
+        assert process.wait(15) == 128 + signal.SIGINT
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    rows = [x for x in said.splitlines() if x.startswith(active) and " is active" not in x]
+    assert len(rows) >= 3
+    assert "requests/s" in said
+    assert any(bar in rows[-1] for bar in BARS)
+    assert "\x1b" not in said
+
+
+def test_watching_on_a_terminal(base: Project) -> None:
+    """One picture that is drawn anew, and the cursor is back at the end."""
+    ours, theirs = pty.openpty()
+    process = watching(base, theirs)
+    os.close(theirs)
+    said = b""
+    try:
+        deadline = time.monotonic() + 60
+        while said.count(b"nothing is wrong") < 3 and time.monotonic() < deadline:
+            if select.select([ours], [], [], 1)[0]:
+                said += os.read(ours, 1 << 16)
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(OSError):  # the other side has gone
+            while time.monotonic() < deadline:
+                said += os.read(ours, 1 << 16)
+        assert process.wait(15) == 128 + signal.SIGINT
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+    assert b"\x1b[?25l" in said
+    assert said.rstrip().endswith(b"\x1b[?25h")
+    assert b"\x1b[1A\x1b[2K" in said  # the picture before was taken away
+
+
+def test_watching_is_not_for_programs(base: Project) -> None:
+    assert "call status --json again" in base.run("status", "--watch", "--json").error
