@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import webbrowser
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -290,19 +291,22 @@ def play_once(*, job: bool = False) -> int:
     return 0
 
 
-def stay() -> int:
-    root = (ROOT / ".local-railway").resolve()
+def stay(root: Path) -> int:
     try:
         with stage(root) as s:
+            page = s.api.removesuffix("/graphql/v2")
+            print(f"watch it at {page}", flush=True)
+            if os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
+                webbrowser.open(page)
             address = s.run("ensure", APP)["server_address"]
-            state = s.run("status")
-            active = state["active"]
-            if active is None:
-                active = s.run("deploy", APP)["deployment_id"]
+            active = s.run("status")["active"] or s.run("deploy", APP)["deployment_id"]
+            while s.get(address).status_code >= 500:  # what ran the last time comes up again
+                time.sleep(0.5)
             print(
                 f"""
 {active} is active at {address}
 
+  watch    {page}   what runs, and buttons for what is to go wrong
   open     {address}/probe   (a certificate of its own: accept it, or trust {s.bundle})
   shell    eval "$(.venv/bin/invoke local --env)"
   again    .venv/bin/invoke deploy --app {APP}
@@ -322,4 +326,4 @@ Ctrl-C ends it. What was deployed is kept in {root.name}/ for the next time.""",
 
 
 def main(*, once: bool = False, job: bool = False) -> int:
-    return play_once(job=job) if once or job else stay()
+    return play_once(job=job) if once or job else stay((ROOT / ".local-railway").resolve())

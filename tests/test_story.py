@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import re
+import signal
+import ssl
+import subprocess
+import sys
 from pathlib import Path
 
+import httpx
 import pytest
 
 from examples import demo
+from tests.conftest import ROOT
 
 
 @pytest.mark.story
@@ -18,3 +25,42 @@ def test_two_deploys_of_the_example(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "DID NOT SEE" not in seen
     assert seen.count("saw:") == 21
     assert demo.processes_of(root) == []
+
+
+STAY = (
+    "import sys; from pathlib import Path; from examples import demo; demo.stay(Path(sys.argv[1]))"
+)
+
+
+@pytest.mark.story
+def test_the_addresses_that_the_demo_prints_work(tmp_path: Path) -> None:
+    """Also when it is started again: before, the app's was a 502 until it had come up."""
+    for _ in range(2):
+        process = subprocess.Popen(
+            [sys.executable, "-c", STAY, str(tmp_path)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        assert process.stdout
+        try:
+            said = ""
+            while "Ctrl-C ends it" not in said:
+                line = process.stdout.readline()
+                assert line, said
+                said += line
+            page, app = re.findall(r"https?://[\w.:]+", said)[:2]
+            assert "Local Railway" in httpx.get(page).text
+            trust = ssl.create_default_context(cafile=tmp_path / "ca-bundle.pem")
+            with httpx.Client(verify=trust, trust_env=False) as client:
+                assert client.get(app).status_code == 200
+                assert client.get(f"{app}/probe").status_code == 200
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
+        finally:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+        assert not demo.processes_of(tmp_path.resolve())

@@ -3,6 +3,7 @@
 /graphql/v2                                    Railway's API
 /project/<id>/environment/<id>/up              uploads, as the railway CLI sends them
 a loopback port of its own                     `railway ssh`: a command in a service (relay.py)
+/                                              a page of what runs (page.py)
 /oauth/token                                   refreshes a CLI login
 /local/faults, /local/stats, /local/cron/...,
 /local/login                                   for tests: what is to go wrong, what was called
@@ -19,7 +20,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
@@ -28,12 +29,15 @@ import uvicorn
 from graphql import FieldNode, GraphQLError, OperationDefinitionNode, parse
 from graphql.error import GraphQLSyntaxError
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from pulse_railway import contract
 from pulse_railway.local import api, cli, edge
+from pulse_railway.local.page import Page
 from pulse_railway.local.relay import Relay, fingerprint, key_file
 from pulse_railway.local.state import (
     Deployment,
@@ -111,6 +115,7 @@ class LocalRailway:
         self.relay = Relay(self)
         self.edges: dict[str, edge.Edge] = {}
         self.faults: list[Fault] = []
+        self.orders: dict[str, Any] = {}  # what of `Orders` is not as usual
         self.latency = 0.0
         self.rate_limit: int | None = None
         self.minute = (0.0, 0)  # since when, and how many API calls
@@ -351,6 +356,8 @@ class LocalRailway:
             self.supervisor.build_seconds = float(orders.build_seconds)
         except (ValueError, TypeError) as error:
             return JSONResponse({"message": f"not an order that is known: {error}"}, 400)
+        given, usual = asdict(orders), asdict(Orders(clock=orders.clock or None))
+        self.orders = {name: value for name, value in given.items() if value != usual[name]}
         self.rate_limit, self.minute = orders.rate_limit, (0.0, 0)
         self.supervisor.react_delay = str(orders.react_delay)
         for name in "crash_at ipv6_only name_delay old_gets_requests keep_files".split():
@@ -415,6 +422,7 @@ class LocalRailway:
         post = ["POST"]
         return Starlette(
             routes=[
+                *Page(self).routes,
                 Route("/graphql/v2", self.graphql, methods=post),
                 Route("/graphql/v2/", self.graphql, methods=post),  # as some clients join it
                 Route("/project/{project}/environment/{environment}/up", self.up, methods=post),
@@ -424,6 +432,10 @@ class LocalRailway:
                 Route("/local/faults", self.set_faults, methods=post),
                 Route("/local/stats", self.stats),
                 Route("/local/cron/{service}", self.run_cron, methods=post),
+            ],
+            # or a page from elsewhere, whose name is made to lead here, could read logs
+            middleware=[
+                Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
             ],
             lifespan=lifespan,
         )

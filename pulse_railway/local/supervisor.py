@@ -379,7 +379,7 @@ class Supervisor:
             "PYTHONUNBUFFERED": "1",
             "RAILWAY_LOCAL_PYTHON": sys.executable,
             "RAILWAY_LOCAL_REACT_DELAY": self.react_delay,
-            "RAILWAY_LOCAL_HOSTS": str(self._hosts_file(instance.environment_id)),
+            "RAILWAY_LOCAL_HOSTS": str(self.hosts_file(instance.environment_id)),
             MARK: str(self.root),
             "RAILWAY_DEPLOYMENT_ID": deployment.id,
             "RAILWAY_REPLICA_ID": new_id(),
@@ -566,7 +566,7 @@ class Supervisor:
 
     # -- the private network -------------------------------------------------------------------
 
-    def _hosts_file(self, environment_id: str) -> Path:
+    def hosts_file(self, environment_id: str) -> Path:
         return self.root / f"hosts-{environment_id}.json"
 
     def write_hosts(self, environment_id: str) -> None:
@@ -580,7 +580,7 @@ class Supervisor:
                 variables = rendered(self.state, service, instance)
                 declared = variables.get("PORT") or variables.get("REDISPORT") or "6379"
                 hosts[private_domain(service)] = {declared: running.port}
-        path = self._hosts_file(environment_id)
+        path = self.hosts_file(environment_id)
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(hosts))
         temporary.replace(path)

@@ -1,0 +1,167 @@
+"""The local Railway's page: what its canvas would show, and what pulse-railway makes of it.
+
+/               the page (page.html), which asks once a second for
+/local/picture  services, what they do now, and the routing state with sessions and requests
+/local/logs/... the end of a service's log
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit, urlunsplit
+
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from pulse_railway import contract
+from pulse_railway.local.state import Environment, Instance, Project, Service, rendered
+from pulse_railway.runtime_image import load
+
+if TYPE_CHECKING:
+    from pulse_railway.local.server import LocalRailway
+
+PATIENCE = 0.5  # seconds that a picture waits for a Redis or a backend that is slow
+TAIL = 64 * 1024  # bytes of a log
+
+
+class Page:
+    """`routes` are the page's. It asks the same routing state and the same backends that the
+    router does, on their loopback ports."""
+
+    def __init__(self, railway: LocalRailway) -> None:
+        self.railway = railway
+        self.asking: dict[str, asyncio.Task[Any]] = {}  # environment id -> who asks
+        self.known: dict[str, Any] = {}  # ... and what was said last
+        self.routes = [
+            Route("/", self.show),
+            Route("/local/picture", self.picture),
+            Route("/local/logs/{instance}", self.logs),
+        ]
+
+    async def show(self, request: Request) -> Response:
+        return FileResponse(Path(__file__).parent / "page.html")
+
+    async def picture(self, request: Request) -> Response:
+        """Of one project, the first or `?project=<id>`, in its first environment."""
+        state = self.railway.state
+        wanted = request.query_params.get("project")
+        project = state.project(wanted) if wanted else state.projects[0]
+        if project is None:
+            return JSONResponse({"message": "no such project"}, 404)
+        environment = project.environments[0]
+        services = [self.service(s, i) for s, i in state.instances(environment.id)]
+        routed = await self.routed(project, environment)
+        return JSONResponse(
+            {
+                "projects": [{"id": p.id, "name": p.name} for p in state.projects],
+                "project": project.id,
+                "environment": environment.name,
+                "services": services,
+                "routing": routed,
+                "orders": self.railway.orders,
+            }
+        )
+
+    def service(self, service: Service, instance: Instance) -> dict[str, Any]:
+        railway = self.railway
+        deployments = railway.state.deployments_of(service.id, instance.environment_id)
+        running = railway.supervisor.current.get(instance.id)
+        newest = deployments[0] if deployments else None
+        return {
+            "instance": instance.id,
+            "name": service.name,
+            "deployment_id": instance.variables.get(contract.DEPLOYMENT_ID),
+            "status": newest.status if newest else None,
+            "since": newest.updated_at if newest else service.created_at,
+            "cron": instance.settings.get("cronSchedule"),
+            "runs": running is not None or instance.id in railway.supervisor.cron_running,
+            "restarts": running.restarts if running else 0,
+            "addresses": [f"https://{domain.domain}" for domain in instance.domains],
+            "says": self.tail(newest.id if newest else None)[-1:],
+        }
+
+    def tail(self, deployment_id: str | None) -> list[str]:
+        """The last lines of a deployment's log; its build's while it has none of its own."""
+        for kind in ("deploy", "build"):
+            path = self.railway.supervisor.logs / f"{deployment_id}.{kind}.jsonl"
+            if path.exists():
+                with path.open("rb") as file:
+                    file.seek(max(0, path.stat().st_size - TAIL))
+                    lines = file.read().decode(errors="replace").splitlines()
+                return [json.loads(line)["message"] for line in lines if line.startswith("{")]
+        return []
+
+    async def logs(self, request: Request) -> Response:
+        state = self.railway.state
+        instance = state.instance_by_id(request.path_params["instance"])
+        if instance is None:
+            return JSONResponse({"message": "no such service"}, 404)
+        deployments = state.deployments_of(instance.service_id, instance.environment_id)
+        return JSONResponse({"lines": self.tail(deployments[0].id if deployments else None)[-200:]})
+
+    # -- the routing state -------------------------------------------------------------------
+
+    async def routed(self, project: Project, environment: Environment) -> Any:
+        """What the router's `control status` would say, or what it last said."""
+        key = environment.id
+        if key not in self.asking:
+            self.asking[key] = asyncio.create_task(self.ask(project, environment))
+        task = self.asking[key]
+        await asyncio.wait({task}, timeout=PATIENCE)
+        if task.done():
+            del self.asking[key]
+            self.known[key] = {**task.result(), "at": time.time()}
+        return self.known.get(key)
+
+    async def ask(self, project: Project, environment: Environment) -> dict[str, Any]:
+        state = self.railway.state
+        found = {s.name: rendered(state, s, i) for s, i in state.instances(environment.id)}
+        named = {v[contract.ROUTER_SERVICE] for v in found.values() if contract.ROUTER_SERVICE in v}
+        variables = found.get(next(iter(named), contract.DEFAULT_ROUTER), {})
+        file = self.railway.supervisor.hosts_file(environment.id)
+        hosts = json.loads(file.read_text()) if file.exists() else {}
+        url = nearby(variables.get(contract.REDIS_URL, ""), hosts)
+        if not url:
+            return {"problem": "there is no baseline yet"}
+        prefix = variables.get(contract.REDIS_PREFIX) or contract.DEFAULT_REDIS_PREFIX
+        token = variables.get(contract.INTERNAL_TOKEN, "")
+        try:
+            return await asyncio.to_thread(read, load("router"), url, prefix, token, hosts)
+        except Exception as error:  # a Redis that is away, or speaks nonsense: the page lives on
+            return {"problem": f"Redis does not answer ({type(error).__name__})"}
+
+
+def read(
+    router: ModuleType, url: str, prefix: str, token: str, hosts: dict[str, Any]
+) -> dict[str, Any]:
+    store = router.RedisStore(url, prefix)
+    try:
+        state = store.read()
+        for key, value in state.items():
+            if key.startswith(":deployment:"):
+                record = json.loads(value)
+                record["address"] = nearby(router.base_url(record), hosts) or record.get("address")
+                state[key] = json.dumps(record)
+        store.read = lambda: state
+        return dict(router.status(store, token, None))
+    finally:
+        store.client.close()
+
+
+def nearby(url: str, hosts: dict[str, Any]) -> str | None:
+    """A private address as this process reaches it, on loopback. None where nothing runs there."""
+    parts = urlsplit(url)
+    ports = hosts.get(parts.hostname or "")
+    if not parts.hostname or not parts.hostname.endswith(".railway.internal"):
+        return url or None
+    if not isinstance(ports, dict):
+        return None
+    login = parts.netloc.rpartition("@")[0]
+    there = f"127.0.0.1:{next(iter(ports.values()))}"
+    return urlunsplit(parts._replace(netloc=f"{login}@{there}" if login else there))
