@@ -31,6 +31,9 @@ class Settings(Config):
 
 def main(argv: list[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if helped := asked_for_help(arguments):
+        print(helped)
+        return
     program = Program(
         name="pulse-railway",
         binary="pulse-railway",
@@ -43,6 +46,21 @@ def main(argv: list[str] | None = None) -> None:
     except yaml.YAMLError as error:
         where = str(getattr(error, "problem_mark", "")).strip()
         raise SystemExit(f"error: the Invoke configuration is no YAML: {where}") from None
+
+
+def asked_for_help(arguments: list[str]) -> str | None:
+    """What to print, if it is help that is wanted: our own, since Invoke's is about its options."""
+    from pulse_railway import help
+
+    wants = {"--help", "-h"} & set(arguments)
+    if arguments in ([], ["help"], ["--help"], ["-h"]):
+        return help.overview()
+    verb = next((word for word in arguments if not word.startswith("-") and word != "help"), None)
+    if not (wants or arguments[0] == "help") or verb is None:
+        return None
+    if verb not in tasks.ns.tasks:
+        _unknown(verb, list(tasks.ns.tasks), "verb")
+    return help.of_verb(verb) if help.flags(verb) else None
 
 
 def rewrite(arguments: list[str]) -> list[str]:

@@ -15,12 +15,13 @@ from invoke.config import Config
 from invoke.context import Context
 from invoke.exceptions import Exit
 
-from pulse_railway import contract, naming, tasks
+from pulse_railway import cli, contract, help, naming, tasks
 from pulse_railway.config import Names, Target
 from pulse_railway.errors import Failure
 from pulse_railway.flows import remove
 from pulse_railway.options import pairs
 from pulse_railway.stack import Service, Stack
+from pulse_railway.verbs import FLAGS
 from tests.conftest import ROOT, Project
 
 COMMAND = [sys.executable, "-m", "pulse_railway"]
@@ -169,3 +170,30 @@ def test_the_janitor_says_what_it_takes() -> None:
     done = subprocess.run([*COMMAND, "janitor", "--help"], capture_output=True, text=True)
     assert done.returncode == 0
     assert "--redis-prefix" in done.stdout
+
+
+def test_help_is_about_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of Invoke's own options it says nothing; each verb's flags have a word for their value."""
+    cli.main(["--help"])
+    said = capsys.readouterr().out
+    listed = {word for verbs in help.GROUPS.values() for word in verbs}
+    assert listed == {*tasks.ns.tasks, "serve", "janitor"}
+    for verb in listed:
+        assert f"\n  {verb} " in said
+    for verb in tasks.ns.tasks:
+        if not help.flags(verb):
+            continue
+        cli.main([verb, "--help"])
+        said = capsys.readouterr().out
+        assert said.startswith(f"Usage: pulse-railway {verb}")
+        assert "core-opts" not in said
+        assert max(map(len, said.splitlines())) <= 100
+        for name in help.flags(verb):
+            flag = f"--{name.replace('_', '-')}"
+            shown = FLAGS[name].value if FLAGS[name].default == "?" else f"  {flag}"
+            assert shown in said
+            assert FLAGS[name].switch or FLAGS[name].value != flag
+    cli.main(["help", "maintenance"])
+    assert "pulse-railway maintenance on|off [flags]" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="did you mean deploy"):
+        cli.main(["help", "deplot"])

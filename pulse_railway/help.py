@@ -1,0 +1,84 @@
+"""What `pulse-railway --help` and `pulse-railway <verb> --help` say."""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+import textwrap
+
+from pulse_railway import tasks
+from pulse_railway.verbs import FLAGS
+
+GROUPS = {
+    "begin": ("init", "doctor", "local"),
+    "the baseline": ("ensure", "scaffold", "image"),
+    "deploy": ("deploy", "redeploy", "promote", "rollback", "delete", "remove"),
+    "look": ("status", "history", "logs"),
+    "when something is wrong": ("maintenance", "unlock", "restore"),
+    "inside the containers": ("serve", "control", "janitor"),
+}
+NOT_TASKS = {
+    "serve": "Run the app as its container's first process.",
+    "janitor": "`janitor run`: remove drained deployments.",
+}
+
+
+def summary(verb: str) -> str:
+    """A verb in a sentence: the first line of its docstring."""
+    if verb in NOT_TASKS:
+        return NOT_TASKS[verb]
+    return (inspect.getdoc(tasks.ns[verb]) or "").splitlines()[0]
+
+
+def flags(verb: str) -> list[str]:
+    """The flags that a verb takes, as FLAGS has them."""
+    return list(getattr(tasks.ns[verb].body, "flags", ()))
+
+
+def usage(verb: str) -> str:
+    """`pulse-railway deploy [FILE] [flags]`."""
+    taken = flags(verb)
+    positional = [FLAGS[name].value for name in taken if FLAGS[name].default == "?"]
+    if not positional and "app" in taken:
+        positional = ["[FILE]"]
+    return " ".join(["pulse-railway", verb, *positional, "[flags]"])
+
+
+def spelled(name: str) -> str:
+    """`--bake SECONDS`."""
+    flag = FLAGS[name]
+    return f"--{name.replace('_', '-')}" + ("" if flag.switch else f" {flag.value}")
+
+
+def overview() -> str:
+    lines = ["Deploys Pulse apps on Railway so that no user notices.", ""]
+    lines += ["Usage: pulse-railway <verb> [flags]", ""]
+    for group, verbs in GROUPS.items():
+        lines.append(f"{group}:")
+        lines += [_entry(verb, summary(verb), 16) for verb in verbs]
+        lines.append("")
+    lines += [
+        "`pulse-railway <verb> --help` lists a verb's flags; --version says which this is.",
+        "A flag's default is in invoke.yaml, section pulse_railway, where that sets it.",
+    ]
+    return "\n".join(lines)
+
+
+def of_verb(verb: str) -> str:
+    lines = [f"Usage: {usage(verb)}", "", inspect.getdoc(tasks.ns[verb]) or "", ""]
+    taken = [name for name in flags(verb) if FLAGS[name].default != "?"]
+    if "[FILE]" in usage(verb):
+        lines.append("FILE by itself is --app.")
+    lines += [_entry(spelled(name), FLAGS[name].help, 34) for name in taken]
+    return "\n".join(lines)
+
+
+def _entry(name: str, says: str, indent: int) -> str:
+    width = max(60, min(shutil.get_terminal_size().columns, 100))
+    first = f"  {name}".ljust(indent)
+    if len(first) > indent:
+        first += "\n" + " " * indent
+    blank = " " * indent
+    return (
+        first + textwrap.fill(says, width, initial_indent=blank, subsequent_indent=blank)[indent:]
+    )
