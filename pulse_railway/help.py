@@ -32,6 +32,8 @@ def summary(verb: str) -> str:
 
 def flags(verb: str) -> list[str]:
     """The flags that a verb takes, as FLAGS has them."""
+    if verb in NOT_TASKS:
+        return []
     return list(getattr(tasks.ns[verb].body, "flags", ()))
 
 

@@ -313,13 +313,15 @@ def local(_: Any, dir: str = ".local-railway", env: bool = False) -> None:
         raise Exit(
             f"error: {error.name} is missing: pip install 'pulse-railway[local]'", 1
         ) from None
+    railway = server.LocalRailway(root)
     if env:
-        for name, value in server.LocalRailway(root).environment().items():
+        for name, value in railway.environment().items():
             print(f"export {name}={shlex.quote(value)}")
         return
-    print(f"a local Railway in {root}; point a shell at it with", file=sys.stderr)
-    print(f'  eval "$(invoke local --env --dir {shlex.quote(dir)})"', file=sys.stderr)
-    server.serve(root)
+    print(f"a local Railway at {railway.url}, kept in {root}", file=sys.stderr)
+    print("point a shell at it with", file=sys.stderr)
+    print(f'  eval "$(pulse-railway local --env --dir {shlex.quote(dir)})"', file=sys.stderr)
+    server.serve(railway)
 
 
 # -- what the verbs share ----------------------------------------------------------------------

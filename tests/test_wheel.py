@@ -33,6 +33,8 @@ def test_the_wheel_carries_all_that_it_needs(tmp_path: Path) -> None:
         "templates/Dockerfile",
         "local/schema.graphql",
         "local/bin/pulse",
+        "local/page.html",
+        "affinity.js",
         "local/site/sitecustomize.py",
         "py.typed",
     ):

@@ -457,9 +457,8 @@ def values_error(answer: dict[str, Any]) -> bool:
     return any(error.get("path") for error in answer.get("errors", []))
 
 
-def serve(root: Path) -> None:
+def serve(local: LocalRailway) -> None:
     """Run until SIGINT or SIGTERM; then end every process that was started."""
-    local = LocalRailway(root)
     config = uvicorn.Config(
         local.app(),
         host="127.0.0.1",
@@ -474,4 +473,4 @@ def serve(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    serve(Path(sys.argv[1]).resolve())
+    serve(LocalRailway(Path(sys.argv[1]).resolve()))

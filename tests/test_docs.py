@@ -1,0 +1,135 @@
+"""The docs: built without a warning, and held to the code."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from invoke.collection import Collection
+
+from pulse_railway import cli, help
+from pulse_railway.verbs import FLAGS
+from tests.conftest import ROOT
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+CODE = re.compile(r"^```(?:sh|make|yaml|text)?\n.*?^```$|^    \S.*?$|`[^`\n]+`", re.S | re.M)
+COMMAND = re.compile(r"(?:^|[`\s(/])(pulse-railway|invoke) ([a-z][a-z-]*)([^`\n#|]*)", re.M)
+SOURCES = [
+    *sorted((ROOT / "pulse_railway").glob("*.py")),
+    *sorted((ROOT / "pulse_railway" / "flows").glob("*.py")),
+    *sorted((ROOT / "pulse_railway" / "railway").glob("*.py")),
+    ROOT / "router.py",
+    ROOT / "janitor.py",
+]
+# read by somebody else, or no variable at all
+NOT_OURS = {
+    "PULSE_ENV",  # Pulse's, while the app is loaded
+    "PULSE_APP_DIR",
+    "RAILWAY_RUNTIME",  # a constant's name
+    "RAILWAY_REPLICA_ID",  # Railway's own, which say where we are
+    "RAILWAY_PRIVATE_DOMAIN",
+    "RAILWAY_SERVICE_ID",
+    "RAILWAY_SERVICE_NAME",
+    "PULSE_RAILWAY_DEPLOYMENT_STATE",  # 0.3.x's, which nobody may set
+    "PULSE_RAILWAY_DRAIN_STARTED_AT",
+}
+
+
+def reference() -> object:
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        import reference
+
+        return reference
+    finally:
+        sys.path.pop(0)
+
+
+def test_the_reference_is_the_code_s() -> None:
+    module = reference()
+    assert (ROOT / "docs/reference.md").read_text() == module.page(), "run `invoke docs`"  # type: ignore[attr-defined]
+
+
+def test_every_variable_is_in_the_reference() -> None:
+    known = {
+        name.strip()
+        for table in reference().VARIABLES.values()  # type: ignore[attr-defined]
+        for names in table
+        for name in names.split(",")
+    }
+    pattern = re.compile(
+        r"[\"'](PULSE_[A-Z_]*[A-Z]|OTEL_[A-Z_]+|RAILWAY_[A-Z_]+|REDIS_URL|HOST|PORT)[\"']"
+    )
+    read = {name for path in SOURCES for name in pattern.findall(path.read_text())}
+    assert len(read) > 40
+    assert read - known - NOT_OURS == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_exists(page: Path) -> None:
+    """Verbs and flags, wherever a page names them. What the pages' `sh` blocks say is run by
+    tests/test_first_deploy.py."""
+    tasks = _tasks()
+    code = "\n".join(CODE.findall(page.read_text()))
+    for program, verb, rest in COMMAND.findall(code):
+        if verb in ("serve", "janitor", "control", "help", "tasks"):
+            continue
+        if page.name == "messages.md" and verb not in tasks:
+            continue  # a sentence: `... which pulse-railway needs`
+        if program == "pulse-railway":
+            assert verb in cli.tasks.ns.tasks, f"{page.name}: {program} {verb}"
+        else:
+            assert verb in tasks, f"{page.name}: {program} {verb}"
+        said = rest.replace("…", "x").replace("...", "x").split("&&")[0].split("|")[0]
+        try:
+            words = shlex.split(said.split(";")[0].rstrip(").,:"))
+        except ValueError:  # the end of a sentence
+            continue
+        taken = (
+            {f"--{name.replace('_', '-')}" for name in help.flags(verb)}
+            if (verb in cli.tasks.ns.tasks)
+            else set()
+        )
+        for word in words:
+            flag = word.split("=")[0].rstrip(".,)]")
+            if flag.startswith("--") and taken and flag != "--help":
+                assert flag in taken, f"{page.name}: {program} {verb} {flag}"
+
+
+def _tasks() -> Collection:
+    sys.path.insert(0, str(ROOT))
+    import tasks
+
+    return tasks.ns.tasks  # type: ignore[return-value]
+
+
+def test_every_flag_is_taken_by_a_verb() -> None:
+    taken = {name for verb in cli.tasks.ns.tasks for name in help.flags(verb)}
+    assert taken == set(FLAGS)
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", tmp_path / "site"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert built.returncode == 0, built.stderr
+    assert "WARNING" not in built.stderr
+    pages = {path.name for path in (tmp_path / "site").glob("*.html")}
+    assert {f"{page.stem}.html" for page in (ROOT / "docs").glob("*.md")} <= pages
+    for page in (tmp_path / "site").glob("*.html"):
+        assert "<code>```" not in page.read_text()
+        assert "<p>```" not in page.read_text(), f"{page.name} has a block that is none"
+
+
+def test_links_of_what_is_outside_the_site() -> None:
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"):
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+            if not target.startswith("http"):
+                assert (ROOT / target).exists(), f"{page.name}: {target}"
