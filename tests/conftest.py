@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import inspect
 import json
 import os
 import signal
@@ -34,6 +35,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The slow files first, which are those on a local Railway: the quick ones fill what is left
     at the end, and no process is alone with a long one."""
     items.sort(key=lambda item: not on_a_railway(item.path))
+
+
+def play(module: dict[str, Any], request: pytest.FixtureRequest) -> None:
+    """Do a module's `step_01_...`, `step_02_...`, each of which goes on where the one before ended,
+    with the fixtures that they name: one test, so that none depends on another."""
+    for name in sorted(name for name in module if name.startswith("step_")):
+        print(name)  # shown where it fails
+        step = module[name]
+        step(**{n: request.getfixturevalue(n) for n in inspect.signature(step).parameters})
 
 
 @functools.cache

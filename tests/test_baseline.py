@@ -8,10 +8,11 @@ import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT, TINY, Project, Redis
+from tests.conftest import BASE, ROOT, TINY, Project, Redis
 
 DOCKER = """#!/bin/sh
 # Stands in for docker, of which there is no daemon here: writes down how it was called, and
@@ -69,6 +70,53 @@ def test_a_managed_redis_is_not_switched(new_project: Callable[[], Project]) -> 
     assert (refused.code, "another Redis" in refused.error) == (1, True)
     raw = project.variables("pulse-router")["REDIS_URL"]
     assert raw == "${{pulse-redis.REDIS_URL}}"  # the password never left Railway
+
+
+PATCH = """
+mutation Move($environment: String!, $patch: EnvironmentConfig!) {
+  environmentPatchCommit(environmentId: $environment, patch: $patch)
+}
+"""
+
+
+def instances(project: Project) -> dict[str, dict[str, Any]]:
+    """Each service's instance as the local Railway keeps it."""
+    raw = json.loads((project.railway.root / "state.json").read_text())
+    return {
+        s["name"]: next(i for i in s["instances"] if i["environment_id"] == project.environment)
+        for s in raw["services"]
+        if s["project_id"] == project.id
+    }
+
+
+def test_the_canvas_and_what_is_managed(new_project: Callable[[], Project]) -> None:
+    """All of it is in the router's group, what is moved out is moved back, and what `ensure`
+    manages is set again; one backend replica."""
+    project = new_project()
+    project.ok("ensure", "main.py")
+    project.deploy("one")
+    found = instances(project)
+    assert set(found) == {*BASE, "one"}
+    groups = {instance["group_id"] for instance in found.values()}
+    assert len(groups) == 1
+    assert groups != {None}
+    assert found["pulse-janitor"]["settings"]["cronSchedule"] == "*/5 * * * *"
+    assert found["pulse-router"]["settings"]["healthcheckPath"] == "/healthz"
+    assert found["one"]["settings"]["healthcheckPath"] == "/_pulse/health"
+    assert project.ok("ensure", "main.py")["changed"] == []
+
+    ids = {name: instance["service_id"] for name, instance in found.items()}
+    moved = {ids[name]: {"groupId": None} for name in ("pulse-redis", "one")}
+    changed = {ids["pulse-janitor"]: {"deploy": {"cronSchedule": "0 * * * *"}}}
+    patch = {"services": {**moved, **changed}}
+    project.railway.graphql(PATCH, environment=project.environment, patch=patch)
+    assert instances(project)["one"]["group_id"] is None
+    said = project.ok("ensure", "main.py")["changed"]
+    assert len(said) == 4, said  # the last one: the janitor is deployed with it
+    again = instances(project)
+    assert {instance["group_id"] for instance in again.values()} == groups
+    assert again["pulse-janitor"]["settings"]["cronSchedule"] == "*/5 * * * *"
+    assert project.active == "one"
 
 
 def test_service_prefix(new_project: Callable[[], Project], tmp_path: Path) -> None:

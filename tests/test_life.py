@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from pulse_railway import runtime_image
-from tests.conftest import ROOT, TINY, Project
+from tests.conftest import ROOT, TINY, Project, play
 from tests.net import eventually
 
 
@@ -63,7 +64,12 @@ def traffic(project: Project, url: str, path: str = "/work") -> Iterator[None]:
         thread.join()
 
 
-def test_01_a_canary_gets_a_share_and_is_ended(base: Project) -> None:
+@pytest.mark.timeout(900)
+def test_a_deployment_goes_through_its_life(request: pytest.FixtureRequest) -> None:
+    play(globals(), request)
+
+
+def step_01_a_canary_gets_a_share_and_is_ended(base: Project) -> None:
     done = base.ok("deploy", "main.py", "--deployment-id", "second", "--canary", "40")
     assert (done["active"], done["canary"], base.active) == (False, 40, "first")
     url = done["address"]
@@ -88,7 +94,7 @@ def test_01_a_canary_gets_a_share_and_is_ended(base: Project) -> None:
     assert base.run("promote", "--deployment-id", "first", "--weight", "5").code == 1
 
 
-def test_02_a_canary_is_promoted_in_the_end(base: Project) -> None:
+def step_02_a_canary_is_promoted_in_the_end(base: Project) -> None:
     base.ok("promote", "--deployment-id", "second", "--weight", "10")
     assert record(base, "second")["state"] == "pending"
     done = base.ok("promote", "--deployment-id", "second")
@@ -98,7 +104,7 @@ def test_02_a_canary_is_promoted_in_the_end(base: Project) -> None:
     assert "second" not in visits(base, done["address"])
 
 
-def test_03_another_promotion_ends_the_share_of_a_canary(base: Project) -> None:
+def step_03_another_promotion_ends_the_share_of_a_canary(base: Project) -> None:
     base.ok("promote", "--deployment-id", "second", "--weight", "100")
     base.deploy("hotfix")
     assert base.active == "hotfix"
@@ -109,7 +115,7 @@ def test_03_another_promotion_ends_the_share_of_a_canary(base: Project) -> None:
     base.ok("rollback")
 
 
-def test_04_a_first_deployment_cannot_be_a_canary(new_project: Callable[[], Project]) -> None:
+def step_04_a_first_deployment_cannot_be_a_canary(new_project: Callable[[], Project]) -> None:
     project = new_project()
     project.ok("ensure", "main.py")
     verb = project.run("deploy", "main.py", "--canary", "10")
@@ -123,7 +129,7 @@ def test_04_a_first_deployment_cannot_be_a_canary(new_project: Callable[[], Proj
     assert "from 0 to 100" in project.run("deploy", "main.py", "--canary", "101").error
 
 
-def test_05_a_bake_goes_back_by_itself(base: Project) -> None:
+def step_05_a_bake_goes_back_by_itself(base: Project) -> None:
     assert base.active == "first"
     url = address(base)
     with traffic(base, url):
@@ -146,7 +152,7 @@ def test_05_a_bake_goes_back_by_itself(base: Project) -> None:
     assert base.variables("pulse-router")["PULSE_RAILWAY_ACTIVE"] == "first"
 
 
-def test_06_a_bake_of_a_canary_ends_it(base: Project) -> None:
+def step_06_a_bake_of_a_canary_ends_it(base: Project) -> None:
     url = address(base)
     with traffic(base, url):
         verb = base.run("promote", "--deployment-id", "bad", "--weight", "100", "--bake", "60")
@@ -154,7 +160,7 @@ def test_06_a_bake_of_a_canary_ends_it(base: Project) -> None:
     assert (base.active, record(base, "bad")["state"]) == ("first", "draining")
 
 
-def test_07_a_bake_that_goes_well_and_one_that_is_killed(base: Project) -> None:
+def step_07_a_bake_that_goes_well_and_one_that_is_killed(base: Project) -> None:
     url = address(base)
     with traffic(base, url):
         done = base.ok("deploy", "main.py", "--deployment-id", "good", "--bake", "12")
@@ -179,7 +185,7 @@ def test_07_a_bake_that_goes_well_and_one_that_is_killed(base: Project) -> None:
     assert base.ok("status")["problems"] == []
 
 
-def test_08_one_deploy_at_a_time(base: Project) -> None:
+def step_08_one_deploy_at_a_time(base: Project) -> None:
     key = "pulse:railway:deploy:lock"
     now = time.time()
     held = {"holder": "x", "by": "eve@laptop", "since": now - 60, "until": now + 600}
@@ -224,7 +230,7 @@ def test_08_one_deploy_at_a_time(base: Project) -> None:
     assert base.redis.get(key) is None
 
 
-def test_09_maintenance(base: Project, tmp_path: Path) -> None:
+def step_09_maintenance(base: Project, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     page.write_text("<h1>Tea — back at five</h1> \"quoted\" 'too' $HOME `x`\n")
     done = base.ok("maintenance", "on", "--page", str(page), "--message", "moving house")
@@ -271,7 +277,7 @@ class Listener:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
 
-def test_10_somebody_is_told(base: Project) -> None:
+def step_10_somebody_is_told(base: Project) -> None:
     listener, deaf = Listener(), Listener(500)
     base.deploy("told", "--notify", listener.url)
     assert listener.told[-1]["ok"] is True
@@ -291,7 +297,7 @@ def test_10_somebody_is_told(base: Project) -> None:
     assert "pulse-janitor: set PULSE_RAILWAY_NOTIFY_URL (secret)" in planned
 
 
-def test_11_what_runs_before_the_start(base: Project, tmp_path: Path) -> None:
+def step_11_what_runs_before_the_start(base: Project, tmp_path: Path) -> None:
     app = tmp_path / "app"
     shutil.copytree(TINY, app)
     main = app / "main.py"
@@ -320,7 +326,7 @@ def test_11_what_runs_before_the_start(base: Project, tmp_path: Path) -> None:
     assert base.active == "migrates"
 
 
-def test_12_who_what_and_why(base: Project) -> None:
+def step_12_who_what_and_why(base: Project) -> None:
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()

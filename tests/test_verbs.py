@@ -9,10 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, TINY, Project
+from tests.conftest import ROOT, TINY, Project, play
 from tests.net import eventually
 
-pytestmark = pytest.mark.usefixtures("baseline")
+
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("baseline")
+def test_a_team_goes_through_the_verbs(request: pytest.FixtureRequest) -> None:
+    play(globals(), request)
 
 
 @pytest.fixture(scope="module")
@@ -22,14 +26,14 @@ def baseline(project: Project) -> None:
     assert project.services == {"pulse-router", "pulse-env", "pulse-redis", "pulse-janitor"}
 
 
-def test_01_scaffold_refuses_a_second_time(project: Project) -> None:
+def step_01_scaffold_refuses_a_second_time(project: Project) -> None:
     verb = project.run("scaffold", "main.py")
     assert verb.code == 1
     assert "exists already" in verb.error
     assert "ensure" in verb.error
 
 
-def test_02_ensure_changes_nothing_then_only_what_differs(project: Project) -> None:
+def step_02_ensure_changes_nothing_then_only_what_differs(project: Project) -> None:
     again = project.ok("ensure", "main.py")
     assert again["changed"] == []
     assert again["api_calls"] == 3
@@ -40,7 +44,7 @@ def test_02_ensure_changes_nothing_then_only_what_differs(project: Project) -> N
     assert project.ok("ensure", "main.py", "--drain-ttl-seconds", "120")["changed"] == []
 
 
-def test_03_deploy_with_variables(project: Project) -> None:
+def step_03_deploy_with_variables(project: Project) -> None:
     project.stage.set_variables(
         "pulse-env", {"SECRET_KEY": "from-env", "PORT": "1", "RAILWAY_X": "no", "SHARED": "env"}
     )
@@ -63,14 +67,14 @@ def test_03_deploy_with_variables(project: Project) -> None:
     assert (record["state"], record["service_name"]) == ("active", "one")
 
 
-def test_04_the_same_id_is_refused(project: Project) -> None:
+def step_04_the_same_id_is_refused(project: Project) -> None:
     verb = project.run("deploy", "main.py", "--deployment-id", "one")
     assert verb.code == 1
     assert "exists already" in verb.error
     assert project.active == "one"
 
 
-def test_05_a_pending_deployment_and_promote(project: Project) -> None:
+def step_05_a_pending_deployment_and_promote(project: Project) -> None:
     done = project.ok("deploy", "main.py", "--deployment-id", "two", "--no-promote")
     assert done["active"] is False
     assert (project.active, project.records["two"]["state"]) == ("one", "pending")
@@ -87,13 +91,13 @@ def test_05_a_pending_deployment_and_promote(project: Project) -> None:
     )
 
 
-def test_06_rollback_goes_to_the_one_before(project: Project) -> None:
+def step_06_rollback_goes_to_the_one_before(project: Project) -> None:
     assert project.ok("rollback")["deployment_id"] == "three"
     assert project.active == "three"
     assert project.records["two"]["state"] == "draining"
 
 
-def test_07_status(project: Project) -> None:
+def step_07_status(project: Project) -> None:
     found = project.ok("status")
     assert found["active"] == "three"
     rows = {row["deployment_id"]: row for row in found["deployments"]}
@@ -110,13 +114,13 @@ def test_07_status(project: Project) -> None:
     assert "\x1b" not in shown.out
 
 
-def test_08_redeploy(project: Project) -> None:
+def step_08_redeploy(project: Project) -> None:
     assert project.ok("redeploy")["deployment_id"] == "three"
     assert project.ok("redeploy", "--deployment-id", "one")["deployment_id"] == "one"
     assert project.active == "three"
 
 
-def test_09_delete_and_remove(project: Project) -> None:
+def step_09_delete_and_remove(project: Project) -> None:
     verb = project.run("delete", "--deployment-id", "three", "--service", "pulse-router")
     assert (verb.code, "is active" in verb.error) == (1, True)
     assert project.ok("delete", "--deployment-id", "one", "--yes")["deleted"] is True
@@ -133,14 +137,14 @@ def test_09_delete_and_remove(project: Project) -> None:
     assert set(project.records) == {"three"}
 
 
-def test_10_logs(project: Project) -> None:
+def step_10_logs(project: Project) -> None:
     built = project.ok("logs", "--build")
     assert any("FROM python" in line["message"] for line in built["lines"])
     assert project.run("logs", "--service", "pulse-redis").out
     assert "no service is named x" in project.run("logs", "--service", "x").error
 
 
-def test_11_state_that_redis_lost_comes_back(project: Project) -> None:
+def step_11_state_that_redis_lost_comes_back(project: Project) -> None:
     project.deploy("four")
     assert project.variables("pulse-router")["PULSE_RAILWAY_ACTIVE"] == "four"
     before = project.records
@@ -155,7 +159,7 @@ def test_11_state_that_redis_lost_comes_back(project: Project) -> None:
     project.ok("delete", "--deployment-id", "next")
 
 
-def test_12_the_janitor_keeps_what_is_used_and_forces_what_is_old(project: Project) -> None:
+def step_12_the_janitor_keeps_what_is_used_and_forces_what_is_old(project: Project) -> None:
     container = next(
         p
         for p in (project.railway.root / "containers").iterdir()
@@ -176,7 +180,7 @@ def test_12_the_janitor_keeps_what_is_used_and_forces_what_is_old(project: Proje
     assert project.active == "four"
 
 
-def test_13_the_janitor_removes_dead_deploys_and_refuses_contradictions(project: Project) -> None:
+def step_13_the_janitor_removes_dead_deploys_and_refuses_contradictions(project: Project) -> None:
     project.deploy("dead", "--no-promote")
     assert project.records["dead"]["held"]  # on purpose; now as if its deploy had died
     record = project.records["dead"] | {"registered_at": time.time() - 4000, "held": False}
@@ -191,7 +195,7 @@ def test_13_the_janitor_removes_dead_deploys_and_refuses_contradictions(project:
     assert project.services == before
 
 
-def test_14_a_second_janitor_run_waits_its_turn(project: Project) -> None:
+def step_14_a_second_janitor_run_waits_its_turn(project: Project) -> None:
     project.redis.set("pulse:railway:janitor:lock", "somebody", ex=60)
     project.stage.run_janitor()
     time.sleep(2.5)
@@ -201,14 +205,14 @@ def test_14_a_second_janitor_run_waits_its_turn(project: Project) -> None:
     eventually(lambda: "four" not in project.services, 15)
 
 
-def test_15_control_and_janitor_fail_outside_railway(project: Project) -> None:
+def step_15_control_and_janitor_fail_outside_railway(project: Project) -> None:
     for words in (["control", "active"], ["janitor", "run"]):
         verb = project.run(*words)
         assert verb.code == 1
         assert "inside the" in verb.err
 
 
-def test_16_another_command_line_of_0_3(project: Project) -> None:
+def step_16_another_command_line_of_0_3(project: Project) -> None:
     """The README of 0.3.x, flag by flag."""
     name = project.railway.graphql(
         "query P($i: String!) { project(id: $i) { name } }", i=project.id
@@ -263,7 +267,7 @@ def test_16_another_command_line_of_0_3(project: Project) -> None:
     assert project.active.startswith("my-app-")
 
 
-def test_17_invoke_with_a_configuration_file(project: Project, tmp_path: Path) -> None:
+def step_17_invoke_with_a_configuration_file(project: Project, tmp_path: Path) -> None:
     import shutil
     import subprocess
     import sys
