@@ -172,16 +172,35 @@ def read_variables(api: Api, stack: Stack) -> None:
         keep_secret(*(value for value in given if "${{" not in value))
 
 
+def partial(stack: Stack) -> str:
+    """What to do about a baseline of which a part is missing, and what goes with the rest."""
+    return (
+        f"the baseline is partial: {', '.join(stack.missing)} missing. Delete"
+        f" {joined(s.name for s in stack.baseline)} on Railway and run `pulse-railway scaffold`"
+        + goes_with(stack)
+    )
+
+
+def goes_with(stack: Stack) -> str:
+    """What is lost with the baseline's services, for whoever is about to delete them."""
+    lost = []
+    if stack.redis:
+        lost.append("all sessions and the routing state")
+    if stack.env:
+        own = [name for name in stack.env.variables if not name.startswith(("RAILWAY_", "PULSE_"))]
+        if own:
+            lost.append(f"{len(own)} variables of {stack.env.name} (note them first)")
+    if stack.router and stack.router.domains:
+        lost.append(f"the address {stack.address}")
+    return f". With them go: {'; '.join(lost)}" if lost else ""
+
+
 def require_baseline(stack: Stack) -> None:
     """Raises Failure where a deploy could not work; repairs nothing."""
     if not stack.baseline:
         raise Failure("there is no baseline in this environment: run `pulse-railway ensure` first")
     if stack.missing:
-        raise Failure(
-            f"the baseline is partial: {', '.join(stack.missing)} missing. Delete"
-            f" {', '.join(s.name for s in stack.baseline)} on Railway and run"
-            " `pulse-railway scaffold`"
-        )
+        raise Failure(partial(stack))
     router, janitor = stack.router, stack.janitor
     assert router is not None
     assert janitor is not None

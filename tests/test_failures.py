@@ -245,3 +245,36 @@ def test_a_partial_baseline_is_refused(new_project: Callable[[], Project]) -> No
         assert "scaffold" in failed.error
     assert "exists already" in project.run("scaffold", "main.py").error
     assert project.services == before
+
+
+DELETE = "mutation D($i: String!) { serviceDelete(id: $i) }"
+
+
+def test_what_goes_with_a_baseline_is_said_beforehand(new_project: Callable[[], Project]) -> None:
+    """... and a deployment that outlives it is routed to again."""
+    project = new_project()
+    project.ok("ensure", "main.py")
+    project.deploy("survivor")
+    project.stage.set_variables("pulse-env", {"SECRET_KEY": "x", "OTHER": "y"})
+    address = project.ok("status")["address"]
+    ids = {name: at["serviceId"] for name, at in project.stage.services().items()}
+    project.railway.graphql(DELETE, i=ids["pulse-janitor"])
+    for verb in (["ensure", "main.py"], ["scaffold", "main.py"], ["status"]):
+        run = project.run(*verb)
+        said = run.out if verb == ["status"] else run.error
+        assert "With them go: all sessions and the routing state; 2 variables of pulse-env" in said
+        assert f"the address {address}" in said
+
+    for name in ("pulse-router", "pulse-redis", "pulse-env"):
+        project.railway.graphql(DELETE, i=ids[name])
+    planned = project.run("ensure", "main.py", "--plan")
+    assert "survivor ran under a baseline that is gone" in planned.err
+    again = project.run("ensure", "main.py")
+    assert again.code == 0, again.err
+    assert "survivor ran under a baseline that is gone" in again.err
+    assert project.ok("restore", "--deployment-id", "survivor")["active"] == "survivor"
+    assert project.get("/_pulse/meta")["deployment_id"] == "survivor"
+    # it runs with the internal token of the old baseline, until it starts anew
+    assert project.ok("status")["deployments"][0]["sessions"] is None
+    project.ok("redeploy")
+    assert project.ok("status")["deployments"][0]["sessions"] == 0

@@ -204,15 +204,15 @@ def deploy(project: Project, app: Path, *arguments: str) -> Any:
     return project.run("deploy", "main.py", *arguments, cwd=app)
 
 
-def test_nothing_is_made_of_a_context_that_lacks_its_parts(project: Project, app: Path) -> None:
-    services = project.services
+def test_nothing_is_made_of_a_context_that_lacks_its_parts(base: Project, app: Path) -> None:
+    services = base.services
     for ignored, said in (
         ("Dockerfile", "the Dockerfile Dockerfile would not be uploaded"),
         ("web/", "the web root web would not be uploaded"),
         ("*.py", "the app main.py would not be uploaded"),
     ):
         (app / ".railwayignore").write_text(f"{ignored}\n")
-        verb = deploy(project, app)
+        verb = deploy(base, app)
         assert said in verb.error
         assert ".railwayignore leaves it out" in verb.error
     (app / ".railwayignore").unlink()
@@ -223,13 +223,13 @@ def test_nothing_is_made_of_a_context_that_lacks_its_parts(project: Project, app
         source = (TINY / "main.py").read_text()
         arguments = [] if text else ["--server-address", "http://shop.example"]
         (app / "main.py").write_text(source.replace(text or "-", "None" if text else "-"))
-        verb = deploy(project, app, *arguments)
+        verb = deploy(base, app, *arguments)
         assert verb.code == 1
         assert said in verb.error
-    assert project.services == services
+    assert base.services == services
 
 
-def test_what_is_warned_about(project: Project, app: Path) -> None:
+def test_what_is_warned_about(base: Project, app: Path) -> None:
     tree(
         app,
         {
@@ -239,7 +239,7 @@ def test_what_is_warned_about(project: Project, app: Path) -> None:
             "railway.toml": '[deploy]\nstartCommand = "x"\n[build]\nbuilder = "NIXPACKS"',
         },
     )
-    verb = deploy(project, app, "--deployment-id", "warned")
+    verb = deploy(base, app, "--deployment-id", "warned")
     assert verb.code == 0, verb.err
     said = " ".join(verb.err.split())
     assert "the upload holds .env, keys/id_rsa: name them in" in said

@@ -30,7 +30,16 @@ from pulse_railway.services import (
     variable_input,
     write,
 )
-from pulse_railway.stack import Service, Stack, inspect, joined, read_services, read_variables
+from pulse_railway.stack import (
+    Service,
+    Stack,
+    goes_with,
+    inspect,
+    joined,
+    partial,
+    read_services,
+    read_variables,
+)
 from pulse_railway.waiting import FAILED_STATES, poll, wait_for_services
 
 # On a service whose creation has not ended: a run that was cut off is taken up by the next.
@@ -52,8 +61,20 @@ def scaffold(api: Api, target: Target, wanted: BaselineOptions, output: Output) 
         raise Failure(
             f"a baseline exists already: {joined(s.name for s in stack.baseline)}. `scaffold` only"
             " creates a fresh one: use `pulse-railway ensure`, or delete those services first"
+            + goes_with(stack)
         )
+    tell_of_orphans(stack, output)
     return create(api, stack, wanted, output)
+
+
+def tell_of_orphans(stack: Stack, output: Output) -> None:
+    """Deployments outlive the baseline that they ran under, and a new one knows nothing of them."""
+    if stack.backends and not stack.baseline:
+        output.warn(
+            f"{joined(str(s.deployment_id) for s in stack.backends)} ran under a baseline that is"
+            f" gone, with its sessions and what {stack.names.env} held: set those variables again,"
+            " then `pulse-railway restore --deployment-id ...` routes to them, or deploy anew"
+        )
 
 
 def ensure(
@@ -67,15 +88,12 @@ def ensure(
     with output.step("inspect the project"):
         stack = inspect(api, target, wanted.names)
     if not stack.baseline or unfinished(stack):
+        tell_of_orphans(stack, output)
         if wanted.plan_only:
             return stack, ["create router, env, janitor" + ("" if wanted.redis_url else ", Redis")]
         return create(api, stack, wanted, output), ["created the baseline"]
     if stack.missing:
-        raise Failure(
-            f"the baseline is partial: {', '.join(stack.missing)} missing. Delete"
-            f" {joined(s.name for s in stack.baseline)} on Railway and run"
-            " `pulse-railway scaffold`"
-        )
+        raise Failure(partial(stack))
     check_redis_mode(stack, wanted)
     assert stack.router is not None
     changes = plan(stack, wanted, runtime_token(api, stack), internal_token(stack))
@@ -99,6 +117,7 @@ def check_redis_mode(stack: Stack, wanted: BaselineOptions) -> None:
         raise Failure(
             "this stack uses another Redis, and its sessions and state would be lost: delete the"
             " baseline and run `pulse-railway scaffold --redis-url ...`, or leave --redis-url out"
+            + goes_with(stack)
         )
 
 
