@@ -92,6 +92,18 @@ class AppConfig:
 # -- the app -----------------------------------------------------------------------------------
 
 
+def inside(context: Path, path: str | Path, what: str) -> Path:
+    """`path` relative to the context. Raises Failure where it is outside of it."""
+    full = (context / path).resolve()
+    try:
+        return full.relative_to(context.resolve())
+    except ValueError:
+        raise Failure(
+            f"{what} {full} is outside the deploy context {context}: pass --context "
+            "with a folder that holds it"
+        ) from None
+
+
 def load_app(app: str | None, context: Path) -> AppConfig:
     """Load an app's file, as `pulse` would in a build, and read its RailwayPlugin.
 
@@ -110,6 +122,7 @@ def load_app(app: str | None, context: Path) -> AppConfig:
     path = (context / file).resolve()
     if not path.is_file():
         raise Failure(f"no app at {path}: pass --app path/to/main.py")
+    where = inside(context, path, "the app")
     with _build_environment(context, path):
         loaded = _import(path, variable or "app")
     from pulse_railway.plugin import plugin_of, web_root
@@ -123,7 +136,7 @@ def load_app(app: str | None, context: Path) -> AppConfig:
         loaded.codegen.cfg.base_dir = path.parent
     address = getattr(loaded, "server_address", _TOLD_LATER)  # goes in a later Pulse
     return AppConfig(
-        file=str(path.relative_to(context.resolve())) + (f":{variable}" if variable else ""),
+        file=str(where) + (f":{variable}" if variable else ""),
         context=context.resolve(),
         names=Names(
             plugin.router_service,

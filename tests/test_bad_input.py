@@ -91,6 +91,15 @@ def test_apps_that_cannot_be_deployed(railway: demo.Stage, app: Path) -> None:
     assert "no app at" in fails(railway, "deploy", "elsewhere.py", cwd=app)
     assert "which app?" in fails(railway, "deploy", cwd=app)
     assert "must be relative" in fails(railway, "deploy", str(app / "main.py"), cwd=app)
+    # outside the context, by its path or by a link
+    other = app.parent / "other"
+    other.mkdir()
+    (other / "main.py").write_text(source)
+    (app / "link.py").symlink_to(other / "main.py")
+    for outside in ("../other/main.py", "link.py"):
+        for verb in ("deploy", "ensure", "init"):
+            said = fails(railway, verb, "--app", outside, cwd=app)
+            assert "main.py is outside the deploy context" in said
 
 
 def test_values_that_do_not_fit(railway: demo.Stage, app: Path) -> None:

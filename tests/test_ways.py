@@ -238,12 +238,20 @@ def test_the_way_is_settled_by_what_there_is(
 
 
 @pytest.fixture(scope="module")
-def two(project: Project) -> Project:
-    """A baseline with two deployments, of which `second` is active."""
+def stack(project: Project) -> Project:
     project.ok("ensure", "main.py", "--rollback-window-seconds", "900")
     project.deploy("first")
     project.deploy("second")
     return project
+
+
+@pytest.fixture
+def two(stack: Project) -> Project:
+    """A baseline with two deployments, of which `second` is active."""
+    order(stack.railway, clock=False)
+    if stack.active != "second":
+        stack.ok("promote", "--deployment-id", "second", "--control", "ssh")
+    return stack
 
 
 def test_who_has_no_key_is_turned_away(two: Project, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 
 from pulse_railway import contract, control, naming, provenance
-from pulse_railway.config import AppConfig, Target
+from pulse_railway.config import AppConfig, Target, inside
 from pulse_railway.context import exposed
 from pulse_railway.errors import Failure, Interrupted, Refused
 from pulse_railway.flows.bake import WentBack, bake
@@ -140,18 +140,6 @@ def check_upload(wanted: DeployOptions, dockerfile: Path, web_root: Path, output
     name, keys = upload.overridden(context)
     if keys:
         output.warn(f"{name} is uploaded too, and wins over what is set here: {', '.join(keys)}")
-
-
-def inside(context: Path, path: str | Path, what: str) -> Path:
-    """`path` relative to the context. Raises Failure where it is outside of it."""
-    full = (context / path).resolve()
-    try:
-        return full.relative_to(context.resolve())
-    except ValueError:
-        raise Failure(
-            f"{what} {full} is outside the deploy context {context}: pass --context "
-            "with a folder that holds it"
-        ) from None
 
 
 def check_secret(plan: Plan, stack: Stack) -> None:

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pulse_railway import __version__
+from pulse_railway import __version__, config
 from pulse_railway.errors import Failure
 from pulse_railway.output import Output
 
@@ -137,7 +137,7 @@ def find_app(given: str | None, folder: Path) -> str:
     if given:
         if not (folder / given).is_file():
             raise Failure(f"no app at {folder / given}: pass --app path/to/main.py")
-        return given
+        return config.inside(folder, given, "the app").as_posix()
     made = re.compile(r"\b(ps|pulse)\.App\(")
     found = [
         path.relative_to(folder).as_posix()
