@@ -159,6 +159,7 @@ LOG_RATE = 400  # lines of the access log a second; Railway keeps 500 of a repli
 LOG_FLUSH = 0.2  # how long a line may wait
 LOG_AHEAD = 20_000  # lines that wait for a reader that does not read
 TABS_EVERY = 10.0  # at most so often the deployments are asked for their sessions, for the metrics
+DESCRIPTORS_EVERY = 10.0  # ... and descriptors are counted
 TABS_PATIENCE = 2.0  # ... and a reader of the metrics waits so long for it
 SHUTDOWN_GRACE = seconds("PULSE_RAILWAY_ROUTER_SHUTDOWN_SECONDS", 25)
 
@@ -1063,6 +1064,8 @@ class Metrics:
     turned_away: int = 0  # connections, at the limit
     tunnels_opened: int = 0
     tunnels_open: int = 0
+    descriptors: int = 0
+    descriptors_until: float = 0.0  # monotonic
     own: Tally = field(default_factory=Tally)  # answers of the router's own
     tallies: dict[str, Tally] = field(default_factory=dict)  # by deployment
 
@@ -1547,6 +1550,7 @@ class Client(asyncio.Protocol):
                 self.pause_reading()
             return
         METRICS.requests += 1
+        METRICS.own.answered(b"", status, self.loop.time() - self.touched)
         self.say(plain(status))
         self.transport.close()
 
@@ -2933,8 +2937,16 @@ def numbers(tab_counts: Mapping[str, int]) -> Numbers:
     put("process.cpu.time", round(time.process_time(), 3))
     with contextlib.suppress(OSError), open("/proc/self/statm") as statm:
         put("process.memory.usage", int(statm.read().split()[1]) * resource.getpagesize())
-        put("process.open_file_descriptor.count", len(os.listdir("/proc/self/fd")))
+        put("process.open_file_descriptor.count", open_descriptors())
     return found
+
+
+def open_descriptors() -> int:
+    """Counting many takes milliseconds, so it is done now and then."""
+    if time.monotonic() > METRICS.descriptors_until:
+        METRICS.descriptors = len(os.listdir("/proc/self/fd"))
+        METRICS.descriptors_until = time.monotonic() + DESCRIPTORS_EVERY
+    return METRICS.descriptors
 
 
 def together(parts: Iterable[Numbers]) -> Numbers:

@@ -211,6 +211,11 @@ def ask(
         return read_answer(connection, head_only=method == "HEAD")
 
 
+def listens(port: int) -> bool:
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) == 0
+
+
 def eventually(check: Callable[[], object], seconds: float = 10) -> None:
     """Wait until `check()` is true."""
     deadline = time.monotonic() + seconds

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import BASE, ROOT, TINY, Project, Redis
+from tests.conftest import BASE, ROOT, TINY, Project, Redis, free_port
+from tests.net import ask, eventually, listens
 
 DOCKER = """#!/bin/sh
 # Stands in for docker, of which there is no daemon here: writes down how it was called, and
@@ -117,6 +118,33 @@ def test_the_canvas_and_what_is_managed(new_project: Callable[[], Project]) -> N
     assert {instance["group_id"] for instance in again.values()} == groups
     assert again["pulse-janitor"]["settings"]["cronSchedule"] == "*/5 * * * *"
     assert project.active == "one"
+
+
+DEPLOY = """
+mutation Deploy($service: String!, $environment: String!) {
+  serviceInstanceDeployV2(serviceId: $service, environmentId: $environment)
+}
+"""
+
+
+def test_metrics_on_the_private_network(new_project: Callable[[], Project]) -> None:
+    """A variable on the router service, a redeploy, and its numbers are there; ensure leaves it."""
+    project, port = new_project(), free_port()
+    project.ok("ensure", "main.py")
+    project.deploy("one")
+    given = {"PULSE_RAILWAY_METRICS_PORT": str(port), "PULSE_RAILWAY_ACCESS_LOG": "1"}
+    project.stage.set_variables("pulse-router", given)
+    service = project.stage.services()["pulse-router"]["serviceId"]
+    project.railway.graphql(DEPLOY, service=service, environment=project.environment)
+    eventually(lambda: listens(port), 30)
+    eventually(lambda: project.get("/_pulse/meta")["deployment_id"] == "one")
+    answer = ask(port, "/metrics")
+    assert 'pulse_router_sessions{deployment="one"} 0' in answer.body.decode()
+    assert 'pulse_router_deployments{state="active"} 1' in answer.body.decode()
+    assert project.ok("ensure", "main.py")["changed"] == []
+    assert project.variables("pulse-router").items() >= given.items()
+    said = project.run("logs", "--service", "pulse-router").out
+    assert "GET /_pulse/meta 200" in said
 
 
 def test_service_prefix(new_project: Callable[[], Project], tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -25,7 +24,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import router
 from tests.conftest import ROOT, Process, Redis, free_port
-from tests.net import Backend, Connection, ask, eventually, header, ok
+from tests.net import Backend, Connection, ask, eventually, header, listens, ok
 
 Run = Callable[..., Process]
 DURATION = "http_server_request_duration_seconds"
@@ -364,11 +363,6 @@ def test_the_dashboard_asks_for_what_there_is() -> None:
 
 
 # -- the access log ----------------------------------------------------------------------------
-
-
-def listens(port: int) -> bool:
-    with socket.socket() as sock:
-        return sock.connect_ex(("127.0.0.1", port)) == 0
 
 
 def lines(router: Process) -> list[dict[str, Any]]:
