@@ -424,6 +424,8 @@ def weigh(
             "canary",
         )
     record = _without(_promotable(state, deployment_id), "rejected_at")
+    if float((record.get("bake") or {}).get("until", 0)) < time.time():
+        record.pop("bake", None)  # it was cut off, and somebody has decided
     record |= {
         "deployment_id": deployment_id,
         "state": "pending",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pty
 import select
@@ -14,9 +15,10 @@ from typing import Any
 
 import pytest
 
+import router
 from pulse_railway import contract
 from pulse_railway.config import Names, Target
-from pulse_railway.flows.status import problems
+from pulse_railway.flows.status import of_record, problems
 from pulse_railway.flows.watch import LENGTH, History
 from pulse_railway.stack import Service, Stack
 from pulse_railway.tables import BARS, show_status, trend
@@ -66,6 +68,26 @@ def test_a_problem_is_named_with_its_command(found: Stack, state: Any, says: lis
     assert len(said) == bool(says), said
     for words in says:
         assert words in said[0]
+
+
+def test_a_canary_whose_bake_was_cut_off_is_kept_as_one() -> None:
+    """Before, the advice was a command that finished it; and the mark stayed."""
+    state: dict[str, str] = {":active": "a"}
+    for name, of in (("a", "active"), ("c", "pending")):
+        record = {"deployment_id": name, "state": of, "service_name": name}
+        state[f":deployment:{name}"] = json.dumps(record)
+
+    def weigh(bake: float | None) -> dict[str, Any]:
+        change = router.weigh(state, "c", "c", 10.0, bake=bake)
+        state.update({key: str(value) for key, value in change.items()})
+        return dict(json.loads(state[":deployment:c"]))
+
+    baking = weigh(-120.0)
+    said = of_record(baking, stack(A))
+    assert said[0].endswith("`pulse-railway promote --deployment-id c --weight 10` keeps it")
+    assert "bake" not in weigh(None)
+    assert "bake" in weigh(300.0)
+    assert "bake" in weigh(None), "one that goes on stays known"
 
 
 def test_a_redis_that_hangs(base: Project) -> None:

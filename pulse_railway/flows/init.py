@@ -88,6 +88,9 @@ jobs:
       - run: pulse-railway deploy --control job
         env:
           RAILWAY_TOKEN: ${{ secrets.RAILWAY_TOKEN }}
+          # Faster, without --control job: a key that Railway knows, as the secret RAILWAY_SSH_KEY,
+          # and before it `mkdir -p ~/.ssh && ssh-keyscan ssh.railway.com >> ~/.ssh/known_hosts`.
+          # PULSE_RAILWAY_SSH_KEY: ${{ secrets.RAILWAY_SSH_KEY }}
 """
 
 TASKS = '''\

@@ -75,13 +75,15 @@ def of_record(record: dict[str, Any], stack: Stack) -> list[str]:
     name = record["deployment_id"]
     found = []
     until = (record.get("bake") or {}).get("until")
+    weight = record.get("weight")
     if until and time.time() > float(until) + BAKE_GRACE:
+        share = "" if weight is None else f" --weight {weight:g}"
         found.append(
             f"the bake of {name} was cut off: it stays as it is, unwatched. `pulse-railway"
-            f" rollback` goes back, `pulse-railway promote --deployment-id {name}` keeps it"
+            f" rollback` goes back, `pulse-railway promote --deployment-id {name}{share}` keeps it"
         )
     service = stack.backend(name)
-    if record.get("weight") is not None and service and service.status in FAILED_STATES:
+    if weight is not None and service and service.status in FAILED_STATES:
         found.append(
             f"the canary {name} is {service.status} on Railway: `pulse-railway rollback` ends it"
         )
