@@ -27,7 +27,8 @@ laptop run the same. It is long because it is two programs that share the routin
 and the control commands, and because ASGI's events cannot carry what a proxy must keep (header
 case, reason phrases, 1xx, framing, a connection broken off), so it speaks HTTP/1.1 by itself.
 From top to bottom: names and limits; routing state and stores; table; counters; backend's side;
-client's side; one request and its answer; tunnels; which deployment; serving; control commands.
+client's side; one request and its answer; tunnels; which deployment; access log; what is exported;
+serving; control commands. docs/architecture.md says who may write to what, and who closes it.
 """
 
 from __future__ import annotations

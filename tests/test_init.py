@@ -1,4 +1,4 @@
-"""From an empty folder and an app of one's own to a second deploy, by what the docs say."""
+"""`init` and `doctor`, for an app of one's own. tests/test_first_deploy.py does it by the docs."""
 
 from __future__ import annotations
 
