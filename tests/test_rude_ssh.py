@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
 
 from pulse_railway import config, contract, control, job, runtime_image
@@ -363,6 +363,11 @@ EXAMPLES = int(os.environ.get("PULSE_EXAMPLES") or 100)
     max_examples=EXAMPLES,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+# found by a run in CI: a signal while a deploy that had ended gave its lock back
+@example(
+    way="ssh",
+    plan=[(("deploy --no-promote", "third"), [WORKS, WORKS, ("before", "signal", 0)])],
 )
 @pytest.mark.usefixtures("rude")
 def test_nothing_that_serves_is_lost(way: str, plan: list[Any]) -> None:

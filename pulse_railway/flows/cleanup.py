@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pulse_railway import contract, control
 from pulse_railway.config import Target
 from pulse_railway.errors import Failure, Interrupted, Refused
+from pulse_railway.flows.signals import shielded
 from pulse_railway.options import DeployOptions
 from pulse_railway.output import Output
 from pulse_railway.railway.api import Api
@@ -93,10 +94,11 @@ def _stays(name: str, output: Output) -> None:
 
 
 def release(api: Api, progress: Progress) -> None:
-    """Give the deploy lock back, if it can be done: it ends by itself, too."""
+    """Give the deploy lock back, if it can be done: it ends by itself, too. All is done by then, so
+    a signal that comes meanwhile does not make a deploy that has ended one that was interrupted."""
     if progress.locked and progress.stack:
         progress.locked = False
-        with contextlib.suppress(Failure):
+        with contextlib.suppress(Failure, Interrupted), shielded():
             control.unlock(api, progress.stack, progress.run, pauses=(1.0,))
 
 
