@@ -2781,12 +2781,16 @@ class AccessLog:
         self.idle = threading.Event()  # nothing is being written
         self.idle.set()
 
-    def add(self, line: Record, error: bool) -> None:
+    def takes(self, error: bool) -> bool:
+        """Is the next line to be written? Asked before it is made."""
         self.seen += 1
         too_many = not error and (self.seen % self.sample or self.kept >= self.rate)
         if too_many or len(self.lines) >= LOG_AHEAD:
             self.dropped += 1
-            return
+            return False
+        return True
+
+    def add(self, line: Record, error: bool) -> None:
         self.kept += 1
         if self.sample > 1 and not error:
             line["sample"] = self.sample
@@ -2830,6 +2834,8 @@ LOG = AccessLog(LOG_RATE)
 def access(incoming: Incoming, status: int, deployment: str | None, size: int, took: float) -> None:
     """Log one answer; status 0 is none, the client had gone. Paths only: a query can carry a
     secret."""
+    if not LOG.takes(status >= 500):
+        return
     path = urllib.parse.unquote(incoming.path.decode("latin-1"))
     method = incoming.method.decode()
     request_id = next((v for _, lower, v in incoming.fields if lower == REQUEST_ID), b"")
