@@ -143,6 +143,7 @@ def listens(state: Path) -> bool:
         return False
 
 
+@pytest.mark.timeout(600)  # it has a whole project deployed five times
 def test_what_the_pages_say(newcomer: Newcomer) -> None:
     (newcomer.folder / "main.py").write_text(
         "import pulse as ps\n\napp = ps.App(routes=[])\n"  # as it was before
