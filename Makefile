@@ -29,13 +29,14 @@ docs: .venv/ready          ## the site, into site/
 bench: .venv/ready         ## the router beside its peers
 	@$(INVOKE) bench
 
+# With extras: an older pip does not find that `coverage[toml]` is what `coverage==...` pins.
 lock: .venv/ready          ## resolve the dependencies anew
 	@$(PY) -m pip install -q uv
 	@.venv/bin/uv pip compile pyproject.toml --extra local --group dev --universal \
-		--python-version 3.12 --generate-hashes --no-header -q -U -o requirements.lock
+		--python-version 3.12 --generate-hashes --no-strip-extras --no-header -q -U -o requirements.lock
 	@cat router.py janitor.py | sed -n 's/^#   "\(.*\)",$$/\1/p' | sort -u | .venv/bin/uv pip compile - \
 		-c requirements.lock --universal --python-version 3.12 --generate-hashes \
-		--no-header --no-annotate -q -o runtime.lock
+		--no-strip-extras --no-header --no-annotate -q -o runtime.lock
 
 .venv/ready: requirements.lock pyproject.toml
 	@test -n "$(firstword $(PYTHON))" || { echo "Python 3.12 or newer is needed" >&2; exit 1; }

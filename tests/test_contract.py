@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
+
+from packaging.requirements import Requirement
 
 from pulse_railway import contract, runtime_image
 
@@ -65,3 +68,17 @@ def test_what_ships_is_what_is_tested() -> None:
         assert names
         assert set(names) <= set(shipped)
     assert "--hash=sha256:" in (root / "runtime.lock").read_text()
+
+
+def test_the_lock_names_the_extras_that_packages_ask_for() -> None:
+    """pip 23 takes `coverage[toml]` for unpinned beside `coverage==...`, from the day on which
+    there is a newer coverage."""
+    text = (Path(runtime_image.sources()) / "requirements.lock").read_text()
+    with_extras = set(re.findall(r"^([a-z0-9-]+)\[", text, re.M))
+    asked = {
+        needed.name
+        for installed in distributions()
+        for needed in map(Requirement, installed.requires or [])
+        if needed.extras and (not needed.marker or needed.marker.evaluate({"extra": ""}))
+    }
+    assert asked == with_extras == {"coverage"}
