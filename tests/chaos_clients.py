@@ -289,7 +289,7 @@ class Tab:
                     self.world.count["tabs"] += 1
                     for number in range(1, self.rng.randint(3, 25)):
                         if self.world.over:
-                            break
+                            break  # type: ignore[unreachable]  # another task sets it
                         await asyncio.sleep(self.rng.uniform(0.2, 1.5))
                         await tab.count()
                         self.counted += 1

@@ -241,7 +241,7 @@ class Verb:
 
 
 def pulse_railway(
-    *arguments: str, env: dict[str, str], cwd: Path = ROOT, timeout: float = 240
+    *arguments: str, env: dict[str, str], cwd: Path | str = ROOT, timeout: float = 240
 ) -> Verb:
     """`pulse-railway <arguments>` as its own process (see zygote.py)."""
     return Verb(zygote().run(list(arguments), env, cwd, timeout))
@@ -278,7 +278,7 @@ class Project:
         }
         self.stage = demo.Stage(railway.root, railway.process, self.env)
 
-    def run(self, *arguments: str, cwd: Path = TINY, **env: str) -> Verb:
+    def run(self, *arguments: str, cwd: Path | str = TINY, **env: str) -> Verb:
         window = "--rollback-window-seconds"
         if arguments[0] in ("ensure", "scaffold") and window not in arguments:
             arguments = (*arguments, window, "0")  # what is drained may go at once
@@ -304,7 +304,7 @@ class Project:
     @property
     def state(self) -> dict[str, Any]:
         """Redis as it is: key without the prefix to value."""
-        data = self.redis.mget(keys := list(self.redis.scan_iter("pulse:railway:*")))  # type: ignore[var-annotated]
+        data = self.redis.mget(keys := list(self.redis.scan_iter("pulse:railway:*")))
         return {
             k.removeprefix("pulse:railway:"): v
             for k, v in zip(keys, data, strict=True)

@@ -99,7 +99,7 @@ class Backend:
     def __init__(
         self,
         answer: bytes = ok(),
-        handle: Callable[[Connection], None] | None = None,
+        handle: Callable[[Connection], object] | None = None,
         family: socket.AddressFamily = socket.AF_INET,
     ) -> None:
         self.answer, self.handler = answer, handle

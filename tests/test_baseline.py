@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import BASE, ROOT, TINY, Project, Redis, free_port
+from pulse_railway.local.supervisor import free_port
+from tests.conftest import BASE, ROOT, TINY, Project, Redis
 from tests.net import ask, eventually, listens
 
 DOCKER = """#!/bin/sh

@@ -17,7 +17,8 @@ import httpx
 import pytest
 
 from pulse_railway import contract, serve
-from tests.conftest import ROOT, Redis, free_port
+from pulse_railway.local.supervisor import free_port
+from tests.conftest import ROOT, Redis
 from tests.net import Backend, Connection, ask, eventually
 
 PYTHON = str(Path(sys.executable))

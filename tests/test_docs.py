@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from invoke.collection import Collection
 
-from pulse_railway import cli, help
+import tasks
+from docs import reference
+from pulse_railway import help
+from pulse_railway import tasks as railway
 from pulse_railway.verbs import FLAGS
 from tests.conftest import ROOT
 
@@ -39,25 +41,14 @@ NOT_OURS = {
 }
 
 
-def reference() -> object:
-    sys.path.insert(0, str(ROOT / "docs"))
-    try:
-        import reference
-
-        return reference
-    finally:
-        sys.path.pop(0)
-
-
 def test_the_reference_is_the_code_s() -> None:
-    module = reference()
-    assert (ROOT / "docs/reference.md").read_text() == module.page(), "run `invoke docs`"  # type: ignore[attr-defined]
+    assert (ROOT / "docs/reference.md").read_text() == reference.page(), "run `invoke docs`"
 
 
 def test_every_variable_is_in_the_reference() -> None:
     known = {
         name.strip()
-        for table in reference().VARIABLES.values()  # type: ignore[attr-defined]
+        for table in reference.VARIABLES.values()
         for names in table
         for name in names.split(",")
     }
@@ -73,17 +64,16 @@ def test_every_variable_is_in_the_reference() -> None:
 def test_every_command_exists(page: Path) -> None:
     """Verbs and flags, wherever a page names them. What the pages' `sh` blocks say is run by
     tests/test_first_deploy.py."""
-    tasks = _tasks()
     code = "\n".join(CODE.findall(page.read_text()))
     for program, verb, rest in COMMAND.findall(code):
         if verb in ("serve", "janitor", "control", "help", "tasks"):
             continue
-        if page.name == "messages.md" and verb not in tasks:
+        if page.name == "messages.md" and verb not in tasks.ns.tasks:
             continue  # a sentence: `... which pulse-railway needs`
         if program == "pulse-railway":
-            assert verb in cli.tasks.ns.tasks, f"{page.name}: {program} {verb}"
+            assert verb in railway.ns.tasks, f"{page.name}: {program} {verb}"
         else:
-            assert verb in tasks, f"{page.name}: {program} {verb}"
+            assert verb in tasks.ns.tasks, f"{page.name}: {program} {verb}"
         said = rest.replace("…", "x").replace("...", "x").split("&&")[0].split("|")[0]
         try:
             words = shlex.split(said.split(";")[0].rstrip(").,:"))
@@ -91,7 +81,7 @@ def test_every_command_exists(page: Path) -> None:
             continue
         taken = (
             {f"--{name.replace('_', '-')}" for name in help.flags(verb)}
-            if (verb in cli.tasks.ns.tasks)
+            if (verb in railway.ns.tasks)
             else set()
         )
         for word in words:
@@ -100,15 +90,8 @@ def test_every_command_exists(page: Path) -> None:
                 assert flag in taken, f"{page.name}: {program} {verb} {flag}"
 
 
-def _tasks() -> Collection:
-    sys.path.insert(0, str(ROOT))
-    import tasks
-
-    return tasks.ns.tasks  # type: ignore[return-value]
-
-
 def test_every_flag_is_taken_by_a_verb() -> None:
-    taken = {name for verb in cli.tasks.ns.tasks for name in help.flags(verb)}
+    taken = {name for verb in railway.ns.tasks for name in help.flags(verb)}
     assert taken == set(FLAGS)
 
 

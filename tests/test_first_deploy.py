@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
 
 from examples import demo
@@ -138,8 +139,8 @@ class Newcomer:
 def listens(state: Path) -> bool:
     try:
         port = json.loads(state.read_text())["api_port"]
-        return demo.httpx.get(f"http://127.0.0.1:{port}/local/stats").status_code == 200
-    except (OSError, ValueError, KeyError, demo.httpx.HTTPError, demo.httpx.InvalidURL):
+        return httpx.get(f"http://127.0.0.1:{port}/local/stats").status_code == 200
+    except (OSError, ValueError, KeyError, httpx.HTTPError, httpx.InvalidURL):
         return False
 
 

@@ -102,7 +102,7 @@ def test_a_deployment_whose_record_is_lost_is_not_taken_for_one(room: Room) -> N
 
 def test_pending_deployments(room: Room) -> None:
     room.sessions(0)
-    old = {"state": "pending", "registered_at": time.time() - 7200}
+    old: dict[str, Any] = {"state": "pending", "registered_at": time.time() - 7200}
     for name, more in (
         ("dead", old),
         ("young", old | {"registered_at": time.time()}),

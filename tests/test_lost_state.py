@@ -110,7 +110,7 @@ def test_a_promotion_on_an_emptied_store_drains_what_was_active(
     client = site.server.client
     client.flushall()
     # as 0.3.x writes it, all in one
-    record = {"deployment_id": "x", "state": "active", "service_name": "x"}
+    record: dict[str, Any] = {"deployment_id": "x", "state": "active", "service_name": "x"}
     record |= {"address": site.old.address, "drain_started_at": None}
     client.mset({"pulse:railway:deployment:x": json.dumps(record), "pulse:railway:active": "x"})
     eventually(lambda: site.record("new").get("state") == "draining")

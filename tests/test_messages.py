@@ -39,7 +39,7 @@ def skeleton(node: ast.expr, constants: dict[str, ast.expr]) -> str:
 def messages(path: Path) -> list[str]:
     """What a file says to a user: the text of its failures, warnings and log lines."""
     tree = ast.parse(path.read_text())
-    constants = {
+    constants: dict[str, ast.expr] = {
         target.id: node.value
         for node in ast.walk(tree)
         if isinstance(node, ast.Assign)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -70,9 +71,9 @@ def test_where_a_name_comes_from(tmp_path: Path) -> None:
     """--deployment-name, then the plugin's, then prod."""
     text = (TINY / "main.py").read_text()
     named = text.replace("RailwayPlugin(\n", "RailwayPlugin(\n    deployment_name='shop',\n")
-    for name in ("main.py", "named.py", "Dockerfile"):
-        source = {"named.py": named}.get(name) or (TINY / name).read_text()
-        (tmp_path / name).write_text(source)
+    (tmp_path / "main.py").write_text(text)
+    (tmp_path / "named.py").write_text(named)
+    shutil.copy(TINY / "Dockerfile", tmp_path)
     (tmp_path / "web").mkdir()
 
     def name(app: str, **given: object) -> str:

@@ -58,7 +58,9 @@ def routed(redis_server: Redis, run_router: Run) -> Iterator[Callable[..., Route
         backend.stop()
 
 
-def once(data: bytes, then: Callable[[Connection], None] = Connection.close):
+def once(
+    data: bytes, then: Callable[[Connection], None] = Connection.close
+) -> Callable[[Connection], None]:
     """A backend that reads one head, sends `data` and then does `then`."""
 
     def handle(connection: Connection) -> None:

@@ -24,7 +24,8 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
 from prometheus_client.parser import text_string_to_metric_families
 
 import router
-from tests.conftest import ROOT, Process, Redis, free_port
+from pulse_railway.local.supervisor import free_port
+from tests.conftest import ROOT, Process, Redis
 from tests.net import Backend, Connection, ask, eventually, header, listens, ok
 
 Run = Callable[..., Process]

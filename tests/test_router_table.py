@@ -9,7 +9,8 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ Run = Callable[..., Process]
 
 
 @pytest.fixture
-def two(redis_server: Redis, run_router: Run):
+def two(redis_server: Redis, run_router: Run) -> Iterator[int]:
     """A draining deployment `a` and an active one `b` behind a router."""
     with Backend(ok(b"from a")) as a, Backend(ok(b"from b")) as b:
         redis_server.deployment("a", a.address, "draining", registered_at=1)
@@ -452,16 +453,14 @@ def test_a_promotion_is_seen_within_100_ms(redis_server: Redis, run_router: Run)
     with Backend(ok(b"a")) as a, Backend(ok(b"b")) as b:
         redis_server.deployment("a", a.address)
         routers = [run_router(redis_server) for _ in range(3)]
-        for router in routers:
-            eventually(lambda router=router: ask(router.port).body == b"a")
+        eventually(lambda: all(ask(router.port).body == b"a" for router in routers))
         time.sleep(0.3)  # subscribed
         redis_server.deployment("b", b.address, "pending")
         time.sleep(0.2)
         began = time.monotonic()
         redis_server.client.set("pulse:railway:active", "b")
         redis_server.client.publish("pulse:railway:events", "b")
-        for router in routers:
-            eventually(lambda router=router: ask(router.port).body == b"b")
+        eventually(lambda: all(ask(router.port).body == b"b" for router in routers))
         assert time.monotonic() - began < 0.1 + 0.05 * len(routers)
 
 
@@ -558,7 +557,7 @@ def test_broken_records_are_passed_over(redis_server: Redis, run_router: Run) ->
         assert ask(port, "/?pulse_deployment=bad").status == 409
 
 
-def test_the_state_can_live_in_sqlite(run_router: Run, tmp_path) -> None:
+def test_the_state_can_live_in_sqlite(run_router: Run, tmp_path: Path) -> None:
     import sqlite3
 
     path = tmp_path / "state.db"

@@ -185,7 +185,8 @@ class World:
 
     @property
     def intent(self) -> str | None:
-        return self.services["pulse-router"]["variables"].get(contract.INTENT)
+        intent: str | None = self.services["pulse-router"]["variables"].get(contract.INTENT)
+        return intent
 
     def remember(self) -> None:
         """A router reads the state, as it does every few seconds."""
@@ -321,7 +322,10 @@ class Recorder(Output):
     def say(self, line: str) -> None:
         self.lines.append(line)
 
-    waiting = log = warn = say
+    log = warn = say
+
+    def waiting(self, why: str) -> None:
+        self.say(why)
 
 
 class _Plugin:

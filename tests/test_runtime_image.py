@@ -14,7 +14,8 @@ import pytest
 
 from benchmarks import environment
 from pulse_railway import runtime_image
-from tests.conftest import ROOT, Process, Redis, free_port
+from pulse_railway.local.supervisor import free_port
+from tests.conftest import ROOT, Process, Redis
 from tests.net import ask
 
 

@@ -70,9 +70,8 @@ def address(
             address = f"http://127.0.0.1:{port}"
             redis_that_lasts.deployment(name, address, state, registered_at=at)
         router = f"http://127.0.0.1:{run_router(redis_that_lasts).port}"
-        for name in ("a", "b"):
-            meta = f"{router}/_pulse/meta?pulse_deployment={name}"
-            eventually(lambda meta=meta: httpx.get(meta).status_code == 200, 60)
+        metas = [f"{router}/_pulse/meta?pulse_deployment={name}" for name in ("a", "b")]
+        eventually(lambda: all(httpx.get(meta).status_code == 200 for meta in metas), 60)
         yield router
 
 

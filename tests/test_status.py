@@ -140,7 +140,7 @@ def test_what_happened_between_two_looks() -> None:
     history.look(result(row("a"), routers=[counted("r1", 110, 2), counted("r2", 5, 0)]), 15.0)
     assert history.series["a"].requests[-1] == 1.0
     history.look(result(row("a", None), routers=[]), 20.0)
-    assert history.series["a"].requests[-1] is None
+    assert list(history.series["a"].requests)[-1:] == [None]
     history.look(result(row("a"), routers=[counted("r1", 120, 2), counted("r2", 5, 0)]), 25.0)
     assert history.series["a"].requests[-1] == 1.0
     assert list(history.series["a"].sessions) == [1, 3, 1, None, 1]

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import websockets.sync.client
@@ -89,15 +90,11 @@ def raw(redis_server: Redis, run_router: Run) -> Iterator[Callable[..., tuple[Ba
         backend.stop()
 
 
-def client(
-    port: int, path: str = "/", **options: object
-) -> websockets.sync.client.ClientConnection:
-    return websockets.sync.client.connect(
-        f"ws://127.0.0.1:{port}{path}",
-        max_size=32 << 20,
-        proxy=None,
-        **options,  # type: ignore[arg-type]
+def client(port: int, path: str = "/", **options: Any) -> websockets.sync.client.ClientConnection:
+    made: websockets.sync.client.ClientConnection = websockets.sync.client.connect(
+        f"ws://127.0.0.1:{port}{path}", max_size=32 << 20, proxy=None, **options
     )
+    return made
 
 
 def test_messages_of_every_size(echo: tuple[Echo, Process]) -> None:
@@ -183,7 +180,7 @@ def test_a_refused_upgrade_reaches_the_client_and_ends_there(
     raw: Callable[..., tuple[Backend, Process]],
 ) -> None:
     backend, router = raw(
-        lambda c: (c.head(), c.send(ok(b"not here", status="403 Forbidden")), c.head())  # type: ignore[arg-type, return-value]
+        lambda c: (c.head(), c.send(ok(b"not here", status="403 Forbidden")), c.head())
     )
     with Connection.to(router.port) as c:
         smuggled = b"GET /_pulse/internal/x HTTP/1.1\r\nhost: x\r\n\r\n"

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 
 def serve(path: str) -> None:
@@ -69,7 +70,7 @@ def handle(connection: socket.socket) -> None:
         connection.sendall(os.waitstatus_to_exitcode(status).to_bytes(4, signed=True))
 
 
-def become(request: dict[str, object], fds: list[int]) -> None:
+def become(request: dict[str, Any], fds: list[int]) -> None:
     """What `python -m pulse_railway <arguments>` would be. Does not return."""
     code = 1
     try:
@@ -78,10 +79,10 @@ def become(request: dict[str, object], fds: list[int]) -> None:
         for number, fd in enumerate((null, *fds)):
             os.dup2(fd, number)
         os.environ.clear()
-        os.environ.update(request["env"])  # type: ignore[arg-type]
-        os.chdir(str(request["cwd"]))
+        os.environ.update(request["env"])
+        os.chdir(request["cwd"])
         sys.path[0] = os.getcwd()
-        sys.argv = ["pulse-railway", *request["arguments"]]  # type: ignore[misc]
+        sys.argv = ["pulse-railway", *request["arguments"]]
         from pulse_railway.__main__ import main
 
         try:
@@ -92,7 +93,7 @@ def become(request: dict[str, object], fds: list[int]) -> None:
                 print(stop.code, file=sys.stderr)
             code = stop.code if isinstance(stop.code, int) else int(bool(stop.code))
     except BaseException:
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        sys.excepthook(*sys.exc_info())
     finally:
         with contextlib.suppress(Exception):
             sys.stdout.flush()
@@ -108,7 +109,7 @@ class Zygote:
         self.process = subprocess.Popen([sys.executable, "-m", "tests.zygote", self.path])
 
     def run(
-        self, arguments: list[str], env: dict[str, str], cwd: Path, timeout: float
+        self, arguments: list[str], env: dict[str, str], cwd: Path | str, timeout: float
     ) -> subprocess.CompletedProcess[str]:
         """As subprocess.run would, with the output captured."""
         with (
