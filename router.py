@@ -3274,7 +3274,7 @@ def serve_many(
             pid = os.fork()
             if pid == 0:
                 for number in ends:
-                    signal.signal(number, signal.SIG_DFL)
+                    signal.signal(number, lambda *_: os._exit(0))
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, ends)
                 try:
                     LOG.rate = max(1, LOG_RATE // workers)

@@ -26,6 +26,7 @@ from pulse_railway.local.supervisor import free_port, redis_executable
 from tests.zygote import Zygote
 
 ROOT = Path(__file__).parent.parent
+MEASURED = "COVERAGE_PROCESS_CONFIG" in os.environ  # what is killed says not what it ran through
 
 
 SLOW = {"test_story", "test_interop", "test_browser", "test_local", "test_runtime_image"}
@@ -181,7 +182,7 @@ def start() -> Iterator[Callable[..., Process]]:
 
     yield begin
     for process in processes:
-        process.stop(signal.SIGKILL)
+        process.stop(signal.SIGTERM if MEASURED else signal.SIGKILL)
 
 
 @pytest.fixture

@@ -181,9 +181,10 @@ def test_the_start_command_falls_back_to_the_same(monkeypatch: pytest.MonkeyPatc
 
 
 def runtime(script: str, **env: str) -> subprocess.Popen[str]:
+    plain = {k: v for k, v in os.environ.items() if not k.startswith("COVERAGE_")}  # has a handler
     return subprocess.Popen(
         [*unshare, PYTHON, str(ROOT / script)],
-        env={**os.environ, **env},
+        env={**plain, **env},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
