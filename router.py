@@ -162,6 +162,7 @@ LOG_AHEAD = 20_000  # lines that wait for a reader that does not read
 TABS_EVERY = 10.0  # at most so often the deployments are asked for their sessions, for the metrics
 DESCRIPTORS_EVERY = 10.0  # ... and descriptors are counted
 TABS_PATIENCE = 2.0  # ... and a reader of the metrics waits so long for it
+LAST_PUSH = 1.0  # for the push at the end
 SHUTDOWN_GRACE = seconds("PULSE_RAILWAY_ROUTER_SHUTDOWN_SECONDS", 25)
 
 log = logging.getLogger("pulse.router")
@@ -3082,17 +3083,17 @@ class Exporter:
         return {}
 
     def write(self) -> None:
-        with open(self.path + ".new", "w") as file:
-            json.dump([[*key, value] for key, value in self.own().items()], file)
-        os.replace(self.path + ".new", self.path)
+        with contextlib.suppress(OSError):  # the disk is full; the next second tries again
+            with open(self.path + ".new", "w") as file:
+                json.dump([[*key, value] for key, value in self.own().items()], file)
+            os.replace(self.path + ".new", self.path)
 
     def own(self) -> Numbers:
         """This worker's, with the counts of the one that it replaces."""
         before = {k: v for k, v in self.before.items() if FAMILIES[k[0]].kind != "gauge"}
         return together([numbers(self.tab_counts), before])
 
-    async def all(self) -> Numbers:
-        await self.count_tabs()
+    def all(self) -> Numbers:
         others = []
         if self.folder:
             names = [n for n in os.listdir(self.folder) if n.endswith(".json")]
@@ -3135,17 +3136,24 @@ class Exporter:
                     self.write()
                 if self.push_to and time.monotonic() >= next_push:
                     next_push = time.monotonic() + self.every
-                    body = json.dumps(otlp(await self.all(), about_this_router())).encode()
-                    await loop.run_in_executor(None, self.push, body)
+                    await self.count_tabs()
+                    await self.push()
                 await asyncio.sleep(1.0)
         finally:
             if self.folder:
                 self.write()
+            if self.push_to:  # what the last one did not hold yet
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self.push(), LAST_PUSH)
             if server:
                 server.close()
 
-    def push(self, body: bytes) -> None:
+    async def push(self) -> None:
         """Send it once. What is lost is in the next one: the counts are cumulative."""
+        body = json.dumps(otlp(self.all(), about_this_router())).encode()
+        await asyncio.get_running_loop().run_in_executor(None, self.send, body)
+
+    def send(self, body: bytes) -> None:
         endpoint, headers = cast(tuple[str, dict[str, str]], self.push_to)
         request = urllib.request.Request(
             endpoint, body, {"content-type": "application/json", **headers}
@@ -3179,7 +3187,8 @@ class Scraped(Client):
         elif incoming.method not in (b"GET", b"HEAD"):
             response = plain(405)
         else:
-            text = prometheus(await self.exporter.all())
+            await self.exporter.count_tabs()
+            text = prometheus(self.exporter.all())
             response = Response(text, media_type="text/plain; version=0.0.4")
         if not self.transport.is_closing():
             close = incoming.more_body or not incoming.keep_alive

@@ -198,9 +198,9 @@ def test_a_bad_setting_is_one_line(router_python: Path, env: dict[str, str], say
 
 
 def test_workers_are_summed_and_a_dead_one_takes_no_counts_along(
-    stage: Callable[..., tuple[Process, int]],
+    stage: Callable[..., tuple[Process, int]], tmp_path: Path
 ) -> None:
-    router, port = stage(PULSE_RAILWAY_ROUTER_WORKERS="3")
+    router, port = stage(PULSE_RAILWAY_ROUTER_WORKERS="3", TMPDIR=str(tmp_path))
 
     def counted() -> float:
         return Scrape(port).value(f"{DURATION}_count", deployment="a")
@@ -221,10 +221,10 @@ def test_workers_are_summed_and_a_dead_one_takes_no_counts_along(
     eventually(lambda: ask(router.port).body == b"a")
     eventually(lambda: counted() >= 61)
     assert counted() == 61
-    folders = list(Path("/tmp").glob("pulse-router-*"))
+    assert list(tmp_path.glob("pulse-router-*"))
     router.popen.terminate()
     router.popen.wait(10)
-    assert len(list(Path("/tmp").glob("pulse-router-*"))) < len(folders)
+    assert not list(tmp_path.glob("pulse-router-*"))
 
 
 def test_a_scrape_does_not_wait_for_dead_deployments(redis_server: Redis, run_router: Run) -> None:
@@ -336,6 +336,59 @@ def test_the_same_is_pushed(stage: Callable[..., tuple[Process, int]], workers: 
     eventually(lambda: pushed() == 11)
     assert router.output().count("cannot be pushed") == 1
     assert "a key" not in router.output()
+
+
+def test_what_was_not_pushed_yet_is_at_the_end(stage: Callable[..., tuple[Process, int]]) -> None:
+    collector = Collector()
+    router, _ = stage(OTEL_EXPORTER_OTLP_ENDPOINT=collector.url)
+    eventually(lambda: bool(collector.taken))  # the next one is a minute away
+    for _ in range(7):
+        ask(router.port, "/missing")
+    assert router.stop() == 0
+    points = collector.metrics()["http.server.request.duration"].histogram.data_points
+    assert 7 in [p.count for p in points if "4xx" in {a.value.string_value for a in p.attributes}]
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_nobody_who_is_mute_holds_up_the_end(
+    redis_server: Redis, run_router: Run, workers: str
+) -> None:
+    """A receiver and a deployment that take a connection and say nothing."""
+    asked = []
+
+    def mute(connection: Connection) -> None:
+        asked.append(connection.head())
+        connection.rest()
+
+    with Backend(handle=mute) as receiver, Backend(handle=mute) as frozen:
+        redis_server.deployment("a", frozen.address)
+        router = run_router(
+            redis_server,
+            OTEL_EXPORTER_OTLP_ENDPOINT=receiver.address,
+            OTEL_METRIC_EXPORT_INTERVAL="1000",
+            PULSE_RAILWAY_ROUTER_WORKERS=workers,
+        )
+        eventually(lambda: any(b"/v1/metrics" in head for head in asked), 10)
+        assert any(b"/railway/sessions" in head for head in asked)
+        began = time.monotonic()
+        assert router.stop() == 0
+        assert time.monotonic() - began < 3
+
+
+def test_a_full_disk_takes_no_metrics_down(
+    stage: Callable[..., tuple[Process, int]], tmp_path: Path
+) -> None:
+    """Played by a folder that is away for a while."""
+    router, port = stage(PULSE_RAILWAY_ROUTER_WORKERS="2", TMPDIR=str(tmp_path))
+    ask(router.port)
+    eventually(lambda: len(list(tmp_path.glob("pulse-router-*/*.json"))) == 2)
+    (folder,) = tmp_path.glob("pulse-router-*")
+    moved = folder.rename(folder.with_name(folder.name + "-away"))
+    time.sleep(2.5)
+    moved.rename(folder)
+    before = time.time()
+    eventually(lambda: all(path.stat().st_mtime > before for path in folder.glob("*.json")), 10)
+    eventually(lambda: Scrape(port).value(f"{DURATION}_count", deployment="a") == 1)
 
 
 def router_names() -> dict[str, str]:
