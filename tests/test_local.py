@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -76,6 +77,46 @@ def test_a_container_ends_with_all_it_started(new_project: Callable[[], Project]
     assert len(sleeping) == 2
     assert project.run("delete", "--deployment-id", "one").code == 0
     eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in sleeping), 15)
+
+
+def test_a_newer_deployment_is_not_replaced_by_a_slow_older_one(
+    new_project: Callable[[], Project],
+) -> None:
+    """Nor does the older one count as failed: what came up is what was asked for last."""
+    project = new_project()
+    ask = project.railway.graphql
+    service = ask(
+        "mutation ($p: String!, $e: String) {"
+        ' serviceCreate(input: { projectId: $p, environmentId: $e, name: "cache" }) { id } }',
+        p=project.id,
+        e=project.environment,
+    )["serviceCreate"]["id"]
+
+    def deploy(*before: str) -> str:
+        return str(
+            ask(
+                "mutation ($s: String!, $e: String!, $c: [String!]) {"
+                " serviceInstanceUpdate(serviceId: $s, environmentId: $e,"
+                '  input: { source: { image: "redis:7" }, preDeployCommand: $c })'
+                " serviceInstanceDeployV2(serviceId: $s, environmentId: $e) }",
+                **{"s": service, "e": project.environment, "c": list(before)},
+            )["serviceInstanceDeployV2"]
+        )
+
+    def status(deployment: str) -> str:
+        found = ask("query ($d: String!) { deployment(id: $d) { status } }", d=deployment)
+        return str(found["deployment"]["status"])
+
+    slow = deploy("sleep 2")
+    logs = "query ($d: String!) { deploymentLogs(deploymentId: $d) { message } }"
+    eventually(lambda: ask(logs, d=slow)["deploymentLogs"])
+    quick = deploy()
+    eventually(lambda: status(quick) == "SUCCESS")
+    assert status(slow) == "REMOVED"
+    time.sleep(3)
+    assert (status(slow), status(quick)) == ("REMOVED", "SUCCESS")
+    running = demo.processes_of(project.railway.root)
+    assert len([pid for pid in running if os.readlink(f"/proc/{pid}/cwd").endswith(service)]) == 1
 
 
 def test_orders_that_are_not_understood(railway: demo.Stage) -> None:

@@ -30,6 +30,7 @@ import httpx
 
 from pulse_railway.context import instructions
 from pulse_railway.local.state import (
+    ENDED,
     Deployment,
     Instance,
     Service,
@@ -151,7 +152,7 @@ class Supervisor:
         """End what a killed run left behind, then run again what ran before."""
         self._kill_leftovers()
         for deployment in list(self.state.deployments):
-            if deployment.status not in ("SUCCESS", "FAILED", "CRASHED", "REMOVED", "SKIPPED"):
+            if deployment.status not in ("SUCCESS", *ENDED):
                 self._set(deployment, "FAILED")
         for service in self.state.services:
             for instance in service.instances:
@@ -249,7 +250,8 @@ class Supervisor:
             running.watcher = self.spawn(self._watch(service, instance, running, build), "watch")
         except (BuildError, OSError, ValueError) as error:
             self._log(deployment, "build", str(error), "error")
-            self._set(deployment, "FAILED")
+            if deployment.status != "REMOVED":  # else it was superseded meanwhile
+                self._set(deployment, "FAILED")
             deployment.stopped = True
             self.state.save()
 
@@ -463,9 +465,10 @@ class Supervisor:
         if running:
             self.current[instance.id] = running
         self.write_hosts(instance.environment_id)
-        for other in self.state.deployments_of(deployment.service_id, instance.environment_id):
-            if other is not deployment and other.status == "SUCCESS":
-                self._set(other, "REMOVED")
+        history = self.state.deployments_of(deployment.service_id, instance.environment_id)
+        for older in history[history.index(deployment) + 1 :]:
+            if older.status not in ENDED:  # also one that is still coming up
+                self._set(older, "REMOVED")
         if old:
             self.retiring[instance.id] = old
             overlap = min(float(instance.settings.get("overlapSeconds") or 0), 1.0)
