@@ -160,7 +160,8 @@ class Railway:
     def call(self, document: str, **variables: Any) -> dict[str, Any]:
         """One request, tried up to three times where Railway is busy or away.
 
-        Raises httpx.HTTPError, or RuntimeError with Railway's own words.
+        Raises httpx.HTTPError, or RuntimeError with Railway's own words, or where its answer is
+        not understood.
         """
         for attempt in range(3):
             try:
@@ -170,20 +171,27 @@ class Railway:
                     headers=self.headers,
                 )
                 response.raise_for_status()
-                answer = response.json()
                 break
-            except (httpx.HTTPError, ValueError) as error:
+            except httpx.HTTPError as error:
                 if attempt == 2:
                     raise
                 log.warning("Railway: %s; trying again", type(error).__name__)
                 time.sleep(2**attempt)
-        if errors := answer.get("errors"):
-            message = "; ".join(str(error.get("message")) for error in errors)
+        try:
+            answer = response.json()
+        except (ValueError, RecursionError):
+            answer = None
+        errors = answer.get("errors") if isinstance(answer, dict) else None
+        if isinstance(errors, list) and errors:
+            message = "; ".join(str(e.get("message") if isinstance(e, dict) else e) for e in errors)
             if "not authorized" in message.lower() and "Project-Access-Token" in self.headers:
                 self.headers = {"Authorization": f"Bearer {self.token}"}
                 return self.call(document, **variables)
             raise RuntimeError(message)
-        return answer["data"]  # type: ignore[no-any-return]
+        data = answer.get("data") if isinstance(answer, dict) else None
+        if errors or not data or not isinstance(data, dict):
+            raise RuntimeError("Railway's answer is not one of its API")
+        return data
 
     def inspect(self) -> Seen:
         """Every service of the environment that has a deployment id, and the router's intent."""
@@ -244,7 +252,9 @@ class Railway:
         )
 
     def delete(self, service: Service) -> None:
-        self.call(DELETE, service=service.id, environment=self.environment)
+        answer = self.call(DELETE, service=service.id, environment=self.environment)
+        if answer.get("serviceDelete") is not True:
+            raise RuntimeError(f"Railway does not say that it deleted {service.name}")
 
 
 @contextlib.contextmanager

@@ -177,9 +177,10 @@ def deploy_service(api: Api, target: Target, service_id: str) -> str:
 
 
 def delete_service(api: Api, target: Target, service_id: str) -> None:
-    """Delete a service; one that is gone already is what was wanted."""
+    """Delete a service; one that is gone already is what was wanted. Raises Failure where Railway
+    does not say that it did."""
     try:
-        api.call(
+        answer = api.call(
             documents.SERVICE_DELETE,
             service=service_id,
             environment=target.environment_id,
@@ -188,6 +189,9 @@ def delete_service(api: Api, target: Target, service_id: str) -> None:
     except Failure as failure:
         if "not found" not in str(failure).lower():
             raise
+        return
+    if answer.get("serviceDelete") is not True:
+        raise Failure("Railway does not say that it deleted the service: look at its page")
 
 
 def shell(command: str) -> str:

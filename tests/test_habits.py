@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from pulse_railway.options import pairs
 from pulse_railway.stack import Service, Stack
 from pulse_railway.verbs import FLAGS
 from tests.conftest import ROOT, Project
+from tests.net import eventually
 
 COMMAND = [sys.executable, "-m", "pulse_railway"]
 
@@ -150,7 +150,7 @@ def test_a_reader_that_has_gone() -> None:
 
 
 def test_ctrl_c_before_anything_was_asked(tmp_path: Path) -> None:
-    (tmp_path / "main.py").write_text("import time\nprint('loading', flush=True)\ntime.sleep(20)\n")
+    (tmp_path / "main.py").write_text("import time\nopen('loading', 'w')\ntime.sleep(20)\n")
     process = subprocess.Popen(
         [*COMMAND, "deploy", "main.py"],
         cwd=tmp_path,
@@ -159,7 +159,7 @@ def test_ctrl_c_before_anything_was_asked(tmp_path: Path) -> None:
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job's is ignored
     )
-    time.sleep(1.5)
+    eventually((tmp_path / "loading").exists)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=20)
     assert process.returncode == 128 + signal.SIGINT

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from pulse_railway import runtime_image
 from tests.conftest import Redis
-from tests.net import Backend, header, ok
+from tests.net import Backend, Connection, header, ok
 
 router: Any = runtime_image.load("router")
 janitor: Any = runtime_image.load("janitor")
@@ -305,3 +305,124 @@ def test_a_control_command_is_carried_out_once_and_in_time(room: Room) -> None:
     assert (unknown["ok"], unknown["nonce"], unknown["command"]) == (False, "n1", "explode")
     words = ["retire", "--deployment-id", "active"]
     assert answer({**order, "words": words})["reason"] == "active"
+
+
+# -- a run as a whole, whose answers come from somewhere else -------------------------------------
+
+
+@pytest.fixture
+def on_railway(
+    redis_server: Redis, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., tuple[int, str]]]:
+    """`on_railway(answer, NAME=value)`: a run for which Railway has that answer; how it ended, and
+    what it said."""
+    redis_server.deployment("active", "http://127.0.0.1:9")
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    with Backend() as railway:
+
+        def run(answer: bytes, **env: str) -> tuple[int, str]:
+            railway.answer = answer
+            given = {
+                "RAILWAY_SERVICE_ID": "j",
+                "RAILWAY_PROJECT_ID": "p",
+                "RAILWAY_ENVIRONMENT_ID": "e",
+                "RAILWAY_TOKEN": "secret-token",
+                "REDIS_URL": redis_server.url,
+                "PULSE_RAILWAY_API_URL": railway.address,
+                **env,
+            }
+            for name, value in given.items():
+                monkeypatch.setenv(name, value)
+            code = janitor.main([])
+            said = capsys.readouterr()
+            assert "secret" not in said.out + said.err
+            return code, said.out + said.err
+
+        yield run
+
+
+NOT_RAILWAY = [
+    (ok(b"<html>"), "refused: Railway's answer is not one of its API"),
+    (ok(b"[]"), "refused: Railway's answer is not one of its API"),
+    (ok(b'{"ok": true}'), "refused: Railway's answer is not one of its API"),
+    (ok(b'{"data": {}}'), "refused: Railway's answer is not one of its API"),
+    (ok(b'{"errors": true, "data": {"environment": 1}}'), "refused: Railway's answer is not"),
+    (ok(b'{"errors": [{"message": "no"}]}'), "refused: no\n"),
+    (ok(b'{"errors": [{"message": "Not Authorized"}]}'), "refused: Not Authorized\n"),
+    (ok(b"{}", status="503 Busy"), "gave up: HTTPStatusError; the next run goes on"),
+]
+
+
+@pytest.mark.parametrize(("answer", "says"), NOT_RAILWAY)
+def test_an_answer_that_is_not_understood_ends_the_run(
+    on_railway: Callable[..., tuple[int, str]], redis_server: Redis, answer: bytes, says: str
+) -> None:
+    code, said = on_railway(answer)
+    assert (code, says in said) == (1, True), said
+    assert not redis_server.client.exists("pulse:railway:janitor:lock")
+
+
+def test_a_run_that_cannot_begin(
+    on_railway: Callable[..., tuple[int, str]], redis_server: Redis
+) -> None:
+    empty = ok(b'{"data": {"environment": {"serviceInstances": {"edges": []}}}}')
+    assert on_railway(empty, REDIS_URL="redis://:secret@127.0.0.1:9")[1].startswith("gave up: Conn")
+    code, said = on_railway(empty, RAILWAY_TOKEN="", REDIS_URL="")
+    assert (code, said) == (1, "missing RAILWAY_TOKEN, REDIS_URL: run `pulse-railway ensure`\n")
+    redis_server.client.set("pulse:railway:janitor:lock", "another", ex=60)
+    code, said = on_railway(empty)
+    assert (code, json.loads(said)) == (0, {"skipped": "another run holds the lock"})
+    assert redis_server.client.get("pulse:railway:janitor:lock") == "another"
+
+
+@pytest.mark.parametrize("said", [b'{"data": {"serviceDelete": false}}', b'{"data": {"x": 1}}'])
+def test_what_railway_does_not_say_it_deleted_keeps_its_record(room: Room, said: bytes) -> None:
+    room.sessions(0)
+    room.server.deployment("old", room.backend.address, "draining", registered_at=1)
+    with Backend(ok(said)) as api:
+        env = {"RAILWAY_PROJECT_ID": "p", "RAILWAY_ENVIRONMENT_ID": "e", "RAILWAY_TOKEN": "t"}
+        railway = Railway(service("active"), service("old"))
+        railway.delete = janitor.Railway({**env, "PULSE_RAILWAY_API_URL": api.address}).delete
+        with pytest.raises(RuntimeError, match="does not say that it deleted old"):
+            sweep(room.store, railway, janitor.Limits(60))
+    record = room.record("old")
+    assert record is not None
+    assert record["retiring_at"]
+
+
+def test_the_lock_does_not_expire_on_a_long_run(
+    redis_server: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(janitor, "LOCK_SECONDS", 1)
+    store = router.RedisStore(redis_server.url, "pulse:railway")
+    with janitor.lock(store) as held:
+        assert held
+        time.sleep(2.2)
+        with janitor.lock(store) as second:
+            assert not second
+    assert not redis_server.client.exists("pulse:railway:janitor:lock")
+
+
+def test_who_is_told_of_a_forced_removal(caplog: pytest.LogCaptureFixture) -> None:
+    report = janitor.Report(expired=["prod-1", "prod-2"])
+    with Backend(handle=told) as listener:
+        secret = f"{listener.address}/hooks/T0SECRET"
+        janitor.notify({"PULSE_RAILWAY_NOTIFY_URL": secret}, report)
+        janitor.notify({"PULSE_RAILWAY_NOTIFY_URL": secret}, janitor.Report())  # nothing to tell
+        janitor.notify({}, report)
+        assert [body["deployments"] for body in TOLD] == [["prod-1", "prod-2"]]
+        assert TOLD[0]["text"].startswith("the drain time of prod-1, prod-2 was over")
+    for bad in (secret, "no-address-at-all", "http://[T0SECRET"):
+        caplog.clear()
+        janitor.notify({"PULSE_RAILWAY_NOTIFY_URL": bad}, report)
+        assert "PULSE_RAILWAY_NOTIFY_URL was not told: " in caplog.text
+        assert "T0SECRET" not in caplog.text
+
+
+TOLD: list[dict[str, Any]] = []
+
+
+def told(connection: Connection) -> None:
+    head = connection.head()
+    TOLD.append(json.loads(connection.read(int(header(head, "content-length") or 0))))
+    connection.send(ok())

@@ -6,7 +6,7 @@ import os
 import random
 import time
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import httpx
 
@@ -152,23 +152,29 @@ class Api:
     def _data(self, answer: httpx.Response) -> Any:
         if answer.status_code in (401, 403):
             raise ApiError("Railway does not accept the token: check it, or make a new one")
+        not_understood = ApiError(
+            f"Railway answered {answer.status_code}, and not as its API does: is"
+            f" {contract.API_URL_VARIABLE} right?"
+        )
         try:
-            body = cast(dict[str, Any], answer.json())
-        except ValueError:
-            raise ApiError(
-                f"Railway answered {answer.status_code} without JSON: is"
-                f" {contract.API_URL_VARIABLE} right?"
-            ) from None
+            body = answer.json()
+        except (ValueError, RecursionError):
+            raise not_understood from None
+        if not isinstance(body, dict):
+            raise not_understood
         if errors := body.get("errors"):
-            message = "; ".join(str(error.get("message")) for error in errors)
+            if not isinstance(errors, list):
+                raise not_understood
+            message = "; ".join(str(e.get("message") if isinstance(e, dict) else e) for e in errors)
             if "not authorized" in message.lower():
                 message += (
                     f" (token from {self.token.source}: it must be valid and see the project)"
                 )
             raise ApiError(f"Railway: {redact(message)}")
-        if answer.status_code >= 400 or "data" not in body:
-            raise ApiError(f"Railway answered {answer.status_code}")
-        return body["data"]
+        data = body.get("data")
+        if answer.status_code >= 400 or not data or not isinstance(data, dict):
+            raise not_understood
+        return data
 
     def _wait(self, attempt: int, why: str, at_least: float = 0.0) -> None:
         pause = min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE) * random.uniform(0.75, 1.25)
