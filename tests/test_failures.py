@@ -17,8 +17,8 @@ import httpx
 import pytest
 
 from pulse_railway import config, control, options, runtime_image
-from pulse_railway.errors import Failure
-from pulse_railway.flows import baseline, deploy, remove
+from pulse_railway.errors import Failure, Interrupted, Refused
+from pulse_railway.flows import baseline, cleanup, deploy, remove, routed, watch
 from pulse_railway.output import Output
 from pulse_railway.railway import api as api_module
 from pulse_railway.railway import tokens
@@ -178,6 +178,107 @@ def test_a_promotion_whose_answer_is_lost(here: InProcess) -> None:
     assert project.records["first"]["state"] == "draining"
     project.ok("promote", "--deployment-id", "first")
     here.delete("lost")
+
+
+def test_a_promotion_that_another_overtakes_is_told(here: InProcess) -> None:
+    """Both were promoted; this run waits for an answer that nobody gives any more."""
+    here.without_ssh()
+    stack = inspect(here.api(), here.target, here.names)
+    with pytest.raises(Failure, match="first was promoted after other, which drains now: another"):
+        routed.wait_until_active(here.api(), stack, "other")
+    here.monkeypatch.setattr(routed, "ROUTED_TIMEOUT", 1.0)
+    with pytest.raises(Failure, match=r"took longer than 1 s; https://.*/meta gave status 409"):
+        routed.wait_until_routed(stack, "other", by_affinity=True, timeout=1.0)
+    stack.router.domains[:] = ["nowhere.invalid"]  # type: ignore[union-attr]
+    with pytest.raises(Failure, match=r"https://nowhere.invalid/_pulse/meta gave ConnectError"):
+        routed.wait_until_routed(stack, "first", by_affinity=True, timeout=1.0)
+
+
+def test_an_intent_that_cannot_be_noted_is_a_warning(
+    here: InProcess, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stack = inspect(here.api(), here.target, here.names)
+    here.project.faults({"match": "variableCollectionUpsert", **KINDS["refused"]})
+    routed.remember_active(here.api(), stack, "first", Output())
+    here.project.faults()
+    said = capsys.readouterr().err
+    assert "PULSE_RAILWAY_ACTIVE could not be written: Railway: Something went wrong" in said
+    assert "the janitor will" in said
+
+
+def test_what_fails_after_the_promotion_removes_nothing(
+    here: InProcess, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unreachable(*_: Any) -> None:
+        raise Failure("nobody answers")
+
+    here.without_ssh()
+    with here.monkeypatch.context() as patch:
+        patch.setattr(deploy, "wait_until_active", unreachable)
+        with pytest.raises(Failure, match="nobody answers"):
+            here.deploy("stays")
+    assert "stays was promoted and stays; `pulse-railway status` shows" in capsys.readouterr().err
+    assert here.project.active == "stays"
+    here.project.ok("promote", "--deployment-id", "first")
+    here.delete("stays")
+
+
+@pytest.mark.parametrize(
+    ("error", "creating", "said"),
+    [
+        (Refused("x is active", "active"), True, "x was promoted and stays"),
+        (Failure("away"), False, "prod-x is removed; its record is left to the janitor"),
+        (Failure("away"), True, "prod-x stays, since it is not certain that it may go: away."),
+        (Interrupted(15), True, "it is not certain that it may go: interrupted again."),
+    ],
+)
+def test_what_an_undoing_that_fails_says(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    creating: bool,
+    said: str,
+) -> None:
+    def undo(_: Any, __: Any, progress: cleanup.Progress) -> None:
+        progress.creating = creating
+        raise error
+
+    monkeypatch.setattr(cleanup, "undo", undo)
+    wanted = options.deploy({"app": "main.py", "context": TINY}, Output())
+    progress = cleanup.Progress("x", "prod-x", step="build and start", creating=True)
+    api: Any = None
+    why = Failure("the build failed")
+    cleanup.clean_up(api, config.Target("p", "e"), wanted, progress, Output(), why)
+    assert said in capsys.readouterr().err
+    assert progress.promoted == (said == "x was promoted and stays")
+
+
+def test_a_generated_name_that_is_taken_steps_on(here: InProcess) -> None:
+    flags = {"app": "main.py", "context": TINY}
+    plan = deploy.prepare(options.deploy(flags, Output()), Output())
+    stack = inspect(here.api(), here.target, here.names)
+    assert stack.router
+    stack.services[plan.service_name] = stack.router
+    free = deploy.free_name(plan, stack)
+    assert free.service_name not in stack.services
+    assert free.deployment_id.rsplit("-", 2)[0] == plan.deployment_id.rsplit("-", 2)[0] == "prod"
+    given = deploy.prepare(options.deploy({**flags, "deployment_id": "first"}, Output()), Output())
+    with pytest.raises(Failure, match="deployment first exists already: choose another"):
+        deploy.free_name(given, stack)
+
+
+def test_a_watch_outlives_a_railway_that_is_away(here: InProcess) -> None:
+    here.without_ssh()
+    here.monkeypatch.setattr(watch, "INSPECT_EVERY", 0.0)
+    stack = inspect(here.api(), here.target, here.names)
+    here.project.faults({"match": "environment", "error": "Something went wrong", "times": 1000})
+    looks = watch.watch(here.api(), stack, 0.0)
+    result, _ = next(looks)
+    assert result["problems"][0] == "Railway does not answer: Railway: Something went wrong"
+    assert [row["deployment_id"] for row in result["deployments"]] == ["first"]
+    here.project.faults()
+    result, _ = next(looks)
+    assert not any("Railway does not answer" in problem for problem in result["problems"])
 
 
 @pytest.mark.parametrize("call", ["environment", "ssh", "serviceDelete"])

@@ -63,6 +63,8 @@ class Count:
 def count(tally: list[Any]) -> Count:
     """One router's tally of a deployment, as its `status` has it."""
     classes, failed, seconds = tally
+    if len(seconds) != len(load("router").BUCKETS) + 1:  # a router of another version
+        seconds = ()
     return Count(sum(classes) + failed, classes[5] + failed, tuple(seconds))
 
 
