@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import pty
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from examples import demo
-from tests.conftest import ROOT, pulse_railway
+from tests.conftest import ROOT, Project, pulse_railway
 
 TINY = ROOT / "tests" / "apps" / "tiny"
 
@@ -55,6 +58,10 @@ def test_unknown_names(railway: demo.Stage, app: Path) -> None:
         railway, "ensure", "main.py", "--project-id", project, "--environment", "staging", cwd=app
     )
     assert "no environment is named staging; there are: production" in line
+    line = fails(
+        railway, "ensure", "main.py", "--project", "pulse-local", "--environment-id", "0", cwd=app
+    )
+    assert "the project has no environment with id 0" in line
     line = fails(railway, "ensure", "main.py", "--project-id", "0", cwd=app)
     assert "not found" in line.lower()
     line = fails(railway, "ensure", "main.py", "--project", "x", "--workspace", "nope", cwd=app)
@@ -116,6 +123,17 @@ def test_values_that_do_not_fit(railway: demo.Stage, app: Path) -> None:
         (["ensure", "main.py", "--janitor-cron-schedule", "often"], "five fields"),
         (["ensure", "main.py", "--redis-url", "http://x"], "redis://"),
         (["deploy", "main.py", "--service-prefix", "far-too-long"], "8 characters"),
+        (["deploy", "main.py", "--service-prefix", "---"], "no letter or digit"),
+        (["deploy", "main.py", "--deployment-name", "///"], "no letter or digit"),
+        (["deploy", "main.py", "--context", "nowhere"], "is not a folder: pass --context"),
+        (["deploy", "main.py", "--web-root", "/web"], "must be relative to the deploy context"),
+        (["deploy", "main.py", "--canary", "much"], "--canary takes a number from 0 to 100"),
+        (["deploy", "main.py", "--canary", "nan"], "--canary takes a number from 0 to 100"),
+        (["status", "--control", "telnet"], "--control takes ssh or job, not 'telnet'"),
+        (["status", "--token", "two words"], "--token is no token"),
+        (["maintenance", "on", "--page", "none.html"], "--page takes an HTML file"),
+        (["image"], "where to? pass --repository"),
+        (["remove", "--deployment-name", "a" * 60 + "/"], "no baseline"),
         (["redeploy", "--service", "n" * 33], "32"),
         (["promote"], "--deployment-id"),
         (["remove"], "--deployment-name"),
@@ -142,3 +160,46 @@ def test_misspelt_words_suggest_the_right_ones(railway: demo.Stage, app: Path) -
     assert (verb.code, "did you mean deploy?" in verb.err) == (1, True)
     verb = pulse_railway("deploy", "--enviroment", "x", env=railway.env, cwd=app)
     assert "did you mean --environment?" in verb.err
+
+
+def test_a_baseline_without_deployments(new_project: Callable[[], Project]) -> None:
+    """What there is nothing to be done with says so, and what to run."""
+    project = new_project()
+    project.ok("ensure", "main.py")
+    for words, said in (
+        (["logs"], "no deployment is active: pass --deployment-id or --service"),
+        (["logs", "--service", "nope"], "no service is named nope; there are: "),
+        (["logs", "--service", "pulse-env"], "pulse-env has no deployment yet"),
+        (["restore"], "there are no deployments to restore: run `pulse-railway deploy`"),
+        (["rollback"], "no earlier deployment runs any more"),
+        (["redeploy"], "no deployment is active"),
+        (["promote", "--deployment-id", "x"], "x"),
+        (["delete", "--deployment-id", "x"], "x"),
+        (["remove", "--deployment-name", "prod"], "prod"),
+    ):
+        verb = project.run(*words)
+        assert (verb.code, said in verb.error) == (1, True), (words, verb.error)
+    status = project.run("status")
+    assert status.code == 0
+    assert "no deployments: run pulse-railway deploy" in status.out
+
+
+@pytest.mark.parametrize(("typed", "code"), [("n\n", 1), ("\n", 1), ("yes\n", 0)])
+def test_a_terminal_is_asked_before_something_goes(
+    typed: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pulse_railway.errors import Failure
+    from pulse_railway.verbs import confirm
+
+    there, here = pty.openpty()
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setattr(sys, "stdin", os.fdopen(here, "r"))
+    os.write(there, typed.encode())
+    if code:
+        with pytest.raises(Failure, match="not done"):
+            confirm("delete deployment x?", yes=False)
+    else:
+        confirm("delete deployment x?", yes=False)
+    confirm("delete deployment x?", yes=True)
+    sys.stdin.close()
+    os.close(there)

@@ -4,6 +4,7 @@ On real routers it is played in test_life.py."""
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pulse_railway import config
+from pulse_railway import config, control, runtime_image
 from pulse_railway.errors import Failure, Interrupted, Refused
 from pulse_railway.flows import bake
 from pulse_railway.flows.bake import Count, Watch, verdict
@@ -58,7 +59,7 @@ def test_the_same_share_is_seldom_taken_for_worse() -> None:
 
 # -- counting ----------------------------------------------------------------------------------
 
-BUCKETS = len(bake.load("router").BUCKETS) + 1
+BUCKETS = len(runtime_image.load("router").BUCKETS) + 1
 
 
 def tally(good: int, bad: int = 0, failed: int = 0, buckets: int = BUCKETS) -> list[Any]:
@@ -105,10 +106,10 @@ class Stage:
         self.lines: list[str] = []
         self.promotes: Callable[[], None] = lambda: None
         monkeypatch.setattr(bake, "PAUSE", 0.0)
-        monkeypatch.setattr(bake.time, "sleep", lambda _: None)
-        monkeypatch.setattr(bake.control, "state", self.state)
+        monkeypatch.setattr(time, "sleep", lambda _: None)
+        monkeypatch.setattr(control, "state", self.state)
         for name in ("withdraw", "baked", "promote"):
-            monkeypatch.setattr(bake.control, name, self.note(name))
+            monkeypatch.setattr(control, name, self.note(name))
         monkeypatch.setattr(bake, "remember_active", self.note("remember"))
         env: Any = ["e", "i", "prod-old", "", None, {}, [], None, None, {}]
         self.stack = Stack(config.Target("p", "e"), config.Names(), {"prod-old": Service(*env)})
@@ -139,7 +140,7 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
     return Stage(monkeypatch)
 
 
-def looks(*tallies: list[Any]) -> list[dict[str, Any]]:
+def looks(*tallies: list[Any]) -> list[Any]:
     return [{"routers": [at("r", new=t, old=tally(1000))]} for t in tallies]
 
 

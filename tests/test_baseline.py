@@ -319,3 +319,22 @@ def test_listing_is_quick_and_output_plain(project: Project) -> None:
     helped = project.run("deploy", "--help")
     assert "--image-repository" in helped.out
     assert "\x1b" not in helped.out
+
+
+def test_a_login_makes_no_baseline_and_keeps_one(
+    base: Project, new_project: Callable[[], Project], tmp_path: Path
+) -> None:
+    """It expires within the hour, and the janitor would be left without a token."""
+    login = {"user": {"accessToken": base.env["RAILWAY_API_TOKEN"]}}
+    folder = tmp_path / ".railway"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(login))
+    env = {"RAILWAY_API_TOKEN": "", "HOME": str(tmp_path)}
+    empty = new_project()
+    refused = empty.run("ensure", "main.py", **env)
+    assert refused.code == 1
+    assert "a Railway CLI login is not written into the router and the janitor" in refused.error
+    assert empty.services == set()
+    kept = base.ok("ensure", "main.py", **env)
+    assert kept["changed"] == []
+    assert base.variables("pulse-janitor")["RAILWAY_TOKEN"] == base.env["RAILWAY_API_TOKEN"]

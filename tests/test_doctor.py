@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pulse_railway import runtime_image
+from pulse_railway import options, runtime_image
 from pulse_railway.errors import Failure
 from pulse_railway.flows import doctor
 from pulse_railway.flows.doctor import Checkup
@@ -99,7 +99,7 @@ def test_a_web_app_that_is_none(base: Project, app: Path, text: str | None) -> N
     package.unlink(missing_ok=True)
     if text is not None:
         package.write_text(text)
-    wanted = doctor.options.deploy({"app": "main.py", "context": str(app)}, doctor.Warnings())
+    wanted = options.deploy({"app": "main.py", "context": str(app)}, doctor.Warnings())
     found = Checkup()
     doctor.check_react(found, wanted)
     assert [check.verdict for check in found.checks] == ["warning"]
@@ -134,7 +134,8 @@ def base_stack(version: str) -> Any:
     from pulse_railway.stack import Service, Stack
 
     args: Any = ["i", "i", "pulse-router", "", None, {}, [], None, None]
-    of_router = Service(*args, {contract.RUNTIME_VERSION: version})
+    args.append({contract.RUNTIME_VERSION: version})
+    of_router = Service(*args)
     ours = {contract.RUNTIME_VERSION: runtime_image.version()}
     of_janitor = replace(of_router, name="pulse-janitor", variables=ours)
     services = {s.name: s for s in (of_router, of_janitor)}

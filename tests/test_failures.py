@@ -25,7 +25,7 @@ from pulse_railway.railway import tokens
 from pulse_railway.railway.api import Api
 from pulse_railway.railway.ssh import Outcome
 from pulse_railway.stack import Stack, inspect
-from tests.conftest import BASE, TINY, Project
+from tests.conftest import BASE, TINY, Project, Redis
 
 router: Any = runtime_image.load("router")
 
@@ -86,8 +86,8 @@ class InProcess:
         plan = deploy.prepare(options.deploy(flags, output), output)
         return deploy.deploy(self.api(), self.target, plan, output)
 
-    def ensure(self) -> list[str]:
-        wanted = options.baseline({"app": "main.py", "context": TINY}, Output())
+    def ensure(self, **flags: Any) -> list[str]:
+        wanted = options.baseline({"app": "main.py", "context": TINY, **flags}, Output())
         return baseline.ensure(self.api(), self.target, wanted, Output())[1]
 
     def delete(self, deployment_id: str) -> None:
@@ -331,6 +331,22 @@ def test_an_ensure_that_fails_is_taken_up_by_the_next(
     assert project.services == BASE
     assert flows.ensure() == []
     assert "PULSE_RAILWAY_SETUP" not in project.variables("pulse-env")
+
+
+def test_a_run_that_is_taken_up_with_another_redis(
+    new_project: Callable[[], Project], monkeypatch: pytest.MonkeyPatch, redis_server: Redis
+) -> None:
+    """The template's Redis, which nothing has used yet, goes (requirements: --redis-url)."""
+    project = new_project()
+    flows = InProcess(project, monkeypatch)
+    project.faults({"match": "serviceCreate", **KINDS["refused"]})
+    with pytest.raises(Failure, match="Something went wrong"):
+        flows.ensure()
+    project.faults()
+    assert project.services == BASE - {"pulse-env"}
+    flows.ensure(redis_url=redis_server.url)
+    assert project.services == BASE - {"pulse-redis"}
+    assert flows.ensure(redis_url=redis_server.url) == []
 
 
 def test_a_partial_baseline_is_refused(new_project: Callable[[], Project]) -> None:

@@ -381,7 +381,7 @@ def test_what_railway_does_not_say_it_deleted_keeps_its_record(room: Room, said:
     room.server.deployment("old", room.backend.address, "draining", registered_at=1)
     with Backend(ok(said)) as api:
         env = {"RAILWAY_PROJECT_ID": "p", "RAILWAY_ENVIRONMENT_ID": "e", "RAILWAY_TOKEN": "t"}
-        railway = Railway(service("active"), service("old"))
+        railway: Any = Railway(service("active"), service("old"))
         railway.delete = janitor.Railway({**env, "PULSE_RAILWAY_API_URL": api.address}).delete
         with pytest.raises(RuntimeError, match="does not say that it deleted old"):
             sweep(room.store, railway, janitor.Limits(60))

@@ -119,6 +119,88 @@ def test_a_newer_deployment_is_not_replaced_by_a_slow_older_one(
     assert len([pid for pid in running if os.readlink(f"/proc/{pid}/cwd").endswith(service)]) == 1
 
 
+def test_what_others_do_beside_our_verbs(new_project: Callable[[], Project]) -> None:
+    """Railway's page, its CLI, another tool: environments, names, sources, variables, domains."""
+    project = new_project()
+    ask, scope = project.railway.graphql, {"p": project.id, "e": project.environment}
+    service = ask(
+        'mutation ($p: String!) { serviceCreate(input: { projectId: $p, name: "web" }) { id } }',
+        p=project.id,
+    )["serviceCreate"]["id"]
+    own = {**scope, "s": service}
+    variables = (
+        "query ($p: String!, $e: String!, $s: String)"
+        " { variables(projectId: $p, environmentId: $e, serviceId: $s, unrendered: true) }"
+    )
+
+    def upsert(replace: bool, values: dict[str, str], **where: str) -> dict[str, str]:
+        ask(
+            "mutation ($i: VariableCollectionUpsertInput!) { variableCollectionUpsert(input: $i) }",
+            i={
+                "projectId": project.id,
+                "environmentId": project.environment,
+                "variables": values,
+                "replace": replace,
+                **where,
+            },
+        )
+        found = ask(variables, **(own if where else scope))["variables"]
+        return {k: v for k, v in found.items() if not k.startswith("RAILWAY_")}
+
+    assert upsert(False, {"A": "1", "B": "2"}, serviceId=service) == {"A": "1", "B": "2"}
+    assert upsert(True, {"C": "3"}, serviceId=service) == {"C": "3"}
+    upsert(False, {"SHARED": "1"})
+    assert upsert(True, {"OTHER": "2"}) == {"OTHER": "2"}
+    ask(
+        "mutation ($p: String!, $e: String!) { variableDelete(input:"
+        ' { projectId: $p, environmentId: $e, name: "OTHER" }) }',
+        **scope,
+    )
+    assert ask(variables, **scope)["variables"] == {}
+
+    renamed = ask(
+        'mutation ($s: String!) { serviceUpdate(id: $s, input: { name: "front" }) { name }'
+        ' serviceConnect(id: $s, input: { repo: "team/app" }) { id } }',
+        s=service,
+    )
+    assert renamed["serviceUpdate"]["name"] == "front"
+    assert project.services == {"front"}
+
+    domain = ask(
+        "mutation ($s: String!, $e: String!) { serviceDomainCreate(input:"
+        " { serviceId: $s, environmentId: $e, targetPort: 80 }) { id domain } }",
+        s=service,
+        e=project.environment,
+    )["serviceDomainCreate"]
+    update = "mutation ($i: ServiceDomainUpdateInput!) { serviceDomainUpdate(input: $i) }"
+    given = {"serviceId": service, "environmentId": project.environment}
+    given |= {"serviceDomainId": domain["id"], "domain": domain["domain"]}
+    assert ask(update, i={**given, "targetPort": 8000})["serviceDomainUpdate"] is True
+    for wrong, said in (
+        ({"domain": "other.example"}, "cannot rename"),
+        ({"serviceDomainId": "0"}, "not found"),
+    ):
+        with pytest.raises(RuntimeError, match=said):
+            ask(update, i={**given, **wrong})
+    remove = "mutation ($d: String!) { serviceDomainDelete(id: $d) }"
+    assert ask(remove, d=domain["id"])["serviceDomainDelete"] is True
+    with pytest.raises(RuntimeError, match="not found"):
+        ask(remove, d=domain["id"])
+
+    other = ask(
+        'mutation ($p: String!) { environmentCreate(input: { projectId: $p, name: "staging" })'
+        " { id name } }",
+        p=project.id,
+    )["environmentCreate"]
+    assert other["name"] == "staging"
+    verb = project.run("status", "--environment", "staging")
+    assert "problem: there is no baseline in this environment" in verb.out
+    delete = "mutation ($e: String!) { environmentDelete(id: $e) }"
+    assert ask(delete, e=other["id"])["environmentDelete"] is True
+    with pytest.raises(RuntimeError, match="the last environment"):
+        ask(delete, e=project.environment)
+
+
 def test_orders_that_are_not_understood(railway: demo.Stage) -> None:
     url = railway.api.replace("/graphql/v2", "/local/faults")
     for wrong in (

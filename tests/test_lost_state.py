@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 
-from pulse_railway import runtime_image
+from pulse_railway import config, runtime_image
+from pulse_railway.errors import Failure
+from pulse_railway.flows.restore import known_active
+from pulse_railway.stack import Service, Stack
 from tests.conftest import Process, Redis
 from tests.net import Backend, ask, eventually, ok
 
@@ -248,3 +251,18 @@ def test_the_active_one_is_neither_retired_nor_forgotten(site: Site) -> None:
         assert site.control(command, "--deployment-id", "new") == 1
     assert "retiring_at" not in site.record("new")
     assert "new" not in json.loads(site.state.get(":removed", "{}"))
+
+
+def test_who_knows_what_was_active() -> None:
+    """The router that is up longest, else what was noted on Railway; nobody guesses."""
+    env: Any = ["i", "i", "prod-x", "", None, {}, [], None, None, {"PULSE_DEPLOYMENT_ID": "x"}]
+    router_of: Any = ["r", "r", "pulse-router", "", None, {}, [], None, None, {}]
+    services = {"prod-x": Service(*env), "pulse-router": Service(*router_of)}
+    stack = Stack(config.Target("p", "e"), config.Names(), services)
+    young = {"active": "wrong", "uptime_seconds": 3}
+    old, empty = {"active": "right", "uptime_seconds": 90}, {"active": None, "uptime_seconds": 900}
+    assert known_active(stack, {"routers": [young, empty, old]}) == "right"
+    with pytest.raises(Failure, match="nobody knows .*: pass --deployment-id with one of x$"):
+        known_active(stack, {"routers": [empty]})
+    services["pulse-router"].variables["PULSE_RAILWAY_ACTIVE"] = "noted"
+    assert known_active(stack, {"routers": [empty]}) == "noted"

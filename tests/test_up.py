@@ -75,6 +75,29 @@ def test_what_may_pass_is_tried_again(
     assert pauses == expected
 
 
+def test_what_an_old_cli_or_a_new_one_says(
+    cli: Cli,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """The deployment's id, from the last line that has one; before 4.24 there was no --json."""
+    for said, expected in (
+        ('{"deploymentId": "d-1"}', "d-1"),
+        ('warning\n[]\n"x"\n{"deploymentId": "d-2"}\nnull\n', "d-2"),
+        ('{"logsUrl": "https://x"}', None),
+        ("", None),
+    ):
+        cli.says(said, "", 0)
+        assert up(tmp_path) == expected
+    script = cli.folder / "railway"
+    first, version, *rest = script.read_text().splitlines()
+    refuse = "echo \"error: unexpected argument '--json' found\" >&2; exit 2"
+    old = f'case "$*" in *--json*) {refuse};; esac; echo "$@" >> {cli.folder}/old'
+    script.write_text("\n".join([first, version, old, *rest, ""]))
+    cli.says("uploaded\n", "", 0)
+    assert up(tmp_path) is None
+    assert "--json" not in (cli.folder / "old").read_text()
+
+
 def test_a_large_upload_gets_its_time(
     cli: Cli,  # noqa: F811
     tmp_path: Path,

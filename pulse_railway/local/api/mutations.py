@@ -202,7 +202,7 @@ async def serviceDelete(caller: Caller, id: str, environmentId: str | None = Non
 def serviceConnect(caller: Caller, id: str, input: dict[str, Any]) -> Any:
     found = need_service(caller, id)
     for instance in found.instances:
-        instance.repo = input.get("repo")
+        instance.image, instance.repo = input.get("image"), input.get("repo")
     return service_view(caller, found)
 
 

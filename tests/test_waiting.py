@@ -1,0 +1,110 @@
+"""Waiting for Railway's deployments, whose states come from a server that says what it is told."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from pulse_railway import config, contract, waiting
+from pulse_railway.errors import Failure
+from pulse_railway.railway.api import Api
+from pulse_railway.railway.tokens import Token
+from tests.net import Backend, Connection, header, ok
+from tests.test_rude_ssh import Recorder
+
+Says = Callable[..., Api]
+
+
+@pytest.fixture
+def railway(monkeypatch: pytest.MonkeyPatch) -> Iterator[Says]:
+    """`railway(data, ...)`: an API that gives these answers, the last one for ever."""
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    answers: list[dict[str, Any]] = []
+
+    def handle(c: Connection) -> None:
+        while head := c.head():
+            c.read(int(header(head, "content-length") or 0))
+            said = answers.pop(0) if len(answers) > 1 else answers[0]
+            c.send(ok(json.dumps(said).encode()))
+
+    with Backend(handle=handle) as backend:
+        monkeypatch.setenv(contract.API_URL_VARIABLE, backend.address)
+
+        def make(*says: dict[str, Any]) -> Api:
+            answers[:] = [x if "errors" in x else {"data": x} for x in says]
+            api = Api(Token("t", "flag"))
+            api._asked = True
+            return api
+
+        yield make
+
+
+TARGET = config.Target("p", "e")
+
+
+def latest(**deployments: tuple[str, str]) -> dict[str, Any]:
+    nodes = [
+        {"serviceId": name, "latestDeployment": {"id": said[0], "status": said[1]}}
+        for name, said in deployments.items()
+    ]
+    return {"environment": {"serviceInstances": {"edges": [{"node": node} for node in nodes]}}}
+
+
+def one(status: str, *log: str) -> dict[str, Any]:
+    lines = [{"timestamp": f"t{n}", "message": text} for n, text in enumerate(log)]
+    return {"deployment": {"status": status}, "buildLogs": lines}
+
+
+def runtime(*log: str) -> dict[str, Any]:
+    return {"deploymentLogs": [{"timestamp": "t", "message": text} for text in log]}
+
+
+def test_an_older_deployment_is_waited_past(railway: Says) -> None:
+    """Railway's latest can be the one before for a moment: neither its success nor its failure is
+    that of the one that was asked for."""
+    lines: list[str] = []
+    api = railway(
+        latest(r=("old", "SUCCESS")),
+        latest(r=("old", "REMOVED")),
+        latest(r=("new", "BUILDING")),
+        latest(r=("new", "SUCCESS")),
+    )
+    waiting.wait_for_services(api, TARGET, {"r": "router"}, {"r": "new"}, Recorder(lines))
+    assert lines == ["router queued", "router building"]
+
+
+def test_one_of_several_that_fails_is_named(railway: Says) -> None:
+    api = railway(
+        latest(r=("1", "SUCCESS"), j=("2", "BUILDING")),
+        latest(r=("1", "SUCCESS"), j=("2", "FAILED")),
+        one("FAILED", "step 1", "no space left"),
+    )
+    names = {"r": "router", "j": "janitor", "x": "not there yet"}
+    with pytest.raises(Failure, match=r"of janitor ended as FAILED\n.*step 1\n.*no space left$"):
+        waiting.wait_for_services(api, TARGET, names, {}, Recorder([]))
+
+
+def test_a_build_shows_its_log_and_how_it_ended(railway: Says) -> None:
+    lines: list[str] = []
+    api = railway(one("BUILDING", "a"), one("BUILDING", "a", "b"), one("SUCCESS", "a", "b", "c"))
+    waiting.wait_for_build(api, "d", Recorder(lines))
+    assert lines == ["a", "building", "b", "c"]
+    api = railway(one("CRASHED", "built"), runtime("Traceback", "KeyError: 'X'"))
+    with pytest.raises(Failure, match=r"ended as CRASHED.*\n    built\n.*while it ran,\n.*\n.*'X'"):
+        waiting.wait_for_build(api, "d", Recorder([]))
+    api = railway(one("CRASHED"), {"errors": [{"message": "logs are away"}]})
+    with pytest.raises(Failure, match="its runtime log could not be read: Railway: logs are away"):
+        waiting.wait_for_build(api, "d", Recorder([]))
+    with pytest.raises(Failure, match="waits for an approval on Railway: approve it there"):
+        waiting.wait_for_build(railway(one("NEEDS_APPROVAL")), "d", Recorder([]))
+
+
+def test_a_wait_ends(railway: Says) -> None:
+    with pytest.raises(Failure, match=r"the deployment of router took longer than 0 s"):
+        waiting.wait_for_services(
+            railway(latest()), TARGET, {"r": "router"}, {}, Recorder([]), timeout=0
+        )
