@@ -262,7 +262,7 @@ def test_who_knows_what_was_active() -> None:
     young = {"active": "wrong", "uptime_seconds": 3}
     old, empty = {"active": "right", "uptime_seconds": 90}, {"active": None, "uptime_seconds": 900}
     assert known_active(stack, {"routers": [young, empty, old]}) == "right"
-    with pytest.raises(Failure, match="nobody knows .*: pass --deployment-id with one of x$"):
+    with pytest.raises(Failure, match=r"nobody knows .*: pass --deployment-id with one of x$"):
         known_active(stack, {"routers": [empty]})
     services["pulse-router"].variables["PULSE_RAILWAY_ACTIVE"] = "noted"
     assert known_active(stack, {"routers": [empty]}) == "noted"
