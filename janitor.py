@@ -56,6 +56,7 @@ import router
 API_URL = "https://backboard.railway.com/graphql/v2"
 LOCK_SECONDS = 60  # renewed while the run lasts
 DEAD_DEPLOY_SECONDS = 3600
+RUNNING = ("SUCCESS", "SLEEPING")
 GONE_SECONDS = 60  # a record that is younger may have a service that Railway does not show yet
 RELOAD_GRACE_SECONDS = 3.0
 NOTIFY = "PULSE_RAILWAY_NOTIFY_URL"
@@ -65,7 +66,9 @@ CONTROL_ANSWER = "PULSE_RAILWAY_CONTROL_ANSWER"  # the control command's own ans
 SERVICES = """
 query Services($project: String!, $environment: String!) {
   environment(id: $environment, projectId: $project) {
-    serviceInstances { edges { node { serviceId serviceName createdAt } } }
+    serviceInstances {
+      edges { node { serviceId serviceName createdAt latestDeployment { status } } }
+    }
   }
 }
 """
@@ -95,6 +98,7 @@ class Service:
     name: str
     deployment: str
     age: float  # seconds
+    status: str | None = None  # of its latest deployment
 
 
 @dataclass(frozen=True)
@@ -219,6 +223,7 @@ class Railway:
                 node["serviceName"],
                 variables[f"s{i}"]["PULSE_DEPLOYMENT_ID"],
                 now - datetime.fromisoformat(node["createdAt"]).timestamp(),
+                (node["latestDeployment"] or {}).get("status"),
             )
             for i, node in enumerate(nodes)
             if variables[f"s{i}"].get("PULSE_DEPLOYMENT_ID")
@@ -351,9 +356,12 @@ def sweep(
                 "service_name": service.name,
                 "service_id": service.id,
             }
-            if count := router.sessions(record, token):
+            count = router.sessions(record, token)
+            silent = count is None and service.status in RUNNING
+            if count or silent:
                 store.apply(functools.partial(router.adopt, record=record))
-                report.kept[service.deployment] = f"{count} sessions, draining from now on"
+                why = "not answering" if silent else f"{count} sessions"
+                report.kept[service.deployment] = f"{why}, draining from now on"
             elif remove(store, railway, service.deployment, {}, service, report, token, "dead"):
                 report.deleted.append(service.deployment)
     active = store.read().get(":active")

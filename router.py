@@ -3371,21 +3371,29 @@ def base_url(record: Record) -> str:
 def ask_backend(record: Record, path: str, token: str, method: str = "GET") -> Record:
     """Call one of the app's internal endpoints, from inside the private network.
 
-    Raises OSError or ValueError where it does not answer with JSON.
+    Raises OSError or ValueError where it does not answer with a JSON object.
     """
     request = urllib.request.Request(
         base_url(record) + path, method=method, headers={INTERNAL_TOKEN_HEADER: token}
     )
-    with OPENER.open(request, timeout=5) as answer:
-        return cast(Record, json.load(answer))
+    try:
+        with OPENER.open(request, timeout=5) as answer:
+            found = json.loads(answer.read(ANSWER_HEAD_LIMIT))
+    except (http.client.HTTPException, RecursionError) as error:
+        raise ValueError from error
+    if not isinstance(found, dict):
+        raise ValueError
+    return found
 
 
 def sessions(record: Record, token: str) -> int | None:
-    """How many render sessions a deployment holds; None where it does not answer."""
+    """How many render sessions a deployment holds; None where it does not say so in a whole number:
+    it is deleted where there are none."""
     try:
-        return int(ask_backend(record, SESSIONS_PATH, token)["render_session_count"])
-    except (OSError, ValueError, KeyError, TypeError):
+        count = ask_backend(record, SESSIONS_PATH, token).get("render_session_count")
+    except (OSError, ValueError):
         return None
+    return count if type(count) is int and count >= 0 else None
 
 
 def status(store: Store, token: str, intent: str | None) -> Record:
@@ -3580,9 +3588,9 @@ def change_state(store: Store, args: argparse.Namespace) -> None:
 
 def reload_tabs(record: Record, token: str) -> int:
     """Tell the tabs of a deployment that is about to be deleted to reload: how many were told."""
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        answer = ask_backend(record, RELOAD_PATH, token, method="POST")
-        return int(answer.get("reloaded_socket_count") or 0)
+    with contextlib.suppress(OSError, ValueError):
+        count = ask_backend(record, RELOAD_PATH, token, method="POST").get("reloaded_socket_count")
+        return count if type(count) is int else 0
     return 0
 
 

@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from pulse_railway import runtime_image
 from tests.conftest import Redis
@@ -98,6 +101,63 @@ def test_a_deployment_whose_record_is_lost_is_not_taken_for_one(room: Room) -> N
     room.sessions(0)
     assert room.run(service("lost"))[1] == ["lost"]
     assert room.record("lost") is None
+
+
+def test_what_runs_and_does_not_answer_is_not_taken_for_dead(room: Room) -> None:
+    """Its record is lost, and for a moment it is silent, or nobody here reaches anything."""
+    room.backend.answer = ok(b"?", status="500 Internal Server Error")
+    silent, crashed = service("silent"), replace(service("crashed"), status="CRASHED")
+    silent = replace(silent, status="SUCCESS")
+    report, deleted = room.run(silent, crashed)
+    assert deleted == ["crashed"]
+    assert report.kept["silent"] == "not answering, draining from now on"
+    assert (room.record("silent") or {})["state"] == "draining"
+    report, deleted = room.run(silent)
+    assert (report.kept["silent"], deleted) == ("not answering", [])
+    room.sessions(0)
+    assert room.run(silent)[1] == ["silent"]
+
+
+NUMBERS = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text("0123456789", max_size=3)
+)
+SAID = st.one_of(
+    st.just({"render_session_count": 0}),
+    NUMBERS,
+    st.lists(NUMBERS, max_size=2),
+    st.dictionaries(st.sampled_from(["render_session_count", "count"]), NUMBERS, max_size=2),
+)
+ODD = [
+    b"",
+    b"0",
+    b"nonsense\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\ncontent-length: 90\r\n\r\n{}",
+    b"[" * 99_999,
+]
+
+
+@pytest.mark.parametrize("raw", ODD)
+def test_an_answer_that_is_none_is_not_zero(room: Room, raw: bytes) -> None:
+    """Before, a backend that answered with what is not HTTP ended every run in a traceback."""
+
+    def handle(c: Connection) -> None:
+        c.head()
+        c.send(raw if raw.startswith((b"HTTP", b"n")) else ok(raw))
+
+    room.backend.handler = handle
+    room.server.deployment("old", room.backend.address, "draining", registered_at=1)
+    report, deleted = room.run(service("old"))
+    assert (report.kept, deleted) == ({"old": "not answering"}, [])
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(said=SAID)
+def test_only_a_zero_is_zero(room: Room, said: object) -> None:
+    room.backend.answer = ok(json.dumps(said).encode())
+    room.server.deployment("old", room.backend.address, "draining", registered_at=1)
+    _, deleted = room.run(service("old"))
+    count = said.get("render_session_count") if isinstance(said, dict) else None
+    assert deleted == (["old"] if type(count) is int and count == 0 else [])
 
 
 def test_pending_deployments(room: Room) -> None:

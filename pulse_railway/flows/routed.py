@@ -48,7 +48,7 @@ def wait_until_routed(
             answer = client.get(f"{address}{contract.META_PATH}", params=query)
             last = f"status {answer.status_code}"
             named = answer.json().get("deployment_id") if answer.status_code == 200 else None
-        except (httpx.HTTPError, ValueError) as error:
+        except (httpx.HTTPError, ValueError, AttributeError) as error:
             last = type(error).__name__
             return None
         if named is not None:
