@@ -1313,10 +1313,16 @@ async def _first_to_connect(deployment: Deployment, addresses: list[tuple[Any, A
                 timeout=0.25 if addresses else None,
                 return_when=asyncio.FIRST_COMPLETED,
             )
+            first = None
             for task in done:
-                if not task.exception():
-                    return task.result()
-                error = cast(BaseException, task.exception())
+                if problem := task.exception():
+                    error = problem
+                elif first is None:
+                    first = task.result()
+                else:  # two at once
+                    task.result().transport.close()
+            if first:
+                return first
         raise error
     finally:
         for task in pending:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import redis.asyncio as aioredis
@@ -555,6 +556,31 @@ def test_broken_records_are_passed_over(redis_server: Redis, run_router: Run) ->
         port = run_router(redis_server).port
         eventually(lambda: ask(port).status == 200)
         assert ask(port, "/?pulse_deployment=bad").status == 409
+
+
+def test_of_two_addresses_that_answer_at_once_one_is_let_go() -> None:
+    """Before, the second stayed open for as long as the backend liked."""
+
+    async def story() -> tuple[Any, list[Any]]:
+        loop, both, made = asyncio.get_running_loop(), asyncio.Event(), []
+
+        async def connect(factory: Callable[[], Any], *_: Any) -> tuple[Any, Any]:
+            upstream = factory()
+            upstream.transport = mock.Mock()
+            made.append(upstream)
+            if len(made) == 2:
+                both.set()
+            await both.wait()
+            return upstream.transport, upstream
+
+        with mock.patch.object(loop, "create_connection", connect):
+            chosen = await router._first_to_connect(None, [("a", 1), ("b", 1)])
+        return chosen, made
+
+    chosen, made = asyncio.run(story())
+    assert len(made) == 2
+    for upstream in made:
+        assert upstream.transport.close.called == (upstream is not chosen)
 
 
 def test_the_state_can_live_in_sqlite(run_router: Run, tmp_path: Path) -> None:

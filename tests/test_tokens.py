@@ -20,6 +20,7 @@ from pulse_railway.options import where
 from pulse_railway.railway import program, tokens
 from pulse_railway.railway.api import Api
 from tests.conftest import order
+from tests.net import Backend, ok
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +104,21 @@ def test_an_expired_login_is_refreshed_and_written_back(
     assert found() == fresh  # not refreshed again
     api = Api(tokens.find(None))
     assert config.find_target(api, where({"project": "pulse-local"})).project_id
+
+
+@pytest.mark.parametrize("said", [None, "3600", 3600, "an hour", 0, -1, [], 1e300, float("inf")])
+def test_a_new_login_is_written_down_whatever_its_life(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: object
+) -> None:
+    """By then the old one is used up: not to write the new one down would log the user out."""
+    new = {"access_token": "new", "refresh_token": "next", "expires_in": said}
+    path = login(tmp_path, accessToken="old", refreshToken="one", tokenExpiresAt=1)
+    with Backend(ok(json.dumps(new).encode())) as railway:
+        monkeypatch.setenv("PULSE_RAILWAY_API_URL", f"{railway.address}/graphql/v2")
+        assert found() == "new"
+    kept = json.loads(path.read_text())["user"]
+    assert (kept["accessToken"], kept["refreshToken"]) == ("new", "next")
+    assert kept["tokenExpiresAt"] == pytest.approx(time.time() + 3600, abs=5)
 
 
 def test_a_login_that_cannot_be_refreshed(tmp_path: Path) -> None:

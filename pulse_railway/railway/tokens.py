@@ -24,6 +24,7 @@ OAUTH_URL = "https://backboard.railway.com/oauth/token"
 # the Railway CLI's own public client id, which its refresh tokens are bound to
 OAUTH_CLIENT_ID = "rlwy_oaci_onEklvmksh1hRUiCo7E2zX12"
 EXPIRY_MARGIN = 90  # seconds; the CLI's own is 60, and it is to find nothing to do
+USUAL_LIFETIME = 3600.0  # seconds
 LOCK_TIMEOUT = 10.0  # seconds, as the CLI's
 REFRESH_ATTEMPTS = 3
 REFRESH_PAUSE = 0.25  # seconds
@@ -168,10 +169,9 @@ def refresh(path: Path, config: dict[str, Any], token: Token) -> Token:
             return replace(token, expires=token.expires + EXPIRY_MARGIN)  # until it really has
         raise Failure(f"the Railway CLI's login has expired, and refreshing it failed: {why}")
     access = str(body["access_token"])
-    lives = float(body.get("expires_in") or 3600)
     user["accessToken"] = access
     user["refreshToken"] = body.get("refresh_token") or refresh_token
-    user["tokenExpiresAt"] = int(time.time() + lives)
+    user["tokenExpiresAt"] = int(time.time() + _lifetime(body.get("expires_in")))
     keep_secret(access, user["refreshToken"])
     temporary = path.with_suffix(".tmp")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -179,6 +179,16 @@ def refresh(path: Path, config: dict[str, Any], token: Token) -> Token:
         json.dump(config, file, indent=2)
     temporary.replace(path)
     return Token(access, "login", float(user["tokenExpiresAt"]))
+
+
+def _lifetime(said: Any) -> float:
+    """Seconds that a login lives; the answer need not say so (RFC 6749 section 5.1). Raises
+    nothing: by now the old refresh token is used up, and the new one is to be written down."""
+    try:
+        seconds = float(said)
+    except (TypeError, ValueError):
+        return USUAL_LIFETIME
+    return seconds if 0 < seconds < 1e9 else USUAL_LIFETIME
 
 
 def _ask_for_a_login(form: dict[str, str]) -> tuple[dict[str, Any] | None, str]:
