@@ -171,6 +171,9 @@ def test_a_canary_that_is_down_costs_nobody_anything(canary: Canary) -> None:
     assert b"x" * 9 not in canary.b.heads
     assert canary.page(0, path="/?pulse_deployment=b").status == 502  # its own tabs
     assert expected
+    canary.a.stop()  # nobody is left
+    answer = canary.page(0)
+    assert (answer.status, answer.header("x-pulse-selected-deployment")) == (502, "a")
 
 
 def test_redis_away_and_a_router_that_has_just_started(canary: Canary, run_router: Run) -> None:

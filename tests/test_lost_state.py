@@ -253,6 +253,41 @@ def test_the_active_one_is_neither_retired_nor_forgotten(site: Site) -> None:
     assert "new" not in json.loads(site.state.get(":removed", "{}"))
 
 
+def test_each_refusal_changes_nothing_and_says_why(
+    site: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new, old = (
+        ["--active-deployment-id", name, "--active-service-name", name] for name in ("new", "old")
+    )
+    restore = ["--active-deployment-id", "new", "--records-json", '[{"deployment_id": "new"}]']
+    draining = '[{"deployment_id": "new"}]'
+    before = site.store.read()
+    for command, words, said in (
+        ("register", ["--deployment-id", "new", "--service-name", "s"], "new is the active deploy"),
+        ("promote", [*new, "--weight", "10"], "new is active"),
+        ("withdraw", ["--deployment-id", "old"], "old is no canary (any more)"),
+        ("promote", [*new, "--draining-json", draining], "new cannot be active and draining"),
+        ("restore", restore, "there is nothing to restore"),
+    ):
+        capsys.readouterr()
+        assert site.control(command, *words) == 1, command
+        assert said in capsys.readouterr().err
+        assert site.store.read() == before, command
+    for words, said in (
+        (["retire", "--deployment-id", "No_Id"], "a deployment id is [a-z0-9][a-z0-9-]{0,23}"),
+        (["promote", *old, "--weight", "nan"], "expected a number from 0 to 100"),
+        (["register", "--deployment-id", "x", "--about", "[]"], "expected a JSON object"),
+        (["restore", *restore[:3], '["x"]'], "expected a JSON list of objects with a deployment_i"),
+    ):
+        with pytest.raises(SystemExit):
+            router.control(words)
+        assert said in capsys.readouterr().err
+    assert site.store.read() == before
+    site.server.client.delete("pulse:railway:active")
+    assert site.control("promote", *old, "--weight", "10") == 1
+    assert "no deployment is active: promote it without a weight" in capsys.readouterr().err
+
+
 def test_who_knows_what_was_active() -> None:
     """The router that is up longest, else what was noted on Railway; nobody guesses."""
     env: Any = ["i", "i", "prod-x", "", None, {}, [], None, None, {"PULSE_DEPLOYMENT_ID": "x"}]

@@ -266,6 +266,17 @@ def test_head_has_the_headers_and_no_body(routed: Callable[..., Routed]) -> None
     assert r.backend.connections == 1
 
 
+def test_head_of_a_body_without_a_length(routed: Callable[..., Routed]) -> None:
+    """RFC 9112 section 6.1: Transfer-Encoding in an answer to HEAD is what GET would have."""
+    r = routed(ok(b"", "transfer-encoding: chunked").replace(b"content-length: 0\r\n", b""))
+    with r.open() as c:
+        for _ in range(3):
+            c.send(b"HEAD / HTTP/1.1\r\nhost: x\r\n\r\n")
+            answer = read_answer(c, head_only=True)
+            assert (answer.status, answer.header("transfer-encoding")) == (200, "chunked")
+    assert r.backend.connections == 1
+
+
 def test_a_body_that_ends_with_the_connection(routed: Callable[..., Routed]) -> None:
     r = routed(handle=once(b"HTTP/1.1 200 OK\r\nx: 1\r\n\r\nuntil the end"))
     assert ask(r.port).body == b"until the end"
@@ -563,6 +574,8 @@ def test_a_backend_that_is_down_is_502(routed: Callable[..., Routed]) -> None:
 def test_a_backend_that_says_nothing_is_502_or_504(routed: Callable[..., Routed]) -> None:
     assert ask(routed(handle=once(b"")).port).status == 502
     assert ask(routed(handle=once(b"SSH-2.0-x\r\n")).port).status == 502
+    endless = b"HTTP/1.1 200 OK\r\n" + b"x: %b\r\n" % (b"y" * 8000) * 40
+    assert ask(routed(handle=once(endless, lambda c: time.sleep(3))).port).status == 502
     slow = routed(
         handle=once(b"", lambda c: time.sleep(8)), PULSE_RAILWAY_ROUTER_RESPONSE_TIMEOUT="1"
     )

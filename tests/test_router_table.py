@@ -10,7 +10,9 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -556,6 +558,61 @@ def test_broken_records_are_passed_over(redis_server: Redis, run_router: Run) ->
         port = run_router(redis_server).port
         eventually(lambda: ask(port).status == 200)
         assert ask(port, "/?pulse_deployment=bad").status == 409
+
+
+@contextlib.contextmanager
+def deaf(port: int = 0) -> Iterator[tuple[str, int]]:
+    """An address that takes no connection and refuses none: its backlog is full."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.3", port), backlog=0))
+        address: tuple[str, int] = listener.getsockname()
+        for _ in range(4):
+            sock = stack.enter_context(socket.socket())
+            sock.setblocking(False)
+            sock.connect_ex(address)
+        yield address
+
+
+def connected(
+    monkeypatch: pytest.MonkeyPatch, port: int, hosts: list[str], known: Any = None
+) -> str:
+    """Where `connect` ends, for a name that has these addresses, or had them a moment ago."""
+
+    def resolve(_: str, port: int, **__: Any) -> Any:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, port)) for host in hosts]
+
+    monkeypatch.setattr(router.socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(router, "RESOLVER", router.Resolver())
+    if known:
+        router.RESOLVER.known["name", port] = time.monotonic() + 60, known
+    deployment = SimpleNamespace(host="name", port=port, idle=[])
+
+    async def story() -> str:
+        try:
+            upstream = await router.connect(deployment, 0.6)
+        except router.UpstreamError as error:
+            return str(error.kind)
+        peer = upstream.transport.get_extra_info("peername")[0]
+        upstream.transport.abort()
+        return str(peer)
+
+    return asyncio.run(story())
+
+
+def test_where_a_name_leads(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Backend() as backend:
+        port = backend.port
+        go = partial(connected, monkeypatch, port)
+        assert go(["127.0.0.1"]) == "127.0.0.1"
+        assert go(["127.0.0.2", "127.0.0.1"]) == "127.0.0.1"  # one of them refuses
+        assert go(["127.0.0.2"]) == "refused"
+        # it has moved since it was asked for, as a service does that starts anew
+        assert go(["127.0.0.1"], known=[("127.0.0.2", port)]) == "127.0.0.1"
+        assert go(["127.0.0.2"], known=[("127.0.0.2", port)]) == "refused"
+        with deaf(port) as (host, _):
+            assert go([host]) == "connect_timeout"
+            assert go([host, "127.0.0.1"]) == "127.0.0.1"  # after 250 ms (RFC 8305)
+            assert go([host, "127.0.0.2"]) == "connect_timeout"
 
 
 def test_of_two_addresses_that_answer_at_once_one_is_let_go() -> None:
