@@ -105,7 +105,7 @@ class Backend:
         self.answer, self.handler = answer, handle
         self.heads: list[bytes] = []
         self.connections = 0
-        self.open: list[Connection] = []
+        self.open: set[Connection] = set()
         host = "127.0.0.1" if family == socket.AF_INET else "::1"
         self.sock = socket.create_server((host, 0), family=family, backlog=256)
         self.port = self.sock.getsockname()[1]
@@ -120,26 +120,30 @@ class Backend:
                 return
             self.connections += 1
             connection = Connection(sock)
-            self.open.append(connection)
+            self.open.add(connection)
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, connection: Connection) -> None:
-        with contextlib.suppress(OSError):
+        try:
             if self.handler:
                 self.handler(connection)
-                connection.close()
                 return
             while head := connection.head():
                 self.heads.append(head)
                 length = header(head, "content-length")
                 connection.read(int(length or 0))
                 connection.send(self.answer)
+        except OSError:  # the other side has gone
+            pass
+        finally:
+            connection.close()
+            self.open.discard(connection)
 
     def stop(self) -> None:
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
         self.sock.close()
-        for connection in self.open:
+        for connection in list(self.open):
             connection.close()
 
     def __enter__(self) -> Self:
