@@ -206,9 +206,10 @@ def run_router(start: Callable[..., Process], router_python: Path) -> Callable[.
 
 
 def order(stage: demo.Stage, **body: Any) -> None:
-    """Tell a local Railway what is to go wrong, and how fast it is to be."""
+    """Tell a local Railway what is to go wrong, and how fast it is to be. A janitor that comes by
+    on its cron would take what a test is about to look at: it stands still."""
     url = stage.api.replace("/graphql/v2", "/local/faults")
-    httpx.post(url, json=body).raise_for_status()
+    httpx.post(url, json={"clock": False, **body}).raise_for_status()
 
 
 @pytest.fixture(scope="session")
@@ -216,8 +217,7 @@ def railway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[demo.Stage]:
     """A local Railway for tests that leave its first project as they found it: empty."""
     root = tmp_path_factory.mktemp("railway").resolve()
     with demo.stage(root) as stage:
-        # a janitor that comes by on its cron would take what a test is about to look at
-        order(stage, clock=False)
+        order(stage)
         yield stage
     assert not demo.processes_of(root), "the local Railway left processes behind"
 

@@ -10,15 +10,17 @@ import httpx
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 
-from tests.conftest import Project
+from examples import demo
+from tests.conftest import Project, order
 from tests.test_browser import CHROMIUM, FLAGS
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 
 
 @pytest.fixture
-def page() -> Iterator[Page]:
-    """A page whose every error, the script's or the console's, fails the test."""
+def page(railway: demo.Stage) -> Iterator[Page]:
+    """A page whose every error, the script's or the console's, fails the test. Its buttons let the
+    cron run again, which is to stand still for the tests that come after."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         made = browser.new_context(viewport={"width": 1100, "height": 1000}).new_page()
@@ -27,6 +29,7 @@ def page() -> Iterator[Page]:
         made.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
         yield made
         browser.close()
+        order(railway)
         assert errors == []
 
 
