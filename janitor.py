@@ -185,14 +185,15 @@ class Railway:
             answer = response.json()
         except (ValueError, RecursionError):
             answer = None
-        errors = answer.get("errors") if isinstance(answer, dict) else None
+        if not isinstance(answer, dict):
+            answer = {}
+        errors, data = answer.get("errors"), answer.get("data")
         if isinstance(errors, list) and errors:
             message = "; ".join(str(e.get("message") if isinstance(e, dict) else e) for e in errors)
             if "not authorized" in message.lower() and "Project-Access-Token" in self.headers:
                 self.headers = {"Authorization": f"Bearer {self.token}"}
                 return self.call(document, **variables)
             raise RuntimeError(message)
-        data = answer.get("data") if isinstance(answer, dict) else None
         if errors or not data or not isinstance(data, dict):
             raise RuntimeError("Railway's answer is not one of its API")
         return data

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from pulse_railway import options, runtime_image
+from pulse_railway import config, contract, options, runtime_image
 from pulse_railway.errors import Failure
 from pulse_railway.flows import doctor
 from pulse_railway.flows.doctor import Checkup
+from pulse_railway.stack import Service, Stack
 from tests.conftest import TINY, Project
 from tests.net import Backend, ok
 
@@ -117,29 +118,21 @@ def test_a_clock_that_is_wrong() -> None:
             assert doctor.check_clock(railway.address) == ""
 
 
-def test_a_router_of_another_version(base: Project, app: Path) -> None:
-    stack: Any = base_stack("another")
+def test_a_router_of_another_version() -> None:
+    args: Any = ["i", "i", "pulse-router", "", None, {}, [], None, None]
+    args.append({contract.RUNTIME_VERSION: "another"})
+    of_router = Service(*args)
+    ours = {contract.RUNTIME_VERSION: runtime_image.version()}
+    of_janitor = replace(of_router, name="pulse-janitor", variables=ours)
+    services = {s.name: s for s in (of_router, of_janitor)}
     found = Checkup()
-    doctor.check_versions(found, stack)
+    doctor.check_versions(found, Stack(config.Target("p", "e"), config.Names(), services))
     assert [(c.name, c.verdict) for c in found.checks] == [
         ("pulse-router", "warning"),
         ("pulse-janitor", "good"),
     ]
     assert found.checks[0].said.startswith("runs another, and this is ")
     assert found.checks[0].said.endswith("run `pulse-railway ensure`")
-
-
-def base_stack(version: str) -> Any:
-    from pulse_railway import config, contract
-    from pulse_railway.stack import Service, Stack
-
-    args: Any = ["i", "i", "pulse-router", "", None, {}, [], None, None]
-    args.append({contract.RUNTIME_VERSION: version})
-    of_router = Service(*args)
-    ours = {contract.RUNTIME_VERSION: runtime_image.version()}
-    of_janitor = replace(of_router, name="pulse-janitor", variables=ours)
-    services = {s.name: s for s in (of_router, of_janitor)}
-    return Stack(config.Target("p", "e"), config.Names(), services)
 
 
 def test_what_is_printed(base: Project, app: Path) -> None:
