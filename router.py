@@ -45,6 +45,7 @@ import collections
 import concurrent.futures
 import contextlib
 import functools
+import glob
 import hashlib
 import hmac
 import http
@@ -3100,13 +3101,12 @@ class Exporter:
         return together([numbers(self.tab_counts), before])
 
     def all(self) -> Numbers:
-        others = []
-        if self.folder:
-            names = [n for n in os.listdir(self.folder) if n.endswith(".json")]
-            others = [self.read(os.path.join(self.folder, n)) for n in names]
-            others = [
-                n for n, name in zip(others, names, strict=True) if name != f"{self.worker}.json"
-            ]
+        names = glob.glob("*.json", root_dir=self.folder) if self.folder else []
+        others = [
+            self.read(os.path.join(self.folder, name))
+            for name in names
+            if name != f"{self.worker}.json"
+        ]
         found = together([self.own(), *others])
         gone = {"-", *METRICS.tallies}
         return {k: v for k, v in found.items() if dict(k[1]).get("deployment", "-") in gone}
