@@ -45,7 +45,6 @@ import collections
 import concurrent.futures
 import contextlib
 import functools
-import glob
 import hashlib
 import hmac
 import http
@@ -61,7 +60,6 @@ import socket
 import sqlite3
 import struct
 import sys
-import tempfile
 import threading
 import time
 import urllib.parse
@@ -782,7 +780,7 @@ class RedisStore:
 
 
 class LocalStore:
-    """State in a SQLite file (`:memory:` for one process), for runs without Redis."""
+    """State in a SQLite file, for runs without Redis."""
 
     def __init__(self, path: str, prefix: str) -> None:
         self.prefix = prefix
@@ -844,15 +842,13 @@ def store_from_env(env: dict[str, str]) -> Store:
     """The store that the environment names: REDIS_URL on Railway, PULSE_KV_* elsewhere."""
     prefix = (env.get("PULSE_RAILWAY_REDIS_PREFIX") or DEFAULT_REDIS_PREFIX).rstrip(":")
     kind = env.get("PULSE_KV_KIND") or "redis"
-    if kind == "memory":
-        return LocalStore(":memory:", prefix)
     if kind == "sqlite":
         if not env.get("PULSE_KV_PATH"):
             raise SystemExit("PULSE_KV_KIND=sqlite needs PULSE_KV_PATH, the file to use")
         return LocalStore(env["PULSE_KV_PATH"], prefix)
     url = env.get("PULSE_KV_URL") or env.get("REDIS_URL")
     if kind != "redis" or not url:
-        raise SystemExit("set REDIS_URL, or PULSE_KV_KIND to sqlite or memory")
+        raise SystemExit("set REDIS_URL, or PULSE_KV_KIND=sqlite and PULSE_KV_PATH")
     return RedisStore(url, prefix)
 
 
@@ -2879,7 +2875,6 @@ class Family:
     kind: str  # counter, gauge, histogram
     unit: str
     says: str
-    over_workers: Callable[[Any], Any] = sum  # or max, where each of them says the same
 
     def prometheus(self, name: str) -> str:
         suffix = {"s": "_seconds", "By": "_bytes"}.get(self.unit, "")
@@ -2905,9 +2900,9 @@ FAMILIES = {
         "counter", "{connection}", "Clients turned away at the limit"
     ),
     "pulse.router.log.dropped": Family("counter", "{line}", "Lines left out of the access log"),
-    "pulse.router.table.age": Family("gauge", "s", "Since the routing state was last read", max),
-    "pulse.router.deployments": Family("gauge", "{deployment}", "Deployments by state", max),
-    "pulse.router.sessions": Family("gauge", "{session}", "Render sessions of a deployment", max),
+    "pulse.router.table.age": Family("gauge", "s", "Since the routing state was last read"),
+    "pulse.router.deployments": Family("gauge", "{deployment}", "Deployments by state"),
+    "pulse.router.sessions": Family("gauge", "{session}", "Render sessions of a deployment"),
     "process.cpu.time": Family("counter", "s", "Of the router's processes"),
     "process.memory.usage": Family("gauge", "By", "Resident memory of the router's processes"),
     "process.open_file_descriptor.count": Family("gauge", "{count}", "Open descriptors"),
@@ -2964,20 +2959,6 @@ def open_descriptors() -> int:
         METRICS.descriptors = len(os.listdir("/proc/self/fd"))
         METRICS.descriptors_until = time.monotonic() + DESCRIPTORS_EVERY
     return METRICS.descriptors
-
-
-def together(parts: Iterable[Numbers]) -> Numbers:
-    """One set of numbers for several processes."""
-    found: dict[tuple[str, Labels], list[Value]] = {}
-    for part in parts:
-        for key, value in part.items():
-            found.setdefault(key, []).append(value)
-    return {
-        key: [sum(column) for column in zip(*cast(list[list[float]], values), strict=True)]
-        if isinstance(values[0], list)
-        else FAMILIES[key[0]].over_workers(values)
-        for key, values in found.items()
-    }
 
 
 def prometheus(found: Numbers) -> str:
@@ -3069,47 +3050,16 @@ def about_this_router(env: Mapping[str, str] = os.environ) -> dict[str, str]:
 
 
 class Exporter:
-    """Hands out the numbers of all workers. Each leaves its own in a file of `folder` every second;
-    whoever is scraped adds them up. A worker that replaces a dead one goes on from its counts, or
-    the sum would fall, which a reader of counters takes for a restart."""
+    """Hands out what this router has counted: to whoever scrapes `port`, and by pushing."""
 
-    def __init__(self, port: socket.socket | None, folder: str = "", worker: int = 0) -> None:
-        self.port, self.folder, self.worker = port, folder, worker
-        self.push_to = push_target() if worker == 0 else None
+    def __init__(self, port: socket.socket | None) -> None:
+        self.port = port
+        self.push_to = push_target()
         self.every = seconds("OTEL_METRIC_EXPORT_INTERVAL", 60_000) / 1000
-        self.path = os.path.join(folder, f"{worker}.json")
-        self.before = self.read(self.path) if folder else {}
         self.tab_counts: dict[str, int] = {}
         self.tabs_asked = 0.0
         self.asking: asyncio.Task[None] | None = None
         self.unsaid = True  # that the receiver does not answer
-
-    def read(self, path: str) -> Numbers:
-        with contextlib.suppress(OSError, ValueError), open(path) as file:
-            return {(name, tuple(map(tuple, labels))): v for name, labels, v in json.load(file)}
-        return {}
-
-    def write(self) -> None:
-        with contextlib.suppress(OSError):  # the disk is full; the next second tries again
-            with open(self.path + ".new", "w") as file:
-                json.dump([[*key, value] for key, value in self.own().items()], file)
-            os.replace(self.path + ".new", self.path)
-
-    def own(self) -> Numbers:
-        """This worker's, with the counts of the one that it replaces."""
-        before = {k: v for k, v in self.before.items() if FAMILIES[k[0]].kind != "gauge"}
-        return together([numbers(self.tab_counts), before])
-
-    def all(self) -> Numbers:
-        names = glob.glob("*.json", root_dir=self.folder) if self.folder else []
-        others = [
-            self.read(os.path.join(self.folder, name))
-            for name in names
-            if name != f"{self.worker}.json"
-        ]
-        found = together([self.own(), *others])
-        gone = {"-", *METRICS.tallies}
-        return {k: v for k, v in found.items() if dict(k[1]).get("deployment", "-") in gone}
 
     async def count_tabs(self) -> None:
         """Ask the deployments for their sessions, now and then, and wait for it for a moment."""
@@ -3138,16 +3088,12 @@ class Exporter:
             )
         try:
             while True:
-                if self.folder:
-                    self.write()
                 if self.push_to and time.monotonic() >= next_push:
                     next_push = time.monotonic() + self.every
                     await self.count_tabs()
                     await self.push()
                 await asyncio.sleep(1.0)
         finally:
-            if self.folder:
-                self.write()
             if self.push_to:  # what the last one did not hold yet
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self.push(), LAST_PUSH)
@@ -3156,7 +3102,7 @@ class Exporter:
 
     async def push(self) -> None:
         """Send it once. What is lost is in the next one: the counts are cumulative."""
-        body = json.dumps(otlp(self.all(), about_this_router())).encode()
+        body = json.dumps(otlp(numbers(self.tab_counts), about_this_router())).encode()
         await asyncio.get_running_loop().run_in_executor(None, self.send, body)
 
     def send(self, body: bytes) -> None:
@@ -3194,7 +3140,7 @@ class Scraped(Client):
             response = plain(405)
         else:
             await self.exporter.count_tabs()
-            text = prometheus(self.exporter.all())
+            text = prometheus(numbers(self.exporter.tab_counts))
             response = Response(text, media_type="text/plain; version=0.0.4")
         if not self.transport.is_closing():
             close = incoming.more_body or not incoming.keep_alive
@@ -3276,54 +3222,6 @@ def serve_one(sock: socket.socket, exporter: Exporter | None) -> None:
     Server(config).run(sockets=[sock])
 
 
-def serve_many(
-    sock: socket.socket, workers: int, exporter: Callable[[int], Exporter | None]
-) -> None:
-    """`workers` processes on one socket. One that dies is replaced; a signal ends them all."""
-    children: dict[int, int] = {}  # process id -> number of the worker
-    ends = (signal.SIGTERM, signal.SIGINT)
-
-    def spawn(worker: int) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # until the child has its own handlers
-        if not stopping:
-            pid = os.fork()
-            if pid == 0:
-                for number in ends:
-                    signal.signal(number, lambda *_: os._exit(0))
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, ends)
-                try:
-                    LOG.rate = max(1, LOG_RATE // workers)
-                    serve_one(sock, exporter(worker))
-                finally:
-                    os._exit(0)
-            children[pid] = worker
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ends)
-
-    stopping = False
-
-    def stop(number: int, _: object) -> None:
-        nonlocal stopping
-        stopping = True
-        sock.close()  # or what connects to it now would hang, and be reset at the end
-        for pid in children:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
-
-    for number in ends:
-        signal.signal(number, stop)
-    for worker in range(workers):
-        spawn(worker)
-    while children:
-        with contextlib.suppress(ChildProcessError, InterruptedError):
-            pid, _status = os.wait()
-            if pid not in children:
-                continue  # an orphan, which the first process of a container gets
-            worker = children.pop(pid)
-            if not stopping:
-                time.sleep(0.5)
-                spawn(worker)
-
-
 def number(variable: str) -> int | None:
     """A variable that holds a whole number from 1. Raises SystemExit for anything else."""
     text = os.environ.get(variable)
@@ -3337,7 +3235,6 @@ def number(variable: str) -> int | None:
 def serve() -> None:
     port = number("PORT") or DEFAULT_PORT
     store_from_env(dict(os.environ))  # a missing variable shows before the port is taken
-    workers = number("PULSE_RAILWAY_ROUTER_WORKERS") or 1
     number("PULSE_RAILWAY_ROUTER_CONNECTION_LIMIT")
     metrics_port = number("PULSE_RAILWAY_METRICS_PORT")
     if metrics_port == port:
@@ -3345,13 +3242,12 @@ def serve() -> None:
     pushes = push_target() is not None
     sock = listen(os.environ.get("HOST"), port)
     scraped = listen(os.environ.get("HOST"), metrics_port) if metrics_port else None
-    if workers == 1 or not hasattr(os, "fork"):
-        serve_one(sock, Exporter(scraped) if scraped or pushes else None)
-    elif scraped or pushes:
-        with tempfile.TemporaryDirectory(prefix="pulse-router-") as folder:
-            serve_many(sock, workers, functools.partial(Exporter, scraped, folder))
-    else:
-        serve_many(sock, workers, lambda _: None)
+    if os.environ.get("PULSE_RAILWAY_ROUTER_WORKERS"):
+        log.warning(
+            "PULSE_RAILWAY_ROUTER_WORKERS has no effect: a router is one process, and more of them"
+            " are replicas of its service"
+        )
+    serve_one(sock, Exporter(scraped) if scraped or pushes else None)
 
 
 # ---------------------------------------------------------------------------------------------
