@@ -51,6 +51,7 @@ from typing import Any
 import httpx
 import redis
 
+import control
 import router
 
 API_URL = "https://backboard.railway.com/graphql/v2"
@@ -334,7 +335,7 @@ def sweep(
     for name, record in known.items():
         stray = record.get("state") == "active" and name != state.get(":active")
         if stray:  # of 0.3.x, which could be cut off between two writes
-            store.apply(functools.partial(router.drain, deployment_id=name, judged=record))
+            store.apply(functools.partial(control.drain, deployment_id=name, judged=record))
             report.kept[name] = "was active beside the active one, drains from now on"
             continue
         verdict = judge(record, by_id.get(name), routers, token, limits.drain_ttl)
@@ -360,7 +361,7 @@ def sweep(
             count = router.sessions(record, token)
             silent = count is None and service.status in RUNNING
             if count or silent:
-                store.apply(functools.partial(router.adopt, record=record))
+                store.apply(functools.partial(control.adopt, record=record))
                 why = "not answering" if silent else f"{count} sessions"
                 report.kept[service.deployment] = f"{why}, draining from now on"
             elif remove(store, railway, service.deployment, {}, service, report, token, "dead"):
@@ -387,7 +388,7 @@ def answer_to(seen: Seen, env: dict[str, str]) -> router.Record | None:
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         return None
     try:
-        return router.carry_out([*words, "--nonce", str(nonce)], env)
+        return control.carry_out([*words, "--nonce", str(nonce)], env)
     except SystemExit:
         said = "the janitor runs another version of pulse-railway: run `pulse-railway ensure`"
         return {"ok": False, "reason": "version", "error": said, "command": name, "nonce": nonce}
@@ -417,7 +418,7 @@ def restore(store: router.RedisStore, seen: Seen) -> str:
         }
         for service in seen.backends
     ]
-    store.apply(functools.partial(router.restore, wanted=wanted, active=seen.intent))
+    store.apply(functools.partial(control.restore, wanted=wanted, active=seen.intent))
     log.warning("Redis had lost the routing state: restored from Railway")
     return str(seen.intent)
 
@@ -471,16 +472,16 @@ def remove(
     promotes it meanwhile, then its tabs are told to reload. Says whether it did."""
     try:
         service_id = service.id if service else None
-        store.apply(lambda state: router.claim(state, name, judged, service_id))
+        store.apply(lambda state: control.claim(state, name, judged, service_id))
     except router.StateError as error:  # promoted, rolled back to, or drained anew
         report.kept[name] = str(error)
         return False
     if service:
-        if judged and router.reload_tabs(judged, token):
+        if judged and control.reload_tabs(judged, token):
             time.sleep(RELOAD_GRACE_SECONDS)
         railway.delete(service)
-    step = functools.partial(router.delete, deployment_id=name)
-    store.apply(router.logged(step, "remove", name, by="janitor", why=why))
+    step = functools.partial(control.delete, deployment_id=name)
+    store.apply(control.logged(step, "remove", name, by="janitor", why=why))
     return True
 
 

@@ -36,7 +36,7 @@ def dispatch() -> None:
         case ["control", *rest] if rest[:1] not in ([], ["--help"], ["-h"]):
             from pulse_railway import runtime_image
 
-            runtime_image.become("router", ["control", *rest])
+            runtime_image.become("control", rest)
         case ["janitor", ("run" | "--help" | "-h"), *_]:
             from pulse_railway import runtime_image
 

@@ -13,7 +13,8 @@ from typing import NoReturn
 
 from pulse_railway import __version__
 
-FILES = ("Dockerfile.router", "janitor.py", "router.py", "runtime.lock")
+SCRIPTS = ("router.py", "control.py", "janitor.py")
+FILES = ("Dockerfile.router", *SCRIPTS, "runtime.lock")
 
 
 def sources() -> Path:
@@ -33,7 +34,7 @@ def version() -> str:
 
 
 def become(name: str, arguments: list[str]) -> NoReturn:
-    """Become router.py or janitor.py, as the runtime image has them. Does not return."""
+    """Become router.py, control.py or janitor.py, as the runtime image has them. Does not return."""
     path = os.pathsep.join(filter(None, [str(sources()), os.environ.get("PYTHONPATH")]))
     sys.stdout.flush()
     command = [sys.executable, "-m", name, *arguments]  # which takes it compiled
@@ -41,7 +42,7 @@ def become(name: str, arguments: list[str]) -> NoReturn:
 
 
 def load(name: str) -> ModuleType:
-    """router.py or janitor.py as a module, for `control`, `janitor run` and the local edge."""
+    """One of SCRIPTS as a module, with those that it imports by name."""
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, sources() / f"{name}.py")
@@ -49,7 +50,7 @@ def load(name: str) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    if name == "janitor":
-        load("router")  # which it imports by that name
+    for other in {"control": ["router"], "janitor": ["router", "control"]}.get(name, []):
+        load(other)
     spec.loader.exec_module(module)
     return module

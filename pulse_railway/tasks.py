@@ -164,7 +164,7 @@ def rollback(wanted: StackOptions, output: Output) -> None:
 @verb(["switch", *STACK, "page", "retry_after", "message"], door="maintenance")
 def maintenance(wanted: MaintenanceOptions, output: Output) -> None:
     """Answer everybody with a page (on), or with the app again (off); open sockets stay."""
-    from pulse_railway.control import maintenance as switch
+    from pulse_railway.router_commands import maintenance as switch
 
     api, stack = _stack(wanted, output)
     word = "on" if wanted.on else "off"
@@ -177,11 +177,11 @@ def maintenance(wanted: MaintenanceOptions, output: Output) -> None:
 @verb([*STACK, "lines"], door="logs")
 def history(wanted: LogsOptions, output: Output) -> None:
     """Show what was promoted, rolled back and removed, when, by whom and why."""
-    from pulse_railway import control, tables
+    from pulse_railway import router_commands, tables
 
     api, stack = _stack(wanted, output)
     with output.step("ask the router"):
-        entries = control.history(api, stack)[-wanted.lines :]
+        entries = router_commands.history(api, stack)[-wanted.lines :]
     output.result({"history": entries}, [])
     if not output.as_json:
         tables.show_history(entries)
@@ -190,14 +190,14 @@ def history(wanted: LogsOptions, output: Output) -> None:
 @verb([*STACK, "yes"], door="stack")
 def unlock(wanted: StackOptions, output: Output) -> None:
     """Take the deploy lock from a run that is dead."""
-    from pulse_railway import control
+    from pulse_railway import router_commands
 
     api, stack = _stack(wanted, output)
     with output.step("ask the router who deploys"):
-        held = control.state(api, stack)["lock"]
+        held = router_commands.state(api, stack)["lock"]
     if held:
         confirm(f"take the lock from {held.get('by')}?", wanted.yes)
-        control.unlock(api, stack, None)
+        router_commands.unlock(api, stack, None)
     output.result({"lock": held}, ["the deploy lock is free" if held else "nobody deploys"])
 
 
@@ -282,7 +282,7 @@ def control(_: Any, arguments: str = "status") -> None:
 
     from pulse_railway import runtime_image
 
-    runtime_image.become("router", ["control", *shlex.split(arguments)])
+    runtime_image.become("control", shlex.split(arguments))
 
 
 @task(name="run")

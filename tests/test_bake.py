@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pulse_railway import config, control, runtime_image
+from pulse_railway import config, runtime_image
 from pulse_railway.errors import Failure, Interrupted, Refused
 from pulse_railway.flows import bake
 from pulse_railway.flows.bake import Count, Watch, verdict

@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
-from pulse_railway import config, control, options, runtime_image
+from pulse_railway import config, options, runtime_image
 from pulse_railway.errors import Failure, Interrupted, Refused
 from pulse_railway.flows import baseline, cleanup, deploy, remove, routed, watch
 from pulse_railway.output import Output

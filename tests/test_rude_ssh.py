@@ -25,7 +25,7 @@ import pytest
 from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
 
-from pulse_railway import config, contract, control, job, runtime_image
+from pulse_railway import config, contract, job, runtime_image
 from pulse_railway.config import AppConfig, Names, Target, Way, Where
 from pulse_railway.errors import Failure, Interrupted
 from pulse_railway.flows import cleanup, deploy, promote, redeploy, remove, restore, routed, status

@@ -23,10 +23,10 @@ import pytest
 
 from pulse_railway import contract, errors
 from pulse_railway.config import Names, Target, Way
-from pulse_railway.control import settle
 from pulse_railway.railway import program, ssh
 from pulse_railway.railway.api import Api
 from pulse_railway.railway.tokens import Token
+from pulse_railway.router_commands import settle
 from pulse_railway.stack import Stack
 from tests.conftest import BASE, TINY, Project, order
 from tests.test_rude_ssh import BAD_DAY, FOREIGN

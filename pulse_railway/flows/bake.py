@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pulse_railway import control
+from pulse_railway import router_commands
 from pulse_railway.errors import Failure, Interrupted, Refused
 from pulse_railway.flows.routed import remember_active
 from pulse_railway.output import Output
@@ -151,7 +151,7 @@ def _watch(
     while True:
         passed = time.monotonic() - began
         try:
-            state = control.state(api, stack)
+            state = router_commands.state(api, stack)
         except Refused:
             raise
         except Failure as failure:  # on no answer nothing is done
@@ -172,7 +172,7 @@ def _watch(
         if passed >= seconds:
             break
         time.sleep(min(pause, max(seconds - passed, 0.1)))
-    control.baked(api, stack, new)
+    router_commands.baked(api, stack, new)
     judged = verdict(watch.total(new), watch.total(old))
     return _seen(watch, new, old, "well" if judged == "well" else "too few requests to judge")
 
@@ -194,13 +194,15 @@ def go_back(
     """Leave the new version. Raises WentBack, or Failure where there is no way back."""
     why = f"bake: {seen}"
     if canary:
-        control.withdraw(api, stack, new, why)
+        router_commands.withdraw(api, stack, new, why)
         raise WentBack(f"{new} did worse and is no canary any more: {seen}")
     service = stack.backend(old)
     if service is None:
         raise Failure(f"{new} does worse ({seen}), but {old} is gone: it stays active")
     try:
-        control.promote(api, stack, old, service.name, instead_of=new, rolls_back=True, why=why)
+        router_commands.promote(
+            api, stack, old, service.name, instead_of=new, rolls_back=True, why=why
+        )
     except Refused as refused:
         raise Failure(f"{new} does worse ({seen}), but nothing was done: {refused}") from None
     remember_active(api, stack, old, output)

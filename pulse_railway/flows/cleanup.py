@@ -12,7 +12,7 @@ import secrets
 import time
 from dataclasses import dataclass, field
 
-from pulse_railway import contract, control
+from pulse_railway import contract, router_commands
 from pulse_railway.config import Target
 from pulse_railway.errors import Failure, Interrupted, Refused
 from pulse_railway.flows.signals import shielded
@@ -99,7 +99,7 @@ def release(api: Api, progress: Progress) -> None:
     if progress.locked and progress.stack:
         progress.locked = False
         with contextlib.suppress(Failure, Interrupted), shielded():
-            control.unlock(api, progress.stack, progress.run, pauses=(1.0,))
+            router_commands.unlock(api, progress.stack, progress.run, pauses=(1.0,))
 
 
 def undo(api: Api, stack: Stack, progress: Progress) -> None:
@@ -108,13 +108,13 @@ def undo(api: Api, stack: Stack, progress: Progress) -> None:
     What was never named to the router cannot be known to it, and goes without asking.
     """
     if progress.registered:
-        control.retire(api, stack, progress.deployment_id, progress.service_id)
+        router_commands.retire(api, stack, progress.deployment_id, progress.service_id)
     service_id = progress.service_id or created_after_all(api, stack, progress)
     if service_id:
         delete_service(api, stack.target, service_id)
     progress.creating = False
     if progress.registered:
-        control.forget(api, stack, progress.deployment_id)
+        router_commands.forget(api, stack, progress.deployment_id)
 
 
 def created_after_all(api: Api, stack: Stack, progress: Progress) -> str | None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 
-from pulse_railway import contract, control, naming, provenance
+from pulse_railway import contract, naming, provenance, router_commands
 from pulse_railway.config import AppConfig, Target, inside
 from pulse_railway.context import exposed
 from pulse_railway.errors import Failure, Interrupted, Refused
@@ -310,7 +310,7 @@ def ask_router(api: Api, stack: Stack, plan: Plan, progress: Progress, output: O
     while True:
         try:
             lease = LOCK_LEASE + wanted.bake
-            progress.previous = control.lock(api, stack, progress.run, lease)
+            progress.previous = router_commands.lock(api, stack, progress.run, lease)
             progress.locked = True
             break
         except Refused as refused:
@@ -321,7 +321,7 @@ def ask_router(api: Api, stack: Stack, plan: Plan, progress: Progress, output: O
                     f"{refused}: both go on, and the one that is promoted last is active;"
                     " --lock-wait SECONDS waits"
                 )
-                progress.previous = control.active_deployment(api, stack)
+                progress.previous = router_commands.active_deployment(api, stack)
                 break
             if time.monotonic() >= deadline:
                 raise Failure(
@@ -334,7 +334,7 @@ def ask_router(api: Api, stack: Stack, plan: Plan, progress: Progress, output: O
         return
     if progress.previous is None:
         raise Failure("a canary stands beside an active deployment, and none is active: deploy one")
-    if other := control.state(api, stack)["canary"]:
+    if other := router_commands.state(api, stack)["canary"]:
         raise Failure(
             f"{other['deployment_id']} is the canary already, with {other['weight']:g} %: promote"
             " it, or `pulse-railway rollback`"
@@ -418,7 +418,7 @@ def register(api: Api, stack: Stack, plan: Plan, progress: Progress) -> None:
     assert progress.service_id
     address = backend_address(api, stack.target, progress.service_id)
     progress.registered = True  # it may have been, from here on
-    control.register(
+    router_commands.register(
         api,
         stack,
         deployment_id=plan.deployment_id,
@@ -445,7 +445,7 @@ def promote_new(api: Api, stack: Stack, plan: Plan, progress: Progress, output: 
     follows."""
     wanted, seconds = plan.wanted, to_bake(plan, progress)
     unlock = progress.run if progress.locked and not seconds else None
-    control.promote(
+    router_commands.promote(
         api,
         stack,
         plan.deployment_id,

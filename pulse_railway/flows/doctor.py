@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import httpx
 
-from pulse_railway import config, contract, control, options, runtime_image
+from pulse_railway import config, contract, options, router_commands, runtime_image
 from pulse_railway.errors import Failure
 from pulse_railway.flows import deploy, status
 from pulse_railway.options import DeployOptions
@@ -200,7 +200,7 @@ def check_stack(
         return
 
     def ask() -> str:
-        state = control.state(api, stack, pauses=(1.0,))
+        state = router_commands.state(api, stack, pauses=(1.0,))
         for problem in status.problems(stack, state, None):
             found.note("the deployments", "bad", problem)
         return (

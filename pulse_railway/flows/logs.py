@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from pulse_railway.control import active_deployment
 from pulse_railway.errors import Failure
 from pulse_railway.options import LogsOptions
 from pulse_railway.output import Output
 from pulse_railway.railway import documents
 from pulse_railway.railway.api import Api
+from pulse_railway.router_commands import active_deployment
 from pulse_railway.stack import Service, Stack, find_backend
 from pulse_railway.waiting import latest
 

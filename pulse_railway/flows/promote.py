@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pulse_railway import control
+from pulse_railway import router_commands
 from pulse_railway.errors import Failure
 from pulse_railway.flows.bake import bake
 from pulse_railway.flows.routed import remember_active, wait_until_active, wait_until_routed
@@ -22,7 +22,7 @@ def promote(api: Api, stack: Stack, wanted: PromoteOptions, output: Output) -> d
     previous = None
     if wanted.bake:
         with output.step("ask the router which deployment is active"):
-            previous = control.active_deployment(api, stack)
+            previous = router_commands.active_deployment(api, stack)
     baking = wanted.bake if previous and previous != chosen else 0  # else nothing to go back to
     result = choose(
         api, stack, chosen, output, weight=wanted.weight, bake=baking, why=wanted.message
@@ -55,7 +55,7 @@ def choose(
         wait_until_routed(stack, deployment_id, by_affinity=True, timeout=20.0)
     share = "" if weight is None else f" for {weight:g} % of new visitors"
     with output.step(f"promote {deployment_id}{share}"):
-        control.promote(
+        router_commands.promote(
             api,
             stack,
             deployment_id,
@@ -83,11 +83,11 @@ def rollback(api: Api, stack: Stack, output: Output, why: str | None = None) -> 
     """End the canary where there is one; else promote the deployment that was active before, while
     it still runs. What is rolled back from is no way back: a second rollback goes further."""
     with output.step("ask the router which deployment was active before"):
-        state = control.state(api, stack)
+        state = router_commands.state(api, stack)
     if canary := state["canary"]:
         name = canary["deployment_id"]
         with output.step(f"end the canary {name}"):
-            control.withdraw(api, stack, name, why)
+            router_commands.withdraw(api, stack, name, why)
         return {"deployment_id": state["active"], "ended": name, "address": stack.address}
     previous = [
         record

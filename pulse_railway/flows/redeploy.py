@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from pulse_railway.control import active_deployment
 from pulse_railway.errors import Failure
 from pulse_railway.flows.routed import wait_until_routed
 from pulse_railway.output import Output
 from pulse_railway.railway.api import Api
+from pulse_railway.router_commands import active_deployment
 from pulse_railway.services import deploy_service
 from pulse_railway.stack import Stack, find_backend
 from pulse_railway.waiting import wait_for_build

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pulse_railway import contract, control, naming
+from pulse_railway import contract, naming, router_commands
 from pulse_railway.errors import Failure
 from pulse_railway.output import Output
 from pulse_railway.railway.api import Api
@@ -22,15 +22,16 @@ def delete(api: Api, stack: Stack, deployment_id: str, output: Output) -> dict[s
     service = stack.backend(deployment_id)
     with output.step(f"claim {deployment_id}"):
         if service is None and not any(
-            r["deployment_id"] == deployment_id for r in control.state(api, stack)["deployments"]
+            r["deployment_id"] == deployment_id
+            for r in router_commands.state(api, stack)["deployments"]
         ):
             find_backend(stack, deployment_id)  # says which there are
-        control.retire(api, stack, deployment_id, service.id if service else None)
+        router_commands.retire(api, stack, deployment_id, service.id if service else None)
     if service:
         with output.step(f"delete the service {service.name}"):
             delete_service(api, stack.target, service.id)
     with output.step("forget it"):
-        control.forget(api, stack, deployment_id)
+        router_commands.forget(api, stack, deployment_id)
     return {"deployment_id": deployment_id, "deleted": True}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from pulse_railway import control
+from pulse_railway import router_commands
 from pulse_railway.errors import Failure
 from pulse_railway.flows.routed import backend_address, remember_active, wait_until_routed
 from pulse_railway.output import Output
@@ -21,7 +21,7 @@ def restore(api: Api, stack: Stack, wanted: str | None, output: Output) -> dict[
     Raises Failure where nobody knows, or nothing is lost.
     """
     with output.step("ask the router what it knows"):
-        state = control.state(api, stack)
+        state = router_commands.state(api, stack)
         if state["active"]:
             raise Failure(f"{state['active']} is active: there is nothing to restore")
     if not stack.backends:
@@ -41,7 +41,7 @@ def restore(api: Api, stack: Stack, wanted: str | None, output: Output) -> dict[
             for service in stack.backends
         ]
     with output.step("restore the routing state"):
-        control.restore(api, stack, chosen, records)
+        router_commands.restore(api, stack, chosen, records)
         remember_active(api, stack, chosen, output)
     with output.step("reach the active deployment"):
         wait_until_routed(stack, chosen, by_affinity=False)

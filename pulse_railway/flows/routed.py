@@ -6,11 +6,11 @@ import httpx
 
 from pulse_railway import contract
 from pulse_railway.config import Target
-from pulse_railway.control import active_deployment
 from pulse_railway.errors import Failure, keep_secret
 from pulse_railway.output import Output
 from pulse_railway.railway import documents
 from pulse_railway.railway.api import Api
+from pulse_railway.router_commands import active_deployment
 from pulse_railway.services import write_variables
 from pulse_railway.stack import Stack
 from pulse_railway.waiting import poll

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from pulse_railway import contract, control
+from pulse_railway import contract, router_commands
 from pulse_railway.errors import Failure
 from pulse_railway.railway.api import Api
 from pulse_railway.stack import Stack, require_baseline
@@ -18,7 +18,7 @@ def status(api: Api, stack: Stack) -> dict[str, Any]:
     state, silence = None, None
     if stack.router:
         try:
-            state = control.state(api, stack, pauses=(1.0,))
+            state = router_commands.state(api, stack, pauses=(1.0,))
         except Failure as failure:
             silence = str(failure)
     known = {r["deployment_id"]: r for r in state["deployments"]} if state else {}
