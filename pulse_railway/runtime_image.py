@@ -34,7 +34,7 @@ def version() -> str:
 
 
 def become(name: str, arguments: list[str]) -> NoReturn:
-    """Become router.py, control.py or janitor.py, as the runtime image has them. Does not return."""
+    """Become one of SCRIPTS, as the runtime image has them. Does not return."""
     path = os.pathsep.join(filter(None, [str(sources()), os.environ.get("PYTHONPATH")]))
     sys.stdout.flush()
     command = [sys.executable, "-m", name, *arguments]  # which takes it compiled
