@@ -149,7 +149,7 @@ def read(
                 record["address"] = nearby(router.base_url(record), hosts) or record.get("address")
                 state[key] = json.dumps(record)
         store.read = lambda: state
-        return dict(router.status(store, token, None))
+        return dict(load("control").status(store, token, None))
     finally:
         store.client.close()
 
