@@ -20,6 +20,7 @@ import redis
 
 from benchmarks import environment, servers
 from benchmarks.servers import Server
+from pulse_railway import runtime_image
 from pulse_railway.local.supervisor import free_port
 
 UPGRADE = (
@@ -133,8 +134,9 @@ def image(store: str, folder: Path) -> dict[str, float]:
     name = f"runtime-{hashlib.sha256(lock.read_bytes()).hexdigest()[:12]}"
     python = environment.python(name, "--no-deps", "--require-hashes", "-r", str(lock))
     packages = next((python.parent.parent / "lib").glob("python*/site-packages"))
-    shutil.copy(servers.ROOT / "router.py", folder)
-    for path in (packages, folder / "router.py"):
+    for script in runtime_image.SCRIPTS:
+        shutil.copy(servers.ROOT / script, folder)
+    for path in (packages, folder):
         subprocess.run([str(python), "-m", "compileall", "-q", str(path)], check=False)
     own = ("pip", "setuptools", "pip-", "setuptools-")
     size = sum(
@@ -154,7 +156,7 @@ def image(store: str, folder: Path) -> dict[str, float]:
             first.append(time.monotonic() - began)
             began = time.monotonic()
             subprocess.run(
-                [*router, "control", "active"],
+                [str(python), "-m", "control", "active"],
                 env={**os.environ, **env},
                 cwd=folder,
                 check=True,

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pulse_railway import config, runtime_image
+from pulse_railway import config, router_commands, runtime_image
 from pulse_railway.errors import Failure, Interrupted, Refused
 from pulse_railway.flows import bake
 from pulse_railway.flows.bake import Count, Watch, verdict
@@ -107,9 +107,9 @@ class Stage:
         self.promotes: Callable[[], None] = lambda: None
         monkeypatch.setattr(bake, "PAUSE", 0.0)
         monkeypatch.setattr(time, "sleep", lambda _: None)
-        monkeypatch.setattr(control, "state", self.state)
+        monkeypatch.setattr(router_commands, "state", self.state)
         for name in ("withdraw", "baked", "promote"):
-            monkeypatch.setattr(control, name, self.note(name))
+            monkeypatch.setattr(router_commands, name, self.note(name))
         monkeypatch.setattr(bake, "remember_active", self.note("remember"))
         env: Any = ["e", "i", "prod-old", "", None, {}, [], None, None, {}]
         self.stack = Stack(config.Target("p", "e"), config.Names(), {"prod-old": Service(*env)})

@@ -1,4 +1,4 @@
-"""The names that router.py and janitor.py hold a copy of are contract.py's."""
+"""The names that the runtime's scripts hold a copy of are contract.py's."""
 
 from __future__ import annotations
 
@@ -42,16 +42,18 @@ def test_variables_are_read_by_their_names() -> None:
         "PULSE_KV_URL",
         "PULSE_KV_PATH",
     }
-    for script in ("router.py", "janitor.py"):
+    for script in runtime_image.SCRIPTS:
         text = (runtime_image.sources() / script).read_text()
         for name in set(re.findall(r'"(PULSE_[A-Z_]+|REDIS_URL)"', text)):
             assert name in known | own, f"{script} reads {name}"
 
 
 def test_the_runtime_imports_nothing_of_the_package() -> None:
-    for script in ("router.py", "janitor.py"):
+    for script in runtime_image.SCRIPTS:
         text = (runtime_image.sources() / script).read_text()
         assert not re.search(r"^\s*(from|import) pulse", text, re.M), script
+    router_py = (runtime_image.sources() / "router.py").read_text()
+    assert not re.search(r"^\s*(from|import) (control|janitor)\b", router_py, re.M)
 
 
 def test_what_ships_is_what_is_tested() -> None:
@@ -62,7 +64,7 @@ def test_what_ships_is_what_is_tested() -> None:
         for name in ("requirements.lock", "runtime.lock")
     )
     assert {name: tested.get(name) for name in shipped} == shipped
-    for script in ("router.py", "janitor.py"):
+    for script in runtime_image.SCRIPTS:
         header = (root / script).read_text().split("# ///")[1]
         names = re.findall(r'"([a-z0-9-]+)[><=]', header)
         assert names

@@ -14,6 +14,7 @@ import tasks
 from docs import reference
 from pulse_railway import help
 from pulse_railway import tasks as railway
+from pulse_railway.runtime_image import SCRIPTS
 from pulse_railway.verbs import FLAGS
 from tests.conftest import ROOT
 
@@ -24,8 +25,7 @@ SOURCES = [
     *sorted((ROOT / "pulse_railway").glob("*.py")),
     *sorted((ROOT / "pulse_railway" / "flows").glob("*.py")),
     *sorted((ROOT / "pulse_railway" / "railway").glob("*.py")),
-    ROOT / "router.py",
-    ROOT / "janitor.py",
+    *(ROOT / name for name in SCRIPTS),
 ]
 # read by somebody else, or no variable at all
 NOT_OURS = {

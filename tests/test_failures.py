@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
-from pulse_railway import config, options, runtime_image
+from pulse_railway import config, options, router_commands, runtime_image
 from pulse_railway.errors import Failure, Interrupted, Refused
 from pulse_railway.flows import baseline, cleanup, deploy, remove, routed, watch
 from pulse_railway.output import Output
@@ -27,7 +27,7 @@ from pulse_railway.railway.ssh import Outcome
 from pulse_railway.stack import Stack, inspect
 from tests.conftest import BASE, TINY, Project, Redis
 
-router: Any = runtime_image.load("router")
+control: Any = runtime_image.load("control")
 
 DEPLOY_CALLS = [
     "projectToken",
@@ -73,9 +73,9 @@ class InProcess:
         env = {"REDIS_URL": f"redis://:{port['password']}@127.0.0.1:{port['port']}"}
 
         def carry_out(_: Api, __: Stack, words: list[str]) -> Outcome:
-            return Outcome(json.dumps(router.carry_out(words, env)), "", False)
+            return Outcome(json.dumps(control.carry_out(words, env)), "", False)
 
-        self.monkeypatch.setattr(control, "by_ssh", carry_out)
+        self.monkeypatch.setattr(router_commands, "by_ssh", carry_out)
 
     def api(self) -> Api:
         return Api(tokens.find(None))

@@ -21,6 +21,7 @@ from tests.conftest import Redis
 from tests.net import Backend, Connection, header, ok
 
 router: Any = runtime_image.load("router")
+control: Any = runtime_image.load("control")
 janitor: Any = runtime_image.load("janitor")
 
 
@@ -320,7 +321,7 @@ def test_the_tabs_are_told_whoever_removes_it(room: Room) -> None:
     assert len(told) == 1
     room.server.deployment("next", room.backend.address, "draining", registered_at=1)
     env = {"REDIS_URL": room.server.url, "PULSE_RAILWAY_INTERNAL_TOKEN": "token"}
-    answer = router.carry_out(["retire", "--deployment-id", "next"], env)
+    answer = control.carry_out(["retire", "--deployment-id", "next"], env)
     assert (answer["ok"], answer["reloaded"]) == (True, 2)
 
 

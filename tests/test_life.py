@@ -346,10 +346,10 @@ def step_12_who_what_and_why(base: Project) -> None:
 
 
 def test_the_history_is_bounded() -> None:
-    router = runtime_image.load("router")
+    router, control = runtime_image.load("router"), runtime_image.load("control")
     state: dict[str, str] = {}
     for n in range(250):
-        step = router.logged(lambda _: {":active": "a"}, "promote", f"d{n}", by="x" * 500)
+        step = control.logged(lambda _: {":active": "a"}, "promote", f"d{n}", by="x" * 500)
         state |= step(state)
     entries = router.history(state)
     assert len(entries) == 100

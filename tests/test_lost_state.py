@@ -18,6 +18,7 @@ from tests.conftest import Process, Redis
 from tests.net import Backend, ask, eventually, ok
 
 router: Any = runtime_image.load("router")
+control: Any = runtime_image.load("control")
 Run = Callable[..., Process]
 
 
@@ -35,7 +36,7 @@ class Site:
     def control(self, command: str, *words: str, backend: Backend | None = None) -> int:
         if backend:
             words = (*words, "--service-name", words[1], "--address", backend.address)
-        return int(router.control([command, *words]))
+        return int(control.control([command, *words]))
 
     def promote(self, name: str, *words: str) -> int:
         service = ["--active-service-name", name]
@@ -280,7 +281,7 @@ def test_each_refusal_changes_nothing_and_says_why(
         (["restore", *restore[:3], '["x"]'], "expected a JSON list of objects with a deployment_i"),
     ):
         with pytest.raises(SystemExit):
-            router.control(words)
+            control.control(words)
         assert said in capsys.readouterr().err
     assert site.store.read() == before
     site.server.client.delete("pulse:railway:active")

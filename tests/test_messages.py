@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+from pulse_railway.runtime_image import SCRIPTS
 from tests.conftest import ROOT
 
 SAYING = {
@@ -15,8 +16,7 @@ FILES = [
     *sorted((ROOT / "pulse_railway").glob("*.py")),
     *sorted((ROOT / "pulse_railway" / "flows").glob("*.py")),
     *sorted((ROOT / "pulse_railway" / "railway").glob("*.py")),
-    ROOT / "router.py",
-    ROOT / "janitor.py",
+    *(ROOT / name for name in SCRIPTS),
 ]
 ELSEWHERE = {"error: …", "…: …", "…: …; trying again", "%s: %s", "%s is missing"}
 

@@ -2,7 +2,7 @@
 
 The flows, the control commands and the routing state are the real ones; what stands in, for speed,
 is Railway's API (a dict of services), the public address, and `railway ssh` itself, which runs
-router.py's `control` in this process and then loses, replaces or delays what it says.
+control.py's `control` in this process and then loses, replaces or delays what it says.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import pytest
 from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
 
-from pulse_railway import config, contract, job, runtime_image
+from pulse_railway import config, contract, job, router_commands, runtime_image
 from pulse_railway.config import AppConfig, Names, Target, Way, Where
 from pulse_railway.errors import Failure, Interrupted
 from pulse_railway.flows import cleanup, deploy, promote, redeploy, remove, restore, routed, status
@@ -36,6 +36,7 @@ from pulse_railway.railway.api import ApiError
 from pulse_railway.stack import Stack, inspect
 
 router: Any = runtime_image.load("router")
+control: Any = runtime_image.load("control")
 janitor: Any = runtime_image.load("janitor")
 
 BAD_DAY = [
@@ -196,7 +197,7 @@ class World:
     def control(self, words: list[str]) -> tuple[str, str]:
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            router.control(words)
+            control.control(words)
         self.remember()
         return out.getvalue(), err.getvalue()
 
@@ -345,7 +346,7 @@ def rude(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAILWAY_SERVICE_ID", "here")
     monkeypatch.delenv("PULSE_RAILWAY_ACTIVE", raising=False)
     monkeypatch.setattr(router, "HEAL_WAIT", 0.0)
-    for module in (control, cleanup, routed):
+    for module in (router_commands, cleanup, routed):
         monkeypatch.setattr(module, "time", quiet, raising=False)
     ticks = itertools.count(0, 9)
     passes = types.SimpleNamespace(

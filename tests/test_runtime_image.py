@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -18,6 +19,8 @@ from pulse_railway.local.supervisor import free_port
 from tests.conftest import ROOT, Process, Redis
 from tests.net import ask
 
+DOCKERFILE = ROOT / "Dockerfile.router"
+
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
@@ -27,10 +30,21 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     options = ["--no-deps", "--require-hashes", "-r", str(lock)]
     python = environment.python(f"runtime-{digest}", *options)
     app = tmp_path_factory.mktemp("app")
-    for name in ("router.py", "janitor.py"):
+    for name in runtime_image.SCRIPTS:
         shutil.copy(ROOT / name, app)
     subprocess.run([str(python), "-m", "compileall", "-q", str(app)], check=True)
     return python, app
+
+
+@pytest.fixture(scope="module")
+def wrapper(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The `pulse-railway` of the image, as Dockerfile.router writes it."""
+    found = re.search(r"(printf '.*') > /venv/bin/pulse-railway", DOCKERFILE.read_text())
+    assert found
+    path = tmp_path_factory.mktemp("bin") / "pulse-railway"
+    path.write_bytes(subprocess.run(["sh", "-c", found[1]], capture_output=True, check=True).stdout)
+    path.chmod(0o755)
+    return path
 
 
 def test_the_version_covers_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,3 +95,22 @@ def test_the_janitor_starts_on_it(image: tuple[Path, Path]) -> None:
     command = [str(python), "-m", "janitor"]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert (done.returncode, "inside the janitor service" in done.stderr) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["control", "active"], "run this inside the router service"),
+        (["janitor", "run"], "run this inside the janitor service"),
+        ([], "set REDIS_URL, or PULSE_KV_KIND=sqlite"),
+    ],
+)
+def test_its_pulse_railway_runs_the_three(
+    image: tuple[Path, Path], wrapper: Path, words: list[str], says: str
+) -> None:
+    """What `railway ssh` and the start commands call."""
+    python, app = image
+    env = {"PYTHONPATH": str(app), "PATH": f"{python.parent}:/usr/bin:/bin"}
+    done = subprocess.run([wrapper, *words], env=env, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert done.stderr.startswith(says)

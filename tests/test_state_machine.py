@@ -1,7 +1,7 @@
 """The routing state under everything that changes it, in any order, cut off anywhere.
 
 Ours (deploy, promote, canary, rollback, delete, lock, restore, janitor runs) and 0.3.x's writers,
-which write keys one by one. The steps are router.py's and janitor.py's own, on a store of
+which write keys one by one. The steps are control.py's and janitor.py's own, on a store of
 router.py's; the clock, Railway's services and how many sessions a backend has are the model's.
 """
 
@@ -22,9 +22,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from pulse_railway import runtime_image
 
 router: Any = runtime_image.load("router")
+control: Any = runtime_image.load("control")
 janitor: Any = runtime_image.load("janitor")
 
-PARSER = router.control_parser()
+PARSER = control.control_parser()
 DAY = 86_400.0
 KILL = st.sampled_from([False, False, False, True])
 EXAMPLES = int(os.environ.get("PULSE_EXAMPLES", "150"))
@@ -35,7 +36,7 @@ class Killed(BaseException):
 
 
 class Clock:
-    """In place of `time` in the two scripts."""
+    """In place of `time` in the three scripts."""
 
     def __init__(self) -> None:
         self.now = 1_000_000.0
@@ -106,11 +107,11 @@ class Life(RuleBasedStateMachine):
         self.foreign: set[str] = set()  # whose record has a field that is not ours
         self.number = 0
         self.holder: tuple[str, float] | None = None
-        for module in (router, janitor):
+        for module in (router, control, janitor):
             self.patch.setattr(module, "time", self.clock)
         self.patch.setattr(router, "HEAL_WAIT", 0.0)
         self.patch.setattr(router, "sessions", lambda record, _: self.tabs[record["deployment_id"]])
-        self.patch.setattr(router, "reload_tabs", lambda *_: 0)
+        self.patch.setattr(control, "reload_tabs", lambda *_: 0)
 
     def teardown(self) -> None:
         try:
@@ -137,7 +138,7 @@ class Life(RuleBasedStateMachine):
         return names[pick % len(names)]
 
     def control(self, *words: str, kill: bool = False) -> bool:
-        """A control command, as router.py runs it, retried with its nonce; True: it was done."""
+        """A control command, as control.py runs it, retried with its nonce; True: it was done."""
         nonce = f"n{self.number}"
         self.number += 1
         arguments = [*words, "--nonce", nonce, "--by", "test"]
@@ -147,7 +148,7 @@ class Life(RuleBasedStateMachine):
         for _ in range(2):  # the first answer was lost
             with self.store.killed_after(0 if kill else None):
                 try:
-                    router.change_state(self.store, args)
+                    control.change_state(self.store, args)
                     done = True
                 except router.StateError:
                     done = False

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-import router
+import control
 from pulse_railway import contract
 from pulse_railway.config import Names, Target
 from pulse_railway.flows.status import of_record, problems
@@ -78,7 +78,7 @@ def test_a_canary_whose_bake_was_cut_off_is_kept_as_one() -> None:
         state[f":deployment:{name}"] = json.dumps(record)
 
     def weigh(bake: float | None) -> dict[str, Any]:
-        change = router.weigh(state, "c", "c", 10.0, bake=bake)
+        change = control.weigh(state, "c", "c", 10.0, bake=bake)
         state.update({key: str(value) for key, value in change.items()})
         return dict(json.loads(state[":deployment:c"]))
 

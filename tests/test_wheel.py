@@ -27,6 +27,7 @@ def test_the_wheel_carries_all_that_it_needs(tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     for name in (
         "runtime/router.py",
+        "runtime/control.py",
         "runtime/janitor.py",
         "runtime/Dockerfile.router",
         "runtime/runtime.lock",
