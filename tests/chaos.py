@@ -36,6 +36,7 @@ from tests.chaos_clients import Client, Connection, Tab
 from tests.conftest import ROOT, Process, Redis
 
 router: Any = runtime_image.load("router")
+control: Any = runtime_image.load("control")
 APPS = ROOT / "tests" / "apps" / "chaos"
 TOKEN = "chaos-internal-token"
 DRAIN_TTL = 60.0
@@ -122,10 +123,10 @@ class World:
             "RAILWAY_SERVICE_ID": "here",
         }
 
-    async def start_router(self, workers: int = 1) -> Process:
+    async def start_router(self) -> Process:
         port = free_port()
         env = self.env | {"PORT": str(port), "HOST": "127.0.0.1", "PYTHONPATH": str(ROOT)}
-        env |= {"PULSE_RAILWAY_ROUTER_WORKERS": str(workers), "PULSE_RAILWAY_ACTIVE": ""}
+        env |= {"PULSE_RAILWAY_ACTIVE": ""}
         process = Process([sys.executable, str(ROOT / "router.py")], port, env)
         await asyncio.to_thread(process.wait, 60)
         await self.until_status(port, "/healthz", 200)
@@ -194,7 +195,7 @@ class World:
         given = [*words, "--nonce", nonce, "--by", "chaos"]
         given += ["--intent", self.intent] if self.intent else []
         for _ in range(6):
-            answer = await asyncio.to_thread(router.carry_out, given, {**os.environ, **self.env})
+            answer = await asyncio.to_thread(control.carry_out, given, {**os.environ, **self.env})
             if answer["ok"] or answer["reason"] != "store":
                 return dict(answer)
             await asyncio.sleep(1)
@@ -362,7 +363,7 @@ class World:
     async def router_restarts(self) -> None:
         """A new one first; then nothing new goes to the old one; then it is stopped."""
         at = self.rng.randrange(1, len(self.routers))  # the first one is there all the time
-        fresh = await self.start_router(2 if at == 1 else 1)
+        fresh = await self.start_router()
         old, self.routers[at] = self.routers[at], fresh
         self.ports[at] = fresh.port
         await asyncio.sleep(0.5)
@@ -415,8 +416,8 @@ class World:
     # -- the run -------------------------------------------------------------------------------
 
     async def begin(self) -> None:
-        for workers in (1, 2, 1):
-            self.routers.append(await self.start_router(workers))
+        for _ in range(3):
+            self.routers.append(await self.start_router())
             self.ports.append(self.routers[-1].port)
         name = await self.bring_up()
         assert name

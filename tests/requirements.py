@@ -147,7 +147,7 @@ SENTENCES: dict[str, list[tuple[str, str, list[str]]]] = {
             "test_requirements.py::test_one_backend_replica",
         ]),
         ("3", "several routers agree", [
-            "test_canary.py::test_every_router_and_worker_agrees",
+            "test_canary.py::test_every_router_agrees",
             "test_chaos.py::test_nobody_notices",
         ]),
         ("4-5", "a drained deployment stays healthy; the janitor removes it", [

@@ -18,6 +18,7 @@ from tests.conftest import Process, Redis
 from tests.net import Answer, Backend, Connection, ask, eventually, ok
 
 router: Any = runtime_image.load("router")
+control: Any = runtime_image.load("control")
 Run = Callable[..., Process]
 CHROME = "user-agent: Mozilla/5.0"
 PAGE = "content-type: text/html; charset=utf-8"
@@ -87,10 +88,7 @@ def canary(redis_server: Redis, run_router: Run) -> Iterator[Canary]:
         redis_server.deployment("a", a.address, "active", registered_at=1)
         found = Canary(redis_server, a, b, [])
         found.weigh(50)
-        found.ports = [
-            run_router(redis_server).port,
-            run_router(redis_server, PULSE_RAILWAY_ROUTER_WORKERS="2").port,
-        ]
+        found.ports = [run_router(redis_server).port for _ in range(2)]
         both = {b"a", b"b"}
         eventually(lambda: all(set(found.sides(port=port)) == both for port in found.ports))
         yield found
@@ -100,11 +98,10 @@ def cookie_of(answer: Answer) -> str:
     return (answer.header("set-cookie") or "").partition(";")[0]
 
 
-def test_every_router_and_worker_agrees(canary: Canary) -> None:
+def test_every_router_agrees(canary: Canary) -> None:
     expected = canary.sides()
     assert canary.sides() == expected
-    for _ in range(3):  # its two workers answer in turns
-        assert canary.sides(port=canary.ports[1]) == expected
+    assert canary.sides(port=canary.ports[1]) == expected
 
 
 def test_a_page_its_assets_its_fetch_calls_and_its_socket_agree(canary: Canary) -> None:
@@ -231,7 +228,7 @@ def test_maintenance(redis_server: Redis, run_router: Run) -> None:
 
         def switch(**how: Any) -> None:
             given = {"page": None, "retry_after": 7, "by": "ada", **how}
-            store.apply(lambda state: router.maintain(state, **given))
+            store.apply(lambda state: control.maintain(state, **given))
 
         eventually(lambda: ask(port).body == b"app")
         switch()
@@ -276,7 +273,7 @@ def test_open_sockets_stay_in_maintenance(redis_server: Redis, run_router: Run) 
             c.send(handshake)
             assert b" 101 " in c.head()
             store = router.RedisStore(redis_server.url, "pulse:railway")
-            store.apply(lambda state: router.maintain(state, None, 7, None))
+            store.apply(lambda state: control.maintain(state, None, 7, None))
 
             def refused() -> bool:
                 with Connection.to(port) as other:

@@ -19,7 +19,7 @@ import pytest
 from pulse_railway import contract, serve
 from pulse_railway.local.supervisor import free_port
 from tests.conftest import ROOT, Redis
-from tests.net import Backend, Connection, ask, eventually
+from tests.net import Backend, Connection, eventually
 
 PYTHON = str(Path(sys.executable))
 APP = """
@@ -192,13 +192,12 @@ def runtime(script: str, **env: str) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
 @pytest.mark.parametrize("pause", [0.0, 0.05, 0.1, 0.2, 0.4, 1.5])
-def test_a_router_ends_at_any_moment(redis_server: Redis, workers: str, pause: float) -> None:
+def test_a_router_ends_at_any_moment(redis_server: Redis, pause: float) -> None:
     """From its first lines on: a first process does not even notice what it has no handler for."""
     redis_server.deployment("a", "http://127.0.0.1:9")
     env = {"REDIS_URL": redis_server.url, "PORT": str(free_port()), "HOST": "127.0.0.1"}
-    running = runtime("router.py", PULSE_RAILWAY_ROUTER_WORKERS=workers, **env)
+    running = runtime("router.py", **env)
     first = first_process(running)
     eventually(lambda: listens_to(first, signal.SIGTERM))
     with pytest.raises(OSError, match="refused"):  # that is before it serves
@@ -212,35 +211,6 @@ def listens_to(pid: int, number: int) -> bool:
     status = Path(f"/proc/{pid}/status").read_text()
     caught = int(status.partition("SigCgt:")[2].split()[0], 16)
     return bool(caught >> (number - 1) & 1)
-
-
-def answers(port: int) -> bool:
-    try:
-        return ask(port).status > 0
-    except OSError:
-        return False
-
-
-def test_orphans_are_no_workers(redis_server: Redis) -> None:
-    """Before, each orphan that ended in its container added a router process."""
-    port = free_port()
-    redis_server.deployment("a", "http://127.0.0.1:9")
-    env = {"REDIS_URL": redis_server.url, "PORT": str(port), "HOST": "127.0.0.1"}
-    running = runtime("router.py", PULSE_RAILWAY_ROUTER_WORKERS="2", **env)
-    eventually(lambda: answers(port))
-    first = first_process(running)
-    workers = serve.descendants(first)
-    assert len(workers) == 2
-    enter = ["nsenter", "--target", str(first), "--pid", "--mount"]
-    for _ in range(5):
-        subprocess.run([*enter, "sh", "-c", "setsid sleep 0.1 &"], check=True)
-    time.sleep(2)
-    assert set(serve.descendants(first)) == set(workers)
-    os.kill(first, signal.SIGTERM)
-    time.sleep(0.3)
-    with pytest.raises(OSError, match="refused"):  # refused at once, not left hanging
-        socket.create_connection(("127.0.0.1", port), 2).close()
-    assert running.wait(10) == 0
 
 
 def test_a_janitor_that_is_stopped_gives_its_lock_back(redis_server: Redis) -> None:

@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -142,33 +141,19 @@ def test_shutdown_is_bounded(redis_server: Redis, run_router: Run) -> None:
             assert time.monotonic() - began < 4
 
 
-# -- several processes -------------------------------------------------------------------------
+# -- one process -------------------------------------------------------------------------------
 
 
-def test_workers_share_a_port_and_are_replaced(redis_server: Redis, run_router: Run) -> None:
+def test_a_router_is_one_process(redis_server: Redis, run_router: Run) -> None:
+    """Also where a service still has the variable that had it be several."""
     with Backend(ok(b"a")) as a:
         redis_server.deployment("a", a.address)
         router = run_router(redis_server, PULSE_RAILWAY_ROUTER_WORKERS="3")
         eventually(lambda: ask(router.port).body == b"a")
-
-        def workers() -> list[int]:
-            listed = subprocess.run(
-                ["ps", "-o", "pid=", "--ppid", str(router.popen.pid)],
-                capture_output=True,
-                text=True,
-            )
-            return [int(pid) for pid in listed.stdout.split()]
-
-        eventually(lambda: len(workers()) == 3)
-        first = workers()
-        os.kill(first[0], signal.SIGKILL)
-        eventually(lambda: len(workers()) == 3 and first[0] not in workers())
-        eventually(lambda: len(redis_server.client.keys("pulse:railway:router:*")) >= 3)
-        for _ in range(50):
-            assert ask(router.port).body == b"a"
-        router.popen.terminate()
-        assert router.popen.wait(10) == 0
-        assert workers() == []
+        children = Path(f"/proc/{router.popen.pid}/task/{router.popen.pid}/children")
+        assert children.read_text().split() == []
+        eventually(lambda: "PULSE_RAILWAY_ROUTER_WORKERS has no effect" in router.output())
+        assert router.stop() == 0
 
 
 # -- what is logged and counted ----------------------------------------------------------------

@@ -216,9 +216,7 @@ def complains(script: str, **env: str) -> str:
     return done.stderr.strip()
 
 
-@pytest.mark.parametrize(
-    "variable", ["PORT", "PULSE_RAILWAY_ROUTER_CONNECTION_LIMIT", "PULSE_RAILWAY_ROUTER_WORKERS"]
-)
+@pytest.mark.parametrize("variable", ["PORT", "PULSE_RAILWAY_ROUTER_CONNECTION_LIMIT"])
 def test_a_number_that_is_none(redis_server: Redis, variable: str) -> None:
     said = complains("router.py", REDIS_URL=redis_server.url, **{variable: "abc"})
     assert said == f"{variable} takes a whole number from 1, not 'abc'"
@@ -235,6 +233,12 @@ def test_seconds_that_are_none(redis_server: Redis, text: str) -> None:
         "janitor.py", REDIS_URL=redis_server.url, PULSE_RAILWAY_DRAIN_TTL_SECONDS=text, **env
     )
     assert said.endswith(f"takes a number of seconds, not {text!r}")
+
+
+@pytest.mark.parametrize("kind", ["memory", "redis", ""])
+def test_a_store_that_is_none(kind: str) -> None:
+    said = complains("router.py", PULSE_KV_KIND=kind, PULSE_KV_URL="", REDIS_URL="")
+    assert said == "set REDIS_URL, or PULSE_KV_KIND=sqlite and PULSE_KV_PATH"
 
 
 def test_a_port_that_is_taken(redis_server: Redis) -> None:

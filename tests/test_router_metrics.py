@@ -197,36 +197,6 @@ def test_a_bad_setting_is_one_line(router_python: Path, env: dict[str, str], say
     assert says in done.stderr
 
 
-def test_workers_are_summed_and_a_dead_one_takes_no_counts_along(
-    stage: Callable[..., tuple[Process, int]], tmp_path: Path
-) -> None:
-    router, port = stage(PULSE_RAILWAY_ROUTER_WORKERS="3", TMPDIR=str(tmp_path))
-
-    def counted() -> float:
-        return Scrape(port).value(f"{DURATION}_count", deployment="a")
-
-    for _ in range(60):
-        ask(router.port)
-    eventually(lambda: counted() == 60)
-    assert Scrape(port).value("pulse_router_deployments", state="draining") == 2
-    assert Scrape(port).value("pulse_router_sessions", deployment="a") == 3
-    time.sleep(1.2)  # they leave their counts once a second
-    listed = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(router.popen.pid)], capture_output=True, text=True
-    )
-    pids = [int(pid) for pid in listed.stdout.split()]
-    assert len(pids) == 3
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
-    eventually(lambda: ask(router.port).body == b"a")
-    eventually(lambda: counted() >= 61)
-    assert counted() == 61
-    assert list(tmp_path.glob("pulse-router-*"))
-    router.popen.terminate()
-    router.popen.wait(10)
-    assert not list(tmp_path.glob("pulse-router-*"))
-
-
 def test_a_scrape_does_not_wait_for_dead_deployments(redis_server: Redis, run_router: Run) -> None:
     with Backend(handle=lambda c: time.sleep(20)) as mute, Backend(handle=session_answers) as a:
         redis_server.deployment("mute", mute.address, "draining")
@@ -288,15 +258,13 @@ class Collector:
         return {metric.name: metric for metric in scope.metrics}
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_the_same_is_pushed(stage: Callable[..., tuple[Process, int]], workers: str) -> None:
+def test_the_same_is_pushed(stage: Callable[..., tuple[Process, int]]) -> None:
     collector = Collector()
     router, port = stage(
         OTEL_EXPORTER_OTLP_ENDPOINT=collector.url,
         OTEL_EXPORTER_OTLP_HEADERS="x-api-key=a%20key,other=1",
         OTEL_RESOURCE_ATTRIBUTES="deployment.environment=production",
         OTEL_METRIC_EXPORT_INTERVAL="1000",
-        PULSE_RAILWAY_ROUTER_WORKERS=workers,
     )
     for _ in range(10):
         ask(router.port)
@@ -349,10 +317,7 @@ def test_what_was_not_pushed_yet_is_at_the_end(stage: Callable[..., tuple[Proces
     assert 7 in [p.count for p in points if "4xx" in {a.value.string_value for a in p.attributes}]
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_nobody_who_is_mute_holds_up_the_end(
-    redis_server: Redis, run_router: Run, workers: str
-) -> None:
+def test_nobody_who_is_mute_holds_up_the_end(redis_server: Redis, run_router: Run) -> None:
     """A receiver and a deployment that take a connection and say nothing."""
     asked = []
 
@@ -366,29 +331,12 @@ def test_nobody_who_is_mute_holds_up_the_end(
             redis_server,
             OTEL_EXPORTER_OTLP_ENDPOINT=receiver.address,
             OTEL_METRIC_EXPORT_INTERVAL="1000",
-            PULSE_RAILWAY_ROUTER_WORKERS=workers,
         )
         eventually(lambda: any(b"/v1/metrics" in head for head in asked), 10)
         assert any(b"/railway/sessions" in head for head in asked)
         began = time.monotonic()
         assert router.stop() == 0
         assert time.monotonic() - began < 3
-
-
-def test_a_full_disk_takes_no_metrics_down(
-    stage: Callable[..., tuple[Process, int]], tmp_path: Path
-) -> None:
-    """Played by a folder that is away for a while."""
-    router, port = stage(PULSE_RAILWAY_ROUTER_WORKERS="2", TMPDIR=str(tmp_path))
-    ask(router.port)
-    eventually(lambda: len(list(tmp_path.glob("pulse-router-*/*.json"))) == 2)
-    (folder,) = tmp_path.glob("pulse-router-*")
-    moved = folder.rename(folder.with_name(folder.name + "-away"))
-    time.sleep(2.5)
-    moved.rename(folder)
-    before = time.time()
-    eventually(lambda: all(path.stat().st_mtime > before for path in folder.glob("*.json")), 10)
-    eventually(lambda: Scrape(port).value(f"{DURATION}_count", deployment="a") == 1)
 
 
 def router_names() -> dict[str, str]:

@@ -653,7 +653,3 @@ def test_the_state_can_live_in_sqlite(run_router: Run, tmp_path: Path) -> None:
         db.executemany("INSERT INTO pulse_kv (key, value) VALUES (?, ?)", rows)
         db.commit()
         eventually(lambda: ask(router.port).body == b"a")
-
-
-def test_memory_and_missing_stores(run_router: Run) -> None:
-    assert ask(run_router(None, PULSE_KV_KIND="memory").port).status in (404, 503)
