@@ -51,10 +51,11 @@ VARIABLES = {
     "On the router": {
         "REDIS_URL": "the routing state",
         "PULSE_RAILWAY_REDIS_PREFIX": "what its keys start with: `pulse:railway`",
-        "PULSE_KV_KIND, PULSE_KV_URL, PULSE_KV_PATH": "for runs elsewhere: `redis`, `sqlite` or"
-        " `memory`",
+        "PULSE_KV_KIND, PULSE_KV_URL, PULSE_KV_PATH": "for runs elsewhere: `redis` and its URL, or"
+        " `sqlite` and its file",
         "HOST, PORT": "where it listens: IPv4 and IPv6, 8000",
-        "PULSE_RAILWAY_ROUTER_WORKERS": "processes in one container: 1",
+        "PULSE_RAILWAY_ROUTER_WORKERS": "no effect: a router is one process, and more of them are"
+        " replicas (`ensure --router-replicas`)",
         "PULSE_RAILWAY_METRICS_PORT": "where Prometheus reads: off",
         "OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": "where metrics are"
         " pushed to: nowhere",
