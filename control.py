@@ -9,12 +9,14 @@
 #   "uvloop>=0.21; sys_platform != 'win32'",
 # ]
 # ///
-"""The control plane's half of the routing state: the steps that change it, and the commands.
+"""What changes the routing state: the steps, and the control commands that take them.
 
     python control.py <command>    active, status, register, promote, ...
 
 A command runs inside the router's container (`railway ssh --service <router> -- "pulse-railway
-control ..."`), or is carried out by the janitor. Each is one transaction on the store.
+control ..."`), or the janitor carries it out. It is one transaction on the store; then it waits
+until the routers serve what it has written. The types, the parser, the writer and the merge of
+two memories are router.py's, since a router heals the store.
 """
 
 from __future__ import annotations
@@ -23,38 +25,50 @@ import argparse
 import concurrent.futures
 import contextlib
 import functools
+import http.client
 import json
 import logging
+import math
 import os
 import sqlite3
 import sys
 import time
-from collections.abc import Callable
-from typing import Any
+import urllib.request
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import redis
 
 import router
+from router import Json, Promotion, Record, Routing, StateError, Step
 
-# -- the steps ----------------------------------------------------------------------------------
+HEAL_WAIT = 8.0  # seconds that a command waits for a router to write lost state back
+REPORT_WAIT = 10.0  # seconds that a command waits until every router serves what it has written
+REPORT_POLL = 0.05
+SILENT_SECONDS = 60.0  # a router that has not reported for so long holds up no promotion
+OTHER_VERSION_SECONDS = 30.0  # in which a router that reports no epoch has read the state
 
 
-def _not_active(state: router.State, deployment_id: str) -> None:
-    if state.get(":active") == deployment_id:
-        raise router.StateError(
+# -- the steps ---------------------------------------------------------------------------------
+
+
+def refuse_active(routing: Routing, deployment_id: str) -> None:
+    if routing.active == deployment_id:
+        raise StateError(
             f"{deployment_id} is active: promote or deploy another one first", "active"
         )
 
 
 def register(
-    state: router.State,
+    routing: Routing,
     deployment_id: str,
     service_name: str,
     address: str | None = None,
     held: bool = False,
     service_id: str | None = None,
-    about: router.Record | None = None,
-) -> router.Change:
+    about: Json | None = None,
+) -> Routing:
     """A deployment that runs but is not yet chosen: reachable by affinity only. `held`: it is
     meant to stay so, and the janitor does not take it for a deploy that died. `about`: its commit,
     author and message, and who deployed it.
@@ -62,356 +76,523 @@ def register(
     A command that comes late, when the deployment has been removed already, is refused: it is
     known by its Railway service. The id on a new service starts clean.
     """
-    if state.get(":active") == deployment_id:
-        raise router.StateError(
+    if routing.active == deployment_id:
+        raise StateError(
             f"{deployment_id} is the active deployment and cannot be registered anew", "active"
         )
-    record = router._record(state, deployment_id)
-    removed = router._object(state, router.REMOVED)
-    gone = removed.get(deployment_id) or (record if record.get("retiring_at") else None)
-    if gone:
-        if service_id is None or service_id == gone.get("service_id"):
-            raise router.StateError(
-                f"{deployment_id} was removed and cannot be registered", "removed"
-            )
-        record = {}
-    record |= {
-        "deployment_id": deployment_id,
-        "state": "pending",
-        "service_name": service_name,
-        "drain_started_at": None,
-        "registered_at": time.time(),
-        "held": held,
-    }
-    if service_id:
-        record["service_id"] = service_id
-    if address:
-        record["address"] = address.rstrip("/")
-    if about:
-        record["about"] = about
-    change: router.Change = {router.record_key(deployment_id): router._save(record)}
-    if deployment_id in removed:
-        del removed[deployment_id]
-        change[router.REMOVED] = router._save(removed)
-    return change
+    record = routing.records.get(deployment_id)
+    tombstone = routing.tombstones.get(deployment_id)
+    if tombstone or (record and record.retiring_at):
+        gone = tombstone.service_id if tombstone else record.service_id if record else None
+        if service_id in (None, gone):
+            raise StateError(f"{deployment_id} was removed and cannot be registered", "removed")
+        record = None
+    record = record or Record(deployment_id)
+    new = replace(
+        record,
+        state="pending",
+        service_name=service_name,
+        drain_started_at=None,
+        registered_at=routing.now,
+        held=held,
+        service_id=service_id or record.service_id,
+        address=address.rstrip("/") if address else record.address,
+        about=about or record.about,
+    )
+    graves = {k: v for k, v in routing.tombstones.items() if k != deployment_id}
+    return replace(routing.with_records(new), tombstones=graves)
 
 
-def _still_active(state: router.State, wanted: str | None) -> None:
-    active = state.get(":active")
-    if wanted and active != wanted:
-        raise router.StateError(f"{active or 'none'} is active by now, not {wanted}", "changed")
+def refuse_unless_active(routing: Routing, wanted: str | None) -> None:
+    if wanted and routing.active != wanted:
+        raise StateError(f"{routing.active or 'none'} is active by now, not {wanted}", "changed")
 
 
-def _promotable(state: router.State, deployment_id: str) -> router.Record:
-    """Its record. Raises StateError for one that is unknown or being removed."""
-    record = router._record(state, deployment_id)
-    if not record:
-        raise router.StateError(
+def promotable(routing: Routing, deployment_id: str, service_id: str | None = None) -> Record:
+    """Its record. Raises StateError for one that is unknown or being removed.
+
+    Args:
+        service_id: of its service, which runs: a record that is lost is made anew.
+    """
+    record = routing.records.get(deployment_id)
+    if record is None and deployment_id not in routing.tombstones:
+        if service_id:
+            record = Record(deployment_id, service_id=service_id, registered_at=routing.now)
+        elif deployment_id == routing.active:
+            record = routing.record_of_active()
+    if record is None:
+        raise StateError(
             f"{deployment_id} is not registered with the router, or was removed meanwhile: deploy"
             " it again",
             "unknown",
         )
-    if record.get("retiring_at"):
-        raise router.StateError(
-            f"{deployment_id} is being removed and cannot be promoted", "removed"
-        )
+    if record.retiring_at:
+        raise StateError(f"{deployment_id} is being removed and cannot be promoted", "removed")
     return record
 
 
-def promote(
-    state: router.State,
+def set_active(
+    routing: Routing,
     deployment_id: str,
     service_name: str,
-    draining: list[router.Record],
+    draining: list[Json],
     address: str | None = None,
+    service_id: str | None = None,
     instead_of: str | None = None,
     rolls_back: bool = False,
     bake: float | None = None,
-) -> router.Change:
+) -> Routing:
     """Make a deployment active. Only the one that was active drains; pending ones stay pending,
     and a canary that is another one gets no more visitors.
 
     Args:
         draining: what 0.3.x clients send: it names every other service, so it only tells the
-            service name and drain time of the deployment that was active.
+            service name of the deployment that was active.
         instead_of: the deployment that has to be active; where another one is, nothing is done.
         rolls_back: the one that was active is no way back from here on.
-        bake: watched for so many seconds; kept with the record until `baked`.
+        bake: watched for so many seconds; kept with the record until `finish_bake`.
     """
     hints = {item["deployment_id"]: item for item in draining}
     if deployment_id in hints:
-        raise router.StateError(f"{deployment_id} cannot be active and draining")
-    _still_active(state, instead_of)
-    previous = state.get(":active")
-    record = _promotable(state, deployment_id)
-    if address:
-        record["address"] = address.rstrip("/")
-    change: router.Change = {":active": deployment_id}
-    change[router.record_key(deployment_id)] = router._save(
-        _without(record, "weight", "rejected_at", "bake")
-        | {
-            "deployment_id": deployment_id,
-            "state": "active",
-            "service_name": service_name,
-            "drain_started_at": None,
-            "promoted_at": time.time(),
-        }
-        | _baking(bake)
+        raise StateError(f"{deployment_id} cannot be active and draining")
+    refuse_unless_active(routing, instead_of)
+    record = replace(
+        promotable(routing, deployment_id, service_id),
+        state="active",
+        service_name=service_name,
+        drain_started_at=None,
+        weight=None,
+        rejected_at=None,
+        bake=routing.now + bake if bake else None,
     )
-    for other in router.records(state):
-        name = other["deployment_id"]
-        if "weight" in other and name not in (deployment_id, previous):
-            change[router.record_key(name)] = router._save(_without(other, "weight", "bake"))
-    if previous and previous != deployment_id:
-        old = router._record(state, previous)
-        hint = hints.get(previous, {})
-        change[router.record_key(previous)] = router._save(
-            _without(old, "weight", "bake")
-            | {
-                "deployment_id": previous,
-                "state": "draining",
-                "service_name": old.get("service_name") or hint.get("service_name") or previous,
-                "drain_started_at": hint.get("drain_started_at") or time.time(),
-            }
-            | ({"rejected_at": time.time()} if rolls_back else {})
+    if address:
+        record = replace(record, address=address.rstrip("/"))
+    promotion = Promotion(deployment_id, router.next_time(routing))
+    others = [
+        replace(other, weight=None, bake=None)
+        for name, other in routing.records.items()
+        if other.weight is not None and name != deployment_id
+    ]
+    new = routing.with_records(*others, replace(record, promoted_at=promotion.at))
+    if routing.active not in (None, deployment_id):
+        hint = hints.get(str(routing.active), {})
+        old = new.records.get(str(routing.active)) or Record(str(routing.active))
+        old = replace(
+            old.drains(routing.now),
+            service_name=old.service_name or hint.get("service_name") or routing.active,
+            rejected_at=routing.now if rolls_back else old.rejected_at,
         )
-    return change
+        new = new.with_records(old)
+    return replace(new, active=deployment_id, promoted=promotion)
 
 
-def _without(record: router.Record, *names: str) -> router.Record:
-    return {key: value for key, value in record.items() if key not in names}
-
-
-def _baking(seconds: float | None) -> router.Record:
-    return {"bake": {"until": time.time() + seconds}} if seconds else {}
-
-
-def weigh(
-    state: router.State,
+def set_canary_weight(
+    routing: Routing,
     deployment_id: str,
     service_name: str,
     weight: float,
+    service_id: str | None = None,
     instead_of: str | None = None,
     bake: float | None = None,
-) -> router.Change:
+) -> Routing:
     """Give a deployment that share of the new visitors, in percent: it is the canary, of which
-    there is one. It stays until it is promoted or withdrawn."""
-    active = state.get(":active")
-    if not active:
-        raise router.StateError("no deployment is active: promote it without a weight", "inactive")
-    _still_active(state, instead_of)
-    _not_active(state, deployment_id)
-    other = router.canary(state)
-    if other and other["deployment_id"] != deployment_id:
-        raise router.StateError(
-            f"{other['deployment_id']} is the canary already, with {other['weight']:g} %: promote"
-            " it, or `pulse-railway rollback`",
+    there is one. It stays until it is promoted or aborted."""
+    if routing.active is None:
+        raise StateError("no deployment is active: promote it without a weight", "inactive")
+    refuse_unless_active(routing, instead_of)
+    refuse_active(routing, deployment_id)
+    other = routing.canary
+    if other and other.deployment_id != deployment_id:
+        raise StateError(
+            f"{other.deployment_id} is the canary already, with {other.weight:g} %: promote it, or"
+            " `pulse-railway rollback`",
             "canary",
         )
-    record = _without(_promotable(state, deployment_id), "rejected_at")
-    if float((record.get("bake") or {}).get("until", 0)) < time.time():
-        record.pop("bake", None)  # it was cut off, and somebody has decided
-    record |= {
-        "deployment_id": deployment_id,
-        "state": "pending",
-        "service_name": service_name,
-        "drain_started_at": None,
-        "held": True,
-        "weight": weight,
-    }
-    return {router.record_key(deployment_id): router._save(record | _baking(bake))}
-
-
-def withdraw(state: router.State, deployment_id: str) -> router.Change:
-    """End a canary: nobody new gets it, and it drains."""
-    record = router._record(state, deployment_id)
-    if not router._is_canary(record):
-        raise router.StateError(f"{deployment_id} is no canary (any more)", "changed")
-    now = time.time()
-    record = _without(record, "weight", "bake", "held")
-    record |= {"state": "draining", "drain_started_at": now, "rejected_at": now}
-    return {router.record_key(deployment_id): router._save(record)}
-
-
-def baked(state: router.State, deployment_id: str) -> router.Change:
-    """The bake of a deployment is over, and it stays."""
-    record = router._record(state, deployment_id)
-    return (
-        {router.record_key(deployment_id): router._save(_without(record, "bake"))} if record else {}
+    record = promotable(routing, deployment_id, service_id)
+    until = record.bake if record.bake and record.bake > routing.now else None  # else cut off
+    record = replace(
+        record,
+        state="pending",
+        service_name=service_name,
+        drain_started_at=None,
+        rejected_at=None,
+        held=True,
+        weight=weight,
+        bake=routing.now + bake if bake else until,
     )
+    return routing.with_records(record)
 
 
-def maintain(
-    state: router.State, page: str | None, retry_after: int, by: str | None, off: bool = False
-) -> router.Change:
+def abort_canary(routing: Routing, deployment_id: str) -> Routing:
+    """End a canary: nobody new gets it, and it drains."""
+    record = routing.records.get(deployment_id)
+    if record is None or not record.is_canary:
+        raise StateError(f"{deployment_id} is no canary (any more)", "changed")
+    record = replace(record.drains(routing.now), held=False, rejected_at=routing.now)
+    return routing.with_records(record)
+
+
+def finish_bake(routing: Routing, deployment_id: str) -> Routing:
+    """The bake of a deployment is over, and it stays."""
+    record = routing.records.get(deployment_id)
+    return routing.with_records(replace(record, bake=None)) if record else routing
+
+
+def set_maintenance(
+    routing: Routing, page: str | None, retry_after: int, by: str | None, off: bool = False
+) -> Routing:
     """Everybody gets a page that says so, or the app again."""
     if off:
-        return {router.MAINTENANCE: None} if router.MAINTENANCE in state else {}
-    since = router._object(state, router.MAINTENANCE).get("since") or time.time()
-    return {
-        router.MAINTENANCE: router._save(
-            {"since": since, "page": page, "retry_after": retry_after, "by": by}
-        )
-    }
+        return replace(routing, maintenance=None)
+    since = routing.maintenance.since if routing.maintenance else routing.now
+    return replace(routing, maintenance=router.Maintenance(since, page, retry_after, by))
 
 
-def lock(state: router.State, holder: str, by: str | None, lease: float) -> router.Change:
+def deploy_lock(routing: Routing, holder: str, by: str | None, lease: float) -> Routing:
     """Hold the deploy lock for `lease` seconds from now; who holds it already holds it for longer.
     Raises StateError where somebody else does."""
-    held, now = router._object(state, router.LOCK), time.time()
-    mine = held.get("holder") == holder
-    if held and not mine and float(held.get("until") or 0) > now:
-        since = time.strftime("%H:%M:%S UTC", time.gmtime(float(held.get("since") or now)))
-        raise router.StateError(f"{held.get('by') or 'somebody'} deploys since {since}", "locked")
-    facts = {"holder": holder, "by": by, "since": held.get("since", now) if mine else now}
-    return {router.LOCK: router._save({**facts, "until": now + lease})}
+    lock, now = routing.lock, routing.now
+    mine = lock is not None and lock.holder == holder
+    if lock and not mine and lock.until > now:
+        since = time.strftime("%H:%M:%S UTC", time.gmtime(lock.since))
+        raise StateError(f"{lock.by or 'somebody'} deploys since {since}", "locked")
+    since_then = lock.since if lock and mine else now
+    return replace(routing, lock=router.DeployLock(holder, by, since_then, now + lease))
 
 
-def unlock(state: router.State, holder: str | None) -> router.Change:
+def unlock(routing: Routing, holder: str | None) -> Routing:
     """Give the deploy lock back; without a holder, take it from whoever has it."""
-    held = router._object(state, router.LOCK)
-    if router.LOCK not in state or (holder and held.get("holder") != holder):
-        return {}
-    return {router.LOCK: None}
+    if routing.lock and holder in (None, routing.lock.holder):
+        return replace(routing, lock=None)
+    return routing
 
 
-def delete(state: router.State, deployment_id: str) -> router.Change:
+def delete(routing: Routing, deployment_id: str) -> Routing:
     """Forget a deployment that is not active. Forgetting an unknown one changes nothing."""
-    _not_active(state, deployment_id)
-    record = router._record(state, deployment_id)
-    if not record:
-        return {}
-    gone = router._remember(
-        state, router.REMOVED, deployment_id, service_id=record.get("service_id")
-    )
-    return {router.record_key(deployment_id): None, router.REMOVED: gone}
+    refuse_active(routing, deployment_id)
+    record = routing.records.get(deployment_id)
+    if record is None:
+        return routing
+    records = {k: v for k, v in routing.records.items() if k != deployment_id}
+    return replace(routing, records=records).with_tombstone(deployment_id, record.service_id)
 
 
-def retire(state: router.State, deployment_id: str, service_id: str | None = None) -> router.Change:
-    """Claim a deployment for removal: from here on it can be neither registered nor promoted."""
-    _not_active(state, deployment_id)
-    record = router._record(state, deployment_id)
-    service_id = service_id or record.get("service_id")
-    change: router.Change = {
-        router.REMOVED: router._remember(
-            state, router.REMOVED, deployment_id, service_id=service_id
-        )
-    }
-    if record:
-        record.setdefault("retiring_at", time.time())
-        change[router.record_key(deployment_id)] = router._save(record)
-    return change
+def retire(routing: Routing, deployment_id: str, service_id: str | None = None) -> Routing:
+    """Take a deployment out of the routing, to be removed: from here on it can be neither
+    registered nor promoted."""
+    refuse_active(routing, deployment_id)
+    record = routing.records.get(deployment_id)
+    if record and not record.retiring_at:
+        routing = routing.with_records(replace(record, retiring_at=routing.now))
+    grave = routing.tombstones.get(deployment_id)
+    service_id = service_id or (record.service_id if record else None)
+    if grave and grave.service_id == service_id:
+        return routing
+    return routing.with_tombstone(deployment_id, service_id)
 
 
-def claim(
-    state: router.State, deployment_id: str, judged: router.Record, service_id: str | None
-) -> router.Change:
-    """Retire a deployment, if its record still is what was judged ({}: there was none)."""
-    if router._record(state, deployment_id) != judged:
-        raise router.StateError(f"{deployment_id} has changed meanwhile", "changed")
-    return retire(state, deployment_id, service_id)
+def retire_if_unchanged(
+    routing: Routing, deployment_id: str, judged: Record | None, service_id: str | None
+) -> Routing:
+    """Retire a deployment, if its record still is what was judged (None: there was none)."""
+    if routing.records.get(deployment_id) != judged:
+        raise StateError(f"{deployment_id} has changed meanwhile", "changed")
+    return retire(routing, deployment_id, service_id)
 
 
-def drain(state: router.State, deployment_id: str, judged: router.Record) -> router.Change:
+def mark_draining(routing: Routing, deployment_id: str, judged: Record) -> Routing:
     """A record that says active and is not the active one drains from now on."""
-    if router._record(state, deployment_id) != judged or state.get(":active") == deployment_id:
-        return {}
-    record = {**judged, "state": "draining", "drain_started_at": time.time()}
-    return {router.record_key(deployment_id): router._save(record)}
+    if routing.records.get(deployment_id) != judged or routing.active == deployment_id:
+        return routing
+    return routing.with_records(judged.drains(routing.now))
 
 
-def adopt(state: router.State, record: router.Record) -> router.Change:
-    """A running deployment that has no record drains from now on."""
-    name = record["deployment_id"]
-    if router.record_key(name) in state or state.get(":active") == name:
-        return {}
-    drains = {"state": "draining", "drain_started_at": time.time()}
-    return {router.record_key(name): router._save(record | drains)}
+def adopt_orphan(routing: Routing, record: Record) -> Routing:
+    """A running deployment that has no record drains from now on; the active one gets its own."""
+    if record.deployment_id in routing.records:
+        return routing
+    if routing.active == record.deployment_id:
+        return routing.with_records(replace(record, state="active"))
+    return routing.with_records(record.drains(routing.now))
 
 
-def restore(state: router.State, wanted: list[router.Record], active: str) -> router.Change:
-    """Rebuild lost state from a list of records. What is already known is left as it is."""
-    if state.get(":active"):
-        raise router.StateError(
-            f"{state[':active']} is active: there is nothing to restore", "active"
-        )
-    if active in router._object(state, router.REMOVED) or router._record(state, active).get(
-        "retiring_at"
-    ):
-        raise router.StateError(f"{active} is being removed: restore another one", "removed")
-    change: router.Change = {":active": active}
-    for record in wanted:
-        name = record["deployment_id"]
-        known = {k: v for k, v in router._record(state, name).items() if v is not None}
-        merged = {**record, **known}
+def restore(
+    routing: Routing,
+    wanted: list[Record],
+    active: str,
+    chosen: bool = False,
+    at: float | None = None,
+    closed: float | None = None,
+) -> Routing:
+    """Rebuild lost state from records that were made of what runs on Railway. What the store knows
+    already is left as it is.
+
+    Args:
+        active: what is active then; where the store has not lost it, only its record is rebuilt.
+        chosen: somebody has named `active`: it is, whatever the store says.
+        at: when `active` was promoted, as Railway says.
+        closed: since when the site is in maintenance, as Railway says.
+    """
+    promoted = Promotion(active, at) if at else None
+    if not chosen and routing.active and not routing.is_older_than(promoted):
+        if routing.active in routing.records:
+            raise StateError(f"{routing.active} is active: there is nothing to restore", "active")
+        active, promoted = routing.active, routing.promoted
+    elif chosen or promoted is None:
+        promoted = Promotion(active, router.next_time(routing))
+    records = dict(routing.records)
+    for made in wanted:
+        name = made.deployment_id
+        if name in records:
+            records[name] = completed(records[name], made)
+        elif name not in routing.tombstones:
+            records[name] = made if name == active else made.drains(routing.now)
+    if active not in records:
+        removed = active in routing.tombstones
+        why = "is being removed: restore another one" if removed else "does not run on Railway"
+        raise StateError(f"{active} {why}", "removed" if removed else "unknown")
+    if records[active].retiring_at:
+        raise StateError(f"{active} is being removed: restore another one", "removed")
+    for name, record in records.items():
         if name == active:
-            merged = {**_without(merged, "weight"), "state": "active", "drain_started_at": None}
-        elif merged.get("state") != "pending":
-            merged["state"] = "draining"
-            merged["drain_started_at"] = known.get("drain_started_at") or time.time()
-        change[router.record_key(name)] = router._save(merged)
-    return change
+            at = promoted.at if promoted else record.promoted_at
+            record = replace(record, state="active", drain_started_at=None, weight=None)
+            records[name] = replace(record, promoted_at=at)
+        elif record.state == "active":
+            records[name] = record.drains(routing.now)
+    maintenance = routing.maintenance or (router.Maintenance(closed) if closed else None)
+    return replace(
+        routing, active=active, promoted=promoted, records=records, maintenance=maintenance
+    )
 
 
-def guarded(step: router.Step, intent: str | None) -> router.Step:
+def completed(record: Record, made: Record) -> Record:
+    """A record of the store, with what it lacks of one that was made of what runs on Railway."""
+    names = ("service_name", "address", "service_id", "registered_at")
+    return replace(record, **{n: getattr(made, n) for n in names if getattr(record, n) is None})
+
+
+# -- around a step -----------------------------------------------------------------------------
+
+
+def refuse_if_lost(step: Step, intent: Promotion | None) -> Step:
     """`step`, refused where the store has lost its data: it would take what is left for all."""
 
-    def inner(state: router.State) -> router.Change:
-        if router.lost(state, intent):
-            raise router.StateError(
-                f"the routing state is lost ({intent} was active): run `pulse-railway restore`",
+    def inner(routing: Routing) -> Routing:
+        if intent and routing.is_lost(intent):
+            raise StateError(
+                f"the routing state is lost, or an older one ({intent.deployment_id} was promoted"
+                " last): run `pulse-railway restore`",
                 "lost",
             )
-        return step(state)
+        return step(routing)
 
     return inner
 
 
-def once(step: router.Step, nonce: str) -> router.Step:
+def idempotent(step: Step, nonce: str) -> Step:
     """`step`, carried out once for its nonce: who lost the answer asks again."""
 
-    def inner(state: router.State) -> router.Change:
-        if nonce in router._object(state, router.ANSWERS):
-            return {}
-        return {**step(state), router.ANSWERS: router._remember(state, router.ANSWERS, nonce)}
+    def inner(routing: Routing) -> Routing:
+        if nonce in routing.processed:
+            return routing
+        new = step(routing)
+        return replace(new, processed={**new.processed, nonce: routing.now})
 
     return inner
 
 
-def logged(step: router.Step, what: str, deployment_id: str, **facts: Any) -> router.Step:
+def with_history(step: Step, what: str, deployment_id: str, **facts: Any) -> Step:
     """`step`, noted in the history where it changes anything."""
 
-    def inner(state: router.State) -> router.Change:
-        change = step(state)
-        if not change:
-            return {}
-        entry = {"at": time.time(), "what": what, "deployment_id": deployment_id}
-        entry["active"] = state.get(":active")  # until then
+    def inner(routing: Routing) -> Routing:
+        new = step(routing)
+        if new == routing:
+            return routing
+        entry = {"at": routing.now, "what": what, "deployment_id": deployment_id}
+        entry["active"] = routing.active  # until then
         entry |= {key: str(value)[:300] for key, value in facts.items() if value}
-        entries = [*router.history(state), entry][-router.HISTORY_AT_MOST :]
-        return {**change, router.HISTORY: json.dumps(entries, separators=(",", ":"))}
+        return replace(new, history=(*new.history, entry)[-router.HISTORY_AT_MOST :])
 
     return inner
 
 
-# -- the commands -------------------------------------------------------------------------------
+def with_unlock(step: Step, holder: str) -> Step:
+    """`step`, and the deploy lock given back, at once."""
+    return lambda routing: step(unlock(routing, holder))
 
 
-def status(store: router.Store, token: str, intent: str | None) -> router.Record:
-    state = store.read()
-    found = router.records(state)
+# -- the app's internal endpoints ---------------------------------------------------------------
+
+
+def ask_backend(record: Record, path: str, token: str, method: str = "GET") -> Json:
+    """Call one of the app's internal endpoints, from inside the private network.
+
+    Raises OSError or ValueError where it does not answer with a JSON object.
+    """
+    request = urllib.request.Request(
+        f"{record.url}{path}", method=method, headers={router.INTERNAL_TOKEN_HEADER: token}
+    )
+    try:
+        with router.OPENER.open(request, timeout=router.BACKEND_TIMEOUT) as answer:
+            return router.json_object(answer.read(router.ANSWER_HEAD_LIMIT))
+    except http.client.HTTPException as error:
+        raise ValueError from error
+
+
+def sessions(record: Record, token: str) -> int | None:
+    """How many render sessions a deployment holds; None where it does not say so in a whole number:
+    it is deleted where there are none."""
+    try:
+        count = ask_backend(record, router.SESSIONS_PATH, token).get("render_session_count")
+    except (OSError, ValueError):
+        return None
+    return count if type(count) is int and count >= 0 else None
+
+
+def reload_tabs(record: Record, token: str) -> int:
+    """Tell the tabs of a deployment that is about to be deleted to reload: how many were told."""
+    with contextlib.suppress(OSError, ValueError):
+        path = router.RELOAD_PATH
+        count = ask_backend(record, path, token, method="POST").get("reloaded_socket_count")
+        return count if type(count) is int else 0
+    return 0
+
+
+# -- the routers that are to serve it ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Served:
+    """Who serves an epoch, and who does not yet."""
+
+    reports: list[Json]
+    behind: list[str]  # by name
+
+    def under_way(self, deployment_id: str, epoch: int) -> int:
+        """Requests and sockets of a deployment, by the reports that were made since."""
+        counts = (
+            r.get("in_flight", {}).get(deployment_id, 0)
+            for r in self.reports
+            if router_epoch(r) is None or cast(int, router_epoch(r)) >= epoch
+        )
+        return sum(count for count in counts if type(count) is int)
+
+
+def router_epoch(report: Json) -> int | None:
+    """The epoch that a router serves; None: it is of another version, and does not say."""
+    epoch = report.get("epoch")
+    return epoch if type(epoch) is int else None
+
+
+def reports(store: router.Store) -> list[Json]:
+    """What each router last said of itself, with `age`, the seconds since."""
+    if not isinstance(store, router.RedisStore):
+        return []
+    pattern = f"{store.prefix}:router:*"
+    return read_reports(store, list(store.client.scan_iter(pattern, count=router.SCAN_COUNT)))
+
+
+def read_reports(store: router.RedisStore, keys: list[str]) -> list[Json]:
+    with store.client.pipeline(transaction=False) as pipe:
+        for key in keys:
+            pipe.get(key)
+            pipe.pttl(key)
+        values = pipe.execute() if keys else []
+    found = []
+    for key, text, left in zip(keys, values[::2], values[1::2], strict=True):
+        if text is not None:
+            age = max(router.REPORT_LEASE - left / 1000, 0.0) if left >= 0 else 0.0
+            name = key.removeprefix(f"{store.prefix}:router:")
+            with contextlib.suppress(ValueError):
+                found.append({**router.json_object(text), "router": name, "age": round(age, 1)})
+    return found
+
+
+def wait_for_routers(
+    store: router.Store, epoch: int, since: float, deletes: bool, timeout: float | None = None
+) -> Served:
+    """Wait until every router serves this epoch, at most REPORT_WAIT seconds.
+
+    Args:
+        since: seconds since the epoch began, for those that do not report one.
+        deletes: something is deleted then, so that one that is silent counts until its lease is
+            over, and one of another version until it has read the state for sure.
+    """
+    found = reports(store)
+    deadline = time.monotonic() + (REPORT_WAIT if timeout is None else timeout)
+    while True:
+        behind = [str(r["router"]) for r in found if _is_behind(r, epoch, since, deletes)]
+        waited_for = [
+            r
+            for r in found
+            if r["router"] in behind and (router_epoch(r) is not None) and r["age"] < SILENT_SECONDS
+        ]
+        if not waited_for or time.monotonic() > deadline:
+            return Served(found, behind)
+        time.sleep(REPORT_POLL)
+        assert isinstance(store, router.RedisStore)
+        found = read_reports(store, [f"{store.prefix}:router:{r['router']}" for r in found])
+
+
+def _is_behind(report: Json, epoch: int, since: float, deletes: bool) -> bool:
+    served = router_epoch(report)
+    if served is None:
+        return not deletes or since < OTHER_VERSION_SECONDS
+    return served < epoch and (deletes or report["age"] < SILENT_SECONDS)
+
+
+# -- the commands --------------------------------------------------------------------------------
+
+
+def status(store: router.Store, token: str, intent: Promotion | None) -> Json:
+    routing = store.read()
+    found = list(routing.records.values())
     with concurrent.futures.ThreadPoolExecutor(16) as pool:  # some may not answer
-        counts = list(pool.map(lambda record: router.sessions(record, token), found))
-    drawn_to = router.canary(state)
+        counts = list(pool.map(lambda record: sessions(record, token), found))
+    canary, lock = routing.canary, routing.lock
+    closed = routing.maintenance and {**vars(routing.maintenance)}
+    if closed:
+        del closed["page"]
     return {
-        "active": state.get(":active"),
-        "canary": drawn_to and {k: drawn_to[k] for k in ("deployment_id", "weight")},
-        "maintenance": _without(router._object(state, router.MAINTENANCE), "page") or None,
-        "lock": _without(router._object(state, router.LOCK), "holder") or None,
-        "lost": router.lost(state, intent),
-        "deployments": [{**r, "sessions": n} for r, n in zip(found, counts, strict=True)],
-        "routers": store.routers(),
+        "active": routing.active,
+        "promoted": routing.promoted and routing.promoted.json(),
+        "canary": canary and {"deployment_id": canary.deployment_id, "weight": canary.weight},
+        "maintenance": closed,
+        "lock": lock and {"by": lock.by, "since": lock.since, "until": lock.until},
+        "lost": routing.is_lost(intent),
+        "epoch": routing.epoch,
+        "problems": list(routing.problems),
+        "deployments": [{**shown(r), "sessions": n} for r, n in zip(found, counts, strict=True)],
+        "routers": reports(store),
     }
+
+
+def shown(record: Record) -> Json:
+    """A record without what could not be understood of it."""
+    fields = {k: v for k, v in record.json().items() if k not in record.ignored}
+    return {**fields, "state": record.state or "unknown", "ignored": list(record.ignored)}
+
+
+def probe(store: router.Store, deployment_id: str) -> Json:
+    """What is at a deployment's address, seen from inside: by the control commands, which can be
+    asked where the public address cannot."""
+    routing = store.read()
+    record = routing.records.get(deployment_id)
+    if deployment_id == routing.active:
+        record = routing.record_of_active()
+    if record is None:
+        raise StateError(f"{deployment_id} is not registered with the router", "unknown")
+    served = wait_for_routers(store, routing.epoch, 0.0, deletes=False)
+    at = router.look(record) if record.url else "unreachable"
+    return {"at": at, "active": routing.active, **told(served)}
+
+
+def told(served: Served) -> Json:
+    """Who serves it, for an answer."""
+    names = ("router", "version", "epoch", "age")
+    routers = [{name: report.get(name) for name in names} for report in served.reports]
+    return {"routers": routers, "behind": served.behind}
 
 
 def valid_id(value: str) -> str:
@@ -420,7 +601,7 @@ def valid_id(value: str) -> str:
     return value
 
 
-def json_object(value: str) -> router.Record:
+def json_object(value: str) -> Json:
     found = json.loads(value)
     if not isinstance(found, dict):
         raise argparse.ArgumentTypeError("expected a JSON object")
@@ -434,7 +615,15 @@ def percent(value: str) -> float:
     return found
 
 
-def draining_list(value: str) -> list[router.Record]:
+def moment(value: str) -> float:
+    """Seconds since 1970, or a length of time in seconds."""
+    found = float(value)
+    if not 0 <= found < math.inf:
+        raise argparse.ArgumentTypeError("expected a number of seconds")
+    return found
+
+
+def draining_list(value: str) -> list[Json]:
     items = json.loads(value)
     if not isinstance(items, list) or not all(
         isinstance(i, dict) and isinstance(i.get("deployment_id"), str) for i in items
@@ -443,12 +632,18 @@ def draining_list(value: str) -> list[router.Record]:
     return items
 
 
+def record_list(value: str) -> list[Record]:
+    items = draining_list(value)
+    return [router.parse_record(valid_id(i["deployment_id"]), json.dumps(i)) for i in items]
+
+
 def control_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pulse-railway control", description=control.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--nonce", help="comes back in the answer; carried out once")
-    common.add_argument("--intent", help="the deployment that Railway says is active")
+    common.add_argument("--intent", help="the deployment that Railway says was promoted last")
+    common.add_argument("--intent-at", type=moment, help="when that was, by the store's clock")
     common.add_argument("--by", help="who asks, for the history")
     common.add_argument("--why", help="for the history")
     common.add_argument("--unlock", metavar="HOLDER", help="give the deploy lock back, too")
@@ -459,6 +654,8 @@ def control_parser() -> argparse.ArgumentParser:
     command("active", "the active deployment")
     command("status", "everything in the routing state, with session counts")
     command("history", "what was done, by whom and why")
+    add = command("probe", "what answers at a deployment's address, and which routers know of it")
+    add("--deployment-id", type=valid_id, required=True)
     add = command("register", "add a pending deployment")
     add("--deployment-id", type=valid_id, required=True)
     add("--service-name", required=True)
@@ -469,12 +666,13 @@ def control_parser() -> argparse.ArgumentParser:
     add = command("promote", "make a deployment active, drain the one before")
     add("--active-deployment-id", type=valid_id, required=True)
     add("--active-service-name", required=True)
+    add("--service-id", help="Railway's id of its service: a record that is lost is made anew")
     add("--draining-json", type=draining_list, default=[])
     add("--address", help="the backend's base URL")
     add("--weight", type=percent, help="as the canary, for this percentage of new visitors")
     add("--instead-of", type=valid_id, help="only where this one is active")
     add("--rolls-back", action="store_true", help="the one before is no way back from then on")
-    add("--bake", type=float, metavar="SECONDS", help="it is watched for so long")
+    add("--bake", type=moment, metavar="SECONDS", help="it is watched for so long")
     add = command("withdraw", "end a canary: it drains")
     add("--deployment-id", type=valid_id, required=True)
     add = command("baked", "a deployment's bake is over, and it stays")
@@ -485,21 +683,23 @@ def control_parser() -> argparse.ArgumentParser:
     add("--retry-after", type=int, default=30, metavar="SECONDS")
     add = command("lock", "hold the deploy lock")
     add("--holder", required=True)
-    add("--lease", type=float, required=True, metavar="SECONDS")
+    add("--lease", type=moment, required=True, metavar="SECONDS")
     add = command("unlock", "give the deploy lock back, or take it from whoever has it")
     add("--holder")
-    add = command("retire", "claim a deployment for removal")
+    add = command("retire", "take a deployment out of the routing, to be removed")
     add("--deployment-id", type=valid_id, required=True)
     add("--service-id", help="Railway's id of the service")
     add = command("delete", "forget a deployment that is not active")
     add("--deployment-id", type=valid_id, required=True)
     add = command("restore", "rebuild lost state")
     add("--active-deployment-id", type=valid_id, required=True)
-    add("--records-json", type=draining_list, required=True)
+    add("--records-json", type=record_list, required=True)
+    add("--chosen", action="store_true", help="it is active then, whatever the store says")
+    add("--maintenance-since", type=moment, help="the site is closed, as Railway says")
     return parser
 
 
-def control_step(args: argparse.Namespace) -> router.Step:
+def step_of(args: argparse.Namespace) -> Step:
     """The change that a control command makes, with its entry in the history."""
     name: str = getattr(args, "deployment_id", "")
     noted = {"by": args.by, "why": args.why}
@@ -519,116 +719,136 @@ def control_step(args: argparse.Namespace) -> router.Step:
             common = {
                 "deployment_id": name,
                 "service_name": args.active_service_name,
+                "service_id": args.service_id,
                 "instead_of": args.instead_of,
                 "bake": args.bake,
             }
             if args.weight is not None:
-                step = functools.partial(weigh, weight=args.weight, **common)
-                return logged(step, "canary", name, weight=f"{args.weight:g} %", **noted)
+                step = functools.partial(set_canary_weight, weight=args.weight, **common)
+                return with_history(step, "canary", name, weight=f"{args.weight:g} %", **noted)
             step = functools.partial(
-                promote,
+                set_active,
                 draining=args.draining_json,
                 address=args.address,
                 rolls_back=args.rolls_back,
                 **common,
             )
-            return logged(step, "rollback" if args.rolls_back else "promote", name, **noted)
+            return with_history(step, "rollback" if args.rolls_back else "promote", name, **noted)
         case "withdraw":
-            step = functools.partial(withdraw, deployment_id=name)
-            return logged(step, "rollback", name, **noted)
+            step = functools.partial(abort_canary, deployment_id=name)
+            return with_history(step, "rollback", name, **noted)
         case "baked":
-            return functools.partial(baked, deployment_id=name)
+            return functools.partial(finish_bake, deployment_id=name)
         case "retire":
             return functools.partial(retire, deployment_id=name, service_id=args.service_id)
         case "delete":
-            return logged(functools.partial(delete, deployment_id=name), "remove", name, **noted)
+            step = functools.partial(delete, deployment_id=name)
+            return with_history(step, "remove", name, **noted)
         case "maintenance":
             step = functools.partial(
-                maintain,
+                set_maintenance,
                 page=args.page,
                 retry_after=args.retry_after,
                 by=args.by,
                 off=args.switch == "off",
             )
-            return logged(step, f"maintenance {args.switch}", "", **noted)
+            return with_history(step, f"maintenance {args.switch}", "", **noted)
         case "lock":
-            return functools.partial(lock, holder=args.holder, by=args.by, lease=args.lease)
+            return functools.partial(deploy_lock, holder=args.holder, by=args.by, lease=args.lease)
         case "unlock":
             return functools.partial(unlock, holder=args.holder)
         case _:
             name = args.active_deployment_id
-            step = functools.partial(restore, wanted=args.records_json, active=name)
-            return logged(step, "restore", name, **noted)
+            step = functools.partial(
+                restore,
+                wanted=args.records_json,
+                active=name,
+                chosen=args.chosen,
+                at=args.intent_at if args.intent == name else None,
+                closed=args.maintenance_since,
+            )
+            return with_history(step, "restore", name, **noted)
 
 
-def unlocking(step: router.Step, holder: str) -> router.Step:
-    """`step`, and the deploy lock given back, at once."""
-    return lambda state: {**unlock(state, holder), **step(state)}
+# What needs no complete state, or is what mends it.
+NEVER_LOST = ("restore", "lock", "unlock", "maintenance")
+# What the routers are waited for: who gets which deployment changes.
+WAITED_FOR = ("promote", "withdraw", "retire", "maintenance", "restore")
 
 
-def change_state(store: router.Store, args: argparse.Namespace) -> None:
-    """Carry a writing command out, once for its nonce. Where the store has lost its data, the
-    routers are given time to write it back. Raises StateError."""
-    step = control_step(args)
+def change_state(store: router.Store, args: argparse.Namespace) -> Routing:
+    """Carry a writing command out, once for its nonce, and return what the store holds then. Where
+    the store has lost its data, the routers are given time to write it back. Raises StateError."""
+    step = step_of(args)
     if args.unlock:
-        step = unlocking(step, args.unlock)
-    if args.command not in ("restore", "lock", "unlock", "maintenance"):
-        step = guarded(step, args.intent)
+        step = with_unlock(step, args.unlock)
+    if args.command not in NEVER_LOST:
+        step = refuse_if_lost(step, args.promoted)
     if args.nonce:
-        step = once(step, args.nonce)
-    deadline = time.monotonic() + router.HEAL_WAIT
+        step = idempotent(step, args.nonce)
+    deadline = time.monotonic() + HEAL_WAIT
     while True:
         try:
-            store.apply(step)
-            return
-        except router.StateError as error:
+            return store.apply(step)
+        except StateError as error:
             if error.reason != "lost" or time.monotonic() > deadline:
                 raise
+        store.announce()
         time.sleep(0.25)
 
 
-def reload_tabs(record: router.Record, token: str) -> int:
-    """Tell the tabs of a deployment that is about to be deleted to reload: how many were told."""
-    with contextlib.suppress(OSError, ValueError):
-        count = router.ask_backend(record, router.RELOAD_PATH, token, method="POST").get(
-            "reloaded_socket_count"
-        )
-        return count if type(count) is int else 0
-    return 0
-
-
-def carry_out(argv: list[str], env: dict[str, str]) -> router.Record:
-    """One control command's answer: it has the command's name and the nonce that was given.
-    `reason` says why it is not ok: `store` where the store did not answer, so that it is not known
-    whether the command ran. Raises SystemExit for arguments that it does not know."""
+def carry_out(argv: list[str], env: Mapping[str, str]) -> Json:
+    """One control command's answer: it has the command's name, the nonce that was given, and the
+    version that carried it out. `reason` says why it is not ok: `store` where the store did not
+    answer, so that it is not known whether the command ran. Raises SystemExit for arguments that
+    it does not know."""
     args = control_parser().parse_args(argv)
-    args.intent = args.intent or env.get(router.INTENT_VARIABLE)
+    args.promoted = router.promotion_from_env(env)
+    if args.intent:
+        args.promoted = Promotion(args.intent, args.intent_at or 0.0)
     token = env.get("PULSE_RAILWAY_INTERNAL_TOKEN", "")
-    answer: router.Record = {}
+    answer: Json = {}
     try:
         store = router.store_from_env(env)
-        if args.command == "active":
-            answer = {"ok": True, "deployment_id": store.read().get(":active")}
-        elif args.command == "status":
-            answer = {"ok": True, **status(store, token, args.intent)}
-        elif args.command == "history":
-            answer = {"ok": True, "history": router.history(store.read())}
-        else:
-            change_state(store, args)
-            answer = {"ok": True}
-            if args.command == "lock":
-                answer["active"] = store.read().get(":active")
-            if args.command == "retire" and (
-                record := router._record(store.read(), args.deployment_id)
-            ):
-                answer["reloaded"] = reload_tabs(record, token)
-    except router.StateError as error:
+        match args.command:
+            case "active":
+                answer = {"ok": True, "deployment_id": store.read().active}
+            case "status":
+                answer = {"ok": True, **status(store, token, args.promoted)}
+            case "history":
+                answer = {"ok": True, "history": list(store.read().history)}
+            case "probe":
+                answer = {"ok": True, **probe(store, args.deployment_id)}
+            case _:
+                answer = {"ok": True, **changed(store, args, token)}
+    except StateError as error:
         answer = {"ok": False, "error": str(error), "reason": error.reason}
     except (redis.RedisError, sqlite3.Error, OSError) as error:
         # The class only: the message of a Redis error can carry its URL.
         said = f"the router's Redis does not answer ({type(error).__name__})"
         answer = {"ok": False, "error": said, "reason": "store"}
-    return {**answer, "command": args.command, "nonce": args.nonce}
+    version = router.runtime_version()
+    return {**answer, "command": args.command, "nonce": args.nonce, "version": version}
+
+
+def changed(store: router.Store, args: argparse.Namespace, token: str) -> Json:
+    """Change the state, wait for the routers, and say what the caller needs to know of it."""
+    routing = change_state(store, args)
+    answer: Json = {}
+    record = routing.records.get(getattr(args, "deployment_id", None) or "")
+    if args.command in ("promote", "restore"):
+        answer["promoted"] = routing.promoted and routing.promoted.json()
+    if args.command == "maintenance":
+        answer["since"] = routing.maintenance and routing.maintenance.since
+    if args.command == "lock":
+        answer |= {"active": routing.active, "lost": routing.is_lost(args.promoted)}
+    if args.command in WAITED_FOR:
+        deletes = args.command == "retire"
+        since = routing.now - (record.retiring_at or routing.now) if record and deletes else 0.0
+        answer |= told(wait_for_routers(store, routing.epoch, since, deletes))
+    if args.command == "retire" and record:
+        answer["reloaded"] = reload_tabs(record, token)
+    return answer
 
 
 def control(argv: list[str]) -> int:
@@ -638,7 +858,7 @@ def control(argv: list[str]) -> int:
     if not any(os.environ.get(name) for name in router.RAILWAY_RUNTIME):
         print("run this inside the router service, with `railway ssh`", file=sys.stderr)
         return 1
-    answer = carry_out(argv, dict(os.environ))
+    answer = carry_out(argv, os.environ)
     if not answer["ok"]:
         print(answer["error"], file=sys.stderr)
     print(json.dumps(answer))

@@ -17,13 +17,16 @@
 Each run asks every draining deployment how many sessions it holds. None left: the service is
 deleted, but for the one that was active last, which stays for a while to roll back to. The drain
 TTL over: its tabs are told to reload, then it is deleted. Not answering: it is kept until the TTL.
-Deploys that died on the way are removed after an hour, unless somebody uses them. The active
-deployment is never touched, and nothing whose record has changed since it was judged. The record is
-claimed first, then the Railway service goes, the record last, so a run that is killed anywhere is
-finished by the next one.
+A deploy that died on the way is removed after an hour: one whose deployment Railway shows as
+failed, crashed or never begun, where nothing answers, and that was never promoted. The active
+deployment is never touched, nor what has changed since it was judged, nor a service that neither
+the routing state names nor a deploy of this stack has made.
 
-Where Redis has lost its data and no router has it either, the routing state is restored from
-Railway: the router service's variable PULSE_RAILWAY_ACTIVE says which deployment was active.
+The record is retired first. When every router has said that it serves that, the Railway service is
+deleted, and the record goes last, so a run that is killed anywhere is finished by the next one.
+
+Where the routing state is lost, or older than what Railway says was promoted last (the router
+service's variable PULSE_RAILWAY_ACTIVE), a run mends that, and deletes nothing.
 """
 
 from __future__ import annotations
@@ -40,11 +43,12 @@ import functools
 import json
 import logging
 import os
+import re
 import secrets
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -53,12 +57,16 @@ import redis
 
 import control
 import router
+from router import Json, Promotion, Record, Routing
 
 API_URL = "https://backboard.railway.com/graphql/v2"
 LOCK_SECONDS = 60  # renewed while the run lasts
 DEAD_DEPLOY_SECONDS = 3600
-RUNNING = ("SUCCESS", "SLEEPING")
+NEVER_RAN = (None, "FAILED", "CRASHED", "REMOVED", "SKIPPED")  # of a deployment on Railway
 GONE_SECONDS = 60  # a record that is younger may have a service that Railway does not show yet
+MAINTENANCE = "PULSE_RAILWAY_MAINTENANCE"  # on the router service: since when the site is closed
+RUN = "PULSE_RAILWAY_DEPLOY_RUN"  # on a backend: the run of `deploy` that created it
+INTERNAL_TOKEN = "PULSE_RAILWAY_INTERNAL_TOKEN"
 RELOAD_GRACE_SECONDS = 3.0
 NOTIFY = "PULSE_RAILWAY_NOTIFY_URL"
 CONTROL = "PULSE_RAILWAY_CONTROL"  # {"nonce": ..., "words": [...], "until": seconds since 1970}
@@ -89,7 +97,7 @@ mutation Delete($service: String!, $environment: String!) {
 log = logging.getLogger("pulse.janitor")
 
 
-class Refused(Exception):
+class Contradiction(Exception):
     """The state contradicts itself: nothing is deleted, and a person is told what to run."""
 
 
@@ -100,17 +108,29 @@ class Service:
     deployment: str
     age: float  # seconds
     status: str | None = None  # of its latest deployment
+    ours: bool = False  # a deploy of this stack has made it
+    foreign: bool = False  # it belongs to another router
+
+    def record(self) -> Record:
+        """The record of a deployment of which no more is known than what runs."""
+        return Record(
+            self.deployment,
+            service_name=self.name,
+            service_id=self.id,
+            registered_at=time.time() - self.age,
+        )
 
 
 @dataclass(frozen=True)
-class Seen:
+class Inventory:
     """What stands on Railway."""
 
     backends: list[Service]
     router_id: str | None = None
-    intent: str | None = None  # the deployment that was promoted last, as the router service says
+    promoted: Promotion | None = None  # what was promoted last, as the router service says
+    closed: float | None = None  # since when the site is in maintenance, as it says
     janitor_id: str | None = None
-    order: str = ""  # what PULSE_RAILWAY_CONTROL holds
+    request: str = ""  # what PULSE_RAILWAY_CONTROL holds
     answer: str = ""
 
 
@@ -121,7 +141,9 @@ class Report:
     deleted: list[str] = field(default_factory=list)
     expired: list[str] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)  # what could not be done, and why
     restored: str | None = None
+    problems: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -132,27 +154,25 @@ class Limits:
     rollback_window: float = 0.0  # seconds from when it was active that there is a way back to it
     keep: int = 0  # the last so many that were active, until the drain TTL
 
-    def ways_back(self, found: list[router.Record]) -> set[str]:
+    def ways_back(self, routing: Routing) -> set[str]:
         """Those that stay although their last tab has gone, so that `rollback` has somewhere to go:
         what was active last for the window, and the last `keep`."""
         drained = [
-            r
-            for r in found
-            if r.get("state") == "draining"
-            and r.get("drain_started_at")
-            and not r.get("rejected_at")  # rolled back from, or a canary that was ended
+            (r.drain_started_at, r.deployment_id)
+            for r in routing.records.values()
+            if r.state == "draining" and r.drain_started_at and not r.rejected_at
         ]
-        drained.sort(key=lambda r: float(r["drain_started_at"]), reverse=True)
+        drained.sort(reverse=True)
         kept = drained[: self.keep]
-        if drained and time.time() - float(drained[0]["drain_started_at"]) < self.rollback_window:
+        if drained and routing.now - drained[0][0] < self.rollback_window:
             kept = [drained[0], *kept]
-        return {str(r["deployment_id"]) for r in kept}
+        return {name for _, name in kept}
 
 
 class Railway:
     """The calls the janitor makes. The token may be a project's or an account's."""
 
-    def __init__(self, env: dict[str, str]) -> None:
+    def __init__(self, env: Mapping[str, str]) -> None:
         self.project = env["RAILWAY_PROJECT_ID"]
         self.environment = env["RAILWAY_ENVIRONMENT_ID"]
         self.token = env["RAILWAY_TOKEN"].strip()
@@ -199,12 +219,13 @@ class Railway:
             raise RuntimeError("Railway's answer is not one of its API")
         return data
 
-    def inspect(self) -> Seen:
-        """Every service of the environment that has a deployment id, and the router's intent."""
+    def inspect(self) -> Inventory:
+        """Every service of the environment that has a deployment id, and what the router service
+        says was promoted last."""
         data = self.call(SERVICES, project=self.project, environment=self.environment)
         nodes = [edge["node"] for edge in data["environment"]["serviceInstances"]["edges"]]
         if not nodes:
-            return Seen([])
+            return Inventory([])
         parameters = ", ".join(f"$s{i}: String!" for i in range(len(nodes)))
         fields = "\n".join(
             f"  s{i}: variables(projectId: $project, environmentId: $environment,"
@@ -218,42 +239,50 @@ class Railway:
             environment=self.environment,
             **{f"s{i}": node["serviceId"] for i, node in enumerate(nodes)},
         )
-        now = time.time()
-        backends = [
-            Service(
-                node["serviceId"],
-                node["serviceName"],
-                variables[f"s{i}"]["PULSE_DEPLOYMENT_ID"],
-                now - datetime.fromisoformat(node["createdAt"]).timestamp(),
-                (node["latestDeployment"] or {}).get("status"),
-            )
-            for i, node in enumerate(nodes)
-            if variables[f"s{i}"].get("PULSE_DEPLOYMENT_ID")
-        ]
         stable = {
             node["serviceName"]: (node["serviceId"], variables[f"s{i}"])
             for i, node in enumerate(nodes)
         }
         router_id, of_router = stable.get(self.router, (None, {}))
         janitor_id, of_janitor = stable.get(self.janitor, (None, {}))
-        return Seen(
-            backends,
+        closed = of_router.get(MAINTENANCE)
+        return Inventory(
+            [
+                self.backend(node, variables[f"s{i}"])
+                for i, node in enumerate(nodes)
+                if variables[f"s{i}"].get("PULSE_DEPLOYMENT_ID")
+            ],
             router_id,
-            of_router.get(router.INTENT_VARIABLE),
+            router.promotion_from_env(of_router),
+            float(closed) if closed and re.fullmatch(r"[0-9]{1,11}(\.[0-9]+)?", closed) else None,
             janitor_id,
             of_janitor.get(CONTROL) or "",
             of_janitor.get(CONTROL_ANSWER) or "",
         )
 
-    def remember(self, service_id: str, name: str, value: str) -> None:
-        """Set a variable of a service; nothing is deployed anew."""
+    def backend(self, node: dict[str, Any], variables: dict[str, str]) -> Service:
+        token = variables.get(INTERNAL_TOKEN) or ""
+        references = token.startswith("${{")
+        from_router = token.replace(" ", "") == f"${{{{{self.router}.{INTERNAL_TOKEN}}}}}"
+        return Service(
+            node["serviceId"],
+            node["serviceName"],
+            variables["PULSE_DEPLOYMENT_ID"],
+            time.time() - datetime.fromisoformat(node["createdAt"]).timestamp(),
+            (node["latestDeployment"] or {}).get("status"),
+            ours=from_router and bool(variables.get(RUN)),
+            foreign=references and not from_router,
+        )
+
+    def remember(self, service_id: str, values: dict[str, str]) -> None:
+        """Set variables of a service; nothing is deployed anew."""
         self.call(
             REMEMBER,
             input={
                 "projectId": self.project,
                 "environmentId": self.environment,
                 "serviceId": service_id,
-                "variables": {name: value},
+                "variables": values,
                 "skipDeploys": True,
             },
         )
@@ -265,7 +294,7 @@ class Railway:
 
 
 @contextlib.contextmanager
-def lock(store: router.RedisStore) -> Iterator[bool]:
+def run_lock(store: router.RedisStore) -> Iterator[bool]:
     """Hold the janitor's lock; it is renewed until the run ends, so that it cannot expire on it.
 
     Yields False where another run holds it.
@@ -295,94 +324,307 @@ def lock(store: router.RedisStore) -> Iterator[bool]:
                 pipe.execute()
 
 
-def check(state: router.State, services: list[Service]) -> None:
-    """Raises Refused where the state and the services cannot both be right."""
-    active = state.get(":active")
+def clean_up(
+    store: router.RedisStore,
+    railway: Railway,
+    routing: Routing,
+    found: Inventory,
+    token: str,
+    limits: Limits,
+) -> Report:
+    """One run on what was read: the routing state first, then what stands on Railway. Raises
+    Contradiction, and whatever Railway or Redis raise while the state is mended."""
+    report = Report(problems=list(routing.problems))
+    if mend(store, railway, routing, found, report):
+        return report  # what it means for the others, the next run sees
+    check(routing, found.backends)
+    by_id = {service.deployment: service for service in found.backends}
+    ways_back = limits.ways_back(routing)
+    run = Run(store, railway, routing, found, token, report)
+    for name, record in routing.records.items():
+        service = by_id.get(name)
+        with run.failing_alone(name):
+            verdict = run.judge(record, service, limits.drain_ttl)
+            if verdict == "stray":  # of 0.3.x, which could be cut off between two writes
+                step = functools.partial(control.mark_draining, deployment_id=name, judged=record)
+                store.apply(step)
+                verdict = "keep: was active beside the active one, drains from now on"
+            if verdict == "drained" and name in ways_back and not record.retiring_at:
+                verdict = "keep: a way back"
+            if not verdict.startswith("keep"):
+                run.remove(name, record, service, verdict)
+            elif verdict != "keep: active":
+                report.kept[name] = verdict.removeprefix("keep: ")
+    for service in found.backends:
+        if service.deployment not in routing.records:
+            with run.failing_alone(service.deployment):
+                run.unregistered(service)
+    return report
+
+
+def mend(
+    store: router.RedisStore, railway: Railway, routing: Routing, found: Inventory, report: Report
+) -> bool:
+    """Bring the store, and what Railway says was promoted last, to the later of the two. Says
+    whether there was anything to mend."""
+    last = found.promoted
+    if not found.backends and routing.active is None:
+        return False
+    if routing.active is None or routing.is_lost(last):
+        routing = healed_by_routers(store, last)
+    if routing.active is None or routing.is_lost(last):
+        report.restored = restore(store, routing, found, report)
+        return True
+    if routing.promoted_by_other:  # it is given the time at which we learn of it
+        now = routing.active
+
+        def note(routing: Routing) -> Routing:
+            if routing.active != now or not routing.promoted_by_other:
+                return routing
+            return replace(routing, promoted=Promotion(now, router.next_time(routing)))
+
+        routing = store.apply(note)
+    differs = last is not None and last.deployment_id != routing.active
+    if found.router_id and routing.active and routing.promotion != last:
+        at = routing.promotion.at if routing.promotion else 0.0
+        values = {
+            router.LAST_PROMOTED_VARIABLE: routing.active,
+            router.LAST_PROMOTED_AT_VARIABLE: repr(at) if at else "",
+        }
+        railway.remember(found.router_id, values)
+    mend_maintenance(store, railway, routing, found)
+    return differs
+
+
+def healed_by_routers(store: router.RedisStore, last: Promotion | None) -> Routing:
+    """The state, when the routers have had the time to write back what they know."""
+    deadline = time.monotonic() + control.HEAL_WAIT
+    while True:
+        routing = store.read()
+        done = routing.active is not None and not routing.is_lost(last)
+        if done or time.monotonic() > deadline:
+            return routing
+        store.announce()
+        time.sleep(0.5)
+
+
+def restore(
+    store: router.RedisStore, routing: Routing, found: Inventory, report: Report
+) -> str | None:
+    """Rebuild the routing state that Redis has lost, or bring it to what was promoted last.
+
+    Returns the deployment that is active then. Raises Contradiction where nobody knows.
+    """
+    last = found.promoted
+    if last is None or last.deployment_id not in {s.deployment for s in found.backends}:
+        if routing.active is None:
+            raise Contradiction(
+                "there are deployments but none is active: run `pulse-railway restore"
+                " --deployment-id ...` with the one that is to be"
+            )
+        gone = last.deployment_id if last else "what was active"
+        report.problems.append(
+            f"{gone} was promoted last and has no service: {routing.active} stays active;"
+            f" `pulse-railway restore --deployment-id {routing.active}` makes that final"
+        )
+        return None
+    step = functools.partial(
+        control.restore,
+        wanted=[service.record() for service in found.backends if not service.foreign],
+        active=last.deployment_id,
+        at=last.at,
+        closed=found.closed,
+    )
+    store.apply(control.with_history(step, "restore", last.deployment_id, by="janitor"))
+    log.warning("the routing state was lost, or an older one: restored from Railway")
+    return last.deployment_id
+
+
+def mend_maintenance(
+    store: router.RedisStore, railway: Railway, routing: Routing, found: Inventory
+) -> None:
+    """Keep what the router service says of the maintenance as the state has it. A site that was
+    closed, and that nobody has opened, is closed again."""
+    if found.router_id is None or (routing.maintenance is None and found.closed is None):
+        return
+    switches = [e for e in routing.history if str(e["what"]).startswith("maintenance ")]
+    opened = bool(switches) and switches[-1]["what"] == "maintenance off"
+    if routing.maintenance:
+        if found.closed is None:
+            railway.remember(found.router_id, {MAINTENANCE: repr(routing.maintenance.since)})
+    elif opened and float(switches[-1]["at"]) >= (found.closed or 0.0):
+        railway.remember(found.router_id, {MAINTENANCE: ""})
+    else:
+        closed = router.Maintenance(found.closed or 0.0)
+        store.apply(lambda routing: replace(routing, maintenance=routing.maintenance or closed))
+
+
+def check(routing: Routing, services: list[Service]) -> None:
+    """Raises Contradiction where the state and the services cannot both be right."""
     names: dict[str, str] = {}
     for service in services:
         other = names.setdefault(service.deployment, service.name)
         if other != service.name:
-            raise Refused(
+            raise Contradiction(
                 f"deployment {service.deployment} is on two services, {other} and {service.name}:"
                 " delete the wrong one on Railway"
             )
-    if active and active not in names:
-        raise Refused(
-            f"the active deployment {active} has no service: promote another with"
+    if routing.active and routing.active not in names:
+        raise Contradiction(
+            f"the active deployment {routing.active} has no service: promote another with"
             " `pulse-railway promote`, or deploy"
         )
 
 
-def sweep(
-    store: router.RedisStore,
-    railway: Railway,
-    state: router.State,
-    seen: Seen,
-    token: str,
-    limits: Limits,
-) -> Report:
-    """One run on what was read: `state` first, then what stands on Railway. Raises Refused, and
-    whatever Railway or Redis raise."""
-    report = Report()
-    if seen.backends and not state.get(":active"):
-        report.restored = restore(store, seen)
-        return report  # what it means for the others, the next run sees
-    check(state, seen.backends)
-    by_id = {service.deployment: service for service in seen.backends}
-    known = {record["deployment_id"]: record for record in router.records(state)}
-    ways_back = limits.ways_back(list(known.values()))
-    routers = store.routers()  # goes through all keys of Redis: once a run
-    for name, record in known.items():
-        stray = record.get("state") == "active" and name != state.get(":active")
-        if stray:  # of 0.3.x, which could be cut off between two writes
-            store.apply(functools.partial(control.drain, deployment_id=name, judged=record))
-            report.kept[name] = "was active beside the active one, drains from now on"
-            continue
-        verdict = judge(record, by_id.get(name), routers, token, limits.drain_ttl)
-        if verdict == "drained" and name in ways_back and not record.get("retiring_at"):
-            verdict = "keep: a way back"
-        if verdict.startswith("keep"):
-            if record.get("state") == "draining":
-                report.kept[name] = verdict.removeprefix("keep: ")
-            continue
-        judged = json.loads(state[router.record_key(name)])
-        if remove(store, railway, name, judged, by_id.get(name), report, token, verdict):
-            report.deleted.append(name)
-            if verdict == "expired":
-                report.expired.append(name)
-    for service in seen.backends:
-        if service.deployment not in known and service.age > DEAD_DEPLOY_SECONDS:
-            # its deploy died before it was registered, or Redis has lost its record
-            record = {
-                "deployment_id": service.deployment,
-                "service_name": service.name,
-                "service_id": service.id,
-            }
-            count = router.sessions(record, token)
-            silent = count is None and service.status in RUNNING
-            if count or silent:
-                store.apply(functools.partial(control.adopt, record=record))
-                why = "not answering" if silent else f"{count} sessions"
-                report.kept[service.deployment] = f"{why}, draining from now on"
-            elif remove(store, railway, service.deployment, {}, service, report, token, "dead"):
-                report.deleted.append(service.deployment)
-    active = store.read().get(":active")
-    if seen.router_id and active and active != seen.intent:
-        railway.remember(seen.router_id, router.INTENT_VARIABLE, active)
-    return report
+@dataclass
+class Run:
+    """What the deployments of one run are judged by, and what is done to them."""
+
+    store: router.RedisStore
+    railway: Railway
+    routing: Routing
+    found: Inventory
+    token: str
+    report: Report
+    routers_behind: bool = False
+
+    @contextlib.contextmanager
+    def failing_alone(self, name: str) -> Iterator[None]:
+        """What fails at one deployment is reported, and the others have their turn."""
+        try:
+            yield
+        except (router.StateError, RuntimeError, httpx.HTTPError) as error:
+            words = str(error) if not isinstance(error, httpx.HTTPError) else type(error).__name__
+            self.report.failed[name] = words
+            log.error("%s: %s", name, words)
+
+    def judge(self, record: Record, service: Service | None, drain_ttl: float) -> str:
+        """What is to become of a deployment: `keep: <why>`, `stray`, `drained`, `expired`, `gone`
+        or `dead`."""
+        now, name = self.routing.now, record.deployment_id
+        if name == self.routing.active:
+            return "keep: active"
+        if record.retiring_at:
+            return "drained"  # an earlier run, or `delete`, was cut off
+        expires = record.state == "draining" and record.drain_started_at is not None
+        if expires and now - (record.drain_started_at or now) >= drain_ttl:
+            return "expired"
+        if record.ignored or record.state not in ("active", "pending", "draining"):
+            what = ", ".join(record.ignored) or f"state {record.state!r}"
+            return f"keep: not understood ({what}): `pulse-railway delete` removes it"
+        if record.state == "active":
+            return "stray"
+        # the records were read before the services, and a service is there before its record
+        if service is None and now - (record.registered_at or 0) > GONE_SECONDS:
+            # deleted on Railway by hand: its tabs are to reload, not to meet 502
+            at = router.look(record)
+            return "gone" if at == "unreachable" else f"keep: {at}, but Railway does not list it"
+        if record.state == "pending":
+            return self.judge_pending(record, service)
+        count = control.sessions(record, self.token)
+        if count is None:
+            return "keep: not answering"
+        if count:
+            return f"keep: {count} sessions"
+        under_way = self.under_way(name)
+        return f"keep: {under_way} requests under way" if under_way else "drained"
+
+    def judge_pending(self, record: Record, service: Service | None) -> str:
+        if record.held:
+            return "keep: held"
+        age = service.age if service else 0.0
+        if record.registered_at:
+            age = self.routing.now - record.registered_at
+        if age <= DEAD_DEPLOY_SECONDS:
+            return "keep: being deployed"
+        if self.may_run(record, service):
+            return "keep: pending, and it runs or was promoted before: promote or delete it"
+        return "dead"
+
+    def may_run(self, record: Record, service: Service | None) -> bool:
+        """Silence alone is no death."""
+        name = record.deployment_id
+        promoted = (
+            record.promoted_at is not None
+            or (self.found.promoted and self.found.promoted.deployment_id == name)
+            or any(
+                entry.get("deployment_id") == name
+                and entry["what"] in ("promote", "rollback", "restore")
+                for entry in self.routing.history
+            )
+        )
+        runs = service is not None and service.status not in NEVER_RAN
+        return promoted or runs or router.look(record) != "unreachable"
+
+    def under_way(self, name: str) -> int:
+        """Requests and sockets, as the routers last said."""
+        return control.Served(control.reports(self.store), []).under_way(name, 0)
+
+    def unregistered(self, service: Service) -> None:
+        """A service without a record: its deploy died before it was registered, or Redis has lost
+        its record. After an hour it is adopted where it may run, else removed."""
+        name, record = service.deployment, service.record()
+        if name == self.routing.active:
+            self.store.apply(functools.partial(control.adopt_orphan, record=record))
+            return
+        if not service.ours:
+            self.report.kept[name] = "no record names its service, and no deploy of this stack did"
+            return
+        if service.age <= DEAD_DEPLOY_SECONDS:
+            return
+        grave = self.routing.tombstones.get(name)
+        removed = grave is not None and grave.service_id == service.id
+        if removed or not self.may_run(record, service):
+            self.remove(name, None, service, "dead")
+        else:
+            self.store.apply(functools.partial(control.adopt_orphan, record=record))
+            self.report.kept[name] = "no record named it: draining from now on"
+
+    def remove(self, name: str, judged: Record | None, service: Service | None, why: str) -> None:
+        """Delete a deployment, if it still is what was judged. It is retired first, so that nobody
+        promotes it meanwhile; when every router serves that, its tabs are told to reload."""
+        try:
+            service_id = service.id if service else None
+            routing = self.store.apply(
+                lambda state: control.retire_if_unchanged(state, name, judged, service_id)
+            )
+        except router.StateError as error:  # promoted, rolled back to, or drained anew
+            self.report.kept[name] = str(error)
+            return
+        record = routing.records.get(name)
+        since = routing.now - (record.retiring_at or routing.now) if record else 0.0
+        patience = 0.0 if self.routers_behind else control.REPORT_WAIT
+        served = control.wait_for_routers(self.store, routing.epoch, since, True, patience)
+        if served.behind:
+            self.routers_behind = True
+            self.report.kept[name] = f"{', '.join(served.behind)} may still route to it"
+            return
+        under_way = served.under_way(name, routing.epoch)
+        if under_way and why != "expired":
+            self.report.kept[name] = f"{under_way} requests under way"
+            return
+        if service:
+            if judged and control.reload_tabs(judged, self.token):
+                time.sleep(RELOAD_GRACE_SECONDS)
+            self.railway.delete(service)
+        step = functools.partial(control.delete, deployment_id=name)
+        self.store.apply(control.with_history(step, "remove", name, by="janitor", why=why))
+        self.report.deleted.append(name)
+        if why == "expired":
+            self.report.expired.append(name)
 
 
-def answer_to(seen: Seen, env: dict[str, str]) -> router.Record | None:
+def carry_out_request(found: Inventory, env: Mapping[str, str]) -> Json | None:
     """Carry out the control command that was left for us, and return its answer.
 
     None where there is nothing to do: no command, one that was answered, one whose caller waits
     no longer and must not be surprised by it.
     """
     try:
-        order = json.loads(seen.order or "null")
-        nonce, words, until = order["nonce"], [str(word) for word in order["words"]], order["until"]
-        answered = (json.loads(seen.answer or "null") or {}).get("nonce")
-        if nonce == answered or time.time() > float(until):
+        request = json.loads(found.request or "null")
+        nonce, words = request["nonce"], [str(word) for word in request["words"]]
+        answered = (json.loads(found.answer or "null") or {}).get("nonce")
+        if nonce == answered or time.time() > float(request["until"]):
             return None
         name = words[0]
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
@@ -392,97 +634,6 @@ def answer_to(seen: Seen, env: dict[str, str]) -> router.Record | None:
     except SystemExit:
         said = "the janitor runs another version of pulse-railway: run `pulse-railway ensure`"
         return {"ok": False, "reason": "version", "error": said, "command": name, "nonce": nonce}
-
-
-def restore(store: router.RedisStore, seen: Seen) -> str:
-    """Rebuild the routing state that Redis has lost. A router that still has it comes first.
-
-    Returns the deployment that is active. Raises Refused where nobody knows which one was.
-    """
-    deadline = time.monotonic() + router.HEAL_WAIT
-    while time.monotonic() < deadline:
-        if active := store.read().get(":active"):
-            return active
-        time.sleep(0.5)
-    if seen.intent not in {service.deployment for service in seen.backends}:
-        raise Refused(
-            "there are deployments but none is active: run `pulse-railway restore"
-            " --deployment-id ...` with the one that is to be"
-        )
-    wanted = [
-        {
-            "deployment_id": service.deployment,
-            "service_name": service.name,
-            "service_id": service.id,
-            "registered_at": time.time() - service.age,
-        }
-        for service in seen.backends
-    ]
-    store.apply(functools.partial(control.restore, wanted=wanted, active=seen.intent))
-    log.warning("Redis had lost the routing state: restored from Railway")
-    return str(seen.intent)
-
-
-def judge(
-    record: router.Record,
-    service: Service | None,
-    routers: list[router.Record],
-    token: str,
-    drain_ttl: float,
-) -> str:
-    """What is to become of a deployment: `keep: <why>`, `drained`, `expired`, `gone` or `dead`."""
-    now, state = time.time(), record.get("state")
-    if record.get("retiring_at"):
-        return "drained"  # an earlier run, or `delete`, was cut off
-    if state == "active":
-        return "keep: active"
-    registered = record.get("registered_at")
-    # the records were read before the services, and a service is there before its record
-    if service is None and now - (registered or 0) > GONE_SECONDS:
-        return "gone"  # deleted on Railway by hand: its tabs are to reload, not to meet 502
-    if state == "pending":
-        if record.get("held"):
-            return "keep: held"
-        age = now - registered if registered else service.age if service else 0.0
-        if age <= DEAD_DEPLOY_SECONDS or router.sessions(record, token):
-            return "keep: being deployed"
-        return "dead"
-    if now - (record.get("drain_started_at") or now) >= drain_ttl:
-        return "expired"
-    count = router.sessions(record, token)
-    if count is None:
-        return "keep: not answering"
-    if count:
-        return f"keep: {count} sessions"
-    under_way = sum(r.get("in_flight", {}).get(record["deployment_id"], 0) for r in routers)
-    return f"keep: {under_way} requests under way" if under_way else "drained"
-
-
-def remove(
-    store: router.RedisStore,
-    railway: Railway,
-    name: str,
-    judged: router.Record,
-    service: Service | None,
-    report: Report,
-    token: str,
-    why: str,
-) -> bool:
-    """Delete a deployment, if it still is what was judged: it is claimed first, so that nobody
-    promotes it meanwhile, then its tabs are told to reload. Says whether it did."""
-    try:
-        service_id = service.id if service else None
-        store.apply(lambda state: control.claim(state, name, judged, service_id))
-    except router.StateError as error:  # promoted, rolled back to, or drained anew
-        report.kept[name] = str(error)
-        return False
-    if service:
-        if judged and control.reload_tabs(judged, token):
-            time.sleep(RELOAD_GRACE_SECONDS)
-        railway.delete(service)
-    step = functools.partial(control.delete, deployment_id=name)
-    store.apply(control.logged(step, "remove", name, by="janitor", why=why))
-    return True
 
 
 def notify(env: dict[str, str], report: Report) -> None:
@@ -535,9 +686,12 @@ def main(argv: list[str]) -> int:
     if missing := [name for name in needed if not env.get(name)]:
         print(f"missing {', '.join(missing)}: run `pulse-railway ensure`", file=sys.stderr)
         return 1
+    if problem := in_another_service(env):
+        print(problem, file=sys.stderr)
+        return 1
     store = router.store_from_env(env)
     assert isinstance(store, router.RedisStore)
-    token = env.get("PULSE_RAILWAY_INTERNAL_TOKEN", "")
+    token = env.get(INTERNAL_TOKEN, "")
     limits = Limits(
         router.seconds("PULSE_RAILWAY_DRAIN_TTL_SECONDS", 86_400, env),
         router.seconds("PULSE_RAILWAY_ROLLBACK_WINDOW_SECONDS", 900, env),
@@ -545,19 +699,20 @@ def main(argv: list[str]) -> int:
     )
     railway = Railway(env)
     try:
-        with lock(store) as held:
-            state = store.read()
-            seen = railway.inspect()
-            if seen.janitor_id and (answer := answer_to(seen, env)):  # whoever holds the lock
-                railway.remember(seen.janitor_id, CONTROL_ANSWER, json.dumps(answer))
+        with run_lock(store) as held:
+            routing = store.read()
+            found = railway.inspect()
+            answer = carry_out_request(found, env)  # whoever holds the lock
+            if found.janitor_id and answer:
+                railway.remember(found.janitor_id, {CONTROL_ANSWER: json.dumps(answer)})
                 print(json.dumps({"carried_out": answer.get("command"), "ok": answer["ok"]}))
                 return 0
             if not held:
                 print(json.dumps({"skipped": "another run holds the lock"}))
                 return 0
-            report = sweep(store, railway, state, seen, token, limits)
+            report = clean_up(store, railway, routing, found, token, limits)
         notify(env, report)
-    except (Refused, router.StateError, RuntimeError) as error:
+    except (Contradiction, router.StateError, RuntimeError) as error:
         print(f"refused: {error}", file=sys.stderr)
         return 1
     except (redis.RedisError, httpx.HTTPError) as error:
@@ -565,7 +720,20 @@ def main(argv: list[str]) -> int:
         print(f"gave up: {type(error).__name__}; the next run goes on", file=sys.stderr)
         return 1
     print(json.dumps(vars(report)))
-    return 0
+    return 1 if report.failed else 0
+
+
+def in_another_service(env: Mapping[str, str]) -> str:
+    """Is this not the janitor's service? Elsewhere the limits that `ensure` has set are missing,
+    and what `--keep` keeps would be deleted."""
+    here = env.get("RAILWAY_SERVICE_NAME")
+    janitor = env.get("PULSE_RAILWAY_JANITOR_SERVICE") or "pulse-janitor"
+    if here in (None, janitor):
+        return ""
+    return (
+        f"this is {here}: the janitor runs in its own service. Run it there, with `railway ssh"
+        f" --service {janitor} -- pulse-railway janitor run`, or from its page on Railway"
+    )
 
 
 if __name__ == "__main__":

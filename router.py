@@ -49,9 +49,9 @@ import hmac
 import http
 import http.client
 import ipaddress
-import itertools
 import json
 import logging
+import math
 import re
 import resource
 import secrets
@@ -59,14 +59,15 @@ import socket
 import sqlite3
 import struct
 import sys
-import threading
 import time
+import traceback
+import urllib.error
 import urllib.parse
 import urllib.request
 from bisect import bisect_left
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import httptools
 import redis
@@ -77,6 +78,11 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
+
+if TYPE_CHECKING:
+    import telemetry
+
+VERSION = "0.4.0"  # of the package that this belongs to
 
 
 def seconds(variable: str, default: float, env: Mapping[str, str] = os.environ) -> float:
@@ -109,10 +115,12 @@ HEALTH_PATH = "/_pulse/health"
 VISITOR_COOKIE = "pulse_railway_visitor"
 REQUEST_ID = b"x-railway-request-id"  # set by Railway's edge
 ROUTER_HEALTH_PATH = "/healthz"
+META_PATH = "/_pulse/meta"
 DEFAULT_PORT = 8000
 DEFAULT_REDIS_PREFIX = "pulse:railway"
 DEPLOYMENT_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,23}")
-INTENT_VARIABLE = "PULSE_RAILWAY_ACTIVE"  # on Railway: which deployment was promoted last
+LAST_PROMOTED_VARIABLE = "PULSE_RAILWAY_ACTIVE"  # on Railway: which deployment was promoted last
+LAST_PROMOTED_AT_VARIABLE = "PULSE_RAILWAY_ACTIVE_AT"
 RAILWAY_RUNTIME = ("RAILWAY_SERVICE_ID", "RAILWAY_REPLICA_ID", "RAILWAY_PRIVATE_DOMAIN")
 
 # Limits, in seconds and bytes. The edge's own: a 32 KB head, 15 minutes a request, 60 s idle.
@@ -149,40 +157,50 @@ UPSTREAM_IDLE_LIMIT = 256  # idle connections kept per deployment
 CONTINUE_TIMEOUT = 1.0  # a backend that ignores `Expect: 100-continue` gets the body after this
 REDIS_TIMEOUT = 3.0
 HEAL_WAIT = 8.0  # a control command waits so long for a router to write lost state back
-REFRESH_EVERY = 3.0  # 0.3.x writers announce nothing
-REFRESH_AT_MOST_EVERY = 1.0  # for ids nobody knows
+REFRESH_SECONDS = 15.0  # 0.3.x writers announce nothing
+LOOKUP_SECONDS = 1.0  # between two reads for ids that are not known
+MISSING_SECONDS = 90.0  # that a deployment whose record is gone has to answer, or to fail
+PROVISIONAL_SECONDS = 1.0  # between two tries to reach what is served for want of a state
+SCAN_STEP_SECONDS = 90.0
+REPORT_SECONDS = 10.0  # between two reports while counters change
+REPORT_IDLE_SECONDS = 45.0
+REPORT_LEASE = 120  # seconds
+RESTARTS = 3  # of a background task in RESTART_SECONDS; then the process ends
+RESTART_SECONDS = 60.0
 SCAN_SHARE = 0.02  # of the time, at most, goes into looking for records that nobody announced
 SCAN_COUNT = 1000  # keys a step
 START_TIMEOUT = 2.0  # wait so long for the first load before serving 503s
-LOG_RATE = 400  # lines of the access log a second; Railway keeps 500 of a replica
-LOG_FLUSH = 0.2  # how long a line may wait
-LOG_AHEAD = 20_000  # lines that wait for a reader that does not read
-TABS_EVERY = 10.0  # at most so often the deployments are asked for their sessions, for the metrics
-DESCRIPTORS_EVERY = 10.0  # ... and descriptors are counted
-TABS_PATIENCE = 2.0  # ... and a reader of the metrics waits so long for it
-LAST_PUSH = 1.0  # for the push at the end
+BACKEND_TIMEOUT = 5.0  # for an answer to a question of ours
+SERVICE_PREFIX = os.environ.get("PULSE_RAILWAY_SERVICE_PREFIX", "")
 SHUTDOWN_GRACE = seconds("PULSE_RAILWAY_ROUTER_SHUTDOWN_SECONDS", 25)
 
 log = logging.getLogger("pulse.router")
 
 
 # ---------------------------------------------------------------------------------------------
-# The routing state: what is in the store, and the steps that change it.
+# The routing state: what the store holds, as types. The steps that change it are control.py's.
 
-State = dict[str, str]  # store key without the prefix -> value
-Record = dict[str, Any]
+State = dict[str, str]  # store key without the prefix -> value, as it is stored
 Change = dict[str, str | None]  # None deletes the key
-Step = Callable[[State], Change]
+Json = dict[str, Any]
 
-
-MARK = ":store"  # which contents the store has: another mark, or none, means that it lost them
-REMOVED = ":removed"  # deployment id -> when it was removed, and the Railway service it was on
-ANSWERS = ":answers"  # nonce -> when its command was carried out
+ACTIVE = ":active"  # the active deployment's id; what else says so is 0.3.x's copy
+PROMOTED = ":promoted"  # the last promotion, {deployment_id, at}
+EPOCH = ":epoch"  # a number that each of our changes raises
+STORE_ID = ":store"  # which contents these are: another id, or none, means that data was lost
+TOMBSTONES = ":removed"  # deployment id -> when it was removed, and the Railway service it was on
+PROCESSED = ":answers"  # nonce -> when its command was carried out
 HISTORY = ":history"  # what was done, by whom and why, the oldest first
 MAINTENANCE = ":maintenance"  # since when, and the page that everybody gets
-LOCK = ":deploy:lock"  # who deploys, since when, and until when at the latest
-FIXED = (":active", MARK, REMOVED, ANSWERS, HISTORY, MAINTENANCE, LOCK)
-REMEMBERED = 3600.0  # seconds that a removal and a nonce are remembered
+DEPLOY_LOCK = ":deploy:lock"  # who deploys, since when, and until when at the latest
+FIXED = (
+    *(ACTIVE, PROMOTED, EPOCH, STORE_ID, TOMBSTONES, PROCESSED, HISTORY, MAINTENANCE),
+    DEPLOY_LOCK,
+)
+RECORD = ":deployment:"
+TOMBSTONE_TTL = max(7 * 86_400.0, seconds("PULSE_RAILWAY_DRAIN_TTL_SECONDS", 0))
+TOMBSTONES_AT_MOST = 1000
+PROCESSED_TTL = 3600.0
 HISTORY_AT_MOST = 100
 
 
@@ -195,116 +213,557 @@ class StateError(Exception):
 
 
 def record_key(deployment_id: str) -> str:
-    return f":deployment:{deployment_id}"
+    return RECORD + deployment_id
 
 
-def records(state: State) -> list[Record]:
-    """Every readable deployment record in `state`, newest registration first."""
-    found = []
-    for key, value in state.items():
-        if not key.startswith(":deployment:"):
-            continue
-        with contextlib.suppress(ValueError):
-            record = json.loads(value)
-            if isinstance(record, dict):
-                found.append({**record, "deployment_id": key.removeprefix(":deployment:")})
-    found.sort(key=lambda r: (r.get("registered_at") or 0, r["deployment_id"]), reverse=True)
+def json_object(text: str | None) -> Json:
+    """A JSON object as it is stored. Raises ValueError for anything else."""
+    try:
+        found = json.loads(text or "{}")
+    except RecursionError:
+        raise ValueError from None
+    if not isinstance(found, dict):
+        raise ValueError
     return found
 
 
-def lost(state: State, intent: str | None) -> bool:
-    """Has the store lost its data? `intent` is the deployment that Railway says was active: once
-    there is one, the store always names an active one."""
-    return bool(intent) and not state.get(":active")
+def compact(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"))
 
 
-def _object(state: State, key: str) -> Record:
-    """A JSON object as it is stored, with the fields we do not know; {} where there is none."""
-    with contextlib.suppress(ValueError):
-        found = json.loads(state.get(key) or "{}")
-        if isinstance(found, dict):
-            return found
-    return {}
+# What a field may hold: each returns the value, or raises ValueError.
 
 
-def _record(state: State, deployment_id: str) -> Record:
-    return _object(state, record_key(deployment_id))
+def a_text(value: Any) -> str:
+    if not isinstance(value, str) or not 0 < len(value) <= 512 or not value.isprintable():
+        raise ValueError
+    return value
 
 
-def _save(record: Record) -> str:
-    return json.dumps(record, separators=(",", ":"))
+def a_time(value: Any) -> float:
+    """Seconds since 1970."""
+    if type(value) not in (int, float) or not 0 <= value < 1e11:
+        raise ValueError
+    return float(value)
 
 
-def _remember(state: State, key: str, name: str, **facts: Any) -> str:
-    """The object at `key` with one entry more, and without those that are too old."""
-    now = time.time()
-    kept = {k: v for k, v in _object(state, key).items() if now - v.get("at", 0) < REMEMBERED}
-    return _save({**kept, name: {"at": now, **facts}})
+def a_percentage(value: Any) -> float:
+    if type(value) not in (int, float) or not 0 <= value <= 100:
+        raise ValueError
+    return float(value)
 
 
-def canary(state: State) -> Record | None:
-    """The deployment that a share of the new visitors gets, beside the active one."""
-    for record in records(state):
-        if _is_canary(record):
+def a_flag(value: Any) -> bool:
+    if type(value) is not bool:
+        raise ValueError
+    return value
+
+
+def an_address(value: Any) -> str:
+    """A base URL that a connection can be made to."""
+    url = urllib.parse.urlsplit(a_text(value))
+    if url.scheme != "http" or not url.hostname or url.port == 0:
+        raise ValueError
+    return str(value).rstrip("/")
+
+
+def an_object(value: Any) -> Json:
+    if not isinstance(value, dict):
+        raise ValueError
+    return value
+
+
+def a_bake(value: Any) -> float:
+    return a_time(an_object(value).get("until"))
+
+
+FIELDS: dict[str, Callable[[Any], Any]] = {
+    "state": a_text,
+    "service_name": a_text,
+    "address": an_address,
+    "service_id": a_text,
+    "registered_at": a_time,
+    "promoted_at": a_time,
+    "drain_started_at": a_time,
+    "rejected_at": a_time,
+    "retiring_at": a_time,
+    "held": a_flag,
+    "weight": a_percentage,
+    "bake": a_bake,
+    "about": an_object,
+    "instances": an_object,
+}
+# What no step of ours takes away: where it is missing, 0.3.x's janitor has written the record anew.
+LASTING = ("address", "service_id", "registered_at", "promoted_at", "about", "instances")
+HOST_NAME = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Record:
+    """A deployment as the store has it. Times are seconds since 1970 by the store's clock."""
+
+    deployment_id: str
+    state: str = ""  # pending, active, draining; any other word is kept, and never removed
+    service_name: str | None = None
+    address: str | None = None
+    service_id: str | None = None
+    registered_at: float | None = None
+    promoted_at: float | None = None
+    drain_started_at: float | None = None
+    rejected_at: float | None = None  # rolled back from, or a canary that was ended
+    retiring_at: float | None = None  # being removed: out of the routing, never promoted again
+    held: bool = False  # pinned: it is meant to stay pending
+    weight: float | None = None  # percent of new visitors: it is the canary
+    bake: float | None = None  # watched until then
+    about: Json | None = None  # its commit, author, message, and who deployed it
+    instances: Json | None = None
+    raw: Json = field(default_factory=dict)  # as it is stored, with what we do not know
+    ignored: tuple[str, ...] = ()  # fields that hold what they may not
+
+    @property
+    def url(self) -> str | None:
+        """Where its backend is; 0.3.x wrote no address."""
+        if self.address is None and self.service_name and HOST_NAME.fullmatch(self.service_name):
+            return f"http://{self.service_name}.railway.internal:{DEFAULT_PORT}"
+        return self.address
+
+    @property
+    def is_canary(self) -> bool:
+        return self.weight is not None and self.state == "pending" and self.retiring_at is None
+
+    @property
+    def changed_at(self) -> float:
+        """When something was last done to it."""
+        return max(
+            self.registered_at or 0.0,
+            self.promoted_at or 0.0,
+            self.drain_started_at or 0.0,
+            self.rejected_at or 0.0,
+            self.retiring_at or 0.0,
+        )
+
+    def drains(self, since: float) -> Record:
+        return replace(self, state="draining", drain_started_at=since, weight=None, bake=None)
+
+    def json(self) -> Json:
+        """In 0.3.x's shape, and with the fields of ours. A field that is ignored stays as it is."""
+        found = {**self.raw, "deployment_id": self.deployment_id}
+        for name in FIELDS:
+            value = getattr(self, name)
+            if name == "bake" and value is not None:
+                value = {"until": value}
+            if not (value is None or value is False or value == ""):
+                found[name] = value
+            elif name not in self.ignored:
+                found.pop(name, None)
+        found.setdefault("state", "pending")
+        found.setdefault("service_name", self.deployment_id)
+        found.setdefault("drain_started_at", None)
+        return found
+
+
+def parse_record(deployment_id: str, text: str) -> Record:
+    """A record. A field that holds what it may not is ignored, and named in `ignored`."""
+    try:
+        raw = json_object(text)
+    except ValueError:
+        return Record(deployment_id, ignored=("record",))
+    found: Json = {}
+    ignored = []
+    for name, parse in FIELDS.items():
+        if raw.get(name) is not None:
+            try:
+                found[name] = parse(raw[name])
+            except ValueError:
+                ignored.append(name)
+    return Record(deployment_id, **found, raw=raw, ignored=tuple(ignored))
+
+
+@dataclass(frozen=True)
+class Promotion:
+    deployment_id: str
+    at: float  # by the store's clock; 0: not known
+
+    def json(self) -> Json:
+        return {"deployment_id": self.deployment_id, "at": self.at}
+
+
+@dataclass(frozen=True)
+class Tombstone:
+    at: float
+    service_id: str | None = None
+
+    def buries(self, record: Record) -> bool:
+        """Is this record of what was removed? The id on a new service is another deployment."""
+        return self.service_id == record.service_id and (record.registered_at or 0.0) <= self.at
+
+
+@dataclass(frozen=True)
+class Maintenance:
+    """Everybody gets a page, since then."""
+
+    since: float
+    page: str | None = None  # HTML
+    retry_after: int = 30  # seconds
+    by: str | None = None
+
+
+@dataclass(frozen=True)
+class DeployLock:
+    holder: str
+    by: str | None
+    since: float
+    until: float
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The whole routing state. A step is a pure function from one to the next."""
+
+    now: float = field(default=0.0, compare=False)  # by the store's clock
+    active: str | None = None
+    promoted: Promotion | None = None
+    epoch: int = 0
+    store_id: str | None = None
+    records: Mapping[str, Record] = field(default_factory=dict)  # newest registration first
+    tombstones: Mapping[str, Tombstone] = field(default_factory=dict)
+    processed: Mapping[str, float] = field(default_factory=dict)
+    history: tuple[Json, ...] = ()
+    maintenance: Maintenance | None = None
+    lock: DeployLock | None = None
+    problems: tuple[str, ...] = ()  # what was ignored
+    keys: frozenset[str] = frozenset()  # of FIXED, those that are there
+
+    @property
+    def canary(self) -> Record | None:
+        """The deployment that a share of the new visitors gets, beside the active one."""
+        found = (r for r in self.records.values() if r.is_canary and r.deployment_id != self.active)
+        return next(found, None)
+
+    @property
+    def promoted_by_other(self) -> bool:
+        """Was the active one promoted by a writer that does not write PROMOTED: 0.3.x, or an
+        earlier version of ours? Then that was after what PROMOTED names; where the store has no id
+        either, on a store that had lost its data."""
+        if self.promoted:
+            return self.active not in (None, self.promoted.deployment_id)
+        return self.active is not None and self.store_id is None
+
+    @property
+    def promotion(self) -> Promotion | None:
+        """The promotion that `active` comes from."""
+        if self.active is None:
+            return None
+        if self.promoted is None:
+            return Promotion(self.active, math.inf if self.promoted_by_other else 0.0)
+        return Promotion(self.active, self.promoted.at)
+
+    def record_of_active(self) -> Record | None:
+        """Also where its record is lost or says nothing of an address: then it is on the service
+        that is named after it."""
+        if self.active is None:
+            return None
+        record = self.records.get(self.active) or Record(self.active, "active")
+        if record.url:
             return record
-    return None
+        return replace(record, service_name=SERVICE_PREFIX + self.active)
+
+    def with_records(self, *records: Record) -> Routing:
+        return replace(self, records={**self.records, **{r.deployment_id: r for r in records}})
+
+    def with_tombstone(self, deployment_id: str, service_id: str | None) -> Routing:
+        grave = Tombstone(self.now, service_id)
+        return replace(self, tombstones={**self.tombstones, deployment_id: grave})
+
+    def is_older_than(self, intent: Promotion | None) -> bool:
+        """Is `intent`, what Railway says was promoted last, newer than what the store holds?"""
+        if intent is None or self.promotion is None:
+            return intent is not None
+        if self.promotion.at != intent.at:
+            return self.promotion.at < intent.at
+        # an earlier version of our CLI has noted its promotion without the time
+        differs = self.active != intent.deployment_id
+        return differs and intent.at > 0 and not self.promoted_by_other
+
+    def is_lost(self, intent: Promotion | None) -> bool:
+        """Has the store lost data that a control command would take for never there?"""
+        return intent is not None and (self.store_id is None or self.is_older_than(intent))
 
 
-def _is_canary(record: Record) -> bool:
-    return (
-        isinstance(record.get("weight"), int | float)
-        and record.get("state") == "pending"
-        and not record.get("retiring_at")
+def parse(state: State, now: float) -> Routing:
+    """The routing state from the store's strings. Never raises: what cannot be read is ignored, is
+    kept as it is, and is named in `problems`."""
+    problems: list[str] = []
+
+    def read(key: str, parser: Callable[[Json], Any]) -> Any:
+        if key not in state:
+            return None
+        try:
+            return parser(json_object(state[key]))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            problems.append(f"{key} is not understood")
+            return None
+
+    records = {}
+    for key, text in state.items():
+        if key.startswith(RECORD):
+            name = key.removeprefix(RECORD)
+            record = records[name] = parse_record(name, text)
+            if record.ignored:
+                problems.append(f"{name}: {', '.join(record.ignored)} not understood")
+    newest = sorted(records.values(), key=lambda r: (r.registered_at or 0, r.deployment_id))
+    epoch = state.get(EPOCH, "0")
+    if not (epoch.isascii() and epoch.isdigit() and len(epoch) < 16):
+        problems.append(f"{EPOCH} is not understood")
+        epoch = "0"
+    active = state.get(ACTIVE) or None
+    if active and not DEPLOYMENT_ID.fullmatch(active):
+        problems.append(f"{ACTIVE} is no deployment id")
+        active = None
+    closed = read(MAINTENANCE, _maintenance)
+    if closed is None and MAINTENANCE in state:  # who closed the site wants it closed
+        closed = Maintenance(now)
+    return Routing(
+        now,
+        active,
+        read(
+            PROMOTED, lambda found: Promotion(a_text(found["deployment_id"]), a_time(found["at"]))
+        ),
+        int(epoch),
+        state.get(STORE_ID),
+        {record.deployment_id: record for record in reversed(newest)},
+        read(TOMBSTONES, _tombstones) or {},
+        read(PROCESSED, lambda found: {k: v.at for k, v in _tombstones(found).items()}) or {},
+        _history(state, problems),
+        closed,
+        read(DEPLOY_LOCK, _lock),
+        tuple(problems),
+        frozenset(state.keys() & set(FIXED)),
     )
 
 
-def heal(state: State, known: State) -> Change:
-    """Write back what a router knows into a store that has lost its data. What is there stays."""
-    active = state.get(":active") or known.get(":active")
-    removed = _object(state, REMOVED)
+def _promotion(found: Json) -> Promotion:
+    return Promotion(a_text(found["deployment_id"]), a_time(found["at"]))
+
+
+def _tombstones(found: Json) -> dict[str, Tombstone]:
+    kept = {}
+    for name, entry in found.items():
+        with contextlib.suppress(ValueError):
+            at, service_id = a_time(an_object(entry).get("at")), entry.get("service_id")
+            kept[name] = Tombstone(at, service_id if isinstance(service_id, str) else None)
+    return kept
+
+
+def _maintenance(found: Json) -> Maintenance:
+    page, again, by = found.get("page"), found.get("retry_after"), found.get("by")
+    return Maintenance(
+        float(found["since"]) if type(found.get("since")) in (int, float) else 0.0,
+        page if isinstance(page, str) and page else None,
+        again if type(again) is int and 0 < again < 1e6 else 30,
+        by if isinstance(by, str) else None,
+    )
+
+
+def _lock(found: Json) -> DeployLock:
+    by = found.get("by")
+    since, until = a_time(found["since"]), a_time(found["until"])
+    return DeployLock(a_text(found["holder"]), by if isinstance(by, str) else None, since, until)
+
+
+def _history(state: State, problems: list[str]) -> tuple[Json, ...]:
+    try:
+        found = json.loads(state.get(HISTORY) or "[]")
+        if not isinstance(found, list):
+            raise ValueError
+    except (ValueError, RecursionError):
+        problems.append(f"{HISTORY} is not understood")
+        return ()
+    return tuple(
+        entry
+        for entry in found
+        if isinstance(entry, dict)
+        and isinstance(entry.get("what"), str)
+        and type(entry.get("at")) in (int, float)
+    )
+
+
+def changes(old: Routing, new: Routing) -> Change:
+    """What has to be written so that the store, which holds `old`, holds `new`."""
     change: Change = {}
-    if active and ":active" not in state:
-        change[":active"] = active
-    if remembered := {k: v for k, v in _object(known, REMOVED).items() if k not in removed}:
-        change[REMOVED] = _save(remembered | removed)
-    for key in (HISTORY, MAINTENANCE, LOCK):
-        if key in known and key not in state:
-            change[key] = known[key]
-    for record in records(known):
-        name = record["deployment_id"]
-        if record_key(name) in state or name in removed:
-            continue
-        if name == active:
-            record["state"] = "active"
-        elif record.get("state") == "active":  # another was promoted on the emptied store
-            record |= {"state": "draining", "drain_started_at": time.time()}
-        change[record_key(name)] = _save(record)
-    if MARK not in state and active:
-        change[MARK] = secrets.token_hex(8)
+
+    def put(key: str, before: object, after: object, text: Callable[[], str]) -> None:
+        if before != after:
+            change[key] = text() if after else None
+
+    put(ACTIVE, old.active, new.active, lambda: str(new.active))
+    put(PROMOTED, old.promoted, new.promoted, lambda: compact(cast(Any, new.promoted).json()))
+    put(STORE_ID, old.store_id, new.store_id, lambda: str(new.store_id))
+    if new.tombstones != old.tombstones:
+        live = [(k, v) for k, v in new.tombstones.items() if new.now - v.at < TOMBSTONE_TTL]
+        live = sorted(live, key=lambda pair: pair[1].at)[-TOMBSTONES_AT_MOST:]
+        change[TOMBSTONES] = compact({k: vars(v) for k, v in live})
+    if new.processed != old.processed:
+        fresh = {k: {"at": at} for k, at in new.processed.items() if new.now - at < PROCESSED_TTL}
+        change[PROCESSED] = compact(fresh)
+    put(HISTORY, old.history, new.history, lambda: compact(new.history[-HISTORY_AT_MOST:]))
+    put(MAINTENANCE, old.maintenance, new.maintenance, lambda: compact(vars(new.maintenance)))
+    put(DEPLOY_LOCK, old.lock, new.lock, lambda: compact(vars(new.lock)))
+    for name in old.records.keys() | new.records.keys():
+        after = new.records.get(name)
+        if after != old.records.get(name):
+            change[record_key(name)] = compact(after.json()) if after else None
+    if change:
+        if new.store_id is None:
+            change[STORE_ID] = secrets.token_hex(8)
+        change[EPOCH] = str(max(old.epoch, new.epoch) + 1)
     return change
 
 
-def history(state: State) -> list[Record]:
-    """What was done, the oldest first."""
-    with contextlib.suppress(ValueError):
-        found = json.loads(state.get(HISTORY) or "[]")
-        if isinstance(found, list):
-            return [entry for entry in found if isinstance(entry, dict)]
-    return []
+Step = Callable[[Routing], Routing]
 
 
-def marked(state: State, change: Change) -> Change:
-    """A change of a store that has no mark yet gives it one."""
-    return change if MARK in state or not change else {**change, MARK: secrets.token_hex(8)}
+# -- which memory is right ---------------------------------------------------------------------
+
+
+def repaired(store: Routing, known: Routing, new_id: str, alive: Collection[str] = ()) -> Routing:
+    """What the store should hold, given what a router knows. Pure; its own outcome stays as it is.
+
+    The latest promotion is active, whatever the epochs. A store with another id, or none, or with
+    a lower epoch, has lost data: all that is known comes back. In any other, keys and fields come
+    back that are gone although no writer of ours was there, who raises the epoch. A record that is
+    gone may have been deleted by 0.3.x: it comes back where it is the active one's, or among
+    `alive`, those that still answer.
+
+    Args:
+        new_id: for a store that has none.
+    """
+    if known.store_id is None:  # nothing is known yet
+        named = store.store_id or (new_id if store.active else None)
+        return replace(store, store_id=named)
+    lost = store.store_id != known.store_id or store.epoch < known.epoch
+    untouched = store.epoch == known.epoch
+    new = _recovered(store, known) if lost else _completed(store, known, untouched)
+    new = replace(new, store_id=store.store_id or new_id)
+    mine, theirs = known.promotion, store.promotion
+    if mine and (theirs is None or theirs.at < mine.at):
+        new = replace(new, active=mine.deployment_id, promoted=known.promoted)
+    elif (
+        known.active not in (None, store.active)
+        and store.promoted_by_other
+        and (lost or store.promoted == known.promoted)
+    ):  # seen as it happens: it is given its time
+        new = replace(new, promoted=Promotion(str(store.active), next_time(store, known)))
+    records = dict(new.records)
+    for name, record in known.records.items():
+        grave = new.tombstones.get(name)
+        wanted = lost or name in alive or name == new.active
+        if wanted and name not in records and not (grave and grave.buries(record)):
+            records[name] = record
+    if lost or new.active != store.active:
+        records = _with_one_active(records, new, {known.active, store.active})
+    return replace(new, records=records)
+
+
+def next_time(*routings: Routing) -> float:
+    """When something is promoted now: by the store's clock, and after all that was promoted."""
+    times = [routing.promoted.at for routing in routings if routing.promoted]
+    return max([routings[0].now, *(at + 0.001 for at in times)])
+
+
+# Of FIXED, what is written back alone.
+ATTRIBUTES = {
+    ACTIVE: "active",
+    PROMOTED: "promoted",
+    TOMBSTONES: "tombstones",
+    PROCESSED: "processed",
+    HISTORY: "history",
+    MAINTENANCE: "maintenance",
+    DEPLOY_LOCK: "lock",
+}
+
+
+def _completed(store: Routing, known: Routing, untouched: bool) -> Routing:
+    """A store that has lost single keys, or fields of ours in a record. `untouched`: since it was
+    known, nobody has written who raises the epoch."""
+    lost = [key for key in ATTRIBUTES if key not in store.keys and key in known.keys]
+    if not untouched:
+        lost = [PROMOTED] if PROMOTED in lost and store.active == known.active else []
+    back = {ATTRIBUTES[key]: getattr(known, ATTRIBUTES[key]) for key in lost}
+    names = (*LASTING, "rejected_at", "retiring_at", "weight", "bake", "held")
+    records = {
+        name: _filled(record, known.records.get(name), names if untouched else LASTING)
+        for name, record in store.records.items()
+    }
+    return replace(store, **back, records=records)
+
+
+def _filled(record: Record, known: Record | None, names: Iterable[str]) -> Record:
+    """A record with the fields back that a writer who does not know them has dropped."""
+    if known is None or record.service_id not in (None, known.service_id):
+        return record  # nothing is known of it, or the id is on another service
+    lost = [n for n in names if getattr(record, n) in (None, False) and n not in record.ignored]
+    back = {name: getattr(known, name) for name in lost}
+    return replace(record, **back)
+
+
+def _recovered(store: Routing, known: Routing) -> Routing:
+    """A store that is empty, another one, or a copy of an earlier moment: with all that is known.
+    Of a record that both have, the version is right that was changed last."""
+    earlier = store.store_id == known.store_id
+    records = dict(store.records)
+    for name, record in known.records.items():
+        there = records.get(name)
+        if there and (record.changed_at, earlier) > (there.changed_at, False):
+            records[name] = replace(record, raw={**there.raw, **record.raw})
+    graves = {**store.tombstones, **known.tombstones}
+    for name, grave in list(graves.items()):
+        buried = records.get(name)
+        if buried is None or buried.retiring_at:
+            continue
+        if grave.buries(buried):
+            del records[name]  # it was removed, before the store went back in time
+        else:
+            del graves[name]  # the id is on a new service
+    noted = {compact(entry): entry for entry in (*known.history, *store.history)}
+    return replace(
+        store,
+        epoch=max(store.epoch, known.epoch),
+        records=records,
+        tombstones=graves,
+        processed={**known.processed, **store.processed},
+        history=tuple(sorted(noted.values(), key=lambda e: float(e["at"])))[-HISTORY_AT_MOST:],
+        maintenance=known.maintenance if earlier else store.maintenance or known.maintenance,
+        lock=known.lock if earlier else store.lock or known.lock,
+    )
+
+
+def _with_one_active(
+    records: Mapping[str, Record], routing: Routing, before: Collection[str | None]
+) -> dict[str, Record]:
+    """The records with one that says that it is active, and with one canary. `before`: what may
+    have been active until now."""
+    found = dict(records)
+    for name, record in records.items():
+        if name == routing.active:
+            found[name] = replace(
+                record, state="active", drain_started_at=None, weight=None, retiring_at=None
+            )
+        elif record.state == "active" and name in before:
+            found[name] = record.drains(routing.now)
+    canaries = sorted((r for r in found.values() if r.is_canary), key=lambda r: r.changed_at)
+    for record in canaries[:-1]:
+        found[record.deployment_id] = replace(record, weight=None, bake=None)
+    return found
 
 
 # ---------------------------------------------------------------------------------------------
 # The stores. Each step is one transaction: a process killed anywhere leaves the old state or the
-# new one. `announce` tells the routers.
+# new one.
 
 
 class RedisStore:
-    """State in Redis, under `prefix`."""
+    """The routing state in Redis, under `prefix`."""
 
     def __init__(self, url: str, prefix: str) -> None:
         self.url, self.prefix = url, prefix
@@ -316,15 +775,20 @@ class RedisStore:
             # a connection that has died meanwhile is made anew; one that hangs is not asked again
             retry=redis.retry.Retry(redis.backoff.NoBackoff(), 1, (redis.ConnectionError,)),
         )
-        self._pattern = f"{prefix}:deployment:*"
+        self._pattern = f"{prefix}{RECORD}*"
         self._fixed = [prefix + key for key in FIXED]
 
-    def read(self) -> State:
+    def read(self) -> Routing:
         keys = [*self._fixed, *self.client.scan_iter(self._pattern, count=SCAN_COUNT)]
-        return self._state(keys, cast(list[Any], self.client.mget(keys)))
+        with self.client.pipeline(transaction=False) as pipe:
+            pipe.time()
+            pipe.mget(keys)
+            now, values = pipe.execute()
+        return parse(self._state(keys, values), now[0] + now[1] / 1e6)
 
-    def apply(self, step: Step) -> Change:
-        """Run `step` on the state and write what it returns, or nothing if it raises."""
+    def apply(self, step: Step) -> Routing:
+        """Take a step and write what it changes, or nothing if it raises. Returns what the store
+        holds then. The change raises the epoch, and is announced to the routers."""
         while True:
             with self.client.pipeline() as pipe:
                 pipe.watch(*self._fixed)  # type: ignore[no-untyped-call]
@@ -332,10 +796,14 @@ class RedisStore:
                 if keys:
                     pipe.watch(*keys)  # type: ignore[no-untyped-call]
                 keys = [*self._fixed, *keys]
-                state = self._state(keys, cast(list[Any], pipe.mget(keys)))
-                change = marked(state, step(state))
+                now = cast(Any, pipe.time())
+                before = parse(
+                    self._state(keys, cast(list[Any], pipe.mget(keys))), now[0] + now[1] / 1e6
+                )
+                after = step(before)
+                change = changes(before, after)
                 if not change:
-                    return {}
+                    return before
                 pipe.multi()
                 for key, value in change.items():
                     if value is None:
@@ -347,26 +815,18 @@ class RedisStore:
                     pipe.execute()
                 except redis.WatchError:
                     continue  # somebody else wrote in between: read again
-                return change
+                return written(after, change)
 
-    def heal(self, known: State) -> None:
-        """Write back what is known, on a connection of its own that does not stay."""
-        try:
-            self.apply(functools.partial(heal, known=known))
-        finally:
-            self.client.connection_pool.disconnect()
+    def announce(self) -> None:
+        """Have every router read the whole state."""
+        self.client.publish(f"{self.prefix}:events", "[]")
 
-    def routers(self) -> list[Record]:
-        """What each running router last said of itself."""
-        keys = list(self.client.scan_iter(f"{self.prefix}:router:*", count=SCAN_COUNT))
-        values = cast(list[str | None], self.client.mget(keys)) if keys else []
-        return [json.loads(v) for v in values if v]
+    async def follow(self, table: Table) -> None:
+        """Keep the table as the store says: read at the beginning, on every announcement, when the
+        table asks, and now and then; and report what this router serves.
 
-    async def watch(self, table: Table) -> None:
-        """Load the table now, on every announcement, when it asks, and every few seconds.
-
-        Sessions may share this Redis, so going through all of its keys is for now and then: in
-        between, only the records that are known, announced or asked for are read.
+        Sessions may share this Redis, so going through all of its keys is for the beginning and
+        for what is announced without names; after that it is done a step at a time.
         """
         client = redis.asyncio.Redis.from_url(
             self.url,
@@ -374,77 +834,136 @@ class RedisStore:
             socket_timeout=REDIS_TIMEOUT,
             socket_connect_timeout=REDIS_TIMEOUT,
         )
-        loop = asyncio.get_running_loop()
         async with client, client.pubsub(ignore_subscribe_messages=True) as pubsub:
             await pubsub.subscribe(f"{self.prefix}:events")
-            keys: set[str] = set()
-            next_scan = 0.0
-            heard = kicked = None
+            reader = Reader(self, client, table)
+            listener = asyncio.create_task(reader.listen(pubsub))
+            report = Report(f"{self.prefix}:router:{METRICS.name}", client, table)
             try:
                 while True:
-                    table.kick.clear()
-                    asked = set(table.asked)
-                    if (began := time.monotonic()) >= next_scan:
-                        scan = client.scan_iter(self._pattern, count=SCAN_COUNT)
-                        keys = {key async for key in scan}
-                        took = time.monotonic() - began
-                        next_scan = began + max(REFRESH_EVERY, took / SCAN_SHARE)
-                    keys.update(self.prefix + record_key(name) for name in asked)
-                    state = await self._read(client, keys)
-                    if table.misses(state):
-                        await loop.run_in_executor(None, self.heal, table.raw)
-                        keys |= {self.prefix + key for key in table.raw if key not in FIXED}
-                        state = await self._read(client, keys)
-                        next_scan = 0.0
-                    keys = {self.prefix + key for key in state if key not in FIXED}
-                    table.load(state)
-                    table.asked -= asked
-                    if METRICS.name:
-                        key = f"{self.prefix}:router:{METRICS.name}"
-                        await client.set(key, METRICS.dump(), ex=30)
-                    heard = heard or asyncio.create_task(pubsub.get_message(timeout=REFRESH_EVERY))
-                    kicked = kicked or asyncio.create_task(table.kick.wait())
-                    await asyncio.wait({heard, kicked}, return_when=asyncio.FIRST_COMPLETED)
-                    if heard.done():
-                        if message := heard.result():  # a lost connection shows here
-                            announced = self._announced(message["data"])
-                            keys |= announced or set()
-                            next_scan = next_scan if announced else 0.0
-                        heard = None
-                    if kicked.done():
-                        kicked = None
+                    table.refresh_event.clear()
+                    if reader.due():
+                        await reader.read()
+                    await report.send()
+                    woken = asyncio.create_task(table.refresh_event.wait())
+                    await asyncio.wait(
+                        {listener, woken},
+                        timeout=max(
+                            0.0, min(reader.next_read, report.next_look) - time.monotonic()
+                        ),
+                        return_when=asyncio.FIRST_COMPLETED,
+                    )
+                    woken.cancel()
+                    if listener.done():
+                        listener.result()  # a lost connection shows here
+            except asyncio.CancelledError:
+                with contextlib.suppress(redis.RedisError, OSError, TimeoutError):
+                    await client.delete(report.key)
+                raise
             finally:
-                for task in (heard, kicked):
-                    if task:
-                        task.cancel()
-
-    def _announced(self, data: str) -> set[str] | None:
-        """The record keys that an announcement names; None where it is not one of `apply`'s."""
-        try:
-            names = json.loads(data)
-        except ValueError:
-            return None
-        if not isinstance(names, list):
-            return None
-        return {self.prefix + str(name) for name in names if name not in FIXED}
-
-    async def _read(self, client: redis.asyncio.Redis, records: set[str]) -> State:
-        """What is not a record, these records, and the active one's where it is not among them."""
-        keys = [*self._fixed, *records]
-        state = self._state(keys, await client.mget(keys))
-        active = state.get(":active")
-        if active and record_key(active) not in state:
-            key = self.prefix + record_key(active)
-            state |= self._state([key], await client.mget([key]))
-        return state
+                listener.cancel()
 
     def _state(self, keys: list[str], values: list[Any]) -> State:
         pairs = zip(keys, values, strict=True)
         return {k.removeprefix(self.prefix): v for k, v in pairs if v is not None}
 
 
+class Reader:
+    """Reads the state for a router, in one MGET: what is fixed, and the records that are known,
+    announced or asked for."""
+
+    def __init__(self, store: RedisStore, client: redis.asyncio.Redis, table: Table) -> None:
+        self.store, self.client, self.table = store, client, table
+        self.keys: set[str] = set()  # of records
+        self.next_read = self.next_scan = self.next_step = 0.0
+        self.scan_all = True
+        self.cursor = 0
+
+    async def listen(self, pubsub: redis.asyncio.client.PubSub) -> None:
+        prefix = self.store.prefix
+        while True:
+            message = await pubsub.get_message(timeout=None)
+            if not message:
+                continue
+            try:
+                names = json.loads(message["data"])
+                self.keys |= {prefix + n for n in names if str(n).startswith(RECORD)}
+                self.scan_all = self.scan_all or not names
+            except (ValueError, TypeError):  # 0.3.x's name nothing
+                self.scan_all = True
+            self.next_read = 0.0
+            self.table.refresh_event.set()
+
+    def due(self) -> bool:
+        return bool(self.table.pending_lookups) or time.monotonic() >= self.next_read
+
+    async def read(self) -> None:
+        table, prefix = self.table, self.store.prefix
+        lookups = set(table.pending_lookups)
+        self.next_read = time.monotonic() + REFRESH_SECONDS
+        await self._scan()
+        self.keys |= {prefix + record_key(name) for name in lookups}
+        found = await self._read()
+        if table.needs_repair(found):
+            await table.repair(self.store, found)
+            self.keys |= {prefix + record_key(name) for name in table.routing.records}
+            found = await self._read()
+        await table.look_for_missing(found)
+        table.load(found)
+        self.keys = {prefix + record_key(name) for name in table.routing.records}
+        table.pending_lookups -= lookups
+
+    async def _scan(self) -> None:
+        """Look for records that nobody announced: all keys of Redis where that was asked for and
+        takes but its share of the time, else the next few."""
+        began = time.monotonic()
+        pattern = self.store._pattern
+        if self.scan_all and began >= self.next_scan:
+            self.scan_all = False
+            scan = self.client.scan_iter(pattern, count=SCAN_COUNT)
+            self.keys |= {key async for key in scan}
+            self.next_scan = time.monotonic() + (time.monotonic() - began) / SCAN_SHARE
+            self.next_step = began + SCAN_STEP_SECONDS
+        elif began >= self.next_step:
+            self.next_step = began + SCAN_STEP_SECONDS
+            self.cursor, found = await self.client.scan(self.cursor, pattern, SCAN_COUNT)
+            self.keys |= {str(key) for key in found}
+
+    async def _read(self) -> Routing:
+        keys = [*self.store._fixed, *self.keys]
+        state = self.store._state(keys, await self.client.mget(keys))
+        active = state.get(ACTIVE)
+        if active and record_key(active) not in state:
+            key = self.store.prefix + record_key(active)
+            state |= self.store._state([key], await self.client.mget([key]))
+        return parse(state, time.time())
+
+
+class Report:
+    """What this router says of itself: at once when it serves a new epoch, soon when its counters
+    have changed, now and then where they have not."""
+
+    def __init__(self, key: str, client: redis.asyncio.Redis, table: Table) -> None:
+        self.key, self.client, self.table = key, client, table
+        self.next_look = self.next_send = 0.0
+        self.epoch = -1
+        self.counters: Json = {}
+
+    async def send(self) -> None:
+        now, epoch = time.monotonic(), self.table.routing.epoch
+        if epoch == self.epoch and now < self.next_look:
+            return
+        self.next_look = now + REPORT_SECONDS
+        counters = METRICS.counters()
+        if (epoch, counters) != (self.epoch, self.counters) or now >= self.next_send:
+            self.next_send = now + REPORT_IDLE_SECONDS
+            self.epoch, self.counters = epoch, counters
+            text = compact({**self.table.report(), **counters})
+            await self.client.set(self.key, text, ex=REPORT_LEASE)
+
+
 class LocalStore:
-    """State in a SQLite file, for runs without Redis."""
+    """The routing state in a SQLite file, for runs without Redis."""
 
     def __init__(self, path: str, prefix: str) -> None:
         self.prefix = prefix
@@ -455,19 +974,22 @@ class LocalStore:
             " (key TEXT PRIMARY KEY, value TEXT NOT NULL, expires_at REAL)"
         )
 
-    def read(self) -> State:
+    def read(self) -> Routing:
         rows = self.db.execute(
             "SELECT key, value FROM pulse_kv"
             " WHERE substr(key, 1, ?) = ? AND (expires_at IS NULL OR expires_at > ?)",
             (len(self.prefix) + 1, self.prefix + ":", time.time()),
         )
-        return {key.removeprefix(self.prefix): value for key, value in rows}
+        state = {key.removeprefix(self.prefix): value for key, value in rows}
+        return parse(state, time.time())
 
-    def apply(self, step: Step) -> Change:
+    def apply(self, step: Step) -> Routing:
+        """As RedisStore's."""
         self.db.execute("BEGIN IMMEDIATE")
         try:
-            state = self.read()
-            change = marked(state, step(state))
+            before = self.read()
+            after = step(before)
+            change = changes(before, after)
             for key, value in change.items():
                 if value is None:
                     self.db.execute("DELETE FROM pulse_kv WHERE key = ?", (self.prefix + key,))
@@ -481,28 +1003,37 @@ class LocalStore:
             self.db.execute("ROLLBACK")
             raise
         self.db.execute("COMMIT")
-        return change
+        return written(after, change)
 
-    def routers(self) -> list[Record]:
-        return []
+    def announce(self) -> None:
+        pass  # who follows it looks all the time
 
-    async def watch(self, table: Table) -> None:
+    async def follow(self, table: Table) -> None:
         while True:
-            table.kick.clear()
-            state = self.read()
-            if table.misses(state):
-                self.apply(functools.partial(heal, known=table.raw))
-                state = self.read()
-            table.load(state)
-            table.asked.clear()
+            table.refresh_event.clear()
+            found = self.read()
+            if table.needs_repair(found):
+                await table.repair(self, found)
+                found = self.read()
+            table.load(found)
+            table.pending_lookups.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(table.kick.wait(), 0.05)
+                await asyncio.wait_for(table.refresh_event.wait(), 0.05)
+
+
+def written(after: Routing, change: Change) -> Routing:
+    """What the store holds after a step whose change was written."""
+    if not change:
+        return after
+    return replace(
+        after, epoch=int(str(change[EPOCH])), store_id=change.get(STORE_ID) or after.store_id
+    )
 
 
 Store = RedisStore | LocalStore
 
 
-def store_from_env(env: dict[str, str]) -> Store:
+def store_from_env(env: Mapping[str, str]) -> Store:
     """The store that the environment names: REDIS_URL on Railway, PULSE_KV_* elsewhere."""
     prefix = (env.get("PULSE_RAILWAY_REDIS_PREFIX") or DEFAULT_REDIS_PREFIX).rstrip(":")
     kind = env.get("PULSE_KV_KIND") or "redis"
@@ -514,6 +1045,17 @@ def store_from_env(env: dict[str, str]) -> Store:
     if kind != "redis" or not url:
         raise SystemExit("set REDIS_URL, or PULSE_KV_KIND=sqlite and PULSE_KV_PATH")
     return RedisStore(url, prefix)
+
+
+def promotion_from_env(env: Mapping[str, str]) -> Promotion | None:
+    """What Railway says was promoted last: of this container, as of its own deployment."""
+    name = env.get(LAST_PROMOTED_VARIABLE) or ""
+    if not DEPLOYMENT_ID.fullmatch(name):
+        return None
+    try:
+        return Promotion(name, a_time(float(env.get(LAST_PROMOTED_AT_VARIABLE) or 0)))
+    except ValueError:
+        return Promotion(name, 0.0)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -538,87 +1080,190 @@ class Deployment:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
+@dataclass
+class Missing:
+    """A record that the store has no longer, although nobody of ours has removed it."""
+
+    since: float  # monotonic
+    answers: bool = False  # its backend did, the last time
+    failing_since: float | None = None  # no connection to it since
+
+
 class Table:
     """All known deployments, in memory. A request never waits for the store to use it."""
 
-    def __init__(self) -> None:
+    def __init__(self, env: Mapping[str, str] = os.environ) -> None:
+        self.intent = promotion_from_env(env)
         self.deployments: dict[bytes, Deployment] = {}
         self.active: Deployment | None = None
         self.canary: Deployment | None = None
         self.weight = 0.0  # percent of the new visitors that the canary gets
-        self.maintenance: Maintenance | None = None
+        self.page: MaintenancePage | None = None
+        self.routing = Routing()  # the last that was good
+        self.since = 0.0  # when this epoch was first served, in seconds since 1970
         self.loaded = False
         self.loaded_at = 0.0  # monotonic, the last time
-        self.lost = False  # the store has lost its data, and so had this router when it started
+        self.provisional = False  # `active` is what Railway said, for want of a state
+        self.missing: dict[str, Missing] = {}
         self.changed = asyncio.Event()  # set at every load, for those who wait for one
-        self.kick = asyncio.Event()  # asks for a load
-        self.asked: set[str] = set()  # ids that the next load should look for
-        self.asked_at = 0.0
-        self.raw: State = {}
+        self.refresh_event = asyncio.Event()  # asks for a load
+        self.pending_lookups: set[str] = set()  # ids that the next load should look for
+        self.looked_at = 0.0
         # path -> who had it, and until when we say so
         self.had: dict[bytes, tuple[str, float]] = {}
 
     @property
+    def lost(self) -> bool:
+        """Has the store lost its data, and did this router not know them?"""
+        return self.loaded and self.routing.active is None and self.intent is not None
+
+    @property
     def ready(self) -> bool:
-        return self.loaded and not self.lost
+        """Can anything be served? A store in which nothing was ever deployed is as it should be."""
+        return self.active is not None or (self.loaded and not self.lost)
 
-    def misses(self, state: State) -> bool:
-        """Has the store lost what this table knows? Another mark, or no active one, tells. One
-        without a mark gets it, or a loss between two looks could not be told."""
-        if state.get(":active") and state.get(MARK) == self.raw.get(MARK, state.get(MARK)):
-            return MARK not in state
-        if self.active and heal(state, self.raw).keys() - {MARK}:
-            log.error("the store has lost its data: writing back what this router knows")
-            return True
-        return bool(state.get(":active")) and MARK not in state
+    def health(self) -> Response:
+        said: Json = {"ok": self.ready}
+        if self.provisional:
+            said["without_state"] = True
+        age = time.monotonic() - self.loaded_at
+        if self.loaded and age > 3 * REFRESH_SECONDS:
+            said["stale_seconds"] = round(age)
+        return JSONResponse(said, 200 if self.ready else 503)
 
-    def load(self, state: State) -> None:
-        self.loaded_at = time.monotonic()
-        self.lost = lost(state, os.environ.get(INTENT_VARIABLE))
-        if state != self.raw or not self.loaded:
-            known: dict[bytes, Deployment] = {}
-            for record in records(state):
-                # one that is being removed is gone for its tabs: they reload, and meet no 502
-                entry = None if record.get("retiring_at") else self._entry(record)
-                if entry:
-                    known[entry.id.encode()] = entry
-            for name, entry in self.deployments.items():
-                if known.get(name) is not entry:
-                    close_idle(entry)
-            METRICS.forget(name.decode() for name in self.deployments.keys() - known.keys())
-            self.deployments = known
-            self.active = known.get(state.get(":active", "").encode())
-            drawn_to = canary(state)
-            self.canary = known.get(drawn_to["deployment_id"].encode()) if drawn_to else None
-            self.weight = float(drawn_to["weight"]) if drawn_to else 0.0
-            self.maintenance = maintenance(state)
-            self.raw = state
-            self.loaded = True
-            METRICS.active = self.active.id if self.active else None
+    def report(self) -> Json:
+        return {
+            "router": METRICS.name,
+            "version": runtime_version(),
+            "active": self.routing.active,
+            "epoch": self.routing.epoch,
+            "since": self.since,
+        }
+
+    # -- what the store holds ------------------------------------------------------------------
+
+    def needs_repair(self, found: Routing) -> bool:
+        alive = self.alive()
+        return bool(changes(found, repaired(found, self.routing, "new", alive)))
+
+    def alive(self) -> set[str]:
+        """Those whose record is missing, and that have answered for a while."""
+        before = time.monotonic() - MISSING_SECONDS
+        return {name for name, m in self.missing.items() if m.answers and m.since <= before}
+
+    async def repair(self, store: Store, found: Routing) -> None:
+        """Write back what the store has lost. Where it names another active one than this router
+        knows, that is not given up for one that cannot be connected to."""
+        known, loop = self.routing, asyncio.get_running_loop()
+        mine = known.record_of_active()
+        if mine and found.active not in (None, known.active):
+            gone = await loop.run_in_executor(None, look, mine) == "unreachable"
+            known = replace(known, active=None, promoted=None) if gone else known
+        if known.active and (found.store_id, found.active) != (known.store_id, known.active):
+            log.error("the store has lost data: writing back what this router knows")
+        step = functools.partial(
+            repaired, known=known, new_id=secrets.token_hex(8), alive=self.alive()
+        )
+        if isinstance(store, LocalStore):
+            store.apply(step)
+            return
+        try:
+            await loop.run_in_executor(None, store.apply, step)
+        finally:
+            store.client.connection_pool.disconnect()  # its connection does not stay
+
+    async def look_for_missing(self, found: Routing) -> None:
+        """What has become of the deployments whose records are gone, though nobody of ours has
+        removed them? Each is asked, and stays in the table meanwhile."""
+        gone = {
+            name: record
+            for name, record in self.routing.records.items()
+            if name not in found.records
+            and not ((grave := found.tombstones.get(name)) and grave.buries(record))
+        }
+        loop, now = asyncio.get_running_loop(), time.monotonic()
+        looks = [loop.run_in_executor(None, look, record) for record in gone.values()]
+        self.missing = {name: self.missing.get(name) or Missing(now) for name in gone}
+        for name, said in zip(gone, await asyncio.gather(*looks), strict=True):
+            missing = self.missing[name]
+            missing.answers = said == "answers"
+            if said != "unreachable":
+                missing.failing_since = None
+            elif missing.failing_since is None:
+                missing.failing_since = now
+
+    def load(self, found: Routing) -> None:
+        self.loaded_at = now = time.monotonic()
+        kept = {
+            name: self.routing.records[name]
+            for name, m in self.missing.items()
+            if name in self.routing.records
+            and (m.failing_since is None or now - m.failing_since < MISSING_SECONDS)
+        }
+        routing = replace(found, records={**found.records, **kept})
+        if routing != self.routing or not self.loaded:
+            if routing.epoch != self.routing.epoch or not self.loaded:
+                self.since = round(time.time(), 3)
+            for problem in set(routing.problems) - set(self.routing.problems):
+                log.error("routing state: %s", problem)
+            self.routing, self.loaded = routing, True
+            self.take_over(routing)
         self.changed.set()
         self.changed = asyncio.Event()
 
+    def take_over(self, routing: Routing) -> None:
+        known: dict[bytes, Deployment] = {}
+        records = dict(routing.records)
+        if active := routing.record_of_active():
+            records[active.deployment_id] = active
+        for name, record in records.items():
+            # one that is being removed is gone for its tabs: they reload, and meet no 502
+            entry = None if record.retiring_at else self._entry(record)
+            if entry:
+                known[name.encode()] = entry
+        for name_, entry in self.deployments.items():
+            if known.get(name_) is not entry:
+                close_idle(entry)
+        METRICS.forget(name_.decode() for name_ in self.deployments.keys() - known.keys())
+        self.deployments = known
+        self.active = known.get((routing.active or "").encode())
+        self.provisional = False
+        canary = routing.canary
+        self.canary = known.get(canary.deployment_id.encode()) if canary else None
+        self.weight = (canary.weight if canary else None) or 0.0
+        self.page = maintenance_page(routing.maintenance) if routing.maintenance else None
+
     def _entry(self, record: Record) -> Deployment | None:
         """The table's entry for a record; the one we have where nothing but its state changed."""
-        name = record["deployment_id"]
-        address = record.get("address") or (
-            f"http://{record.get('service_name') or name}.railway.internal:{DEFAULT_PORT}"
-        )
-        try:
-            url = urllib.parse.urlsplit(address)
-            host, port = url.hostname, url.port or 80
-        except ValueError:
-            host = None
-        if not DEPLOYMENT_ID.fullmatch(name) or not host:
-            log.error("ignoring the record of %r: no usable address", name)
+        name = record.deployment_id
+        if not DEPLOYMENT_ID.fullmatch(name) or not record.url:
             return None
+        url = urllib.parse.urlsplit(record.url)
+        host, port = str(url.hostname), url.port or 80
         old = self.deployments.get(name.encode())
         if old and (old.host, old.port) == (host, port):
-            old.state = str(record.get("state"))
+            old.state = record.state
             return old
         header = f"{SELECTED_HEADER}: {name}\r\n".encode()
         tally = METRICS.tallies.setdefault(name, Tally())
-        return Deployment(name, str(record.get("state")), host, port, header, tally)
+        return Deployment(name, record.state, host, port, header, tally)
+
+    async def serve_without_state(self) -> None:
+        """While there is no state, serve what Railway said was active when this router was
+        deployed, where that answers."""
+        loop = asyncio.get_running_loop()
+        while True:
+            if self.intent and self.active is None and (self.lost or not self.loaded):
+                record = Record(self.intent.deployment_id, "active")
+                record = replace(record, service_name=SERVICE_PREFIX + record.deployment_id)
+                said = await loop.run_in_executor(None, look, record)
+                if said == "answers" and self.active is None:
+                    log.error("no routing state: serving %s, as Railway says", record.deployment_id)
+                    self.active, self.provisional = self._entry(record), True
+                    self.deployments = {record.deployment_id.encode(): cast(Any, self.active)}
+            await asyncio.sleep(PROVISIONAL_SECONDS)
+
+    # -- what a request needs ------------------------------------------------------------------
 
     async def find(self, name: bytes) -> Deployment | None:
         """The deployment of that id. An unknown one is worth one refresh, now and then."""
@@ -627,13 +1272,13 @@ class Table:
         if known or not DEPLOYMENT_ID.fullmatch(text):
             return known
         now = asyncio.get_running_loop().time()
-        if now - self.asked_at >= REFRESH_AT_MOST_EVERY:
-            self.asked_at = now
-            self.asked = {text}
-            self.kick.set()
+        if now - self.looked_at >= LOOKUP_SECONDS:
+            self.looked_at = now
+            self.pending_lookups = {text}
+            self.refresh_event.set()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(1.0):
-                while text in self.asked:  # by this request or by another
+                while text in self.pending_lookups:  # by this request or by another
                     await self.changed.wait()
         return self.deployments.get(name)
 
@@ -658,8 +1303,8 @@ class Table:
         while True:
             began = time.monotonic()
             try:
-                await store.watch(self)
-            except (redis.RedisError, sqlite3.Error, OSError, TimeoutError, ValueError) as error:
+                await store.follow(self)
+            except (redis.RedisError, sqlite3.Error, OSError, TimeoutError) as error:
                 # The class only: the message of a Redis error can carry its URL.
                 log.error("routing state unreadable (%s); trying again", type(error).__name__)
             pause = 0.1 if time.monotonic() - began > 10 else min(pause * 2, 2.0)
@@ -667,6 +1312,7 @@ class Table:
 
 
 TABLE = Table()
+ACCESS_LOG: telemetry.AccessLog | None = None  # where it is asked for
 
 
 # ---------------------------------------------------------------------------------------------
@@ -721,7 +1367,6 @@ class Tally:
 @dataclass(slots=True)
 class Metrics:
     name: str = ""
-    active: str | None = None
     started_at: float = field(default_factory=time.time)
     requests: int = 0
     errors: int = 0  # answers the router made itself because a backend failed
@@ -729,8 +1374,6 @@ class Metrics:
     turned_away: int = 0  # connections, at the limit
     tunnels_opened: int = 0
     tunnels_open: int = 0
-    descriptors: int = 0
-    descriptors_until: float = 0.0  # monotonic
     own: Tally = field(default_factory=Tally)  # answers of the router's own
     tallies: dict[str, Tally] = field(default_factory=dict)  # by deployment
 
@@ -738,27 +1381,23 @@ class Metrics:
         for name in names:
             self.tallies.pop(name, None)
 
-    def dump(self) -> str:
+    def counters(self) -> Json:
         tallies = {name: tally.summary() for name, tally in self.tallies.items()}
-        return json.dumps(
-            {
-                "router": self.name,
-                "active": self.active,
-                "uptime_seconds": round(time.time() - self.started_at),
-                "requests": self.requests,
-                "errors": self.errors,
-                "stale": self.stale,
-                "turned_away": self.turned_away,
-                "clients": len(Client.instances),
-                "pooled": idle_connections(),
-                "tasks": len(asyncio.all_tasks()),
-                "tunnels_open": self.tunnels_open,
-                "tunnels_opened": self.tunnels_opened,
-                "requests_per_deployment": {name: sum(t[0]) for name, t in tallies.items()},
-                "tallies": {name: t for name, t in tallies.items() if t[1] or any(t[0])},
-                "in_flight": requests_under_way() + tunnels_by_deployment(),
-            }
-        )
+        return {
+            "uptime_seconds": round(time.time() - self.started_at),
+            "requests": self.requests,
+            "errors": self.errors,
+            "stale": self.stale,
+            "turned_away": self.turned_away,
+            "clients": len(Client.instances),
+            "pooled": idle_connections(),
+            "tasks": len(asyncio.all_tasks()),
+            "tunnels_open": self.tunnels_open,
+            "tunnels_opened": self.tunnels_opened,
+            "requests_per_deployment": {name: sum(t[0]) for name, t in tallies.items()},
+            "tallies": {name: t for name, t in tallies.items() if t[1] or any(t[0])},
+            "in_flight": requests_under_way() + tunnels_by_deployment(),
+        }
 
 
 METRICS = Metrics()
@@ -1057,7 +1696,7 @@ class BadRequest(Exception):
         self.status = status
 
 
-class Incoming:
+class Request:
     """One request. Several can be on a connection at once: the head of a pipelined one is
     parsed while the one before it is being answered."""
 
@@ -1114,9 +1753,9 @@ class Client(asyncio.Protocol):
         self.connections, self.tasks = server_state.connections, server_state.tasks
         self.loop = asyncio.get_running_loop()
         self.parser: Any = self.new_parser()  # None: nothing more is read
-        self.arriving: Incoming | None = None  # the request that is read now, or was last
-        self.waiting: collections.deque[Incoming] = collections.deque()  # not begun yet
-        self.request: Incoming | None = None  # being answered, or the last that was
+        self.arriving: Request | None = None  # the request that is read now, or was last
+        self.waiting: collections.deque[Request] = collections.deque()  # not begun yet
+        self.request: Request | None = None  # being answered, or the last that was
         self.exchange: Exchange | None = None
         self.handshake = False
         self.early = b""  # what a client sent behind its handshake
@@ -1147,10 +1786,10 @@ class Client(asyncio.Protocol):
         Client.instances.discard(self)
         self.parser = None
         self.waiting.clear()
-        for incoming in (self.request, self.arriving):
-            if incoming:
-                incoming.gone = True
-                incoming.arrived.set()
+        for request in (self.request, self.arriving):
+            if request:
+                request.gone = True
+                request.arrived.set()
         if self.exchange:
             self.exchange.client_lost()
 
@@ -1206,8 +1845,8 @@ class Client(asyncio.Protocol):
         self.request = self.waiting.popleft()
         self.route(self.request)
 
-    def route(self, incoming: Incoming) -> None:
-        route(incoming)
+    def route(self, request: Request) -> None:
+        route(request)
 
     def refuse(self, status: int) -> None:
         """Answer a head that cannot be parsed, and hang up."""
@@ -1225,14 +1864,14 @@ class Client(asyncio.Protocol):
         self.say(plain(status))
         self.transport.close()
 
-    def break_off(self, arriving: Incoming, status: int) -> None:
+    def break_off(self, arriving: Request, status: int) -> None:
         """End a request whose body cannot be read on: the backend must not take what it has for
         the whole of it."""
         arriving.gone = True
         arriving.arrived.set()
         alone = arriving is self.request or (not self.busy and self.waiting[0] is arriving)
         begun = arriving.begun or self.exchange is not None
-        if self.exchange and self.exchange.incoming is arriving:
+        if self.exchange and self.exchange.request is arriving:
             self.exchange.client_lost()
         self.waiting.clear()
         if begun or not alone:
@@ -1306,7 +1945,7 @@ class Client(asyncio.Protocol):
             self.handshake = True
         keep_alive = version != "1.0" and not self.handshake and parser.should_keep_alive()
         keep_alive = keep_alive and not self.ending
-        self.arriving = Incoming(self, method, version, keep_alive)
+        self.arriving = Request(self, method, version, keep_alive)
         self.waiting.append(self.arriving)
         if behind or self.handshake:
             self.pause_reading()  # what comes behind a handshake is the tunnel's
@@ -1401,19 +2040,19 @@ class Client(asyncio.Protocol):
             self.transport.abort()
 
     def answer(
-        self, incoming: Incoming, response: Response, instead_of: Deployment | None = None
+        self, request: Request, response: Response, instead_of: Deployment | None = None
     ) -> None:
         """An answer of the router's own, or in place of a deployment that gave none."""
         if not self.transport.is_closing():
-            close = incoming.more_body or not incoming.keep_alive
-            self.say(response, close=close, head_only=incoming.method == b"HEAD")
+            close = request.more_body or not request.keep_alive
+            self.say(response, close=close, head_only=request.method == b"HEAD")
         took = self.loop.time() - self.touched
         tally = instead_of.tally if instead_of else METRICS.own
-        tally.answered(incoming.method, response.status_code, took)
-        if ACCESS_LOG:
+        tally.answered(request.method, response.status_code, took)
+        if ACCESS_LOG is not None:
             name = instead_of.id if instead_of else None
-            access(incoming, response.status_code, name, len(response.body), took)
-        self.finish(incoming)
+            ACCESS_LOG.answered(request, response.status_code, name, len(response.body), took)
+        self.finish(request)
 
     def say(self, response: Response, *, close: bool = True, head_only: bool = False) -> None:
         status = http.HTTPStatus(response.status_code)
@@ -1424,14 +2063,14 @@ class Client(asyncio.Protocol):
         body = b"" if head_only else bytes(response.body)
         self.transport.write(b"".join([head, *lines, b"\r\n", body]))
 
-    def finish(self, incoming: Incoming, close: bool = False) -> None:
+    def finish(self, request: Request, close: bool = False) -> None:
         """The answer is written: on to the next request, or the connection ends."""
-        incoming.answered = True
-        incoming.arrived.set()
+        request.answered = True
+        request.arrived.set()
         self.touched = self.loop.time()
-        if incoming.more_body:
+        if request.more_body:
             self.linger()
-        elif close or not incoming.keep_alive:
+        elif close or not request.keep_alive:
             self.transport.close()
         elif not self.transport.is_closing():
             self.resume_reading()
@@ -1546,20 +2185,20 @@ class Exchange:
 
     def __init__(
         self,
-        incoming: Incoming,
+        request: Request,
         upstream: Upstream,
         then: Callable[[Exchange], None],
         spare: str = "",
     ) -> None:
-        client = self.client = incoming.client
-        self.incoming, self.upstream, self.then = incoming, upstream, then
+        client = self.client = request.client
+        self.request, self.upstream, self.then = request, upstream, then
         self.parser = httptools.HttpResponseParser(self)
         self.spare = spare  # an answer that says "not here" is swallowed: see `lacking`
         self.began = time.monotonic()  # loop.time() stands still within one turn of the loop
         self.fields: list[tuple[bytes, bytes]] = []
         self.out: list[bytes] = []
-        self.head_only = incoming.method == b"HEAD"
-        self.version_10 = incoming.version == "1.0"
+        self.head_only = request.method == b"HEAD"
+        self.version_10 = request.version == "1.0"
         upstream.exchange = self
         if client.exchange is None:
             client.exchange = self  # else one of several that are asked; the answer's is the one
@@ -1575,7 +2214,7 @@ class Exchange:
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            if self.incoming.handshake and not self.finished:
+            if self.request.handshake and not self.finished:
                 self.upstream.transport.pause_reading()
                 self.tail = data[upgrade.args[0] :]
                 self.end("switched")
@@ -1612,7 +2251,7 @@ class Exchange:
         """The head of an answer is in: write the client's."""
         if self.finished:
             return
-        parser, incoming = self.parser, self.incoming
+        parser, request = self.parser, self.request
         status = self.status = parser.get_status_code()
         reason, self.reason = self.reason, b""
         if status == 101:
@@ -1621,8 +2260,8 @@ class Exchange:
             self.informational(status, reason)
             return
         if self.spare:
-            lacks = lacking(self.spare, incoming.path, status, self.fields)
-            if lacks or incoming.begun or incoming.gone:  # or another was first
+            lacks = lacking(self.spare, request.path, status, self.fields)
+            if lacks or request.begun or request.gone:  # or another was first
                 self.keep = parser.should_keep_alive()
                 self.spared = True
                 self.end("missing")
@@ -1651,8 +2290,8 @@ class Exchange:
         if drop is not HOP_BY_HOP:  # Connection may name a header that stood before it
             out[1:] = [line for line in out[1:] if line.partition(b":")[0].lower() not in drop]
         append(self.upstream.deployment.header)
-        if incoming.visitor:
-            out += visitor_cookie(incoming, self.fields)
+        if request.visitor:
+            out += visitor_cookie(request, self.fields)
         empty = self.head_only or status in (204, 304)
         self.keep = parser.should_keep_alive()
         self.until_close = not (length or coded or empty)
@@ -1666,14 +2305,14 @@ class Exchange:
                 append(CHUNKED)
         elif coded and self.head_only and not self.version_10:
             append(CHUNKED)
-        if not incoming.keep_alive or self.close:
+        if not request.keep_alive or self.close:
             self.close = True
             append(b"connection: close\r\n")
         append(b"\r\n")
         self.out = out
         self.answered_at = time.monotonic()
-        self.started = incoming.begun = True
-        incoming.expects_continue = False
+        self.started = request.begun = True
+        request.expects_continue = False
         if self.go_ahead:
             self.go_ahead.set()
         if self.head_only:
@@ -1753,7 +2392,7 @@ class Exchange:
 
     def check_time(self) -> None:
         """Give up on a backend that does not begin to answer, or falls silent in its answer."""
-        limit = HANDSHAKE_TIMEOUT if self.incoming.handshake else RESPONSE_TIMEOUT
+        limit = HANDSHAKE_TIMEOUT if self.request.handshake else RESPONSE_TIMEOUT
         if self.finished or time.monotonic() - (self.heard or self.began) <= limit:
             return
         if not self.started:
@@ -1801,7 +2440,7 @@ class Exchange:
             self.go_ahead.set()
         if self.writable:
             self.writable.set()
-        sending = self.incoming.more_body or self.incoming.body
+        sending = self.request.more_body or self.request.body
         # the body of an answer that was held back is still on its way
         unread = self.spared and not self.head_only
         pool = upstream.deployment.idle
@@ -1822,50 +2461,50 @@ class Exchange:
 
     def send(self, head: list[bytes]) -> asyncio.Task[None] | None:
         """Send the request: at once where all of it is here, else its body by a task."""
-        incoming, write = self.incoming, self.upstream.transport.write
+        request, write = self.request, self.upstream.transport.write
         chunked = head[-2] == CHUNKED
-        if incoming.more_body or len(incoming.body) > BODY_AHEAD:
-            if incoming.expects_continue:
+        if request.more_body or len(request.body) > BODY_AHEAD:
+            if request.expects_continue:
                 self.go_ahead = asyncio.Event()
             self.writable = asyncio.Event()
             self.writable.set()
             write(b"".join(head))
             return self.client.loop.create_task(self.send_body(chunked))
-        if incoming.body:
-            body, incoming.body = bytes(incoming.body), bytearray()
+        if request.body:
+            body, request.body = bytes(request.body), bytearray()
             head = [*head, b"%x\r\n%b\r\n" % (len(body), body) if chunked else body]
         write(b"".join([*head, b"0\r\n\r\n"] if chunked else head))
         return None
 
     async def send_body(self, chunked: bool) -> None:
         """Copy the body as it comes in, at the pace the backend takes it."""
-        incoming, write = self.incoming, self.upstream.transport.write
+        request, write = self.request, self.upstream.transport.write
         if self.go_ahead:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.go_ahead.wait(), CONTINUE_TIMEOUT)
             if self.started:
                 return
-        while not self.finished and (piece := await incoming.read()):
+        while not self.finished and (piece := await request.read()):
             if self.finished:
                 return  # type: ignore[unreachable]  # it changes while we wait
             write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
             if self.writable:
                 await self.writable.wait()
-        if chunked and not (self.finished or incoming.more_body or incoming.gone):
+        if chunked and not (self.finished or request.more_body or request.gone):
             write(b"0\r\n\r\n")
 
 
-def request_head(incoming: Incoming, deployment: Deployment) -> list[bytes]:
+def request_head(request: Request, deployment: Deployment) -> list[bytes]:
     """The lines of the request for the backend: the client's, byte for byte and in order, less
     the hop-by-hop ones, plus the forwarding headers that the edge has not set."""
-    url = incoming.url
+    url = request.url
     if not url.startswith(b"/"):  # absolute-form and `*`
         asked = b"?" in url.partition(b"#")[0]
-        url = incoming.path + (b"?" + incoming.query if asked else b"")
-    out = [incoming.method, b" ", url, b" HTTP/1.1\r\n"]
+        url = request.path + (b"?" + request.query if asked else b"")
+    out = [request.method, b" ", url, b" HTTP/1.1\r\n"]
     drop = HOP_BY_HOP
     host = forwarded_for = forwarded_proto = forwarded_host = coded = None
-    for name, lower, value in incoming.fields:
+    for name, lower, value in request.fields:
         if lower in drop:
             if lower == b"connection":
                 named = value.lower()
@@ -1890,13 +2529,13 @@ def request_head(incoming: Incoming, deployment: Deployment) -> list[bytes]:
         out.append(b"host: " + deployment.authority.encode() + b"\r\n")
     elif forwarded_host is None:
         out.append(b"x-forwarded-host: " + host + b"\r\n")
-    if forwarded_for is None and incoming.client.peer:
-        out.append(b"x-forwarded-for: " + incoming.client.peer + b"\r\n")
+    if forwarded_for is None and request.client.peer:
+        out.append(b"x-forwarded-for: " + request.client.peer + b"\r\n")
     if forwarded_proto is None:
         out.append(b"x-forwarded-proto: http\r\n")
     if coded:
         out.append(CHUNKED)
-    if incoming.handshake:
+    if request.handshake:
         out.append(b"connection: Upgrade\r\nupgrade: websocket\r\n")
     out.append(b"\r\n")
     return out
@@ -1906,19 +2545,19 @@ FORWARDED = frozenset((b"host", b"x-forwarded-for", b"x-forwarded-proto", b"x-fo
 SAFE_TO_REPEAT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE"))
 
 
-def repeatable(incoming: Incoming) -> bool:
+def repeatable(request: Request) -> bool:
     """May it be sent once more, where a pooled connection had died (RFC 9110 section 9.2.2)?"""
-    return incoming.method in SAFE_TO_REPEAT and not (incoming.more_body or incoming.body)
+    return request.method in SAFE_TO_REPEAT and not (request.more_body or request.body)
 
 
-def from_pool(incoming: Incoming, deployment: Deployment) -> Upstream | None:
-    if incoming.handshake:
+def from_pool(request: Request, deployment: Deployment) -> Upstream | None:
+    if request.handshake:
         return None
-    return pooled(deployment, UPSTREAM_IDLE if repeatable(incoming) else UNSAFE_IDLE)
+    return pooled(deployment, UPSTREAM_IDLE if repeatable(request) else UNSAFE_IDLE)
 
 
 async def forward(
-    incoming: Incoming,
+    request: Request,
     deployment: Deployment,
     spare: str = "",
     patience: float | None = None,
@@ -1929,13 +2568,13 @@ async def forward(
     pooled one. Returns how it ended, as `Exchange` has it; raises UpstreamError where nothing has
     been sent to the client yet.
     """
-    loop = incoming.client.loop
-    again = repeatable(incoming)
-    upstream = None if fresh else from_pool(incoming, deployment)
+    loop = request.client.loop
+    again = repeatable(request)
+    upstream = None if fresh else from_pool(request, deployment)
     while True:
         if upstream is None:
             upstream = await connect(deployment, patience or CONNECT_TIMEOUT)
-        if incoming.gone:
+        if request.gone:
             upstream.transport.abort()
             return "gone"
         done: asyncio.Future[None] = loop.create_future()
@@ -1944,8 +2583,8 @@ async def forward(
             if not done.done():
                 done.set_result(None)
 
-        exchange = Exchange(incoming, upstream, ended, spare)
-        pump = exchange.send(request_head(incoming, deployment))
+        exchange = Exchange(request, upstream, ended, spare)
+        pump = exchange.send(request_head(request, deployment))
         hurry = patience and loop.call_later(patience, exchange.give_up)
         try:
             await done
@@ -1964,7 +2603,7 @@ async def forward(
 
 def conclude(exchange: Exchange) -> str:
     """Do what is to be done when an exchange has ended. Returns and raises as `forward`."""
-    incoming, deployment = exchange.incoming, exchange.upstream.deployment
+    request, deployment = exchange.request, exchange.upstream.deployment
     outcome = exchange.outcome
     if outcome in ("reset", "lost"):
         detail = "the deployment closed the connection without an answer"
@@ -1974,15 +2613,15 @@ def conclude(exchange: Exchange) -> str:
     took = time.monotonic() - exchange.began
     if exchange.status:
         tally = deployment.tally
-        tally.answered(incoming.method, exchange.status, took)
+        tally.answered(request.method, exchange.status, took)
         if exchange.started:
             tally.first_byte.add(exchange.answered_at - exchange.began)
-    if ACCESS_LOG:
-        access(incoming, exchange.status, deployment.id, exchange.bytes_out, took)
+    if ACCESS_LOG is not None:
+        ACCESS_LOG.answered(request, exchange.status, deployment.id, exchange.bytes_out, took)
     if outcome == "ok":
-        incoming.client.finish(incoming, exchange.close)
+        request.client.finish(request, exchange.close)
     elif outcome == "switched":
-        join(incoming.client, exchange)
+        join(request.client, exchange)
     return outcome
 
 
@@ -2068,7 +2707,7 @@ def join(client: Client, exchange: Exchange) -> None:
     head = [b"HTTP/1.1 101 Switching Protocols\r\n"]
     head += [n + b": " + v + b"\r\n" for n, v in exchange.fields]
     head += [upstream.deployment.header, b"\r\n", exchange.tail]
-    exchange.incoming.begun = exchange.incoming.answered = True
+    exchange.request.begun = exchange.request.answered = True
     client.connections.discard(client)
     Client.instances.discard(client)
     if client.transport.is_closing() or upstream.transport.is_closing():
@@ -2097,18 +2736,17 @@ QUERY_AFFINITY = re.compile(rb"(?:^|&)" + AFFINITY_QUERY.encode() + rb"=([^&]*)"
 QUERY_RELOAD = re.compile(rb"(?:^|&)" + RELOAD_QUERY.encode() + rb"=1(?:&|$)")
 SUSPECT_PATH = re.compile(rb"_pulse|//|/\.|[%\\;]", re.IGNORECASE)
 OWN_HEALTH_PATH = ROUTER_HEALTH_PATH.encode()
-ACCESS_LOG = os.environ.get("PULSE_RAILWAY_ACCESS_LOG", "") not in ("", "0", "false")
 ASSET_PREFIXES = tuple(
     p.encode() for p in os.environ.get("PULSE_RAILWAY_ASSET_PREFIXES", "/assets/").split(",") if p
 )
 
 
-def affinity(incoming: Incoming) -> bytes:
+def affinity(request: Request) -> bytes:
     """The deployment id that a request carries, query before header, or nothing."""
-    query = incoming.query
+    query = request.query
     if query and (found := QUERY_AFFINITY.search(query)) and found[1]:
         return urllib.parse.unquote_to_bytes(found[1])
-    for _, name, value in incoming.fields:
+    for _, name, value in request.fields:
         if name == b"x-pulse-deployment":
             return value.strip()
     return b""
@@ -2146,57 +2784,57 @@ def local_location(value: str, host: str) -> str | None:
     return None
 
 
-def route(incoming: Incoming) -> None:
+def route(request: Request) -> None:
     """Send a request on its way: at once where nothing has to be waited for, else in a task."""
     METRICS.requests += 1
-    client, path = incoming.client, incoming.path
+    client, path = request.client, request.path
     if path == OWN_HEALTH_PATH:
-        client.answer(incoming, JSONResponse({"ok": TABLE.ready}, 200 if TABLE.ready else 503))
+        client.answer(request, TABLE.health())
         return
     if is_internal(path):
-        client.answer(incoming, plain(404))
+        client.answer(request, plain(404))
         return
     table = TABLE
-    if table.maintenance and not passes(incoming):
-        client.answer(incoming, table.maintenance.answer(incoming))
+    if table.page and not passes(request):
+        client.answer(request, table.page.answer(request))
         return
-    if name := affinity(incoming):
+    if name := affinity(request):
         target = table.deployments.get(name)
     else:
-        target = table.active if table.canary is None else chosen(incoming)
-    simple = target and not incoming.more_body and not spare_for(incoming, name)
-    if target and simple and (upstream := from_pool(incoming, target)):
-        exchange = Exchange(incoming, upstream, functools.partial(at_end, name))
-        exchange.send(request_head(incoming, target))
+        target = table.active if table.canary is None else chosen(request)
+    simple = target and not request.more_body and not spare_for(request, name)
+    if target and simple and (upstream := from_pool(request, target)):
+        exchange = Exchange(request, upstream, functools.partial(at_end, name))
+        exchange.send(request_head(request, target))
     else:
-        client.spawn(handle(incoming, name))
+        client.spawn(handle(request, name))
 
 
 def at_end(name: bytes, exchange: Exchange) -> None:
     """What was sent on its way at once has ended."""
-    incoming = exchange.incoming
-    if exchange.outcome == "reset" and repeatable(incoming):
-        incoming.client.spawn(handle(incoming, name, fresh=True))
+    request = exchange.request
+    if exchange.outcome == "reset" and repeatable(request):
+        request.client.spawn(handle(request, name, fresh=True))
         return
     target = exchange.upstream.deployment
     try:
         conclude(exchange)
     except UpstreamError as error:
-        answer_for(incoming, target, error)
+        answer_for(request, target, error)
 
 
 # -- without affinity: the active deployment, or the canary ------------------------------------
 
 
-def chosen(incoming: Incoming) -> Deployment | None:
+def chosen(request: Request) -> Deployment | None:
     """The deployment of a request that names none. While there is a canary, its visitor is drawn
     for, with the same outcome in every router: a page, its assets, its `fetch` calls and its
     socket all get the same one."""
     if TABLE.canary is None:
         return TABLE.active
-    known, visitor = visitor_of(incoming)
+    known, visitor = visitor_of(request)
     if not known:
-        incoming.visitor = visitor
+        request.visitor = visitor
     return TABLE.canary if drawn(visitor, TABLE.canary.id, TABLE.weight) else TABLE.active
 
 
@@ -2210,12 +2848,12 @@ def drawn(visitor: bytes, deployment_id: str, weight: float) -> bool:
 VISITOR = re.compile(rb"(?:^|;) *" + VISITOR_COOKIE.encode() + rb"=([0-9a-f]{16})(?:;|$)")
 
 
-def visitor_of(incoming: Incoming) -> tuple[bool, bytes]:
+def visitor_of(request: Request) -> tuple[bool, bytes]:
     """Who asks, and whether a cookie of ours said so. Without one, it is client address and user
     agent, which the cookie then fixes: the address may change. An app's own session cookie would
     not do, since it comes with the first page, and the page's assets would be drawn for anew."""
     address = agent = forwarded = b""
-    for _, name, value in incoming.fields:
+    for _, name, value in request.fields:
         if name == b"cookie":
             if found := VISITOR.search(value):
                 return True, found[1]
@@ -2225,20 +2863,20 @@ def visitor_of(incoming: Incoming) -> tuple[bool, bytes]:
             address = value
         elif name == b"x-forwarded-for":
             forwarded = value.partition(b",")[0].strip()
-    who = (address or forwarded or incoming.client.peer) + b"\n" + agent
+    who = (address or forwarded or request.client.peer) + b"\n" + agent
     return False, hashlib.blake2b(who, digest_size=8).hexdigest().encode()
 
 
-def visitor_cookie(incoming: Incoming, fields: list[tuple[bytes, bytes]]) -> list[bytes]:
+def visitor_cookie(request: Request, fields: list[tuple[bytes, bytes]]) -> list[bytes]:
     """The header line that gives a visitor its cookie, with a page: other answers may be kept in
     caches that many share."""
     for name, value in fields:
         if name.lower() == b"content-type" and value.strip().lower().startswith(b"text/html"):
             secure = b""
-            for _, lower, proto in incoming.fields:
+            for _, lower, proto in request.fields:
                 if lower == b"x-forwarded-proto" and proto.strip().lower() == b"https":
                     secure = b"; Secure"
-            cookie = VISITOR_COOKIE.encode() + b"=" + incoming.visitor
+            cookie = VISITOR_COOKIE.encode() + b"=" + request.visitor
             life = b"; Path=/; Max-Age=2592000; HttpOnly; SameSite=Lax"
             return [b"set-cookie: " + cookie + life + secure + b"\r\n"]
     return []
@@ -2256,109 +2894,105 @@ INTERNAL_TOKEN = os.environ.get("PULSE_RAILWAY_INTERNAL_TOKEN", "").encode()
 
 
 @dataclass(frozen=True)
-class Maintenance:
+class MaintenancePage:
     """What everybody gets while the app is not to be used."""
 
     page: bytes
     retry_after: int  # seconds
 
-    def answer(self, incoming: Incoming) -> Response:
+    def answer(self, request: Request) -> Response:
         headers = {"retry-after": str(self.retry_after), "cache-control": "no-store"}
-        for _, name, value in incoming.fields:
+        for _, name, value in request.fields:
             if name == b"accept" and b"text/html" in value:
                 return Response(self.page, 503, headers, "text/html; charset=utf-8")
         return JSONResponse({"detail": "maintenance"}, 503, headers)
 
 
-def maintenance(state: State) -> Maintenance | None:
-    if MAINTENANCE not in state:
-        return None
-    said = _object(state, MAINTENANCE)
-    retry_after = int(said.get("retry_after") or 30)
-    page = str(said.get("page") or f"<meta http-equiv=refresh content={retry_after}>{PAGE}")
-    return Maintenance(page.encode(), retry_after)
+def maintenance_page(closed: Maintenance) -> MaintenancePage:
+    again = f"<meta http-equiv=refresh content={closed.retry_after}>{PAGE}"
+    return MaintenancePage((closed.page or again).encode(), closed.retry_after)
 
 
-def passes(incoming: Incoming) -> bool:
+def passes(request: Request) -> bool:
     """Does this get to the app in maintenance too? Its health check does, and who shows the
     internal token: `deploy` looks at the version that it brings up."""
-    if incoming.path == HEALTH_PATH.encode():
+    if request.path == HEALTH_PATH.encode():
         return True
     return bool(INTERNAL_TOKEN) and any(
         name == b"x-pulse-railway-internal-token" and hmac.compare_digest(value, INTERNAL_TOKEN)
-        for _, name, value in incoming.fields
+        for _, name, value in request.fields
     )
 
 
 # -- a request that has to wait ----------------------------------------------------------------
 
 
-async def handle(incoming: Incoming, name: bytes, *, fresh: bool = False) -> None:
+async def handle(request: Request, name: bytes, *, fresh: bool = False) -> None:
     """Answer a request that something has to be waited for: a name, a connection, another one."""
-    target = await TABLE.find(name) if name else chosen(incoming)
-    if target is None and incoming.handshake and QUERY_RELOAD.search(incoming.query):
+    target = await TABLE.find(name) if name else chosen(request)
+    if target is None and request.handshake and QUERY_RELOAD.search(request.query):
         METRICS.stale += 1
         target = TABLE.active  # which tells the tab to reload
     if target is None:
-        incoming.client.answer(incoming, no_target(incoming, name))
+        request.client.answer(request, no_target(request, name))
         return
     try:
-        await answered_by(incoming, target, name, fresh)
+        await answered_by(request, target, name, fresh)
     except UpstreamError as error:
         active = TABLE.active
-        drawn = not name and target is not active and not incoming.begun
-        if drawn and active and (not error.sent or (error.status == 502 and repeatable(incoming))):
+        drawn = not name and target is not active and not request.begun
+        if drawn and active and (not error.sent or (error.status == 502 and repeatable(request))):
             target.tally.failed += 1  # a canary that is down costs no visitor anything
             target.tally.erred(error.kind)
             try:
-                await answered_by(incoming, active, name)
+                await answered_by(request, active, name)
             except UpstreamError as also:
-                answer_for(incoming, active, also)
+                answer_for(request, active, also)
         else:
-            answer_for(incoming, target, error)
+            answer_for(request, target, error)
 
 
 async def answered_by(
-    incoming: Incoming, target: Deployment, name: bytes, fresh: bool = False
+    request: Request, target: Deployment, name: bytes, fresh: bool = False
 ) -> None:
     """Have a deployment answer, or another one what it lacks. Raises as `forward`."""
-    spare = spare_for(incoming, name)
-    lacks = await forward(incoming, target, spare, fresh=fresh) == "missing"
-    if lacks and not await elsewhere(incoming, target, spare):
-        await forward(incoming, target)
+    spare = spare_for(request, name)
+    lacks = await forward(request, target, spare, fresh=fresh) == "missing"
+    if lacks and not await elsewhere(request, target, spare):
+        await forward(request, target)
 
 
-def answer_for(incoming: Incoming, target: Deployment, error: UpstreamError) -> None:
+def answer_for(request: Request, target: Deployment, error: UpstreamError) -> None:
     """The answer where a backend gave none."""
     METRICS.errors += 1
     target.tally.erred(error.kind)
     response = plain(error.status, error.detail)
     response.raw_headers.append((SELECTED_HEADER.encode(), target.id.encode()))
-    incoming.client.answer(incoming, response, instead_of=target)
+    request.client.answer(request, response, instead_of=target)
 
 
-def spare_for(incoming: Incoming, name: bytes) -> str:
+def spare_for(request: Request, name: bytes) -> str:
     """Is this something that another deployment may have where the one asked has not?"""
-    if name or len(TABLE.deployments) < 2 or incoming.method not in (b"GET", b"HEAD"):
+    if name or len(TABLE.deployments) < 2 or request.method not in (b"GET", b"HEAD"):
         return ""
-    if incoming.more_body or incoming.body:
+    if request.more_body or request.body:
         return ""  # it could be sent only once
-    if incoming.path.startswith(ASSET_PREFIXES):
+    if request.path.startswith(ASSET_PREFIXES):
         return ASSET
-    return DISCOVERY if incoming.path.endswith(DISCOVERY_PATH) else ""
+    return DISCOVERY if request.path.endswith(DISCOVERY_PATH) else ""
 
 
-async def elsewhere(incoming: Incoming, asked: Deployment, spare: str) -> bool:
+async def elsewhere(request: Request, asked: Deployment, spare: str) -> bool:
     """Ask the other live deployments for what the one asked lacks: the next one as soon as one
     says no, or beside one that takes its time. The first that has it answers. Did one?"""
-    loop, path = incoming.client.loop, incoming.url
+    loop, path = request.client.loop, request.url
     others = collections.deque(TABLE.others(asked, path))
     asking: dict[asyncio.Task[str], Deployment] = {}
     try:
-        while asking or (others and not incoming.gone):
-            if others and not incoming.begun:
+        while asking or (others and not request.gone):
+            if others and not request.begun:
                 other = others.popleft()
-                asking[loop.create_task(forward(incoming, other, spare, SPARE_TIMEOUT))] = other
+                asking[loop.create_task(forward(request, other, spare, SPARE_TIMEOUT))] = other
             done, _ = await asyncio.wait(
                 asking,
                 timeout=SPARE_PAUSE if others else None,
@@ -2372,21 +3006,21 @@ async def elsewhere(incoming: Incoming, asked: Deployment, spare: str) -> bool:
                         return True
                 except UpstreamError:  # down or frozen: not every asset of a page waits for it
                     other.unwell = time.monotonic() + UNWELL_SECONDS
-        return incoming.gone
+        return request.gone
     finally:
         for task in asking:
             task.cancel()
 
 
-def no_target(incoming: Incoming, name: bytes) -> Response:
+def no_target(request: Request, name: bytes) -> Response:
     """What a request gets whose deployment is not known."""
-    if not TABLE.ready:
+    if not TABLE.ready or TABLE.provisional:
         why = "the routing state is lost" if TABLE.loaded else "not loaded yet"
         return JSONResponse({"detail": why}, 503, headers={"retry-after": "1"})
     if not name or TABLE.active is None:
         return plain(404, "deployment not found")
     METRICS.stale += 1
-    headers = Headers(raw=[(lower, value) for _, lower, value in incoming.fields])
+    headers = Headers(raw=[(lower, value) for _, lower, value in request.fields])
     location = headers.get(CLIENT_LOADER_LOCATION_HEADER)
     if headers.get(CLIENT_LOADER_HEADER) == "1" and location:
         host = headers.get("x-forwarded-host") or headers.get("host") or ""
@@ -2401,7 +3035,7 @@ def no_target(incoming: Incoming, name: bytes) -> Response:
             "vary": "Origin",
         }
     wanted = headers.get("access-control-request-method")
-    if incoming.method == b"OPTIONS" and wanted:
+    if request.method == b"OPTIONS" and wanted:
         answer["access-control-allow-methods"] = wanted
         if asked := headers.get("access-control-request-headers"):
             answer["access-control-allow-headers"] = asked
@@ -2433,401 +3067,42 @@ def lacking(spare: str, path: bytes, status: int, fields: list[tuple[bytes, byte
 
 
 # ---------------------------------------------------------------------------------------------
-# The access log: JSON lines on stdout, as Railway reads them.
-
-
-class AccessLog:
-    """Lines wait here for a fraction of a second and are written by a thread, so that a slow reader
-    holds no request up. Above `rate` lines a second, of which Railway drops what is over 500 of a
-    replica, every n-th is written and says so (`sample`); errors always are."""
-
-    def __init__(self, rate: int) -> None:
-        self.rate = rate
-        self.lines: list[str] = []
-        self.seen = self.kept = self.dropped = 0  # in this second, but for `dropped`
-        self.sample = 1
-        self.idle = threading.Event()  # nothing is being written
-        self.idle.set()
-
-    def takes(self, error: bool) -> bool:
-        """Is the next line to be written? Asked before it is made."""
-        self.seen += 1
-        too_many = not error and (self.seen % self.sample or self.kept >= self.rate)
-        if too_many or len(self.lines) >= LOG_AHEAD:
-            self.dropped += 1
-            return False
-        return True
-
-    def add(self, line: Record, error: bool) -> None:
-        self.kept += 1
-        if self.sample > 1 and not error:
-            line["sample"] = self.sample
-        self.lines.append(json.dumps(line) + "\n")
-
-    def second(self) -> None:
-        """The next second begins: how much of it can be written is known from the one before."""
-        self.sample = -(-self.seen // self.rate) or 1
-        self.seen = self.kept = 0
-
-    def flush(self) -> None:
-        if self.lines and self.idle.is_set():
-            self.idle.clear()
-            text, self.lines = "".join(self.lines), []
-            # a daemon, since nobody may read what it writes, and the process has to end
-            threading.Thread(target=self.write, args=(text.encode(),), daemon=True).start()
-
-    def write(self, data: bytes) -> None:
-        with contextlib.suppress(OSError):  # nobody reads it any more
-            while data:
-                data = data[os.write(1, data) :]
-        self.idle.set()
-
-    async def run(self) -> None:
-        try:
-            for turn in itertools.count(1):
-                await asyncio.sleep(LOG_FLUSH)
-                self.flush()
-                if turn % round(1 / LOG_FLUSH) == 0:
-                    self.second()
-        finally:
-            for _ in range(2):  # what is being written, and what came meanwhile
-                self.idle.wait(0.5)
-                self.flush()
-            self.idle.wait(0.5)
-
-
-LOG = AccessLog(LOG_RATE)
-
-
-def access(incoming: Incoming, status: int, deployment: str | None, size: int, took: float) -> None:
-    """Log one answer; status 0 is none, the client had gone. Paths only: a query can carry a
-    secret."""
-    if not LOG.takes(status >= 500):
-        return
-    path = urllib.parse.unquote(incoming.path.decode("latin-1"))
-    method = incoming.method.decode()
-    request_id = next((v for _, lower, v in incoming.fields if lower == REQUEST_ID), b"")
-    LOG.add(
-        {
-            "message": f"{method} {path} {status or 'gone'} {took * 1000:.1f} ms",
-            "level": "error" if status >= 500 else "warn" if status >= 400 else "info",
-            "requestId": request_id.decode("latin-1") or None,
-            "time": round(time.time(), 3),
-            "method": method,
-            "path": path,
-            "status": status,
-            "deployment": deployment,
-            "bytes": size,
-            "seconds": round(took, 6),
-        },
-        error=status >= 500,
-    )
-
-
-# ---------------------------------------------------------------------------------------------
-# What is exported: the same numbers as Prometheus text on a port of their own, and pushed as
-# OTLP. The names are OpenTelemetry's where it has one, and Prometheus' rendering of those
-# (https://opentelemetry.io/docs/specs/otel/compatibility/prometheus_and_openmetrics/).
-
-Labels = tuple[tuple[str, str], ...]
-Value = float | list[float]  # of a histogram: its counts by bucket, and the sum
-Numbers = dict[tuple[str, Labels], Value]
-
-
-@dataclass(frozen=True)
-class Family:
-    kind: str  # counter, gauge, histogram
-    unit: str
-    says: str
-
-    def prometheus(self, name: str) -> str:
-        suffix = {"s": "_seconds", "By": "_bytes"}.get(self.unit, "")
-        return name.replace(".", "_") + suffix + ("_total" if self.kind == "counter" else "")
-
-
-FAMILIES = {
-    "http.server.request.duration": Family("histogram", "s", "Requests, until their answer ended"),
-    "http.server.active_requests": Family("gauge", "{request}", "Requests under way"),
-    "pulse.router.first_byte.duration": Family(
-        "histogram", "s", "Requests, until their answer began"
-    ),
-    "pulse.router.upstream.errors": Family("counter", "{error}", "What deployments did wrong"),
-    "pulse.router.websockets": Family("gauge", "{connection}", "Open WebSockets"),
-    "pulse.router.websockets.opened": Family("counter", "{connection}", "WebSockets opened"),
-    "pulse.router.stale": Family(
-        "counter", "{request}", "Requests of tabs of a removed deployment"
-    ),
-    "pulse.router.connections": Family(
-        "gauge", "{connection}", "Connected clients, less WebSockets"
-    ),
-    "pulse.router.connections.refused": Family(
-        "counter", "{connection}", "Clients turned away at the limit"
-    ),
-    "pulse.router.log.dropped": Family("counter", "{line}", "Lines left out of the access log"),
-    "pulse.router.table.age": Family("gauge", "s", "Since the routing state was last read"),
-    "pulse.router.deployments": Family("gauge", "{deployment}", "Deployments by state"),
-    "pulse.router.sessions": Family("gauge", "{session}", "Render sessions of a deployment"),
-    "process.cpu.time": Family("counter", "s", "Of the router's processes"),
-    "process.memory.usage": Family("gauge", "By", "Resident memory of the router's processes"),
-    "process.open_file_descriptor.count": Family("gauge", "{count}", "Open descriptors"),
-}
-
-
-DOTTED = {"http_request_method": "http.request.method", "error_type": "error.type"}  # OTel's own
-
-
-def numbers(tab_counts: Mapping[str, int]) -> Numbers:
-    """What this process has counted."""
-    found: Numbers = {}
-
-    def put(family: str, value: Value, **labels: str) -> None:
-        found[family, tuple(labels.items())] = value
-
-    def histogram(family: str, values: Histogram, **labels: str) -> None:
-        put(family, [*values.counts, round(values.total, 6)], **labels)
-
-    # "-" is no deployment: the router's own answers
-    for name, tally in [("-", METRICS.own), *METRICS.tallies.items()]:
-        for (method, status), values in tally.answers.items():
-            labels = {"http_request_method": method.decode(), "status_class": f"{status}xx"}
-            histogram("http.server.request.duration", values, deployment=name, **labels)
-        if any(tally.first_byte.counts):
-            histogram("pulse.router.first_byte.duration", tally.first_byte, deployment=name)
-        for kind, count in tally.errors.items():
-            put("pulse.router.upstream.errors", count, deployment=name, error_type=kind)
-    under_way, tunnels = requests_under_way(), tunnels_by_deployment()
-    for name, tally in METRICS.tallies.items():
-        put("http.server.active_requests", under_way[name], deployment=name)
-        put("pulse.router.websockets", tunnels[name], deployment=name)
-        put("pulse.router.websockets.opened", tally.tunnels, deployment=name)
-    put("pulse.router.stale", METRICS.stale)
-    put("pulse.router.connections", len(Client.instances))
-    put("pulse.router.connections.refused", METRICS.turned_away)
-    put("pulse.router.log.dropped", LOG.dropped)
-    put("pulse.router.table.age", round(time.monotonic() - TABLE.loaded_at, 3))
-    states = collections.Counter(entry.state for entry in TABLE.deployments.values())
-    for state in ("pending", "active", "draining"):
-        put("pulse.router.deployments", states[state], state=state)
-    for name, count in tab_counts.items():
-        put("pulse.router.sessions", count, deployment=name)
-    put("process.cpu.time", round(time.process_time(), 3))
-    with contextlib.suppress(OSError), open("/proc/self/statm") as statm:
-        put("process.memory.usage", int(statm.read().split()[1]) * resource.getpagesize())
-        put("process.open_file_descriptor.count", open_descriptors())
-    return found
-
-
-def open_descriptors() -> int:
-    """Counting many takes milliseconds, so it is done now and then."""
-    if time.monotonic() > METRICS.descriptors_until:
-        METRICS.descriptors = len(os.listdir("/proc/self/fd"))
-        METRICS.descriptors_until = time.monotonic() + DESCRIPTORS_EVERY
-    return METRICS.descriptors
-
-
-def prometheus(found: Numbers) -> str:
-    """Prometheus' text format."""
-    lines = []
-    for name, family in FAMILIES.items():
-        title = family.prometheus(name)
-        points = [(labels, v) for (other, labels), v in found.items() if other == name]
-        if points:
-            lines += [f"# HELP {title} {family.says}", f"# TYPE {title} {family.kind}"]
-        for labels, value in points:
-            pairs = [f'{label}="{said}"' for label, said in labels]
-            braces = "{" + ",".join(pairs) + "}" if pairs else ""
-            if not isinstance(value, list):
-                lines.append(f"{title}{braces} {value}")
-                continue
-            *counts, total = value
-            for bound, count in zip((*BUCKETS, "+Inf"), itertools.accumulate(counts), strict=True):
-                bucket = ",".join([*pairs, f'le="{bound}"'])
-                lines.append(f"{title}_bucket{{{bucket}}} {count}")
-            lines += [f"{title}_sum{braces} {total}", f"{title}_count{braces} {sum(counts)}"]
-    return "\n".join(lines) + "\n"
-
-
-def otlp(found: Numbers, resource_attributes: Mapping[str, str]) -> Record:
-    """An ExportMetricsServiceRequest in OTLP's JSON encoding, in which 64-bit integers are text."""
-    now = str(time.time_ns())
-    began = str(int(METRICS.started_at * 1e9))
-
-    def attributes(labels: Iterable[tuple[str, str]]) -> list[Record]:
-        return [{"key": key, "value": {"stringValue": value}} for key, value in labels]
-
-    def point(labels: Labels, value: Value) -> Record:
-        dotted = ((DOTTED.get(key, key), said) for key, said in labels)
-        at = {"attributes": attributes(dotted), "startTimeUnixNano": began, "timeUnixNano": now}
-        if isinstance(value, list):
-            *counts, total = value
-            said = {"count": str(sum(counts)), "sum": total, "explicitBounds": list(BUCKETS)}
-            return {**at, **said, "bucketCounts": [str(count) for count in counts]}
-        return {**at, **({"asDouble": value} if value % 1 else {"asInt": str(int(value))})}
-
-    metrics: list[Record] = []
-    for name, family in FAMILIES.items():
-        points = [point(labels, v) for (other, labels), v in found.items() if other == name]
-        about: Record = {"aggregationTemporality": 2, "dataPoints": points}  # cumulative
-        if family.kind == "counter":
-            data = {"sum": {**about, "isMonotonic": True}}
-        elif family.kind == "histogram":
-            data = {"histogram": about}
-        else:
-            data = {"gauge": {"dataPoints": points}}
-        if points:
-            metrics.append({"name": name, "unit": family.unit, "description": family.says, **data})
-    return {
-        "resourceMetrics": [
-            {
-                "resource": {"attributes": attributes(resource_attributes.items())},
-                "scopeMetrics": [{"scope": {"name": "pulse-railway"}, "metrics": metrics}],
-            }
-        ]
-    }
-
-
-def push_target(env: Mapping[str, str] = os.environ) -> tuple[str, dict[str, str]] | None:
-    """Where OTLP is pushed to, and with which headers, by OpenTelemetry's own variables; None for
-    nowhere. Raises SystemExit for an address that is none."""
-    endpoint = env.get("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT") or ""
-    if not endpoint and (base := env.get("OTEL_EXPORTER_OTLP_ENDPOINT")):
-        endpoint = base.rstrip("/") + "/v1/metrics"
-    if not endpoint:
-        return None
-    if not re.match(r"https?://[^/]", endpoint):
-        raise SystemExit("OTEL_EXPORTER_OTLP_ENDPOINT takes an address with http:// or https://")
-    pairs = (env.get("OTEL_EXPORTER_OTLP_HEADERS") or "").split(",")
-    headers = {
-        name.strip(): urllib.parse.unquote(value.strip())
-        for name, mark, value in (pair.partition("=") for pair in pairs)
-        if mark
-    }
-    return endpoint, headers
-
-
-def about_this_router(env: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """OTLP's resource attributes."""
-    pairs = (pair.partition("=") for pair in (env.get("OTEL_RESOURCE_ATTRIBUTES") or "").split(","))
-    said = {name.strip(): urllib.parse.unquote(value) for name, mark, value in pairs if mark}
-    name = env.get("OTEL_SERVICE_NAME") or env.get("RAILWAY_SERVICE_NAME") or "pulse-router"
-    return {"service.name": name, "service.instance.id": METRICS.name, **said}
-
-
-class Exporter:
-    """Hands out what this router has counted: to whoever scrapes `port`, and by pushing."""
-
-    def __init__(self, port: socket.socket | None) -> None:
-        self.port = port
-        self.push_to = push_target()
-        self.every = seconds("OTEL_METRIC_EXPORT_INTERVAL", 60_000) / 1000
-        self.tab_counts: dict[str, int] = {}
-        self.tabs_asked = 0.0
-        self.asking: asyncio.Task[None] | None = None
-        self.unsaid = True  # that the receiver does not answer
-
-    async def count_tabs(self) -> None:
-        """Ask the deployments for their sessions, now and then, and wait for it for a moment."""
-        now = time.monotonic()
-        if now - self.tabs_asked > TABS_EVERY and (self.asking is None or self.asking.done()):
-            self.tabs_asked = now
-            self.asking = asyncio.get_running_loop().create_task(self.ask_tabs())
-        if self.asking:
-            await asyncio.wait({self.asking}, timeout=TABS_PATIENCE)
-
-    async def ask_tabs(self) -> None:
-        loop, found = asyncio.get_running_loop(), records(TABLE.raw)
-        with concurrent.futures.ThreadPoolExecutor(16) as pool:
-            token = INTERNAL_TOKEN.decode("latin-1")
-            counts = [loop.run_in_executor(pool, sessions, record, token) for record in found]
-            said = zip(found, await asyncio.gather(*counts), strict=True)
-        self.tab_counts = {r["deployment_id"]: count for r, count in said if count is not None}
-
-    async def run(self) -> None:
-        loop = asyncio.get_running_loop()
-        server, next_push = None, time.monotonic() + min(self.every, 5.0)
-        if self.port:
-            state = uvicorn.server.ServerState()  # its connections hold up no end of the router's
-            server = await loop.create_server(
-                functools.partial(Scraped, server_state=state, exporter=self), sock=self.port
-            )
-        try:
-            while True:
-                if self.push_to and time.monotonic() >= next_push:
-                    next_push = time.monotonic() + self.every
-                    await self.count_tabs()
-                    await self.push()
-                await asyncio.sleep(1.0)
-        finally:
-            if self.push_to:  # what the last one did not hold yet
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self.push(), LAST_PUSH)
-            if server:
-                server.close()
-
-    async def push(self) -> None:
-        """Send it once. What is lost is in the next one: the counts are cumulative."""
-        body = json.dumps(otlp(numbers(self.tab_counts), about_this_router())).encode()
-        await asyncio.get_running_loop().run_in_executor(None, self.send, body)
-
-    def send(self, body: bytes) -> None:
-        endpoint, headers = cast(tuple[str, dict[str, str]], self.push_to)
-        request = urllib.request.Request(
-            endpoint, body, {"content-type": "application/json", **headers}
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=10):
-                self.unsaid = True
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            if self.unsaid:  # once, until it has answered again; its address may hold a secret
-                log.error(
-                    "metrics cannot be pushed (%s)", getattr(error, "code", type(error).__name__)
-                )
-            self.unsaid = False
-
-
-class Scraped(Client):
-    """A connection to the port of the metrics: the same limits, another answer."""
-
-    def __init__(self, *, exporter: Exporter, **options: Any) -> None:
-        super().__init__(**options)
-        self.exporter = exporter
-
-    def route(self, incoming: Incoming) -> None:
-        self.spawn(self.scrape(incoming))
-
-    async def scrape(self, incoming: Incoming) -> None:
-        # only the private network: the edge says who it is
-        from_outside = any(lower == REQUEST_ID for _, lower, _ in incoming.fields)
-        if from_outside or incoming.path != b"/metrics":
-            response = plain(404)
-        elif incoming.method not in (b"GET", b"HEAD"):
-            response = plain(405)
-        else:
-            await self.exporter.count_tabs()
-            text = prometheus(numbers(self.exporter.tab_counts))
-            response = Response(text, media_type="text/plain; version=0.0.4")
-        if not self.transport.is_closing():
-            close = incoming.more_body or not incoming.keep_alive
-            self.say(response, close=close, head_only=incoming.method == b"HEAD")
-        self.finish(incoming)
-
-
-# ---------------------------------------------------------------------------------------------
 # Serving.
+
+
+async def supervise(name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Keep a background task running. One that ends is started again; after RESTARTS in
+    RESTART_SECONDS the process ends in order, with a status that is not 0."""
+    ends: collections.deque[float] = collections.deque(maxlen=RESTARTS)
+    while True:
+        why = "it returned"
+        try:
+            await work()
+        except Exception as error:
+            # Not its message, which can hold a secret: that of a Redis error has the URL.
+            frames = "".join(traceback.format_tb(error.__traceback__))
+            why = f"{type(error).__name__}\n{frames}"
+        log.error("the task `%s` has ended, and starts again: %s", name, why)
+        ends.append(time.monotonic())
+        if len(ends) == RESTARTS and ends[-1] - ends[0] < RESTART_SECONDS:
+            log.critical("the task `%s` cannot be kept running: this router ends", name)
+            app.state.failed = app.state.server.should_exit = True
+            return
+        await asyncio.sleep(0.5)
 
 
 @contextlib.asynccontextmanager
 async def lifespan(_: Starlette) -> AsyncIterator[None]:
     host = os.environ.get("RAILWAY_REPLICA_ID") or socket.gethostname()
-    METRICS.name = f"{host}-{os.getpid()}"
-    tasks = [
-        asyncio.create_task(TABLE.follow(store_from_env(dict(os.environ)))),
-        asyncio.create_task(sweep()),
-    ]
-    if ACCESS_LOG:
-        tasks.append(asyncio.create_task(LOG.run()))
-    if exporter := cast(Exporter | None, getattr(app.state, "exporter", None)):
-        tasks.append(asyncio.create_task(exporter.run()))
+    METRICS.name = f"{host}-{secrets.token_hex(3)}"  # a restarted router begins to count anew
+    store = store_from_env(os.environ)
+    work = {
+        "routing state": functools.partial(TABLE.follow, store),
+        "without state": TABLE.serve_without_state,
+        "timeouts": sweep,
+        **app.state.telemetry,
+    }
+    tasks = [asyncio.create_task(supervise(*item)) for item in work.items()]
     try:
         with contextlib.suppress(TimeoutError):  # connections wait in the backlog meanwhile
             await asyncio.wait_for(TABLE.changed.wait(), START_TIMEOUT)
@@ -2867,9 +3142,27 @@ class Server(uvicorn.Server):
             await asyncio.sleep(0.05)
 
 
-def serve_one(sock: socket.socket, exporter: Exporter | None) -> None:
-    app.state.exporter = exporter
+def number(variable: str) -> int | None:
+    """A variable that holds a whole number from 1. Raises SystemExit for anything else."""
+    text = os.environ.get(variable)
+    if not text:
+        return None
+    if not text.isascii() or not text.isdigit() or not int(text):
+        raise SystemExit(f"{variable} takes a whole number from 1, not {text!r}")
+    return int(text)
+
+
+def serve() -> None:
+    port = number("PORT") or DEFAULT_PORT
+    store_from_env(os.environ)  # a missing variable shows before the port is taken
     CONNECTIONS.raise_limit(number("PULSE_RAILWAY_ROUTER_CONNECTION_LIMIT"))
+    if os.environ.get("PULSE_RAILWAY_ROUTER_WORKERS"):
+        log.warning(
+            "PULSE_RAILWAY_ROUTER_WORKERS has no effect: a router is one process, and more of them"
+            " are replicas of its service"
+        )
+    sock = listen(os.environ.get("HOST"), port)
+    app.state.telemetry = telemetry_tasks()
     config = uvicorn.Config(
         app,
         http=Client,
@@ -2883,35 +3176,26 @@ def serve_one(sock: socket.socket, exporter: Exporter | None) -> None:
         proxy_headers=False,
         timeout_graceful_shutdown=int(SHUTDOWN_GRACE),
     )
-    Server(config).run(sockets=[sock])
+    app.state.failed, app.state.server = False, Server(config)
+    app.state.server.run(sockets=[sock])
+    if app.state.failed:
+        raise SystemExit(1)
 
 
-def number(variable: str) -> int | None:
-    """A variable that holds a whole number from 1. Raises SystemExit for anything else."""
-    text = os.environ.get(variable)
-    if not text:
-        return None
-    if not text.isascii() or not text.isdigit() or not int(text):
-        raise SystemExit(f"{variable} takes a whole number from 1, not {text!r}")
-    return int(text)
+def telemetry_tasks() -> dict[str, Callable[[], Coroutine[Any, Any, None]]]:
+    """The access log and the metrics, where they are asked for. What is wrong with a variable that
+    concerns nothing else is told in the log, and keeps nothing from being served."""
+    global ACCESS_LOG
+    wants = ("PULSE_RAILWAY_ACCESS_LOG", "PULSE_RAILWAY_METRICS_PORT")
+    if not any(os.environ.get(name) for name in wants) and not any(
+        name.startswith("OTEL_") for name in os.environ
+    ):
+        return {}
+    sys.modules.setdefault("router", sys.modules[__name__])  # it imports this very module
+    import telemetry
 
-
-def serve() -> None:
-    port = number("PORT") or DEFAULT_PORT
-    store_from_env(dict(os.environ))  # a missing variable shows before the port is taken
-    number("PULSE_RAILWAY_ROUTER_CONNECTION_LIMIT")
-    metrics_port = number("PULSE_RAILWAY_METRICS_PORT")
-    if metrics_port == port:
-        raise SystemExit("PULSE_RAILWAY_METRICS_PORT and PORT must be two ports")
-    pushes = push_target() is not None
-    sock = listen(os.environ.get("HOST"), port)
-    scraped = listen(os.environ.get("HOST"), metrics_port) if metrics_port else None
-    if os.environ.get("PULSE_RAILWAY_ROUTER_WORKERS"):
-        log.warning(
-            "PULSE_RAILWAY_ROUTER_WORKERS has no effect: a router is one process, and more of them"
-            " are replicas of its service"
-        )
-    serve_one(sock, Exporter(scraped) if scraped or pushes else None)
+    ACCESS_LOG, asked_for = telemetry.start(os.environ)
+    return asked_for
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2927,38 +3211,38 @@ for _handler in (
     OPENER.add_handler(_handler())
 
 
-def base_url(record: Record) -> str:
-    """Where a deployment's backend is; 0.3.x wrote no address."""
-    name = record.get("service_name") or record["deployment_id"]
-    return record.get("address") or f"http://{name}.railway.internal:{DEFAULT_PORT}"
-
-
-def ask_backend(record: Record, path: str, token: str, method: str = "GET") -> Record:
-    """Call one of the app's internal endpoints, from inside the private network.
-
-    Raises OSError or ValueError where it does not answer with a JSON object.
-    """
-    request = urllib.request.Request(
-        base_url(record) + path, method=method, headers={INTERNAL_TOKEN_HEADER: token}
-    )
+def look(record: Record) -> str:
+    """What is at a deployment's address: `answers` (over HTTP, and as no other deployment),
+    `other`, `silent` (it takes connections), `unreachable` (no name, or no connection)."""
     try:
-        with OPENER.open(request, timeout=5) as answer:
-            found = json.loads(answer.read(ANSWER_HEAD_LIMIT))
-    except (http.client.HTTPException, RecursionError) as error:
-        raise ValueError from error
-    if not isinstance(found, dict):
-        raise ValueError
-    return found
+        with OPENER.open(f"{record.url}{META_PATH}", timeout=BACKEND_TIMEOUT) as answer:
+            said = json_object(answer.read(ANSWER_HEAD_LIMIT))
+    except urllib.error.HTTPError:
+        return "answers"
+    except urllib.error.URLError:
+        return "unreachable"
+    except (OSError, http.client.HTTPException):
+        return "silent"
+    except ValueError:
+        return "answers"
+    named = said.get("deployment_id")
+    return "answers" if named in (None, record.deployment_id) else "other"
 
 
-def sessions(record: Record, token: str) -> int | None:
-    """How many render sessions a deployment holds; None where it does not say so in a whole number:
-    it is deleted where there are none."""
+SCRIPTS = ("router.py", "control.py", "janitor.py", "telemetry.py")
+
+
+@functools.cache
+def runtime_version() -> str:
+    """This version, and a digest of what is in its image: as `ensure` notes it on the service."""
+    folder, digest = os.path.dirname(os.path.realpath(__file__)), hashlib.sha256()
     try:
-        count = ask_backend(record, SESSIONS_PATH, token).get("render_session_count")
-    except (OSError, ValueError):
-        return None
-    return count if type(count) is int and count >= 0 else None
+        for name in ("Dockerfile.router", *SCRIPTS, "runtime.lock"):
+            with open(os.path.join(folder, name), "rb") as file:
+                digest.update(file.read())
+    except OSError:
+        return VERSION
+    return f"{VERSION}+{digest.hexdigest()[:12]}"
 
 
 def main(argv: list[str]) -> int:

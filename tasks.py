@@ -87,8 +87,9 @@ def release(c: Context, version: str, tests: bool = True) -> None:
     docs(c)
     if tests:
         test(c)
-    said = re.compile(r'^__version__ = ".*"$', re.M)
-    package.write_text(said.sub(f'__version__ = "{version}"', package.read_text()))
+    for path, name in ((package, "__version__"), (Path("router.py"), "VERSION")):
+        said = re.compile(rf'^{name} = ".*?"', re.M)
+        path.write_text(said.sub(f'{name} = "{version}"', path.read_text()))
     today = time.strftime("%Y-%m-%d", time.gmtime())
     dated = f"## [Unreleased]\n\n## [{version}] - {today}\n"
     changes.write_text(changes.read_text().replace("## [Unreleased]\n", dated, 1))

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from pulse_railway import __version__
 
-SCRIPTS = ("router.py", "control.py", "janitor.py")
+SCRIPTS = ("router.py", "control.py", "janitor.py", "telemetry.py")
 FILES = ("Dockerfile.router", *SCRIPTS, "runtime.lock")
 
 
@@ -50,7 +50,11 @@ def load(name: str) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    for other in {"control": ["router"], "janitor": ["router", "control"]}.get(name, []):
+    for other in {
+        "control": ["router"],
+        "janitor": ["router", "control"],
+        "telemetry": ["router", "control"],
+    }.get(name, []):
         load(other)
     spec.loader.exec_module(module)
     return module

@@ -65,20 +65,20 @@ class EdgeClient(router.Client):  # type: ignore[misc]
         self.fields[:] = kept + [(name, name, value) for name, value in added.items()]
         super().on_headers_complete()
 
-    def route(self, incoming: Any) -> None:
-        self.spawn(self.serve(incoming))
+    def route(self, request: Any) -> None:
+        self.spawn(self.serve(request))
 
-    async def serve(self, incoming: Any) -> None:
+    async def serve(self, request: Any) -> None:
         deployment = self.edge.deployment()
         if deployment is None:
             said = {"status": "error", "message": "Application not found"}
-            self.answer(incoming, JSONResponse(said, 404))
+            self.answer(request, JSONResponse(said, 404))
             return
         try:
-            await router.forward(incoming, deployment)
+            await router.forward(request, deployment)
         except router.UpstreamError:
             failed = {"status": "error", "code": 502, "message": "Application failed to respond"}
-            self.answer(incoming, JSONResponse(failed, 502))
+            self.answer(request, JSONResponse(failed, 502))
 
 
 class Server(router.Server):  # type: ignore[misc]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -142,13 +143,13 @@ def read(
 ) -> dict[str, Any]:
     store = router.RedisStore(url, prefix)
     try:
-        state = store.read()
-        for key, value in state.items():
-            if key.startswith(":deployment:"):
-                record = json.loads(value)
-                record["address"] = nearby(router.base_url(record), hosts) or record.get("address")
-                state[key] = json.dumps(record)
-        store.read = lambda: state
+        routing = store.read()
+        here = (
+            replace(record, address=nearby(record.url or "", hosts) or record.address)
+            for record in routing.records.values()
+        )
+        routing = routing.with_records(*here)
+        store.read = lambda: routing
         return dict(load("control").status(store, token, None))
     finally:
         store.client.close()

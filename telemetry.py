@@ -1,0 +1,488 @@
+"""What a router tells of itself, where it is asked to: an access log, and its metrics.
+
+router.py loads this file when PULSE_RAILWAY_ACCESS_LOG, PULSE_RAILWAY_METRICS_PORT or one of
+OpenTelemetry's variables is set, and `start` says what they ask for. A variable that is wrong is
+one line in the log: nothing here keeps a router from serving.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import concurrent.futures
+import contextlib
+import functools
+import http.client
+import itertools
+import json
+import logging
+import os
+import re
+import resource
+import socket
+import threading
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import uvicorn
+from starlette.responses import Response
+
+import control
+import router
+from router import BUCKETS, METRICS, Client, Histogram, Json, Request
+
+LOG_RATE = 400  # lines of the access log a second; Railway keeps 500 of a replica
+LOG_FLUSH = 0.2  # how long a line may wait
+LOG_AHEAD = 20_000  # lines that wait for a reader that does not read
+TABS_EVERY = 10.0  # at most so often the deployments are asked for their sessions, for the metrics
+DESCRIPTORS_EVERY = 10.0  # at most so often descriptors are counted
+TABS_TIMEOUT = 2.0  # a reader of the metrics waits so long for the sessions
+LAST_PUSH = 1.0  # for the push at the end
+
+log = logging.getLogger("pulse.router")
+
+Tasks = dict[str, Callable[[], Coroutine[Any, Any, None]]]
+
+
+def start(env: Mapping[str, str]) -> tuple[AccessLog | None, Tasks]:
+    """The access log and the background tasks that the environment asks for."""
+    tasks: Tasks = {}
+    access_log = None
+    if env.get("PULSE_RAILWAY_ACCESS_LOG", "") not in ("", "0", "false"):
+        access_log = AccessLog(LOG_RATE)
+        tasks["access log"] = access_log.run
+    port, target = metrics_port(env), push_target(env)
+    if port or target:
+        tasks["metrics"] = Exporter(port, target, export_interval(env), access_log).run
+    return access_log, tasks
+
+
+def metrics_port(env: Mapping[str, str]) -> socket.socket | None:
+    """What the metrics are scraped on, if anything."""
+    text = env.get("PULSE_RAILWAY_METRICS_PORT")
+    if not text:
+        return None
+    try:
+        port = router.number("PULSE_RAILWAY_METRICS_PORT")
+        if port == (router.number("PORT") or router.DEFAULT_PORT):
+            raise SystemExit("PULSE_RAILWAY_METRICS_PORT and PORT must be two ports")
+        return router.listen(env.get("HOST"), cast(int, port))
+    except SystemExit as problem:
+        log.error("no metrics can be scraped: %s", problem)
+        return None
+
+
+def export_interval(env: Mapping[str, str]) -> float:
+    """Seconds between two pushes."""
+    try:
+        return router.seconds("OTEL_METRIC_EXPORT_INTERVAL", 60_000, env) / 1000
+    except SystemExit as problem:
+        log.error("metrics are pushed every 60 s: %s", problem)
+        return 60.0
+
+
+# -- the access log: JSON lines on stdout, as Railway reads them ---------------------------------
+
+
+class AccessLog:
+    """Lines wait here for a fraction of a second and are written by a thread, so that a slow reader
+    holds no request up. Above `rate` lines a second, of which Railway drops what is over 500 of a
+    replica, every n-th is written and says so (`sample`); errors always are."""
+
+    def __init__(self, rate: int) -> None:
+        self.rate = rate
+        self.lines: list[str] = []
+        self.seen = self.kept = self.dropped = 0  # in this second, but for `dropped`
+        self.sample = 1
+        self.idle = threading.Event()  # nothing is being written
+        self.idle.set()
+
+    def takes(self, error: bool) -> bool:
+        """Is the next line to be written? Asked before it is made."""
+        self.seen += 1
+        too_many = not error and (self.seen % self.sample or self.kept >= self.rate)
+        if too_many or len(self.lines) >= LOG_AHEAD:
+            self.dropped += 1
+            return False
+        return True
+
+    def add(self, line: Json, error: bool) -> None:
+        self.kept += 1
+        if self.sample > 1 and not error:
+            line["sample"] = self.sample
+        self.lines.append(json.dumps(line) + "\n")
+
+    def answered(
+        self, request: Request, status: int, deployment: str | None, size: int, took: float
+    ) -> None:
+        """Log one answer; status 0 is none, the client had gone. Paths only: a query can carry a
+        secret."""
+        if not self.takes(status >= 500):
+            return
+        path = urllib.parse.unquote(request.path.decode("latin-1"))
+        method = request.method.decode()
+        request_id = next((v for _, lower, v in request.fields if lower == router.REQUEST_ID), b"")
+        self.add(
+            {
+                "message": f"{method} {path} {status or 'gone'} {took * 1000:.1f} ms",
+                "level": "error" if status >= 500 else "warn" if status >= 400 else "info",
+                "requestId": request_id.decode("latin-1") or None,
+                "time": round(time.time(), 3),
+                "method": method,
+                "path": path,
+                "status": status,
+                "deployment": deployment,
+                "bytes": size,
+                "seconds": round(took, 6),
+            },
+            error=status >= 500,
+        )
+
+    def second(self) -> None:
+        """The next second begins: how much of it can be written is known from the one before."""
+        self.sample = -(-self.seen // self.rate) or 1
+        self.seen = self.kept = 0
+
+    def flush(self) -> None:
+        if self.lines and self.idle.is_set():
+            self.idle.clear()
+            text, self.lines = "".join(self.lines), []
+            # a daemon, since nobody may read what it writes, and the process has to end
+            threading.Thread(target=self.write, args=(text.encode(),), daemon=True).start()
+
+    def write(self, data: bytes) -> None:
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            while data:
+                data = data[os.write(1, data) :]
+        self.idle.set()
+
+    async def run(self) -> None:
+        try:
+            for turn in itertools.count(1):
+                await asyncio.sleep(LOG_FLUSH)
+                self.flush()
+                if turn % round(1 / LOG_FLUSH) == 0:
+                    self.second()
+        finally:
+            for _ in range(2):  # what is being written, and what came meanwhile
+                self.idle.wait(0.5)
+                self.flush()
+            self.idle.wait(0.5)
+
+
+# -- the metrics: the same as Prometheus text on a port of their own, and pushed as
+# OTLP. The names are OpenTelemetry's where it has one, and Prometheus' rendering of those
+# (https://opentelemetry.io/docs/specs/otel/compatibility/prometheus_and_openmetrics/).
+
+Labels = tuple[tuple[str, str], ...]
+Value = float | list[float]  # of a histogram: its counts by bucket, and the sum
+Metrics = dict[tuple[str, Labels], Value]
+
+
+@dataclass(frozen=True)
+class Family:
+    kind: str  # counter, gauge, histogram
+    unit: str
+    says: str
+
+    def prometheus(self, name: str) -> str:
+        suffix = {"s": "_seconds", "By": "_bytes"}.get(self.unit, "")
+        return name.replace(".", "_") + suffix + ("_total" if self.kind == "counter" else "")
+
+
+FAMILIES = {
+    "http.server.request.duration": Family("histogram", "s", "Requests, until their answer ended"),
+    "http.server.active_requests": Family("gauge", "{request}", "Requests under way"),
+    "pulse.router.first_byte.duration": Family(
+        "histogram", "s", "Requests, until their answer began"
+    ),
+    "pulse.router.upstream.errors": Family("counter", "{error}", "What deployments did wrong"),
+    "pulse.router.websockets": Family("gauge", "{connection}", "Open WebSockets"),
+    "pulse.router.websockets.opened": Family("counter", "{connection}", "WebSockets opened"),
+    "pulse.router.stale": Family(
+        "counter", "{request}", "Requests of tabs of a removed deployment"
+    ),
+    "pulse.router.connections": Family(
+        "gauge", "{connection}", "Connected clients, less WebSockets"
+    ),
+    "pulse.router.connections.refused": Family(
+        "counter", "{connection}", "Clients turned away at the limit"
+    ),
+    "pulse.router.log.dropped": Family("counter", "{line}", "Lines left out of the access log"),
+    "pulse.router.table.age": Family("gauge", "s", "Since the routing state was last read"),
+    "pulse.router.deployments": Family("gauge", "{deployment}", "Deployments by state"),
+    "pulse.router.sessions": Family("gauge", "{session}", "Render sessions of a deployment"),
+    "process.cpu.time": Family("counter", "s", "Of the router's processes"),
+    "process.memory.usage": Family("gauge", "By", "Resident memory of the router's processes"),
+    "process.open_file_descriptor.count": Family("gauge", "{count}", "Open descriptors"),
+}
+
+
+DOTTED = {"http_request_method": "http.request.method", "error_type": "error.type"}  # OTel's own
+
+
+def collect_metrics(tab_counts: Mapping[str, int], log_dropped: int = 0) -> Metrics:
+    """What this process has counted."""
+    found: Metrics = {}
+
+    def put(family: str, value: Value, **labels: str) -> None:
+        found[family, tuple(labels.items())] = value
+
+    def histogram(family: str, values: Histogram, **labels: str) -> None:
+        put(family, [*values.counts, round(values.total, 6)], **labels)
+
+    # "-" is no deployment: the router's own answers
+    for name, tally in [("-", METRICS.own), *METRICS.tallies.items()]:
+        for (method, status), values in tally.answers.items():
+            labels = {"http_request_method": method.decode(), "status_class": f"{status}xx"}
+            histogram("http.server.request.duration", values, deployment=name, **labels)
+        if any(tally.first_byte.counts):
+            histogram("pulse.router.first_byte.duration", tally.first_byte, deployment=name)
+        for kind, count in tally.errors.items():
+            put("pulse.router.upstream.errors", count, deployment=name, error_type=kind)
+    under_way, tunnels = router.requests_under_way(), router.tunnels_by_deployment()
+    for name, tally in METRICS.tallies.items():
+        put("http.server.active_requests", under_way[name], deployment=name)
+        put("pulse.router.websockets", tunnels[name], deployment=name)
+        put("pulse.router.websockets.opened", tally.tunnels, deployment=name)
+    put("pulse.router.stale", METRICS.stale)
+    put("pulse.router.connections", len(Client.instances))
+    put("pulse.router.connections.refused", METRICS.turned_away)
+    put("pulse.router.log.dropped", log_dropped)
+    put("pulse.router.table.age", round(time.monotonic() - router.TABLE.loaded_at, 3))
+    states = collections.Counter(entry.state for entry in router.TABLE.deployments.values())
+    for state in ("pending", "active", "draining"):
+        put("pulse.router.deployments", states[state], state=state)
+    for name, count in tab_counts.items():
+        put("pulse.router.sessions", count, deployment=name)
+    put("process.cpu.time", round(time.process_time(), 3))
+    with contextlib.suppress(OSError), open("/proc/self/statm") as statm:
+        put("process.memory.usage", int(statm.read().split()[1]) * resource.getpagesize())
+        put("process.open_file_descriptor.count", open_descriptors())
+    return found
+
+
+def _per_interval(seconds: float, work: Callable[[], int]) -> Callable[[], int]:
+    """`work`, done at most so often: counting many descriptors takes milliseconds."""
+    last, until = 0, 0.0
+
+    def inner() -> int:
+        nonlocal last, until
+        if time.monotonic() > until:
+            last, until = work(), time.monotonic() + seconds
+        return last
+
+    return inner
+
+
+open_descriptors = _per_interval(DESCRIPTORS_EVERY, lambda: len(os.listdir("/proc/self/fd")))
+
+
+def render_prometheus(found: Metrics) -> str:
+    """Prometheus' text format."""
+    lines = []
+    for name, family in FAMILIES.items():
+        title = family.prometheus(name)
+        points = [(labels, v) for (other, labels), v in found.items() if other == name]
+        if points:
+            lines += [f"# HELP {title} {family.says}", f"# TYPE {title} {family.kind}"]
+        for labels, value in points:
+            pairs = [f'{label}="{said}"' for label, said in labels]
+            braces = "{" + ",".join(pairs) + "}" if pairs else ""
+            if not isinstance(value, list):
+                lines.append(f"{title}{braces} {value}")
+                continue
+            *counts, total = value
+            for bound, count in zip((*BUCKETS, "+Inf"), itertools.accumulate(counts), strict=True):
+                bucket = ",".join([*pairs, f'le="{bound}"'])
+                lines.append(f"{title}_bucket{{{bucket}}} {count}")
+            lines += [f"{title}_sum{braces} {total}", f"{title}_count{braces} {sum(counts)}"]
+    return "\n".join(lines) + "\n"
+
+
+def encode_otlp(found: Metrics, resource_attributes: Mapping[str, str]) -> Json:
+    """An ExportMetricsServiceRequest in OTLP's JSON encoding, in which 64-bit integers are text."""
+    now = str(time.time_ns())
+    began = str(int(METRICS.started_at * 1e9))
+
+    def attributes(labels: Iterable[tuple[str, str]]) -> list[Json]:
+        return [{"key": key, "value": {"stringValue": value}} for key, value in labels]
+
+    def point(labels: Labels, value: Value) -> Json:
+        dotted = ((DOTTED.get(key, key), said) for key, said in labels)
+        at = {"attributes": attributes(dotted), "startTimeUnixNano": began, "timeUnixNano": now}
+        if isinstance(value, list):
+            *counts, total = value
+            said = {"count": str(sum(counts)), "sum": total, "explicitBounds": list(BUCKETS)}
+            return {**at, **said, "bucketCounts": [str(count) for count in counts]}
+        return {**at, **({"asDouble": value} if value % 1 else {"asInt": str(int(value))})}
+
+    metrics: list[Json] = []
+    for name, family in FAMILIES.items():
+        points = [point(labels, v) for (other, labels), v in found.items() if other == name]
+        about: Json = {"aggregationTemporality": 2, "dataPoints": points}  # cumulative
+        if family.kind == "counter":
+            data = {"sum": {**about, "isMonotonic": True}}
+        elif family.kind == "histogram":
+            data = {"histogram": about}
+        else:
+            data = {"gauge": {"dataPoints": points}}
+        if points:
+            metrics.append({"name": name, "unit": family.unit, "description": family.says, **data})
+    return {
+        "resourceMetrics": [
+            {
+                "resource": {"attributes": attributes(resource_attributes.items())},
+                "scopeMetrics": [{"scope": {"name": "pulse-railway"}, "metrics": metrics}],
+            }
+        ]
+    }
+
+
+def push_target(env: Mapping[str, str]) -> tuple[str, dict[str, str]] | None:
+    """Where OTLP is pushed to, and with which headers; None for nowhere.
+
+    By OpenTelemetry's variables: to an endpoint of the metrics' own, or to the common one where
+    OTEL_METRICS_EXPORTER names otlp. The common one alone is not enough: Railway's tracing gives
+    it to every service, and takes traces only.
+    """
+    exporters = {name.strip().lower() for name in env.get("OTEL_METRICS_EXPORTER", "").split(",")}
+    if "none" in exporters or env.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return None
+    endpoint = env.get("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT") or ""
+    base = env.get("OTEL_EXPORTER_OTLP_ENDPOINT")
+    if not endpoint and base and "otlp" in exporters:
+        endpoint = base.rstrip("/") + "/v1/metrics"
+    if not endpoint:
+        return None
+    if not re.match(r"https?://[^/]", endpoint):
+        log.error(
+            "no metrics are pushed: OTLP's endpoint takes an address with http:// or https://"
+        )
+        return None
+    pairs = (env.get("OTEL_EXPORTER_OTLP_HEADERS") or "").split(",")
+    headers = {
+        name.strip(): urllib.parse.unquote(value.strip())
+        for name, mark, value in (pair.partition("=") for pair in pairs)
+        if mark
+    }
+    return endpoint, headers
+
+
+def resource_attributes(env: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """OTLP's."""
+    pairs = (pair.partition("=") for pair in (env.get("OTEL_RESOURCE_ATTRIBUTES") or "").split(","))
+    given = {name.strip(): urllib.parse.unquote(value) for name, mark, value in pairs if mark}
+    name = env.get("OTEL_SERVICE_NAME") or env.get("RAILWAY_SERVICE_NAME") or "pulse-router"
+    return {"service.name": name, "service.instance.id": METRICS.name, **given}
+
+
+class Exporter:
+    """Hands out what this router has counted: to whoever scrapes `port`, and by pushing."""
+
+    def __init__(
+        self,
+        port: socket.socket | None,
+        push_to: tuple[str, dict[str, str]] | None,
+        every: float,
+        access_log: AccessLog | None,
+    ) -> None:
+        self.port, self.push_to, self.every, self.access_log = port, push_to, every, access_log
+        self.tab_counts: dict[str, int] = {}
+        self.tabs_asked = 0.0
+        self.asking: asyncio.Task[None] | None = None
+        self.unsaid = True  # that the receiver does not answer
+
+    def collect(self) -> Metrics:
+        return collect_metrics(self.tab_counts, self.access_log.dropped if self.access_log else 0)
+
+    async def count_tabs(self) -> None:
+        """Ask the deployments for their sessions, now and then, and wait for it for a moment."""
+        now = time.monotonic()
+        if now - self.tabs_asked > TABS_EVERY and (self.asking is None or self.asking.done()):
+            self.tabs_asked = now
+            self.asking = asyncio.get_running_loop().create_task(self.ask_tabs())
+        if self.asking:
+            await asyncio.wait({self.asking}, timeout=TABS_TIMEOUT)
+
+    async def ask_tabs(self) -> None:
+        loop, found = asyncio.get_running_loop(), list(router.TABLE.routing.records.values())
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:
+            token = router.INTERNAL_TOKEN.decode("latin-1")
+            counts = [loop.run_in_executor(pool, control.sessions, r, token) for r in found]
+            said = zip(found, await asyncio.gather(*counts), strict=True)
+        self.tab_counts = {r.deployment_id: count for r, count in said if count is not None}
+
+    async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+        server, next_push = None, time.monotonic() + min(self.every, 5.0)
+        if self.port:
+            state = uvicorn.server.ServerState()  # its connections hold up no end of the router's
+            server = await loop.create_server(
+                functools.partial(MetricsConnection, server_state=state, exporter=self),
+                sock=self.port,
+            )
+        try:
+            while True:
+                if self.push_to and time.monotonic() >= next_push:
+                    next_push = time.monotonic() + self.every
+                    await self.count_tabs()
+                    await self.push()
+                await asyncio.sleep(1.0)
+        finally:
+            if self.push_to:  # what the last one did not hold yet
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self.push(), LAST_PUSH)
+            if server:
+                server.close()
+
+    async def push(self) -> None:
+        """Send it once. What is lost is in the next one: the counts are cumulative."""
+        body = json.dumps(encode_otlp(self.collect(), resource_attributes())).encode()
+        await asyncio.get_running_loop().run_in_executor(None, self.send, body)
+
+    def send(self, body: bytes) -> None:
+        endpoint, headers = cast(tuple[str, dict[str, str]], self.push_to)
+        request = urllib.request.Request(
+            endpoint, body, {"content-type": "application/json", **headers}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=10):
+                self.unsaid = True
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            if self.unsaid:  # once, until it has answered again; its address may hold a secret
+                log.error(
+                    "metrics cannot be pushed (%s)", getattr(error, "code", type(error).__name__)
+                )
+            self.unsaid = False
+
+
+class MetricsConnection(Client):
+    """A connection to the port of the metrics: the same limits, another answer."""
+
+    def __init__(self, *, exporter: Exporter, **options: Any) -> None:
+        super().__init__(**options)
+        self.exporter = exporter
+
+    def route(self, request: Request) -> None:
+        self.spawn(self.scrape(request))
+
+    async def scrape(self, request: Request) -> None:
+        # only the private network: the edge says who it is
+        from_outside = any(lower == router.REQUEST_ID for _, lower, _ in request.fields)
+        if from_outside or request.path != b"/metrics":
+            response = router.plain(404)
+        elif request.method not in (b"GET", b"HEAD"):
+            response = router.plain(405)
+        else:
+            await self.exporter.count_tabs()
+            text = render_prometheus(self.exporter.collect())
+            response = Response(text, media_type="text/plain; version=0.0.4")
+        if not self.transport.is_closing():
+            close = request.more_body or not request.keep_alive
+            self.say(response, close=close, head_only=request.method == b"HEAD")
+        self.finish(request)
