@@ -33,6 +33,7 @@ import os
 import sqlite3
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -46,6 +47,7 @@ from router import Json, Promotion, Record, Routing, StateError, Step
 HEAL_WAIT = 8.0  # seconds that a command waits for a router to write lost state back
 REPORT_WAIT = 10.0  # seconds that a command waits until every router serves what it has written
 REPORT_POLL = 0.05
+PAGE_TIMEOUT = 30.0  # seconds
 SILENT_SECONDS = 60.0  # a router that has not reported for so long holds up no promotion
 OTHER_VERSION_SECONDS = 30.0  # in which a router that reports no epoch has read the state
 
@@ -574,9 +576,9 @@ def shown(record: Record) -> Json:
     return {**fields, "state": record.state or "unknown", "ignored": list(record.ignored)}
 
 
-def probe(store: router.Store, deployment_id: str) -> Json:
-    """What is at a deployment's address, seen from inside: by the control commands, which can be
-    asked where the public address cannot."""
+def probe(store: router.Store, deployment_id: str, path: str | None) -> Json:
+    """What is at a deployment's address (`at`: see `router.look`), seen from inside, where the
+    public address cannot be asked; and the status of a page of it."""
     routing = store.read()
     record = routing.records.get(deployment_id)
     if deployment_id == routing.active:
@@ -585,7 +587,22 @@ def probe(store: router.Store, deployment_id: str) -> Json:
         raise StateError(f"{deployment_id} is not registered with the router", "unknown")
     served = wait_for_routers(store, routing.epoch, 0.0, deletes=False)
     at = router.look(record) if record.url else "unreachable"
-    return {"at": at, "active": routing.active, **told(served)}
+    answer: Json = {"at": at, "active": routing.active, **told(served)}
+    if path and at == "answers":
+        answer["status"] = page_status(record, path)
+    return answer
+
+
+def page_status(record: Record, path: str) -> int | None:
+    """The status of a page; None where there is no answer."""
+    request = urllib.request.Request(f"{record.url}{path}", headers={"accept": "text/html"})
+    try:
+        with router.OPENER.open(request, timeout=PAGE_TIMEOUT) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+    except (OSError, ValueError, http.client.HTTPException):
+        return None
 
 
 def told(served: Served) -> Json:
@@ -642,8 +659,7 @@ def control_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--nonce", help="comes back in the answer; carried out once")
-    common.add_argument("--intent", help="the deployment that Railway says was promoted last")
-    common.add_argument("--intent-at", type=moment, help="when that was, by the store's clock")
+    common.add_argument("--intent", metavar="ID[@AT]", help="what Railway says was promoted last")
     common.add_argument("--by", help="who asks, for the history")
     common.add_argument("--why", help="for the history")
     common.add_argument("--unlock", metavar="HOLDER", help="give the deploy lock back, too")
@@ -656,6 +672,7 @@ def control_parser() -> argparse.ArgumentParser:
     command("history", "what was done, by whom and why")
     add = command("probe", "what answers at a deployment's address, and which routers know of it")
     add("--deployment-id", type=valid_id, required=True)
+    add("--path", help="a page of it, to see its status")
     add = command("register", "add a pending deployment")
     add("--deployment-id", type=valid_id, required=True)
     add("--service-name", required=True)
@@ -764,10 +781,15 @@ def step_of(args: argparse.Namespace) -> Step:
                 wanted=args.records_json,
                 active=name,
                 chosen=args.chosen,
-                at=args.intent_at if args.intent == name else None,
+                at=time_of(args.promoted, name),
                 closed=args.maintenance_since,
             )
             return with_history(step, "restore", name, **noted)
+
+
+def time_of(promoted: Promotion | None, deployment_id: str) -> float | None:
+    """When a deployment was promoted, as Railway says."""
+    return promoted.at if promoted and promoted.deployment_id == deployment_id else None
 
 
 # What needs no complete state, or is what mends it.
@@ -805,7 +827,9 @@ def carry_out(argv: list[str], env: Mapping[str, str]) -> Json:
     args = control_parser().parse_args(argv)
     args.promoted = router.promotion_from_env(env)
     if args.intent:
-        args.promoted = Promotion(args.intent, args.intent_at or 0.0)
+        name, _, at = args.intent.partition("@")
+        names = (router.LAST_PROMOTED_VARIABLE, router.LAST_PROMOTED_AT_VARIABLE)
+        args.promoted = router.promotion_from_env(dict(zip(names, (name, at), strict=True)))
     token = env.get("PULSE_RAILWAY_INTERNAL_TOKEN", "")
     answer: Json = {}
     try:
@@ -818,7 +842,7 @@ def carry_out(argv: list[str], env: Mapping[str, str]) -> Json:
             case "history":
                 answer = {"ok": True, "history": list(store.read().history)}
             case "probe":
-                answer = {"ok": True, **probe(store, args.deployment_id)}
+                answer = {"ok": True, **probe(store, args.deployment_id, args.path)}
             case _:
                 answer = {"ok": True, **changed(store, args, token)}
     except StateError as error:

@@ -45,6 +45,7 @@ class StackOptions:
 class PromoteOptions(StackOptions):
     weight: float | None = None  # percent of new visitors; None: all, it becomes the active one
     bake: int = 0  # seconds
+    force: bool = False  # also where it does not answer now
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,8 @@ def stack(flags: Flags, output: Output) -> StackOptions:
 def promote(flags: Flags, output: Output) -> PromoteOptions:
     common = one_deployment(flags, output)
     weight = percent(flags, "weight")
-    return PromoteOptions(**vars(common), weight=weight, bake=number(flags, "bake", 0, 0))
+    bake, force = number(flags, "bake", 0, 0), bool(flags.get("force"))
+    return PromoteOptions(**vars(common), weight=weight, bake=bake, force=force)
 
 
 def maintenance(flags: Flags, output: Output) -> MaintenanceOptions:

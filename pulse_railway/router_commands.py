@@ -11,9 +11,11 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from pulse_railway import job, provenance
+from pulse_railway import contract, job, provenance
 from pulse_railway.errors import Refused, Uncertain
 from pulse_railway.railway import ssh
 from pulse_railway.railway.api import Api
@@ -23,6 +25,7 @@ PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0)  # seconds, between one time and the next
 PATIENCE = 150.0  # seconds, after which it is not asked again
 
 Answer = dict[str, Any]
+Heard = Callable[[str], None]  # is told what the user should hear, though nothing failed
 
 
 def control(
@@ -154,8 +157,12 @@ def promote(
     bake: int = 0,
     why: str | None = None,
     unlock: str | None = None,
-) -> None:
+    warn: Heard = lambda _: None,
+) -> Promotion | None:
     """Make it the active one; with a weight, the canary for that percentage of new visitors.
+
+    Returns what the router notes as the last promotion, None from one of an earlier version.
+    Where its record is lost, it is made anew, since its service is there.
 
     Args:
         instead_of: only where that one is active; else Refused, with the reason `changed`.
@@ -169,12 +176,51 @@ def promote(
     words += ["--rolls-back"] if rolls_back else []
     words += ["--bake", str(bake)] if bake else []
     words += ["--unlock", unlock] if unlock else []
-    control(api, stack, "promote", *words, *_noted(why))
+    words += _noted(why)
+    service = stack.backend(deployment_id)
+    try:
+        answer = control(api, stack, "promote", *words)
+    except Refused as refused:
+        if refused.reason != "unknown" or service is None:
+            raise
+        answer = control(api, stack, "promote", *words, "--service-id", service.id)
+    tell_of_late_routers(answer, warn)
+    return promotion(answer)
 
 
-def withdraw(api: Api, stack: Stack, deployment_id: str, why: str | None = None) -> None:
+@dataclass(frozen=True)
+class Promotion:
+    deployment_id: str
+    at: float  # seconds since 1970 by Redis' clock
+
+
+def promotion(answer: Answer) -> Promotion | None:
+    """The last promotion, as an answer has it."""
+    found = answer.get("promoted")
+    if not isinstance(found, dict) or type(found.get("at")) not in (int, float):
+        return None
+    return Promotion(str(found.get("deployment_id")), float(found["at"]))
+
+
+def tell_of_late_routers(answer: Answer, warn: Heard) -> None:
+    """A router that does not serve a change yet: newcomers may get the version before from it."""
+    if behind := answer.get("behind"):
+        warn(
+            f"{', '.join(map(str, behind))} has not said yet that it serves this: see"
+            " `pulse-railway status`"
+        )
+
+
+def withdraw(
+    api: Api,
+    stack: Stack,
+    deployment_id: str,
+    why: str | None = None,
+    warn: Heard = lambda _: None,
+) -> None:
     """End a canary: it drains."""
-    control(api, stack, "withdraw", "--deployment-id", deployment_id, *_noted(why))
+    answer = control(api, stack, "withdraw", "--deployment-id", deployment_id, *_noted(why))
+    tell_of_late_routers(answer, warn)
 
 
 def baked(api: Api, stack: Stack, deployment_id: str) -> None:
@@ -185,12 +231,13 @@ def _noted(why: str | None) -> list[str]:
     return ["--why", why] if why else []
 
 
-def lock(api: Api, stack: Stack, holder: str, lease: int) -> str | None:
-    """Hold the deploy lock for `lease` seconds; returns the active deployment. Raises Refused,
-    with the reason `locked`, where somebody else has it."""
+def lock(api: Api, stack: Stack, holder: str, lease: int) -> tuple[str | None, bool]:
+    """Hold the deploy lock for `lease` seconds; returns the active deployment, and whether the
+    routing state is lost. Raises Refused, with the reason `locked`, where somebody else has it."""
     words = ["--holder", holder, "--lease", str(lease)]
-    found = control(api, stack, "lock", *words).get("active")
-    return str(found) if found else None
+    answer = control(api, stack, "lock", *words)
+    found = answer.get("active")
+    return str(found) if found else None, answer.get("lost") is True
 
 
 def unlock(
@@ -202,10 +249,28 @@ def unlock(
 
 
 def maintenance(
-    api: Api, stack: Stack, on: bool, page: str | None, retry_after: int, why: str | None
-) -> None:
+    api: Api,
+    stack: Stack,
+    on: bool,
+    page: str | None,
+    retry_after: int,
+    why: str | None,
+    warn: Heard = lambda _: None,
+) -> float | None:
+    """Returns since when the site is closed, None where it is open (or the router is of an earlier
+    version)."""
     words = ["on" if on else "off", "--retry-after", str(retry_after), *_noted(why)]
-    control(api, stack, "maintenance", *words, *(["--page", page] if page else []))
+    answer = control(api, stack, "maintenance", *words, *(["--page", page] if page else []))
+    tell_of_late_routers(answer, warn)
+    since = answer.get("since")
+    return float(since) if isinstance(since, int | float) else None
+
+
+def probe(api: Api, stack: Stack, deployment_id: str, path: str | None = None) -> Answer:
+    """What a deployment answers from inside the private network: `at` (answers, other, silent,
+    unreachable), `active`, `behind`, and with a path `status`."""
+    words = ["--deployment-id", deployment_id, *(["--path", path] if path else [])]
+    return control(api, stack, "probe", *words, pauses=(1.0,))
 
 
 def history(api: Api, stack: Stack) -> list[dict[str, Any]]:
@@ -214,15 +279,30 @@ def history(api: Api, stack: Stack) -> list[dict[str, Any]]:
 
 
 def retire(api: Api, stack: Stack, deployment_id: str, service_id: str | None) -> None:
-    """From here on it can be neither registered nor promoted: its service may be deleted."""
+    """From here on it can be neither registered nor promoted: its service may be deleted. Raises
+    Refused, with the reason `behind`, while a router may still route to it."""
     words = ["--deployment-id", deployment_id]
-    control(api, stack, "retire", *words, *(["--service-id", service_id] if service_id else []))
+    words += ["--service-id", service_id] if service_id else []
+    if behind := control(api, stack, "retire", *words).get("behind"):
+        raise Refused(
+            f"{deployment_id} is retired, and its service stays for now: the router"
+            f" {', '.join(map(str, behind))} has not said that it serves that. The janitor removes"
+            f" it, or `pulse-railway delete --deployment-id {deployment_id}` in a minute",
+            "behind",
+        )
 
 
 def forget(api: Api, stack: Stack, deployment_id: str) -> None:
     control(api, stack, "delete", "--deployment-id", deployment_id)
 
 
-def restore(api: Api, stack: Stack, active: str, records: list[dict[str, Any]]) -> None:
+def restore(
+    api: Api, stack: Stack, active: str, records: list[dict[str, Any]], *, chosen: bool
+) -> Promotion | None:
+    """Rebuild the state. `chosen`: `active` is active then, whatever the store says."""
     text = json.dumps(records, separators=(",", ":"))
-    control(api, stack, "restore", "--active-deployment-id", active, "--records-json", text)
+    words = ["--active-deployment-id", active, "--records-json", text]
+    words += ["--chosen"] if chosen else []
+    closed = stack.router.variables.get(contract.MAINTENANCE) if stack.router else None
+    words += ["--maintenance-since", closed] if closed else []
+    return promotion(control(api, stack, "restore", *words))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -52,6 +54,7 @@ class Stack:
     target: Target
     names: Names
     services: dict[str, Service]
+    doubt: str | None = None  # why Railway's answer is not believed
 
     @property
     def router(self) -> Service | None:
@@ -99,9 +102,15 @@ class Stack:
         return next((s for s in self.backends if s.deployment_id == deployment_id), None)
 
     @property
-    def intent(self) -> str | None:
+    def last_promoted(self) -> str | None:
         """The deployment that was promoted last, where Redis cannot lose it."""
-        return (self.router.variables.get(contract.INTENT) or None) if self.router else None
+        return (self.router.variables.get(contract.LAST_PROMOTED) or None) if self.router else None
+
+    @property
+    def intent(self) -> str | None:
+        """The same with its time, as a control command takes it: `ID@SECONDS`."""
+        at = self.router.variables.get(contract.LAST_PROMOTED_AT) if self.router else None
+        return f"{self.last_promoted}@{at}" if self.last_promoted and at else self.last_promoted
 
     @property
     def address(self) -> str:
@@ -123,11 +132,58 @@ _SETTINGS = (
 )
 
 
+READ_AGAIN = 1.0  # seconds
+
+
 def inspect(api: Api, target: Target, names: Names) -> Stack:
-    """Read the environment: services and settings in one document, variables in another."""
+    """Read the environment: services and settings in one document, variables in another.
+
+    Variables that cannot be all there are, are read once more; `stack.doubt` says so then.
+    """
     stack = read_services(api, target, names)
     read_variables(api, stack)
+    if doubt(stack):
+        time.sleep(READ_AGAIN)
+        read_variables(api, stack)
+        stack.doubt = doubt(stack)
     return stack
+
+
+REFERENCE = re.compile(r"\$\{\{\s*([^.}]+?)\.([A-Za-z0-9_]+)\s*\}\}")
+
+
+def doubt(stack: Stack) -> str | None:
+    """Why the variables that Railway shows are not to be believed: what follows from them would
+    replace secrets that backends hold, or leave out what the app needs."""
+    if not stack.backends:
+        return None
+    if stack.router and not _own(stack.router):
+        return f"Railway shows no variables of {stack.router.name}"
+    version = stack.backend(stack.last_promoted or "") or stack.backends[0]
+    named = {
+        found[2]
+        for value in version.variables.values()
+        for found in REFERENCE.finditer(value)
+        if found[1] == stack.names.env
+    }
+    if stack.env and named and not named & stack.env.variables.keys():
+        there = joined(sorted(named)[:3])
+        return f"{version.name} refers to {there} of {stack.env.name}, and Railway shows none of it"
+    return None
+
+
+def _own(service: Service) -> dict[str, str]:
+    """A service's variables without those that Railway gives to each."""
+    return {k: v for k, v in service.variables.items() if not k.startswith("RAILWAY_")}
+
+
+def require_believable(stack: Stack) -> None:
+    """Raises Failure where Railway's answer cannot be all there is: nothing is written on it."""
+    if stack.doubt:
+        raise Failure(
+            f"{stack.doubt}: its answer is not believed, and nothing was changed; run this again,"
+            " and look at the service's variables on Railway if that does not help"
+        )
 
 
 def read_services(api: Api, target: Target, names: Names) -> Stack:
@@ -197,6 +253,7 @@ def goes_with(stack: Stack) -> str:
 
 def require_baseline(stack: Stack) -> None:
     """Raises Failure where a deploy could not work; repairs nothing."""
+    require_believable(stack)
     if not stack.baseline:
         raise Failure("there is no baseline in this environment: run `pulse-railway ensure` first")
     if stack.missing:

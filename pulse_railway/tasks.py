@@ -127,7 +127,7 @@ def redeploy(wanted: StackOptions, output: Output) -> None:
     output.result(result, [f"{result['deployment_id']} runs anew"])
 
 
-@verb([*STACK, "deployment_id", "weight", "bake", "message", "notify"], door="promote")
+@verb([*STACK, "deployment_id", "weight", "bake", "force", "message", "notify"], door="promote")
 def promote(wanted: PromoteOptions, output: Output) -> None:
     """Make a running deployment the active one, or with --weight the canary."""
     from pulse_railway.flows import promote as flow
@@ -164,13 +164,11 @@ def rollback(wanted: StackOptions, output: Output) -> None:
 @verb(["switch", *STACK, "page", "retry_after", "message"], door="maintenance")
 def maintenance(wanted: MaintenanceOptions, output: Output) -> None:
     """Answer everybody with a page (on), or with the app again (off); open sockets stay."""
-    from pulse_railway.router_commands import maintenance as switch
+    from pulse_railway.flows import maintenance as flow
 
     api, stack = _stack(wanted, output)
     word = "on" if wanted.on else "off"
-    with output.step(f"switch it {word}"):
-        switch(api, stack, wanted.on, wanted.page, wanted.retry_after, wanted.message)
-    result = {"maintenance": wanted.on, "address": stack.address}
+    result = flow.maintenance(api, stack, wanted, output)
     output.result(result, [f"maintenance is {word} at {stack.address}"])
 
 

@@ -194,16 +194,23 @@ def go_back(
     """Leave the new version. Raises WentBack, or Failure where there is no way back."""
     why = f"bake: {seen}"
     if canary:
-        router_commands.withdraw(api, stack, new, why)
+        router_commands.withdraw(api, stack, new, why, output.warn)
         raise WentBack(f"{new} did worse and is no canary any more: {seen}")
     service = stack.backend(old)
     if service is None:
         raise Failure(f"{new} does worse ({seen}), but {old} is gone: it stays active")
     try:
-        router_commands.promote(
-            api, stack, old, service.name, instead_of=new, rolls_back=True, why=why
+        promoted = router_commands.promote(
+            api,
+            stack,
+            old,
+            service.name,
+            instead_of=new,
+            rolls_back=True,
+            why=why,
+            warn=output.warn,
         )
     except Refused as refused:
         raise Failure(f"{new} does worse ({seen}), but nothing was done: {refused}") from None
-    remember_active(api, stack, old, output)
+    remember_active(api, stack, old, promoted, output)
     raise WentBack(f"{new} did worse, and {old} is active again: {seen}")

@@ -39,6 +39,7 @@ from pulse_railway.stack import (
     partial,
     read_services,
     read_variables,
+    require_believable,
 )
 from pulse_railway.waiting import FAILED_STATES, poll, wait_for_services
 
@@ -92,6 +93,7 @@ def ensure(
         if wanted.plan_only:
             return stack, ["create router, env, janitor" + ("" if wanted.redis_url else ", Redis")]
         return create(api, stack, wanted, output), ["created the baseline"]
+    require_believable(stack)
     if stack.missing:
         raise Failure(partial(stack))
     check_redis_mode(stack, wanted)
@@ -132,8 +134,20 @@ def runtime_token(api: Api, stack: Stack) -> str:
 
 
 def internal_token(stack: Stack) -> str:
-    """The secret that router, janitor and backends share; backends hold it, so it stays."""
-    present = stack.router and stack.router.variables.get(contract.INTERNAL_TOKEN)
+    """The secret that router, janitor and backends share. Backends hold it, so it stays: a new one
+    would be known to none of them.
+
+    Raises Failure where there are backends and nobody shows it.
+    """
+    holders = [service for service in (stack.router, stack.janitor) if service]
+    values = [service.variables.get(contract.INTERNAL_TOKEN) for service in holders]
+    present = next((value for value in values if value and "${{" not in value), None)
+    if present is None and stack.backends:
+        raise Failure(
+            f"{stack.names.router} has no {contract.INTERNAL_TOKEN}, and the deployments hold the"
+            " one that it had: read it in a deployment's variables on Railway, set it on"
+            f" {stack.names.router}, and run this again"
+        )
     token = present or secrets.token_urlsafe(32)
     keep_secret(token)
     return token
@@ -165,6 +179,7 @@ def desired(
         contract.INTERNAL_TOKEN: internal_token,
         contract.REDIS_URL: redis_url,
         contract.REDIS_PREFIX: wanted.redis_prefix,
+        contract.DRAIN_TTL: str(wanted.drain_ttl),
         contract.RUNTIME_VERSION: wanted.runtime_image or runtime_image.version(),
     }
     if names.prefix:
@@ -186,7 +201,6 @@ def desired(
     )
     janitor_variables = {
         **shared,
-        contract.DRAIN_TTL: str(wanted.drain_ttl),
         contract.ROLLBACK_WINDOW: str(wanted.rollback_window),
         contract.KEEP: str(wanted.keep),
         contract.ROUTER_SERVICE: names.router,

@@ -10,11 +10,15 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+
+import httpx
 
 from pulse_railway import contract, router_commands
 from pulse_railway.config import Target
 from pulse_railway.errors import Failure, Interrupted, Refused
+from pulse_railway.flows.bake import WentBack
 from pulse_railway.flows.signals import shielded
 from pulse_railway.options import DeployOptions
 from pulse_railway.output import Output
@@ -41,6 +45,20 @@ class Progress:
     previous: str | None = None  # what was active when it began
     railway_deployment: str | None = None
     stack: Stack | None = None  # as it was inspected
+
+
+@contextlib.contextmanager
+def undone_on_failure(
+    api: Api, target: Target, wanted: DeployOptions, progress: Progress, output: Output
+) -> Iterator[None]:
+    """What the block has made goes, whatever ends it, but for what a bake has gone back from."""
+    try:
+        yield
+    except WentBack:
+        raise
+    except BaseException as error:
+        clean_up(api, target, wanted, progress, output, error)
+        raise
 
 
 def clean_up(
@@ -70,14 +88,16 @@ def clean_up(
     try:
         with output.step(f"remove {progress.service_name}"):
             undo(api, progress.stack or Stack(target, wanted.app.names, {}), progress)
-    except (Failure, Interrupted) as why:
+    except (Exception, Interrupted) as why:
         if isinstance(why, Refused) and why.reason == "active":  # it ran, its answer was lost
             progress.promoted = True
             _stays(name, output)
         elif not progress.creating:
             output.say(f"{progress.service_name} is removed; its record is left to the janitor")
         else:
-            reason = "interrupted again" if isinstance(why, Interrupted) else str(why)
+            known = isinstance(why, Failure | httpx.HTTPError)
+            reason = str(why) if known else f"{type(why).__name__}: {why}"
+            reason = "interrupted again" if isinstance(why, Interrupted) else reason
             output.say(
                 f"{progress.service_name} stays, since it is not certain that it may go: {reason}."
                 f" `pulse-railway status` tells whether {name} is active; if not, run"

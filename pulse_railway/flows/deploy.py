@@ -14,14 +14,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from pulse_railway import contract, naming, provenance, router_commands
 from pulse_railway.config import AppConfig, Target, inside
 from pulse_railway.context import exposed
-from pulse_railway.errors import Failure, Interrupted, Refused
-from pulse_railway.flows.bake import WentBack, bake
-from pulse_railway.flows.cleanup import Progress, clean_up, release
+from pulse_railway.errors import Failure, Refused
+from pulse_railway.flows.bake import bake
+from pulse_railway.flows.cleanup import Progress, release, undone_on_failure
 from pulse_railway.flows.routed import (
     backend_address,
     remember_active,
@@ -222,54 +220,48 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
     progress = Progress(plan.deployment_id, plan.service_name)
     began = time.monotonic()
     baking: dict[str, Any] | None = None
-    with interruptible():
-        try:
-            with step(output, progress, "inspect the baseline"):
-                stack = inspect(api, target, plan.app.names)
-                require_baseline(stack)
-                progress.stack = stack
-                check_secret(plan, stack)
-                plan = free_name(plan, stack)
-                progress.deployment_id, progress.service_name = (
-                    plan.deployment_id,
-                    plan.service_name,
-                )
-            with step(output, progress, "ask the router"):  # the way to it is open, before a build
-                ask_router(api, stack, plan, progress, output)
-            output.say(f"deployment {plan.deployment_id}")
-            if plan.image:
-                with step(output, progress, f"build and push {plan.image}"):
-                    build_image(plan, stack, output)
-            with step(output, progress, f"create the service {plan.service_name}"):
-                create_backend(api, stack, plan, progress)
-            with step(output, progress, "build and start"):
-                start_backend(api, stack, plan, progress, output)
-            with step(output, progress, "register with the router"):
-                register(api, stack, plan, progress)
-            with step(output, progress, "reach it through the router"):
-                wait_until_routed(stack, plan.deployment_id, by_affinity=True)
-            with step(output, progress, f"see its page {plan.app.plugin.check_path}"):
-                wait_for_page(api, stack, plan, progress)
-            if plan.wanted.canary is not None:
-                with step(output, progress, f"give it {plan.wanted.canary:g} % of new visitors"):
-                    promote_new(api, stack, plan, progress, output)
-            elif plan.wanted.promote:
-                with step(output, progress, "promote it"):
-                    promote_new(api, stack, plan, progress, output)
-                with step(output, progress, "reach it without affinity"):
-                    wait_until_active(api, stack, plan.deployment_id)
-            if seconds := to_bake(plan, progress):
-                canary = plan.wanted.canary is not None
-                progress.step = f"watch it for {seconds} s"
-                old = str(progress.previous)
-                baking = bake(api, stack, progress.deployment_id, old, seconds, output, canary)
-        except WentBack:
-            raise
-        except (Failure, Interrupted, httpx.HTTPError, OSError) as error:
-            clean_up(api, target, plan.wanted, progress, output, error)
-            raise
-        finally:
-            release(api, progress)
+    with interruptible(), contextlib.ExitStack() as at_end:
+        at_end.callback(release, api, progress)
+        at_end.enter_context(undone_on_failure(api, target, plan.wanted, progress, output))
+        with step(output, progress, "inspect the baseline"):
+            stack = inspect(api, target, plan.app.names)
+            require_baseline(stack)
+            progress.stack = stack
+            check_secret(plan, stack)
+            plan = free_name(plan, stack)
+            progress.deployment_id, progress.service_name = (
+                plan.deployment_id,
+                plan.service_name,
+            )
+        with step(output, progress, "ask the router"):  # the way to it is open, before a build
+            ask_router(api, stack, plan, progress, output)
+        output.say(f"deployment {plan.deployment_id}")
+        if plan.image:
+            with step(output, progress, f"build and push {plan.image}"):
+                build_image(plan, stack, output)
+        with step(output, progress, f"create the service {plan.service_name}"):
+            create_backend(api, stack, plan, progress)
+        with step(output, progress, "build and start"):
+            start_backend(api, stack, plan, progress, output)
+        with step(output, progress, "register with the router"):
+            register(api, stack, plan, progress)
+        with step(output, progress, "reach it through the router"):
+            wait_until_routed(api, stack, plan.deployment_id, output, by_affinity=True)
+        with step(output, progress, f"see its page {plan.app.plugin.check_path}"):
+            wait_for_page(api, stack, plan, progress, output)
+        if plan.wanted.canary is not None:
+            with step(output, progress, f"give it {plan.wanted.canary:g} % of new visitors"):
+                promote_new(api, stack, plan, progress, output)
+        elif plan.wanted.promote:
+            with step(output, progress, "promote it"):
+                promote_new(api, stack, plan, progress, output)
+            with step(output, progress, "reach it without affinity"):
+                wait_until_active(api, stack, plan.deployment_id, output)
+        if seconds := to_bake(plan, progress):
+            canary = plan.wanted.canary is not None
+            progress.step = f"watch it for {seconds} s"
+            old = str(progress.previous)
+            baking = bake(api, stack, progress.deployment_id, old, seconds, output, canary)
     return {
         "deployment_id": plan.deployment_id,
         "service_id": progress.service_id,
@@ -310,10 +302,16 @@ def ask_router(api: Api, stack: Stack, plan: Plan, progress: Progress, output: O
     while True:
         try:
             lease = LOCK_LEASE + wanted.bake
-            progress.previous = router_commands.lock(api, stack, progress.run, lease)
-            progress.locked = True
+            progress.locked = True  # it may be, from here on
+            progress.previous, lost = router_commands.lock(api, stack, progress.run, lease)
+            if lost and (wanted.bake or wanted.canary is not None):
+                raise Failure(
+                    "the routing state is lost, or an older one: there is nothing certain to"
+                    " compare with or to go back to; run `pulse-railway restore` first"
+                )
             break
         except Refused as refused:
+            progress.locked = False
             if refused.reason != "locked":
                 raise
             if wanted.lock_wait is None:
@@ -430,11 +428,11 @@ def register(api: Api, stack: Stack, plan: Plan, progress: Progress) -> None:
     )
 
 
-def wait_for_page(api: Api, stack: Stack, plan: Plan, progress: Progress) -> None:
+def wait_for_page(api: Api, stack: Stack, plan: Plan, progress: Progress, output: Output) -> None:
     """Python's health check says nothing of React's server beside it, which renders the pages and
     can come up later, or not at all. Raises Failure with what the deployment said last."""
     try:
-        wait_until_rendered(stack, plan.deployment_id, plan.app.plugin.check_path)
+        wait_until_rendered(api, stack, plan.deployment_id, plan.app.plugin.check_path, output)
     except Failure as failure:
         said = runtime_tail(api, str(progress.railway_deployment))
         raise Failure(f"{failure}{said}") from None
@@ -445,7 +443,7 @@ def promote_new(api: Api, stack: Stack, plan: Plan, progress: Progress, output: 
     follows."""
     wanted, seconds = plan.wanted, to_bake(plan, progress)
     unlock = progress.run if progress.locked and not seconds else None
-    router_commands.promote(
+    promoted = router_commands.promote(
         api,
         stack,
         plan.deployment_id,
@@ -454,8 +452,9 @@ def promote_new(api: Api, stack: Stack, plan: Plan, progress: Progress, output: 
         bake=seconds,
         why=wanted.message,
         unlock=unlock,
+        warn=output.warn,
     )
     progress.promoted = True
     progress.locked = progress.locked and not unlock
     if wanted.canary is None:
-        remember_active(api, stack, plan.deployment_id, output)
+        remember_active(api, stack, plan.deployment_id, promoted, output)

@@ -12,12 +12,13 @@ from pulse_railway.flows.signals import interruptible
 from pulse_railway.options import PromoteOptions
 from pulse_railway.output import Output
 from pulse_railway.railway.api import Api
-from pulse_railway.stack import Stack, find_backend
+from pulse_railway.stack import Stack, find_backend, require_believable
 
 
 def promote(api: Api, stack: Stack, wanted: PromoteOptions, output: Output) -> dict[str, Any]:
     """Make a running deployment the active one, or the canary; then watch it, where asked for."""
     chosen = str(wanted.deployment_id)
+    require_believable(stack)
     find_backend(stack, chosen)
     previous = None
     if wanted.bake:
@@ -25,7 +26,14 @@ def promote(api: Api, stack: Stack, wanted: PromoteOptions, output: Output) -> d
             previous = router_commands.active_deployment(api, stack)
     baking = wanted.bake if previous and previous != chosen else 0  # else nothing to go back to
     result = choose(
-        api, stack, chosen, output, weight=wanted.weight, bake=baking, why=wanted.message
+        api,
+        stack,
+        chosen,
+        output,
+        weight=wanted.weight,
+        bake=baking,
+        why=wanted.message,
+        force=wanted.force,
     )
     if baking and previous:
         canary = wanted.weight is not None
@@ -44,18 +52,23 @@ def choose(
     bake: int = 0,
     why: str | None = None,
     instead_of: str | None = None,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Have the router choose it, when it is reached through the router.
 
     Args:
         instead_of: the deployment that is rolled back from.
+        force: also where it does not answer now.
     """
     service = find_backend(stack, deployment_id)
-    with output.step(f"reach {deployment_id} through the router"):
-        wait_until_routed(stack, deployment_id, by_affinity=True, timeout=20.0)
+    if force:
+        output.warn(f"{deployment_id} is promoted whether it answers or not, as asked")
+    else:
+        with output.step(f"reach {deployment_id} through the router"):
+            see_that_it_answers(api, stack, deployment_id, output)
     share = "" if weight is None else f" for {weight:g} % of new visitors"
     with output.step(f"promote {deployment_id}{share}"):
-        router_commands.promote(
+        promoted = router_commands.promote(
             api,
             stack,
             deployment_id,
@@ -65,12 +78,13 @@ def choose(
             why=why,
             instead_of=instead_of,
             rolls_back=bool(instead_of),
+            warn=output.warn,
         )
         if weight is None:
-            remember_active(api, stack, deployment_id, output)
-    if weight is None:
+            remember_active(api, stack, deployment_id, promoted, output)
+    if weight is None and not force:
         with output.step("reach it without affinity"):
-            wait_until_active(api, stack, deployment_id)
+            wait_until_active(api, stack, deployment_id, output)
     return {
         "deployment_id": deployment_id,
         "active": weight is None,
@@ -79,15 +93,33 @@ def choose(
     }
 
 
+def see_that_it_answers(api: Api, stack: Stack, deployment_id: str, output: Output) -> None:
+    """Raises Failure where users would get errors. One whose record is lost is not routed to: its
+    promotion makes the record anew."""
+    try:
+        wait_until_routed(api, stack, deployment_id, output, by_affinity=True, timeout=20.0)
+    except Failure as failure:
+        known = {r["deployment_id"] for r in router_commands.state(api, stack)["deployments"]}
+        if deployment_id not in known:
+            output.warn(f"the router's record of {deployment_id} is lost: this makes it anew")
+            return
+        raise Failure(
+            f"{deployment_id} does not answer now, and nothing was changed: {failure}."
+            f" `pulse-railway logs --deployment-id {deployment_id}` tells why; --force promotes it"
+            " all the same"
+        ) from None
+
+
 def rollback(api: Api, stack: Stack, output: Output, why: str | None = None) -> dict[str, Any]:
     """End the canary where there is one; else promote the deployment that was active before, while
     it still runs. What is rolled back from is no way back: a second rollback goes further."""
+    require_believable(stack)
     with output.step("ask the router which deployment was active before"):
         state = router_commands.state(api, stack)
     if canary := state["canary"]:
         name = canary["deployment_id"]
         with output.step(f"end the canary {name}"):
-            router_commands.withdraw(api, stack, name, why)
+            router_commands.withdraw(api, stack, name, why, output.warn)
         return {"deployment_id": state["active"], "ended": name, "address": stack.address}
     previous = [
         record

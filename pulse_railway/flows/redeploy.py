@@ -26,7 +26,7 @@ def redeploy(api: Api, stack: Stack, deployment_id: str | None, output: Output) 
         railway_deployment = deploy_service(api, stack.target, service.id)
         wait_for_build(api, railway_deployment, output)
     with output.step("reach it through the router"):
-        wait_until_routed(stack, deployment_id, by_affinity=True)
+        wait_until_routed(api, stack, deployment_id, output, by_affinity=True)
     return {
         "deployment_id": deployment_id,
         "backend_service_id": service.id,

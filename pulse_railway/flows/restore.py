@@ -10,23 +10,26 @@ from pulse_railway.errors import Failure
 from pulse_railway.flows.routed import backend_address, remember_active, wait_until_routed
 from pulse_railway.output import Output
 from pulse_railway.railway.api import Api
-from pulse_railway.stack import Stack, find_backend, joined
+from pulse_railway.stack import Stack, find_backend, joined, require_believable
 
 
 def restore(api: Api, stack: Stack, wanted: str | None, output: Output) -> dict[str, Any]:
-    """Bring back what was active: what is asked for, else what a router still knows, else what
-    was noted on Railway at the last promotion. Never the newest, which may be the version that
-    was rolled back from.
+    """Bring the routing state to what was promoted last, with a record of each deployment that
+    runs.
+
+    Args:
+        wanted: active then, whatever the store says. Without it, what was promoted last as Railway
+            says; where the store is not older, what it says itself, whose record alone may be
+            lost. Never the newest, which may be the version that was rolled back from.
 
     Raises Failure where nobody knows, or nothing is lost.
     """
-    with output.step("ask the router what it knows"):
-        state = router_commands.state(api, stack)
-        if state["active"]:
-            raise Failure(f"{state['active']} is active: there is nothing to restore")
+    require_believable(stack)
     if not stack.backends:
         raise Failure("there are no deployments to restore: run `pulse-railway deploy`")
-    chosen = wanted or known_active(stack, state)
+    with output.step("ask the router what it knows"):
+        state = router_commands.state(api, stack)
+    chosen = wanted or what_was_active(stack, state)
     find_backend(stack, chosen)
     with output.step("find the deployments' addresses"):
         records = [
@@ -41,20 +44,42 @@ def restore(api: Api, stack: Stack, wanted: str | None, output: Output) -> dict[
             for service in stack.backends
         ]
     with output.step("restore the routing state"):
-        router_commands.restore(api, stack, chosen, records)
-        remember_active(api, stack, chosen, output)
+        # one that an earlier version runs on knows no `--chosen`
+        differs = wanted is not None and state["active"] is not None
+        promoted = router_commands.restore(api, stack, chosen, records, chosen=differs)
+        remember_active(api, stack, chosen, promoted, output)
     with output.step("reach the active deployment"):
-        wait_until_routed(stack, chosen, by_affinity=False)
+        wait_until_routed(api, stack, chosen, output, by_affinity=False)
     return {"active": chosen, "restored": [r["deployment_id"] for r in records]}
 
 
+def what_was_active(stack: Stack, state: dict[str, Any]) -> str:
+    """What `restore` makes active, if nobody names it."""
+    active = state["active"]
+    if active and not state["lost"]:
+        if any(r["deployment_id"] == active for r in state["deployments"]):
+            raise Failure(
+                f"{active} is active, and nothing is lost: there is nothing to restore;"
+                " --deployment-id makes another one active"
+            )
+        return str(active)
+    return known_active(stack, state)
+
+
 def known_active(stack: Stack, state: dict[str, Any]) -> str:
+    """What was promoted last, as a router or Railway's variable says."""
+    there = {str(s.deployment_id) for s in stack.backends}
+    if stack.last_promoted in there:
+        return str(stack.last_promoted)
     for router in sorted(state["routers"], key=lambda r: -float(r.get("uptime_seconds") or 0)):
-        if router.get("active"):
+        if router.get("active") in there:
             return str(router["active"])
-    if stack.intent:
-        return stack.intent
-    there = joined(str(s.deployment_id) for s in stack.backends)
+    if stack.last_promoted:
+        raise Failure(
+            f"{stack.last_promoted} was promoted last, and does not run any more: pass"
+            f" --deployment-id with one of {joined(there)}"
+        )
     raise Failure(
-        f"nobody knows which deployment was active: pass --deployment-id with one of {there}"
+        f"nobody knows which deployment was active: pass --deployment-id with one of"
+        f" {joined(there)}"
     )

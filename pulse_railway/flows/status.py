@@ -50,7 +50,7 @@ def status(api: Api, stack: Stack) -> dict[str, Any]:
         "canary": state["canary"] if state else None,
         "maintenance": state["maintenance"] if state else None,
         "lock": state["lock"] if state else None,
-        "last_promoted": stack.intent,
+        "last_promoted": stack.last_promoted,
         "baseline": [
             {
                 "service": s.name,
@@ -67,6 +67,60 @@ def status(api: Api, stack: Stack) -> dict[str, Any]:
     }
 
 
+def of_memories(state: dict[str, Any], stack: Stack) -> list[str]:
+    """What the routing state lacks, and where it is not what Railway says was promoted last."""
+    active, last = state["active"], stack.last_promoted
+    found = []
+    if state["lost"] and last and stack.backend(last) is None:
+        run = "`pulse-railway restore --deployment-id ...` with one that runs"
+        if active:
+            run = f"`pulse-railway restore --deployment-id {active}` makes that final"
+        found.append(
+            f"{last} was promoted last, and its service is gone: {active or 'none'} is active;"
+            f" {run}"
+        )
+    elif state["lost"]:
+        is_now = f", and {active} is active" if active else ""
+        found.append(
+            f"the routing state is lost, or an older one: {last} was promoted last{is_now}."
+            " Routers and janitor mend it by themselves; `pulse-railway restore` does it now"
+        )
+    elif not active and stack.backends:
+        found.append(
+            "no deployment is active: run `pulse-railway promote --deployment-id ...`, or"
+            " `pulse-railway restore --deployment-id ...` where one was active before"
+        )
+    if active and not any(r["deployment_id"] == active for r in state["deployments"]):
+        found.append(f"the record of {active} is lost: `pulse-railway restore` makes it anew")
+    for problem in state.get("problems") or []:
+        name = str(problem).partition(":")[0]
+        known = any(r["deployment_id"] == name for r in state["deployments"])
+        if known and name != active:
+            run = f"it is kept until `pulse-railway delete --deployment-id {name}`"
+        else:
+            run = "it is ignored, and the next change writes it anew"
+        found.append(f"in the routing state, {problem}: {run}")
+    return found
+
+
+REPORTED_SECONDS = 15.0  # in which a router has said that it serves a new state
+
+
+def of_routers(state: dict[str, Any]) -> list[str]:
+    """Routers that serve an older state than the one that is there."""
+    epoch = state.get("epoch")
+    return [
+        f"the router {router['router']} serves an older routing state: see `pulse-railway logs"
+        " --service` with its service; it is started again by `pulse-railway ensure`"
+        for router in state["routers"]
+        if isinstance(epoch, int)
+        and isinstance(router.get("epoch"), int)
+        and router["epoch"] < epoch
+        and float(router.get("age") or 0) > REPORTED_SECONDS
+    ]
+
+
+DEAD_DEPLOY_SECONDS = 3600.0
 BAKE_GRACE = 60.0  # seconds after its end that a bake may still be judged
 
 
@@ -74,6 +128,12 @@ def of_record(record: dict[str, Any], stack: Stack) -> list[str]:
     """What is wrong with one deployment that is not simply active or draining."""
     name = record["deployment_id"]
     found = []
+    age = time.time() - float(record.get("registered_at") or time.time())
+    if record["state"] == "pending" and not record.get("held") and age > DEAD_DEPLOY_SECONDS:
+        found.append(
+            f"{name} is pending since {age / 3600:.1f} h, and runs: its deploy did not get to its"
+            f" end; `pulse-railway promote --deployment-id {name}`, or `delete` it"
+        )
     until = (record.get("bake") or {}).get("until")
     weight = record.get("weight")
     if until and time.time() > float(until) + BAKE_GRACE:
@@ -103,6 +163,7 @@ def problems(stack: Stack, state: dict[str, Any] | None, silence: str | None) ->
         found.append(str(failure))
     found += [
         f"{s.name} is {s.status} on Railway: see `pulse-railway logs --service {s.name}`"
+        + ("; `pulse-railway ensure` deploys it anew" if s in (stack.router, stack.janitor) else "")
         for s in stack.baseline
         if s.status in FAILED_STATES
     ]
@@ -114,19 +175,12 @@ def problems(stack: Stack, state: dict[str, Any] | None, silence: str | None) ->
     if state is None:
         return found
     active = state["active"]
-    if not active:
-        if state["lost"]:
-            found.append(
-                f"the routing state is lost, {stack.intent} was active: run `pulse-railway restore`"
-            )
-        elif stack.backends:
-            found.append(
-                "no deployment is active: run `pulse-railway promote --deployment-id ...`, or"
-                " `pulse-railway restore --deployment-id ...` where one was active before"
-            )
-        return found
+    found += of_memories(state, stack)
+    found += of_routers(state)
     for record in state["deployments"]:
         found += of_record(record, stack)
+    if not active:
+        return found
     service = stack.backend(active)
     if service is None:
         found.append(
