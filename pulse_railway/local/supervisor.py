@@ -92,6 +92,16 @@ def marked(mark: str) -> list[int]:
     return found
 
 
+def in_session(leader: int) -> list[int]:
+    """The processes of the session that a process has made, also when that one has ended."""
+    found = []
+    for home in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if os.getsid(int(home.name)) == leader:
+                found.append(int(home.name))
+    return found
+
+
 @dataclass(eq=False)
 class Running:
     """A deployment's process."""
@@ -401,34 +411,46 @@ class Supervisor:
                 config.write_text(f"requirepass {password}\n")
                 config.chmod(0o600)
                 argv = [argv[0], str(config), *argv[1:]]
-        process = await asyncio.create_subprocess_exec(
-            *argv,
-            cwd=build.cwd,
-            env=env,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            start_new_session=True,
-        )
+        output, end = os.pipe()  # ours: with asyncio's, wait() waits for children that hold it
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *argv,
+                cwd=build.cwd,
+                env=env,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=end,
+                stderr=asyncio.subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except BaseException:
+            os.close(output)
+            raise
+        finally:
+            os.close(end)
         with (self.root / "pids").open("a") as file:
             file.write(f"{process.pid}\n")
         running = Running(deployment, process, port, env, build.cwd)
-        running.pump = self.spawn(self._pump(running), "pump")
+        running.pump = self.spawn(self._pump(running, output), "pump")
         self.processes.add(running)
         self.started[service.id] += 1
         return running
 
-    async def _pump(self, running: Running) -> None:
-        stream = running.process.stdout
-        assert stream is not None
-        while True:
-            try:
-                line = await stream.readline()
-            except ValueError:  # a line longer than the buffer
-                continue
-            if not line:
-                return
-            self._log(running.deployment, "deploy", line.decode(errors="replace").rstrip("\n"))
+    async def _pump(self, running: Running, output: int) -> None:
+        """Log what is written to `output`, until nobody has its other end."""
+        stream, loop = asyncio.StreamReader(), asyncio.get_running_loop()
+        with open(output, "rb", buffering=0) as pipe:
+            transport, _ = await loop.connect_read_pipe(
+                lambda: asyncio.StreamReaderProtocol(stream), pipe
+            )
+            with contextlib.closing(transport):
+                while True:
+                    try:
+                        line = (await stream.readline()).decode(errors="replace")
+                    except ValueError:  # a line longer than the buffer
+                        continue
+                    if not line:
+                        return
+                    self._log(running.deployment, "deploy", line.rstrip("\n"))
 
     async def _healthy(self, instance: Instance, running: Running, build: Build) -> None:
         """Wait for the health check. Raises BuildError when its time is up."""
@@ -501,17 +523,21 @@ class Supervisor:
         if running.watcher:
             running.watcher.cancel()
         with contextlib.suppress(ProcessLookupError):
-            os.kill(running.process.pid, signal.SIGTERM)
+            running.process.send_signal(signal.SIGTERM)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(running.process.wait(), max(grace, 0.2))
         self._kill(running)
         await running.process.wait()
-        self.processes.discard(running)
         shutil.rmtree(self.root / "containers" / running.deployment.id, ignore_errors=True)
 
     def _kill(self, running: Running) -> None:
-        """Everything that a container's processes have started, wherever it went."""
-        for pid in marked(f"RAILWAY_REPLICA_ID={running.env['RAILWAY_REPLICA_ID']}"):
+        """Everything that a container's processes have started: what has its mark, wherever it
+        went, and what is in its session, whatever became of its environment."""
+        if running not in self.processes:
+            return  # it was done before, and the id may be another process's by now
+        self.processes.discard(running)
+        mark = f"RAILWAY_REPLICA_ID={running.env['RAILWAY_REPLICA_ID']}"
+        for pid in {*marked(mark), *in_session(running.process.pid)}:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
@@ -521,7 +547,6 @@ class Supervisor:
         """Restart a process that exits, as often as its restart policy says."""
         while True:
             code = await running.process.wait()
-            self.processes.discard(running)
             self._kill(running)
             policy = instance.settings.get("restartPolicyType") or "ON_FAILURE"
             limit = instance.settings.get("restartPolicyMaxRetries") or 10
@@ -614,9 +639,8 @@ class Supervisor:
         try:
             code = await running.process.wait()
             self._kill(running)
-            if running.pump:
-                await running.pump
-            self.processes.discard(running)
+            if running.pump:  # a process that got away may hold it open
+                await asyncio.wait([running.pump], timeout=1)
             return code
         finally:
             self.cron_running.pop(instance.id, None)
