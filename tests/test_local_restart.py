@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import tarfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,40 @@ WEB = '["python", "app.py"]'
 def gone(before: dict[str, Any]) -> bool:
     """Have a process and its children ended?"""
     return not any(Path(f"/proc/{pid}").exists() for pid in (before["pid"], *before["children"]))
+
+
+def test_a_restarted_service_is_reached_by_every_way(new_project: Callable[[], Project]) -> None:
+    web = Service(new_project(), "web", WEB)
+    before, deployment = web.get(), web.deployment
+    web.restart()
+    assert web.status == "DEPLOYING"
+    assert "No target found for" in shell(web.project.stage, "web", "true").stderr
+    assert web.get() == {}
+    web.another_than(before)
+    assert web.deployment == deployment
+    eventually(lambda: gone(before))
+    time.sleep(1)  # what ended the older one has ended
+    assert web.inside("ls") == "Dockerfile\napp.py"
+    assert web.inside(BY_ITS_PRIVATE_NAME) == "200"
+    again = web.get()
+    web.restart()
+    web.another_than(again)
+    assert web.inside("ls") == "Dockerfile\napp.py"
+
+
+def test_a_deployment_that_crashed_is_reached_after_its_restart_alone(
+    new_project: Callable[[], Project],
+) -> None:
+    web = Service(new_project(), "web", WEB, restartPolicyType="NEVER")
+    before = web.get()
+    os.kill(before["pid"], signal.SIGKILL)
+    eventually(lambda: web.status == "CRASHED")
+    assert "No target found for" in shell(web.project.stage, "web", "true").stderr
+    assert web.get() == {}
+    web.restart()
+    web.another_than(before)
+    assert web.status == "SUCCESS"
+    assert web.inside("ls") == "Dockerfile\napp.py"
 
 
 def test_children_of_a_killed_process_end_with_it(new_project: Callable[[], Project]) -> None:

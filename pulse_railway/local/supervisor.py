@@ -528,7 +528,8 @@ class Supervisor:
                 await asyncio.wait_for(running.process.wait(), max(grace, 0.2))
         self._kill(running)
         await running.process.wait()
-        shutil.rmtree(self.root / "containers" / running.deployment.id, ignore_errors=True)
+        if not self.keep_files:
+            shutil.rmtree(self.root / "containers" / running.deployment.id, ignore_errors=True)
 
     def _kill(self, running: Running) -> None:
         """Everything that a container's processes have started: what has its mark, wherever it
@@ -590,7 +591,24 @@ class Supervisor:
         self.state.save()
 
     def restart(self, service: Service, instance: Instance, deployment: Deployment) -> None:
-        self.spawn(self._run(service, instance, deployment, again=True))
+        """End a deployment's container and start it again, as Railway does: without an overlap."""
+        if deployment.status in ("SUCCESS", "FAILED", "CRASHED"):
+            self._set(deployment, "DEPLOYING")
+            self.spawn(self._restart(service, instance, deployment))
+
+    async def _restart(self, service: Service, instance: Instance, deployment: Deployment) -> None:
+        try:
+            running = self.current.get(instance.id)
+            if running and running.deployment is deployment:
+                await self._end(running, self._grace(instance, running))
+            await asyncio.sleep(RESTART_PAUSE)
+            if deployment.status == "DEPLOYING":  # else it was removed meanwhile
+                deployment.stopped = False
+                await self._run(service, instance, deployment, again=True)
+        except asyncio.CancelledError:  # the local Railway ends; its next start runs it again
+            if deployment.status == "DEPLOYING":
+                self._set(deployment, "SUCCESS")
+            raise
 
     # -- the private network -------------------------------------------------------------------
 
@@ -650,7 +668,7 @@ class Supervisor:
     async def execute(self, instance: Instance, command: str) -> asyncio.subprocess.Process | None:
         """Run a shell command as inside a service's container; None where none runs."""
         running = self.current.get(instance.id)
-        if running is None:
+        if running is None or running.process.returncode is not None:
             return None
         return await asyncio.create_subprocess_exec(
             "sh",
