@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from examples import demo
+from pulse_railway.local.state import Deployment, State
 from tests.conftest import Project
 from tests.net import eventually
 
@@ -151,6 +154,40 @@ def gone(before: dict[str, Any]) -> bool:
     return not any(Path(f"/proc/{pid}").exists() for pid in (before["pid"], *before["children"]))
 
 
+@pytest.mark.parametrize("way", ["deploymentRestart", "a crash"])
+def test_a_restart_has_the_variables_of_its_deployment(
+    new_project: Callable[[], Project], way: str
+) -> None:
+    web = Service(new_project(), "web", WEB)
+    before = web.get()
+    assert before["probe"] == "of its deployment"
+    web.set_probe("newer")  # with skipDeploys
+    if way == "a crash":
+        os.kill(before["pid"], signal.SIGKILL)
+    else:
+        web.restart()
+    restarted = web.another_than(before)
+    assert restarted["probe"] == "of its deployment"
+    assert web.inside("echo $PROBE") == "of its deployment"
+    web.deploy()
+    assert web.another_than(restarted)["probe"] == "newer"
+    assert web.inside("echo $PROBE") == "newer"
+    assert (web.project.railway.root / "state.json").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_cron_run_has_the_variables_of_its_deployment(
+    new_project: Callable[[], Project],
+) -> None:
+    name = f"cron-{time.monotonic_ns()}"
+    cron = Service(new_project(), name, 'echo "it is $PROBE"', cronSchedule="0 0 1 1 *")
+    run = cron.project.railway.api.replace("/graphql/v2", f"/local/cron/{name}")
+    cron.set_probe("newer")
+    assert httpx.post(run).json() == {"exit": 0, "log": ["it is of its deployment"]}
+    cron.deploy()
+    eventually(lambda: cron.status == "SUCCESS")
+    assert httpx.post(run).json() == {"exit": 0, "log": ["it is newer"]}
+
+
 def test_a_restarted_service_is_reached_by_every_way(new_project: Callable[[], Project]) -> None:
     web = Service(new_project(), "web", WEB)
     before, deployment = web.get(), web.deployment
@@ -201,3 +238,24 @@ def test_children_of_a_killed_process_end_with_it(new_project: Callable[[], Proj
         "mutation ($s: String!) { serviceDelete(id: $s) }", s=web.where["s"]
     )
     eventually(lambda: gone(last))
+
+
+def test_a_state_file_of_an_older_version_gets_what_deployments_lack(tmp_path: Path) -> None:
+    state = State(tmp_path)
+    project = state.projects[0]
+    service = state.add_service(project, "web")
+    instance = service.instances[0]
+    instance.variables["PROBE"] = "set"
+    where = (project.id, instance.environment_id, service.id)
+    for name, status in (("live", "SUCCESS"), ("gone", "REMOVED")):
+        state.deployments.append(Deployment(name, *where, status, variables={"PROBE": "own"}))
+    state.save()
+    kept = State(tmp_path)
+    assert [d.variables for d in kept.deployments] == [{"PROBE": "own"}, {}]
+    data = json.loads(state.path.read_text())
+    for deployment in data["deployments"]:
+        del deployment["variables"]
+    state.path.write_text(json.dumps(data))
+    older = State(tmp_path).deployment("live")
+    assert older
+    assert older.variables["PROBE"] == "set"

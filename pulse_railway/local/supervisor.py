@@ -219,6 +219,7 @@ class Supervisor:
             service.id,
             image=None if source else instance.image,
             upload=source,
+            variables=rendered(self.state, service, instance),
         )
         self.state.deployments.append(deployment)
         self.state.save()
@@ -277,7 +278,7 @@ class Supervisor:
             process = await asyncio.create_subprocess_exec(
                 *("sh", "-c", command),
                 cwd=folder,
-                env=self.environment(service, instance, deployment, build, free_port()),
+                env=self.environment(instance, deployment, build, free_port()),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
@@ -326,8 +327,7 @@ class Supervisor:
         if not (self.keep_files and folder.is_dir()):
             shutil.rmtree(folder, ignore_errors=True)
             shutil.copytree(deployment.upload, folder, symlinks=True)
-        variables = rendered(self.state, service, instance)
-        dockerfile = variables.get("RAILWAY_DOCKERFILE_PATH") or "Dockerfile"
+        dockerfile = deployment.variables.get("RAILWAY_DOCKERFILE_PATH") or "Dockerfile"
         path = folder / dockerfile
         if not path.is_file():
             raise BuildError(f"dockerfile not found in the upload: {dockerfile}")
@@ -371,10 +371,9 @@ class Supervisor:
     # -- processes -----------------------------------------------------------------------------
 
     def environment(
-        self, service: Service, instance: Instance, deployment: Deployment, build: Build, port: int
+        self, instance: Instance, deployment: Deployment, build: Build, port: int
     ) -> dict[str, str]:
         """What a container would see, on top of what this machine's processes need."""
-        variables = rendered(self.state, service, instance)
         inherited = {
             k: v
             for k, v in os.environ.items()
@@ -384,7 +383,7 @@ class Supervisor:
         path = [*build.path, str(HERE / "bin"), str(Path(sys.executable).parent)]
         return {
             **inherited,
-            **variables,
+            **deployment.variables,
             "PATH": os.pathsep.join([*path, os.environ.get("PATH", os.defpath)]),
             "PORT": str(port),
             "PYTHONPATH": str(HERE / "site"),
@@ -402,7 +401,7 @@ class Supervisor:
         self, service: Service, instance: Instance, deployment: Deployment, build: Build
     ) -> Running:
         port = free_port()
-        env = self.environment(service, instance, deployment, build, port)
+        env = self.environment(instance, deployment, build, port)
         argv = build.command
         if build.ready_by_port:  # Redis takes its port and password as arguments
             argv = [*argv, "--port", str(port), "--bind", "127.0.0.1", "-::1"]
@@ -623,7 +622,7 @@ class Supervisor:
                 later = running.launched + self.name_delay - time.monotonic()
                 asyncio.get_running_loop().call_later(later, self.write_hosts, environment_id)
             elif running:
-                variables = rendered(self.state, service, instance)
+                variables = running.deployment.variables
                 declared = variables.get("PORT") or variables.get("REDISPORT") or "6379"
                 hosts[private_domain(service)] = {declared: running.port}
         path = self.hosts_file(environment_id)
