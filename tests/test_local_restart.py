@@ -240,6 +240,39 @@ def test_children_of_a_killed_process_end_with_it(new_project: Callable[[], Proj
     eventually(lambda: gone(last))
 
 
+def test_redis_has_what_its_last_snapshot_has(new_project: Callable[[], Project]) -> None:
+    project = new_project()
+    project.ok("ensure", "main.py")
+    process = project.redis_process()
+
+    def restarted() -> bool:
+        return project.redis_process() not in (None, process)
+
+    project.redis.set("key", "older")
+    snapshot = project.snapshot()
+    project.redis.set("key", "newer")
+    ask, where = project.railway.graphql, project.stage.services()["pulse-redis"]
+    latest = ask(
+        "query ($s: String!, $e: String!) { serviceInstance(serviceId: $s, environmentId: $e)"
+        " { latestDeployment { id } } }",
+        s=where["serviceId"],
+        e=project.environment,
+    )["serviceInstance"]["latestDeployment"]["id"]
+    ask("mutation ($i: String!) { deploymentRestart(id: $i) }", i=latest)  # with SIGTERM
+    eventually(restarted)
+    assert project.redis.get("key") == "newer"
+
+    project.redis.set("key", "lost")
+    process = project.redis_process()
+    assert process
+    os.kill(process, signal.SIGKILL)
+    eventually(restarted)
+    assert project.redis.get("key") == "newer"
+
+    project.restore_snapshot(snapshot)
+    assert project.redis.get("key") == "older"
+
+
 def test_a_state_file_of_an_older_version_gets_what_deployments_lack(tmp_path: Path) -> None:
     state = State(tmp_path)
     project = state.projects[0]
