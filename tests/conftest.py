@@ -7,6 +7,7 @@ import functools
 import inspect
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,6 +24,7 @@ import redis
 
 from examples import demo
 from pulse_railway.local.supervisor import free_port, redis_executable
+from tests.net import eventually
 from tests.zygote import Zygote
 
 ROOT = Path(__file__).parent.parent
@@ -257,7 +259,28 @@ def zygote() -> Zygote:
     return made
 
 
+def redis_of(stage: demo.Stage) -> redis.Redis:
+    """The `pulse-redis` of the project that a stage's environment names."""
+    project, environment = (stage.env[f"RAILWAY_{x}_ID"] for x in ("PROJECT", "ENVIRONMENT"))
+    raw = json.loads((stage.root / "state.json").read_text())
+    service = next(
+        s for s in raw["services"] if s["project_id"] == project and s["name"] == "pulse-redis"
+    )
+    hosts = json.loads((stage.root / f"hosts-{environment}.json").read_text())
+    port = hosts["pulse-redis.railway.internal"]["6379"]
+    password = service["instances"][0]["variables"]["REDIS_PASSWORD"]
+    return redis.Redis(port=port, password=password, decode_responses=True)
+
+
 TINY = ROOT / "tests" / "apps" / "tiny"
+
+
+def _dump(client: redis.Redis) -> Path:
+    return Path(str(client.config_get("dir")["dir"]), "dump.rdb")
+
+
+def _no_background_save(client: redis.Redis) -> None:
+    eventually(lambda: not client.info("persistence")["rdb_bgsave_in_progress"])
 
 
 class Project:
@@ -326,14 +349,35 @@ class Project:
 
     @property
     def redis(self) -> redis.Redis:
-        raw = json.loads((self.railway.root / "state.json").read_text())
-        service = next(
-            s for s in raw["services"] if s["project_id"] == self.id and s["name"] == "pulse-redis"
-        )
-        hosts = json.loads((self.railway.root / f"hosts-{self.environment}.json").read_text())
-        port = hosts["pulse-redis.railway.internal"]["6379"]
-        password = service["instances"][0]["variables"]["REDIS_PASSWORD"]
-        return redis.Redis(port=port, password=password, decode_responses=True)
+        return redis_of(self.stage)
+
+    def redis_process(self) -> int | None:
+        """The id of Redis's process; None while it does not answer."""
+        try:
+            return int(self.redis.info("server")["process_id"])
+        except (redis.RedisError, KeyError):  # away, or without a name
+            return None
+
+    def snapshot(self) -> Path:
+        """Have Redis write a snapshot of all it has now; returns a copy of its file."""
+        client = self.redis
+        _no_background_save(client)
+        client.save()
+        copy = self.railway.root / f"snapshot-{time.monotonic_ns()}.rdb"
+        return Path(shutil.copy(_dump(client), copy))
+
+    def restore_snapshot(self, snapshot: Path) -> None:
+        """Kill Redis and let it come up on an older snapshot: what it had since then is lost.
+
+        Railway counts it as a crash: after ten of them it restarts a deployment no more.
+        """
+        client, process = self.redis, self.redis_process()
+        assert process
+        client.config_set("save", "")  # until its end it writes no other
+        _no_background_save(client)
+        shutil.copy(snapshot, _dump(client))
+        os.kill(process, signal.SIGKILL)
+        eventually(lambda: self.redis_process() not in (None, process))
 
     def variables(self, service: str) -> dict[str, str]:
         """A service's variables as they were written."""

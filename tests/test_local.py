@@ -14,8 +14,9 @@ import pytest
 
 from examples import demo
 from pulse_railway.local.supervisor import cron_matches
-from tests.conftest import TINY, Project, order, pulse_railway
+from tests.conftest import TINY, Project, order, pulse_railway, redis_of
 from tests.net import eventually
+from tests.test_local_restart import shell
 
 
 def deployed(stage: demo.Stage) -> str:
@@ -37,6 +38,9 @@ def test_what_was_deployed_is_there_after_a_restart(tmp_path: Path, end: signal.
     with demo.stage(root) as stage:
         address = deployed(stage)
         services = stage.services()
+        stage.set_variables("one", {"GREETING": "of the next deployment"})
+        if end == signal.SIGKILL:
+            redis_of(stage).save()  # which it does at SIGTERM by itself
         os.kill(stage.process.pid, end)
         stage.process.wait(30)
         if end == signal.SIGTERM:
@@ -44,6 +48,7 @@ def test_what_was_deployed_is_there_after_a_restart(tmp_path: Path, end: signal.
     with demo.stage(root) as stage:
         assert stage.services() == services
         eventually(lambda: serves(stage, address), 30)
+        assert shell(stage, "one", 'ls Dockerfile; echo "$GREETING."').stdout == "Dockerfile\n.\n"
     assert demo.processes_of(root) == []
 
 

@@ -8,7 +8,7 @@ import re
 import secrets
 import uuid
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,7 @@ class Deployment:
     created_at: str = field(default_factory=now)
     updated_at: str = field(default_factory=now)
     meta: dict[str, Any] = field(default_factory=dict)
+    variables: dict[str, str] = field(default_factory=dict)  # as they were when it was made
 
 
 @dataclass
@@ -138,6 +139,11 @@ class Workspace:
     external: bool = False
 
 
+def _kept(deployment: Deployment) -> Deployment:
+    """A deployment as it is written: one that was removed never starts again."""
+    return replace(deployment, variables={}) if deployment.status == "REMOVED" else deployment
+
+
 class State:
     """Everything, in memory and in `<root>/state.json`; `save` after each change."""
 
@@ -175,7 +181,13 @@ class State:
                 custom = [Domain(**d) for d in item.pop("custom_domains", [])]
                 instances.append(Instance(domains=domains, custom_domains=custom, **item))
             self.services.append(Service(instances=instances, **raw))
-        self.deployments = [Deployment(**d) for d in data["deployments"]]
+        for raw in data["deployments"]:
+            deployment = Deployment(**raw)
+            service = self.service(deployment.service_id)
+            instance = self.instance(deployment.service_id, deployment.environment_id)
+            if "variables" not in raw and service and instance:  # an older version wrote it
+                deployment.variables = rendered(self, service, instance)
+            self.deployments.append(deployment)
         self.tokens = [Token(**t) for t in data["tokens"]]
 
     def _first_time(self) -> None:
@@ -198,7 +210,7 @@ class State:
             "workspaces": [asdict(w) for w in self.workspaces],
             "projects": [asdict(p) for p in self.projects],
             "services": [asdict(s) for s in self.services],
-            "deployments": [asdict(d) for d in self.deployments],
+            "deployments": [asdict(_kept(d)) for d in self.deployments],
             "tokens": [asdict(t) for t in self.tokens],
         }
         self.root.mkdir(parents=True, exist_ok=True)

@@ -92,6 +92,16 @@ def marked(mark: str) -> list[int]:
     return found
 
 
+def in_session(leader: int) -> list[int]:
+    """The processes of the session that a process has made, also when that one has ended."""
+    found = []
+    for home in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if os.getsid(int(home.name)) == leader:
+                found.append(int(home.name))
+    return found
+
+
 @dataclass(eq=False)
 class Running:
     """A deployment's process."""
@@ -209,6 +219,7 @@ class Supervisor:
             service.id,
             image=None if source else instance.image,
             upload=source,
+            variables=rendered(self.state, service, instance),
         )
         self.state.deployments.append(deployment)
         self.state.save()
@@ -267,7 +278,7 @@ class Supervisor:
             process = await asyncio.create_subprocess_exec(
                 *("sh", "-c", command),
                 cwd=folder,
-                env=self.environment(service, instance, deployment, build, free_port()),
+                env=self.environment(instance, deployment, build, free_port()),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
@@ -316,8 +327,7 @@ class Supervisor:
         if not (self.keep_files and folder.is_dir()):
             shutil.rmtree(folder, ignore_errors=True)
             shutil.copytree(deployment.upload, folder, symlinks=True)
-        variables = rendered(self.state, service, instance)
-        dockerfile = variables.get("RAILWAY_DOCKERFILE_PATH") or "Dockerfile"
+        dockerfile = deployment.variables.get("RAILWAY_DOCKERFILE_PATH") or "Dockerfile"
         path = folder / dockerfile
         if not path.is_file():
             raise BuildError(f"dockerfile not found in the upload: {dockerfile}")
@@ -345,7 +355,7 @@ class Supervisor:
         home = self.root / "volumes" / service.id
         if name in ("redis", "valkey"):
             home.mkdir(parents=True, exist_ok=True)
-            argv = [redis_executable(), "--dir", str(home), "--appendonly", "yes"]
+            argv = [redis_executable(), "--save", "60", "1", "--dir", str(home)]  # the template's
             return Build(argv, home, ready_by_port=True)
         images = self.root / "images.json"
         known = json.loads(images.read_text()) if images.exists() else {}
@@ -361,10 +371,9 @@ class Supervisor:
     # -- processes -----------------------------------------------------------------------------
 
     def environment(
-        self, service: Service, instance: Instance, deployment: Deployment, build: Build, port: int
+        self, instance: Instance, deployment: Deployment, build: Build, port: int
     ) -> dict[str, str]:
         """What a container would see, on top of what this machine's processes need."""
-        variables = rendered(self.state, service, instance)
         inherited = {
             k: v
             for k, v in os.environ.items()
@@ -374,7 +383,7 @@ class Supervisor:
         path = [*build.path, str(HERE / "bin"), str(Path(sys.executable).parent)]
         return {
             **inherited,
-            **variables,
+            **deployment.variables,
             "PATH": os.pathsep.join([*path, os.environ.get("PATH", os.defpath)]),
             "PORT": str(port),
             "PYTHONPATH": str(HERE / "site"),
@@ -392,7 +401,7 @@ class Supervisor:
         self, service: Service, instance: Instance, deployment: Deployment, build: Build
     ) -> Running:
         port = free_port()
-        env = self.environment(service, instance, deployment, build, port)
+        env = self.environment(instance, deployment, build, port)
         argv = build.command
         if build.ready_by_port:  # Redis takes its port and password as arguments
             argv = [*argv, "--port", str(port), "--bind", "127.0.0.1", "-::1"]
@@ -401,34 +410,46 @@ class Supervisor:
                 config.write_text(f"requirepass {password}\n")
                 config.chmod(0o600)
                 argv = [argv[0], str(config), *argv[1:]]
-        process = await asyncio.create_subprocess_exec(
-            *argv,
-            cwd=build.cwd,
-            env=env,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            start_new_session=True,
-        )
+        output, end = os.pipe()  # ours: with asyncio's, wait() waits for children that hold it
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *argv,
+                cwd=build.cwd,
+                env=env,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=end,
+                stderr=asyncio.subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except BaseException:
+            os.close(output)
+            raise
+        finally:
+            os.close(end)
         with (self.root / "pids").open("a") as file:
             file.write(f"{process.pid}\n")
         running = Running(deployment, process, port, env, build.cwd)
-        running.pump = self.spawn(self._pump(running), "pump")
+        running.pump = self.spawn(self._pump(running, output), "pump")
         self.processes.add(running)
         self.started[service.id] += 1
         return running
 
-    async def _pump(self, running: Running) -> None:
-        stream = running.process.stdout
-        assert stream is not None
-        while True:
-            try:
-                line = await stream.readline()
-            except ValueError:  # a line longer than the buffer
-                continue
-            if not line:
-                return
-            self._log(running.deployment, "deploy", line.decode(errors="replace").rstrip("\n"))
+    async def _pump(self, running: Running, output: int) -> None:
+        """Log what is written to `output`, until nobody has its other end."""
+        stream, loop = asyncio.StreamReader(), asyncio.get_running_loop()
+        with open(output, "rb", buffering=0) as pipe:
+            transport, _ = await loop.connect_read_pipe(
+                lambda: asyncio.StreamReaderProtocol(stream), pipe
+            )
+            with contextlib.closing(transport):
+                while True:
+                    try:
+                        line = (await stream.readline()).decode(errors="replace")
+                    except ValueError:  # a line longer than the buffer
+                        continue
+                    if not line:
+                        return
+                    self._log(running.deployment, "deploy", line.rstrip("\n"))
 
     async def _healthy(self, instance: Instance, running: Running, build: Build) -> None:
         """Wait for the health check. Raises BuildError when its time is up."""
@@ -490,8 +511,11 @@ class Supervisor:
         return old or self.current.get(instance.id)
 
     def _grace(self, instance: Instance, running: Running) -> float:
+        """Seconds from SIGTERM to SIGKILL. Where nothing is set Railway's docs say 0 and its staff
+        say 3: what has a volume gets them here, for Redis saves at SIGTERM."""
         setting = running.env.get("RAILWAY_DEPLOYMENT_DRAINING_SECONDS")
-        return float(setting or instance.settings.get("drainingSeconds") or 0)
+        usual = 3 if instance.volume else 0
+        return float(setting or instance.settings.get("drainingSeconds") or usual)
 
     async def _end(self, running: Running, grace: float) -> None:
         """SIGTERM to the first process; SIGKILL for all, when it has ended or `grace` is over."""
@@ -501,17 +525,22 @@ class Supervisor:
         if running.watcher:
             running.watcher.cancel()
         with contextlib.suppress(ProcessLookupError):
-            os.kill(running.process.pid, signal.SIGTERM)
+            running.process.send_signal(signal.SIGTERM)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(running.process.wait(), max(grace, 0.2))
         self._kill(running)
         await running.process.wait()
-        self.processes.discard(running)
-        shutil.rmtree(self.root / "containers" / running.deployment.id, ignore_errors=True)
+        if not self.keep_files:
+            shutil.rmtree(self.root / "containers" / running.deployment.id, ignore_errors=True)
 
     def _kill(self, running: Running) -> None:
-        """Everything that a container's processes have started, wherever it went."""
-        for pid in marked(f"RAILWAY_REPLICA_ID={running.env['RAILWAY_REPLICA_ID']}"):
+        """Everything that a container's processes have started: what has its mark, wherever it
+        went, and what is in its session, whatever became of its environment."""
+        if running not in self.processes:
+            return  # it was done before, and the id may be another process's by now
+        self.processes.discard(running)
+        mark = f"RAILWAY_REPLICA_ID={running.env['RAILWAY_REPLICA_ID']}"
+        for pid in {*marked(mark), *in_session(running.process.pid)}:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
@@ -521,7 +550,6 @@ class Supervisor:
         """Restart a process that exits, as often as its restart policy says."""
         while True:
             code = await running.process.wait()
-            self.processes.discard(running)
             self._kill(running)
             policy = instance.settings.get("restartPolicyType") or "ON_FAILURE"
             limit = instance.settings.get("restartPolicyMaxRetries") or 10
@@ -565,7 +593,24 @@ class Supervisor:
         self.state.save()
 
     def restart(self, service: Service, instance: Instance, deployment: Deployment) -> None:
-        self.spawn(self._run(service, instance, deployment, again=True))
+        """End a deployment's container and start it again, as Railway does: without an overlap."""
+        if deployment.status in ("SUCCESS", "FAILED", "CRASHED"):
+            self._set(deployment, "DEPLOYING")
+            self.spawn(self._restart(service, instance, deployment))
+
+    async def _restart(self, service: Service, instance: Instance, deployment: Deployment) -> None:
+        try:
+            running = self.current.get(instance.id)
+            if running and running.deployment is deployment:
+                await self._end(running, self._grace(instance, running))
+            await asyncio.sleep(RESTART_PAUSE)
+            if deployment.status == "DEPLOYING":  # else it was removed meanwhile
+                deployment.stopped = False
+                await self._run(service, instance, deployment, again=True)
+        except asyncio.CancelledError:  # the local Railway ends; its next start runs it again
+            if deployment.status == "DEPLOYING":
+                self._set(deployment, "SUCCESS")
+            raise
 
     # -- the private network -------------------------------------------------------------------
 
@@ -580,7 +625,7 @@ class Supervisor:
                 later = running.launched + self.name_delay - time.monotonic()
                 asyncio.get_running_loop().call_later(later, self.write_hosts, environment_id)
             elif running:
-                variables = rendered(self.state, service, instance)
+                variables = running.deployment.variables
                 declared = variables.get("PORT") or variables.get("REDISPORT") or "6379"
                 hosts[private_domain(service)] = {declared: running.port}
         path = self.hosts_file(environment_id)
@@ -614,9 +659,8 @@ class Supervisor:
         try:
             code = await running.process.wait()
             self._kill(running)
-            if running.pump:
-                await running.pump
-            self.processes.discard(running)
+            if running.pump:  # a process that got away may hold it open
+                await asyncio.wait([running.pump], timeout=1)
             return code
         finally:
             self.cron_running.pop(instance.id, None)
@@ -626,7 +670,7 @@ class Supervisor:
     async def execute(self, instance: Instance, command: str) -> asyncio.subprocess.Process | None:
         """Run a shell command as inside a service's container; None where none runs."""
         running = self.current.get(instance.id)
-        if running is None:
+        if running is None or running.process.returncode is not None:
             return None
         return await asyncio.create_subprocess_exec(
             "sh",
