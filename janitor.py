@@ -372,8 +372,8 @@ def mend(
         return False
     if routing.active is None or routing.is_lost(last):
         routing = healed_by_routers(store, last)
-    if routing.active is None or routing.is_lost(last):
-        report.restored = restore(store, routing, found, report)
+        if routing.active is None or routing.is_lost(last):
+            report.restored = restore(store, routing, found, report)
         return True
     if routing.promoted_by_other:  # it is given the time at which we learn of it
         now = routing.active

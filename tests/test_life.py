@@ -347,12 +347,14 @@ def step_12_who_what_and_why(base: Project) -> None:
 
 def test_the_history_is_bounded() -> None:
     router, control = runtime_image.load("router"), runtime_image.load("control")
-    state: dict[str, str] = {}
+    routing = router.Routing(now=1.0, active="a")
     for n in range(250):
-        step = control.logged(lambda _: {":active": "a"}, "promote", f"d{n}", by="x" * 500)
-        state |= step(state)
-    entries = router.history(state)
-    assert len(entries) == 100
-    assert entries[-1]["deployment_id"] == "d249"
-    assert len(state[":history"]) < 50_000
-    assert router.history({":history": "garbage"}) == []
+        changed = control.with_history(
+            lambda r: router.replace(r, epoch=r.epoch + 1), "promote", f"d{n}", by="x" * 500
+        )
+        routing = changed(routing)
+    text = router.changes(router.Routing(), routing)[":history"]
+    assert len(routing.history) == 100
+    assert routing.history[-1]["deployment_id"] == "d249"
+    assert len(text) < 50_000
+    assert router.parse({":history": "garbage"}, 1.0).history == ()
