@@ -300,9 +300,6 @@ def run_lock(store: router.RedisStore) -> Iterator[bool]:
     Yields False where another run holds it.
     """
     key, token = f"{store.prefix}:janitor:lock", secrets.token_hex(8)
-    if not store.client.set(key, token, nx=True, ex=LOCK_SECONDS):
-        yield False
-        return
     done = threading.Event()
 
     def renew() -> None:
@@ -311,9 +308,11 @@ def run_lock(store: router.RedisStore) -> Iterator[bool]:
                 if store.client.get(key) == token:
                     store.client.expire(key, LOCK_SECONDS)
 
-    threading.Thread(target=renew, daemon=True).start()
-    try:
-        yield True
+    try:  # from before it is taken: a signal can come as soon as it is
+        held = bool(store.client.set(key, token, nx=True, ex=LOCK_SECONDS))
+        if held:
+            threading.Thread(target=renew, daemon=True).start()
+        yield held
     finally:
         done.set()
         with contextlib.suppress(redis.RedisError), store.client.pipeline() as pipe:
