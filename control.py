@@ -33,8 +33,6 @@ import os
 import sqlite3
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -47,12 +45,27 @@ from router import Json, Promotion, Record, Routing, StateError, Step
 HEAL_WAIT = 8.0  # seconds that a command waits for a router to write lost state back
 REPORT_WAIT = 10.0  # seconds that a command waits until every router serves what it has written
 REPORT_POLL = 0.05
-PAGE_TIMEOUT = 30.0  # seconds
 SILENT_SECONDS = 60.0  # a router that has not reported for so long holds up no promotion
 OTHER_VERSION_SECONDS = 30.0  # in which a router that reports no epoch has read the state
 
 
 # -- the steps ---------------------------------------------------------------------------------
+
+
+def is_older_than(routing: Routing, last: Promotion | None) -> bool:
+    """Is `last`, what Railway says was promoted last, newer than what the store holds?"""
+    if last is None or routing.promotion is None:
+        return last is not None
+    if routing.promotion.at != last.at:
+        return routing.promotion.at < last.at
+    # an earlier version of our CLI has noted its promotion without the time
+    differs = routing.active != last.deployment_id
+    return differs and last.at > 0 and not routing.promoted_by_other
+
+
+def is_lost(routing: Routing, last: Promotion | None) -> bool:
+    """Has the store lost data that a control command would take for never there?"""
+    return last is not None and (routing.store_id is None or is_older_than(routing, last))
 
 
 def refuse_active(routing: Routing, deployment_id: str) -> None:
@@ -336,7 +349,7 @@ def restore(
         closed: since when the site is in maintenance, as Railway says.
     """
     promoted = Promotion(active, at) if at else None
-    if not chosen and routing.active and not routing.is_older_than(promoted):
+    if not chosen and routing.active and not is_older_than(routing, promoted):
         if routing.active in routing.records:
             raise StateError(f"{routing.active} is active: there is nothing to restore", "active")
         active, promoted = routing.active, routing.promoted
@@ -381,7 +394,7 @@ def refuse_if_lost(step: Step, intent: Promotion | None) -> Step:
     """`step`, refused where the store has lost its data: it would take what is left for all."""
 
     def inner(routing: Routing) -> Routing:
-        if intent and routing.is_lost(intent):
+        if intent and is_lost(routing, intent):
             raise StateError(
                 f"the routing state is lost, or an older one ({intent.deployment_id} was promoted"
                 " last): run `pulse-railway restore`",
@@ -432,14 +445,23 @@ def ask_backend(record: Record, path: str, token: str, method: str = "GET") -> J
 
     Raises OSError or ValueError where it does not answer with a JSON object.
     """
-    request = urllib.request.Request(
-        f"{record.url}{path}", method=method, headers={router.INTERNAL_TOKEN_HEADER: token}
-    )
     try:
-        with router.OPENER.open(request, timeout=router.BACKEND_TIMEOUT) as answer:
-            return router.json_object(answer.read(router.ANSWER_HEAD_LIMIT))
+        status, body = backend_answer(record, path, {router.INTERNAL_TOKEN_HEADER: token}, method)
     except http.client.HTTPException as error:
         raise ValueError from error
+    if status != 200:
+        raise ValueError
+    return router.json_object(body)
+
+
+def backend_answer(
+    record: Record, path: str, headers: Mapping[str, str], method: str = "GET"
+) -> tuple[int, bytes]:
+    """Status and body. Raises OSError, ValueError, http.client.HTTPException."""
+    with contextlib.closing(router.connection_to(record)) as connection:
+        connection.request(method, path, headers=dict(headers))
+        answer = connection.getresponse()
+        return answer.status, answer.read(router.ANSWER_HEAD_LIMIT)
 
 
 def sessions(record: Record, token: str) -> int | None:
@@ -558,11 +580,11 @@ def status(store: router.Store, token: str, intent: Promotion | None) -> Json:
         del closed["page"]
     return {
         "active": routing.active,
-        "promoted": routing.promoted and routing.promoted.json(),
+        "promoted": routing.promoted and vars(routing.promoted),
         "canary": canary and {"deployment_id": canary.deployment_id, "weight": canary.weight},
         "maintenance": closed,
         "lock": lock and {"by": lock.by, "since": lock.since, "until": lock.until},
-        "lost": routing.is_lost(intent),
+        "lost": is_lost(routing, intent),
         "epoch": routing.epoch,
         "problems": list(routing.problems),
         "deployments": [{**shown(r), "sessions": n} for r, n in zip(found, counts, strict=True)],
@@ -595,12 +617,8 @@ def probe(store: router.Store, deployment_id: str, path: str | None) -> Json:
 
 def page_status(record: Record, path: str) -> int | None:
     """The status of a page; None where there is no answer."""
-    request = urllib.request.Request(f"{record.url}{path}", headers={"accept": "text/html"})
     try:
-        with router.OPENER.open(request, timeout=PAGE_TIMEOUT) as answer:
-            return int(answer.status)
-    except urllib.error.HTTPError as error:
-        return error.code
+        return backend_answer(record, path, {"accept": "text/html"})[0]
     except (OSError, ValueError, http.client.HTTPException):
         return None
 
@@ -861,11 +879,11 @@ def changed(store: router.Store, args: argparse.Namespace, token: str) -> Json:
     answer: Json = {}
     record = routing.records.get(getattr(args, "deployment_id", None) or "")
     if args.command in ("promote", "restore"):
-        answer["promoted"] = routing.promoted and routing.promoted.json()
+        answer["promoted"] = routing.promoted and vars(routing.promoted)
     if args.command == "maintenance":
         answer["since"] = routing.maintenance and routing.maintenance.since
     if args.command == "lock":
-        answer |= {"active": routing.active, "lost": routing.is_lost(args.promoted)}
+        answer |= {"active": routing.active, "lost": is_lost(routing, args.promoted)}
     if args.command in WAITED_FOR:
         deletes = args.command == "retire"
         since = routing.now - (record.retiring_at or routing.now) if record and deletes else 0.0

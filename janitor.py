@@ -369,9 +369,9 @@ def mend(
     last = found.promoted
     if not found.backends and routing.active is None:
         return False
-    if routing.active is None or routing.is_lost(last):
+    if routing.active is None or control.is_lost(routing, last):
         routing = healed_by_routers(store, last)
-        if routing.active is None or routing.is_lost(last):
+        if routing.active is None or control.is_lost(routing, last):
             report.restored = restore(store, routing, found, report)
         return True
     if routing.promoted_by_other:  # it is given the time at which we learn of it
@@ -400,7 +400,7 @@ def healed_by_routers(store: router.RedisStore, last: Promotion | None) -> Routi
     deadline = time.monotonic() + control.HEAL_WAIT
     while True:
         routing = store.read()
-        done = routing.active is not None and not routing.is_lost(last)
+        done = routing.active is not None and not control.is_lost(routing, last)
         if done or time.monotonic() > deadline:
             return routing
         store.announce()

@@ -11,24 +11,19 @@
 # ///
 """The router: every request of a Pulse app goes through this file.
 
-    python router.py                     serve on HOST (default: IPv4 and IPv6) and PORT (8000)
-    python router.py control <command>   the same as `python control.py <command>`
-    python router.py janitor run         the same as `python janitor.py`
+    python router.py    serve on HOST (default: IPv4 and IPv6) and PORT (8000)
 
-How a request travels: `Client` parses and polices its head; `route` picks a deployment out of the
+How a request travels: `Client` parses and checks its head; `route` picks a deployment out of the
 in-memory `Table`; an `Exchange` copies the answer from a pooled `Upstream` connection to the
 client's, in the callbacks of the two, without a task. Where something has to be waited for, a
 connection or a deployment nobody knows yet, `handle` is the task that does. A WebSocket handshake
 goes the same way; once the backend has answered 101, `join` makes the two connections a tunnel of
 bytes. uvicorn has the server, its life span and its signals, Starlette the router's own answers.
+ASGI's events cannot carry what a proxy must keep (header case, reason phrases, 1xx, framing, a
+connection broken off), so this file speaks HTTP/1.1 by itself.
 
-The file needs nothing but itself and the libraries named above, so that its image, `uv run` and a
-laptop run the same. It is long because it is two programs that share the routing state, the proxy
-and the control commands, and because ASGI's events cannot carry what a proxy must keep (header
-case, reason phrases, 1xx, framing, a connection broken off), so it speaks HTTP/1.1 by itself.
-From top to bottom: names and limits; routing state and stores; table; counters; backend's side;
-client's side; one request and its answer; tunnels; which deployment; access log; what is exported;
-serving; control commands. docs/architecture.md says who may write to what, and who closes it.
+It needs nothing but itself and the libraries named above. docs/architecture.md says who may write
+to what, and who closes it.
 """
 
 from __future__ import annotations
@@ -61,9 +56,7 @@ import struct
 import sys
 import time
 import traceback
-import urllib.error
 import urllib.parse
-import urllib.request
 from bisect import bisect_left
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -156,7 +149,6 @@ UNSAFE_IDLE = 1.0  # a request that may not be repeated only goes onto a fresher
 UPSTREAM_IDLE_LIMIT = 256  # idle connections kept per deployment
 CONTINUE_TIMEOUT = 1.0  # a backend that ignores `Expect: 100-continue` gets the body after this
 REDIS_TIMEOUT = 3.0
-HEAL_WAIT = 8.0  # a control command waits so long for a router to write lost state back
 REFRESH_SECONDS = 15.0  # 0.3.x writers announce nothing
 LOOKUP_SECONDS = 1.0  # between two reads for ids that are not known
 MISSING_SECONDS = 90.0  # that a deployment whose record is gone has to answer, or to fail
@@ -184,19 +176,20 @@ State = dict[str, str]  # store key without the prefix -> value, as it is stored
 Change = dict[str, str | None]  # None deletes the key
 Json = dict[str, Any]
 
-ACTIVE = ":active"  # the active deployment's id; what else says so is 0.3.x's copy
-PROMOTED = ":promoted"  # the last promotion, {deployment_id, at}
-EPOCH = ":epoch"  # a number that each of our changes raises
-STORE_ID = ":store"  # which contents these are: another id, or none, means that data was lost
-TOMBSTONES = ":removed"  # deployment id -> when it was removed, and the Railway service it was on
-PROCESSED = ":answers"  # nonce -> when its command was carried out
-HISTORY = ":history"  # what was done, by whom and why, the oldest first
-MAINTENANCE = ":maintenance"  # since when, and the page that everybody gets
-DEPLOY_LOCK = ":deploy:lock"  # who deploys, since when, and until when at the latest
-FIXED = (
-    *(ACTIVE, PROMOTED, EPOCH, STORE_ID, TOMBSTONES, PROCESSED, HISTORY, MAINTENANCE),
-    DEPLOY_LOCK,
-)
+ACTIVE, PROMOTED, EPOCH, STORE_ID = ":active", ":promoted", ":epoch", ":store"
+TOMBSTONES, PROCESSED, HISTORY = ":removed", ":answers", ":history"
+MAINTENANCE, DEPLOY_LOCK = ":maintenance", ":deploy:lock"
+FIXED = {  # key -> attribute of Routing
+    ACTIVE: "active",
+    PROMOTED: "promoted",
+    EPOCH: "epoch",
+    STORE_ID: "store_id",
+    TOMBSTONES: "tombstones",
+    PROCESSED: "processed",
+    HISTORY: "history",
+    MAINTENANCE: "maintenance",
+    DEPLOY_LOCK: "lock",
+}
 RECORD = ":deployment:"
 TOMBSTONE_TTL = max(7 * 86_400.0, seconds("PULSE_RAILWAY_DRAIN_TTL_SECONDS", 0))
 TOMBSTONES_AT_MOST = 1000
@@ -216,7 +209,7 @@ def record_key(deployment_id: str) -> str:
     return RECORD + deployment_id
 
 
-def json_object(text: str | None) -> Json:
+def json_object(text: str | bytes | None) -> Json:
     """A JSON object as it is stored. Raises ValueError for anything else."""
     try:
         found = json.loads(text or "{}")
@@ -240,23 +233,26 @@ def a_text(value: Any) -> str:
     return value
 
 
-def a_time(value: Any) -> float:
-    """Seconds since 1970."""
-    if type(value) not in (int, float) or not 0 <= value < 1e11:
-        raise ValueError
-    return float(value)
+def a_number(below: float) -> Callable[[Any], float]:
+    def parse(value: Any) -> float:
+        if type(value) not in (int, float) or not 0 <= value <= below:
+            raise ValueError
+        return float(value)
+
+    return parse
 
 
-def a_percentage(value: Any) -> float:
-    if type(value) not in (int, float) or not 0 <= value <= 100:
-        raise ValueError
-    return float(value)
+def an_instance(kind: type) -> Callable[[Any], Any]:
+    def parse(value: Any) -> Any:
+        if type(value) is not kind:
+            raise ValueError
+        return value
+
+    return parse
 
 
-def a_flag(value: Any) -> bool:
-    if type(value) is not bool:
-        raise ValueError
-    return value
+a_time, a_percentage = a_number(1e11), a_number(100)  # a time: seconds since 1970
+a_flag, an_object = an_instance(bool), an_instance(dict)
 
 
 def an_address(value: Any) -> str:
@@ -267,17 +263,11 @@ def an_address(value: Any) -> str:
     return str(value).rstrip("/")
 
 
-def an_object(value: Any) -> Json:
-    if not isinstance(value, dict):
-        raise ValueError
-    return value
-
-
 def a_bake(value: Any) -> float:
     return a_time(an_object(value).get("until"))
 
 
-FIELDS: dict[str, Callable[[Any], Any]] = {
+FIELDS: dict[str, Callable[[Any], Any]] = {  # of a record, and what each may hold
     "state": a_text,
     "service_name": a_text,
     "address": an_address,
@@ -334,13 +324,7 @@ class Record:
     @property
     def changed_at(self) -> float:
         """When something was last done to it."""
-        return max(
-            self.registered_at or 0.0,
-            self.promoted_at or 0.0,
-            self.drain_started_at or 0.0,
-            self.rejected_at or 0.0,
-            self.retiring_at or 0.0,
-        )
+        return max(getattr(self, name) or 0.0 for name in FIELDS if name.endswith("_at"))
 
     def drains(self, since: float) -> Record:
         return replace(self, state="draining", drain_started_at=since, weight=None, bake=None)
@@ -384,9 +368,6 @@ class Promotion:
     deployment_id: str
     at: float  # by the store's clock; 0: not known
 
-    def json(self) -> Json:
-        return {"deployment_id": self.deployment_id, "at": self.at}
-
 
 @dataclass(frozen=True)
 class Tombstone:
@@ -421,14 +402,14 @@ class Routing:
     """The whole routing state. A step is a pure function from one to the next."""
 
     now: float = field(default=0.0, compare=False)  # by the store's clock
-    active: str | None = None
-    promoted: Promotion | None = None
-    epoch: int = 0
-    store_id: str | None = None
+    active: str | None = None  # its id; what else says so is 0.3.x's copy of it
+    promoted: Promotion | None = None  # the last promotion
+    epoch: int = 0  # each of our changes raises it
+    store_id: str | None = None  # which contents these are: another, or none: data was lost
     records: Mapping[str, Record] = field(default_factory=dict)  # newest registration first
-    tombstones: Mapping[str, Tombstone] = field(default_factory=dict)
-    processed: Mapping[str, float] = field(default_factory=dict)
-    history: tuple[Json, ...] = ()
+    tombstones: Mapping[str, Tombstone] = field(default_factory=dict)  # what was removed
+    processed: Mapping[str, float] = field(default_factory=dict)  # nonce -> when it was
+    history: tuple[Json, ...] = ()  # what was done, by whom and why, the oldest first
     maintenance: Maintenance | None = None
     lock: DeployLock | None = None
     problems: tuple[str, ...] = ()  # what was ignored
@@ -475,20 +456,6 @@ class Routing:
         grave = Tombstone(self.now, service_id)
         return replace(self, tombstones={**self.tombstones, deployment_id: grave})
 
-    def is_older_than(self, intent: Promotion | None) -> bool:
-        """Is `intent`, what Railway says was promoted last, newer than what the store holds?"""
-        if intent is None or self.promotion is None:
-            return intent is not None
-        if self.promotion.at != intent.at:
-            return self.promotion.at < intent.at
-        # an earlier version of our CLI has noted its promotion without the time
-        differs = self.active != intent.deployment_id
-        return differs and intent.at > 0 and not self.promoted_by_other
-
-    def is_lost(self, intent: Promotion | None) -> bool:
-        """Has the store lost data that a control command would take for never there?"""
-        return intent is not None and (self.store_id is None or self.is_older_than(intent))
-
 
 def parse(state: State, now: float) -> Routing:
     """The routing state from the store's strings. Never raises: what cannot be read is ignored, is
@@ -526,9 +493,7 @@ def parse(state: State, now: float) -> Routing:
     return Routing(
         now,
         active,
-        read(
-            PROMOTED, lambda found: Promotion(a_text(found["deployment_id"]), a_time(found["at"]))
-        ),
+        read(PROMOTED, _promotion),
         int(epoch),
         state.get(STORE_ID),
         {record.deployment_id: record for record in reversed(newest)},
@@ -538,7 +503,7 @@ def parse(state: State, now: float) -> Routing:
         closed,
         read(DEPLOY_LOCK, _lock),
         tuple(problems),
-        frozenset(state.keys() & set(FIXED)),
+        frozenset(state.keys() & FIXED.keys()),
     )
 
 
@@ -550,42 +515,41 @@ def _tombstones(found: Json) -> dict[str, Tombstone]:
     kept = {}
     for name, entry in found.items():
         with contextlib.suppress(ValueError):
-            at, service_id = a_time(an_object(entry).get("at")), entry.get("service_id")
-            kept[name] = Tombstone(at, service_id if isinstance(service_id, str) else None)
+            at = a_time(an_object(entry).get("at"))
+            kept[name] = Tombstone(at, _or_none(a_text, entry.get("service_id")))
     return kept
 
 
+def _or_none(parse: Callable[[Any], Any], value: Any) -> Any:
+    try:
+        return parse(value)
+    except ValueError:
+        return None
+
+
 def _maintenance(found: Json) -> Maintenance:
-    page, again, by = found.get("page"), found.get("retry_after"), found.get("by")
-    return Maintenance(
-        float(found["since"]) if type(found.get("since")) in (int, float) else 0.0,
-        page if isinstance(page, str) and page else None,
-        again if type(again) is int and 0 < again < 1e6 else 30,
-        by if isinstance(by, str) else None,
-    )
+    page, by = _or_none(an_instance(str), found.get("page")), _or_none(a_text, found.get("by"))
+    since, again = _or_none(a_time, found.get("since")), _or_none(a_time, found.get("retry_after"))
+    return Maintenance(since or 0.0, page or None, int(again or 30), by)
 
 
 def _lock(found: Json) -> DeployLock:
-    by = found.get("by")
-    since, until = a_time(found["since"]), a_time(found["until"])
-    return DeployLock(a_text(found["holder"]), by if isinstance(by, str) else None, since, until)
+    by, since = _or_none(a_text, found.get("by")), a_time(found["since"])
+    return DeployLock(a_text(found["holder"]), by, since, a_time(found["until"]))
 
 
 def _history(state: State, problems: list[str]) -> tuple[Json, ...]:
     try:
-        found = json.loads(state.get(HISTORY) or "[]")
-        if not isinstance(found, list):
-            raise ValueError
+        found = an_instance(list)(json.loads(state.get(HISTORY) or "[]"))
     except (ValueError, RecursionError):
         problems.append(f"{HISTORY} is not understood")
         return ()
-    return tuple(
-        entry
-        for entry in found
-        if isinstance(entry, dict)
-        and isinstance(entry.get("what"), str)
-        and type(entry.get("at")) in (int, float)
-    )
+    entries = (entry for entry in found if isinstance(entry, dict))
+    return tuple(e for e in entries if _or_none(a_text, e.get("what")) and a_time_of(e) is not None)
+
+
+def a_time_of(entry: Json) -> float | None:
+    return cast(float | None, _or_none(a_time, entry.get("at")))
 
 
 def changes(old: Routing, new: Routing) -> Change:
@@ -597,7 +561,7 @@ def changes(old: Routing, new: Routing) -> Change:
             change[key] = text() if after else None
 
     put(ACTIVE, old.active, new.active, lambda: str(new.active))
-    put(PROMOTED, old.promoted, new.promoted, lambda: compact(cast(Any, new.promoted).json()))
+    put(PROMOTED, old.promoted, new.promoted, lambda: compact(vars(new.promoted)))
     put(STORE_ID, old.store_id, new.store_id, lambda: str(new.store_id))
     if new.tombstones != old.tombstones:
         live = [(k, v) for k, v in new.tombstones.items() if new.now - v.at < TOMBSTONE_TTL]
@@ -671,25 +635,13 @@ def next_time(*routings: Routing) -> float:
     return max([routings[0].now, *(at + 0.001 for at in times)])
 
 
-# Of FIXED, what is written back alone.
-ATTRIBUTES = {
-    ACTIVE: "active",
-    PROMOTED: "promoted",
-    TOMBSTONES: "tombstones",
-    PROCESSED: "processed",
-    HISTORY: "history",
-    MAINTENANCE: "maintenance",
-    DEPLOY_LOCK: "lock",
-}
-
-
 def _completed(store: Routing, known: Routing, untouched: bool) -> Routing:
     """A store that has lost single keys, or fields of ours in a record. `untouched`: since it was
     known, nobody has written who raises the epoch."""
-    lost = [key for key in ATTRIBUTES if key not in store.keys and key in known.keys]
+    lost = [key for key in FIXED if key not in store.keys and key in known.keys]
     if not untouched:
         lost = [PROMOTED] if PROMOTED in lost and store.active == known.active else []
-    back = {ATTRIBUTES[key]: getattr(known, ATTRIBUTES[key]) for key in lost}
+    back = {FIXED[key]: getattr(known, FIXED[key]) for key in lost}
     names = (*LASTING, "rejected_at", "retiring_at", "weight", "bake", "held")
     records = {
         name: _filled(record, known.records.get(name), names if untouched else LASTING)
@@ -775,31 +727,29 @@ class RedisStore:
             # a connection that has died meanwhile is made anew; one that hangs is not asked again
             retry=redis.retry.Retry(redis.backoff.NoBackoff(), 1, (redis.ConnectionError,)),
         )
-        self._pattern = f"{prefix}{RECORD}*"
-        self._fixed = [prefix + key for key in FIXED]
+        self.pattern = f"{prefix}{RECORD}*"
+        self.fixed = [prefix + key for key in FIXED]
 
     def read(self) -> Routing:
-        keys = [*self._fixed, *self.client.scan_iter(self._pattern, count=SCAN_COUNT)]
+        keys = [*self.fixed, *self.client.scan_iter(self.pattern, count=SCAN_COUNT)]
         with self.client.pipeline(transaction=False) as pipe:
             pipe.time()
             pipe.mget(keys)
             now, values = pipe.execute()
-        return parse(self._state(keys, values), now[0] + now[1] / 1e6)
+        return parse(self.state(keys, values), now[0] + now[1] / 1e6)
 
     def apply(self, step: Step) -> Routing:
         """Take a step and write what it changes, or nothing if it raises. Returns what the store
         holds then. The change raises the epoch, and is announced to the routers."""
         while True:
             with self.client.pipeline() as pipe:
-                pipe.watch(*self._fixed)  # type: ignore[no-untyped-call]
-                keys = list(self.client.scan_iter(self._pattern, count=SCAN_COUNT))
+                pipe.watch(*self.fixed)  # type: ignore[no-untyped-call]
+                keys = list(self.client.scan_iter(self.pattern, count=SCAN_COUNT))
                 if keys:
                     pipe.watch(*keys)  # type: ignore[no-untyped-call]
-                keys = [*self._fixed, *keys]
-                now = cast(Any, pipe.time())
-                before = parse(
-                    self._state(keys, cast(list[Any], pipe.mget(keys))), now[0] + now[1] / 1e6
-                )
+                keys = [*self.fixed, *keys]
+                now, values = cast(Any, pipe.time()), cast(list[Any], pipe.mget(keys))
+                before = parse(self.state(keys, values), now[0] + now[1] / 1e6)
                 after = step(before)
                 change = changes(before, after)
                 if not change:
@@ -822,12 +772,7 @@ class RedisStore:
         self.client.publish(f"{self.prefix}:events", "[]")
 
     async def follow(self, table: Table) -> None:
-        """Keep the table as the store says: read at the beginning, on every announcement, when the
-        table asks, and now and then; and report what this router serves.
-
-        Sessions may share this Redis, so going through all of its keys is for the beginning and
-        for what is announced without names; after that it is done a step at a time.
-        """
+        """Keep the table as the store says, and report what this router serves."""
         client = redis.asyncio.Redis.from_url(
             self.url,
             decode_responses=True,
@@ -836,130 +781,128 @@ class RedisStore:
         )
         async with client, client.pubsub(ignore_subscribe_messages=True) as pubsub:
             await pubsub.subscribe(f"{self.prefix}:events")
-            reader = Reader(self, client, table)
-            listener = asyncio.create_task(reader.listen(pubsub))
-            report = Report(f"{self.prefix}:router:{METRICS.name}", client, table)
-            try:
-                while True:
-                    table.refresh_event.clear()
-                    if reader.due():
-                        await reader.read()
-                    await report.send()
-                    woken = asyncio.create_task(table.refresh_event.wait())
-                    await asyncio.wait(
-                        {listener, woken},
-                        timeout=max(
-                            0.0, min(reader.next_read, report.next_look) - time.monotonic()
-                        ),
-                        return_when=asyncio.FIRST_COMPLETED,
-                    )
-                    woken.cancel()
-                    if listener.done():
-                        listener.result()  # a lost connection shows here
-            except asyncio.CancelledError:
-                with contextlib.suppress(redis.RedisError, OSError, TimeoutError):
-                    await client.delete(report.key)
-                raise
-            finally:
-                listener.cancel()
+            await Follower(self, client, table).run(pubsub)
 
-    def _state(self, keys: list[str], values: list[Any]) -> State:
+    def state(self, keys: list[str], values: list[Any]) -> State:
         pairs = zip(keys, values, strict=True)
         return {k.removeprefix(self.prefix): v for k, v in pairs if v is not None}
 
 
-class Reader:
-    """Reads the state for a router, in one MGET: what is fixed, and the records that are known,
-    announced or asked for."""
+class Follower:
+    """A router's connection to the store. The state is read in one MGET (what is fixed, and the
+    records that are known, announced or asked for): at the beginning, on every announcement, when
+    the table asks, and every REFRESH_SECONDS.
+
+    Sessions may share this Redis, so going through all of its keys is for the beginning and for
+    what is announced without names; after that it is done a step at a time.
+    """
 
     def __init__(self, store: RedisStore, client: redis.asyncio.Redis, table: Table) -> None:
         self.store, self.client, self.table = store, client, table
         self.keys: set[str] = set()  # of records
         self.next_read = self.next_scan = self.next_step = 0.0
-        self.scan_all = True
-        self.cursor = 0
+        self.scan_all, self.cursor = True, 0
+        self.next_report = self.report_by = 0.0  # if the counters have changed; in any case
+        self.reported: Json = {}
+
+    async def run(self, pubsub: redis.asyncio.client.PubSub) -> None:
+        listener, event = asyncio.create_task(self.listen(pubsub)), self.table.refresh_event
+        try:
+            while True:
+                event.clear()
+                if self.table.pending_lookups or time.monotonic() >= self.next_read:
+                    await self.read()
+                await self.report()
+                woken = asyncio.create_task(event.wait())
+                pause = min(self.next_read, self.next_report) - time.monotonic()
+                waiting = asyncio.wait({listener, woken}, return_when=asyncio.FIRST_COMPLETED)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(waiting, max(pause, 0.0))
+                woken.cancel()
+                if listener.done():
+                    listener.result()  # a lost connection shows here
+        except asyncio.CancelledError:
+            with contextlib.suppress(redis.RedisError, OSError, TimeoutError):
+                await self.client.delete(self.report_key)
+            raise
+        finally:
+            listener.cancel()
 
     async def listen(self, pubsub: redis.asyncio.client.PubSub) -> None:
-        prefix = self.store.prefix
         while True:
-            message = await pubsub.get_message(timeout=None)
+            message = await pubsub.get_message(timeout=REFRESH_SECONDS)
             if not message:
                 continue
             try:
-                names = json.loads(message["data"])
-                self.keys |= {prefix + n for n in names if str(n).startswith(RECORD)}
+                names = [str(name) for name in json.loads(message["data"])]
+                self.keys |= {self.store.prefix + n for n in names if n.startswith(RECORD)}
                 self.scan_all = self.scan_all or not names
             except (ValueError, TypeError):  # 0.3.x's name nothing
                 self.scan_all = True
             self.next_read = 0.0
             self.table.refresh_event.set()
 
-    def due(self) -> bool:
-        return bool(self.table.pending_lookups) or time.monotonic() >= self.next_read
-
     async def read(self) -> None:
-        table, prefix = self.table, self.store.prefix
-        lookups = set(table.pending_lookups)
+        table, lookups = self.table, set(self.table.pending_lookups)
         self.next_read = time.monotonic() + REFRESH_SECONDS
-        await self._scan()
-        self.keys |= {prefix + record_key(name) for name in lookups}
-        found = await self._read()
+        await self.scan()
+        self.know(*lookups)
+        found = await self.read_known()
         if table.needs_repair(found):
             await table.repair(self.store, found)
-            self.keys |= {prefix + record_key(name) for name in table.routing.records}
-            found = await self._read()
+            self.know(*table.routing.records)
+            found = await self.read_known()
         await table.look_for_missing(found)
         table.load(found)
-        self.keys = {prefix + record_key(name) for name in table.routing.records}
+        self.keys.clear()
+        self.know(*table.routing.records)
         table.pending_lookups -= lookups
 
-    async def _scan(self) -> None:
+    def know(self, *names: str) -> None:
+        self.keys |= {self.store.prefix + record_key(name) for name in names}
+
+    async def scan(self) -> None:
         """Look for records that nobody announced: all keys of Redis where that was asked for and
         takes but its share of the time, else the next few."""
         began = time.monotonic()
-        pattern = self.store._pattern
         if self.scan_all and began >= self.next_scan:
             self.scan_all = False
-            scan = self.client.scan_iter(pattern, count=SCAN_COUNT)
+            scan = self.client.scan_iter(self.store.pattern, count=SCAN_COUNT)
             self.keys |= {key async for key in scan}
             self.next_scan = time.monotonic() + (time.monotonic() - began) / SCAN_SHARE
-            self.next_step = began + SCAN_STEP_SECONDS
         elif began >= self.next_step:
-            self.next_step = began + SCAN_STEP_SECONDS
-            self.cursor, found = await self.client.scan(self.cursor, pattern, SCAN_COUNT)
+            self.cursor, found = await self.client.scan(self.cursor, self.store.pattern, SCAN_COUNT)
             self.keys |= {str(key) for key in found}
+        else:
+            return
+        self.next_step = began + SCAN_STEP_SECONDS
 
-    async def _read(self) -> Routing:
-        keys = [*self.store._fixed, *self.keys]
-        state = self.store._state(keys, await self.client.mget(keys))
+    async def read_known(self) -> Routing:
+        keys = [*self.store.fixed, *self.keys]
+        state = self.store.state(keys, await self.client.mget(keys))
         active = state.get(ACTIVE)
         if active and record_key(active) not in state:
             key = self.store.prefix + record_key(active)
-            state |= self.store._state([key], await self.client.mget([key]))
+            state |= self.store.state([key], await self.client.mget([key]))
         return parse(state, time.time())
 
+    @property
+    def report_key(self) -> str:
+        return f"{self.store.prefix}:router:{METRICS.name}"
 
-class Report:
-    """What this router says of itself: at once when it serves a new epoch, soon when its counters
-    have changed, now and then where they have not."""
-
-    def __init__(self, key: str, client: redis.asyncio.Redis, table: Table) -> None:
-        self.key, self.client, self.table = key, client, table
-        self.next_look = self.next_send = 0.0
-        self.epoch = -1
-        self.counters: Json = {}
-
-    async def send(self) -> None:
+    async def report(self) -> None:
+        """Say what this router serves: at once when that is a new epoch, soon when its counters
+        have changed, now and then where they have not."""
         now, epoch = time.monotonic(), self.table.routing.epoch
-        if epoch == self.epoch and now < self.next_look:
+        if epoch == self.reported.get("epoch") and now < self.next_report:
             return
-        self.next_look = now + REPORT_SECONDS
-        counters = METRICS.counters()
-        if (epoch, counters) != (self.epoch, self.counters) or now >= self.next_send:
-            self.next_send = now + REPORT_IDLE_SECONDS
-            self.epoch, self.counters = epoch, counters
-            text = compact({**self.table.report(), **counters})
-            await self.client.set(self.key, text, ex=REPORT_LEASE)
+        self.next_report = now + REPORT_SECONDS
+        report = {**self.table.report(), **METRICS.counters()}
+        if report != self.reported or now >= self.report_by:
+            self.reported, self.report_by = report, now + REPORT_IDLE_SECONDS
+            uptime = round(time.time() - METRICS.started_at)
+            text = compact({**report, "uptime_seconds": uptime})
+            await self.client.set(self.report_key, text, ex=REPORT_LEASE)
 
 
 class LocalStore:
@@ -991,14 +934,10 @@ class LocalStore:
             after = step(before)
             change = changes(before, after)
             for key, value in change.items():
-                if value is None:
-                    self.db.execute("DELETE FROM pulse_kv WHERE key = ?", (self.prefix + key,))
-                else:
-                    self.db.execute(
-                        "INSERT INTO pulse_kv (key, value) VALUES (?, ?)"
-                        " ON CONFLICT (key) DO UPDATE SET value = excluded.value",
-                        (self.prefix + key, value),
-                    )
+                self.db.execute("DELETE FROM pulse_kv WHERE key = ?", (self.prefix + key,))
+                if value is not None:
+                    row = self.prefix + key, value
+                    self.db.execute("INSERT INTO pulse_kv (key, value) VALUES (?, ?)", row)
         except BaseException:
             self.db.execute("ROLLBACK")
             raise
@@ -1384,7 +1323,6 @@ class Metrics:
     def counters(self) -> Json:
         tallies = {name: tally.summary() for name, tally in self.tallies.items()}
         return {
-            "uptime_seconds": round(time.time() - self.started_at),
             "requests": self.requests,
             "errors": self.errors,
             "stale": self.stale,
@@ -3201,31 +3139,33 @@ def telemetry_tasks() -> dict[str, Callable[[], Coroutine[Any, Any, None]]]:
 # ---------------------------------------------------------------------------------------------
 # The app's internal endpoints, asked by the metrics, the control commands and the janitor.
 
-# Plain HTTP and no proxies: `build_opener` would load every CA certificate, 30 ms each time.
-OPENER = urllib.request.OpenerDirector()
-for _handler in (
-    urllib.request.HTTPHandler,
-    urllib.request.HTTPErrorProcessor,
-    urllib.request.HTTPDefaultErrorHandler,
-):
-    OPENER.add_handler(_handler())
+
+def connection_to(record: Record) -> http.client.HTTPConnection:
+    """From inside the private network: plain HTTP, no proxy. Raises OSError, and ValueError for a
+    record that has no address."""
+    url = urllib.parse.urlsplit(record.url or "")
+    if not url.hostname:
+        raise ValueError
+    return http.client.HTTPConnection(url.hostname, url.port or 80, timeout=BACKEND_TIMEOUT)
 
 
 def look(record: Record) -> str:
     """What is at a deployment's address: `answers` (over HTTP, and as no other deployment),
     `other`, `silent` (it takes connections), `unreachable` (no name, or no connection)."""
     try:
-        with OPENER.open(f"{record.url}{META_PATH}", timeout=BACKEND_TIMEOUT) as answer:
-            said = json_object(answer.read(ANSWER_HEAD_LIMIT))
-    except urllib.error.HTTPError:
-        return "answers"
-    except urllib.error.URLError:
+        connection = connection_to(record)
+        connection.connect()
+    except (OSError, ValueError):
         return "unreachable"
-    except (OSError, http.client.HTTPException):
-        return "silent"
-    except ValueError:
-        return "answers"
-    named = said.get("deployment_id")
+    with contextlib.closing(connection):
+        try:
+            connection.request("GET", META_PATH)
+            said = connection.getresponse().read(ANSWER_HEAD_LIMIT)
+        except (OSError, http.client.HTTPException):
+            return "silent"
+    named = None
+    with contextlib.suppress(ValueError):
+        named = json_object(said).get("deployment_id")
     return "answers" if named in (None, record.deployment_id) else "other"
 
 
@@ -3247,15 +3187,11 @@ def runtime_version() -> str:
 
 def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s %(message)s")
-    match argv:
-        case ["control" | "janitor" as name, *rest]:
-            script = os.path.join(os.path.dirname(os.path.realpath(__file__)), f"{name}.py")
-            os.execv(sys.executable, [sys.executable, script, *rest])
-        case []:
-            serve()
-            return 0
-    print(__doc__, file=sys.stderr)
-    return 2
+    if argv:
+        print(__doc__, file=sys.stderr)
+        return 2
+    serve()
+    return 0
 
 
 if __name__ == "__main__":
