@@ -57,8 +57,10 @@ VARIABLES = {
         "PULSE_RAILWAY_ROUTER_WORKERS": "no effect: a router is one process, and more of them are"
         " replicas (`ensure --router-replicas`)",
         "PULSE_RAILWAY_METRICS_PORT": "where Prometheus reads: off",
-        "OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": "where metrics are"
-        " pushed to: nowhere",
+        "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": "where metrics are pushed to: nowhere",
+        "OTEL_METRICS_EXPORTER, OTEL_EXPORTER_OTLP_ENDPOINT": "`otlp`: they are pushed there;"
+        " `none`: never",
+        "OTEL_SDK_DISABLED": "`true`: never",
         "OTEL_EXPORTER_OTLP_HEADERS, OTEL_METRIC_EXPORT_INTERVAL, OTEL_SERVICE_NAME,"
         " OTEL_RESOURCE_ATTRIBUTES": "as OpenTelemetry has them",
         "PULSE_RAILWAY_ACCESS_LOG": "`1`: a line for each answer",
@@ -68,7 +70,11 @@ VARIABLES = {
         "PULSE_RAILWAY_ROUTER_HALF_CLOSED_SECONDS": "that a half-closed socket may be silent: 60",
         "PULSE_RAILWAY_ROUTER_CONNECTION_LIMIT": "clients at once, more are answered 503: half of"
         " the descriptors",
-        "PULSE_RAILWAY_ACTIVE": "which deployment was promoted last, where Redis cannot lose it",
+        "PULSE_RAILWAY_ACTIVE, PULSE_RAILWAY_ACTIVE_AT": "which deployment was promoted last, and"
+        " when, where Redis cannot lose it",
+        "PULSE_RAILWAY_MAINTENANCE": "since when the site is in maintenance; empty where it is not",
+        "PULSE_RAILWAY_DRAIN_TTL_SECONDS": "as on the janitor: what was removed is remembered for"
+        " as long, and at least seven days",
         "PULSE_RAILWAY_SETUP": "while `scaffold` or `ensure` has not come to its end",
         "PULSE_RAILWAY_RUNTIME_VERSION": "which runtime it runs; on the janitor, too",
     },
@@ -138,7 +144,7 @@ def metrics() -> list[str]:
         "| Prometheus | OpenTelemetry | kind | |",
         "| --- | --- | --- | --- |",
     ]
-    for name, family in load("router").FAMILIES.items():
+    for name, family in load("telemetry").FAMILIES.items():
         title, says = family.prometheus(name), family.says
         lines.append(f"| `{title}` | `{name}` | {family.kind} | {says} |")
     return lines
