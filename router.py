@@ -478,6 +478,8 @@ def parse(state: State, now: float) -> Routing:
             record = records[name] = parse_record(name, text)
             if record.ignored:
                 problems.append(f"{name}: {', '.join(record.ignored)} not understood")
+            elif not record.url or not DEPLOYMENT_ID.fullmatch(name):
+                problems.append(f"{name}: no address follows from its record")
     newest = sorted(records.values(), key=lambda r: (r.registered_at or 0, r.deployment_id))
     epoch = state.get(EPOCH, "0")
     if not (epoch.isascii() and epoch.isdigit() and len(epoch) < 16):
@@ -852,7 +854,7 @@ class Follower:
             await table.repair(self.store, found)
             self.know(*table.routing.records)
             found = await self.read_known()
-        await table.look_for_missing(found)
+        table.note_missing(found)
         table.load(found)
         self.keys.clear()
         self.know(*table.routing.records)
@@ -1044,6 +1046,7 @@ class Table:
         self.loaded_at = 0.0  # monotonic, the last time
         self.provisional = False  # `active` is what Railway said, for want of a state
         self.missing: dict[str, Missing] = {}
+        self.looking: asyncio.Task[None] | None = None
         self.changed = asyncio.Event()  # set at every load, for those who wait for one
         self.refresh_event = asyncio.Event()  # asks for a load
         self.pending_lookups: set[str] = set()  # ids that the next load should look for
@@ -1111,25 +1114,30 @@ class Table:
         finally:
             store.client.connection_pool.disconnect()  # its connection does not stay
 
-    async def look_for_missing(self, found: Routing) -> None:
-        """What has become of the deployments whose records are gone, though nobody of ours has
-        removed them? Each is asked, and stays in the table meanwhile."""
-        gone = {
-            name: record
+    def note_missing(self, found: Routing) -> None:
+        """Remember the deployments whose records are gone, though nobody of ours has removed them.
+        They stay in the table, and are asked meanwhile."""
+        gone = [
+            record
             for name, record in self.routing.records.items()
             if name not in found.records
             and not ((grave := found.tombstones.get(name)) and grave.buries(record))
+        ]
+        now = time.monotonic()
+        self.missing = {
+            r.deployment_id: self.missing.get(r.deployment_id) or Missing(now) for r in gone
         }
-        loop, now = asyncio.get_running_loop(), time.monotonic()
-        looks = [loop.run_in_executor(None, look, record) for record in gone.values()]
-        self.missing = {name: self.missing.get(name) or Missing(now) for name in gone}
-        for name, said in zip(gone, await asyncio.gather(*looks), strict=True):
-            missing = self.missing[name]
-            missing.answers = said == "answers"
-            if said != "unreachable":
-                missing.failing_since = None
-            elif missing.failing_since is None:
-                missing.failing_since = now
+        if gone and (self.looking is None or self.looking.done()):
+            self.looking = asyncio.create_task(self.look_at(gone))
+
+    async def look_at(self, records: list[Record]) -> None:
+        loop = asyncio.get_running_loop()
+        looks = (loop.run_in_executor(None, look, record) for record in records)
+        for record, said in zip(records, await asyncio.gather(*looks), strict=True):
+            if missing := self.missing.get(record.deployment_id):
+                missing.answers = said == "answers"
+                failing_since = missing.failing_since or time.monotonic()
+                missing.failing_since = failing_since if said == "unreachable" else None
 
     def load(self, found: Routing) -> None:
         self.loaded_at = now = time.monotonic()
@@ -1160,13 +1168,16 @@ class Table:
             entry = None if record.retiring_at else self._entry(record)
             if entry:
                 known[name.encode()] = entry
+        self.provisional = self.provisional and routing.active is None
+        if self.provisional and self.active:
+            known.setdefault(self.active.id.encode(), self.active)
+        else:
+            self.active = known.get((routing.active or "").encode())
         for name_, entry in self.deployments.items():
             if known.get(name_) is not entry:
                 close_idle(entry)
         METRICS.forget(name_.decode() for name_ in self.deployments.keys() - known.keys())
         self.deployments = known
-        self.active = known.get((routing.active or "").encode())
-        self.provisional = False
         canary = routing.canary
         self.canary = known.get(canary.deployment_id.encode()) if canary else None
         self.weight = (canary.weight if canary else None) or 0.0
@@ -1200,6 +1211,8 @@ class Table:
                     log.error("no routing state: serving %s, as Railway says", record.deployment_id)
                     self.active, self.provisional = self._entry(record), True
                     self.deployments = {record.deployment_id.encode(): cast(Any, self.active)}
+                    if os.environ.get("PULSE_RAILWAY_MAINTENANCE"):
+                        self.page = maintenance_page(Maintenance(0.0))
             await asyncio.sleep(PROVISIONAL_SECONDS)
 
     # -- what a request needs ------------------------------------------------------------------
