@@ -902,8 +902,9 @@ class Follower:
         report = {**self.table.report(), **METRICS.counters()}
         if report != self.reported or now >= self.report_by:
             self.reported, self.report_by = report, now + REPORT_IDLE_SECONDS
-            uptime = round(time.time() - METRICS.started_at)
-            text = compact({**report, "uptime_seconds": uptime})
+            # what changes by itself is no reason to report
+            uptime, tasks = round(time.time() - METRICS.started_at), len(asyncio.all_tasks())
+            text = compact({**report, "uptime_seconds": uptime, "tasks": tasks})
             await self.client.set(self.report_key, text, ex=REPORT_LEASE)
 
 
@@ -1342,7 +1343,6 @@ class Metrics:
             "turned_away": self.turned_away,
             "clients": len(Client.instances),
             "pooled": idle_connections(),
-            "tasks": len(asyncio.all_tasks()),
             "tunnels_open": self.tunnels_open,
             "tunnels_opened": self.tunnels_opened,
             "requests_per_deployment": {name: sum(t[0]) for name, t in tallies.items()},
