@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -195,14 +195,21 @@ def router_python() -> Path:
 
 @pytest.fixture
 def run_router(start: Callable[..., Process], router_python: Path) -> Callable[..., Process]:
-    """`run_router(redis, NAME=value, ...)`: router.py with REDIS_URL and PORT, as in its image."""
+    """`run_router(redis, NAME=value, ...)`: router.py with REDIS_URL and PORT, as in its image.
+    `constants`: of router.py, those that have other values in this process."""
 
-    def begin(server: Redis | None, **env: str) -> Process:
+    def begin(
+        server: Redis | None, constants: Mapping[str, float] | None = None, **env: str
+    ) -> Process:
         port = free_port()
         given = {"PORT": str(port), "HOST": "127.0.0.1", "PYTHONPATH": str(ROOT), **env}
         if server:
             given["REDIS_URL"] = server.url
-        return start([str(router_python), "-m", "router"], port, given)
+        if not constants:
+            return start([str(router_python), "-m", "router"], port, given)
+        lines = [f"assert hasattr(router, {n!r}); router.{n} = {v!r}" for n, v in constants.items()]
+        script = "\n".join(["import router", *lines, "raise SystemExit(router.main([]))"])
+        return start([str(router_python), "-c", script], port, given)
 
     return begin
 
