@@ -6,6 +6,8 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,12 +16,16 @@ from pulse_railway import config, runtime_image
 from pulse_railway.errors import Failure
 from pulse_railway.flows.restore import known_active
 from pulse_railway.stack import Service, Stack
-from tests.conftest import Process, Redis
+from tests.conftest import ROOT, Process, Redis
 from tests.net import Backend, ask, eventually, ok
 
 router: Any = runtime_image.load("router")
 control: Any = runtime_image.load("control")
 Run = Callable[..., Process]
+PREFIX = "pulse:railway"
+QUICK = {"REFRESH_SECONDS": 1.0, "MISSING_SECONDS": 1.0}
+# The private network's names, as the local Railway resolves them.
+SITE = ROOT / "pulse_railway" / "local" / "site"
 
 
 class Site:
@@ -27,7 +33,7 @@ class Site:
 
     def __init__(self, server: Redis, new: Backend, old: Backend) -> None:
         self.server, self.new, self.old = server, new, old
-        self.store = router.RedisStore(server.url, "pulse:railway")
+        self.store = router.RedisStore(server.url, PREFIX)
         self.control("register", "--deployment-id", "old", "--service-id", "s-old", backend=old)
         self.promote("old")
         self.control("register", "--deployment-id", "new", "--service-id", "s-new", backend=new)
@@ -43,8 +49,17 @@ class Site:
         return self.control("promote", "--active-deployment-id", name, *service, *words)
 
     @property
-    def state(self) -> dict[str, Any]:
-        return dict(self.store.read())
+    def state(self) -> dict[str, str]:
+        """What Redis holds, but for what routers say of themselves."""
+        client = self.server.client
+        keys = sorted(key for key in client.scan_iter(f"{PREFIX}:*") if ":router:" not in key)
+        pairs = zip(keys, client.mget(keys) if keys else [], strict=True)
+        return {key.removeprefix(PREFIX): str(value) for key, value in pairs if value is not None}
+
+    @property
+    def routing(self) -> Any:
+        """The state without what differs each time that it is written."""
+        return replace(self.store.read(), store_id=None, epoch=0, processed={})
 
     def record(self, name: str) -> dict[str, Any]:
         return dict(json.loads(self.state.get(f":deployment:{name}", "{}")))
@@ -55,7 +70,7 @@ def site(redis_server: Redis, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]
     monkeypatch.setenv("REDIS_URL", redis_server.url)
     monkeypatch.setenv("RAILWAY_SERVICE_ID", "here")
     monkeypatch.delenv("PULSE_RAILWAY_ACTIVE", raising=False)
-    monkeypatch.setattr(router, "HEAL_WAIT", 0.5)
+    monkeypatch.setattr(control, "HEAL_WAIT", 0.5)
     with Backend(ok(b"new")) as new, Backend(ok(b"old")) as old:
         yield Site(redis_server, new, old)
 
@@ -74,17 +89,15 @@ def up(process: Process) -> Process:
 
 
 def test_an_emptied_store_is_filled_by_a_router(site: Site, run_router: Run) -> None:
-    routers = [up(run_router(site.server)) for _ in range(2)]
-    before = {k: v for k, v in site.state.items() if k != router.MARK}
+    routers = [up(run_router(site.server, QUICK)) for _ in range(2)]
+    before, epoch = site.routing, site.store.read().epoch
     site.server.client.flushall()
-    eventually(
-        lambda: (
-            {k: v for k, v in site.state.items() if k != router.MARK} | {":answers": ""}
-            == before | {":answers": ""}
-        )
-    )
-    assert router.MARK in site.state
-    time.sleep(router.REFRESH_EVERY + 0.5)  # the other has seen the new mark, and left it
+    eventually(lambda: site.routing == before)
+    found = site.store.read()
+    assert found.store_id
+    assert found.epoch > epoch
+    time.sleep(2 * QUICK["REFRESH_SECONDS"])  # the other has seen the new id, and left it
+    assert site.store.read() == found
     for process in routers:
         assert page(process) == (200, b"new")
         assert page(process, "old") == (200, b"old")
@@ -94,7 +107,7 @@ def test_a_registration_on_an_emptied_store_is_not_the_whole_state(
     site: Site, run_router: Run
 ) -> None:
     """Before: every visitor got 404, and the promotion that followed turned old tabs to 409."""
-    process = up(run_router(site.server))
+    process = up(run_router(site.server, QUICK))
     site.server.client.flushall()
     words = ["--deployment-id", "third", "--service-id", "s-third"]
     assert site.control("register", *words, backend=site.old) == 0
@@ -110,7 +123,7 @@ def test_a_registration_on_an_emptied_store_is_not_the_whole_state(
 def test_a_promotion_on_an_emptied_store_drains_what_was_active(
     site: Site, run_router: Run
 ) -> None:
-    process = up(run_router(site.server))
+    process = up(run_router(site.server, QUICK))
     client = site.server.client
     client.flushall()
     # as 0.3.x writes it, all in one
@@ -131,16 +144,16 @@ def test_a_store_of_0_3_that_is_emptied_and_written_to_at_once(
     with Backend(ok(b"new")) as new, Backend(ok(b"old")) as old:
         redis_server.deployment("old", old.address, "draining")
         redis_server.deployment("new", new.address)
-        process = up(run_router(redis_server))
+        process = up(run_router(redis_server, QUICK))
         redis_server.stop()
         redis_server.start()
         redis_server.deployment("new", new.address)
-        time.sleep(router.REFRESH_EVERY + 1)
+        time.sleep(QUICK["REFRESH_SECONDS"] + 1)
         assert page(process, "old") == (200, b"old")
 
 
 def test_what_was_removed_does_not_come_back(site: Site, run_router: Run) -> None:
-    up(run_router(site.server))
+    up(run_router(site.server, QUICK))
     assert site.control("delete", "--deployment-id", "old") == 0
     time.sleep(0.3)
     site.server.client.flushall()
@@ -149,17 +162,67 @@ def test_what_was_removed_does_not_come_back(site: Site, run_router: Run) -> Non
     assert site.record("old") == {}
 
 
-def test_a_router_that_starts_on_an_emptied_store(site: Site, run_router: Run) -> None:
-    """It knows from Railway that something was active: no 404, and no good health."""
+def on_private_network(folder: Path, **ports: int) -> dict[str, str]:
+    """Variables for a process that finds these services on the private network."""
+    hosts = {f"{name}.railway.internal": {"8000": port} for name, port in ports.items()}
+    (folder / "hosts.json").write_text(json.dumps(hosts))
+    path = os.pathsep.join([str(SITE), str(ROOT)])
+    return {"RAILWAY_LOCAL_HOSTS": str(folder / "hosts.json"), "PYTHONPATH": path}
+
+
+def test_a_router_that_starts_on_an_emptied_store(
+    site: Site, run_router: Run, tmp_path: Path
+) -> None:
+    """It serves what Railway says was active, until the state is there."""
     site.server.client.flushall()
-    process = run_router(site.server, PULSE_RAILWAY_ACTIVE="new")
+    network = on_private_network(tmp_path, new=site.new.port)
+    process = up(run_router(site.server, PULSE_RAILWAY_ACTIVE="new", **network))
+    assert page(process) == (200, b"new")
+    assert ask(process.port, "/healthz").json == {"ok": True, "without_state": True}
+    assert page(process, "old")[0] in (409, 503)
+    assert "no routing state: serving new, as Railway says" in process.output()
+    records = [{"deployment_id": "new", "service_name": "new", "address": site.old.address}]
+    words = ["--records-json", json.dumps(records)]
+    assert site.control("restore", "--active-deployment-id", "new", *words) == 0
+    eventually(lambda: page(process) == (200, b"old"))
+    assert ask(process.port, "/healthz").json == {"ok": True}
+
+
+def test_a_router_that_starts_while_redis_is_away(
+    redis_server: Redis, run_router: Run, tmp_path: Path
+) -> None:
+    redis_server.stop()
+    with Backend(ok(b"new")) as new:
+        network = on_private_network(tmp_path, new=new.port)
+        process = up(run_router(redis_server, PULSE_RAILWAY_ACTIVE="new", **network))
+        assert page(process) == (200, b"new")
+        redis_server.start()
+        redis_server.deployment("other", new.address)
+        eventually(lambda: ask(process.port, "/healthz").json == {"ok": True})
+        assert ask(process.port).header("x-pulse-selected-deployment") == "other"
+
+
+@pytest.mark.parametrize("active", ["new", None])
+def test_a_router_that_starts_and_reaches_nothing(
+    site: Site, run_router: Run, active: str | None
+) -> None:
+    """What Railway names does not answer, or it names nothing and Redis is away: no 404."""
+    if active:
+        site.server.client.flushall()
+    else:
+        site.server.stop()
+    process = run_router(site.server, **({"PULSE_RAILWAY_ACTIVE": active} if active else {}))
     time.sleep(1)
     health, answer = ask(process.port, "/healthz"), ask(process.port, "/")
     assert (health.status, answer.status) == (503, 503)
     assert answer.header("retry-after") == "1"
-    records = [{"deployment_id": "new", "service_name": "new", "address": site.new.address}]
-    words = ["--records-json", json.dumps(records)]
-    assert site.control("restore", "--active-deployment-id", "new", *words) == 0
+    if not active:
+        site.server.start()
+        site.server.deployment("new", site.new.address)
+    else:
+        records = [{"deployment_id": "new", "service_name": "new", "address": site.new.address}]
+        words = ["--records-json", json.dumps(records)]
+        assert site.control("restore", "--active-deployment-id", "new", *words) == 0
     eventually(lambda: page(process) == (200, b"new"))
     assert ask(process.port, "/healthz").status == 200
 
@@ -182,7 +245,7 @@ def test_commands_wait_for_lost_state_and_then_refuse(
 
 
 def test_the_state_survives_a_redis_that_restarts_empty(site: Site, run_router: Run) -> None:
-    process = up(run_router(site.server))
+    process = up(run_router(site.server, QUICK))
     site.server.stop()
     time.sleep(0.5)
     assert page(process) == (200, b"new")
@@ -199,7 +262,10 @@ def test_a_nonce_is_carried_out_once(site: Site, capsys: pytest.CaptureFixture[s
     assert site.promote("new", "--nonce", "two") == 0
     capsys.readouterr()
     assert site.promote("old", "--nonce", "one") == 0  # asked again: its answer was lost
-    assert json.loads(capsys.readouterr().out) == {"ok": True, "command": "promote", "nonce": "one"}
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["ok"], answer["command"], answer["nonce"]) == (True, "promote", "one")
+    assert answer["promoted"]["deployment_id"] == "new"
+    assert answer["version"] == router.runtime_version()
     assert site.state[":active"] == "new"
 
 
