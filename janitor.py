@@ -366,14 +366,15 @@ def mend(
 ) -> bool:
     """Bring the store, and what Railway says was promoted last, to the later of the two. Says
     whether there was anything to mend."""
-    last = found.promoted
+    last, healed = found.promoted, False
     if not found.backends and routing.active is None:
         return False
     if routing.active is None or control.is_lost(routing, last):
         routing = healed_by_routers(store, last)
-        if routing.active is None or control.is_lost(routing, last):
+        if routing.active is None or control.is_older_than(routing, last):
             report.restored = restore(store, routing, found, report)
-        return True
+            return True
+        healed = True
     if routing.promoted_by_other:  # it is given the time at which we learn of it
         now = routing.active
 
@@ -392,7 +393,7 @@ def mend(
         }
         railway.remember(found.router_id, values)
     mend_maintenance(store, railway, routing, found)
-    return differs
+    return differs or healed
 
 
 def healed_by_routers(store: router.RedisStore, last: Promotion | None) -> Routing:
