@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,40 +24,51 @@ control: Any = runtime_image.load("control")
 janitor: Any = runtime_image.load("janitor")
 
 
+NOWHERE = "http://127.0.0.1:9"  # nobody takes a connection there
+
+
 class Railway:
     """The calls of janitor.Railway that a run makes."""
 
-    def __init__(self, *services: Any, intent: str | None = None) -> None:
+    def __init__(
+        self, *services: Any, promoted: Any = None, closed: float | None = None, refuses: str = ""
+    ) -> None:
         self.services = list(services)
-        self.intent = intent
+        self.promoted, self.closed, self.refuses = promoted, closed, refuses
         self.deleted: list[str] = []
-        self.remembered: list[str] = []
+        self.remembered: list[dict[str, str]] = []
 
     def inspect(self) -> Any:
-        return janitor.Seen(self.services, "id-router", self.intent)
+        return janitor.Inventory(self.services, "id-router", self.promoted, self.closed)
 
-    def remember(self, service_id: str, name: str, value: str) -> None:
-        assert (service_id, name) == ("id-router", "PULSE_RAILWAY_ACTIVE")
-        self.remembered.append(value)
+    def remember(self, service_id: str, values: dict[str, str]) -> None:
+        assert service_id == "id-router"
+        self.remembered.append(values)
 
     def delete(self, service: Any) -> None:
+        if service.deployment == self.refuses:
+            raise RuntimeError("Railway does not delete this")
         self.deleted.append(service.deployment)
 
 
-def service(name: str, age: float = 7200) -> Any:
-    return janitor.Service(f"id-{name}", name, name, age)
+def service(name: str, age: float = 7200, status: str | None = None, **more: Any) -> Any:
+    """A service that a deploy of this stack has made."""
+    return janitor.Service(f"id-{name}", name, name, age, status, **{"ours": True, **more})
 
 
-def sweep(store: Any, railway: Railway, limits: Any) -> Any:
-    return janitor.sweep(store, railway, store.read(), railway.inspect(), "token", limits)
+def clean_up(store: Any, railway: Railway, limits: Any = None) -> Any:
+    limits = limits or janitor.Limits(60)
+    return janitor.clean_up(store, railway, store.read(), railway.inspect(), "token", limits)
 
 
 class Room:
-    """A Redis with an active deployment, and one backend that answers for all."""
+    """A Redis with an active deployment, and one backend that answers for all that have its
+    address; `here` are those without a record, or without an address in it."""
 
     def __init__(self, server: Redis, backend: Backend) -> None:
         self.server, self.backend = server, backend
         self.store = router.RedisStore(server.url, "pulse:railway")
+        self.here: set[str] = set()
         server.deployment("active", backend.address)
 
     def sessions(self, count: int) -> None:
@@ -68,20 +78,38 @@ class Room:
         raw = self.server.client.get(f"pulse:railway:deployment:{name}")
         return json.loads(str(raw)) if raw else None
 
+    def draining(self, name: str, address: str | None = None, **more: Any) -> None:
+        since = {"registered_at": 1, "drain_started_at": time.time() - 1}
+        fields = {"state": "draining", **since, **more}
+        self.server.deployment(name, address or self.backend.address, **fields)
+
     def run(
-        self, *services: Any, ttl: float = 86_400, window: float = 0, keep: int = 0
+        self,
+        *services: Any,
+        ttl: float = 86_400,
+        window: float = 0,
+        keep: int = 0,
+        **railway: Any,
     ) -> tuple[Any, list[str]]:
-        railway = Railway(service("active"), *services)
+        on_railway = Railway(service("active"), *services, **railway)
         limits = janitor.Limits(ttl, window, keep)
-        return sweep(self.store, railway, limits), railway.deleted
+        return clean_up(self.store, on_railway, limits), on_railway.deleted
 
 
 @pytest.fixture
 def room(redis_server: Redis, monkeypatch: pytest.MonkeyPatch) -> Iterator[Room]:
     with Backend() as backend:
-        monkeypatch.setattr(router, "base_url", lambda _: backend.address)
+        found = Room(redis_server, backend)
+        by_name = router.Record.url.fget
+
+        def url(record: Any) -> Any:
+            return backend.address if record.deployment_id in found.here else by_name(record)
+
+        monkeypatch.setattr(router.Record, "url", property(url))
         monkeypatch.setattr(janitor, "RELOAD_GRACE_SECONDS", 0.0)
-        yield Room(redis_server, backend)
+        monkeypatch.setattr(control, "HEAL_WAIT", 0.2)
+        monkeypatch.setattr(control, "REPORT_WAIT", 0.5)
+        yield found
 
 
 def test_a_deploy_that_died_before_it_was_registered(room: Room) -> None:
@@ -91,14 +119,16 @@ def test_a_deploy_that_died_before_it_was_registered(room: Room) -> None:
 
 
 def test_a_deployment_whose_record_is_lost_is_not_taken_for_one(room: Room) -> None:
+    room.here.add("lost")
     room.sessions(2)
     report, deleted = room.run(service("lost"))
     assert deleted == []
-    assert "2 sessions" in report.kept["lost"]
+    assert report.kept["lost"] == "no record named it: draining from now on"
     record = room.record("lost")
     assert record is not None
     assert (record["state"], record["service_name"]) == ("draining", "lost")
     assert time.time() - record["drain_started_at"] < 5
+    assert room.run(service("lost"))[0].kept["lost"] == "2 sessions"
     room.sessions(0)
     assert room.run(service("lost"))[1] == ["lost"]
     assert room.record("lost") is None
@@ -106,17 +136,62 @@ def test_a_deployment_whose_record_is_lost_is_not_taken_for_one(room: Room) -> N
 
 def test_what_runs_and_does_not_answer_is_not_taken_for_dead(room: Room) -> None:
     """Its record is lost, and for a moment it is silent, or nobody here reaches anything."""
-    room.backend.answer = ok(b"?", status="500 Internal Server Error")
-    silent, crashed = service("silent"), replace(service("crashed"), status="CRASHED")
-    silent = replace(silent, status="SUCCESS")
+    silent, crashed = service("silent", status="SUCCESS"), service("crashed", status="CRASHED")
     report, deleted = room.run(silent, crashed)
     assert deleted == ["crashed"]
-    assert report.kept["silent"] == "not answering, draining from now on"
+    assert report.kept["silent"] == "no record named it: draining from now on"
     assert (room.record("silent") or {})["state"] == "draining"
     report, deleted = room.run(silent)
     assert (report.kept["silent"], deleted) == ("not answering", [])
+    room.here.add("silent")
     room.sessions(0)
     assert room.run(silent)[1] == ["silent"]
+
+
+def test_a_service_that_no_deploy_of_this_stack_made_is_not_touched(room: Room) -> None:
+    """Somebody's own service with PULSE_DEPLOYMENT_ID, and one of another router's."""
+    own, others = service("own", ours=False), service("others", ours=False, foreign=True)
+    report, deleted = room.run(own, others, ttl=0)
+    assert (deleted, report.failed) == ([], {})
+    for name in ("own", "others"):
+        assert report.kept[name] == "no record names its service, and no deploy of this stack did"
+        assert room.record(name) is None
+
+
+@pytest.mark.parametrize(
+    ("variables", "ours", "foreign"),
+    [
+        ({"PULSE_RAILWAY_INTERNAL_TOKEN": "${{pulse-router.PULSE_RAILWAY_INTERNAL_TOKEN}}"}, 0, 0),
+        (
+            {
+                "PULSE_RAILWAY_INTERNAL_TOKEN": "${{ pulse-router.PULSE_RAILWAY_INTERNAL_TOKEN }}",
+                "PULSE_RAILWAY_DEPLOY_RUN": "r1",
+            },
+            1,
+            0,
+        ),
+        (
+            {
+                "PULSE_RAILWAY_INTERNAL_TOKEN": "${{other-router.PULSE_RAILWAY_INTERNAL_TOKEN}}",
+                "PULSE_RAILWAY_DEPLOY_RUN": "r1",
+            },
+            0,
+            1,
+        ),
+        ({"PULSE_RAILWAY_INTERNAL_TOKEN": "literal", "PULSE_RAILWAY_DEPLOY_RUN": "r1"}, 0, 0),
+        ({}, 0, 0),
+    ],
+)
+def test_whose_a_service_is(variables: dict[str, str], ours: int, foreign: int) -> None:
+    env = {"RAILWAY_PROJECT_ID": "p", "RAILWAY_ENVIRONMENT_ID": "e", "RAILWAY_TOKEN": "t"}
+    node = {
+        "serviceId": "i",
+        "serviceName": "n",
+        "createdAt": "2026-01-01T00:00:00Z",
+        "latestDeployment": None,
+    }
+    found = janitor.Railway(env).backend(node, {"PULSE_DEPLOYMENT_ID": "d", **variables})
+    assert (found.ours, found.foreign, found.status) == (bool(ours), bool(foreign), None)
 
 
 NUMBERS = (
@@ -162,26 +237,52 @@ def test_only_a_zero_is_zero(room: Room, said: object) -> None:
 
 
 def test_pending_deployments(room: Room) -> None:
-    room.sessions(0)
+    """One that is an hour old has died where Railway shows that it never ran, nothing answers, and
+    it was never promoted."""
     old: dict[str, Any] = {"state": "pending", "registered_at": time.time() - 7200}
-    for name, more in (
-        ("dead", old),
-        ("young", old | {"registered_at": time.time()}),
-        ("held", old | {"held": True}),  # as `deploy --no-promote` leaves it
+    for name, address, more in (
+        ("failed", NOWHERE, {}),
+        ("never-begun", NOWHERE, {}),
+        ("young", NOWHERE, {"registered_at": time.time()}),
+        ("held", NOWHERE, {"held": True}),  # as `deploy --no-promote` leaves it
+        ("answers", room.backend.address, {}),  # a cut-off deploy whose version runs
+        ("runs", NOWHERE, {}),
+        ("was-active", NOWHERE, {"promoted_at": time.time() - 3600}),
+        ("in-history", NOWHERE, {}),
     ):
-        room.server.deployment(name, room.backend.address, **more)
-    services = [service(name) for name in ("dead", "young", "held")]
-    room.sessions(1)
-    assert room.run(*services)[1] == []  # somebody looks at it
+        room.server.deployment(name, address, **old | more)
+    noted = [{"at": 1, "what": "promote", "deployment_id": "in-history"}]
+    room.server.client.set("pulse:railway:history", json.dumps(noted))
     room.sessions(0)
-    assert room.run(*services)[1] == ["dead"]
-    assert room.record("dead") is None
+    dead = [service("failed", status="FAILED"), service("never-begun")]
+    kept = [
+        *(service(name, status="CRASHED") for name in ("young", "held", "answers")),
+        service("runs", status="DEPLOYING"),
+        service("was-active", status="FAILED"),
+        service("in-history", status="REMOVED"),
+    ]
+    report, deleted = room.run(*dead, *kept)
+    assert sorted(deleted) == ["failed", "never-begun"]
+    assert room.record("failed") is None
+    lasting = "pending, and it runs or was promoted before: promote or delete it"
+    assert report.kept == {
+        "young": "being deployed",
+        "held": "held",
+        **dict.fromkeys(["answers", "runs", "was-active", "in-history"], lasting),
+    }
+
+
+def test_what_railway_says_was_promoted_is_no_dead_deploy(room: Room) -> None:
+    long_ago = time.time() - 7200
+    room.server.deployment("pending", NOWHERE, "pending", registered_at=long_ago)
+    room.run()  # the promotion of the active one gets its time
+    before = router.Promotion("pending", 5.0)
+    _, deleted = room.run(service("pending", status="FAILED"), promoted=before)
+    assert deleted == []  # what differs was mended, and nothing else is done in that run
 
 
 def test_draining_deployments(room: Room) -> None:
-    room.server.deployment(
-        "old", room.backend.address, "draining", drain_started_at=time.time() - 50
-    )
+    room.draining("old", drain_started_at=time.time() - 50)
     room.sessions(3)
     assert room.run(service("old"))[1] == []
     room.backend.answer = ok(b"?", status="500 Internal Server Error")
@@ -198,36 +299,112 @@ def test_contradictions_delete_nothing(room: Room) -> None:
     room.sessions(0)
     twice = [service("twin"), janitor.Service("other", "twin-2", "twin", 7200)]
     railway = Railway(service("active"), *twice)
-    with pytest.raises(janitor.Refused, match="on two services"):
-        sweep(room.store, railway, janitor.Limits(0))
+    with pytest.raises(janitor.Contradiction, match="on two services"):
+        clean_up(room.store, railway)
     railway = Railway(service("other"))
-    with pytest.raises(janitor.Refused, match="has no service"):
-        sweep(room.store, railway, janitor.Limits(0))
+    with pytest.raises(janitor.Contradiction, match="has no service"):
+        clean_up(room.store, railway)
     assert railway.deleted == []
 
 
-def test_lost_state_is_restored_from_railway(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(router, "HEAL_WAIT", 0.2)
+# -- what was promoted last --------------------------------------------------------------------
+
+
+def test_lost_state_is_restored_from_railway(room: Room) -> None:
     room.sessions(0)
     room.server.client.flushall()
-    for intent in (None, "gone"):  # what nobody knows is not guessed
-        railway = Railway(service("active"), service("rolled-back", 60), intent=intent)
-        with pytest.raises(janitor.Refused, match=r"none is active.*--deployment-id"):
-            sweep(room.store, railway, janitor.Limits(0))
-    railway = Railway(service("active"), service("rolled-back", 60), intent="active")
-    assert sweep(room.store, railway, janitor.Limits(0)).restored == "active"
+    services = [service("active"), service("rolled-back", 60), service("x", foreign=True)]
+    for promoted in (None, router.Promotion("gone", 5.0)):  # what nobody knows is not guessed
+        railway = Railway(*services, promoted=promoted)
+        with pytest.raises(janitor.Contradiction, match=r"none is active.*--deployment-id"):
+            clean_up(room.store, railway)
+    railway = Railway(*services, promoted=router.Promotion("active", 5.0), closed=6.0)
+    assert clean_up(room.store, railway).restored == "active"
     assert railway.deleted == []
-    assert room.server.client.get("pulse:railway:active") == "active"
-    record = room.record("rolled-back")
-    assert record is not None
-    assert record["state"] == "draining"
+    routing = room.store.read()
+    assert routing.promotion == router.Promotion("active", 5.0)
+    assert routing.maintenance.since == 6.0
+    assert sorted(routing.records) == ["active", "rolled-back"]
+    assert routing.records["rolled-back"].state == "draining"
 
 
 def test_the_active_deployment_is_noted_on_railway(room: Room) -> None:
-    for intent, noted in ((None, ["active"]), ("before", ["active"]), ("active", [])):
-        railway = Railway(service("active"), intent=intent)
-        sweep(room.store, railway, janitor.Limits(60))
-        assert railway.remembered == noted
+    """With its time, which a promotion by 0.3.x gets now; one that is noted already is not."""
+    railway = Railway(service("active"))
+    clean_up(room.store, railway)
+    promoted = room.store.read().promoted
+    assert abs(promoted.at - time.time()) < 5
+    noted = {"PULSE_RAILWAY_ACTIVE": "active", "PULSE_RAILWAY_ACTIVE_AT": repr(promoted.at)}
+    assert railway.remembered == [noted]
+    for before, remembered in (
+        (router.Promotion("before", 5.0), [noted]),
+        (router.Promotion("before", 0.0), [noted]),  # by an earlier version, without the time
+        (router.Promotion("active", 0.0), [noted]),
+        (promoted, []),
+    ):
+        railway = Railway(service("active"), service("before"), promoted=before)
+        clean_up(room.store, railway)
+        assert railway.remembered == remembered
+
+
+def test_a_run_that_mends_what_was_promoted_last_deletes_nothing(room: Room) -> None:
+    room.sessions(0)
+    room.draining("old")
+    before = router.Promotion("old", 5.0)
+    assert room.run(service("old"), promoted=before)[1] == []
+    assert room.run(service("old"), promoted=room.store.read().promoted)[1] == ["old"]
+
+
+def test_a_store_that_is_older_than_what_railway_says(room: Room) -> None:
+    """A snapshot from before the last promotion: the version on which the tabs are is active
+    again, and nothing goes."""
+    room.run()
+    room.sessions(0)
+    room.draining("newer")
+    last = router.Promotion("newer", room.store.read().promoted.at + 1)
+    report, deleted = room.run(service("newer"), promoted=last)
+    assert (report.restored, deleted) == ("newer", [])
+    routing = room.store.read()
+    assert routing.promotion == last
+    assert {n: r.state for n, r in routing.records.items()} == {
+        "newer": "active",
+        "active": "draining",
+    }
+
+
+def test_what_was_promoted_last_has_no_service(room: Room) -> None:
+    """The store is older than that promotion, and its deployment was deleted on Railway by hand."""
+    room.run()
+    room.sessions(0)
+    room.draining("old")
+    last = router.Promotion("gone", room.store.read().promoted.at + 1)
+    report, deleted = room.run(service("old"), promoted=last)
+    assert (report.restored, deleted) == (None, [])
+    assert room.store.read().active == "active"
+    assert any("gone was promoted last and has no service" in p for p in report.problems)
+    assert any("restore --deployment-id active` makes that final" in p for p in report.problems)
+
+
+def test_a_closed_site_stays_closed(room: Room) -> None:
+    """The page is lost with Redis; that the site is closed is noted on Railway."""
+    room.run()
+    railway = Railway(service("active"), promoted=room.store.read().promoted, closed=5.0)
+    clean_up(room.store, railway)
+    assert room.store.read().maintenance.since == 5.0
+    switch = control.control_parser().parse_args(["maintenance", "off"])
+    room.store.apply(control.step_of(switch))
+    clean_up(room.store, railway)
+    assert room.store.read().maintenance is None
+    assert railway.remembered == [{"PULSE_RAILWAY_MAINTENANCE": ""}]
+    switch = control.control_parser().parse_args(["maintenance", "on"])
+    room.store.apply(control.step_of(switch))
+    railway = Railway(service("active"), promoted=room.store.read().promoted)
+    clean_up(room.store, railway)
+    since = room.store.read().maintenance.since
+    assert railway.remembered == [{"PULSE_RAILWAY_MAINTENANCE": repr(since)}]
+
+
+# -- what else can happen meanwhile --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("meanwhile", ["promoted", "drained anew", "forgotten", "emptied"])
@@ -251,7 +428,7 @@ def test_what_changed_since_it_was_judged_is_left(
             client.flushall()
         return 0
 
-    monkeypatch.setattr(router, "sessions", change)
+    monkeypatch.setattr(control, "sessions", change)
     report, deleted = room.run(service("old"))
     assert deleted == []
     assert "changed meanwhile" in report.kept["old"] or "is active" in report.kept["old"]
@@ -272,14 +449,13 @@ def test_the_flags_of_0_3_set_what_ensure_sets() -> None:
 
 def test_a_deployment_whose_service_is_gone_loses_its_record(room: Room) -> None:
     """Before, its tabs met 502 for a day: somebody had deleted the service on Railway."""
-    room.sessions(3)
     long_ago = time.time() - 500
     for name, state, more in (
         ("gone", "draining", {"registered_at": long_ago}),
         ("pending", "pending", {"registered_at": long_ago}),
         ("fresh", "pending", {"registered_at": time.time()}),
     ):
-        room.server.deployment(name, room.backend.address, state, **more)
+        room.server.deployment(name, NOWHERE, state, **more)
     report, deleted = room.run()
     assert deleted == []  # there is nothing on Railway to delete
     assert sorted(report.deleted) == ["gone", "pending"]
@@ -287,10 +463,20 @@ def test_a_deployment_whose_service_is_gone_loses_its_record(room: Room) -> None
     assert room.record("fresh")
 
 
+def test_what_railway_leaves_out_of_an_answer_and_still_answers_is_kept(room: Room) -> None:
+    room.sessions(0)
+    room.draining("old")
+    room.server.deployment("pending", room.backend.address, "pending", registered_at=1)
+    report, deleted = room.run()
+    assert (report.deleted, deleted) == ([], [])
+    said = "answers, but Railway does not list it"
+    assert report.kept == {"old": said, "pending": said}
+
+
 def test_what_0_3_x_can_leave_behind_drains(room: Room) -> None:
     """Two records that say active, one of which is; a pending one without a time."""
     room.server.deployment("stray", room.backend.address, "active", registered_at=1)
-    room.server.deployment("old", room.backend.address, "pending")
+    room.server.deployment("old", NOWHERE, "pending")
     room.server.client.set("pulse:railway:active", "active")
     room.sessions(0)
     report, deleted = room.run(service("stray"), service("old"))
@@ -300,15 +486,100 @@ def test_what_0_3_x_can_leave_behind_drains(room: Room) -> None:
     assert room.run(service("stray"))[1] == ["stray"]
 
 
-def test_a_download_without_a_tab_is_use(room: Room) -> None:
-    room.server.deployment("old", room.backend.address, "draining", registered_at=1)
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"state": "resting"},
+        {"state": 7},
+        {"registered_at": "yesterday"},
+        {"instances": [1, 2]},
+        {"retiring_at": "soon"},
+        {"held": "yes", "state": "pending", "registered_at": 1},
+    ],
+)
+def test_what_is_not_understood_is_kept(room: Room, more: dict[str, Any]) -> None:
     room.sessions(0)
-    said = json.dumps({"in_flight": {"old": 1, "active": 7}})
-    room.server.client.set("pulse:railway:router:r1", said)
-    report, deleted = room.run(service("old"))
-    assert (report.kept["old"], deleted) == ("1 requests under way", [])
-    room.server.client.set("pulse:railway:router:r1", json.dumps({}))
+    room.draining("odd", NOWHERE, **more)
+    report, deleted = room.run(service("odd", status="FAILED"), ttl=60)
+    assert (report.deleted, deleted) == ([], [])
+    assert report.kept["odd"].startswith("not understood (")
+    assert "`pulse-railway delete` removes it" in report.kept["odd"]
+    env = {"REDIS_URL": room.server.url, "PULSE_RAILWAY_INTERNAL_TOKEN": "token"}
+    for command in ("retire", "delete"):
+        assert control.carry_out([command, "--deployment-id", "odd"], env)["ok"]
+    assert room.record("odd") is None
+
+
+def test_a_draining_one_with_an_odd_field_goes_at_its_ttl(room: Room) -> None:
+    room.draining("odd", about="me", drain_started_at=time.time() - 50)
+    assert room.run(service("odd"), ttl=60)[1] == []
+    assert room.run(service("odd"), ttl=40)[1] == ["odd"]
+
+
+def test_a_download_without_a_tab_is_use(room: Room) -> None:
+    room.draining("old")
+    room.sessions(0)
+    report(room, "r1", in_flight={"old": 1, "active": 7})
+    found, deleted = room.run(service("old"))
+    assert (found.kept["old"], deleted) == ("1 requests under way", [])
+    report(room, "r1", in_flight={})
     assert room.run(service("old"))[1] == ["old"]
+
+
+def report(room: Room, name: str, lease: int = 120, **more: Any) -> None:
+    """What a router says of itself, as of `120 - lease` seconds ago."""
+    text = json.dumps({"epoch": 1_000_000, **more})
+    room.server.client.set(f"pulse:railway:router:{name}", text, ex=lease)
+
+
+def test_nothing_is_deleted_while_a_router_may_route_to_it(room: Room) -> None:
+    """It is retired, and goes in the run that finds every router behind that."""
+    room.sessions(0)
+    room.draining("old")
+    room.draining("older")
+    report(room, "ahead")
+    report(room, "behind", epoch=1)
+    began = time.monotonic()
+    found, deleted = room.run(service("old"), service("older"))
+    assert time.monotonic() - began < 2 * control.REPORT_WAIT + 0.5  # it is waited for once
+    assert (found.deleted, deleted) == ([], [])
+    said = "behind may still route to it"
+    assert found.kept == {"old": said, "older": said}
+    assert (room.record("old") or {})["retiring_at"]
+    report(room, "behind", epoch=1_000_000)
+    assert sorted(room.run(service("old"), service("older"))[1]) == ["old", "older"]
+
+
+def test_a_router_that_is_silent_counts_until_its_lease_ends(room: Room) -> None:
+    room.sessions(0)
+    room.draining("old")
+    report(room, "silent", lease=2, epoch=1)
+    found, deleted = room.run(service("old"))
+    assert (found.kept["old"], deleted) == ("silent may still route to it", [])
+    time.sleep(2)
+    assert room.run(service("old"))[1] == ["old"]
+
+
+def test_a_router_of_another_version_counts_for_30_seconds(room: Room) -> None:
+    room.sessions(0)
+    room.draining("old")
+    room.server.client.set("pulse:railway:router:r1", json.dumps({"in_flight": {}}))
+    assert room.run(service("old"))[0].kept["old"] == "r1 may still route to it"
+    retired = {**(room.record("old") or {}), "retiring_at": time.time() - 31}
+    room.server.client.set("pulse:railway:deployment:old", json.dumps(retired))
+    assert room.run(service("old"))[1] == ["old"]
+
+
+def test_one_that_railway_does_not_delete_stops_no_other(room: Room) -> None:
+    room.sessions(0)
+    for name in ("one", "two", "three"):
+        room.draining(name)
+    names = [service(name) for name in ("one", "two", "three")]
+    found, deleted = room.run(*names, refuses="two")
+    assert (sorted(deleted), sorted(found.deleted)) == (["one", "three"], ["one", "three"])
+    assert found.failed == {"two": "Railway does not delete this"}
+    assert (room.record("two") or {})["retiring_at"]  # the next run goes on from there
+    assert room.run(names[1])[1] == ["two"]
 
 
 def test_the_tabs_are_told_whoever_removes_it(room: Room) -> None:
@@ -351,21 +622,26 @@ def test_there_is_a_way_back_for_a_while(room: Room) -> None:
 def test_a_control_command_is_carried_out_once_and_in_time(room: Room) -> None:
     env = {"REDIS_URL": room.server.url, "RAILWAY_SERVICE_ID": "x"}
 
-    def answer(order: object, before: str = "") -> Any:
-        text = order if isinstance(order, str) else json.dumps(order)
-        return janitor.answer_to(janitor.Seen([], order=text, answer=before), env)
+    def answer(request: object, before: str = "") -> Any:
+        text = request if isinstance(request, str) else json.dumps(request)
+        found = janitor.Inventory([], request=text, answer=before)
+        return janitor.carry_out_request(found, env)
 
-    order = {"nonce": "n1", "words": ["active"], "until": time.time() + 60}
-    said = answer(order)
-    assert said == {"ok": True, "deployment_id": "active", "command": "active", "nonce": "n1"}
-    assert answer(order, json.dumps(said)) is None  # it was answered
-    assert answer({**order, "until": time.time() - 1}) is None  # nobody waits any more
-    for nonsense in ("", "{", "[]", "null", "{}", '{"nonce": 1}', {**order, "words": []}):
+    request = {"nonce": "n1", "words": ["active"], "until": time.time() + 60}
+    said = answer(request)
+    version = router.runtime_version()
+    assert said == {
+        **{"ok": True, "deployment_id": "active", "command": "active"},
+        **{"nonce": "n1", "version": version},
+    }
+    assert answer(request, json.dumps(said)) is None  # it was answered
+    assert answer({**request, "until": time.time() - 1}) is None  # nobody waits any more
+    for nonsense in ("", "{", "[]", "null", "{}", '{"nonce": 1}', {**request, "words": []}):
         assert answer(nonsense) is None
-    unknown = answer({**order, "words": ["explode"]})
+    unknown = answer({**request, "words": ["explode"]})
     assert (unknown["ok"], unknown["nonce"], unknown["command"]) == (False, "n1", "explode")
     words = ["retire", "--deployment-id", "active"]
-    assert answer({**order, "words": words})["reason"] == "active"
+    assert answer({**request, "words": words})["reason"] == "active"
 
 
 # -- a run as a whole, whose answers come from somewhere else -------------------------------------
@@ -436,16 +712,32 @@ def test_a_run_that_cannot_begin(
     assert redis_server.client.get("pulse:railway:janitor:lock") == "another"
 
 
+def test_in_another_service_it_refuses_in_words(
+    on_railway: Callable[..., tuple[int, str]],
+) -> None:
+    """In the router's, the variables that `ensure` has set on the janitor's are missing: what
+    `--keep` keeps would go."""
+    code, said = on_railway(ok(b"{}"), RAILWAY_SERVICE_NAME="pulse-router")
+    assert code == 1
+    assert said.startswith("this is pulse-router: the janitor runs in its own service.")
+    assert "railway ssh --service pulse-janitor -- pulse-railway janitor run" in said
+    for env in (
+        {"RAILWAY_SERVICE_NAME": "pulse-janitor"},
+        {"RAILWAY_SERVICE_NAME": "tidy", "PULSE_RAILWAY_JANITOR_SERVICE": "tidy"},
+    ):
+        assert "refused: Railway's answer is not one of its API" in on_railway(ok(b"[]"), **env)[1]
+
+
 @pytest.mark.parametrize("said", [b'{"data": {"serviceDelete": false}}', b'{"data": {"x": 1}}'])
 def test_what_railway_does_not_say_it_deleted_keeps_its_record(room: Room, said: bytes) -> None:
     room.sessions(0)
-    room.server.deployment("old", room.backend.address, "draining", registered_at=1)
+    room.draining("old")
     with Backend(ok(said)) as api:
         env = {"RAILWAY_PROJECT_ID": "p", "RAILWAY_ENVIRONMENT_ID": "e", "RAILWAY_TOKEN": "t"}
         railway: Any = Railway(service("active"), service("old"))
         railway.delete = janitor.Railway({**env, "PULSE_RAILWAY_API_URL": api.address}).delete
-        with pytest.raises(RuntimeError, match="does not say that it deleted old"):
-            sweep(room.store, railway, janitor.Limits(60))
+        found = clean_up(room.store, railway)
+    assert found.failed == {"old": "Railway does not say that it deleted old"}
     record = room.record("old")
     assert record is not None
     assert record["retiring_at"]
@@ -456,10 +748,10 @@ def test_the_lock_does_not_expire_on_a_long_run(
 ) -> None:
     monkeypatch.setattr(janitor, "LOCK_SECONDS", 1)
     store = router.RedisStore(redis_server.url, "pulse:railway")
-    with janitor.lock(store) as held:
+    with janitor.run_lock(store) as held:
         assert held
         time.sleep(2.2)
-        with janitor.lock(store) as second:
+        with janitor.run_lock(store) as second:
             assert not second
     assert not redis_server.client.exists("pulse:railway:janitor:lock")
 
