@@ -1,13 +1,15 @@
 """The routing state under everything that changes it, in any order, cut off anywhere.
 
-Ours (deploy, promote, canary, rollback, delete, lock, restore, janitor runs) and 0.3.x's writers,
-which write keys one by one. The steps are control.py's and janitor.py's own, on a store of
-router.py's; the clock, Railway's services and how many sessions a backend has are the model's.
+Ours (deploy, promote, canary, rollback, delete, lock, restore, janitor runs, routers that heal) and
+0.3.x's writers, which write keys one by one. The steps are control.py's and janitor.py's own, on a
+store of router.py's; the clock, Railway's services and how many sessions a backend has are the
+model's.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import types
@@ -82,6 +84,15 @@ class Store(router.LocalStore):  # type: ignore[misc]
                 "INSERT OR REPLACE INTO pulse_kv (key, value) VALUES (?, ?)", (f"p{key}", value)
             )
 
+    @property
+    def rows(self) -> list[Any]:
+        return self.db.execute("SELECT key, value FROM pulse_kv").fetchall()
+
+    @rows.setter
+    def rows(self, rows: list[Any]) -> None:
+        self.db.execute("DELETE FROM pulse_kv")
+        self.db.executemany("INSERT INTO pulse_kv (key, value) VALUES (?, ?)", rows)
+
     @contextlib.contextmanager
     def killed_after(self, steps: int | None) -> Iterator[None]:
         self.steps_left = steps
@@ -100,18 +111,24 @@ class Life(RuleBasedStateMachine):
         self.store = Store()
         self.services: dict[str, str] = {}  # deployment -> Railway's id of its service
         self.created: dict[str, float] = {}
-        self.tabs: dict[str, int | None] = {}
-        self.intent: str | None = None
-        self.known: dict[str, str] = {}  # what a router holds
+        self.tabs: dict[str, int | None] = {}  # None: it does not answer
+        self.intent: Any = None  # what was promoted last, as Railway says
+        self.known = router.Routing()  # what a router holds
+        self.snapshot: list[Any] | None = None
         self.drains: dict[str, float] = {}
         self.foreign: set[str] = set()  # whose record has a field that is not ours
         self.number = 0
         self.holder: tuple[str, float] | None = None
         for module in (router, control, janitor):
             self.patch.setattr(module, "time", self.clock)
-        self.patch.setattr(router, "HEAL_WAIT", 0.0)
-        self.patch.setattr(router, "sessions", lambda record, _: self.tabs[record["deployment_id"]])
+        self.patch.setattr(control, "HEAL_WAIT", 0.0)
+        self.patch.setattr(control, "sessions", lambda record, _: self.tabs[record.deployment_id])
         self.patch.setattr(control, "reload_tabs", lambda *_: 0)
+        self.patch.setattr(
+            router,
+            "look",
+            lambda record: "answers" if self.answers(record.deployment_id) else "unreachable",
+        )
 
     def teardown(self) -> None:
         try:
@@ -122,15 +139,18 @@ class Life(RuleBasedStateMachine):
     # -- what is there -------------------------------------------------------------------------
 
     @property
-    def state(self) -> dict[str, str]:
-        return self.store.read()  # type: ignore[no-any-return]
+    def state(self) -> Any:
+        return self.store.read()
 
     @property
     def active(self) -> str | None:
-        return self.state.get(":active")
+        return self.state.active  # type: ignore[no-any-return]
 
-    def records(self) -> dict[str, dict[str, Any]]:
-        return {r["deployment_id"]: r for r in router.records(self.state)}
+    def records(self) -> dict[str, Any]:
+        return dict(self.state.records)
+
+    def answers(self, name: str) -> bool:
+        return name in self.services and self.tabs.get(name) is not None
 
     def some(self, pick: int) -> str:
         """One of the deployments, or one that was never there."""
@@ -143,7 +163,7 @@ class Life(RuleBasedStateMachine):
         self.number += 1
         arguments = [*words, "--nonce", nonce, "--by", "test"]
         args = PARSER.parse_args(arguments)
-        args.intent = self.intent
+        args.promoted = self.intent
         done = False
         for _ in range(2):  # the first answer was lost
             with self.store.killed_after(0 if kill else None):
@@ -171,7 +191,7 @@ class Life(RuleBasedStateMachine):
         self.tabs[name] = 0
         words = ["--deployment-id", name, "--service-name", name, "--service-id", f"s-{name}"]
         if self.control("register", *words, *(["--hold"] if held else [])):
-            record = json.loads(self.state[f":deployment:{name}"]) | {"x-foreign": name}
+            record = self.records()[name].json() | {"x-foreign": name}
             self.store.put(f":deployment:{name}", json.dumps(record))
             self.foreign.add(name)
 
@@ -183,14 +203,14 @@ class Life(RuleBasedStateMachine):
         words = ["--active-deployment-id", name, "--active-service-name", name]
         if self.control("promote", *words, kill=kill):
             assert self.active == name
-            self.intent = name
+            self.intent = self.state.promoted
             self.pending_ones_stay(before, name, active)
 
     def pending_ones_stay(self, before: Any, promoted: str, active: str | None) -> None:
         for name, record in self.records().items():
             if name not in (promoted, active) and name in before:
-                assert record["state"] == before[name]["state"]
-                assert "weight" not in record
+                assert record.state == before[name].state
+                assert record.weight is None
 
     @rule(pick=st.integers(0, 50), weight=st.integers(0, 100), kill=KILL)
     def weigh(self, pick: int, weight: int, kill: bool) -> None:
@@ -199,33 +219,33 @@ class Life(RuleBasedStateMachine):
         name = names[pick % len(names)]
         words = ["--active-deployment-id", name, "--active-service-name", name]
         if self.control("promote", *words, "--weight", str(weight), "--bake", "60", kill=kill):
-            assert router.canary(self.state)["deployment_id"] == name
+            assert self.state.canary.deployment_id == name
         assert self.active == active
 
     @rule(kill=KILL)
     def rollback(self, kill: bool) -> None:
         """As the verb does: it ends the canary, or chooses what drained last."""
         state = self.state
-        if canary := router.canary(state):
-            name = canary["deployment_id"]
+        if state.canary:
+            name = state.canary.deployment_id
             if self.control("withdraw", "--deployment-id", name, kill=kill):
-                assert self.records()[name]["state"] == "draining"
+                assert self.records()[name].state == "draining"
             return
         found = [
             r
-            for r in router.records(state)
-            if r.get("state") == "draining"
-            and not (r.get("retiring_at") or r.get("rejected_at"))
-            and r["deployment_id"] in self.services
+            for r in state.records.values()
+            if r.state == "draining"
+            and not (r.retiring_at or r.rejected_at)
+            and r.deployment_id in self.services
         ]
         if not found or not self.active:
             return
-        found.sort(key=lambda r: -float(r.get("drain_started_at") or 0))
-        name, left = found[0]["deployment_id"], self.active
+        found.sort(key=lambda r: -(r.drain_started_at or 0.0))
+        name, left = found[0].deployment_id, self.active
         words = ["--active-deployment-id", name, "--active-service-name", name]
         if self.control("promote", *words, "--instead-of", left, "--rolls-back", kill=kill):
-            self.intent = name
-            assert left == name or self.records()[left]["rejected_at"]
+            self.intent = self.state.promoted
+            assert left == name or self.records()[left].rejected_at
 
     @rule(pick=st.integers(0, 50))
     def the_wrong_one_is_active(self, pick: int) -> None:
@@ -280,26 +300,33 @@ class Life(RuleBasedStateMachine):
     def run_janitor(self, steps: int | None = None, keep: int = 0) -> Any:
         state, before = self.state, self.active
         found = [
-            janitor.Service(sid, name, name, self.clock.now - self.created[name])
+            janitor.Service(
+                *(sid, name, name, self.clock.now - self.created[name]),
+                status="SUCCESS" if self.answers(name) else None,
+                ours=True,
+            )
             for name, sid in self.services.items()
         ]
-        seen = janitor.Seen(found, "router", self.intent)
+        inventory = janitor.Inventory(found, "router", self.intent)
+        mended = state.promotion != self.intent
         report = None
 
         def delete(service: Any) -> None:
             self.store.count()
             record = self.records().get(service.deployment)
             assert service.deployment != self.active, "the active one's service"
-            assert record is None or record.get("retiring_at"), "not claimed"
+            assert record is None or record.retiring_at, "not retired"
+            assert not mended or self.intent.deployment_id == before, "what was active is mended"
             del self.services[service.deployment]
 
-        def remember(_: str, __: str, value: str) -> None:
-            self.intent = value
+        def remember(_: str, values: dict[str, str]) -> None:
+            self.intent = router.promotion_from_env(values)
 
         railway = types.SimpleNamespace(delete=delete, remember=remember)
         limits = janitor.Limits(DAY, 900.0, keep)
-        with self.store.killed_after(steps), contextlib.suppress(janitor.Refused):
-            report = janitor.sweep(self.store, railway, state, seen, "", limits)
+        with self.store.killed_after(steps), contextlib.suppress(janitor.Contradiction):
+            report = janitor.clean_up(self.store, railway, state, inventory, "", limits)
+        assert report is None or not report.failed
         assert before is None or self.active == before
         return report
 
@@ -307,30 +334,54 @@ class Life(RuleBasedStateMachine):
 
     @rule()
     def a_router_looks(self) -> None:
-        if self.active:
-            self.known = self.state
+        """As router.py does: what is lost is written back first."""
+        active, known = self.active, self.known
+        if known.active and active not in (None, known.active) and not self.answers(known.active):
+            known = dataclasses.replace(known, active=None, promoted=None)
+        self.store.apply(lambda state: router.repaired(state, known, "id", ()))
+        self.known = self.state
+        self.lock_is_lost_or_found()
 
-    @precondition(lambda self: self.known.get(":active") == self.active)
+    def lock_is_lost_or_found(self) -> None:
+        lock = self.state.lock
+        self.holder = (lock.holder, lock.until) if lock else None
+
+    def known_is_right(self) -> bool:
+        return bool(self.known.active and self.known == self.state and self.answers(self.active))
+
+    @rule()
+    def a_snapshot_is_taken(self) -> None:
+        self.snapshot = self.store.rows
+
+    @precondition(lambda self: self.snapshot is not None and self.known_is_right())
+    @rule()
+    def an_older_snapshot_comes_back(self) -> None:
+        """Under a router that has seen what came after it."""
+        before = self.records()
+        self.store.rows = self.snapshot
+        self.a_router_looks()
+        assert self.state.promotion == self.known.promotion
+        assert self.active == self.known.active
+        back = {name for name, r in self.records().items() if not r.retiring_at} - set(before)
+        assert back <= set(self.services), "what was removed is back"
+
+    @precondition(lambda self: self.known_is_right())
     @rule(by_router=st.booleans())
     def redis_forgets(self, by_router: bool) -> None:
         """All is lost, and comes back from a router, or from what Railway says."""
         active = self.active
-        held = self.state.get(router.LOCK)
-        self.store.db.execute("DELETE FROM pulse_kv")
+        self.store.rows = []
         assert not self.control("delete", "--deployment-id", "never") or not self.intent
         if by_router:
-            self.store.apply(lambda state: router.heal(state, self.known))
-            self.drains.clear()
-            self.foreign &= set(self.records())
+            self.a_router_looks()
+            assert self.active == active
         else:
             self.run_janitor()
-            self.drains.clear()
             self.foreign.clear()
-        if self.services and self.intent in self.services:
-            assert self.active == (active if by_router else self.intent)
-        if held != self.state.get(router.LOCK):
-            self.holder = None
-            self.store.put(router.LOCK, None)
+            if self.intent.deployment_id in self.services:
+                assert self.active == self.intent.deployment_id
+        self.drains.clear()
+        self.lock_is_lost_or_found()
 
     # -- 0.3.x ---------------------------------------------------------------------------------
 
@@ -339,12 +390,13 @@ class Life(RuleBasedStateMachine):
         """Key by key, and cut off after some; fields that it does not know are gone."""
         name, before = self.some(pick), self.records()
         record = before.get(name)
-        if name not in self.services or record is None or record.get("retiring_at"):
+        if name not in self.services or record is None or record.retiring_at:
             return
         old = self.active
 
         def plain(which: str, state: str, since: float | None) -> str:
-            kept = {"x-foreign": which} if "x-foreign" in before.get(which, {}) else {}
+            there = which in before and "x-foreign" in before[which].raw
+            kept = {"x-foreign": which} if there else {}
             fields = {"state": state, "service_name": which, "drain_started_at": since}
             return json.dumps({**kept, "deployment_id": which, **fields})
 
@@ -355,7 +407,6 @@ class Life(RuleBasedStateMachine):
         steps.insert(0, (":active", name))
         for key, value in steps[:writes]:
             self.store.put(key, value)
-        self.intent = name
         self.drains.clear()
 
     # -- what has to hold ----------------------------------------------------------------------
@@ -364,23 +415,27 @@ class Life(RuleBasedStateMachine):
     def the_active_one_runs(self) -> None:
         if active := self.active:
             assert active in self.services
-            assert not self.records().get(active, {}).get("retiring_at")
+            record = self.records().get(active)
+            assert record is None or not record.retiring_at
+
+    @invariant()
+    def nothing_is_left_to_change(self) -> None:
+        """What was read and is written back as it is changes nothing."""
+        state = self.state
+        assert router.changes(state, state) == {}
+        assert state.problems == ()
 
     @invariant()
     def one_canary_at_most(self) -> None:
-        weighed = [
-            r
-            for r in self.records().values()
-            if "weight" in r and r["state"] == "pending" and not r.get("retiring_at")
-        ]
-        assert len(weighed) <= 1
+        canaries = [name for name, r in self.records().items() if r.is_canary]
+        assert len([name for name in canaries if name != self.active]) <= 1
 
     @invariant()
     def a_drain_keeps_its_beginning(self) -> None:
         now = {
-            name: r["drain_started_at"]
+            name: r.drain_started_at
             for name, r in self.records().items()
-            if r["state"] == "draining" and r.get("drain_started_at") and name != self.active
+            if r.state == "draining" and r.drain_started_at and name != self.active
         }
         for name, since in now.items():
             assert self.drains.get(name, since) == since, name
@@ -389,11 +444,11 @@ class Life(RuleBasedStateMachine):
     @invariant()
     def unknown_fields_are_kept(self) -> None:
         for name, record in self.records().items():
-            assert name not in self.foreign or record["x-foreign"] == name
+            assert name not in self.foreign or record.raw["x-foreign"] == name
 
     @invariant()
     def the_history_is_readable(self) -> None:
-        for entry in router.history(self.state):
+        for entry in self.state.history:
             assert entry["what"]
             assert entry["at"] <= self.clock.now
 
@@ -402,15 +457,20 @@ class Life(RuleBasedStateMachine):
         nothing is left that no run would come to."""
         for name in {*self.services, *self.records()}:
             self.tabs[name] = 0
+        for name, record in self.records().items():
+            if record.state == "pending" and name != self.active:
+                self.tabs[name] = None  # its process has ended
         for _ in range(4):
             self.clock.now += 2 * DAY
             self.run_janitor()
-        records = self.records()
-        strays = {n for n, r in records.items() if r["state"] == "active"} - {self.active}
+        state, records = self.state, self.records()
+        strays = {n for n, r in records.items() if r.state == "active"} - {self.active}
         assert not strays
+        promoted = {e["deployment_id"] for e in state.history if e["what"] != "remove"}
         for name in self.services:
-            stays = name == self.active or records[name].get("held")
-            assert stays or not self.active, (name, records.get(name))
+            record = records.get(name)
+            stays = record and (record.held or record.promoted_at or name in promoted)
+            assert name == self.active or stays or not self.active, (name, record)
         if self.active:
             assert set(records) == set(self.services)
 
