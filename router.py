@@ -656,7 +656,8 @@ def _filled(record: Record, known: Record | None, names: Iterable[str]) -> Recor
     """A record with the fields back that a writer who does not know them has dropped."""
     if known is None or record.service_id not in (None, known.service_id):
         return record  # nothing is known of it, or the id is on another service
-    lost = [n for n in names if getattr(record, n) in (None, False) and n not in record.ignored]
+    there = {n for n in names if not (getattr(record, n) is None or getattr(record, n) is False)}
+    lost = [n for n in names if n not in there and n not in record.ignored]  # a weight of 0 is not
     back = {name: getattr(known, name) for name in lost}
     return replace(record, **back)
 
@@ -3073,15 +3074,15 @@ def listen(host: str | None, port: int) -> socket.socket:
     """A listening socket; without a host on IPv4 and IPv6 both, where the machine has both.
     Raises SystemExit where there can be none."""
     if not host and socket.has_dualstack_ipv6():
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, OverflowError):
             return socket.create_server(
                 ("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=2048
             )
     family = socket.AF_INET6 if host and ":" in host else socket.AF_INET
     try:
         return socket.create_server((host or "", port), family=family, backlog=2048)
-    except OSError as error:
-        why = os.strerror(error.errno or 0)
+    except (OSError, OverflowError) as error:
+        why = os.strerror(error.errno or 0) if isinstance(error, OSError) else "there is none"
         raise SystemExit(f"port {port} cannot be listened on: {why}") from None
 
 

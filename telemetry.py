@@ -447,10 +447,9 @@ class Exporter:
 
     def send(self, body: bytes) -> None:
         endpoint, headers = cast(tuple[str, dict[str, str]], self.push_to)
-        request = urllib.request.Request(
-            endpoint, body, {"content-type": "application/json", **headers}
-        )
+        headers = {"content-type": "application/json", **headers}
         try:
+            request = urllib.request.Request(endpoint, body, headers)
             with urllib.request.urlopen(request, timeout=10):
                 self.unsaid = True
         except (OSError, ValueError, http.client.HTTPException) as error:
