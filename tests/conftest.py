@@ -201,7 +201,7 @@ def run_router(start: Callable[..., Process], router_python: Path) -> Callable[.
     def begin(
         server: Redis | None, constants: Mapping[str, float] | None = None, **env: str
     ) -> Process:
-        port = free_port()
+        port = int(env.get("PORT") or free_port())
         given = {"PORT": str(port), "HOST": "127.0.0.1", "PYTHONPATH": str(ROOT), **env}
         if server:
             given["REDIS_URL"] = server.url
