@@ -68,10 +68,9 @@ class Canary:
     b: Backend
     ports: list[int]
 
-    def weigh(self, weight: float | None, name: str = "b") -> None:
-        backend = {"a": self.a, "b": self.b}[name]
-        more = {"registered_at": 2} | ({} if weight is None else {"weight": weight, "held": True})
-        self.redis.deployment(name, backend.address, "pending", **more)
+    def weigh(self, weight: float) -> None:
+        more = {"registered_at": 2, "weight": weight, "held": True}
+        self.redis.deployment("b", self.b.address, "pending", **more)
 
     def page(self, n: int, *lines: str, port: int = 0, path: str = "/") -> Answer:
         """What visitor number `n` gets."""
@@ -88,7 +87,8 @@ def canary(redis_server: Redis, run_router: Run) -> Iterator[Canary]:
         redis_server.deployment("a", a.address, "active", registered_at=1)
         found = Canary(redis_server, a, b, [])
         found.weigh(50)
-        found.ports = [run_router(redis_server).port for _ in range(2)]
+        quick = {"REPORT_SECONDS": 0.5}
+        found.ports = [run_router(redis_server, quick).port for _ in range(2)]
         both = {b"a", b"b"}
         eventually(lambda: all(set(found.sides(port=port)) == both for port in found.ports))
         yield found
@@ -153,7 +153,8 @@ def test_it_grows_and_ends(canary: Canary) -> None:
     canary.weigh(0)
     eventually(lambda: set(canary.sides()) == {b"a"})
     assert canary.page(0, path="/?pulse_deployment=b").body == b"b"
-    canary.weigh(None)
+    store = router.RedisStore(canary.redis.url, "pulse:railway")
+    store.apply(lambda routing: control.abort_canary(routing, "b"))
     eventually(lambda: canary.page(0).header("set-cookie") is None)
 
 
@@ -228,7 +229,7 @@ def test_maintenance(redis_server: Redis, run_router: Run) -> None:
 
         def switch(**how: Any) -> None:
             given = {"page": None, "retry_after": 7, "by": "ada", **how}
-            store.apply(lambda state: control.maintain(state, **given))
+            store.apply(lambda state: control.set_maintenance(state, **given))
 
         eventually(lambda: ask(port).body == b"app")
         switch()
@@ -273,7 +274,7 @@ def test_open_sockets_stay_in_maintenance(redis_server: Redis, run_router: Run) 
             c.send(handshake)
             assert b" 101 " in c.head()
             store = router.RedisStore(redis_server.url, "pulse:railway")
-            store.apply(lambda state: control.maintain(state, None, 7, None))
+            store.apply(lambda state: control.set_maintenance(state, None, 7, None))
 
             def refused() -> bool:
                 with Connection.to(port) as other:

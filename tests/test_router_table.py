@@ -395,7 +395,7 @@ def test_what_is_under_way_is_counted(redis_server: Redis, run_router: Run) -> N
             go_on.wait(20)
             c.send(b"cd")
 
-    def said() -> dict[str, int]:
+    def in_flight() -> dict[str, int]:
         client = redis_server.client
         dumps = [client.get(key) for key in client.scan_iter("pulse:railway:router:*")]
         return json.loads(str(dumps[0]))["in_flight"] if dumps else {}
@@ -403,14 +403,14 @@ def test_what_is_under_way_is_counted(redis_server: Redis, run_router: Run) -> N
     with Backend(handle=slow) as old, Backend() as active:
         redis_server.deployment("old", old.address, "draining")
         redis_server.deployment("active", active.address)
-        port = run_router(redis_server).port
+        port = run_router(redis_server, {"REPORT_SECONDS": 0.5}).port
         eventually(lambda: ask(port).status == 200)
         thread = threading.Thread(target=ask, args=(port, "/big?pulse_deployment=old"))
         thread.start()
-        eventually(lambda: said() == {"old": 1}, 10)
+        eventually(lambda: in_flight() == {"old": 1}, 10)
         go_on.set()
         thread.join()
-        eventually(lambda: said() == {}, 10)
+        eventually(lambda: in_flight() == {}, 10)
 
 
 # -- names -------------------------------------------------------------------------------------
@@ -473,10 +473,10 @@ def test_an_unannounced_promotion_is_seen_within_the_interval(
     with Backend(ok(b"a")) as a, Backend(ok(b"b")) as b:
         redis_server.deployment("a", a.address)
         redis_server.deployment("b", b.address, "pending")
-        port = run_router(redis_server).port
+        port = run_router(redis_server, {"REFRESH_SECONDS": 1.0}).port
         eventually(lambda: ask(port).body == b"a")
         redis_server.client.set("pulse:railway:active", "b")  # as 0.3.x does
-        eventually(lambda: ask(port).body == b"b", seconds=4)
+        eventually(lambda: ask(port).body == b"b", seconds=2)
 
 
 def test_an_unknown_id_triggers_one_refresh_and_a_flood_no_storm(
@@ -521,7 +521,7 @@ def test_many_sessions_in_the_same_redis_cost_little(redis_server: Redis, run_ro
     redis_server.client.eval(fill, 0)
     with Backend(ok(b"a")) as a, Backend(ok(b"b")) as b, Backend(ok(b"c")) as c:
         redis_server.deployment("a", a.address)
-        router = run_router(redis_server)
+        router = run_router(redis_server, {"REFRESH_SECONDS": 3.0})
         eventually(lambda: ask(router.port).body == b"a")
         time.sleep(1)
         before = router.cpu
