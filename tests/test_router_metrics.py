@@ -23,7 +23,8 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
 )
 from prometheus_client.parser import text_string_to_metric_families
 
-import router
+import control
+import telemetry
 from pulse_railway.local.supervisor import free_port
 from tests.conftest import ROOT, Process, Redis
 from tests.net import Backend, Connection, ask, eventually, header, listens, ok
@@ -155,8 +156,8 @@ def test_a_removed_deployment_has_no_numbers(
     router, port = stage()
     ask(router.port, "/?pulse_deployment=old")
     assert Scrape(port).value(f"{DURATION}_count", deployment="old") == 1
-    redis_server.client.delete("pulse:railway:deployment:old")
-    redis_server.client.publish("pulse:railway:events", "old")
+    store = control.router.RedisStore(redis_server.url, "pulse:railway")
+    store.apply(lambda routing: control.delete(routing, "old"))
     eventually(lambda: not any(s.labels.get("deployment") == "old" for s in Scrape(port).samples))
 
 
@@ -180,21 +181,83 @@ def test_they_are_off_by_default(redis_server: Redis, run_router: Run) -> None:
     assert len([x for x in listed.splitlines() if f"pid={router.popen.pid}," in x]) == 1
 
 
+PUSHED_TO = "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT"
+
+
 @pytest.mark.parametrize(
     ("env", "says"),
     [
         ({"PULSE_RAILWAY_METRICS_PORT": "no"}, "PULSE_RAILWAY_METRICS_PORT takes a whole number"),
-        ({"PULSE_RAILWAY_METRICS_PORT": "8000", "PORT": "8000"}, "must be two ports"),
-        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "collector:4318"}, "with http:// or https://"),
+        ({"PULSE_RAILWAY_METRICS_PORT": "99999"}, "port 99999 cannot be listened on"),
+        ({"PULSE_RAILWAY_METRICS_PORT": "PORT"}, "must be two ports"),
+        ({PUSHED_TO: "collector:4318"}, "with http:// or https://"),
+        (
+            {"OTEL_EXPORTER_OTLP_ENDPOINT": "collector:4318", "OTEL_METRICS_EXPORTER": "otlp"},
+            "with http:// or https://",
+        ),
+        (
+            {PUSHED_TO: "http://127.0.0.1:9", "OTEL_METRIC_EXPORT_INTERVAL": "often"},
+            "metrics are pushed every 60 s: OTEL_METRIC_EXPORT_INTERVAL takes a number",
+        ),
     ],
 )
-def test_a_bad_setting_is_one_line(router_python: Path, env: dict[str, str], says: str) -> None:
-    given = {**os.environ, "REDIS_URL": "redis://127.0.0.1:1", **env}
-    done = subprocess.run(
-        [router_python, ROOT / "router.py"], env=given, capture_output=True, text=True, timeout=30
-    )
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert says in done.stderr
+def test_a_bad_setting_is_one_line_and_the_router_serves(
+    redis_server: Redis, run_router: Run, env: dict[str, str], says: str
+) -> None:
+    port = str(free_port())
+    env = {name: port if value == "PORT" else value for name, value in env.items()}
+    with Backend(ok(b"a")) as a:
+        redis_server.deployment("a", a.address)
+        router = run_router(redis_server, PORT=port, **env)
+        eventually(lambda: ask(router.port).body == b"a")
+        said = router.output()
+        assert (said.count("\n"), says in said) == (1, True), said
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {PUSHED_TO: "http://[no-address"},
+        {PUSHED_TO: "http://collector:many"},
+        {PUSHED_TO: "http://127.0.0.1:9", "OTEL_EXPORTER_OTLP_HEADERS": "a b=c%0ad,%00=x"},
+        {PUSHED_TO: "http://127.0.0.1:9", "OTEL_RESOURCE_ATTRIBUTES": "a=%ff,b,=c"},
+    ],
+)
+def test_what_cannot_be_pushed_is_one_line_and_the_router_serves(
+    redis_server: Redis, run_router: Run, env: dict[str, str]
+) -> None:
+    """Found out only when the metrics are sent; each second, and said once."""
+    with Backend(ok(b"a")) as a:
+        redis_server.deployment("a", a.address)
+        router = run_router(redis_server, OTEL_METRIC_EXPORT_INTERVAL="500", **env)
+        eventually(lambda: "metrics cannot be pushed" in router.output())
+        time.sleep(3.5)
+        assert ask(router.port).body == b"a"
+        assert router.output().count("\n") == 1, router.output()
+
+
+@pytest.mark.parametrize(
+    ("env", "target"),
+    [
+        ({}, None),
+        # Railway's tracing gives this to every service, and takes traces only
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4318"}, None),
+        (
+            {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4318/", "OTEL_METRICS_EXPORTER": "otlp"},
+            "http://c:4318/v1/metrics",
+        ),
+        ({PUSHED_TO: "http://c:4318/mine"}, "http://c:4318/mine"),
+        (
+            {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://traces", PUSHED_TO: "https://c/m"},
+            "https://c/m",
+        ),
+        ({PUSHED_TO: "http://c/m", "OTEL_METRICS_EXPORTER": "none"}, None),
+        ({PUSHED_TO: "http://c/m", "OTEL_SDK_DISABLED": "True"}, None),
+    ],
+)
+def test_metrics_are_pushed_where_that_is_asked_for(env: dict[str, str], target: Any) -> None:
+    found = telemetry.push_target(env)
+    assert (found and found[0]) == target
 
 
 def test_a_scrape_does_not_wait_for_dead_deployments(redis_server: Redis, run_router: Run) -> None:
@@ -262,6 +325,7 @@ def test_the_same_is_pushed(stage: Callable[..., tuple[Process, int]]) -> None:
     collector = Collector()
     router, port = stage(
         OTEL_EXPORTER_OTLP_ENDPOINT=collector.url,
+        OTEL_METRICS_EXPORTER="otlp",
         OTEL_EXPORTER_OTLP_HEADERS="x-api-key=a%20key,other=1",
         OTEL_RESOURCE_ATTRIBUTES="deployment.environment=production",
         OTEL_METRIC_EXPORT_INTERVAL="1000",
@@ -308,7 +372,7 @@ def test_the_same_is_pushed(stage: Callable[..., tuple[Process, int]]) -> None:
 
 def test_what_was_not_pushed_yet_is_at_the_end(stage: Callable[..., tuple[Process, int]]) -> None:
     collector = Collector()
-    router, _ = stage(OTEL_EXPORTER_OTLP_ENDPOINT=collector.url)
+    router, _ = stage(OTEL_EXPORTER_OTLP_METRICS_ENDPOINT=f"{collector.url}/v1/metrics")
     eventually(lambda: bool(collector.taken))  # the next one is a minute away
     for _ in range(7):
         ask(router.port, "/missing")
@@ -329,7 +393,7 @@ def test_nobody_who_is_mute_holds_up_the_end(redis_server: Redis, run_router: Ru
         redis_server.deployment("a", frozen.address)
         router = run_router(
             redis_server,
-            OTEL_EXPORTER_OTLP_ENDPOINT=receiver.address,
+            OTEL_EXPORTER_OTLP_METRICS_ENDPOINT=f"{receiver.address}/v1/metrics",
             OTEL_METRIC_EXPORT_INTERVAL="1000",
         )
         eventually(lambda: any(b"/v1/metrics" in head for head in asked), 10)
@@ -340,7 +404,7 @@ def test_nobody_who_is_mute_holds_up_the_end(redis_server: Redis, run_router: Ru
 
 
 def router_names() -> dict[str, str]:
-    return {name: family.prometheus(name) for name, family in router.FAMILIES.items()}
+    return {name: family.prometheus(name) for name, family in telemetry.FAMILIES.items()}
 
 
 def test_the_dashboard_asks_for_what_there_is() -> None:
@@ -352,7 +416,7 @@ def test_the_dashboard_asks_for_what_there_is() -> None:
     text = "\n".join(sorted(asked))
     names = router_names()
     there = set(names.values())
-    for name, family in router.FAMILIES.items():
+    for name, family in telemetry.FAMILIES.items():
         if family.kind == "histogram":
             there |= {f"{names[name]}_{end}" for end in ("bucket", "sum", "count")}
     words = set(re.findall(r"\b(?:http|pulse|process)_\w+", text)) - {"http_request_method"}
@@ -402,7 +466,7 @@ def test_what_has_not_been_written_is_at_the_end(
 
 
 def test_a_flood_is_sampled_and_errors_are_not() -> None:
-    log = router.AccessLog(rate=400)
+    log = telemetry.AccessLog(rate=400)
 
     def add(line: dict[str, Any], error: bool = False) -> None:
         if log.takes(error):
