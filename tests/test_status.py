@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import pty
 import select
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 
 import control
+import router
 from pulse_railway import contract
 from pulse_railway.config import Names, Target
 from pulse_railway.flows.status import of_record, problems
@@ -34,7 +34,7 @@ def service(name: str, status: str = "SUCCESS", **variables: str) -> Service:
 
 
 def stack(*more: Service, intent: str = "a", without: str = "", broken: str = "") -> Stack:
-    base = {contract.RUNTIME_VERSION: "1", contract.INTENT: intent, **SET}
+    base = {contract.RUNTIME_VERSION: "1", contract.LAST_PROMOTED: intent, **SET}
     names = ("pulse-router", "pulse-env", "pulse-redis", "pulse-janitor")
     stable = [service(n, "CRASHED" if n == broken else "SUCCESS", **base) for n in names]
     found = [s for s in (*stable, *more) if s.name != without]
@@ -42,14 +42,41 @@ def stack(*more: Service, intent: str = "a", without: str = "", broken: str = ""
 
 
 A = service("a", PULSE_DEPLOYMENT_ID="a")
-UP = {"active": "a", "lost": False, "deployments": [], "routers": []}
+RECORD = {"deployment_id": "a", "state": "active"}
+UP = {"active": "a", "lost": False, "epoch": 7, "deployments": [RECORD], "routers": []}
 
 
 @pytest.mark.parametrize(
     ("found", "state", "says"),
     [
         (stack(A), UP, []),
-        (stack(A), UP | {"active": None, "lost": True}, ["is lost, a was active", "restore`"]),
+        (
+            stack(A),
+            UP | {"active": None, "lost": True},
+            ["is lost, or an older one: a was promoted last", "restore`"],
+        ),
+        (
+            stack(A, service("b", PULSE_DEPLOYMENT_ID="b"), intent="b"),
+            UP | {"lost": True},
+            ["b was promoted last, and a is active", "restore`"],
+        ),
+        (
+            stack(A, intent="gone"),
+            UP | {"lost": True},
+            ["gone was promoted last, and its service is gone", "restore --deployment-id a`"],
+        ),
+        (stack(A), UP | {"deployments": []}, ["the record of a is lost", "restore`"]),
+        (
+            stack(A),
+            UP | {"problems": ["a: address not understood"]},
+            ["a: address not understood", "the next change writes it anew"],
+        ),
+        (
+            stack(A),
+            UP | {"routers": [{"router": "r1", "epoch": 6, "age": 30}]},
+            ["the router r1 serves an older routing state", "ensure`"],
+        ),
+        (stack(A), UP | {"routers": [{"router": "r1", "epoch": 6, "age": 3}]}, []),
         (
             stack(A, intent=""),
             UP | {"active": None},
@@ -72,15 +99,13 @@ def test_a_problem_is_named_with_its_command(found: Stack, state: Any, says: lis
 
 def test_a_canary_whose_bake_was_cut_off_is_kept_as_one() -> None:
     """Before, the advice was a command that finished it; and the mark stayed."""
-    state: dict[str, str] = {":active": "a"}
-    for name, of in (("a", "active"), ("c", "pending")):
-        record = {"deployment_id": name, "state": of, "service_name": name}
-        state[f":deployment:{name}"] = json.dumps(record)
+    records = {name: router.Record(name, of) for name, of in (("a", "active"), ("c", "pending"))}
+    routing = router.Routing(time.time(), "a", records=records)
 
     def weigh(bake: float | None) -> dict[str, Any]:
-        change = control.weigh(state, "c", "c", 10.0, bake=bake)
-        state.update({key: str(value) for key, value in change.items()})
-        return dict(json.loads(state[":deployment:c"]))
+        nonlocal routing
+        routing = control.set_canary_weight(routing, "c", "c", 10.0, bake=bake)
+        return dict(routing.records["c"].json())
 
     baking = weigh(-120.0)
     said = of_record(baking, stack(A))
