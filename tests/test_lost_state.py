@@ -356,15 +356,24 @@ def test_each_refusal_changes_nothing_and_says_why(
 
 
 def test_who_knows_what_was_active() -> None:
-    """The router that is up longest, else what was noted on Railway; nobody guesses."""
-    env: Any = ["i", "i", "prod-x", "", None, {}, [], None, None, {"PULSE_DEPLOYMENT_ID": "x"}]
-    router_of: Any = ["r", "r", "pulse-router", "", None, {}, [], None, None, {}]
-    services = {"prod-x": Service(*env), "pulse-router": Service(*router_of)}
+    """What was noted on Railway, else the router that is up longest; nobody guesses, and what does
+    not run is not chosen."""
+    blank: Any = ["", None, {}, [], None, None]
+    services = {
+        f"prod-{name}": Service("i", "i", f"prod-{name}", *blank, {"PULSE_DEPLOYMENT_ID": name})
+        for name in ("right", "wrong", "noted")
+    }
+    services["pulse-router"] = Service("r", "r", "pulse-router", *blank, {})
     stack = Stack(config.Target("p", "e"), config.Names(), services)
-    young = {"active": "wrong", "uptime_seconds": 3}
-    old, empty = {"active": "right", "uptime_seconds": 90}, {"active": None, "uptime_seconds": 900}
-    assert known_active(stack, {"routers": [young, empty, old]}) == "right"
-    with pytest.raises(Failure, match=r"nobody knows .*: pass --deployment-id with one of x$"):
+    young, empty = {"active": "wrong", "uptime_seconds": 3}, {"active": None, "uptime_seconds": 900}
+    old, gone = {"active": "right", "uptime_seconds": 90}, {"active": "gone", "uptime_seconds": 99}
+    assert known_active(stack, {"routers": [young, empty, gone, old]}) == "right"
+    with pytest.raises(Failure, match=r"nobody knows .*: pass --deployment-id with one of "):
         known_active(stack, {"routers": [empty]})
-    services["pulse-router"].variables["PULSE_RAILWAY_ACTIVE"] = "noted"
-    assert known_active(stack, {"routers": [empty]}) == "noted"
+    noted = services["pulse-router"].variables
+    noted["PULSE_RAILWAY_ACTIVE"] = "noted"
+    assert known_active(stack, {"routers": [old]}) == "noted"
+    noted["PULSE_RAILWAY_ACTIVE"] = "gone"
+    assert known_active(stack, {"routers": [old]}) == "right"
+    with pytest.raises(Failure, match="gone was promoted last, and does not run any more"):
+        known_active(stack, {"routers": [empty]})

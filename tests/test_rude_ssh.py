@@ -186,7 +186,7 @@ class World:
 
     @property
     def intent(self) -> str | None:
-        intent: str | None = self.services["pulse-router"]["variables"].get(contract.INTENT)
+        intent: str | None = self.services["pulse-router"]["variables"].get(contract.LAST_PROMOTED)
         return intent
 
     def remember(self) -> None:
