@@ -94,7 +94,7 @@ class World:
         self.store = router.LocalStore(":memory:", "pulse:railway")
         self.faults: list[tuple[str, str, int]] = []
         self.late: list[list[str]] = []
-        self.known: dict[str, str] = {}  # what a router has in memory
+        self.known = router.Routing()  # what a router has in memory
         self.said: list[str] = []
         self.count = 0
         self.api: Any = types.SimpleNamespace(call=self.call, calls=0)
@@ -165,29 +165,29 @@ class World:
         if name is None:
             raise Failure("Railway: Service not found")
         state = self.state
-        known = router.record_key(name) in state
-        assert name != state.get(":active"), f"{name} is active and was deleted"
-        assert not known or name in json.loads(state[":removed"]), f"{name} was not retired"
-        if router.lost(state, self.intent):
+        known = name in state.records
+        assert name != state.active, f"{name} is active and was deleted"
+        assert not known or name in state.tombstones, f"{name} was not retired"
+        if control.is_lost(state, self.intent):
             assert not known
-            assert name != self.intent, f"{name} may be active and was deleted"
+            assert name != self.intent.deployment_id, f"{name} may be active and was deleted"
         del self.services[name]
         return {"serviceDelete": True}
 
     # -- the router ------------------------------------------------------------------------------
 
     @property
-    def state(self) -> dict[str, str]:
-        return dict(self.store.read())
+    def state(self) -> Any:
+        return self.store.read()
 
     @property
     def active(self) -> str | None:
-        return self.state.get(":active")
+        return self.state.active  # type: ignore[no-any-return]
 
     @property
-    def intent(self) -> str | None:
-        intent: str | None = self.services["pulse-router"]["variables"].get(contract.LAST_PROMOTED)
-        return intent
+    def intent(self) -> Any:
+        """What was promoted last, as Railway says."""
+        return router.promotion_from_env(self.services["pulse-router"]["variables"])
 
     def remember(self) -> None:
         """A router reads the state, as it does every few seconds."""
@@ -234,8 +234,8 @@ class World:
             self.late.append([*given["words"], "--nonce", given["nonce"]])
         if when in ("works", "after"):
             given = variables.get(contract.CONTROL_ANSWER, "")
-            seen = janitor.Seen([], order=order, answer=given)
-            answer = janitor.answer_to(seen, {})
+            found = janitor.Inventory([], request=order, answer=given)
+            answer = janitor.carry_out_request(found, {})
             self.remember()
             if answer and (when == "works" or code == 255):
                 variables[contract.CONTROL_ANSWER] = json.dumps(answer)
@@ -247,10 +247,12 @@ class World:
 
     # -- the public address ----------------------------------------------------------------------
 
-    def routed(self, _: str, name: str, *, by_affinity: bool, timeout: float = 0) -> None:
-        state = self.known if router.lost(self.state, self.intent) else self.state
-        there = router.record_key(name) in state and name in self.services
-        if not there or (not by_affinity and state.get(":active") != name):
+    def routed(
+        self, _: Any, __: Any, name: str, ___: Any, *, by_affinity: bool, timeout: float = 0
+    ) -> None:
+        state = self.known if control.is_lost(self.state, self.intent) else self.state
+        there = name in state.records and name in self.services
+        if not there or (not by_affinity and state.active != name):
             raise Failure("reaching the deployment through the router took longer than 4 s")
 
     # -- verbs -----------------------------------------------------------------------------------
@@ -292,23 +294,21 @@ class World:
                 case "redis is emptied":
                     self.store.db.execute("DELETE FROM pulse_kv")
                 case "a router heals":
-                    if self.known and (router.lost(self.state, self.known.get(":active"))):
-                        self.store.apply(lambda s: router.heal(s, self.known))
+                    self.store.apply(lambda state: router.repaired(state, self.known, "id"))
         except (Failure, Interrupted) as failure:
             return failure
         return None
 
     def check(self) -> None:
         state = self.state
-        active = state.get(":active") or (self.intent if self.known else None)
+        active = state.active or (self.intent.deployment_id if self.known.active else None)
         if active:
             assert active in self.services, f"the active deployment {active} has no service"
-        found = router.records(state)
-        assert len([r for r in found if r["state"] == "active"]) <= 1
-        for record in found:
-            if record["deployment_id"] == active and ":active" in state:
-                assert record["state"] == "active"
-                assert not record.get("retiring_at")
+        assert len([r for r in state.records.values() if r.state == "active"]) <= 1
+        record = state.records.get(state.active)
+        if record:
+            assert record.state == "active"
+            assert not record.retiring_at
 
 
 class Recorder(Output):
@@ -345,7 +345,7 @@ def rude(monkeypatch: pytest.MonkeyPatch) -> None:
     quiet = types.SimpleNamespace(sleep=lambda _: None, monotonic=lambda: 0.0)
     monkeypatch.setenv("RAILWAY_SERVICE_ID", "here")
     monkeypatch.delenv("PULSE_RAILWAY_ACTIVE", raising=False)
-    monkeypatch.setattr(router, "HEAL_WAIT", 0.0)
+    monkeypatch.setattr(control, "HEAL_WAIT", 0.0)
     for module in (router_commands, cleanup, routed):
         monkeypatch.setattr(module, "time", quiet, raising=False)
     ticks = itertools.count(0, 9)
@@ -403,7 +403,7 @@ def test_nothing_that_serves_is_lost(way: str, plan: list[Any]) -> None:
                 assert world.active == name
             if failed is None and verb.endswith(("--canary", "--weight")):
                 assert world.active == before
-                assert router.canary(world.state)["deployment_id"] == name
+                assert world.state.canary.deployment_id == name
             if verb in ("status", "redeploy") and before:
                 assert world.active == before or world.late or failed
         for late in world.late:  # whatever is still under way
