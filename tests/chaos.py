@@ -33,7 +33,7 @@ from typing import Any
 from pulse_railway import runtime_image
 from pulse_railway.local.supervisor import free_port
 from tests.chaos_clients import Client, Connection, Tab
-from tests.conftest import ROOT, Process, Redis
+from tests.conftest import ROOT, Process, Redis, router_command
 
 router: Any = runtime_image.load("router")
 control: Any = runtime_image.load("control")
@@ -43,6 +43,7 @@ DRAIN_TTL = 60.0
 SEEN_WITHIN = 1.0  # seconds in which every router has to know of a promotion ...
 SEEN_WITHIN_AFTER_REDIS = 8.0  # ... or of all that Redis was away for
 MOST = 6  # deployments at once
+QUICK = {"REFRESH_SECONDS": 3.0}
 
 
 @dataclass
@@ -80,7 +81,7 @@ class World:
     ended: set[str] = field(default_factory=set)
     down: list[tuple[str, float, float]] = field(default_factory=list)  # on purpose: from, until
     chosen: list[tuple[float, set[str]]] = field(default_factory=list)  # who may answer newcomers
-    intent: str | None = None
+    intent: str | None = None  # what was promoted last, and when
     redis_back: float = 0.0
     count: collections.Counter[str] = field(default_factory=collections.Counter)
     events: collections.Counter[str] = field(default_factory=collections.Counter)
@@ -127,7 +128,7 @@ class World:
         port = free_port()
         env = self.env | {"PORT": str(port), "HOST": "127.0.0.1", "PYTHONPATH": str(ROOT)}
         env |= {"PULSE_RAILWAY_ACTIVE": ""}
-        process = Process([sys.executable, str(ROOT / "router.py")], port, env)
+        process = Process(router_command(constants=QUICK), port, env)
         await asyncio.to_thread(process.wait, 60)
         await self.until_status(port, "/healthz", 200)
         return process
@@ -201,13 +202,13 @@ class World:
             await asyncio.sleep(1)
         raise AssertionError(f"{words}: {answer}")
 
-    async def state(self) -> dict[str, str]:
+    async def state(self) -> Any:
         """The store's, once it has what was lost."""
         for _ in range(100):
             with contextlib.suppress(Exception):
                 found = await asyncio.to_thread(self.store.read)
-                if found.get(":active"):
-                    return dict(found)
+                if found.active:
+                    return found
             await asyncio.sleep(0.1)
         raise AssertionError("the routing state did not come back")
 
@@ -215,23 +216,25 @@ class World:
     def store(self) -> Any:
         return router.RedisStore(self.redis.url, "pulse:railway")
 
-    async def choose(self, *words: str, result: Callable[[], set[str] | None]) -> bool:
+    async def choose(
+        self, *words: str, result: Callable[[], set[str] | None]
+    ) -> dict[str, Any] | None:
         """A command that changes who answers newcomers: before it, during it, and after it."""
         before = self.chosen[-1][1] if self.chosen else set()
         after = result()
         self.chosen.append((time.monotonic(), before | (after or set())))
         answer = await self.control(*words)
         self.chosen.append((time.monotonic(), (after or before) if answer["ok"] else before))
-        return bool(answer["ok"])
+        return answer if answer["ok"] else None
 
     async def promote(self, name: str, *more: str) -> bool:
         words = ["promote", "--active-deployment-id", name, "--active-service-name", name]
         began = time.monotonic()
-        done = await self.choose(*words, *more, result=lambda: {name})
-        if done:
-            self.intent = name
+        answer = await self.choose(*words, *more, result=lambda: {name})
+        if answer:
+            self.intent = "{deployment_id}@{at!r}".format(**answer["promoted"])
             await self.until_seen(name, began)
-        return done
+        return answer is not None
 
     async def until_seen(self, name: str, began: float) -> None:
         """Wait until every router sends newcomers there."""
@@ -245,13 +248,11 @@ class World:
                 self.fail("promotion", f"{name} was not seen by the router on {port} in 30 s")
         self.seen_after.append(time.monotonic() - began)
 
-    def others(self, state: dict[str, str], *states: str) -> list[str]:
+    def others(self, state: Any, *states: str) -> list[str]:
         return [
-            r["deployment_id"]
-            for r in router.records(state)
-            if r.get("state") in states
-            and not r.get("retiring_at")
-            and r["deployment_id"] in self.running
+            name
+            for name, record in state.records.items()
+            if record.state in states and not record.retiring_at and name in self.running
         ]
 
     # -- what happens --------------------------------------------------------------------------
@@ -280,9 +281,9 @@ class World:
     async def canary(self) -> None:
         """A share that grows; then it is promoted, withdrawn, or overtaken by another."""
         state = await self.state()
-        if router.canary(state) or not (name := await self.bring_up()):
+        if state.canary or not (name := await self.bring_up()):
             return
-        active = state[":active"]
+        active = state.active
         words = ["promote", "--active-deployment-id", name, "--active-service-name", name]
         for weight in sorted(self.rng.sample(range(1, 100), 2)):
             given = [*words, "--weight", str(weight)]
@@ -308,21 +309,20 @@ class World:
         state = await self.state()
         found = [
             r
-            for r in router.records(state)
-            if r.get("state") == "draining"
-            and not (r.get("retiring_at") or r.get("rejected_at"))
-            and r["deployment_id"] in self.running
+            for r in state.records.values()
+            if r.state == "draining"
+            and not (r.retiring_at or r.rejected_at)
+            and r.deployment_id in self.running
         ]
-        if found and not router.canary(state):
-            found.sort(key=lambda r: -float(r.get("drain_started_at") or 0))
-            name = found[0]["deployment_id"]
-            await self.promote(name, "--instead-of", state[":active"], "--rolls-back")
+        if found and not state.canary:
+            found.sort(key=lambda r: -(r.drain_started_at or 0.0))
+            name = found[0].deployment_id
+            await self.promote(name, "--instead-of", state.active, "--rolls-back")
 
     async def delete_one(self) -> None:
         state = await self.state()
         if names := self.others(state, "draining", "pending"):
-            canary = (router.canary(state) or {}).get("deployment_id")
-            names = [name for name in names if name != canary]
+            names = [name for name in names if not state.records[name].is_canary]
             if names:
                 await self.delete(self.rng.choice(names))
 
@@ -331,6 +331,8 @@ class World:
         answer = await self.control("retire", "--deployment-id", name, "--service-id", name)
         if not answer["ok"]:
             self.down.pop()
+            return
+        if answer["behind"]:  # a router may still route to it: the janitor removes it
             return
         await self.end_backend(name)
         await self.control("delete", "--deployment-id", name)
@@ -557,7 +559,10 @@ def janitor(services: str, gone: str, intent: str) -> None:
     """One run of janitor.py on a Railway that is two files."""
     script: Any = runtime_image.load("janitor")
     there = json.loads(Path(services).read_text())
-    seen = script.Seen([script.Service(n, n, n, 1e6) for n in there], "router", intent or None)
+    name, _, at = intent.partition("@")
+    promoted = script.Promotion(name, float(at)) if intent else None
+    backends = [script.Service(n, n, n, 1e6, "SUCCESS", ours=True) for n in there]
+    found = script.Inventory(backends, "router", promoted)
 
     def delete(service: Any) -> None:
         with open(gone, "a") as file:
@@ -566,11 +571,11 @@ def janitor(services: str, gone: str, intent: str) -> None:
 
     railway = types.SimpleNamespace(delete=delete, remember=lambda *_: None)
     store = router.store_from_env(dict(os.environ))
-    with script.lock(store) as held:
+    with script.run_lock(store) as held:
         if held:
             limits = script.Limits(DRAIN_TTL, 10.0, 0)
-            with contextlib.suppress(script.Refused):
-                script.sweep(store, railway, store.read(), seen, TOKEN, limits)
+            with contextlib.suppress(script.Contradiction):
+                script.clean_up(store, railway, store.read(), found, TOKEN, limits)
 
 
 if __name__ == "__main__":

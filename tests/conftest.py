@@ -193,6 +193,17 @@ def router_python() -> Path:
     return Path(sys.executable)
 
 
+def router_command(
+    python: Path | str = sys.executable, constants: Mapping[str, float] | None = None
+) -> list[str]:
+    """What starts a router in whose process these constants of router.py have other values."""
+    if not constants:
+        return [str(python), "-m", "router"]
+    lines = [f"assert hasattr(router, {n!r}); router.{n} = {v!r}" for n, v in constants.items()]
+    script = "\n".join(["import router", *lines, "raise SystemExit(router.main([]))"])
+    return [str(python), "-c", script]
+
+
 @pytest.fixture
 def run_router(start: Callable[..., Process], router_python: Path) -> Callable[..., Process]:
     """`run_router(redis, NAME=value, ...)`: router.py with REDIS_URL and PORT, as in its image.
@@ -205,11 +216,7 @@ def run_router(start: Callable[..., Process], router_python: Path) -> Callable[.
         given = {"PORT": str(port), "HOST": "127.0.0.1", "PYTHONPATH": str(ROOT), **env}
         if server:
             given["REDIS_URL"] = server.url
-        if not constants:
-            return start([str(router_python), "-m", "router"], port, given)
-        lines = [f"assert hasattr(router, {n!r}); router.{n} = {v!r}" for n, v in constants.items()]
-        script = "\n".join(["import router", *lines, "raise SystemExit(router.main([]))"])
-        return start([str(router_python), "-c", script], port, given)
+        return start(router_command(router_python, constants), port, given)
 
     return begin
 

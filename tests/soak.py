@@ -15,14 +15,13 @@ import dataclasses
 import json
 import random
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from pulse_railway.local.supervisor import free_port
-from tests.conftest import ROOT, Process, Redis
+from tests.conftest import ROOT, Process, Redis, router_command
 from tests.net import Backend, Connection, eventually, ok, read_answer
 
 WORKERS = 12
@@ -31,6 +30,7 @@ HANDSHAKE = (
     "sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\nsec-websocket-version: 13\r\n\r\n"
 )
 SWITCH = b"HTTP/1.1 101 Switching Protocols\r\nupgrade: websocket\r\nconnection: Upgrade\r\n\r\n"
+QUICK = {"REFRESH_SECONDS": 3.0, "REPORT_SECONDS": 1.0}
 ENV = {
     "PULSE_RAILWAY_ROUTER_HALF_CLOSED_SECONDS": "1.5",
     "PULSE_RAILWAY_ROUTER_RESPONSE_TIMEOUT": "2",
@@ -279,7 +279,8 @@ class Soak:
         self.redis.deployment("dead", f"http://127.0.0.1:{free_port()}", "draining")
         port = free_port()
         env = {"PORT": str(port), "HOST": "127.0.0.1", "REDIS_URL": self.redis.url, **ENV}
-        self.router = Process([sys.executable, str(ROOT / "router.py")], port, env).wait()
+        env["PYTHONPATH"] = str(ROOT)
+        self.router = Process(router_command(constants=QUICK), port, env).wait()
 
     def sample(self) -> Sample:
         """As the router says of itself, and as the kernel does of it."""
