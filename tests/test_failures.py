@@ -183,15 +183,17 @@ def test_a_promotion_whose_answer_is_lost(here: InProcess) -> None:
 def test_a_promotion_that_another_overtakes_is_told(here: InProcess) -> None:
     """Both were promoted; this run waits for an answer that nobody gives any more."""
     here.without_ssh()
-    stack = inspect(here.api(), here.target, here.names)
+    api, output = here.api(), Output()
+    stack = inspect(api, here.target, here.names)
     with pytest.raises(Failure, match="first was promoted after other, which drains now: another"):
-        routed.wait_until_active(here.api(), stack, "other")
+        routed.wait_until_active(api, stack, "other", output)
     here.monkeypatch.setattr(routed, "ROUTED_TIMEOUT", 1.0)
     with pytest.raises(Failure, match=r"took longer than 1 s; https://.*/meta gave status 409"):
-        routed.wait_until_routed(stack, "other", by_affinity=True, timeout=1.0)
+        routed.wait_until_routed(api, stack, "other", output, by_affinity=True, timeout=1.0)
     stack.router.domains[:] = ["nowhere.invalid"]  # type: ignore[union-attr]
-    with pytest.raises(Failure, match=r"https://nowhere.invalid/_pulse/meta gave ConnectError"):
-        routed.wait_until_routed(stack, "first", by_affinity=True, timeout=1.0)
+    said = r"https://nowhere.invalid/_pulse/meta gave ConnectError; first is unreachable inside"
+    with pytest.raises(Failure, match=said):
+        routed.wait_until_routed(api, stack, "first", output, by_affinity=True, timeout=1.0)
 
 
 def test_an_intent_that_cannot_be_noted_is_a_warning(
@@ -199,7 +201,7 @@ def test_an_intent_that_cannot_be_noted_is_a_warning(
 ) -> None:
     stack = inspect(here.api(), here.target, here.names)
     here.project.faults({"match": "variableCollectionUpsert", **KINDS["refused"]})
-    routed.remember_active(here.api(), stack, "first", Output())
+    routed.remember_active(here.api(), stack, "first", None, Output())
     here.project.faults()
     said = capsys.readouterr().err
     assert "PULSE_RAILWAY_ACTIVE could not be written: Railway: Something went wrong" in said

@@ -75,7 +75,7 @@ def test_the_router_starts_on_it(image: tuple[Path, Path], redis_server: Redis) 
         while ask(port, "/healthz").status != 200:
             time.sleep(0.01)
         assert time.monotonic() - began < 3  # the machine is shared
-        command = [str(python), "-m", "router", "control", "active", "--nonce", "n"]
+        command = [str(python), "-m", "control", "active", "--nonce", "n"]
         began = time.monotonic()
         done = subprocess.run(
             command,
