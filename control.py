@@ -300,7 +300,8 @@ def retire(routing: Routing, deployment_id: str, service_id: str | None = None) 
     if record and not record.retiring_at:
         routing = routing.with_records(replace(record, retiring_at=routing.now))
     grave = routing.tombstones.get(deployment_id)
-    service_id = service_id or (record.service_id if record else None)
+    known = record or grave
+    service_id = service_id or (known.service_id if known else None)
     if grave and grave.service_id == service_id:
         return routing
     return routing.with_tombstone(deployment_id, service_id)

@@ -602,7 +602,7 @@ def repaired(store: Routing, known: Routing, new_id: str, alive: Collection[str]
     `alive`, those that still answer.
 
     Args:
-        new_id: for a store that has none.
+        new_id: for a store that has none, or that is an earlier copy.
     """
     if known.store_id is None:  # nothing is known yet
         named = store.store_id or (new_id if store.active else None)
@@ -610,20 +610,21 @@ def repaired(store: Routing, known: Routing, new_id: str, alive: Collection[str]
     lost = store.store_id != known.store_id or store.epoch < known.epoch
     untouched = store.epoch == known.epoch
     new = _recovered(store, known) if lost else _completed(store, known, untouched)
-    new = replace(new, store_id=store.store_id or new_id)
+    if store.store_id is None or (lost and store.store_id == known.store_id):
+        new = replace(new, store_id=new_id)  # so that other routers add what they know
     mine, theirs = known.promotion, store.promotion
     if mine and (theirs is None or theirs.at < mine.at):
         new = replace(new, active=mine.deployment_id, promoted=known.promoted)
     elif (
         known.active not in (None, store.active)
-        and store.promoted_by_other
+        and (store.promoted_by_other or store.promoted is None)
         and (lost or store.promoted == known.promoted)
     ):  # seen as it happens: it is given its time
         new = replace(new, promoted=Promotion(str(store.active), next_time(store, known)))
     records = dict(new.records)
     for name, record in known.records.items():
         grave = new.tombstones.get(name)
-        wanted = lost or name in alive or name == new.active
+        wanted = name in alive or name == new.active
         if wanted and name not in records and not (grave and grave.buries(record)):
             records[name] = record
     if lost or new.active != store.active:
@@ -666,12 +667,17 @@ def _recovered(store: Routing, known: Routing) -> Routing:
     """A store that is empty, another one, or a copy of an earlier moment: with all that is known.
     Of a record that both have, the version is right that was changed last."""
     earlier = store.store_id == known.store_id
+    graves = dict(store.tombstones)
+    for name, grave in known.tombstones.items():
+        graves[name] = max(grave, graves.get(name, grave), key=lambda g: g.at)
     records = dict(store.records)
     for name, record in known.records.items():
         there = records.get(name)
-        if there and (record.changed_at, earlier) > (there.changed_at, False):
+        if there is None:  # one that is being removed: that goes on
+            if record.retiring_at or name not in graves or not graves[name].buries(record):
+                records[name] = record
+        elif (record.changed_at, earlier) > (there.changed_at, False):
             records[name] = replace(record, raw={**there.raw, **record.raw})
-    graves = {**store.tombstones, **known.tombstones}
     for name, grave in list(graves.items()):
         buried = records.get(name)
         if buried is None or buried.retiring_at:
