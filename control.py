@@ -315,6 +315,13 @@ def retire_if_unchanged(
     return retire(routing, deployment_id, service_id)
 
 
+def retired_for(routing: Routing, deployment_id: str) -> float:
+    """The seconds since a deployment was retired; what had no record then has a tombstone."""
+    record, grave = routing.records.get(deployment_id), routing.tombstones.get(deployment_id)
+    at = record.retiring_at if record else grave.at if grave else None
+    return routing.now - (routing.now if at is None else at)
+
+
 def mark_draining(routing: Routing, deployment_id: str, judged: Record) -> Routing:
     """A record that says active and is not the active one drains from now on."""
     if routing.records.get(deployment_id) != judged or routing.active == deployment_id:
@@ -886,7 +893,7 @@ def changed(store: router.Store, args: argparse.Namespace, token: str) -> Json:
         answer |= {"active": routing.active, "lost": is_lost(routing, args.promoted)}
     if args.command in WAITED_FOR:
         deletes = args.command == "retire"
-        since = routing.now - (record.retiring_at or routing.now) if record and deletes else 0.0
+        since = retired_for(routing, args.deployment_id) if deletes else 0.0
         answer |= told(wait_for_routers(store, routing.epoch, since, deletes))
     if args.command == "retire" and record:
         answer["reloaded"] = reload_tabs(record, token)

@@ -590,8 +590,7 @@ class Run:
         except router.StateError as error:  # promoted, rolled back to, or drained anew
             self.report.kept[name] = str(error)
             return
-        record = routing.records.get(name)
-        since = routing.now - (record.retiring_at or routing.now) if record else 0.0
+        since = control.retired_for(routing, name)
         patience = 0.0 if self.routers_behind else control.REPORT_WAIT
         served = control.wait_for_routers(self.store, routing.epoch, since, True, patience)
         if served.behind:
