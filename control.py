@@ -58,8 +58,12 @@ def is_older_than(routing: Routing, last: Promotion | None) -> bool:
         return last is not None
     if routing.promotion.at != last.at:
         return routing.promotion.at < last.at
-    # an earlier version of our CLI has noted its promotion without the time
+    # an earlier version of our CLI has noted its promotion without the time, or an earlier
+    # janitor, late, what it had read before it was rolled back from
     differs = routing.active != last.deployment_id
+    left = routing.records.get(last.deployment_id)
+    if left and left.rejected_at and left.rejected_at >= last.at:
+        return False
     return differs and last.at > 0 and not routing.promoted_by_other
 
 
