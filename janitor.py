@@ -299,7 +299,8 @@ def run_lock(store: router.RedisStore) -> Iterator[bool]:
 
     Yields False where another run holds it.
     """
-    key, token = f"{store.prefix}:janitor:lock", secrets.token_hex(8)
+    key = f"{store.prefix}{control.JANITOR_LOCK}"
+    token = control.LOCK_MARK + secrets.token_hex(8)
     done = threading.Event()
 
     def renew() -> None:
@@ -315,12 +316,7 @@ def run_lock(store: router.RedisStore) -> Iterator[bool]:
         yield held
     finally:
         done.set()
-        with contextlib.suppress(redis.RedisError), store.client.pipeline() as pipe:
-            pipe.watch(key)  # type: ignore[no-untyped-call]
-            if pipe.get(key) == token:
-                pipe.multi()
-                pipe.delete(key)
-                pipe.execute()
+        control.give_back(store, token)
 
 
 def clean_up(
