@@ -1,0 +1,536 @@
+"""Versions side by side, on one store: this one, the one before, and 0.3.13.
+
+`older` is this repository before the routing state had types (see older.py). It neither writes who
+was promoted last and when nor raises the epoch; 0.3.13 announces nothing either, and its janitor
+writes the active record anew, with four fields, in each run.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from benchmarks import peer
+from pulse_railway import runtime_image
+from pulse_railway.local.supervisor import free_port
+from tests import older
+from tests.conftest import ROOT, Process, Redis
+from tests.net import Backend, ask, eventually, ok
+
+router: Any = runtime_image.load("router")
+control: Any = runtime_image.load("control")
+janitor: Any = runtime_image.load("janitor")
+
+PREFIX = "pulse:railway"
+NAMES = ("a", "b", "c")
+ABOUT = {"commit": "1234567", "by": "test"}
+ANSWER = {"render_session_count": 0, "reloaded_socket_count": 0}
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return older.unpack(tmp_path_factory.mktemp("older"))
+
+
+@pytest.fixture(scope="session")
+def before(sources: Path) -> SimpleNamespace:
+    """The older router.py and janitor.py."""
+    of_router, of_janitor = older.load(sources)
+    return SimpleNamespace(router=of_router, janitor=of_janitor)
+
+
+class Site:
+    """A Redis, and a backend for each of NAMES, which has the private name of its service."""
+
+    def __init__(self, server: Redis, folder: Path) -> None:
+        self.server = server
+        self.backends = {name: Backend() for name in NAMES}
+        self.hosts = folder / "hosts.json"
+        ports = {f"{n}.railway.internal": {"8000": b.port} for n, b in self.backends.items()}
+        self.hosts.write_text(json.dumps(ports))
+        self.store = router.RedisStore(server.url, PREFIX)
+        self.env = {"REDIS_URL": server.url, "RAILWAY_SERVICE_ID": "here"}
+        for name in NAMES:
+            self.tabs(name, 1)
+
+    def tabs(self, name: str, count: int) -> None:
+        said = {"deployment_id": name, **ANSWER, "render_session_count": count}
+        answer = ok(json.dumps(said).encode(), "content-type: application/json")
+        self.backends[name].answer = answer
+
+    def control(self, *words: str) -> dict[str, Any]:
+        """Today's control command."""
+        return dict(control.carry_out(list(words), self.env))
+
+    def register(self, name: str, run: Callable[..., Any] | None = None) -> Any:
+        words = ["register", "--deployment-id", name, "--service-name", name]
+        words += ["--service-id", f"s-{name}", "--address", self.backends[name].address]
+        return (run or self.control)(*words, "--about", json.dumps(ABOUT))
+
+    def promote(self, name: str, *words: str, run: Callable[..., Any] | None = None) -> Any:
+        given = ["--active-deployment-id", name, "--active-service-name", name]
+        return (run or self.control)("promote", *given, *words)
+
+    def deploy(self, *names: str) -> None:
+        for name in names:
+            assert self.register(name)["ok"]
+            assert self.promote(name)["ok"]
+
+    @property
+    def state(self) -> Any:
+        return self.store.read()
+
+    def record(self, name: str) -> dict[str, Any]:
+        raw = self.server.client.get(f"{PREFIX}:deployment:{name}")
+        return dict(json.loads(str(raw))) if raw else {}
+
+    def mark(self, name: str) -> None:
+        """A field of another tool's in a record."""
+        key = f"{PREFIX}:deployment:{name}"
+        self.server.client.set(key, json.dumps({**self.record(name), "x-foreign": name}))
+
+    def keys(self) -> dict[str, str]:
+        """All that the store has."""
+        keys = [str(key) for key in self.server.client.scan_iter()]
+        return dict(zip(keys, map(str, self.server.client.mget(keys)), strict=True))
+
+    def reset(self, keys: dict[str, str]) -> None:
+        """Have the store hold these and nothing else."""
+        with self.server.client.pipeline() as pipe:
+            pipe.flushall()
+            pipe.mset(keys)
+            pipe.execute()
+
+    def stop(self) -> None:
+        for backend in self.backends.values():
+            backend.stop()
+
+
+@pytest.fixture
+def site(redis_server: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    made = Site(redis_server, tmp_path)
+    known = {f"{name}.railway.internal": backend.port for name, backend in made.backends.items()}
+    resolve = socket.getaddrinfo
+
+    def resolved(host: Any, port: Any, *more: Any, **named: Any) -> Any:
+        if host in known:
+            host, port = "127.0.0.1", known[host]
+        return resolve(host, port, *more, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolved)
+    monkeypatch.delenv("PULSE_RAILWAY_ACTIVE", raising=False)
+    yield made
+    made.stop()
+
+
+Start = Callable[..., Process]
+
+
+@pytest.fixture
+def run(site: Site, start: Start, sources: Path) -> Callable[[str], Process]:
+    """`run("today" | "older" | "0.3.13")`: a router of that version on the site's store."""
+    quick = "import router; router.REFRESH_SECONDS = 1.0; router.MISSING_SECONDS = 2.0"
+    commands: dict[str, list[str]] = {
+        "today": [sys.executable, "-P", "-c", f"{quick}; raise SystemExit(router.main([]))"],
+        "older": [sys.executable, str(sources / "router.py")],
+    }
+
+    def begin(version: str) -> Process:
+        port = free_port()
+        if version not in commands:
+            app = "pulse_railway.router:build_app_from_env"
+            given = ["--factory", "--host", "127.0.0.1", "--port", str(port)]
+            command = [str(peer.python()), "-P", "-m", "uvicorn", app, *given]
+        else:
+            command = commands[version]
+        env = {**site.env, "PORT": str(port), "HOST": "127.0.0.1"}
+        env |= {"RAILWAY_LOCAL_HOSTS": str(site.hosts)}
+        env["PYTHONPATH"] = f"{older.SITE}:{ROOT}" if version == "today" else str(older.SITE)
+        process = start(command, port, env)
+        eventually(lambda: ask(port, "/healthz").status == 200)
+        return process
+
+    return begin
+
+
+@pytest.fixture
+def published(site: Site) -> Iterator[older.Published]:
+    with older.Published(site.server.url, site.hosts) as process:
+        yield process
+
+
+def served(process: Process, affinity: str = "") -> tuple[int, str | None]:
+    """Who answers a request."""
+    answer = ask(process.port, f"/?pulse_deployment={affinity}" if affinity else "/")
+    return answer.status, answer.header("x-pulse-selected-deployment")
+
+
+def serves(process: Process, affinity: str = "", within: float = 16.0) -> None:
+    """It is the active deployment, or the one that was asked for."""
+    name = affinity or None
+    eventually(lambda: served(process, affinity) == (200, name), within)
+
+
+# -- routers side by side ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("writer", ["today", "older", "0.3.13"])
+def test_routers_of_two_versions_serve_what_any_writes(
+    site: Site,
+    run: Callable[[str], Process],
+    before: SimpleNamespace,
+    published: older.Published,
+    writer: str,
+) -> None:
+    """Each promotes, registers, rolls back, deletes; no field of ours or of another's is lost."""
+    site.deploy("a")
+    site.mark("a")
+    routers = [run("today"), run("older")]
+
+    def write(*words: str) -> None:
+        if writer == "0.3.13":  # as its own CLI asks for them
+            flags = ("--service-id", "--address", "--about", "--rolls-back")
+            cut = min([words.index(flag) for flag in flags if flag in words] or [len(words)])
+            assert published.control(*words[:cut])["ok"]
+        else:
+            carry_out = control.carry_out if writer == "today" else before.router.carry_out
+            assert carry_out(list(words), site.env)["ok"]
+
+    def all_serve(active: str, *others: str) -> None:
+        for process in routers:
+            eventually(lambda p=process: served(p) == (200, active), 16)  # type: ignore[misc]
+            for name in (active, *others):
+                serves(process, name)
+
+    all_serve("a")
+    site.register("b", write)
+    all_serve("a", "b")
+    kept = site.record("a")
+    site.promote("b", run=write)
+    all_serve("b", "a")
+    eventually(lambda: site.state.promoted.deployment_id == "b")
+    given = {"service_id": "s-a", "address": site.backends["a"].address, "about": ABOUT}
+    given |= {name: kept[name] for name in ("registered_at", "promoted_at")}
+    eventually(lambda: given.items() <= site.record("a").items())
+    if writer != "0.3.13":  # which itself drops what it does not know
+        assert site.record("a")["x-foreign"] == "a"
+    promoted = site.state.promoted.at
+    assert abs(promoted - time.time()) < 20
+
+    site.promote("a", "--rolls-back", run=write)
+    all_serve("a", "b")
+    eventually(lambda: site.state.promoted.deployment_id == "a")
+    assert site.state.promoted.at > promoted
+    assert site.record("b")["state"] == "draining"
+    assert bool(site.record("b").get("rejected_at")) == (writer != "0.3.13")
+
+    site.backends["b"].stop()  # as its service is deleted with it
+    write("delete", "--deployment-id", "b")
+    for process in routers:
+        eventually(lambda p=process: served(p, "b")[0] == 409, 16)  # type: ignore[misc]
+    time.sleep(1.5)  # another read
+    assert site.record("b") == {}
+    all_serve("a")
+
+
+def test_a_command_names_an_older_router_and_does_not_wait_for_it(
+    site: Site, run: Callable[[str], Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "OTHER_VERSION_SECONDS", 2.0)
+    site.deploy("a", "b")
+    today, old = run("today"), run("older")
+    eventually(lambda: len(site.control("status")["routers"]) == 2)
+    began = time.monotonic()
+    answer = site.promote("a")
+    assert time.monotonic() - began < 2
+    versions = {r["version"]: r["router"] for r in answer["routers"]}
+    assert versions.keys() == {None, router.runtime_version()}
+    assert answer["behind"] == [versions[None]]  # nobody knows, and it is said
+    assert [r["epoch"] for r in answer["routers"] if r["version"]] == [site.state.epoch]
+    for process in (today, old):
+        serves(process, "a", 5)
+
+    began = time.monotonic()
+    assert site.control("retire", "--deployment-id", "b")["behind"] == [versions[None]]
+    assert time.monotonic() - began < 2
+    for process in (today, old):
+        eventually(lambda p=process: served(p, "b")[0] == 409, 16)  # type: ignore[misc]
+    time.sleep(max(0.0, 2.1 - (time.monotonic() - began)))
+    assert site.control("retire", "--deployment-id", "b")["behind"] == []
+    # of one without a record, too
+    assert site.control("retire", "--deployment-id", "c", "--service-id", "s-c")["behind"]
+    time.sleep(2.1)
+    assert not site.control("retire", "--deployment-id", "c", "--service-id", "s-c")["behind"]
+
+
+def test_an_emptied_store_is_mended_by_routers_of_both_versions(
+    site: Site, run: Callable[[str], Process]
+) -> None:
+    site.deploy("a", "b")
+    assert site.promote("a", "--rolls-back", "--instead-of", "b")["ok"]
+    routers = [run("older"), run("today")]
+    wanted = site.state
+    for version in ("older", "today"):
+        if version == "older":  # which looks first
+            site.server.client.flushall()
+            site.store.announce()
+        else:
+            site.server.client.delete(f"{PREFIX}:active", f"{PREFIX}:promoted", f"{PREFIX}:store")
+        eventually(lambda: site.state.promoted == wanted.promoted, 16)
+        time.sleep(3.5)  # each has read it again
+        found = site.state
+        assert (found.active, found.promoted) == ("a", wanted.promoted)
+        assert found.records == wanted.records
+        for process in routers:
+            serves(process, "b")
+            assert served(process) == (200, "a")
+
+
+# -- a rollback beside an older janitor ----------------------------------------------------------
+
+
+class Rails:
+    """What stands on Railway while a janitor runs, and what is done at which of its steps."""
+
+    def __init__(self, site: Site, intent: Any) -> None:
+        self.site = site
+        self.services = {name: f"s-{name}" for name in NAMES}
+        self.variables = {"PULSE_RAILWAY_ACTIVE": intent.deployment_id}
+        self.variables["PULSE_RAILWAY_ACTIVE_AT"] = repr(intent.at)
+        self.step = 0
+        self.at: list[int] = []  # the steps before which the commands come
+        self.refused: str | None = None
+
+    def gate(self) -> None:
+        """Before each step of the janitor's."""
+        while self.at and self.at[0] <= self.step:
+            self.go_on()
+        self.step += 1
+
+    def go_on(self) -> None:
+        """The next command of a rollback from b to a: the promotion, then what Railway is told."""
+        del self.at[:1]
+        promoted = self.site.state.promoted
+        if len(self.at) == 1:
+            intent = "@".join(self.variables.values())
+            words = ["--instead-of", "b", "--rolls-back", "--intent", intent]
+            answer = self.site.promote("a", *words)
+            self.refused = answer.get("error")
+        elif not self.refused and promoted.deployment_id == "a":
+            values = ("a", repr(promoted.at))
+            self.variables = dict(zip(self.variables, values, strict=True))
+
+    def inspect(self, of: Any) -> Any:
+        """An inventory, as that janitor has it."""
+        found = [of.Service(s, name, name, 7200.0, "SUCCESS") for name, s in self.services.items()]
+        last = self.variables["PULSE_RAILWAY_ACTIVE"]
+        if of is janitor:
+            return of.Inventory(found, "router", router.promotion_from_env(self.variables))
+        return of.Seen(found, "router", last)
+
+    def remember(self, _: str, *values: Any) -> None:
+        self.gate()
+        self.variables |= values[0] if len(values) == 1 else {values[0]: values[1]}
+
+    def delete(self, service: Any) -> None:
+        self.gate()
+        assert self.site.state.active != service.deployment, "the active one's service"
+        del self.services[service.deployment]
+
+    def todays_janitor(self) -> Any:
+        """A run after it; nothing live is deleted by it."""
+        limits = janitor.Limits(86_400.0, 900.0, 0)
+        found = self.inspect(janitor)
+        return janitor.clean_up(self.site.store, self, self.site.state, found, "t", limits)
+
+
+def rolled_back(site: Site, rails: Rails, known: Any) -> None:
+    """What has to hold after a rollback from b to a that was carried out.
+
+    Args:
+        known: what a router of today knows since then.
+    """
+    for _ in range(2):
+        state = site.state
+        assert (state.active, state.promoted.deployment_id) == ("a", "a")
+        assert {"a", "c"} <= rails.services.keys()
+        assert state.records["c"].state == "draining"
+        mended = router.repaired(state, known, "new")
+        b = mended.records.get("b")
+        assert b is None or b.state == "draining" or b.retiring_at
+        assert b is None or b.rejected_at
+        for name in mended.records:
+            assert mended.records[name].service_id == f"s-{name}"
+        report = rails.todays_janitor()
+        assert (report.deleted, report.failed, report.restored) == ([], {}, None)
+    assert rails.variables["PULSE_RAILWAY_ACTIVE"] == "a"
+    assert rails.variables["PULSE_RAILWAY_ACTIVE_AT"] == repr(site.state.promoted.at)
+
+
+@pytest.mark.parametrize("window", [0.0, 900.0])
+@pytest.mark.parametrize("last", ["b", "c"])
+def test_a_rollback_at_every_step_of_an_older_janitor(
+    site: Site, before: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, window: float, last: str
+) -> None:
+    """`last`: what Railway was told to be promoted last; not b, where 0.3.13 has promoted that."""
+    monkeypatch.setattr(control, "HEAL_WAIT", 0.0)
+    site.deploy("c")
+    intent = {"c": site.state.promoted}
+    site.deploy("a", "b")
+    intent["b"] = site.state.promoted
+    site.tabs("a", 0)
+    kept = site.keys()
+    rails = Rails(site, intent[last])
+    limits = before.janitor.Limits(86_400.0, window, 0)
+
+    class Steps(before.router.RedisStore):  # type: ignore[misc, name-defined]
+        def read(self) -> Any:
+            rails.gate()
+            return super().read()
+
+        def routers(self) -> Any:
+            rails.gate()
+            return super().routers()
+
+        def apply(self, step: Any) -> Any:
+            def inner(state: Any) -> Any:
+                rails.gate()  # it is watched by now
+                return step(state)
+
+            rails.gate()
+            return super().apply(inner)
+
+    store, sessions = Steps(site.server.url, PREFIX), before.router.sessions
+
+    def asked(*words: Any) -> Any:
+        rails.gate()
+        return sessions(*words)
+
+    monkeypatch.setattr(before.router, "sessions", asked)
+    steps, refused = 1, 0
+    for at in itertools.combinations_with_replacement(range(20), 2):
+        if at[1] > steps:
+            continue
+        site.reset(kept)
+        rails.__init__(site, intent[last])  # type: ignore[misc]
+        rails.at = list(at)
+        state = store.read()
+        rails.gate()
+        seen = rails.inspect(before.janitor)
+        before.janitor.sweep(store, rails, state, seen, "t", limits)
+        steps = max(steps, rails.step)
+        while rails.at:
+            rails.go_on()
+        if rails.refused:  # the janitor came first
+            assert "being removed" in rails.refused or "removed meanwhile" in rails.refused
+            assert (window, site.state.active) == (0.0, "b")
+            refused += 1
+        else:
+            rolled_back(site, rails, site.state)
+    assert steps > 5
+    assert bool(refused) == (window == 0.0)
+
+
+class Router:
+    """A router of today, as far as it heals the store: when it looks is said."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.known = router.Routing()
+
+    def look(self) -> None:
+        """It reads the store, and writes back what that has lost."""
+        found = self.site.state
+        if router.changes(found, router.repaired(found, self.known, "new")):
+            found = self.site.store.apply(lambda state: router.repaired(state, self.known, "new"))
+        self.known = found
+
+
+@pytest.mark.parametrize("tabs", [0, 1])
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_rollback_at_every_step_of_the_janitor_of_0_3_13(
+    site: Site,
+    published: older.Published,
+    monkeypatch: pytest.MonkeyPatch,
+    tabs: int,
+    announced: bool,
+) -> None:
+    """Its real code: it writes the active record anew, key by key, and deletes in three steps. So
+    the rollback waits until it has ended.
+
+    Args:
+        tabs: of the one that is rolled back to: without any, that janitor deletes it.
+        announced: the router has read the rollback at once, not only afterwards.
+    """
+    monkeypatch.setattr(control, "HEAL_WAIT", 0.0)
+    site.deploy("c", "a", "b")
+    intent = site.state.promoted
+    site.tabs("a", tabs)
+    kept = site.keys()
+    names = ("service_id", "service_name", "deployment_id")
+    steps, position, refused = 1, 0, 0
+    while position <= steps:
+        site.reset(kept)
+        rails, watcher = Rails(site, intent), Router(site)
+        watcher.look()
+        rails.at = [0, 0]
+
+        def roll_back(rails: Rails = rails, watcher: Router = watcher) -> None:
+            rails.go_on()
+            if announced:
+                watcher.look()
+            rails.go_on()
+
+        def services(rails: Rails = rails) -> list[dict[str, str]]:
+            return [dict(zip(names, (s, n, n), strict=True)) for n, s in rails.services.items()]
+
+        command = threading.Thread(target=roll_back)
+        for number, step in enumerate(published.janitor(services)):
+            if number == position:
+                command.start()
+                command.join(0.1)
+                assert command.is_alive() == (step[0] != "done" and number > 0)
+            if step[0] == "delete service":
+                del rails.services[step[1].removeprefix("s-")]
+            steps = max(steps, number)
+        command.join()
+        watcher.look()
+        if rails.refused:  # the janitor came first
+            assert "not registered" in rails.refused
+            assert (tabs, site.state.active) == (0, "b")
+            refused += 1
+        else:
+            rolled_back(site, rails, watcher.known)
+        position += 1
+    assert steps > 8
+    assert bool(refused) == (tabs == 0)
+
+
+def test_who_is_waited_for_before_a_promotion(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An older janitor, for a while; one of ours, whose steps are transactions, is not."""
+    site.deploy("a", "b")
+    lock = f"{PREFIX}:janitor:lock"
+    client = site.server.client
+    assert not client.exists(lock)
+    with janitor.run_lock(site.store) as held:
+        assert held
+        began = time.monotonic()
+        assert site.promote("a")["ok"]
+        assert time.monotonic() - began < 1
+        assert client.exists(lock)
+    monkeypatch.setattr(control, "JANITOR_WAIT", 0.5)
+    client.set(lock, "0123456789abcdef")  # of one that was killed
+    began = time.monotonic()
+    assert site.promote("b")["ok"]
+    assert 0.5 < time.monotonic() - began < 2
+    assert client.get(lock) == "0123456789abcdef"
