@@ -7,9 +7,13 @@ writes the active record anew, with four fields, in each run.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
 import json
+import shlex
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -21,8 +25,10 @@ from typing import Any
 import pytest
 
 from benchmarks import peer
-from pulse_railway import runtime_image
+from pulse_railway import router_commands, runtime_image
+from pulse_railway.errors import Refused, Uncertain
 from pulse_railway.local.supervisor import free_port
+from pulse_railway.railway import ssh
 from tests import older
 from tests.conftest import ROOT, Process, Redis
 from tests.net import Backend, ask, eventually, ok
@@ -534,3 +540,218 @@ def test_who_is_waited_for_before_a_promotion(site: Site, monkeypatch: pytest.Mo
     assert site.promote("b")["ok"]
     assert 0.5 < time.monotonic() - began < 2
     assert client.get(lock) == "0123456789abcdef"
+
+
+# -- a CLI and a router's control commands -------------------------------------------------------
+
+
+def parsed(carry_out: Callable[..., Any], words: list[str], env: dict[str, str]) -> Any:
+    """What a control command of that version comes to, as a finished process."""
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            answer = carry_out(words, env)
+        except SystemExit as end:
+            return subprocess.CompletedProcess(words, int(str(end.code)), "", err.getvalue())
+    return subprocess.CompletedProcess(words, 0 if answer["ok"] else 1, json.dumps(answer), "")
+
+
+class Cli:
+    """Today's router_commands, which reach a router of another version by ssh."""
+
+    def __init__(
+        self, site: Site, carry_out: Callable[..., Any], patch: pytest.MonkeyPatch
+    ) -> None:
+        self.site = site
+        self.asked: list[list[str]] = []
+        way = SimpleNamespace(kind="ssh", key=None, checked=True)
+        self.stack: Any = SimpleNamespace(
+            intent=None,
+            target=SimpleNamespace(project_id="p", environment_id="e", way=way),
+            names=SimpleNamespace(router="pulse-router"),
+            router=SimpleNamespace(variables={}),
+            backend=lambda name: SimpleNamespace(id=f"s-{name}"),
+        )
+
+        def run(command: list[str], *_: Any) -> Any:
+            program, name, *words = shlex.split(command[-1])
+            assert (program, name) == ("pulse-railway", "control")
+            self.asked.append(words)
+            return parsed(carry_out, words, site.env)
+
+        patch.setattr(ssh, "run", run)
+        patch.setattr(router_commands, "PAUSES", ())
+
+    def __call__(self, name: str, *words: Any, **named: Any) -> Any:
+        state = self.site.state
+        if state.active:  # as it is noted after each promotion
+            at = state.promoted.at if state.promoted else time.time()
+            self.stack.intent = f"{state.active}@{at!r}"
+        return getattr(router_commands, name)(None, self.stack, *words, **named)
+
+
+def life(call: Callable[..., Any], site: Site, warned: dict[str, Any]) -> None:
+    """What a CLI asks of a router, command by command, with every flag that both versions know.
+
+    Args:
+        warned: what is passed to who tells of late routers.
+    """
+
+    def register(name: str, held: bool) -> None:
+        more = {"address": site.backends[name].address, "about": ABOUT, "held": held}
+        named = {"deployment_id": name, "service_name": name, "service_id": f"s-{name}"}
+        call("register", **named, **more)
+
+    call("lock", "me", 60)
+    register("a", held=False)
+    call("promote", "a", "a", unlock="me", **warned)
+    assert site.state.active == "a"
+    assert site.state.lock is None
+    assert call("active_deployment") == "a"
+    register("b", held=True)
+    assert site.state.records["b"].held
+    call("promote", "b", "b", weight=10.0, bake=60, instead_of="a", why="a try", **warned)
+    assert site.state.canary.weight == 10
+    assert call("state")["canary"] == {"deployment_id": "b", "weight": 10.0}
+    call("baked", "b")
+    assert site.state.records["b"].bake is None
+    call("withdraw", "b", why="it was nothing", **warned)
+    assert site.state.canary is None
+    call("promote", "b", "b", bake=60, **warned)
+    assert (site.state.active, site.state.records["a"].state) == ("b", "draining")
+    call("promote", "a", "a", instead_of="b", rolls_back=True, why="it was bad", **warned)
+    assert site.state.records["b"].rejected_at
+    call("maintenance", True, "<p>closed</p>", 60, "a move", **warned)
+    assert site.state.maintenance.page == "<p>closed</p>"
+    call("maintenance", False, None, 30, None, **warned)
+    assert site.state.maintenance is None
+    call("lock", "me", 60)
+    call("unlock", "me")
+    assert site.state.lock is None
+    call("retire", "b", "s-b")
+    assert site.state.records["b"].retiring_at
+    call("forget", "b")
+    assert site.state.records.keys() == {"a"}
+    assert site.state.tombstones["b"].service_id == "s-b"
+    done = [entry["what"] for entry in call("history")]
+    assert done == [
+        *("promote", "canary", "rollback", "promote", "rollback"),
+        *("maintenance on", "maintenance off", "remove"),
+    ]
+    (a,) = call("state")["deployments"]
+    assert (a["deployment_id"], a["state"], a["sessions"], a["about"]) == ("a", "active", 1, ABOUT)
+
+
+RECORD = {"deployment_id": "a", "service_name": "a", "service_id": "s-a", "registered_at": 1.0}
+
+
+def test_todays_cli_beside_an_older_router(
+    site: Site, before: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(before.router, "HEAL_WAIT", 0.0)
+    call = Cli(site, before.router.carry_out, monkeypatch)
+    life(call, site, {"warn": lambda said: pytest.fail(said)})
+    assert all("--intent" in words for words in call.asked[3:])
+    active = site.state.active
+    site.server.client.flushall()
+    call.stack.intent = f"{active}@{time.time()!r}"
+    assert call("state")["lost"] is True
+    with pytest.raises(Refused, match="run `pulse-railway restore`"):
+        call("forget", "a")
+    assert call("restore", "a", [RECORD], chosen=False) is None  # it tells no time
+    assert site.state.active == "a"
+
+
+def test_what_an_older_router_does_not_know_ends_in_one_line(
+    site: Site, before: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = Cli(site, before.router.carry_out, monkeypatch)
+    site.deploy("a")
+    closed = {"PULSE_RAILWAY_MAINTENANCE": "1000.0"}
+    for command, words, more in (
+        ("probe", ("a", "/"), {}),
+        ("restore", ("a", [RECORD]), {"chosen": True}),
+        ("promote", ("b", "b"), {}),  # whose record is lost: made anew by a flag
+    ):
+        state = site.state
+        with pytest.raises(Uncertain) as raised:
+            call(command, *words, **more)
+        assert str(raised.value) == (
+            f"it is not known whether the router carried out `{command}`: the router runs another"
+            " version of pulse-railway: run `pulse-railway ensure`"
+        )
+        assert site.state == state
+    call.stack.router.variables = closed
+    with pytest.raises(Uncertain, match=r"run `pulse-railway ensure`$"):
+        call("restore", "a", [RECORD], chosen=False)
+
+
+def test_an_older_cli_beside_todays_router(
+    site: Site, sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "HEAL_WAIT", 0.0)
+
+    def asked(words: list[str]) -> dict[str, Any]:
+        done = parsed(control.carry_out, words, site.env)
+        return {"stdout": done.stdout, "said": done.stderr, "hopeless": bool(done.stderr)}
+
+    with older.OlderCli(sources) as cli:
+
+        def call(name: str, *words: Any, **named: Any) -> Any:
+            done = cli.call(asked, name, *words, intent=site.state.active, **named)
+            assert "raised" not in done, done
+            return done["returned"]
+
+        life(call, site, {})
+        # its notes have no time, and say nothing against a store that has one
+        for intent in ("a", None):
+            assert cli.call(asked, "state", intent=intent)["returned"]["lost"] is False
+        site.server.client.flushall()
+        said = cli.call(asked, "forget", "a", intent="a")
+        assert said["raised"] == "Refused"
+        assert "run `pulse-railway restore`" in said["said"]
+        cli.call(asked, "restore", "a", [RECORD], intent="a")
+        assert site.state.active == "a"
+
+
+def test_todays_answers_have_what_older_ones_had(site: Site, before: SimpleNamespace) -> None:
+    site.deploy("c", "a")
+    site.register("b")
+    for words in (
+        ["promote", "--active-deployment-id", "b", "--active-service-name", "b", "--weight", "5"],
+        ["lock", "--holder", "me", "--lease", "60", "--by", "me"],
+        ["maintenance", "on", "--by", "me", "--page", "closed"],
+    ):
+        assert site.control(*words)["ok"]
+    for words in (["active"], ["status"], ["history"], ["lock", "--holder", "me", "--lease", "9"]):
+        old, new = before.router.carry_out(words, site.env), site.control(*words)
+        assert differences(old, new) == ""
+
+
+def differences(old: Any, new: Any, where: str = "") -> str:
+    """Where an answer of today lacks what an older one has, or has it with another type."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        gone = [f"{where} lacks {name}" for name in old.keys() - new.keys()]
+        found = [differences(old[n], new[n], f"{where}.{n}") for n in old.keys() & new.keys()]
+        return "\n".join(filter(None, gone + found))
+    if isinstance(old, list) and isinstance(new, list):
+        pairs = zip(old, new, strict=True)
+        return "\n".join(filter(None, (differences(a, b, where) for a, b in pairs)))
+    return "" if type(old) is type(new) else f"{where} is {type(new)}, was {type(old)}"
+
+
+def test_a_command_that_is_left_for_a_janitor_of_the_other_version(
+    site: Site, before: SimpleNamespace
+) -> None:
+    site.deploy("a")
+    for order in (["active"], ["lock", "--holder", "me", "--lease", "60"], ["probe"]):
+        words = [*order, "--by", "me", "--intent", f"a@{site.state.promoted.at!r}"]
+        left = json.dumps({"nonce": "n", "words": words, "until": time.time() + 60})
+        of_older = before.janitor.answer_to(before.janitor.Seen([], order=left), site.env)
+        of_today = janitor.carry_out_request(janitor.Inventory([], request=left), site.env)
+        assert (of_older["command"], of_older["nonce"]) == (order[0], "n")
+        assert (of_today["command"], of_today["nonce"]) == (order[0], "n")
+        if order == ["probe"]:  # it takes an argument, which today's janitor misses
+            assert of_older["reason"] == of_today["reason"] == "version"
+            assert of_older["error"].endswith("run `pulse-railway ensure`")
+        else:
+            assert of_older["ok"] is of_today["ok"] is True
