@@ -38,7 +38,7 @@ control: Any = runtime_image.load("control")
 janitor: Any = runtime_image.load("janitor")
 
 PREFIX = "pulse:railway"
-NAMES = ("a", "b", "c")
+NAMES = ("a", "b", "c", "d")
 ABOUT = {"commit": "1234567", "by": "test"}
 ANSWER = {"render_session_count": 0, "reloaded_socket_count": 0}
 
@@ -155,7 +155,8 @@ def run(site: Site, start: Start, sources: Path) -> Callable[[str], Process]:
         port = free_port()
         if version not in commands:
             app = "pulse_railway.router:build_app_from_env"
-            given = ["--factory", "--host", "127.0.0.1", "--port", str(port)]
+            home = str(peer.python().parent)  # not where our own package would be found first
+            given = ["--factory", "--app-dir", home, "--host", "127.0.0.1", "--port", str(port)]
             command = [str(peer.python()), "-P", "-m", "uvicorn", app, *given]
         else:
             command = commands[version]
@@ -310,7 +311,7 @@ class Rails:
 
     def __init__(self, site: Site, intent: Any) -> None:
         self.site = site
-        self.services = {name: f"s-{name}" for name in NAMES}
+        self.services = {name: f"s-{name}" for name in "abc"}
         self.variables = {"PULSE_RAILWAY_ACTIVE": intent.deployment_id}
         self.variables["PULSE_RAILWAY_ACTIVE_AT"] = repr(intent.at)
         self.step = 0
@@ -755,3 +756,173 @@ def test_a_command_that_is_left_for_a_janitor_of_the_other_version(
             assert of_older["error"].endswith("run `pulse-railway ensure`")
         else:
             assert of_older["ok"] is of_today["ok"] is True
+
+
+# -- down to the version before, and up again ----------------------------------------------------
+
+
+@pytest.mark.parametrize("beside", [True, False])
+@pytest.mark.parametrize("version", ["older", "0.3.13"])
+def test_down_and_up_again(
+    site: Site,
+    run: Callable[[str], Process],
+    before: SimpleNamespace,
+    published: older.Published,
+    version: str,
+    beside: bool,
+) -> None:
+    """The version before takes the state as it is, deploys, and cleans up; today's goes on from
+    there. Nothing live is deleted.
+
+    Args:
+        beside: a router of today lives through it, and remembers what the other drops.
+    """
+    site.deploy("a", "b")
+    assert site.register("c")["ok"]
+    assert site.promote("c", "--weight", "10")["ok"]
+    rails = Rails(site, site.state.promoted)
+    rails.services["d"] = "s-d"
+    live = [run("today")] if beside else []
+    known = site.state
+
+    def old_janitor() -> list[str]:
+        if version == "0.3.13":
+            names = ("service_id", "service_name", "deployment_id")
+            found = [dict(zip(names, (s, n, n), strict=True)) for n, s in rails.services.items()]
+            return list(published.janitor(lambda: found))[-1][1:]
+        store = before.router.RedisStore(site.server.url, PREFIX)
+        limits = before.janitor.Limits(86_400.0, 0.0, 0)
+        seen = rails.inspect(before.janitor)
+        report = before.janitor.sweep(store, rails, store.read(), seen, "t", limits)
+        return list(report.deleted)
+
+    def old_control(*words: str) -> dict[str, Any]:
+        if version == "0.3.13":
+            return published.control(*words)
+        return dict(before.router.carry_out(list(words), site.env))
+
+    old = run(version)
+    serves(old, "a")
+    serves(old, "c")
+    if version == "0.3.13":  # it knows no canary
+        assert served(old) == (200, "b")
+    assert old_control("active")["deployment_id"] == "b"
+    assert old_janitor() == []
+    assert site.state.active == "b"
+    assert site.record("b").get("address") in (site.backends["b"].address, None)
+
+    # a deploy, as its CLI asks for it: all others drain
+    others = [{"deployment_id": n, "service_name": n} for n in ("a", "b", "c")]
+    assert old_control("register", "--deployment-id", "d", "--service-name", "d")["ok"]
+    site.promote("d", "--draining-json", json.dumps(others), run=old_control)
+    eventually(lambda: served(old) == (200, "d"), 16)
+    for name in ("a", "b", "c"):
+        serves(old, name)
+    for process in live:
+        serves(process, "d")
+        eventually(lambda p=process: served(p) == (200, "d"))  # type: ignore[misc]
+        eventually(lambda: site.state.promoted.deployment_id == "d")
+        eventually(lambda: site.record("b").get("address"))
+    assert old_janitor() == []
+
+    process = run("today")
+    eventually(lambda: served(process) == (200, "d"))
+    for name in NAMES:
+        serves(process, name)
+    for _ in range(2):
+        report = rails.todays_janitor()
+        assert (report.deleted, report.failed, report.restored) == ([], {}, None)
+    state = site.state
+    assert (state.active, state.promoted.deployment_id) == ("d", "d")
+    assert known.promoted.at < state.promoted.at <= state.now
+    assert rails.variables["PULSE_RAILWAY_ACTIVE"] == "d"
+    assert rails.variables["PULSE_RAILWAY_ACTIVE_AT"] == repr(state.promoted.at)
+    assert [state.records[name].state for name in "abd"] == ["draining", "draining", "active"]
+    if beside:
+        for name, record in known.records.items():
+            now = state.records[name]
+            for field in ("address", "service_id", "registered_at", "promoted_at", "about"):
+                assert getattr(now, field) == getattr(record, field), (name, field)
+    assert site.promote("b", "--instead-of", "d", "--rolls-back")["ok"]
+    for one in (process, *live):
+        eventually(lambda p=one: served(p) == (200, "b"))  # type: ignore[misc]
+
+
+def test_a_note_of_an_older_cli_is_believed_where_the_store_goes_back(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It notes what it has promoted beside the time of the promotion before."""
+    monkeypatch.setattr(control, "HEAL_WAIT", 0.0)
+    site.deploy("a", "b")
+    snapshot, rails = site.keys(), Rails(site, site.state.promoted)
+    site.deploy("c")
+    rails.variables["PULSE_RAILWAY_ACTIVE"] = "c"
+    assert rails.todays_janitor().restored is None
+    assert rails.variables["PULSE_RAILWAY_ACTIVE_AT"] == repr(site.state.promoted.at)
+    rails = Rails(
+        site,
+        router.Promotion(
+            "c", router.parse_record("b", snapshot[f"{PREFIX}:deployment:b"]).promoted_at
+        ),
+    )
+    site.reset(snapshot)
+    assert site.state.active == "b"
+    assert rails.todays_janitor().restored == "c"
+    assert site.state.active == "c"
+
+
+def test_what_an_older_control_takes_away_stays_away(
+    site: Site, run: Callable[[str], Process], before: SimpleNamespace
+) -> None:
+    """It raises no epoch; but it is no loss."""
+    nonces = iter("123456789")
+
+    def write(*words: str) -> None:
+        answer = before.router.carry_out([*words, "--nonce", next(nonces)], site.env)
+        assert answer["ok"], answer
+        for _ in range(2):  # a router reads it, and once more
+            time.sleep(0.2)
+            site.store.announce()
+        time.sleep(0.2)
+
+    site.deploy("a")
+    process = run("today")
+    site.register("b")
+    assert site.promote("b", "--weight", "10", "--bake", "600")["ok"]
+    serves(process, "b")
+    write("baked", "--deployment-id", "b")
+    assert "bake" not in site.record("b")
+    assert site.promote("b", "--weight", "20", "--bake", "600")["ok"]
+    write("withdraw", "--deployment-id", "b")
+    record = site.record("b")
+    assert not any(record.get(name) for name in ("weight", "bake", "held"))
+    assert record["rejected_at"]
+    site.promote("b", run=write)
+    assert "rejected_at" not in site.record("b")
+    assert site.record("b")["state"] == "active"
+    for words in (["maintenance", "on"], ["lock", "--holder", "me", "--lease", "60"]):
+        assert site.control(*words)["ok"]
+    eventually(lambda: served(process)[0] == 503)
+    write("maintenance", "off")
+    write("unlock", "--holder", "me")
+    assert (site.state.maintenance, site.state.lock) == (None, None)
+    assert served(process) == (200, "b")
+
+
+def test_what_0_3_13_promotes_is_served_whatever_it_was_before(
+    site: Site, run: Callable[[str], Process], published: older.Published
+) -> None:
+    """One that is being removed, or was rolled back from: it knows neither."""
+    site.deploy("a", "b")
+    assert site.promote("a", "--rolls-back")["ok"]
+    assert site.control("retire", "--deployment-id", "b")["ok"]
+    process = run("today")
+    assert served(process, "b")[0] == 409
+    site.promote("b", run=published.control)
+    eventually(lambda: served(process) == (200, "b"), 16)
+    eventually(lambda: site.state.promoted.deployment_id == "b")
+    time.sleep(2.5)  # two more reads
+    assert served(process) == (200, "b")
+    record = site.state.records["b"]
+    assert (record.state, record.retiring_at, record.rejected_at) == ("active", None, None)
+    assert record.address == site.backends["b"].address
