@@ -30,10 +30,11 @@ import json
 import logging
 import math
 import os
+import secrets
 import sqlite3
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -47,6 +48,10 @@ REPORT_WAIT = 10.0  # seconds that a command waits until every router serves wha
 REPORT_POLL = 0.05
 SILENT_SECONDS = 60.0  # a router that has not reported for so long holds up no promotion
 OTHER_VERSION_SECONDS = 30.0  # in which a router that reports no epoch has read the state
+JANITOR_LOCK = ":janitor:lock"
+LOCK_MARK = "steps-"  # begins a holder's name whose every change is one transaction
+COMMAND_LOCK_SECONDS = 30  # longer than a command takes
+JANITOR_WAIT = 15.0  # seconds that a command waits for an older janitor to end
 
 
 # -- the steps ---------------------------------------------------------------------------------
@@ -58,8 +63,12 @@ def is_older_than(routing: Routing, last: Promotion | None) -> bool:
         return last is not None
     if routing.promotion.at != last.at:
         return routing.promotion.at < last.at
-    # an earlier version of our CLI has noted its promotion without the time
+    # an earlier version of our CLI has noted its promotion without the time, or an earlier
+    # janitor, late, what it had read before it was rolled back from
     differs = routing.active != last.deployment_id
+    left = routing.records.get(last.deployment_id)
+    if left and left.rejected_at and left.rejected_at >= last.at:
+        return False
     return differs and last.at > 0 and not routing.promoted_by_other
 
 
@@ -314,6 +323,13 @@ def retire_if_unchanged(
     if routing.records.get(deployment_id) != judged:
         raise StateError(f"{deployment_id} has changed meanwhile", "changed")
     return retire(routing, deployment_id, service_id)
+
+
+def retired_for(routing: Routing, deployment_id: str) -> float:
+    """The seconds since a deployment was retired; what had no record then has a tombstone."""
+    record, grave = routing.records.get(deployment_id), routing.tombstones.get(deployment_id)
+    at = record.retiring_at if record else grave.at if grave else None
+    return routing.now - (routing.now if at is None else at)
 
 
 def mark_draining(routing: Routing, deployment_id: str, judged: Record) -> Routing:
@@ -813,8 +829,46 @@ def time_of(promoted: Promotion | None, deployment_id: str) -> float | None:
 
 # What needs no complete state, or is what mends it.
 NEVER_LOST = ("restore", "lock", "unlock", "maintenance")
+# What an older janitor would undo, or delete.
+CHOOSES = ("promote", "restore")
 # What the routers are waited for: who gets which deployment changes.
 WAITED_FOR = ("promote", "withdraw", "retire", "maintenance", "restore")
+
+
+@contextlib.contextmanager
+def older_janitors_kept_out(store: router.Store) -> Iterator[None]:
+    """Keep janitors of 0.3.x from running meanwhile; one that runs is waited for, at most
+    JANITOR_WAIT seconds.
+
+    Their steps are no transactions: what was active when they began they write again, and they
+    delete what has been promoted since. No janitor runs while the lock is held. One of ours does
+    no harm, and is not waited for.
+    """
+    if not isinstance(store, router.RedisStore):
+        yield
+        return
+    key, holder = f"{store.prefix}{JANITOR_LOCK}", LOCK_MARK + secrets.token_hex(8)
+    deadline = time.monotonic() + JANITOR_WAIT
+    while not store.client.set(key, holder, nx=True, ex=COMMAND_LOCK_SECONDS):
+        ours = str(store.client.get(key)).startswith(LOCK_MARK)
+        if ours or time.monotonic() > deadline:
+            break
+        time.sleep(REPORT_POLL)
+    try:
+        yield
+    finally:
+        give_back(store, holder)
+
+
+def give_back(store: router.RedisStore, holder: str) -> None:
+    """Release the janitor's lock, where it still is this holder's."""
+    key = f"{store.prefix}{JANITOR_LOCK}"
+    with contextlib.suppress(redis.RedisError), store.client.pipeline() as pipe:
+        pipe.watch(key)  # type: ignore[no-untyped-call]
+        if pipe.get(key) == holder:
+            pipe.multi()
+            pipe.delete(key)
+            pipe.execute()
 
 
 def change_state(store: router.Store, args: argparse.Namespace) -> Routing:
@@ -827,15 +881,17 @@ def change_state(store: router.Store, args: argparse.Namespace) -> Routing:
         step = refuse_if_lost(step, args.promoted)
     if args.nonce:
         step = idempotent(step, args.nonce)
-    deadline = time.monotonic() + HEAL_WAIT
-    while True:
-        try:
-            return store.apply(step)
-        except StateError as error:
-            if error.reason != "lost" or time.monotonic() > deadline:
-                raise
-        store.announce()
-        time.sleep(0.25)
+    apart = older_janitors_kept_out(store) if args.command in CHOOSES else None
+    with apart or contextlib.nullcontext():
+        deadline = time.monotonic() + HEAL_WAIT
+        while True:
+            try:
+                return store.apply(step)
+            except StateError as error:
+                if error.reason != "lost" or time.monotonic() > deadline:
+                    raise
+            store.announce()
+            time.sleep(0.25)
 
 
 def carry_out(argv: list[str], env: Mapping[str, str]) -> Json:
@@ -887,7 +943,7 @@ def changed(store: router.Store, args: argparse.Namespace, token: str) -> Json:
         answer |= {"active": routing.active, "lost": is_lost(routing, args.promoted)}
     if args.command in WAITED_FOR:
         deletes = args.command == "retire"
-        since = routing.now - (record.retiring_at or routing.now) if record and deletes else 0.0
+        since = retired_for(routing, args.deployment_id) if deletes else 0.0
         answer |= told(wait_for_routers(store, routing.epoch, since, deletes))
     if args.command == "retire" and record:
         answer["reloaded"] = reload_tabs(record, token)

@@ -299,7 +299,8 @@ def run_lock(store: router.RedisStore) -> Iterator[bool]:
 
     Yields False where another run holds it.
     """
-    key, token = f"{store.prefix}:janitor:lock", secrets.token_hex(8)
+    key = f"{store.prefix}{control.JANITOR_LOCK}"
+    token = control.LOCK_MARK + secrets.token_hex(8)
     done = threading.Event()
 
     def renew() -> None:
@@ -315,12 +316,7 @@ def run_lock(store: router.RedisStore) -> Iterator[bool]:
         yield held
     finally:
         done.set()
-        with contextlib.suppress(redis.RedisError), store.client.pipeline() as pipe:
-            pipe.watch(key)  # type: ignore[no-untyped-call]
-            if pipe.get(key) == token:
-                pipe.multi()
-                pipe.delete(key)
-                pipe.execute()
+        control.give_back(store, token)
 
 
 def clean_up(
@@ -591,8 +587,7 @@ class Run:
         except router.StateError as error:  # promoted, rolled back to, or drained anew
             self.report.kept[name] = str(error)
             return
-        record = routing.records.get(name)
-        since = routing.now - (record.retiring_at or routing.now) if record else 0.0
+        since = control.retired_for(routing, name)
         patience = 0.0 if self.routers_behind else control.REPORT_WAIT
         served = control.wait_for_routers(self.store, routing.epoch, since, True, patience)
         if served.behind:

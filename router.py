@@ -608,7 +608,11 @@ def repaired(store: Routing, known: Routing, new_id: str, alive: Collection[str]
         named = store.store_id or (new_id if store.active else None)
         return replace(store, store_id=named)
     lost = store.store_id != known.store_id or store.epoch < known.epoch
-    untouched = store.epoch == known.epoch
+    # an earlier version of ours raises no epoch, but notes each command that it carries out
+    untouched = store.epoch == known.epoch and all(
+        key not in store.keys or getattr(store, FIXED[key]) == getattr(known, FIXED[key])
+        for key in (PROCESSED, HISTORY)
+    )
     new = _recovered(store, known) if lost else _completed(store, known, untouched)
     if store.store_id is None or (lost and store.store_id == known.store_id):
         new = replace(new, store_id=new_id)  # so that other routers add what they know
@@ -645,18 +649,21 @@ def _completed(store: Routing, known: Routing, untouched: bool) -> Routing:
     if not untouched:
         lost = [PROMOTED] if PROMOTED in lost and store.active == known.active else []
     back = {FIXED[key]: getattr(known, FIXED[key]) for key in lost}
-    names = (*LASTING, "rejected_at", "retiring_at", "weight", "bake", "held")
     records = {
-        name: _filled(record, known.records.get(name), names if untouched else LASTING)
+        name: _filled(record, known.records.get(name), untouched)
         for name, record in store.records.items()
     }
     return replace(store, **back, records=records)
 
 
-def _filled(record: Record, known: Record | None, names: Iterable[str]) -> Record:
-    """A record with the fields back that a writer who does not know them has dropped."""
+def _filled(record: Record, known: Record | None, untouched: bool) -> Record:
+    """A record with the fields back that a writer who does not know them has dropped. What 0.3.x
+    has promoted or drained is no longer what it was."""
     if known is None or record.service_id not in (None, known.service_id):
         return record  # nothing is known of it, or the id is on another service
+    names: tuple[str, ...] = LASTING
+    if untouched and record.state == known.state:
+        names = (*LASTING, "rejected_at", "retiring_at", "weight", "bake", "held")
     there = {n for n in names if not (getattr(record, n) is None or getattr(record, n) is False)}
     lost = [n for n in names if n not in there and n not in record.ignored]  # a weight of 0 is not
     back = {name: getattr(known, name) for name in lost}
