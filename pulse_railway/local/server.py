@@ -429,8 +429,9 @@ class LocalRailway:
 
     async def run_cron(self, request: Request) -> Response:
         name = request.path_params["service"]
+        project = request.query_params.get("project")  # where several have one of that name
         for service in self.state.services:
-            if service.name == name:
+            if service.name == name and project in (None, service.project_id):
                 code = await self.supervisor.run_cron(service, service.instances[0])
                 last = self.supervisor.state.deployments_of(
                     service.id, service.instances[0].environment_id
