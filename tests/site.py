@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import subprocess
 import tempfile
 import threading
 import time
@@ -96,6 +97,12 @@ class Site:
         self.project.redis.publish(f"{PREFIX}:events", "[]")
         time.sleep(0.3)
         assert self.project.redis.delete(f"{PREFIX}:deployment:{name}") == 1
+
+    def inside(self, service: str, command: str) -> subprocess.CompletedProcess[str]:
+        """`railway ssh --service <service> -- <command>`."""
+        env = self.project.env
+        words = ["railway", "ssh", "-i", env["PULSE_RAILWAY_SSH_KEY"], "-s", service, "--", command]
+        return subprocess.run(words, env=env, capture_output=True, text=True, timeout=60)
 
     @contextlib.contextmanager
     def visitors(self) -> Iterator[set[int]]:
