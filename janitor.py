@@ -244,6 +244,11 @@ class Railway:
             for i, node in enumerate(nodes)
         }
         router_id, of_router = stable.get(self.router, (None, {}))
+        if router_id and all(name.startswith("RAILWAY_") for name in of_router):
+            raise RuntimeError(
+                f"Railway shows no variables of {self.router}: its answer is not believed, and the"
+                " next run asks again"
+            )
         janitor_id, of_janitor = stable.get(self.janitor, (None, {}))
         closed = of_router.get(MAINTENANCE)
         return Inventory(

@@ -393,6 +393,30 @@ class Project:
         os.kill(process, signal.SIGKILL)
         eventually(lambda: self.redis_process() not in (None, process))
 
+    def latest(self, service: str) -> dict[str, str]:
+        """The id and the status of a service's latest deployment."""
+        found = self.railway.graphql(
+            "query ($s: String!, $e: String!) { serviceInstance(serviceId: $s, environmentId: $e)"
+            " { latestDeployment { id status } } }",
+            s=self.stage.services()[service]["serviceId"],
+            e=self.environment,
+        )
+        return dict(found["serviceInstance"]["latestDeployment"])
+
+    def restart(self, service: str) -> None:
+        """Railway's "Restart": the deployment's own variables, another process."""
+        restart = "mutation ($d: String!) { deploymentRestart(id: $d) }"
+        self.railway.graphql(restart, d=self.latest(service)["id"])
+
+    def janitor(self) -> dict[str, Any]:
+        """One run of the janitor, to its end: its report. With `exit` and `refused`, what it said
+        where it made none."""
+        url = self.railway.api.replace("/graphql/v2", "/local/cron/pulse-janitor")
+        done = httpx.post(url, params={"project": self.id}, timeout=60).json()
+        last = done["log"][-1]
+        report = json.loads(last) if last.startswith("{") else {"refused": last}
+        return {**report, "exit": done["exit"]}
+
     def variables(self, service: str) -> dict[str, str]:
         """A service's variables as they were written."""
         raw = json.loads((self.railway.root / "state.json").read_text())

@@ -214,6 +214,7 @@ def test_orders_that_are_not_understood(railway: demo.Stage) -> None:
         b'{"fault": []}',
         b'{"faults": [{"mach": "ssh"}]}',
         b'{"faults": 1}',
+        b'{"edge": "pdf"}',
     ):
         answer = httpx.post(url, content=wrong)
         assert answer.status_code == 400, wrong

@@ -106,12 +106,14 @@ def of_memories(state: dict[str, Any], stack: Stack) -> list[str]:
 REPORTED_SECONDS = 15.0  # in which a router has said that it serves a new state
 
 
-def of_routers(state: dict[str, Any]) -> list[str]:
-    """Routers that serve an older state than the one that is there."""
-    epoch = state.get("epoch")
+def of_routers(state: dict[str, Any], stack: Stack) -> list[str]:
+    """Routers that serve an older state than the one that is there, or that ended without a word:
+    what they reported last stays for two minutes."""
+    epoch, name = state.get("epoch"), stack.names.router
     return [
-        f"the router {router['router']} serves an older routing state: see `pulse-railway logs"
-        " --service` with its service; it is started again by `pulse-railway ensure`"
+        f"the router {router['router']} said {router['age']:.0f} s ago that it serves an older"
+        " routing state: if it has ended, this is over in two minutes; else `pulse-railway logs"
+        f" --service {name}` tells why, and `railway restart --service {name}` starts it anew"
         for router in state["routers"]
         if isinstance(epoch, int)
         and isinstance(router.get("epoch"), int)
@@ -129,7 +131,8 @@ def of_record(record: dict[str, Any], stack: Stack) -> list[str]:
     name = record["deployment_id"]
     found = []
     age = time.time() - float(record.get("registered_at") or time.time())
-    if record["state"] == "pending" and not record.get("held") and age > DEAD_DEPLOY_SECONDS:
+    left = record["state"] == "pending" and not record.get("held") and age > DEAD_DEPLOY_SECONDS
+    if left and name != stack.last_promoted:  # else the state is an older one
         found.append(
             f"{name} is pending since {age / 3600:.1f} h, and runs: its deploy did not get to its"
             f" end; `pulse-railway promote --deployment-id {name}`, or `delete` it"
@@ -176,7 +179,7 @@ def problems(stack: Stack, state: dict[str, Any] | None, silence: str | None) ->
         return found
     active = state["active"]
     found += of_memories(state, stack)
-    found += of_routers(state)
+    found += of_routers(state, stack)
     for record in state["deployments"]:
         found += of_record(record, stack)
     if not active:

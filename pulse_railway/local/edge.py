@@ -20,7 +20,7 @@ import httpx
 import trustme
 import uvicorn
 from starlette.applications import Starlette
-from starlette.responses import JSONResponse
+from starlette.responses import HTMLResponse, JSONResponse
 
 from pulse_railway import runtime_image
 
@@ -69,6 +69,9 @@ class EdgeClient(router.Client):  # type: ignore[misc]
         self.spawn(self.serve(request))
 
     async def serve(self, request: Any) -> None:
+        if page := self.edge.page():
+            self.answer(request, HTMLResponse(FAILED, 502) if page == "html" else failed())
+            return
         deployment = self.edge.deployment()
         if deployment is None:
             said = {"status": "error", "message": "Application not found"}
@@ -77,8 +80,15 @@ class EdgeClient(router.Client):  # type: ignore[misc]
         try:
             await router.forward(request, deployment)
         except router.UpstreamError:
-            failed = {"status": "error", "code": 502, "message": "Application failed to respond"}
-            self.answer(request, JSONResponse(failed, 502))
+            self.answer(request, failed())
+
+
+FAILED = "<!doctype html><title>502</title><h1>Application failed to respond</h1>"
+
+
+def failed() -> JSONResponse:
+    said = {"status": "error", "code": 502, "message": "Application failed to respond"}
+    return JSONResponse(said, 502)
 
 
 class Server(router.Server):  # type: ignore[misc]
@@ -89,10 +99,21 @@ class Server(router.Server):  # type: ignore[misc]
 
 
 class Edge:
-    """One public address. `target` says where its traffic goes now, or None."""
+    """One public address.
 
-    def __init__(self, port: int, key: Path, target: Callable[[], int | None]) -> None:
-        self.port, self.key, self.target = port, key, target
+    Args:
+        target: says where its traffic goes now, or None.
+        page: says what of its own it answers to everything, `html` or `json`, or nothing.
+    """
+
+    def __init__(
+        self,
+        port: int,
+        key: Path,
+        target: Callable[[], int | None],
+        page: Callable[[], str] = lambda: "",
+    ) -> None:
+        self.port, self.key, self.target, self.page = port, key, target, page
         self.server: Any = None
         self.task: asyncio.Task[None] | None = None
 

@@ -28,6 +28,7 @@ from urllib.parse import parse_qs
 import uvicorn
 from graphql import FieldNode, GraphQLError, OperationDefinitionNode, parse
 from graphql.error import GraphQLSyntaxError
+from graphql.utilities import value_from_ast_untyped
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -70,6 +71,9 @@ class Fault:
     says: str = ""  # on stderr
     prints: str = ""  # on stdout
     exit: int | None = None
+    # of a field alone: what it answers in place of its own, though it was carried out
+    gives: Any = ...
+    service: str | None = None  # where it is about the service of that name
     seen: int = field(default=0, compare=False)
 
     @property
@@ -98,6 +102,7 @@ class Orders:
     ipv6_only: bool = False  # private names resolve to IPv6 alone, as in older environments
     name_delay: float = 0.0  # seconds from a start until its private name resolves
     old_gets_requests: bool = False  # during the overlap with the process that replaces it
+    edge: str = ""  # `html` or `json`: what it answers to everything, a 502 of its own
     keep_files: bool = False  # of a container that is restarted
     clock: bool | None = None  # does the cron run? None: as before
 
@@ -117,6 +122,7 @@ class LocalRailway:
         self.faults: list[Fault] = []
         self.orders: dict[str, Any] = {}  # what of `Orders` is not as usual
         self.latency = 0.0
+        self.edge_page = ""
         self.rate_limit: int | None = None
         self.minute = (0.0, 0)  # since when, and how many API calls
         self.calls: Counter[str] = Counter()
@@ -197,7 +203,7 @@ class LocalRailway:
             running = self.supervisor.traffic(instance)
             return running.port if running else None
 
-        self.edges[domain.id] = edge.Edge(domain.port, self.key, target)
+        self.edges[domain.id] = edge.Edge(domain.port, self.key, target, lambda: self.edge_page)
         await self.edges[domain.id].start()
 
     # -- requests ----------------------------------------------------------------------------
@@ -220,7 +226,7 @@ class LocalRailway:
     async def _fault(self, fields: list[str], *, after: bool = False) -> Response | None:
         """The answer that a fault gives in place of the real one, if one is due."""
         for fault in self.faults:
-            if fault.after != after or not fault.hits(fields):
+            if fault.after != after or fault.gives is not ... or not fault.hits(fields):
                 continue
             if fault.delay:
                 await asyncio.sleep(fault.delay)
@@ -253,12 +259,36 @@ class LocalRailway:
         if faulty := await self._fault(fields):
             return faulty
         answer = await api.execute(self.schema, self.caller(request), document, values)
+        if answer["data"]:
+            self._replace(document, values or {}, answer["data"])
         if faulty := await self._fault(fields, after=True):
             return faulty
         # documents that do not validate are refused, as Railway's server does
         return JSONResponse(
             answer, 400 if answer["data"] is None and not values_error(answer) else 200
         )
+
+    def _replace(self, document: str, values: dict[str, Any], data: dict[str, Any]) -> None:
+        """Put what faults give in the place of what fields have answered."""
+        for fault in self.faults:
+            if fault.gives is ...:
+                continue
+            asked = [
+                field.alias.value if field.alias else field.name.value
+                for field in top_nodes(document)
+                if field.name.value == fault.match
+                and fault.service in (None, self._about(field, values))
+            ]
+            if asked and fault.hits([fault.match]):
+                data.update(dict.fromkeys(asked, fault.gives))
+
+    def _about(self, field: FieldNode, values: dict[str, Any]) -> str | None:
+        """The name of the service that a field of a document asks about."""
+        for argument in field.arguments or ():
+            if argument.name.value == "serviceId":
+                service = self.state.service(value_from_ast_untyped(argument.value, values))
+                return service.name if service else None
+        return None
 
     def _limited(self) -> Response | None:
         """Railway's rate limit, over a minute instead of an hour."""
@@ -352,12 +382,15 @@ class LocalRailway:
         try:
             orders = Orders(**await request.json())
             self.faults = [Fault(**fault) for fault in orders.faults]
+            if orders.edge not in ("", "html", "json"):
+                raise ValueError(f"edge is html or json, not {orders.edge}")
             self.latency = float(orders.latency)
             self.supervisor.build_seconds = float(orders.build_seconds)
         except (ValueError, TypeError) as error:
             return JSONResponse({"message": f"not an order that is known: {error}"}, 400)
         given, usual = asdict(orders), asdict(Orders(clock=orders.clock or None))
         self.orders = {name: value for name, value in given.items() if value != usual[name]}
+        self.edge_page = orders.edge
         self.rate_limit, self.minute = orders.rate_limit, (0.0, 0)
         self.supervisor.react_delay = str(orders.react_delay)
         for name in "crash_at ipv6_only name_delay old_gets_requests keep_files".split():
@@ -396,8 +429,9 @@ class LocalRailway:
 
     async def run_cron(self, request: Request) -> Response:
         name = request.path_params["service"]
+        project = request.query_params.get("project")  # where several have one of that name
         for service in self.state.services:
-            if service.name == name:
+            if service.name == name and project in (None, service.project_id):
                 code = await self.supervisor.run_cron(service, service.instances[0])
                 last = self.supervisor.state.deployments_of(
                     service.id, service.instances[0].environment_id
@@ -443,8 +477,12 @@ class LocalRailway:
 
 def top_fields(document: str) -> list[str]:
     """The top-level fields of a document, which name what a call does."""
+    return [field.name.value for field in top_nodes(document)]
+
+
+def top_nodes(document: str) -> list[FieldNode]:
     return [
-        selection.name.value
+        selection
         for definition in parse(document).definitions
         if isinstance(definition, OperationDefinitionNode)
         for selection in definition.selection_set.selections

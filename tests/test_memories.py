@@ -1,0 +1,108 @@
+"""Redis comes back with yesterday's contents: what was promoted last is active.
+
+The whole local Railway plays it: router, janitor, Redis, backends and verbs are processes.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Project, play
+from tests.net import eventually
+from tests.site import DELETE, Site
+
+
+@pytest.fixture(scope="module")
+def site(base: Project) -> Site:
+    found = Site(base)
+    found.deploy("good")
+    base.ok("delete", "--deployment-id", "first")
+    return found
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("site")
+def test_what_was_promoted_last_is_active(request: pytest.FixtureRequest) -> None:
+    play(globals(), request)
+
+
+SNAPSHOTS: dict[str, Path] = {}
+
+
+def step_01_an_older_snapshot_and_a_router_that_lives(site: Site) -> None:
+    """In the snapshot the version that is right is a pending one, as old as a deploy that died."""
+    project = site.project
+    site.deploy("new", "--no-promote", tabs=0)
+    site.change_record("new", registered_at=time.time() - 4000, held=False)
+    SNAPSHOTS["good"] = site.snapshot()
+    project.ok("promote", "--deployment-id", "new")
+    site.lose(SNAPSHOTS["good"], restart=False)
+    found = project.ok("status")
+    assert found["active"] == "new" or "new was promoted last" in found["problem"]
+    assert project.ok("promote", "--deployment-id", "new")["active"] is True
+    assert site.visited == "new"
+    site.settles("new")
+
+
+def step_02_an_older_snapshot_and_a_router_that_restarts(site: Site) -> None:
+    """Only Railway's variable knows."""
+    project = site.project
+    site.lose(SNAPSHOTS["good"], restart=True)
+    assert site.visited == "good"
+    assert project.ok("status")["problems"] == [
+        "the routing state is lost, or an older one: new was promoted last, and good is active."
+        " Routers and janitor mend it by themselves; `pulse-railway restore` does it now"
+    ]
+    refused = project.run("promote", "--deployment-id", "new")
+    assert "(new was promoted last): run `pulse-railway restore`" in refused.error
+    empty = {"match": "variables", "service": "pulse-router", "gives": {}}
+    project.faults(empty)  # once: the janitor does not take it for "nothing was promoted"
+    assert "Railway shows no variables of pulse-router" in project.janitor()["refused"]
+    project.faults()
+    assert site.intent[0] == "new"
+    site.settles("new")
+
+
+def step_03_an_older_snapshot_after_a_rollback(site: Site) -> None:
+    """It holds the version that was rolled back from, which does not come back."""
+    project = site.project
+    site.deploy("bad")
+    SNAPSHOTS["bad"] = site.snapshot()
+    project.ok("rollback")
+    assert site.visited == "new"
+    site.lose(SNAPSHOTS["bad"], restart=False)
+    eventually(lambda: site.visited == "new")
+    assert project.records["bad"]["rejected_at"]
+    site.settles("new")
+    site.lose(SNAPSHOTS["bad"], restart=True)
+    assert "new was promoted last, and bad is active" in project.ok("status")["problem"]
+    assert project.ok("restore")["active"] == "new"
+    site.settles("new")
+
+
+def step_04_the_service_of_what_was_promoted_last_is_gone(site: Site) -> None:
+    """The other one stays, and a person makes that final."""
+    project = site.project
+    snapshot = site.snapshot()
+    site.deploy("gone")
+    service = project.stage.services()["gone"]["serviceId"]
+    project.railway.graphql(DELETE, s=service)
+    site.lose(snapshot, restart=False)
+    assert site.visited == "new"
+    run = "`pulse-railway restore --deployment-id new` makes that final"
+    assert (
+        f"gone was promoted last, and its service is gone: new is active; {run}"
+        in (project.ok("status")["problems"])
+    )
+    report = project.janitor()
+    assert (report["deleted"], report["exit"]) == ([], 0)
+    assert report["problems"] == [
+        f"gone was promoted last and has no service: new stays active; {run}"
+    ]
+    assert site.intent[0] == "gone"
+    assert project.ok("restore", "--deployment-id", "new")["active"] == "new"
+    site.change_record("gone", registered_at=time.time() - 100)  # else it may be about to appear
+    site.settles("new", removed="gone")
