@@ -32,11 +32,20 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(routed, "PAGE_TIMEOUT", 1.5)
 
 
+def wait(backend: Backend, path: str = "/") -> list[str]:
+    """Wait for a page of `new`; what the user was warned of."""
+    said: list[str] = []
+    output: Any = types.SimpleNamespace(warn=said.append)
+    api: Any = None
+    routed.wait_until_rendered(api, at(backend), "new", path, output)
+    return said
+
+
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("status", ["200 OK", "302 Found", "401 No", "404 Not Found"])
 def test_any_answer_of_the_apps_own_will_do(status: str) -> None:
     with Backend(page(status)) as backend:
-        routed.wait_until_rendered(at(backend), "new", "/a?b=c")
+        wait(backend, "/a?b=c")
         assert backend.heads[0].startswith(b"GET /a?b=c&pulse_deployment=new ")
 
 
@@ -50,10 +59,21 @@ def test_any_answer_of_the_apps_own_will_do(status: str) -> None:
         (ok(b"who?"), "status 200"),
     ],
 )
-def test_a_page_that_does_not_come_up(answer: bytes, said: str) -> None:
+def test_a_page_that_does_not_come_up(
+    answer: bytes, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(routed, "probe", lambda *_: {"at": "answers", "status": 502})
     with Backend(answer) as backend:
         with pytest.raises(errors.Failure, match=rf"the page / took longer .* {said}"):
-            routed.wait_until_rendered(at(backend), "new", "/")
+            wait(backend)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_page_that_only_the_edge_stands_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own error page says nothing of the version: that is asked from inside."""
+    monkeypatch.setattr(routed, "probe", lambda *_: {"at": "answers", "status": 200})
+    with Backend(ok(b"Application failed to respond", status="502 Bad Gateway")) as backend:
+        assert wait(backend)[0].startswith("Railway's edge answers in place of the router at ")
 
 
 @pytest.mark.usefixtures("quick")
@@ -61,7 +81,7 @@ def test_a_page_that_comes_up_late() -> None:
     with Backend(page("502 Bad Gateway")) as backend:
         threading.Timer(0.8, lambda: setattr(backend, "answer", page("200 OK"))).start()
         began = time.monotonic()
-        routed.wait_until_rendered(at(backend), "new", "/")
+        wait(backend)
         assert time.monotonic() - began > 0.5
 
 
