@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks import peer
+from tests import older
 from tests.conftest import TINY, Project
 from tests.net import eventually
 
@@ -150,6 +152,72 @@ def test_its_other_verbs_work_in_a_stack_that_was_taken_over(
     assert not project.services & {"old-1", "old-2"}
     assert set(project.records) == {"new-1"}
     assert project.get("/_pulse/meta")["deployment_id"] == "new-1"
+
+
+def test_the_version_before_shares_a_stack_with_this_one(
+    new_project: Callable[[], Project], tmp_path: Path
+) -> None:
+    """Up, down and up again; each command line beside routers and janitors of the other version."""
+    project = new_project()
+    folder = older.unpack(tmp_path / "older")
+    image = ("--runtime-image", older.provide_image(project.railway.root, folder))
+
+    def before(*arguments: str) -> Any:
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "pulse_railway", *arguments, "--json"],
+            cwd=TINY,
+            env={**project.env, "PYTHONPATH": str(folder)},
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    def active() -> str:
+        found = project.get("/_pulse/meta")["deployment_id"]
+        assert found == project.active
+        return str(found)
+
+    window = ("--rollback-window-seconds", "900")
+    before("ensure", "main.py", *window, *image)
+    before("deploy", "main.py", "--deployment-id", "a")
+    # this command line in the stack of the version before
+    assert project.ok("status")["problems"] == []
+    project.deploy("b")
+    assert project.ok("rollback")["deployment_id"] == "a"
+    assert "promoted" not in project.state
+    assert active() == "a"
+
+    project.ok("ensure", "main.py", *window)
+    assert active() == "a"
+    assert project.ok("status")["problems"] == []
+    # the one before in the stack of this one
+    before("deploy", "main.py", "--deployment-id", "c")
+    assert json.loads(project.state["promoted"])["deployment_id"] == active() == "c"
+    assert before("status")["active"] == "c"
+    assert before("rollback")["deployment_id"] == active() == "a"
+    assert project.ok("status")["problems"] == []
+
+    before("ensure", "main.py", *window, *image)
+    before("promote", "--deployment-id", "c")
+    assert active() == "c"
+    project.stage.run_janitor()
+
+    project.ok("ensure", "main.py", *window)
+    assert active() == "c"
+    project.stage.run_janitor()
+    eventually(lambda: json.loads(project.state["promoted"])["deployment_id"] == "c", 20)
+    at = "PULSE_RAILWAY_ACTIVE_AT"
+    eventually(
+        lambda: (
+            project.variables("pulse-router")[at]
+            == repr(json.loads(project.state["promoted"])["at"])
+        )
+    )
+    assert project.ok("status")["problems"] == []
+    assert {"a", "c"} <= project.services
+    assert project.ok("rollback")["deployment_id"] == active() == "a"
 
 
 def stats(project: Project) -> Any:
