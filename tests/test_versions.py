@@ -144,29 +144,30 @@ Start = Callable[..., Process]
 
 @pytest.fixture
 def run(site: Site, start: Start, sources: Path) -> Callable[[str], Process]:
-    """`run("today" | "older" | "0.3.13")`: a router of that version on the site's store."""
-    quick = "import router; router.REFRESH_SECONDS = router.REPORT_SECONDS = 1.0"
-    quick += "; router.MISSING_SECONDS = 2.0"
-    often = "import router; router.REFRESH_EVERY = 1.0"
-    commands: dict[str, list[str]] = {
-        "today": [sys.executable, "-P", "-c", f"{quick}; raise SystemExit(router.main([]))"],
-        "older": [sys.executable, "-P", "-c", f"{often}; raise SystemExit(router.main([]))"],
+    """`run("today" | "older" | "0.3.13")`: a router of that version on the site's store, which
+    looks there more often than usual."""
+    today = "import router; router.REFRESH_SECONDS = router.REPORT_SECONDS = 1.0; "
+    today += "router.MISSING_SECONDS = 1.5; router.main([])"
+    before = "import router; router.REFRESH_EVERY = 1.0; router.main([])"
+    first = """if True:
+        import os, uvicorn
+        from pulse_railway.railway.client import RailwayResolver
+        RailwayResolver.__init__.__kwdefaults__["cache_ttl_seconds"] = 0.5
+        app, port = "pulse_railway.router:build_app_from_env", int(os.environ["PORT"])
+        uvicorn.run(app, factory=True, host="127.0.0.1", port=port)
+    """
+    versions = {
+        "today": (sys.executable, today, [older.SITE, ROOT]),
+        "older": (sys.executable, before, [older.SITE, sources]),
+        "0.3.13": (str(peer.python()), first, [older.SITE]),
     }
-    paths = {"today": f"{older.SITE}:{ROOT}", "older": f"{older.SITE}:{sources}"}
 
     def begin(version: str) -> Process:
         port = free_port()
-        if version not in commands:
-            app = "pulse_railway.router:build_app_from_env"
-            home = str(peer.python().parent)  # not where our own package would be found first
-            given = ["--factory", "--app-dir", home, "--host", "127.0.0.1", "--port", str(port)]
-            command = [str(peer.python()), "-P", "-m", "uvicorn", app, *given]
-        else:
-            command = commands[version]
+        python, source, path = versions[version]
         env = {**site.env, "PORT": str(port), "HOST": "127.0.0.1"}
-        env |= {"RAILWAY_LOCAL_HOSTS": str(site.hosts)}
-        env["PYTHONPATH"] = paths.get(version, str(older.SITE))
-        process = start(command, port, env)
+        env |= {"RAILWAY_LOCAL_HOSTS": str(site.hosts), "PYTHONPATH": ":".join(map(str, path))}
+        process = start([python, "-P", "-c", source], port, env)
         eventually(lambda: ask(port, "/healthz").status == 200)
         return process
 
