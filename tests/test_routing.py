@@ -350,10 +350,8 @@ def test_each_step_raises_the_epoch_by_one_and_says_what_it_changed(name: str) -
     assert router.changes(read, read) == {}
 
 
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", ["set_maintenance", "unlock", "retire", "delete", "processed"])
 def test_a_step_that_was_taken_changes_nothing_when_it_is_taken_again(name: str) -> None:
-    if name in ("register", "set_active", "set_canary_weight", "history"):
-        pytest.skip("its time is another one")
     after = STEPS[name](parse(STATE))
     assert router.changes(after, STEPS[name](after)) == {}
 
