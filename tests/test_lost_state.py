@@ -490,11 +490,12 @@ def test_who_knows_what_was_active() -> None:
     """What was noted on Railway, else the router that is up longest; nobody guesses, and what does
     not run is not chosen."""
     blank: Any = ["", None, {}, [], None, None]
+    new: Any = Service
     services = {
-        f"prod-{name}": Service("i", "i", f"prod-{name}", *blank, {"PULSE_DEPLOYMENT_ID": name})
+        f"prod-{name}": new("i", "i", f"prod-{name}", *blank, {"PULSE_DEPLOYMENT_ID": name})
         for name in ("right", "wrong", "noted")
     }
-    services["pulse-router"] = Service("r", "r", "pulse-router", *blank, {})
+    services["pulse-router"] = new("r", "r", "pulse-router", *blank, {})
     stack = Stack(config.Target("p", "e"), config.Names(), services)
     young, empty = {"active": "wrong", "uptime_seconds": 3}, {"active": None, "uptime_seconds": 900}
     old, gone = {"active": "right", "uptime_seconds": 90}, {"active": "gone", "uptime_seconds": 99}
