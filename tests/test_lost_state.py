@@ -17,7 +17,7 @@ from pulse_railway.errors import Failure
 from pulse_railway.flows.restore import known_active
 from pulse_railway.stack import Service, Stack
 from tests.conftest import ROOT, Process, Redis
-from tests.net import Backend, ask, eventually, ok
+from tests.net import Backend, Connection, ask, eventually, ok
 from tests.scene import PREFIX, QUICK, Site, page, up
 
 router: Any = runtime_image.load("router")
@@ -121,7 +121,15 @@ def test_a_router_that_starts_on_an_emptied_store(
     process = up(run_router(site.server, PULSE_RAILWAY_ACTIVE="new", **network))
     assert page(process) == (200, b"new")
     assert ask(process.port, "/healthz").json == {"ok": True, "without_state": True}
-    assert page(process, "old")[0] in (409, 503)
+    # a tab of another version waits: to be told to reload would end its state
+    assert page(process, "old")[0] == 503
+    with Connection.to(process.port) as tab:
+        tab.send(
+            b"GET /?pulse_deployment=old&pulse_reload_on_stale_affinity=1 HTTP/1.1\r\nhost: a\r\n"
+            b"upgrade: websocket\r\nconnection: Upgrade\r\nsec-websocket-version: 13\r\n"
+            b"sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+        )
+        assert b" 503 " in tab.head()
     assert "no routing state: serving new, as Railway says" in process.output()
     records = [{"deployment_id": "new", "service_name": "new", "address": site.old.address}]
     words = ["--records-json", json.dumps(records)]
@@ -312,6 +320,19 @@ def test_what_is_malformed_keeps_no_router_from_following(
         assert site.promote("next") == 0
         eventually(lambda: page(process) == (200, b"next"))
         assert "the task" not in process.output()
+
+
+def test_what_0_3_x_promotes_while_it_is_being_removed_is_served(
+    site: Site, run_router: Run
+) -> None:
+    """It knows nothing of `retiring_at`, and the active one is never taken out of the routing."""
+    process = up(run_router(site.server, QUICK))
+    assert site.control("retire", "--deployment-id", "old") == 0
+    eventually(lambda: page(process, "old")[0] == 409)
+    site.server.deployment("old", site.old.address)
+    eventually(lambda: page(process) == (200, b"old"))
+    time.sleep(2 * QUICK["REFRESH_SECONDS"])
+    assert page(process) == (200, b"old")
 
 
 # -- an older copy -------------------------------------------------------------------------------
