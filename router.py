@@ -2895,7 +2895,8 @@ def passes(request: Request) -> bool:
 async def handle(request: Request, name: bytes, *, fresh: bool = False) -> None:
     """Answer a request that something has to be waited for: a name, a connection, another one."""
     target = await TABLE.find(name) if name else chosen(request)
-    if target is None and request.handshake and QUERY_RELOAD.search(request.query):
+    reloads = request.handshake and QUERY_RELOAD.search(request.query)
+    if target is None and reloads and not TABLE.provisional:  # which does not know who is gone
         METRICS.stale += 1
         target = TABLE.active  # which tells the tab to reload
     if target is None:

@@ -221,6 +221,21 @@ def run_router(start: Callable[..., Process], router_python: Path) -> Callable[.
     return begin
 
 
+@pytest.fixture
+def site(redis_server: Redis, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A tests.scene.Site, whose control commands wait for nobody for long."""
+    from tests import scene
+    from tests.net import Backend, ok
+
+    monkeypatch.setenv("REDIS_URL", redis_server.url)
+    monkeypatch.setenv("RAILWAY_SERVICE_ID", "here")
+    monkeypatch.delenv("PULSE_RAILWAY_ACTIVE", raising=False)
+    monkeypatch.setattr(scene.control, "HEAL_WAIT", 0.5)
+    monkeypatch.setattr(scene.control, "REPORT_WAIT", 1.5)
+    with Backend(ok(b"new")) as new, Backend(ok(b"old")) as old:
+        yield scene.Site(redis_server, new, old)
+
+
 def order(stage: demo.Stage, **body: Any) -> None:
     """Tell a local Railway what is to go wrong, and how fast it is to be. A janitor that comes by
     on its cron would take what a test is about to look at: it stands still."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,72 +17,14 @@ from pulse_railway.errors import Failure
 from pulse_railway.flows.restore import known_active
 from pulse_railway.stack import Service, Stack
 from tests.conftest import ROOT, Process, Redis
-from tests.net import Backend, ask, eventually, ok
+from tests.net import Backend, Connection, ask, eventually, ok
+from tests.scene import PREFIX, QUICK, Site, page, up
 
 router: Any = runtime_image.load("router")
 control: Any = runtime_image.load("control")
 Run = Callable[..., Process]
-PREFIX = "pulse:railway"
-QUICK = {"REFRESH_SECONDS": 1.0, "MISSING_SECONDS": 1.0}
 # The private network's names, as the local Railway resolves them.
 SITE = ROOT / "pulse_railway" / "local" / "site"
-
-
-class Site:
-    """Two backends, each of which names itself, and a store with `new` active, `old` draining."""
-
-    def __init__(self, server: Redis, new: Backend, old: Backend) -> None:
-        self.server, self.new, self.old = server, new, old
-        self.store = router.RedisStore(server.url, PREFIX)
-        self.control("register", "--deployment-id", "old", "--service-id", "s-old", backend=old)
-        self.promote("old")
-        self.control("register", "--deployment-id", "new", "--service-id", "s-new", backend=new)
-        self.promote("new")
-
-    def control(self, command: str, *words: str, backend: Backend | None = None) -> int:
-        if backend:
-            words = (*words, "--service-name", words[1], "--address", backend.address)
-        return int(control.control([command, *words]))
-
-    def promote(self, name: str, *words: str) -> int:
-        service = ["--active-service-name", name]
-        return self.control("promote", "--active-deployment-id", name, *service, *words)
-
-    @property
-    def state(self) -> dict[str, str]:
-        """What Redis holds, but for what routers say of themselves."""
-        client = self.server.client
-        keys = sorted(key for key in client.scan_iter(f"{PREFIX}:*") if ":router:" not in key)
-        pairs = zip(keys, client.mget(keys) if keys else [], strict=True)
-        return {key.removeprefix(PREFIX): str(value) for key, value in pairs if value is not None}
-
-    @property
-    def routing(self) -> Any:
-        """The state without what differs each time that it is written."""
-        return replace(self.store.read(), store_id=None, epoch=0, processed={})
-
-    def record(self, name: str) -> dict[str, Any]:
-        return dict(json.loads(self.state.get(f":deployment:{name}", "{}")))
-
-
-@pytest.fixture
-def site(redis_server: Redis, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    monkeypatch.setenv("REDIS_URL", redis_server.url)
-    monkeypatch.setenv("RAILWAY_SERVICE_ID", "here")
-    monkeypatch.delenv("PULSE_RAILWAY_ACTIVE", raising=False)
-    monkeypatch.setattr(control, "HEAL_WAIT", 0.5)
-    with Backend(ok(b"new")) as new, Backend(ok(b"old")) as old:
-        yield Site(redis_server, new, old)
-
-
-def page(process: Process, affinity: str = "") -> tuple[int, bytes]:
-    answer = ask(process.port, f"/?pulse_deployment={affinity}" if affinity else "/")
-    return answer.status, answer.body
-
-
-def up(process: Process) -> Process:
-    eventually(lambda: ask(process.port, "/healthz").status == 200)
-    return process
 
 
 # -- emptied -----------------------------------------------------------------------------------
@@ -179,7 +121,15 @@ def test_a_router_that_starts_on_an_emptied_store(
     process = up(run_router(site.server, PULSE_RAILWAY_ACTIVE="new", **network))
     assert page(process) == (200, b"new")
     assert ask(process.port, "/healthz").json == {"ok": True, "without_state": True}
-    assert page(process, "old")[0] in (409, 503)
+    # a tab of another version waits: to be told to reload would end its state
+    assert page(process, "old")[0] == 503
+    with Connection.to(process.port) as tab:
+        tab.send(
+            b"GET /?pulse_deployment=old&pulse_reload_on_stale_affinity=1 HTTP/1.1\r\nhost: a\r\n"
+            b"upgrade: websocket\r\nconnection: Upgrade\r\nsec-websocket-version: 13\r\n"
+            b"sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+        )
+        assert b" 503 " in tab.head()
     assert "no routing state: serving new, as Railway says" in process.output()
     records = [{"deployment_id": "new", "service_name": "new", "address": site.old.address}]
     words = ["--records-json", json.dumps(records)]
@@ -254,6 +204,208 @@ def test_the_state_survives_a_redis_that_restarts_empty(site: Site, run_router: 
     assert page(process, "old") == (200, b"old")
 
 
+# -- single keys and records ---------------------------------------------------------------------
+
+
+def test_each_key_that_is_deleted_comes_back(site: Site, run_router: Run) -> None:
+    """Evicted, or deleted by hand: under the id and the epoch that a router has loaded."""
+    site.control("register", "--deployment-id", "x", "--service-id", "s-x", backend=site.old)
+    site.control("delete", "--deployment-id", "x", "--nonce", "n")
+    site.control("maintenance", "on")
+    site.control("lock", "--holder", "h", "--lease", "600")
+    process = up(run_router(site.server, {**QUICK, "REFRESH_SECONDS": 0.3}))
+    client, before = site.server.client, site.routing
+    assert set(router.FIXED) <= site.state.keys()
+    for key in [*router.FIXED, ":deployment:new"]:
+        store_id, epoch = site.store.read().store_id, site.store.read().epoch
+        client.delete(f"{PREFIX}{key}")
+        eventually(lambda key=key: key in site.state)  # type: ignore[misc]
+        eventually(lambda: site.routing == before)
+        found = site.store.read()
+        assert found.epoch > epoch, key
+        if key not in (":store", ":epoch"):
+            assert found.store_id == store_id, key
+    assert site.control("maintenance", "off") == 0
+    eventually(lambda: page(process) == (200, b"new"))
+    assert page(process, "old") == (200, b"old")
+
+
+def test_the_record_of_a_draining_one_comes_back_if_it_answers(site: Site, run_router: Run) -> None:
+    """Its tabs notice nothing: it may be lost, or 0.3.x has deleted it."""
+    process = up(run_router(site.server, QUICK))
+    before = site.record("old")
+    site.server.client.delete(f"{PREFIX}:deployment:old")
+    began = time.monotonic()
+    while site.record("old") == {}:
+        assert page(process, "old") == (200, b"old")
+        assert time.monotonic() - began < 10
+        time.sleep(0.05)
+    assert time.monotonic() - began > QUICK["MISSING_SECONDS"]
+    assert site.record("old") == before
+
+
+def test_one_that_cannot_be_connected_to_leaves_the_table(site: Site, run_router: Run) -> None:
+    process = up(run_router(site.server, QUICK))
+    site.server.client.delete(f"{PREFIX}:deployment:old")
+    site.old.stop()
+    eventually(lambda: page(process, "old")[0] == 502)
+    eventually(lambda: page(process, "old")[0] == 409)
+    time.sleep(2 * QUICK["REFRESH_SECONDS"])
+    assert site.record("old") == {}
+
+
+def test_another_deployment_at_its_address_does_not_bring_it_back(
+    site: Site, run_router: Run
+) -> None:
+    up(run_router(site.server, QUICK))
+    site.server.client.delete(f"{PREFIX}:deployment:old")
+    site.old.answer = ok(b'{"deployment_id": "another"}')
+    time.sleep(3 * QUICK["REFRESH_SECONDS"] + QUICK["MISSING_SECONDS"])
+    assert site.record("old") == {}
+
+
+def test_a_silent_deployment_without_a_record_delays_no_promotion(
+    site: Site, run_router: Run
+) -> None:
+    process = up(run_router(site.server, QUICK))
+    with Backend(handle=lambda c: time.sleep(30)) as mute:
+        words = ["--deployment-id", "mute", "--service-id", "s-mute"]
+        assert site.control("register", *words, backend=mute) == 0
+        eventually(lambda: "mute" in str(site.store.read().records))
+        time.sleep(0.3)
+        site.server.client.delete(f"{PREFIX}:deployment:mute")
+        time.sleep(1.5 * QUICK["REFRESH_SECONDS"])  # it is being asked
+        began = time.monotonic()
+        assert site.promote("old") == 0
+        eventually(lambda: page(process) == (200, b"old"))
+        assert time.monotonic() - began < 1
+
+
+MALFORMED = [
+    (":deployment:old", {"registered_at": "yesterday"}),
+    (":deployment:old", {"address": 8000}),
+    (":deployment:new", {"promoted_at": [], "weight": "many", "held": "yes"}),
+    (":deployment:new", "{junk"),
+    (":deployment:third", "[]"),
+    (":maintenance", {"since": "then", "retry_after": "soon", "page": 7}),
+    (":maintenance", "junk"),
+    (":promoted", {"deployment_id": 7}),
+    (":epoch", "many"),
+    (":removed", "7"),
+    (":history", '{"a": 1}'),
+    (":answers", "[]"),
+    (":deploy:lock", {"holder": 7}),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), MALFORMED)
+def test_what_is_malformed_keeps_no_router_from_following(
+    site: Site, run_router: Run, key: str, value: Any
+) -> None:
+    process = up(run_router(site.server, QUICK))
+    if isinstance(value, dict) and key.startswith(":deployment"):
+        value = {**json.loads(site.state[key]), **value}
+    text = value if isinstance(value, str) else json.dumps(value)
+    site.server.client.set(f"{PREFIX}{key}", text)
+    site.store.announce()
+    if key == ":maintenance":  # who closed the site wants it closed
+        eventually(lambda: page(process)[0] == 503)
+        assert site.control("maintenance", "off") == 0
+    time.sleep(1.2 * QUICK["REFRESH_SECONDS"])
+    if key != ":deployment:new":
+        assert page(process) == (200, b"new")
+    with Backend(ok(b"next")) as after:
+        words = ["--deployment-id", "next", "--service-id", "s-next"]
+        assert site.control("register", *words, backend=after) == 0
+        assert site.promote("next") == 0
+        eventually(lambda: page(process) == (200, b"next"))
+        assert "the task" not in process.output()
+
+
+def test_what_0_3_x_promotes_while_it_is_being_removed_is_served(
+    site: Site, run_router: Run
+) -> None:
+    """It knows nothing of `retiring_at`, and the active one is never taken out of the routing."""
+    process = up(run_router(site.server, QUICK))
+    assert site.control("retire", "--deployment-id", "old") == 0
+    eventually(lambda: page(process, "old")[0] == 409)
+    site.server.deployment("old", site.old.address)
+    eventually(lambda: page(process) == (200, b"old"))
+    time.sleep(2 * QUICK["REFRESH_SECONDS"])
+    assert page(process) == (200, b"old")
+
+
+# -- an older copy -------------------------------------------------------------------------------
+
+
+def put_back(site: Site, state: dict[str, str]) -> None:
+    """All keys as they were: a snapshot of Redis is restored."""
+    client = site.server.client
+    keys = [key for key in client.scan_iter(f"{PREFIX}:*") if ":router:" not in key]
+    pipe = client.pipeline()
+    pipe.delete(*keys)
+    pipe.mset({f"{PREFIX}{key}": value for key, value in state.items()})
+    pipe.execute()
+
+
+@pytest.mark.parametrize("change", ["promotion", "rollback", "removal"])
+def test_an_older_copy_of_the_store_does_not_win_over_live_routers(
+    site: Site, run_router: Run, change: str
+) -> None:
+    routers = [up(run_router(site.server, QUICK)) for _ in range(2)]
+    with Backend(ok(b"third")) as third:
+        words = ["--deployment-id", "third", "--service-id", "s-third"]
+        site.control("register", *words, backend=third)
+        if change == "rollback":
+            site.promote("third")
+        older = site.state
+        if change == "removal":
+            assert site.control("retire", "--deployment-id", "old") == 0
+            assert site.control("delete", "--deployment-id", "old") == 0
+        elif change == "promotion":
+            assert site.promote("third") == 0
+        else:
+            assert site.promote("new", "--instead-of", "third", "--rolls-back") == 0
+        active = site.store.read().active
+        assert active == ("third" if change == "promotion" else "new")
+        expected = site.routing
+        eventually(lambda: all(page(p) == (200, active.encode()) for p in routers))
+        put_back(site, older)
+        # nobody gets the other one, not even for a moment
+        until = time.monotonic() + 3 * QUICK["REFRESH_SECONDS"]
+        while time.monotonic() < until:
+            assert {page(process) for process in routers} == {(200, active.encode())}
+        found = site.routing
+        assert (found.active, found.promoted) == (expected.active, expected.promoted)
+        assert found.records.keys() == expected.records.keys()
+        assert {r.state for r in found.records.values()} == {
+            r.state for r in expected.records.values()
+        }
+        assert found.records[active].state == "active"
+        assert found.tombstones == expected.tombstones
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_whichever_router_mends_it_the_later_promotion_is_active(
+    site: Site, run_router: Run, first: int
+) -> None:
+    """One of them was cut off from Redis when `old` was promoted again."""
+    older = site.state
+    routers = [up(run_router(site.server, QUICK)) for _ in range(2)]
+    stale, fresh = routers
+    os.killpg(stale.popen.pid, signal.SIGSTOP)
+    assert site.promote("old") == 0
+    eventually(lambda: page(fresh) == (200, b"old"))
+    os.killpg(fresh.popen.pid, signal.SIGSTOP)
+    put_back(site, {**older, ":epoch": "1"})
+    os.killpg(routers[first].popen.pid, signal.SIGCONT)
+    eventually(lambda: site.store.read().epoch > 1)  # it has written what it knows
+    os.killpg(routers[1 - first].popen.pid, signal.SIGCONT)
+    eventually(lambda: [page(process) for process in routers] == [(200, b"old")] * 2)
+    assert site.store.read().active == "old"
+    assert site.record("new")["state"] == "draining"
+
+
 # -- answers that count ------------------------------------------------------------------------
 
 
@@ -273,14 +425,14 @@ def test_a_redis_that_does_not_answer(
     site: Site, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert site.server.process
-    os.kill(site.server.process.popen.pid, 19)  # SIGSTOP
+    os.kill(site.server.process.popen.pid, signal.SIGSTOP)
     try:
         monkeypatch.setattr(router, "REDIS_TIMEOUT", 0.3)
         began = time.monotonic()
         assert site.control("status", "--nonce", "n") == 1
         assert time.monotonic() - began < 3
     finally:
-        os.kill(site.server.process.popen.pid, 18)
+        os.kill(site.server.process.popen.pid, signal.SIGCONT)
     said = capsys.readouterr()
     assert json.loads(said.out.splitlines()[-1])["reason"] == "store"
     assert "Traceback" not in said.err
@@ -359,11 +511,12 @@ def test_who_knows_what_was_active() -> None:
     """What was noted on Railway, else the router that is up longest; nobody guesses, and what does
     not run is not chosen."""
     blank: Any = ["", None, {}, [], None, None]
+    new: Any = Service
     services = {
-        f"prod-{name}": Service("i", "i", f"prod-{name}", *blank, {"PULSE_DEPLOYMENT_ID": name})
+        f"prod-{name}": new("i", "i", f"prod-{name}", *blank, {"PULSE_DEPLOYMENT_ID": name})
         for name in ("right", "wrong", "noted")
     }
-    services["pulse-router"] = Service("r", "r", "pulse-router", *blank, {})
+    services["pulse-router"] = new("r", "r", "pulse-router", *blank, {})
     stack = Stack(config.Target("p", "e"), config.Names(), services)
     young, empty = {"active": "wrong", "uptime_seconds": 3}, {"active": None, "uptime_seconds": 900}
     old, gone = {"active": "right", "uptime_seconds": 90}, {"active": "gone", "uptime_seconds": 99}

@@ -26,6 +26,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import control
 import telemetry
 from pulse_railway.local.supervisor import free_port
+from router import RedisStore
 from tests.conftest import ROOT, Process, Redis
 from tests.net import Backend, Connection, ask, eventually, header, listens, ok
 
@@ -156,7 +157,7 @@ def test_a_removed_deployment_has_no_numbers(
     router, port = stage()
     ask(router.port, "/?pulse_deployment=old")
     assert Scrape(port).value(f"{DURATION}_count", deployment="old") == 1
-    store = control.router.RedisStore(redis_server.url, "pulse:railway")
+    store = RedisStore(redis_server.url, "pulse:railway")
     store.apply(lambda routing: control.delete(routing, "old"))
     eventually(lambda: not any(s.labels.get("deployment") == "old" for s in Scrape(port).samples))
 

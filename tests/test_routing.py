@@ -350,10 +350,8 @@ def test_each_step_raises_the_epoch_by_one_and_says_what_it_changed(name: str) -
     assert router.changes(read, read) == {}
 
 
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", ["set_maintenance", "unlock", "retire", "delete", "processed"])
 def test_a_step_that_was_taken_changes_nothing_when_it_is_taken_again(name: str) -> None:
-    if name in ("register", "set_active", "set_canary_weight", "history"):
-        pytest.skip("its time is another one")
     after = STEPS[name](parse(STATE))
     assert router.changes(after, STEPS[name](after)) == {}
 
@@ -584,7 +582,7 @@ def test_a_promotion_by_0_3_x_after_one_of_ours_wins() -> None:
 def test_fields_that_0_3_x_has_dropped_come_back() -> None:
     """Its janitor writes the active record anew, with four fields, in each run. State and drain
     time are the writer's."""
-    whole = OLD | {
+    whole: dict[str, Any] = OLD | {
         "address": "http://10.0.0.1:9000",
         "service_id": "s-a",
         "registered_at": 5.0,
@@ -594,7 +592,7 @@ def test_fields_that_0_3_x_has_dropped_come_back() -> None:
     }
     known = parse(STATE | {":deployment:a": whole})
     for state, since in (("active", None), ("draining", NOW)):
-        stripped = OLD | {"state": state, "drain_started_at": since}
+        stripped: dict[str, Any] = OLD | {"state": state, "drain_started_at": since}
         mended = repair(parse(STATE | {":deployment:a": stripped}), known)
         assert mended.records["a"].json() == whole | {"state": state, "drain_started_at": since}
     canary = OLD | {"deployment_id": "c", "state": "pending", "weight": 10.0, "held": True}

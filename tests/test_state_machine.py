@@ -86,7 +86,8 @@ class Store(router.LocalStore):  # type: ignore[misc]
 
     @property
     def rows(self) -> list[Any]:
-        return self.db.execute("SELECT key, value FROM pulse_kv").fetchall()
+        found: list[Any] = self.db.execute("SELECT key, value FROM pulse_kv").fetchall()
+        return found
 
     @rows.setter
     def rows(self, rows: list[Any]) -> None:
@@ -347,7 +348,9 @@ class Life(RuleBasedStateMachine):
         self.holder = (lock.holder, lock.until) if lock else None
 
     def known_is_right(self) -> bool:
-        return bool(self.known.active and self.known == self.state and self.answers(self.active))
+        return bool(
+            self.known.active and self.known == self.state and self.answers(self.known.active)
+        )
 
     @rule()
     def a_snapshot_is_taken(self) -> None:
@@ -358,7 +361,7 @@ class Life(RuleBasedStateMachine):
     def an_older_snapshot_comes_back(self) -> None:
         """Under a router that has seen what came after it."""
         before = self.records()
-        self.store.rows = self.snapshot
+        self.store.rows = self.snapshot or []
         self.a_router_looks()
         assert self.state.promotion == self.known.promotion
         assert self.active == self.known.active

@@ -1,0 +1,63 @@
+"""Two deployments behind routers that a test starts, on a store that control commands write to."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+from pulse_railway import runtime_image
+from tests.conftest import Process, Redis
+from tests.net import Backend, ask, eventually
+
+router: Any = runtime_image.load("router")
+control: Any = runtime_image.load("control")
+PREFIX = "pulse:railway"
+QUICK = {"REFRESH_SECONDS": 1.0, "MISSING_SECONDS": 1.0}
+
+
+class Site:
+    """Two backends, each of which names itself, and a store with `new` active, `old` draining."""
+
+    def __init__(self, server: Redis, new: Backend, old: Backend) -> None:
+        self.server, self.new, self.old = server, new, old
+        self.store = router.RedisStore(server.url, PREFIX)
+        self.control("register", "--deployment-id", "old", "--service-id", "s-old", backend=old)
+        self.promote("old")
+        self.control("register", "--deployment-id", "new", "--service-id", "s-new", backend=new)
+        self.promote("new")
+
+    def control(self, command: str, *words: str, backend: Backend | None = None) -> int:
+        if backend:
+            words = (*words, "--service-name", words[1], "--address", backend.address)
+        return int(control.control([command, *words]))
+
+    def promote(self, name: str, *words: str) -> int:
+        service = ["--active-service-name", name]
+        return self.control("promote", "--active-deployment-id", name, *service, *words)
+
+    @property
+    def state(self) -> dict[str, str]:
+        """What Redis holds, but for what routers say of themselves."""
+        client = self.server.client
+        keys = sorted(key for key in client.scan_iter(f"{PREFIX}:*") if ":router:" not in key)
+        pairs = zip(keys, client.mget(keys) if keys else [], strict=True)
+        return {key.removeprefix(PREFIX): str(value) for key, value in pairs if value is not None}
+
+    @property
+    def routing(self) -> Any:
+        """The state without what differs each time that it is written."""
+        return replace(self.store.read(), store_id=None, epoch=0, processed={})
+
+    def record(self, name: str) -> dict[str, Any]:
+        return dict(json.loads(self.state.get(f":deployment:{name}", "{}")))
+
+
+def page(process: Process, affinity: str = "") -> tuple[int, bytes]:
+    answer = ask(process.port, f"/?pulse_deployment={affinity}" if affinity else "/")
+    return answer.status, answer.body
+
+
+def up(process: Process) -> Process:
+    eventually(lambda: ask(process.port, "/healthz").status == 200)
+    return process
