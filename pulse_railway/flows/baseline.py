@@ -139,9 +139,7 @@ def internal_token(stack: Stack) -> str:
 
     Raises Failure where there are backends and nobody shows it.
     """
-    holders = [service for service in (stack.router, stack.janitor) if service]
-    values = [service.variables.get(contract.INTERNAL_TOKEN) for service in holders]
-    present = next((value for value in values if value and "${{" not in value), None)
+    present = known_internal_token(stack)
     if present is None and stack.backends:
         raise Failure(
             f"{stack.names.router} has no {contract.INTERNAL_TOKEN}, and the deployments hold the"
@@ -151,6 +149,13 @@ def internal_token(stack: Stack) -> str:
     token = present or secrets.token_urlsafe(32)
     keep_secret(token)
     return token
+
+
+def known_internal_token(stack: Stack) -> str | None:
+    """The secret as any service shows it: backends of 0.3.x hold it literally."""
+    holders = (stack.router, stack.janitor, *stack.backends)
+    values = (service.variables.get(contract.INTERNAL_TOKEN) for service in holders if service)
+    return next((value for value in values if value and "${{" not in value), None)
 
 
 @dataclass(frozen=True)
@@ -359,7 +364,9 @@ def create(api: Api, stack: Stack, wanted: BaselineOptions, output: Output) -> S
     if stack.redis:  # the router is healthy once it has read its state
         failed = stack.redis.status in FAILED_STATES
         starting[stack.redis.id] = deploy_service(api, target, stack.redis.id) if failed else None
-    changes = plan(stack, wanted, token, internal_token(stack))
+    shared = known_internal_token(stack) or secrets.token_urlsafe(32)  # beside orphans, too
+    keep_secret(shared)
+    changes = plan(stack, wanted, token, shared)
     apply(api, stack, changes, wanted, output, starting)
     return stack
 
