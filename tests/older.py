@@ -42,6 +42,20 @@ def unpack(folder: Path) -> Path:
     return folder
 
 
+def provide_image(railway: Path, folder: Path) -> str:
+    """Give a local Railway that commit's runtime image, and return its name. What is built there
+    has this machine's `pulse-railway`, which is today's."""
+    name, script = "example.com/older:1", folder / "image" / "pulse-railway"
+    script.parent.mkdir()
+    script.write_text('#!/bin/sh\nexec python -m router "$@"\n')
+    script.chmod(0o755)
+    images = railway / "images.json"
+    known = json.loads(images.read_text()) if images.exists() else {}
+    made = {"command": "python -m router", "cwd": str(folder), "path": [str(script.parent)]}
+    images.write_text(json.dumps({**known, name: made}))
+    return name
+
+
 def load(folder: Path) -> tuple[ModuleType, ModuleType]:
     """That commit's router.py and janitor.py as modules, beside today's."""
     today = {name: sys.modules.get(name) for name in ("router", "janitor")}

@@ -1,24 +1,36 @@
 """pulse-railway 0.3.13, as published, on the local Railway: a client that we did not write.
 
 It sets up a stack and deploys; our `ensure` takes the stack over without a restart of a backend;
-it redeploys in the stack that is ours then.
+its command line is used afterwards as before, and our janitor cleans up after both.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks import peer
+from tests import older
 from tests.conftest import TINY, Project
 from tests.net import eventually
 
 
 def old(project: Project, *arguments: str, cwd: Path = TINY) -> Any:
     """A verb of the published command line; the JSON it prints."""
-    done = subprocess.run(
+    done = published(project, *arguments, cwd=cwd)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout)
+
+
+def published(
+    project: Project, *arguments: str, cwd: Path = TINY
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         [*peer.command(), *arguments],
         cwd=cwd,
         env={**project.env, "HOME": peer.home_with_key(project.railway.root)},
@@ -26,8 +38,6 @@ def old(project: Project, *arguments: str, cwd: Path = TINY) -> Any:
         text=True,
         timeout=200,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(done.stdout)
 
 
 def test_a_stack_of_0_3_13_is_taken_over(project: Project, tmp_path: Path) -> None:
@@ -42,6 +52,10 @@ def test_a_stack_of_0_3_13_is_taken_over(project: Project, tmp_path: Path) -> No
     before = dict(project.records)
     assert before["old-1"]["state"] == "draining"
     assert "address" not in before["old-1"]
+    # without an id it looks for `pulse-router-janitor`, a name it does not set up itself
+    delete = ("delete", "--service", "pulse-router", *target, "--redis-service", "pulse-redis")
+    refused = published(project, *delete, "--deployment-id", "old-1")
+    assert refused.returncode != 0
     pids = stats(project)["pids"]
     meta = project.stage.get(f"https://{domain(project)}/_pulse/meta")
     assert meta.json()["deployment_id"] == "old-2"
@@ -70,13 +84,140 @@ def test_a_stack_of_0_3_13_is_taken_over(project: Project, tmp_path: Path) -> No
     eventually(lambda: "old-1" not in project.services, 20)
 
     # the old one still works in the stack that is ours now
-    # (without an id it looks for `pulse-router-janitor`, a name it does not set up itself)
     redone = old(project, "redeploy", "--deployment-id", "new-1", *target)
     assert redone["deployment_id"] == "new-1"
     assert project.get("/_pulse/meta")["deployment_id"] == "new-1"
     old(project, "deploy", "main.py", "--deployment-id", "old-3", *target, cwd=app)
     assert project.get("/_pulse/meta")["deployment_id"] == "old-3"
     assert project.records["new-1"]["state"] == "draining"
+    said = published(project, *delete, "--deployment-id", "new-1")
+    assert said.stderr.splitlines()[-1] == refused.stderr.splitlines()[-1]
+
+    # and what it has left is seen, and cleaned up by ours
+    status = project.ok("status")
+    assert status["active"] == "old-3"
+    rows = {row["deployment_id"]: row["state"] for row in status["deployments"]}
+    assert rows == {"old-3": "active", "new-1": "draining"}
+    assert project.variables("pulse-router")["PULSE_RAILWAY_ACTIVE"] == "new-1"
+    project.stage.run_janitor()  # which notes what 0.3.13 has promoted, and deletes nothing then
+    active = "PULSE_RAILWAY_ACTIVE"
+    eventually(lambda: project.variables("pulse-router")[active] == "old-3", 20)
+    assert "new-1" in project.services
+    project.stage.run_janitor()
+    eventually(lambda: project.services & set(rows) == {"old-3"}, 20)
+    eventually(lambda: set(project.records) == {"old-3"})
+    noted = project.variables("pulse-router")
+    promoted = json.loads(project.state["promoted"])
+    assert (promoted["deployment_id"], repr(promoted["at"])) == (
+        "old-3",
+        noted["PULSE_RAILWAY_ACTIVE_AT"],
+    )
+    assert project.ok("status")["problems"] == []
+    redone = old(project, "redeploy", "--deployment-id", "old-3", *target)
+    assert redone["backend_status"] == "SUCCESS"
+    assert project.get("/_pulse/meta")["deployment_id"] == "old-3"
+
+
+def test_its_other_verbs_work_in_a_stack_that_was_taken_over(
+    new_project: Callable[[], Project], tmp_path: Path
+) -> None:
+    """`delete` and `remove`, which take the janitor for one that is named after the router."""
+    project = new_project()
+    peer.provide_images(project.railway.root)
+    app, ours = peer.write_app(TINY, tmp_path / "app"), tmp_path / "ours"
+    shutil.copytree(TINY, ours)
+    for folder in (app, ours):
+        text = (folder / "main.py").read_text()
+        named = 'RailwayPlugin(\n    janitor_service="pulse-router-janitor",\n'
+        assert "RailwayPlugin(\n" in text
+        (folder / "main.py").write_text(text.replace("RailwayPlugin(\n", named, 1))
+    target = ("--project-id", project.id, "--environment-id", project.environment)
+    redis = ("--service", "pulse-router", *target, "--redis-service", "pulse-redis")
+    old(project, "ensure", "main.py", *target, cwd=app)
+    for name in ("old-1", "old-2"):
+        old(project, "deploy", "main.py", "--deployment-id", name, *target, cwd=app)
+    done = project.run("ensure", "main.py", cwd=ours)
+    assert done.code == 0, done.err
+    done = project.run("deploy", "main.py", "--deployment-id", "new-1", cwd=ours)
+    assert done.code == 0, done.err
+    assert project.active == "new-1"
+
+    refused = published(project, "delete", *redis, "--deployment-id", "new-1")
+    assert refused.returncode != 0
+    assert "cannot delete active deployment" in refused.stderr
+    deleted = published(project, "delete", *redis, "--deployment-id", "old-1")
+    assert deleted.returncode == 0, deleted.stderr
+    removed = published(project, "remove", *redis, "--deployment-name", "old-2")
+    assert (removed.returncode, removed.stdout.strip()) == (0, "old-2"), removed.stderr
+    assert not project.services & {"old-1", "old-2"}
+    assert set(project.records) == {"new-1"}
+    assert project.get("/_pulse/meta")["deployment_id"] == "new-1"
+
+
+def test_the_version_before_shares_a_stack_with_this_one(
+    new_project: Callable[[], Project], tmp_path: Path
+) -> None:
+    """Up, down and up again; each command line beside routers and janitors of the other version."""
+    project = new_project()
+    folder = older.unpack(tmp_path / "older")
+    image = ("--runtime-image", older.provide_image(project.railway.root, folder))
+
+    def before(*arguments: str) -> Any:
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "pulse_railway", *arguments, "--json"],
+            cwd=TINY,
+            env={**project.env, "PYTHONPATH": str(folder)},
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    def active() -> str:
+        found = project.get("/_pulse/meta")["deployment_id"]
+        assert found == project.active
+        return str(found)
+
+    window = ("--rollback-window-seconds", "900")
+    before("ensure", "main.py", *window, *image)
+    before("deploy", "main.py", "--deployment-id", "a")
+    # this command line in the stack of the version before
+    assert project.ok("status")["problems"] == []
+    project.deploy("b")
+    assert project.ok("rollback")["deployment_id"] == "a"
+    assert "promoted" not in project.state
+    assert active() == "a"
+
+    project.ok("ensure", "main.py", *window)
+    assert active() == "a"
+    assert project.ok("status")["problems"] == []
+    # the one before in the stack of this one
+    before("deploy", "main.py", "--deployment-id", "c")
+    assert json.loads(project.state["promoted"])["deployment_id"] == active() == "c"
+    assert before("status")["active"] == "c"
+    assert before("rollback")["deployment_id"] == active() == "a"
+    assert project.ok("status")["problems"] == []
+
+    before("ensure", "main.py", *window, *image)
+    before("promote", "--deployment-id", "c")
+    assert active() == "c"
+    project.stage.run_janitor()
+
+    project.ok("ensure", "main.py", *window)
+    assert active() == "c"
+    project.stage.run_janitor()
+    eventually(lambda: json.loads(project.state["promoted"])["deployment_id"] == "c", 20)
+    at = "PULSE_RAILWAY_ACTIVE_AT"
+    eventually(
+        lambda: (
+            project.variables("pulse-router")[at]
+            == repr(json.loads(project.state["promoted"])["at"])
+        )
+    )
+    assert project.ok("status")["problems"] == []
+    assert {"a", "c"} <= project.services
+    assert project.ok("rollback")["deployment_id"] == active() == "a"
 
 
 def stats(project: Project) -> Any:

@@ -144,26 +144,30 @@ Start = Callable[..., Process]
 
 @pytest.fixture
 def run(site: Site, start: Start, sources: Path) -> Callable[[str], Process]:
-    """`run("today" | "older" | "0.3.13")`: a router of that version on the site's store."""
-    quick = "import router; router.REFRESH_SECONDS = 1.0; router.MISSING_SECONDS = 2.0"
-    commands: dict[str, list[str]] = {
-        "today": [sys.executable, "-P", "-c", f"{quick}; raise SystemExit(router.main([]))"],
-        "older": [sys.executable, str(sources / "router.py")],
+    """`run("today" | "older" | "0.3.13")`: a router of that version on the site's store, which
+    looks there more often than usual."""
+    today = "import router; router.REFRESH_SECONDS = router.REPORT_SECONDS = 1.0; "
+    today += "router.MISSING_SECONDS = 1.5; router.main([])"
+    before = "import router; router.REFRESH_EVERY = 1.0; router.main([])"
+    first = """if True:
+        import os, uvicorn
+        from pulse_railway.railway.client import RailwayResolver
+        RailwayResolver.__init__.__kwdefaults__["cache_ttl_seconds"] = 0.5
+        app, port = "pulse_railway.router:build_app_from_env", int(os.environ["PORT"])
+        uvicorn.run(app, factory=True, host="127.0.0.1", port=port)
+    """
+    versions = {
+        "today": (sys.executable, today, [older.SITE, ROOT]),
+        "older": (sys.executable, before, [older.SITE, sources]),
+        "0.3.13": (str(peer.python()), first, [older.SITE]),
     }
 
     def begin(version: str) -> Process:
         port = free_port()
-        if version not in commands:
-            app = "pulse_railway.router:build_app_from_env"
-            home = str(peer.python().parent)  # not where our own package would be found first
-            given = ["--factory", "--app-dir", home, "--host", "127.0.0.1", "--port", str(port)]
-            command = [str(peer.python()), "-P", "-m", "uvicorn", app, *given]
-        else:
-            command = commands[version]
+        python, source, path = versions[version]
         env = {**site.env, "PORT": str(port), "HOST": "127.0.0.1"}
-        env |= {"RAILWAY_LOCAL_HOSTS": str(site.hosts)}
-        env["PYTHONPATH"] = f"{older.SITE}:{ROOT}" if version == "today" else str(older.SITE)
-        process = start(command, port, env)
+        env |= {"RAILWAY_LOCAL_HOSTS": str(site.hosts), "PYTHONPATH": ":".join(map(str, path))}
+        process = start([python, "-P", "-c", source], port, env)
         eventually(lambda: ask(port, "/healthz").status == 200)
         return process
 
@@ -267,6 +271,15 @@ def test_a_command_names_an_older_router_and_does_not_wait_for_it(
     for process in (today, old):
         serves(process, "a", 5)
 
+    def reports() -> dict[Any, Any]:
+        return {r.get("version"): r for r in site.control("status")["routers"]}
+
+    eventually(lambda: all("a" in r["tallies"] for r in reports().values()), 16)
+    of_today, of_older = reports()[router.runtime_version()], reports()[None]
+    assert of_older.keys() <= of_today.keys()  # a bake reads either
+    old_tally, new_tally = of_older["tallies"]["a"], of_today["tallies"]["a"]
+    assert differences(old_tally, new_tally) == ""
+
     began = time.monotonic()
     assert site.control("retire", "--deployment-id", "b")["behind"] == [versions[None]]
     assert time.monotonic() - began < 2
@@ -294,7 +307,7 @@ def test_an_emptied_store_is_mended_by_routers_of_both_versions(
         else:
             site.server.client.delete(f"{PREFIX}:active", f"{PREFIX}:promoted", f"{PREFIX}:store")
         eventually(lambda: site.state.promoted == wanted.promoted, 16)
-        time.sleep(3.5)  # each has read it again
+        time.sleep(1.5)  # each has read it again
         found = site.state
         assert (found.active, found.promoted) == ("a", wanted.promoted)
         assert found.records == wanted.records
@@ -384,21 +397,10 @@ def rolled_back(site: Site, rails: Rails, known: Any) -> None:
     assert rails.variables["PULSE_RAILWAY_ACTIVE_AT"] == repr(site.state.promoted.at)
 
 
-@pytest.mark.parametrize("window", [0.0, 900.0])
-@pytest.mark.parametrize("last", ["b", "c"])
-def test_a_rollback_at_every_step_of_an_older_janitor(
-    site: Site, before: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, window: float, last: str
-) -> None:
-    """`last`: what Railway was told to be promoted last; not b, where 0.3.13 has promoted that."""
-    monkeypatch.setattr(control, "HEAL_WAIT", 0.0)
-    site.deploy("c")
-    intent = {"c": site.state.promoted}
-    site.deploy("a", "b")
-    intent["b"] = site.state.promoted
-    site.tabs("a", 0)
-    kept = site.keys()
-    rails = Rails(site, intent[last])
-    limits = before.janitor.Limits(86_400.0, window, 0)
+def stepping(
+    site: Site, before: SimpleNamespace, rails: Rails, monkeypatch: pytest.MonkeyPatch
+) -> Any:
+    """A store for the older janitor, whose every step, and each question to a backend, is gated."""
 
     class Steps(before.router.RedisStore):  # type: ignore[misc, name-defined]
         def read(self) -> Any:
@@ -417,13 +419,33 @@ def test_a_rollback_at_every_step_of_an_older_janitor(
             rails.gate()
             return super().apply(inner)
 
-    store, sessions = Steps(site.server.url, PREFIX), before.router.sessions
+    sessions = before.router.sessions
 
     def asked(*words: Any) -> Any:
         rails.gate()
         return sessions(*words)
 
     monkeypatch.setattr(before.router, "sessions", asked)
+    return Steps(site.server.url, PREFIX)
+
+
+@pytest.mark.parametrize("window", [0.0, 900.0])
+@pytest.mark.parametrize("last", ["b", "c"])
+def test_a_rollback_at_every_step_of_an_older_janitor(
+    site: Site, before: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, window: float, last: str
+) -> None:
+    """`last`: what Railway was told to be promoted last; not b, where 0.3.13 has promoted that."""
+    monkeypatch.setattr(control, "HEAL_WAIT", 0.0)
+    site.deploy("c")
+    intent = {"c": site.state.promoted}
+    site.deploy("a", "b")
+    intent["b"] = site.state.promoted
+    site.tabs("a", 0)
+    kept = site.keys()
+    rails = Rails(site, intent[last])
+    limits = before.janitor.Limits(86_400.0, window, 0)
+
+    store = stepping(site, before, rails, monkeypatch)
     steps, refused = 1, 0
     for at in itertools.combinations_with_replacement(range(20), 2):
         if at[1] > steps:
@@ -444,8 +466,47 @@ def test_a_rollback_at_every_step_of_an_older_janitor(
             refused += 1
         else:
             rolled_back(site, rails, site.state)
-    assert steps > 5
+    assert 5 < steps < 20
     assert bool(refused) == (window == 0.0)
+
+
+def test_a_canary_is_ended_at_every_step_of_an_older_janitor(
+    site: Site, before: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.deploy("c", "a")
+    assert site.register("b")["ok"]
+    assert site.promote("b", "--weight", "10", "--bake", "60")["ok"]
+    kept, promoted = site.keys(), site.state.promoted
+    rails = Rails(site, promoted)
+
+    def withdraw() -> None:
+        rails.at = []
+        assert site.control("withdraw", "--deployment-id", "b")["ok"]
+
+    monkeypatch.setattr(rails, "go_on", withdraw)
+    store = stepping(site, before, rails, monkeypatch)
+    position = steps = 0
+    while position <= steps:
+        site.reset(kept)
+        rails.__init__(site, promoted)  # type: ignore[misc]
+        rails.at = [position]
+        state = store.read()
+        rails.gate()
+        limits, seen = before.janitor.Limits(86_400.0, 0.0, 0), rails.inspect(before.janitor)
+        before.janitor.sweep(store, rails, state, seen, "t", limits)
+        steps = max(steps, rails.step)
+        if rails.at:
+            rails.go_on()
+        found = site.state
+        assert (found.active, found.promoted, found.canary) == ("a", promoted, None)
+        assert rails.services.keys() == {"a", "b", "c"}
+        b = found.records["b"]
+        assert (b.state, b.held, b.weight, b.bake) == ("draining", False, None, None)
+        assert b.rejected_at
+        report = rails.todays_janitor()
+        assert (report.deleted, report.failed) == ([], {})
+        position += 1
+    assert steps > 4
 
 
 class Router:
