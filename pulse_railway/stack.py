@@ -155,10 +155,12 @@ REFERENCE = re.compile(r"\$\{\{\s*([^.}]+?)\.([A-Za-z0-9_]+)\s*\}\}")
 def doubt(stack: Stack) -> str | None:
     """Why the variables that Railway shows are not to be believed: what follows from them would
     replace secrets that backends hold, or leave out what the app needs."""
+    # a backend is known by its variables, too: where these read empty it may be any other service
+    beside = len(stack.services) > len(stack.baseline)
+    if stack.router and beside and not _own(stack.router):
+        return f"Railway shows no variables of {stack.router.name}"
     if not stack.backends:
         return None
-    if stack.router and not _own(stack.router):
-        return f"Railway shows no variables of {stack.router.name}"
     version = stack.backend(stack.last_promoted or "") or stack.backends[0]
     named = {
         found[2]

@@ -21,6 +21,8 @@ from typing import Any
 import httpx
 import pytest
 import redis
+import redis.backoff
+import redis.retry
 
 from examples import demo
 from pulse_railway.local.supervisor import free_port, redis_executable
@@ -298,7 +300,9 @@ def redis_of(stage: demo.Stage) -> redis.Redis:
     hosts = json.loads((stage.root / f"hosts-{environment}.json").read_text())
     port = hosts["pulse-redis.railway.internal"]["6379"]
     password = service["instances"][0]["variables"]["REDIS_PASSWORD"]
-    return redis.Redis(port=port, password=password, decode_responses=True)
+    # without redis-py's own retries, which take seconds: a test asks whether it is there
+    retry = redis.retry.Retry(redis.backoff.NoBackoff(), 0)
+    return redis.Redis(port=port, password=password, decode_responses=True, retry=retry)
 
 
 TINY = ROOT / "tests" / "apps" / "tiny"

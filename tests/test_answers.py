@@ -15,8 +15,8 @@ from pulse_railway.output import Output
 from pulse_railway.stack import inspect
 from tests.conftest import Project, play
 from tests.net import eventually
-from tests.site import DEPLOY, Site
 from tests.test_failures import InProcess
+from tests.users import DEPLOY, Site
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,8 @@ def written(project: Project) -> dict[str, Any]:
     return {"state": state, **{name: project.variables(name) for name in project.services}}
 
 
-def empty(service: str, times: int = 1) -> dict[str, Any]:
+def empty(service: str | None, times: int = 1) -> dict[str, Any]:
+    """Of that service, or of all."""
     return {"match": "variables", "service": service, "gives": {}, "times": times}
 
 
@@ -59,6 +60,7 @@ def step_01_variables_that_read_empty(site: Site) -> None:
     for service, said, verbs in (
         ("pulse-router", of_router, [ENSURE, DEPLOY_ONE, ["rollback"]]),
         ("pulse-env", of_env, [DEPLOY_ONE, ["promote", "--deployment-id", "first"]]),
+        (None, of_router, [ENSURE]),
     ):
         for verb in verbs:
             project.faults(empty(service, times=1000))

@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import Project, play
 from tests.net import eventually
-from tests.site import DEPLOY, PREFIX, Site
+from tests.users import DEPLOY, PREFIX, Site
 
 
 @pytest.fixture(scope="module")

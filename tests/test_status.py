@@ -75,8 +75,8 @@ UP = {"active": "a", "lost": False, "epoch": 7, "deployments": [RECORD], "router
             stack(A),
             UP | {"routers": [{"router": "r1", "epoch": 6, "age": 30}]},
             [
-                "r1 said 30 s ago that it serves an older routing state",
-                "restart --service pulse-rout",
+                "the router r1 said 30 s ago that it serves an older",
+                "`railway restart --service pulse-router`",
             ],
         ),
         (stack(A), UP | {"routers": [{"router": "r1", "epoch": 6, "age": 3}]}, []),
