@@ -47,6 +47,7 @@ HEAL_WAIT = 8.0  # seconds that a command waits for a router to write lost state
 REPORT_WAIT = 10.0  # seconds that a command waits until every router serves what it has written
 REPORT_POLL = 0.05
 SILENT_SECONDS = 60.0  # a router that has not reported for so long holds up no promotion
+LATE_SECONDS = 3600.0  # in which a command may still arrive that was sent before another
 OTHER_VERSION_SECONDS = 30.0  # in which a router that reports no epoch has read the state
 JANITOR_LOCK = ":janitor:lock"
 LOCK_MARK = "steps-"  # begins a holder's name whose every change is one transaction
@@ -105,10 +106,13 @@ def register(
             f"{deployment_id} is the active deployment and cannot be registered anew", "active"
         )
     record = routing.records.get(deployment_id)
-    tombstone = routing.tombstones.get(deployment_id)
-    if tombstone or (record and record.retiring_at):
-        gone = tombstone.service_id if tombstone else record.service_id if record else None
-        if service_id in (None, gone):
+    grave = routing.tombstones.get(deployment_id)
+    if record and record.retiring_at:
+        grave = grave or router.Tombstone(record.retiring_at, record.service_id)
+    if grave:
+        # 0.3.x names no service: then what comes soon after the removal was sent before it
+        late = service_id is None and routing.now - grave.at < LATE_SECONDS
+        if late or (service_id and service_id == grave.service_id):
             raise StateError(f"{deployment_id} was removed and cannot be registered", "removed")
         record = None
     record = record or Record(deployment_id)
@@ -377,7 +381,7 @@ def restore(
         name = made.deployment_id
         if name in records:
             records[name] = completed(records[name], made)
-        elif name not in routing.tombstones:
+        elif not ((grave := routing.tombstones.get(name)) and grave.buries(made)):
             records[name] = made if name == active else made.drains(routing.now)
     if active not in records:
         removed = active in routing.tombstones
