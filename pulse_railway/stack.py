@@ -55,6 +55,7 @@ class Stack:
     names: Names
     services: dict[str, Service]
     doubt: str | None = None  # why Railway's answer is not believed
+    edge_failed: bool = False  # it answered in place of the router, in this run
 
     @property
     def router(self) -> Service | None:

@@ -24,7 +24,7 @@ def page(status: str, deployment: str = "new") -> bytes:
 
 def at(backend: Backend) -> Any:
     """A stack whose router is that."""
-    return types.SimpleNamespace(address=backend.address, router=None)
+    return types.SimpleNamespace(address=backend.address, router=None, edge_failed=False)
 
 
 @pytest.fixture

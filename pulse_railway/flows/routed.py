@@ -144,7 +144,7 @@ def _wait(
                 continue
             passed = time.monotonic() - began
             only_edge = looks.edge_answered and not looks.router_answered
-            if passed > timeout or (only_edge and passed > EDGE_TIMEOUT):
+            if passed > timeout or (only_edge and (stack.edge_failed or passed > EDGE_TIMEOUT)):
                 break
             time.sleep(pause)
             pause = min(pause * 2, POLL_SECONDS)
@@ -157,6 +157,7 @@ def _wait(
         raise Failure(f"{seen}, and from inside it cannot be asked: {failure}") from None
     if wrong:
         raise Failure(f"{seen}; {wrong}")
+    stack.edge_failed = looks.edge_answered
     fault = "Railway's edge answers in place of the router" if looks.edge_answered else "no answer"
     output.warn(
         f"{fault} at {stack.address} ({looks.last}): the deployment answers inside, so this goes"
