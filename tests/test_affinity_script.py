@@ -105,8 +105,7 @@ def test_a_loader_whose_deployment_is_gone_takes_the_page_there_anew(
         home = f"http://127.0.0.1:{port}"
         page.goto(f"{home}/")
         redis_server.deployment("b", b.address, "active", registered_at=2)
-        redis_server.client.delete("pulse:railway:deployment:a")
-        redis_server.client.publish("pulse:railway:events", "gone")
+        redis_server.deployment("a", a.address, "draining", registered_at=1, retiring_at=2)
         eventually(lambda: ask(port, "/data?pulse_deployment=a").status == 409)
         assert page.evaluate("ask('/data')") == {"status": 409}  # an app's own call: the app's word
         page.evaluate("void fetch('/old.data?_routes=x&q=1')")
