@@ -53,6 +53,7 @@ def test_the_version_covers_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return runtime_image.version()
 
     before = version()
+    assert runtime_image.load("router").runtime_version() == before  # what a router says it runs
     for name in runtime_image.FILES:
         shutil.copy(ROOT / name, tmp_path)
     monkeypatch.setattr(runtime_image, "sources", lambda: tmp_path)
