@@ -392,8 +392,8 @@ def restore(
     for name, record in records.items():
         if name == active:
             at = promoted.at if promoted else record.promoted_at
-            record = replace(record, state="active", drain_started_at=None, weight=None)
-            records[name] = replace(record, promoted_at=at)
+            record = replace(record, state="active", drain_started_at=None, promoted_at=at)
+            records[name] = replace(record, weight=None, rejected_at=None, bake=None)
         elif record.state == "active":
             records[name] = record.drains(routing.now)
     maintenance = routing.maintenance or (router.Maintenance(closed) if closed else None)
@@ -883,6 +883,8 @@ def change_state(store: router.Store, args: argparse.Namespace) -> Routing:
         step = with_unlock(step, args.unlock)
     if args.command not in NEVER_LOST:
         step = refuse_if_lost(step, args.promoted)
+    if args.command == "restore":  # what routers know is more than what Railway shows
+        wait_for_healing(store, args.promoted)
     if args.nonce:
         step = idempotent(step, args.nonce)
     apart = older_janitors_kept_out(store) if args.command in CHOOSES else None
@@ -896,6 +898,18 @@ def change_state(store: router.Store, args: argparse.Namespace) -> Routing:
                     raise
             store.announce()
             time.sleep(0.25)
+
+
+def wait_for_healing(store: router.Store, last: Promotion | None) -> Routing:
+    """The state, when the routers have had the time to write back what they know."""
+    deadline = time.monotonic() + HEAL_WAIT
+    while True:
+        routing = store.read()
+        done = routing.active is not None and not is_lost(routing, last)
+        if done or time.monotonic() > deadline:
+            return routing
+        store.announce()
+        time.sleep(0.25)
 
 
 def carry_out(argv: list[str], env: Mapping[str, str]) -> Json:

@@ -371,7 +371,7 @@ def mend(
     if not found.backends and routing.active is None:
         return False
     if routing.active is None or control.is_lost(routing, last):
-        routing = healed_by_routers(store, last)
+        routing = control.wait_for_healing(store, last)
         if routing.active is None or control.is_older_than(routing, last):
             report.restored = restore(store, routing, found, report)
             return True
@@ -395,18 +395,6 @@ def mend(
         railway.remember(found.router_id, values)
     mend_maintenance(store, railway, routing, found)
     return differs or healed
-
-
-def healed_by_routers(store: router.RedisStore, last: Promotion | None) -> Routing:
-    """The state, when the routers have had the time to write back what they know."""
-    deadline = time.monotonic() + control.HEAL_WAIT
-    while True:
-        routing = store.read()
-        done = routing.active is not None and not control.is_lost(routing, last)
-        if done or time.monotonic() > deadline:
-            return routing
-        store.announce()
-        time.sleep(0.5)
 
 
 def restore(

@@ -1075,6 +1075,13 @@ class Table:
         return self.loaded and self.routing.active is None and self.intent is not None
 
     @property
+    def empty(self) -> bool:
+        """Does the store hold nothing: before the first deployment, or after it has lost its data?
+        A router whose deployment is older than the first promotion cannot tell the two."""
+        bare = self.routing.active is None and self.routing.store_id is None
+        return self.lost or (bare and not self.routing.records)
+
+    @property
     def ready(self) -> bool:
         """Can anything be served? A store in which nothing was ever deployed is as it should be."""
         return self.active is not None or (self.loaded and not self.lost)
@@ -2980,8 +2987,9 @@ async def elsewhere(request: Request, asked: Deployment, spare: str) -> bool:
 
 def no_target(request: Request, name: bytes) -> Response:
     """What a request gets whose deployment is not known."""
-    if not TABLE.ready or TABLE.provisional:
-        why = "the routing state is lost" if TABLE.loaded else "not loaded yet"
+    if not TABLE.loaded or TABLE.empty or TABLE.provisional:
+        why = "nothing is deployed, or the routing state is lost"
+        why = why if TABLE.loaded else "not loaded yet"
         return JSONResponse({"detail": why}, 503, headers={"retry-after": "1"})
     if not name or TABLE.active is None:
         return plain(404, "deployment not found")

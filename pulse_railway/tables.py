@@ -155,7 +155,7 @@ def status_parts(result: dict[str, Any], history: History | None = None) -> list
         )
         for router in result["routers"]
     ]
-    if not result["problems"] and result["active"]:
+    if not result["problems"] and result["active"] and not result["maintenance"]:
         parts.append(Text(f"{result['active']} is active, and nothing is wrong", "green"))
     return parts
 

@@ -257,9 +257,8 @@ def restore(wanted: StackOptions, output: Output) -> None:
 
     api, stack = _stack(wanted, output)
     result = flow.restore(api, stack, wanted.deployment_id, output)
-    output.result(
-        result, [f"restored {', '.join(result['restored'])}; {result['active']} is active"]
-    )
+    restored = ", ".join(result["restored"]) or "by the routers"
+    output.result(result, [f"restored {restored}; {result['active']} is active"])
 
 
 @verb(["repository", "tag", "json"], door="image")

@@ -135,7 +135,7 @@ FLAGS: dict[str, Flag] = {
         "seconds between two looks (default: 15; Railway limits API calls)", value="SECONDS"
     ),
     "lines": Flag("how many lines (default: 100)", value="NUMBER"),
-    "force": Flag("also where it does not answer now", False),
+    "force": Flag("promote it even where it does not answer", False),
     "yes": Flag("do not ask", False),
     "json": Flag("one JSON object on stdout", False),
 }

@@ -171,7 +171,7 @@ def test_a_baseline_without_deployments(new_project: Callable[[], Project]) -> N
         (["logs", "--service", "nope"], "no service is named nope; there are: "),
         (["logs", "--service", "pulse-env"], "pulse-env has no deployment yet"),
         (["restore"], "there are no deployments to restore: run `pulse-railway deploy`"),
-        (["rollback"], "no earlier deployment runs any more"),
+        (["rollback"], "no earlier deployment to go back to runs any more"),
         (["redeploy"], "no deployment is active"),
         (["promote", "--deployment-id", "x"], "x"),
         (["delete", "--deployment-id", "x"], "x"),

@@ -204,7 +204,7 @@ def test_a_router_of_another_version(site: Site, capsys: pytest.CaptureFixture[s
     site.server.client.set(f"{PREFIX}:router:old-one", json.dumps({"requests": 7}), ex=15)
     began = time.monotonic()
     assert site.promote("old") == 0
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 5  # of REPORT_WAIT's ten
     answer = said(capsys)
     assert answer["behind"] == ["old-one"]
     assert answer["routers"][0]["version"] is None

@@ -132,6 +132,17 @@ def test_redirect_goes_by_the_host_that_the_edge_names(two: int) -> None:
     assert answer.status == 302
 
 
+def test_an_empty_store_is_no_404(redis_server: Redis, run_router: Run) -> None:
+    """Before the first deploy, or after all was lost: a router whose own deployment is older than
+    the first promotion cannot tell. Before, everybody got 404, and tabs would have given up."""
+    router = run_router(redis_server)
+    eventually(lambda: ask(router.port, "/healthz").status == 200)
+    for target in ("/", "/?pulse_deployment=alive"):
+        answer = ask(router.port, target)
+        assert (answer.status, answer.header("retry-after")) == (503, "1")
+        assert answer.json == {"detail": "nothing is deployed, or the routing state is lost"}
+
+
 def test_nothing_active_is_404(redis_server: Redis, run_router: Run) -> None:
     with Backend(ok(b"from p")) as p:
         redis_server.deployment("p", p.address, "pending")

@@ -12,7 +12,7 @@ from pulse_railway.flows.signals import interruptible
 from pulse_railway.options import PromoteOptions
 from pulse_railway.output import Output
 from pulse_railway.railway.api import Api
-from pulse_railway.stack import Stack, find_backend, require_believable
+from pulse_railway.stack import Stack, find_backend, joined, require_believable
 
 
 def promote(api: Api, stack: Stack, wanted: PromoteOptions, output: Output) -> dict[str, Any]:
@@ -116,6 +116,11 @@ def rollback(api: Api, stack: Stack, output: Output, why: str | None = None) -> 
     require_believable(stack)
     with output.step("ask the router which deployment was active before"):
         state = router_commands.state(api, stack)
+    if state["lost"] or (not state["active"] and stack.backends):
+        raise Failure(
+            "the routing state is lost, or an older one, and with it what was active before: run"
+            " `pulse-railway restore`, then this again"
+        )
     if canary := state["canary"]:
         name = canary["deployment_id"]
         with output.step(f"end the canary {name}"):
@@ -130,7 +135,15 @@ def rollback(api: Api, stack: Stack, output: Output, why: str | None = None) -> 
         and stack.backend(record["deployment_id"])
     ]
     if not previous:
-        raise Failure("no earlier deployment runs any more: deploy the earlier version again")
+        left = [
+            r["deployment_id"]
+            for r in state["deployments"]
+            if r.get("rejected_at") and stack.backend(r["deployment_id"])
+        ]
+        hint = f"; `promote --deployment-id` takes {joined(left)}, rolled back from" if left else ""
+        raise Failure(
+            f"no earlier deployment to go back to runs any more: deploy that version again{hint}"
+        )
     previous.sort(key=lambda r: float(r.get("drain_started_at") or 0), reverse=True)
     chosen = previous[0]["deployment_id"]
     return choose(api, stack, chosen, output, why=why, instead_of=state["active"])

@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Any
 
 from pulse_railway import router_commands
-from pulse_railway.errors import Failure
+from pulse_railway.errors import Failure, Refused
 from pulse_railway.flows.routed import backend_address, remember_active, wait_until_routed
 from pulse_railway.output import Output
 from pulse_railway.railway.api import Api
@@ -46,7 +46,13 @@ def restore(api: Api, stack: Stack, wanted: str | None, output: Output) -> dict[
     with output.step("restore the routing state"):
         # one that an earlier version runs on knows no `--chosen`
         differs = wanted is not None and state["active"] is not None
-        promoted = router_commands.restore(api, stack, chosen, records, chosen=differs)
+        try:
+            promoted = router_commands.restore(api, stack, chosen, records, chosen=differs)
+        except Refused as refused:
+            if refused.reason != "active" or not state["lost"]:
+                raise
+            output.say("the routers have written it back meanwhile")
+            return {"active": router_commands.active_deployment(api, stack), "restored": []}
         remember_active(api, stack, chosen, promoted, output)
     with output.step("reach the active deployment"):
         wait_until_routed(api, stack, chosen, output, by_affinity=False)

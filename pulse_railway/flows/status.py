@@ -90,7 +90,8 @@ def of_memories(state: dict[str, Any], stack: Stack) -> list[str]:
             "no deployment is active: run `pulse-railway promote --deployment-id ...`, or"
             " `pulse-railway restore --deployment-id ...` where one was active before"
         )
-    if active and not any(r["deployment_id"] == active for r in state["deployments"]):
+    known_ids = {r["deployment_id"] for r in state["deployments"]}
+    if active and active not in known_ids and stack.backend(active):
         found.append(f"the record of {active} is lost: `pulse-railway restore` makes it anew")
     for problem in state.get("problems") or []:
         name = str(problem).partition(":")[0]
@@ -103,6 +104,20 @@ def of_memories(state: dict[str, Any], stack: Stack) -> list[str]:
     return found
 
 
+def of_active(state: dict[str, Any]) -> list[str]:
+    """Users have nothing of an active version that is silent, whatever Railway says of it."""
+    return [
+        f"the active deployment {name} does not answer: `pulse-railway logs --deployment-id {name}`"
+        f" tells why, `pulse-railway redeploy --deployment-id {name}` starts it anew,"
+        " `pulse-railway rollback` goes back"
+        for record in state["deployments"]
+        if (name := record["deployment_id"]) == state["active"]
+        and "sessions" in record
+        and record["sessions"] is None
+    ]
+
+
+REDIS_IS_SILENT = "the router's Redis does not answer"  # as control.py says it
 REPORTED_SECONDS = 15.0  # in which a router has said that it serves a new state
 
 
@@ -170,7 +185,12 @@ def problems(stack: Stack, state: dict[str, Any] | None, silence: str | None) ->
         for s in stack.baseline
         if s.status in FAILED_STATES
     ]
-    if silence:
+    if silence and REDIS_IS_SILENT in silence:
+        found.append(
+            f"Redis does not answer: the routers serve what they know, and nothing can be promoted."
+            f" `pulse-railway logs --service {stack.names.redis}` tells why; restart it on Railway"
+        )
+    elif silence:
         found.append(
             f"the router does not answer: {silence}. See `pulse-railway logs --service"
             f" {stack.names.router}`"
@@ -179,6 +199,7 @@ def problems(stack: Stack, state: dict[str, Any] | None, silence: str | None) ->
         return found
     active = state["active"]
     found += of_memories(state, stack)
+    found += of_active(state)
     found += of_routers(state, stack)
     for record in state["deployments"]:
         found += of_record(record, stack)
@@ -187,8 +208,8 @@ def problems(stack: Stack, state: dict[str, Any] | None, silence: str | None) ->
     service = stack.backend(active)
     if service is None:
         found.append(
-            f"the active deployment {active} has no service: promote another with `pulse-railway"
-            " promote`, or deploy"
+            f"the active deployment {active} has no service: `pulse-railway rollback` goes back,"
+            " `pulse-railway promote --deployment-id ...` takes another one, or deploy"
         )
     elif service.status in FAILED_STATES:
         found.append(
