@@ -104,7 +104,7 @@ def test_a_stack_of_0_3_13_is_taken_over(project: Project, tmp_path: Path) -> No
     eventually(lambda: project.variables("pulse-router")[active] == "old-3", 20)
     assert "new-1" in project.services
     project.stage.run_janitor()
-    eventually(lambda: project.services & set(rows) == {"old-3"}, 20)
+    eventually(lambda: project.services & set(rows) == {"old-3"}, 60)
     eventually(lambda: set(project.records) == {"old-3"})
     noted = project.variables("pulse-router")
     promoted = json.loads(project.state["promoted"])

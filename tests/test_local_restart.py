@@ -193,8 +193,10 @@ def test_a_restarted_service_is_reached_by_every_way(new_project: Callable[[], P
     before, deployment = web.get(), web.deployment
     web.restart()
     assert web.status == "DEPLOYING"
-    assert "No target found for" in shell(web.project.stage, "web", "true").stderr
-    assert web.get() == {}
+    said, answered = shell(web.project.stage, "web", "true").stderr, web.get()
+    # meanwhile, but for a machine that is so slow that it is up again
+    assert "No target found for" in said or web.status == "SUCCESS"
+    assert answered == {} or web.status == "SUCCESS"
     web.another_than(before)
     assert web.deployment == deployment
     eventually(lambda: gone(before))
