@@ -193,6 +193,7 @@ FIXED = {  # key -> attribute of Routing
 RECORD = ":deployment:"
 TOMBSTONE_TTL = max(7 * 86_400.0, seconds("PULSE_RAILWAY_DRAIN_TTL_SECONDS", 0))
 TOMBSTONES_AT_MOST = 1000
+CLOCKS_MAY_DIFFER = 86_400.0  # a promotion that is later than that is no promotion
 PROCESSED_TTL = 3600.0
 HISTORY_AT_MOST = 100
 
@@ -486,16 +487,25 @@ def parse(state: State, now: float) -> Routing:
         problems.append(f"{EPOCH} is not understood")
         epoch = "0"
     active = state.get(ACTIVE) or None
+    own = records.get(active or "")
+    if own and own.retiring_at:  # never the active one
+        records[own.deployment_id] = replace(own, retiring_at=None)
+        newest = [records[r.deployment_id] for r in newest]
+        problems.append(f"{active}: retiring_at, although it is active")
     if active and not DEPLOYMENT_ID.fullmatch(active):
         problems.append(f"{ACTIVE} is no deployment id")
         active = None
+    promoted = read(PROMOTED, _promotion)
+    if promoted and promoted.at > now + CLOCKS_MAY_DIFFER:
+        problems.append(f"{PROMOTED} is in the future")
+        promoted = None
     closed = read(MAINTENANCE, _maintenance)
     if closed is None and MAINTENANCE in state:  # who closed the site wants it closed
         closed = Maintenance(now)
     return Routing(
         now,
         active,
-        read(PROMOTED, _promotion),
+        promoted,
         int(epoch),
         state.get(STORE_ID),
         {record.deployment_id: record for record in reversed(newest)},
@@ -694,14 +704,19 @@ def _recovered(store: Routing, known: Routing) -> Routing:
         else:
             del graves[name]  # the id is on a new service
     noted = {compact(entry): entry for entry in (*known.history, *store.history)}
+    history = tuple(sorted(noted.values(), key=lambda e: float(e["at"])))[-HISTORY_AT_MOST:]
+    closed = known.maintenance if earlier else store.maintenance or known.maintenance
+    switches = [e["what"] for e in history if str(e["what"]).startswith("maintenance ")]
+    if switches and switches[-1] == "maintenance off":  # later than who still knows it closed
+        closed = None
     return replace(
         store,
         epoch=max(store.epoch, known.epoch),
         records=records,
         tombstones=graves,
         processed={**known.processed, **store.processed},
-        history=tuple(sorted(noted.values(), key=lambda e: float(e["at"])))[-HISTORY_AT_MOST:],
-        maintenance=known.maintenance if earlier else store.maintenance or known.maintenance,
+        history=history,
+        maintenance=closed,
         lock=known.lock if earlier else store.lock or known.lock,
     )
 
@@ -738,6 +753,7 @@ class RedisStore:
         self.client = redis.Redis.from_url(
             url,
             decode_responses=True,
+            encoding_errors="replace",  # what is no UTF-8 is not understood, and no error
             socket_timeout=REDIS_TIMEOUT,
             socket_connect_timeout=REDIS_TIMEOUT,
             # a connection that has died meanwhile is made anew; one that hangs is not asked again
@@ -792,6 +808,7 @@ class RedisStore:
         client = redis.asyncio.Redis.from_url(
             self.url,
             decode_responses=True,
+            encoding_errors="replace",  # what is no UTF-8 is not understood, and no error
             socket_timeout=REDIS_TIMEOUT,
             socket_connect_timeout=REDIS_TIMEOUT,
         )
@@ -1009,7 +1026,8 @@ def promotion_from_env(env: Mapping[str, str]) -> Promotion | None:
     if not DEPLOYMENT_ID.fullmatch(name):
         return None
     try:
-        return Promotion(name, a_time(float(env.get(LAST_PROMOTED_AT_VARIABLE) or 0)))
+        at = a_time(float(env.get(LAST_PROMOTED_AT_VARIABLE) or 0))
+        return Promotion(name, at if at < time.time() + CLOCKS_MAY_DIFFER else 0.0)
     except ValueError:
         return Promotion(name, 0.0)
 
@@ -2882,7 +2900,7 @@ class MaintenancePage:
 
 def maintenance_page(closed: Maintenance) -> MaintenancePage:
     again = f"<meta http-equiv=refresh content={closed.retry_after}>{PAGE}"
-    return MaintenancePage((closed.page or again).encode(), closed.retry_after)
+    return MaintenancePage((closed.page or again).encode(errors="replace"), closed.retry_after)
 
 
 def passes(request: Request) -> bool:

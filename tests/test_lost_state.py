@@ -530,3 +530,14 @@ def test_who_knows_what_was_active() -> None:
     assert known_active(stack, {"routers": [old]}) == "right"
     with pytest.raises(Failure, match="gone was promoted last, and does not run any more"):
         known_active(stack, {"routers": [empty]})
+
+
+def test_what_is_no_text_is_ignored(site: Site, run_router: Run) -> None:
+    """Before, one byte that is no UTF-8 ended every router and every command."""
+    process = up(run_router(site.server))
+    for key in (":deployment:junk", ":history", ":removed"):
+        site.server.client.set(f"pulse:railway{key}", b"\x80\xff")
+    site.server.client.publish("pulse:railway:events", b"\xff")
+    assert site.promote("old") == 0
+    eventually(lambda: page(process) == (200, b"old"))
+    assert site.control("status") == 0

@@ -654,3 +654,33 @@ def test_intent_and_store() -> None:
     unnamed = replace(routing, store_id=None)
     assert control.is_lost(unnamed, router.Promotion("a", 5.0))
     assert not control.is_lost(unnamed, None)
+
+
+# -- what a stranger has put there -------------------------------------------------------------
+
+
+def test_a_promotion_in_the_far_future_is_none() -> None:
+    """Before, later promotions were acknowledged and then undone, and no command healed it."""
+    state = {":active": "a", ":promoted": json.dumps({"deployment_id": "w", "at": 1e11})}
+    found = router.parse(state, 1_000_000.0)
+    assert (found.active, found.promoted) == ("a", None)
+    assert found.problems == (":promoted is in the future",)
+
+
+def test_the_active_one_is_not_being_removed() -> None:
+    """Before, everybody got 404, and `status` said that nothing was wrong."""
+    record = {"state": "active", "service_name": "a", "retiring_at": 5}
+    state = {":active": "a", ":deployment:a": json.dumps(record)}
+    found = router.parse(state, 1_000_000.0)
+    assert found.records["a"].retiring_at is None
+    assert found.problems == ("a: retiring_at, although it is active",)
+
+
+def test_a_site_that_was_opened_later_stays_open() -> None:
+    """A router that was frozen while the site was closed brings its memory into a lost store."""
+    on, off = ({"at": at, "what": f"maintenance {s}"} for at, s in ((1.0, "on"), (2.0, "off")))
+    known = router.Routing(
+        store_id="x", epoch=3, active="a", history=(on,), maintenance=router.Maintenance(1.0)
+    )
+    store = router.Routing(store_id="y", epoch=5, active="a", history=(on, off))
+    assert router.repaired(store, known, "z").maintenance is None
