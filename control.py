@@ -550,8 +550,18 @@ def read_reports(store: router.RedisStore, keys: list[str]) -> list[Json]:
             age = max(router.REPORT_LEASE - left / 1000, 0.0) if left >= 0 else 0.0
             name = key.removeprefix(f"{store.prefix}:router:")
             with contextlib.suppress(ValueError):
-                found.append({**router.json_object(text), "router": name, "age": round(age, 1)})
+                report = {**router.json_object(text), "router": name, "age": round(age, 1)}
+                found.append(report | understood(report))
     return found
+
+
+def understood(report: Json) -> Json:
+    """What others read in a report, as it has to be, whatever was there."""
+    counters = ("requests", "errors", "tunnels_open", "uptime_seconds")
+    kept: Json = {n: report[n] if type(report.get(n)) is int else 0 for n in counters}
+    for name in ("in_flight", "tallies"):
+        kept[name] = report[name] if isinstance(report.get(name), dict) else {}
+    return kept
 
 
 def wait_for_routers(

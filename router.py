@@ -261,6 +261,7 @@ def an_address(value: Any) -> str:
     url = urllib.parse.urlsplit(a_text(value))
     if url.scheme != "http" or not url.hostname or url.port == 0:
         raise ValueError
+    url.hostname.encode("idna")  # a name that cannot be looked up: UnicodeError
     return str(value).rstrip("/")
 
 

@@ -216,7 +216,10 @@ def test_a_router_of_another_version(site: Site, capsys: pytest.CaptureFixture[s
     assert said(capsys)["behind"] == []
 
 
-@pytest.mark.parametrize("text", ["[]", "junk", '{"epoch": "1", "in_flight": 7}', "{}"])
+@pytest.mark.parametrize(
+    "text",
+    ["[]", "junk", '{"epoch": "1", "in_flight": [7]}', "{}", '{"requests": "x", "tallies": 1}'],
+)
 def test_a_report_that_is_none_holds_nothing_up(
     site: Site, capsys: pytest.CaptureFixture[str], text: str
 ) -> None:

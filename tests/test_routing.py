@@ -684,3 +684,10 @@ def test_a_site_that_was_opened_later_stays_open() -> None:
     )
     store = router.Routing(store_id="y", epoch=5, active="a", history=(on, off))
     assert router.repaired(store, known, "z").maintenance is None
+
+
+def test_a_name_that_cannot_be_looked_up_is_no_address() -> None:
+    """Before, each request to it was dropped, with a traceback."""
+    record = {"state": "pending", "service_name": "b", "address": "http://a..b:80"}
+    found = router.parse_record("b", json.dumps(record))
+    assert (found.address, found.ignored) == (None, ("address",))
