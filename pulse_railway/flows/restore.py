@@ -86,6 +86,6 @@ def known_active(stack: Stack, state: dict[str, Any]) -> str:
             f" --deployment-id with one of {joined(there)}"
         )
     raise Failure(
-        f"nobody knows which deployment was active: pass --deployment-id with one of"
+        "nobody knows which deployment was active: pass --deployment-id with one of"
         f" {joined(there)}"
     )
