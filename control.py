@@ -2,6 +2,7 @@
 # /// script
 # requires-python = ">=3.12"
 # dependencies = [
+#   "aiohappyeyeballs>=2.6",
 #   "httptools>=0.6.4",
 #   "redis>=6.4",
 #   "starlette>=0.50",
@@ -41,7 +42,7 @@ from typing import Any, cast
 import redis
 
 import router
-from router import Json, Promotion, Record, Routing, StateError, Step
+from router import Json, Promotion, Record, Routing, Step, Tombstone
 
 HEAL_WAIT = 8.0  # seconds that a command waits for a router to write lost state back
 REPORT_WAIT = 10.0  # seconds that a command waits until every router serves what it has written
@@ -53,6 +54,14 @@ JANITOR_LOCK = ":janitor:lock"
 LOCK_MARK = "steps-"  # begins a holder's name whose every change is one transaction
 COMMAND_LOCK_SECONDS = 30  # longer than a command takes
 JANITOR_WAIT = 15.0  # seconds that a command waits for an older janitor to end
+
+
+class StateError(Exception):
+    """A control command that would leave the routing state wrong. `reason` is for programs."""
+
+    def __init__(self, message: str, reason: str = "refused") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 # -- the steps ---------------------------------------------------------------------------------
@@ -302,7 +311,12 @@ def delete(routing: Routing, deployment_id: str) -> Routing:
     if record is None:
         return routing
     records = {k: v for k, v in routing.records.items() if k != deployment_id}
-    return replace(routing, records=records).with_tombstone(deployment_id, record.service_id)
+    return add_tombstone(replace(routing, records=records), deployment_id, record.service_id)
+
+
+def add_tombstone(routing: Routing, deployment_id: str, service_id: str | None) -> Routing:
+    grave = Tombstone(routing.now, service_id)
+    return replace(routing, tombstones={**routing.tombstones, deployment_id: grave})
 
 
 def retire(routing: Routing, deployment_id: str, service_id: str | None = None) -> Routing:
@@ -317,7 +331,7 @@ def retire(routing: Routing, deployment_id: str, service_id: str | None = None) 
     service_id = service_id or (known.service_id if known else None)
     if grave and grave.service_id == service_id:
         return routing
-    return routing.with_tombstone(deployment_id, service_id)
+    return add_tombstone(routing, deployment_id, service_id)
 
 
 def retire_if_unchanged(

@@ -2,6 +2,7 @@
 # /// script
 # requires-python = ">=3.12"
 # dependencies = [
+#   "aiohappyeyeballs>=2.6",
 #   "httptools>=0.6.4",
 #   "httpx>=0.28.1",
 #   "redis>=6.4",
@@ -482,7 +483,7 @@ class Run:
         """What fails at one deployment is reported, and the others have their turn."""
         try:
             yield
-        except (router.StateError, RuntimeError, httpx.HTTPError) as error:
+        except (control.StateError, RuntimeError, httpx.HTTPError) as error:
             words = str(error) if not isinstance(error, httpx.HTTPError) else type(error).__name__
             self.report.failed[name] = words
             log.error("%s: %s", name, words)
@@ -577,7 +578,7 @@ class Run:
             routing = self.store.apply(
                 lambda state: control.retire_if_unchanged(state, name, judged, service_id)
             )
-        except router.StateError as error:  # promoted, rolled back to, or drained anew
+        except control.StateError as error:  # promoted, rolled back to, or drained anew
             self.report.kept[name] = str(error)
             return
         since = control.retired_for(routing, name)
@@ -700,7 +701,7 @@ def main(argv: list[str]) -> int:
                 return 0
             report = clean_up(store, railway, routing, found, token, limits)
         notify(env, report)
-    except (Contradiction, router.StateError, RuntimeError) as error:
+    except (Contradiction, control.StateError, RuntimeError) as error:
         print(f"refused: {error}", file=sys.stderr)
         return 1
     except (redis.RedisError, httpx.HTTPError) as error:

@@ -2,6 +2,7 @@
 # /// script
 # requires-python = ">=3.12"
 # dependencies = [
+#   "aiohappyeyeballs>=2.6",
 #   "httptools>=0.6.4",
 #   "redis>=6.4",
 #   "starlette>=0.50",
@@ -51,7 +52,6 @@ import re
 import resource
 import secrets
 import socket
-import sqlite3
 import struct
 import sys
 import time
@@ -59,9 +59,10 @@ import traceback
 import urllib.parse
 from bisect import bisect_left
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+import aiohappyeyeballs
 import httptools
 import redis
 import redis.asyncio
@@ -73,7 +74,12 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
 
 if TYPE_CHECKING:
+    from aiohappyeyeballs import AddrInfoType
+
     import telemetry
+    from sqlite_store import SqliteStore
+
+    type Store = RedisStore | SqliteStore
 
 VERSION = "0.4.0"  # of the package that this belongs to
 
@@ -198,18 +204,6 @@ PROCESSED_TTL = 3600.0
 HISTORY_AT_MOST = 100
 
 
-class StateError(Exception):
-    """A control command that would leave the routing state wrong. `reason` is for programs."""
-
-    def __init__(self, message: str, reason: str = "refused") -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
-def record_key(deployment_id: str) -> str:
-    return RECORD + deployment_id
-
-
 def json_object(text: str | bytes | None) -> Json:
     """A JSON object as it is stored. Raises ValueError for anything else."""
     try:
@@ -269,22 +263,11 @@ def a_bake(value: Any) -> float:
     return a_time(an_object(value).get("until"))
 
 
-FIELDS: dict[str, Callable[[Any], Any]] = {  # of a record, and what each may hold
-    "state": a_text,
-    "service_name": a_text,
-    "address": an_address,
-    "service_id": a_text,
-    "registered_at": a_time,
-    "promoted_at": a_time,
-    "drain_started_at": a_time,
-    "rejected_at": a_time,
-    "retiring_at": a_time,
-    "held": a_flag,
-    "weight": a_percentage,
-    "bake": a_bake,
-    "about": an_object,
-    "instances": an_object,
-}
+def stored(parser: Callable[[Any], Any], default: Any = None) -> Any:
+    """A field of a record, and what it may hold."""
+    return field(default=default, metadata={"parser": parser})
+
+
 # What no step of ours takes away: where it is missing, 0.3.x's janitor has written the record anew.
 LASTING = ("address", "service_id", "registered_at", "promoted_at", "about", "instances")
 HOST_NAME = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?", re.IGNORECASE)
@@ -295,20 +278,22 @@ class Record:
     """A deployment as the store has it. Times are seconds since 1970 by the store's clock."""
 
     deployment_id: str
-    state: str = ""  # pending, active, draining; any other word is kept, and never removed
-    service_name: str | None = None
-    address: str | None = None
-    service_id: str | None = None
-    registered_at: float | None = None
-    promoted_at: float | None = None
-    drain_started_at: float | None = None
-    rejected_at: float | None = None  # rolled back from, or a canary that was ended
-    retiring_at: float | None = None  # being removed: out of the routing, never promoted again
-    held: bool = False  # pinned: it is meant to stay pending
-    weight: float | None = None  # percent of new visitors: it is the canary
-    bake: float | None = None  # watched until then
-    about: Json | None = None  # its commit, author, message, and who deployed it
-    instances: Json | None = None
+    state: str = stored(a_text, "")  # pending, active, draining; another one is never removed
+    service_name: str | None = stored(a_text)
+    address: str | None = stored(an_address)
+    service_id: str | None = stored(a_text)
+    registered_at: float | None = stored(a_time)
+    promoted_at: float | None = stored(a_time)
+    drain_started_at: float | None = stored(a_time)
+    rejected_at: float | None = stored(a_time)  # rolled back from, or a canary that was ended
+    retiring_at: float | None = stored(a_time)  # being removed: not routed to, never promoted
+    held: bool = stored(a_flag, False)  # pinned: it is meant to stay pending
+    weight: float | None = stored(a_percentage)  # of the new visitors: it is the canary
+    bake: float | None = stored(a_bake)  # watched until then
+    about: Mapping[str, Any] | None = stored(
+        an_object
+    )  # its commit, author, message, and who deployed it
+    instances: Mapping[str, Any] | None = stored(an_object)
     raw: Json = field(default_factory=dict)  # as it is stored, with what we do not know
     ignored: tuple[str, ...] = ()  # fields that hold what they may not
 
@@ -346,6 +331,11 @@ class Record:
         found.setdefault("service_name", self.deployment_id)
         found.setdefault("drain_started_at", None)
         return found
+
+
+FIELDS: dict[str, Callable[[Any], Any]] = {
+    f.name: f.metadata["parser"] for f in fields(Record) if f.metadata
+}
 
 
 def parse_record(deployment_id: str, text: str) -> Record:
@@ -454,10 +444,6 @@ class Routing:
     def with_records(self, *records: Record) -> Routing:
         return replace(self, records={**self.records, **{r.deployment_id: r for r in records}})
 
-    def with_tombstone(self, deployment_id: str, service_id: str | None) -> Routing:
-        grave = Tombstone(self.now, service_id)
-        return replace(self, tombstones={**self.tombstones, deployment_id: grave})
-
 
 def parse(state: State, now: float) -> Routing:
     """The routing state from the store's strings. Never raises: what cannot be read is ignored, is
@@ -496,7 +482,9 @@ def parse(state: State, now: float) -> Routing:
     if active and not DEPLOYMENT_ID.fullmatch(active):
         problems.append(f"{ACTIVE} is no deployment id")
         active = None
-    promoted = read(PROMOTED, _promotion)
+    promoted = read(
+        PROMOTED, lambda found: Promotion(a_text(found["deployment_id"]), a_time(found["at"]))
+    )
     if promoted and promoted.at > now + CLOCKS_MAY_DIFFER:
         problems.append(f"{PROMOTED} is in the future")
         promoted = None
@@ -518,10 +506,6 @@ def parse(state: State, now: float) -> Routing:
         tuple(problems),
         frozenset(state.keys() & FIXED.keys()),
     )
-
-
-def _promotion(found: Json) -> Promotion:
-    return Promotion(a_text(found["deployment_id"]), a_time(found["at"]))
 
 
 def _tombstones(found: Json) -> dict[str, Tombstone]:
@@ -589,7 +573,7 @@ def changes(old: Routing, new: Routing) -> Change:
     for name in old.records.keys() | new.records.keys():
         after = new.records.get(name)
         if after != old.records.get(name):
-            change[record_key(name)] = compact(after.json()) if after else None
+            change[RECORD + name] = compact(after.json()) if after else None
     if change:
         if new.store_id is None:
             change[STORE_ID] = secrets.token_hex(8)
@@ -749,16 +733,20 @@ def _with_one_active(
 class RedisStore:
     """The routing state in Redis, under `prefix`."""
 
+    OPTIONS: ClassVar[Json] = {
+        "decode_responses": True,
+        "encoding_errors": "replace",  # what is no UTF-8 is not understood, and no error
+        "socket_timeout": REDIS_TIMEOUT,
+        "socket_connect_timeout": REDIS_TIMEOUT,
+    }
+
     def __init__(self, url: str, prefix: str) -> None:
         self.url, self.prefix = url, prefix
         self.client = redis.Redis.from_url(
             url,
-            decode_responses=True,
-            encoding_errors="replace",  # what is no UTF-8 is not understood, and no error
-            socket_timeout=REDIS_TIMEOUT,
-            socket_connect_timeout=REDIS_TIMEOUT,
             # a connection that has died meanwhile is made anew; one that hangs is not asked again
             retry=redis.retry.Retry(redis.backoff.NoBackoff(), 1, (redis.ConnectionError,)),
+            **self.OPTIONS,
         )
         self.pattern = f"{prefix}{RECORD}*"
         self.fixed = [prefix + key for key in FIXED]
@@ -804,15 +792,12 @@ class RedisStore:
         """Have every router read the whole state."""
         self.client.publish(f"{self.prefix}:events", "[]")
 
+    def disconnect(self) -> None:
+        self.client.connection_pool.disconnect()
+
     async def follow(self, table: Table) -> None:
         """Keep the table as the store says, and report what this router serves."""
-        client = redis.asyncio.Redis.from_url(
-            self.url,
-            decode_responses=True,
-            encoding_errors="replace",  # what is no UTF-8 is not understood, and no error
-            socket_timeout=REDIS_TIMEOUT,
-            socket_connect_timeout=REDIS_TIMEOUT,
-        )
+        client = redis.asyncio.Redis.from_url(self.url, **self.OPTIONS)
         async with client, client.pubsub(ignore_subscribe_messages=True) as pubsub:
             await pubsub.subscribe(f"{self.prefix}:events")
             await Follower(self, client, table).run(pubsub)
@@ -893,7 +878,7 @@ class Follower:
         table.pending_lookups -= lookups
 
     def know(self, *names: str) -> None:
-        self.keys |= {self.store.prefix + record_key(name) for name in names}
+        self.keys |= {self.store.prefix + RECORD + name for name in names}
 
     async def scan(self) -> None:
         """Look for records that nobody announced: all keys of Redis where that was asked for and
@@ -915,8 +900,8 @@ class Follower:
         keys = [*self.store.fixed, *self.keys]
         state = self.store.state(keys, await self.client.mget(keys))
         active = state.get(ACTIVE)
-        if active and record_key(active) not in state:
-            key = self.store.prefix + record_key(active)
+        if active and RECORD + active not in state:
+            key = self.store.prefix + RECORD + active
             state |= self.store.state([key], await self.client.mget([key]))
         return parse(state, time.time())
 
@@ -940,61 +925,6 @@ class Follower:
             await self.client.set(self.report_key, text, ex=REPORT_LEASE)
 
 
-class LocalStore:
-    """The routing state in a SQLite file, for runs without Redis."""
-
-    def __init__(self, path: str, prefix: str) -> None:
-        self.prefix = prefix
-        self.db = sqlite3.connect(path, isolation_level=None, timeout=5)
-        # 0.3.x's table, so that either version reads the other's file
-        self.db.execute(
-            "CREATE TABLE IF NOT EXISTS pulse_kv"
-            " (key TEXT PRIMARY KEY, value TEXT NOT NULL, expires_at REAL)"
-        )
-
-    def read(self) -> Routing:
-        rows = self.db.execute(
-            "SELECT key, value FROM pulse_kv"
-            " WHERE substr(key, 1, ?) = ? AND (expires_at IS NULL OR expires_at > ?)",
-            (len(self.prefix) + 1, self.prefix + ":", time.time()),
-        )
-        state = {key.removeprefix(self.prefix): value for key, value in rows}
-        return parse(state, time.time())
-
-    def apply(self, step: Step) -> Routing:
-        """As RedisStore's."""
-        self.db.execute("BEGIN IMMEDIATE")
-        try:
-            before = self.read()
-            after = step(before)
-            change = changes(before, after)
-            for key, value in change.items():
-                self.db.execute("DELETE FROM pulse_kv WHERE key = ?", (self.prefix + key,))
-                if value is not None:
-                    row = self.prefix + key, value
-                    self.db.execute("INSERT INTO pulse_kv (key, value) VALUES (?, ?)", row)
-        except BaseException:
-            self.db.execute("ROLLBACK")
-            raise
-        self.db.execute("COMMIT")
-        return written(after, change)
-
-    def announce(self) -> None:
-        pass  # who follows it looks all the time
-
-    async def follow(self, table: Table) -> None:
-        while True:
-            table.refresh_event.clear()
-            found = self.read()
-            if table.needs_repair(found):
-                await table.repair(self, found)
-                found = self.read()
-            table.load(found)
-            table.pending_lookups.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(table.refresh_event.wait(), 0.05)
-
-
 def written(after: Routing, change: Change) -> Routing:
     """What the store holds after a step whose change was written."""
     if not change:
@@ -1004,9 +934,6 @@ def written(after: Routing, change: Change) -> Routing:
     )
 
 
-Store = RedisStore | LocalStore
-
-
 def store_from_env(env: Mapping[str, str]) -> Store:
     """The store that the environment names: REDIS_URL on Railway, PULSE_KV_* elsewhere."""
     prefix = (env.get("PULSE_RAILWAY_REDIS_PREFIX") or DEFAULT_REDIS_PREFIX).rstrip(":")
@@ -1014,7 +941,10 @@ def store_from_env(env: Mapping[str, str]) -> Store:
     if kind == "sqlite":
         if not env.get("PULSE_KV_PATH"):
             raise SystemExit("PULSE_KV_KIND=sqlite needs PULSE_KV_PATH, the file to use")
-        return LocalStore(env["PULSE_KV_PATH"], prefix)
+        sys.modules.setdefault("router", sys.modules[__name__])  # it imports this very module
+        from sqlite_store import SqliteStore
+
+        return SqliteStore(env["PULSE_KV_PATH"], prefix)
     url = env.get("PULSE_KV_URL") or env.get("REDIS_URL")
     if kind != "redis" or not url:
         raise SystemExit("set REDIS_URL, or PULSE_KV_KIND=sqlite and PULSE_KV_PATH")
@@ -1073,7 +1003,7 @@ class Table:
         self.active: Deployment | None = None
         self.canary: Deployment | None = None
         self.weight = 0.0  # percent of the new visitors that the canary gets
-        self.page: MaintenancePage | None = None
+        self.closed: Maintenance | None = None
         self.routing = Routing()  # the last that was good
         self.since = 0.0  # when this epoch was first served, in seconds since 1970
         self.loaded = False
@@ -1147,13 +1077,10 @@ class Table:
         step = functools.partial(
             repaired, known=known, new_id=secrets.token_hex(8), alive=self.alive()
         )
-        if isinstance(store, LocalStore):
-            store.apply(step)
-            return
         try:
             await loop.run_in_executor(None, store.apply, step)
         finally:
-            store.client.connection_pool.disconnect()  # its connection does not stay
+            store.disconnect()
 
     def note_missing(self, found: Routing) -> None:
         """Remember the deployments whose records are gone, though nobody of ours has removed them.
@@ -1222,7 +1149,7 @@ class Table:
         canary = routing.canary
         self.canary = known.get(canary.deployment_id.encode()) if canary else None
         self.weight = (canary.weight if canary else None) or 0.0
-        self.page = maintenance_page(routing.maintenance) if routing.maintenance else None
+        self.closed = routing.maintenance
 
     def _entry(self, record: Record) -> Deployment | None:
         """The table's entry for a record; the one we have where nothing but its state changed."""
@@ -1253,7 +1180,7 @@ class Table:
                     self.active, self.provisional = self._entry(record), True
                     self.deployments = {record.deployment_id.encode(): cast(Any, self.active)}
                     if os.environ.get("PULSE_RAILWAY_MAINTENANCE"):
-                        self.page = maintenance_page(Maintenance(0.0))
+                        self.closed = Maintenance(0.0)
             await asyncio.sleep(PROVISIONAL_SECONDS)
 
     # -- what a request needs ------------------------------------------------------------------
@@ -1297,7 +1224,7 @@ class Table:
             began = time.monotonic()
             try:
                 await store.follow(self)
-            except (redis.RedisError, sqlite3.Error, OSError, TimeoutError) as error:
+            except (redis.RedisError, OSError, TimeoutError) as error:
                 # The class only: the message of a Redis error can carry its URL.
                 log.error("routing state unreadable (%s); trying again", type(error).__name__)
             pause = 0.1 if time.monotonic() - began > 10 else min(pause * 2, 2.0)
@@ -1332,21 +1259,16 @@ class Tally:
     """What came of one deployment's requests."""
 
     # by method and status // 100; others than the known methods are OpenTelemetry's _OTHER
-    answers: dict[tuple[bytes, int], Histogram] = field(default_factory=dict)
+    answers: collections.defaultdict[tuple[bytes, int], Histogram] = field(
+        default_factory=lambda: collections.defaultdict(Histogram)
+    )
     first_byte: Histogram = field(default_factory=Histogram)
-    errors: dict[str, int] = field(default_factory=dict)  # by what went wrong
+    errors: collections.Counter[str] = field(default_factory=collections.Counter)  # by their kind
     failed: int = 0  # of these, what is not among the answers: broken off, or another answered
     tunnels: int = 0  # that were opened
 
     def answered(self, method: bytes, status: int, seconds: float) -> None:
-        key = method if method in METHODS else b"_OTHER", status // 100
-        histogram = self.answers.get(key)
-        if histogram is None:
-            histogram = self.answers[key] = Histogram()
-        histogram.add(seconds)
-
-    def erred(self, kind: str) -> None:
-        self.errors[kind] = self.errors.get(kind, 0) + 1
+        self.answers[method if method in METHODS else b"_OTHER", status // 100].add(seconds)
 
     def summary(self) -> tuple[list[int], int, list[int]]:
         """Answers by status class, failures without one, answers by bucket of duration."""
@@ -1493,39 +1415,34 @@ def pooled(deployment: Deployment, max_idle: float) -> Upstream | None:
     return None
 
 
-Address = tuple[str, int]
-
-
 class Resolver:
     """Names to addresses, by Python's own resolver in threads: one question at a time for a name,
     so that a bad one holds one thread, and an answer is good for a few seconds."""
 
     def __init__(self) -> None:
-        self.known: dict[Address, tuple[float, list[Address]]] = {}
-        self.asking: dict[Address, asyncio.Task[list[Address]]] = {}
+        self.known: dict[tuple[str, int], tuple[float, list[AddrInfoType]]] = {}
+        self.asking: dict[tuple[str, int], asyncio.Task[list[AddrInfoType]]] = {}
         self.threads = concurrent.futures.ThreadPoolExecutor(RESOLVERS, "resolver")
 
-    async def addresses(self, host: str, port: int) -> tuple[list[Address], bool]:
+    async def addresses(self, host: str, port: int) -> tuple[list[AddrInfoType], bool]:
         """All addresses of a name, and whether they were remembered. Raises OSError."""
-        if is_literal(host):
-            return [(host, port)], False
         key = host, port
         until, found = self.known.get(key, (0.0, []))
         if time.monotonic() < until:
-            return list(found), True
+            return found, True
         task = self.asking.get(key)
         if task is None:
             task = self.asking[key] = asyncio.get_running_loop().create_task(self._ask(key))
-            task.add_done_callback(_look_away)
-        return list(await asyncio.shield(task)), False
+            # its outcome is for those who wait; nobody may be there any more
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return await asyncio.shield(task), False
 
-    async def _ask(self, key: Address) -> list[Address]:
+    async def _ask(self, key: tuple[str, int]) -> list[AddrInfoType]:
         try:
             # not loop.getaddrinfo: uvloop's own would pass by what Python's resolver is told
-            infos = await asyncio.get_running_loop().run_in_executor(
+            found: list[Any] = await asyncio.get_running_loop().run_in_executor(
                 self.threads, functools.partial(socket.getaddrinfo, *key, type=socket.SOCK_STREAM)
             )
-            found = list(dict.fromkeys((str(i[4][0]), int(i[4][1])) for i in infos))
             now = time.monotonic()
             self.known = {k: v for k, v in self.known.items() if v[0] > now}
             self.known[key] = now + RESOLVED_SECONDS, found
@@ -1535,12 +1452,6 @@ class Resolver:
 
     def forget(self, host: str, port: int) -> None:
         self.known.pop((host, port), None)
-
-
-def _look_away(task: asyncio.Task[Any]) -> None:
-    """Its outcome is for those who wait; nobody may be there any more."""
-    if not task.cancelled():
-        task.exception()
 
 
 @functools.lru_cache(maxsize=512)
@@ -1562,21 +1473,26 @@ async def connect(deployment: Deployment, patience: float = CONNECT_TIMEOUT) -> 
     Raises UpstreamError: 502 where the backend refuses, 504 where it does not answer in time.
     """
     clients = len(Client.instances) + len(TunnelEnd.open)
-    if clients > CONNECTIONS.limit // 2 and clients + idle_connections() > CONNECTIONS.limit:
+    if clients > Client.limit // 2 and clients + idle_connections() > Client.limit:
         for other in TABLE.deployments.values():
             close_idle(other)  # descriptors are short, and this one is needed
     host, port = deployment.host, deployment.port
     try:
         async with asyncio.timeout(patience):
-            addresses, remembered = await RESOLVER.addresses(host, port)
-            try:
-                return await _first_to_connect(deployment, addresses)
-            except OSError:
-                RESOLVER.forget(host, port)
-                if not remembered:
-                    raise
-            addresses, _ = await RESOLVER.addresses(host, port)  # it may have moved
-            return await _first_to_connect(deployment, addresses)
+            if is_literal(host):
+                return await upstream_at(deployment, host=host, port=port)
+            for _ in range(2):
+                addresses, remembered = await RESOLVER.addresses(host, port)
+                try:
+                    sock = await aiohappyeyeballs.start_connection(
+                        addresses, happy_eyeballs_delay=0.25
+                    )
+                    return await upstream_at(deployment, sock=sock)
+                except OSError:
+                    RESOLVER.forget(host, port)
+                    if not remembered:
+                        raise  # else it may have moved
+            raise OSError
     except TimeoutError:
         RESOLVER.forget(host, port)
         raise UpstreamError(504, "the deployment does not answer") from None
@@ -1584,93 +1500,36 @@ async def connect(deployment: Deployment, patience: float = CONNECT_TIMEOUT) -> 
         raise UpstreamError(502, "the deployment refuses connections") from None
 
 
-async def _first_to_connect(deployment: Deployment, addresses: list[tuple[Any, Any]]) -> Upstream:
+async def upstream_at(deployment: Deployment, **where: Any) -> Upstream:
     loop = asyncio.get_running_loop()
-
-    async def attempt(address: tuple[Any, Any]) -> Upstream:
-        _, upstream = await loop.create_connection(lambda: Upstream(deployment), *address)
-        return upstream
-
-    if len(addresses) == 1:
-        return await attempt(addresses[0])
-    pending: set[asyncio.Task[Upstream]] = set()
-    error: BaseException = OSError("the name has no address")
-    try:
-        while addresses or pending:
-            if addresses:
-                pending.add(loop.create_task(attempt(addresses.pop(0))))
-            done, pending = await asyncio.wait(
-                pending,
-                timeout=0.25 if addresses else None,
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-            first = None
-            for task in done:
-                if problem := task.exception():
-                    error = problem
-                elif first is None:
-                    first = task.result()
-                else:  # two at once
-                    task.result().transport.close()
-            if first:
-                return first
-        raise error
-    finally:
-        for task in pending:
-            task.add_done_callback(_drop_late)
-            task.cancel()
-
-
-def _drop_late(task: asyncio.Task[Upstream]) -> None:
-    if not task.cancelled() and not task.exception():
-        task.result().transport.close()
+    _, upstream = await loop.create_connection(lambda: Upstream(deployment), **where)
+    return upstream
 
 
 # ---------------------------------------------------------------------------------------------
 # The client's side of a connection.
 
 
-@dataclass
-class Connections:
-    """How many clients may be connected at once; `raise_limit` sets it in each process."""
+def client_limit(wanted: int | None) -> int:
+    """How many clients may be connected at once, after this process has got as many descriptors as
+    it may: half of them, or what is wanted where that is fewer."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # above the kernel's own limit
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    room = (soft - DESCRIPTORS_KEPT) // 2 if soft != resource.RLIM_INFINITY else 1 << 30
+    return max(8, min(room, wanted or room))
 
-    limit: int = 1 << 30
-
-    def raise_limit(self, wanted: int | None) -> None:
-        """As many descriptors as this process may have, half of them for clients; fewer clients
-        where `wanted` says so."""
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        with contextlib.suppress(ValueError, OSError):  # above the kernel's own limit
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        room = (soft - DESCRIPTORS_KEPT) // 2 if soft != resource.RLIM_INFINITY else 1 << 30
-        self.limit = max(8, min(room, wanted or room))
-
-
-CONNECTIONS = Connections()
 
 CHUNKED = b"transfer-encoding: chunked\r\n"
 
 # RFC 9110 section 7.6.1: meant for one connection only. `Connection` itself names more.
 HOP_BY_HOP = frozenset(
-    (
-        b"connection",
-        b"keep-alive",
-        b"proxy-authenticate",
-        b"proxy-authorization",
-        b"proxy-connection",
-        b"te",
-        b"trailer",
-        b"transfer-encoding",
-        b"upgrade",
-    )
+    b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer"
+    b" transfer-encoding upgrade".split()
 )
-
-
 # ... but not what frames or addresses the message
 NOT_NAMED_AWAY = frozenset((b"content-length", b"host"))
-
-
 # ... of a request: what police() looks at
 POLICED = frozenset((b"host", b"content-length", b"transfer-encoding", b"expect"))
 
@@ -1739,6 +1598,7 @@ class Client(asyncio.Protocol):
     """
 
     instances: ClassVar[set[Client]] = set()  # all open ones, for the sweep
+    limit: ClassVar[int] = 1 << 30  # of them and the open tunnels
 
     def __init__(self, *, server_state: Any, **_: Any) -> None:
         self.connections, self.tasks = server_state.connections, server_state.tasks
@@ -1769,7 +1629,7 @@ class Client(asyncio.Protocol):
         self.touched = self.loop.time()  # when the client last sent, or was last answered
         self.connections.add(self)
         Client.instances.add(self)
-        if (open_now := len(Client.instances) + len(TunnelEnd.open)) > CONNECTIONS.limit:
+        if (open_now := len(Client.instances) + len(TunnelEnd.open)) > Client.limit:
             self.turn_away(open_now)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -1875,7 +1735,7 @@ class Client(asyncio.Protocol):
         """Near the limit of descriptors, newcomers are told so; those who are there go on. Each
         of them may need a second descriptor, to its backend."""
         METRICS.turned_away += 1
-        if open_now > CONNECTIONS.limit * 1.05 + 16:  # no descriptors for politeness either
+        if open_now > Client.limit * 1.05 + 16:  # no descriptors for politeness either
             self.transport.abort()
             return
         self.parser = None
@@ -2369,7 +2229,7 @@ class Exchange:
             log.warning("%s: %s", self.upstream.deployment.id, why)
             tally = self.upstream.deployment.tally
             tally.failed += 1
-            tally.erred("broken_off")
+            tally.errors["broken_off"] += 1
             self.flush()
             if self.version_10:  # nothing else would tell it from a complete answer
                 reset(self.client.transport)
@@ -2494,7 +2354,8 @@ def request_head(request: Request, deployment: Deployment) -> list[bytes]:
         url = request.path + (b"?" + request.query if asked else b"")
     out = [request.method, b" ", url, b" HTTP/1.1\r\n"]
     drop = HOP_BY_HOP
-    host = forwarded_for = forwarded_proto = forwarded_host = coded = None
+    seen: dict[bytes, bytes] = {}
+    coded = False
     for name, lower, value in request.fields:
         if lower in drop:
             if lower == b"connection":
@@ -2505,24 +2366,17 @@ def request_head(request: Request, deployment: Deployment) -> list[bytes]:
                 coded = True
             continue
         if lower in FORWARDED:
-            if lower == b"host":
-                host = value
-            elif lower == b"x-forwarded-for":
-                forwarded_for = value
-            elif lower == b"x-forwarded-proto":
-                forwarded_proto = value
-            else:
-                forwarded_host = value
+            seen[lower] = value
         out.append(name + b": " + value + b"\r\n")
     if drop is not HOP_BY_HOP:  # Connection may name a header that stood before it
         out[4:] = [line for line in out[4:] if line.partition(b":")[0].lower() not in drop]
-    if host is None:  # HTTP/1.0
+    if b"host" not in seen:  # HTTP/1.0
         out.append(b"host: " + deployment.authority.encode() + b"\r\n")
-    elif forwarded_host is None:
-        out.append(b"x-forwarded-host: " + host + b"\r\n")
-    if forwarded_for is None and request.client.peer:
+    elif b"x-forwarded-host" not in seen:
+        out.append(b"x-forwarded-host: " + seen[b"host"] + b"\r\n")
+    if b"x-forwarded-for" not in seen and request.client.peer:
         out.append(b"x-forwarded-for: " + request.client.peer + b"\r\n")
-    if forwarded_proto is None:
+    if b"x-forwarded-proto" not in seen:
         out.append(b"x-forwarded-proto: http\r\n")
     if coded:
         out.append(CHUNKED)
@@ -2679,11 +2533,9 @@ class TunnelEnd(asyncio.Protocol):
     def check_time(self, now: float) -> None:
         """End what would otherwise last for ever: see above."""
         near, far = self, self.peer
-        if near.lost or far.lost:
-            if now - max(near.since, far.since) > FLUSH:
-                near.transport.abort()
-                far.transport.abort()
-        elif (near.ended or far.ended) and now - max(near.since, far.since) > HALF_CLOSED:
+        limit = FLUSH if near.lost or far.lost else HALF_CLOSED
+        ending = near.lost or far.lost or near.ended or far.ended
+        if ending and now - max(near.since, far.since) > limit:
             near.transport.abort()
             far.transport.abort()
 
@@ -2786,8 +2638,8 @@ def route(request: Request) -> None:
         client.answer(request, plain(404))
         return
     table = TABLE
-    if table.page and not passes(request):
-        client.answer(request, table.page.answer(request))
+    if table.closed and not passes(request):
+        client.answer(request, closed_response(request, table.closed))
         return
     if name := affinity(request):
         target = table.deployments.get(name)
@@ -2861,16 +2713,22 @@ def visitor_of(request: Request) -> tuple[bool, bytes]:
 def visitor_cookie(request: Request, fields: list[tuple[bytes, bytes]]) -> list[bytes]:
     """The header line that gives a visitor its cookie, with a page: other answers may be kept in
     caches that many share."""
-    for name, value in fields:
-        if name.lower() == b"content-type" and value.strip().lower().startswith(b"text/html"):
-            secure = b""
-            for _, lower, proto in request.fields:
-                if lower == b"x-forwarded-proto" and proto.strip().lower() == b"https":
-                    secure = b"; Secure"
-            cookie = VISITOR_COOKIE.encode() + b"=" + request.visitor
-            life = b"; Path=/; Max-Age=2592000; HttpOnly; SameSite=Lax"
-            return [b"set-cookie: " + cookie + life + secure + b"\r\n"]
-    return []
+    if not is_html(fields):
+        return []
+    secure = b""
+    for _, lower, proto in request.fields:
+        if lower == b"x-forwarded-proto" and proto.strip().lower() == b"https":
+            secure = b"; Secure"
+    cookie = VISITOR_COOKIE.encode() + b"=" + request.visitor
+    life = b"; Path=/; Max-Age=2592000; HttpOnly; SameSite=Lax"
+    return [b"set-cookie: " + cookie + life + secure + b"\r\n"]
+
+
+def is_html(fields: list[tuple[bytes, bytes]]) -> bool:
+    return any(
+        n.lower() == b"content-type" and v.strip().lower().startswith(b"text/html")
+        for n, v in fields
+    )
 
 
 # -- maintenance -------------------------------------------------------------------------------
@@ -2884,24 +2742,15 @@ PAGE = (
 INTERNAL_TOKEN = os.environ.get("PULSE_RAILWAY_INTERNAL_TOKEN", "").encode()
 
 
-@dataclass(frozen=True)
-class MaintenancePage:
+def closed_response(request: Request, closed: Maintenance) -> Response:
     """What everybody gets while the app is not to be used."""
-
-    page: bytes
-    retry_after: int  # seconds
-
-    def answer(self, request: Request) -> Response:
-        headers = {"retry-after": str(self.retry_after), "cache-control": "no-store"}
-        for _, name, value in request.fields:
-            if name == b"accept" and b"text/html" in value:
-                return Response(self.page, 503, headers, "text/html; charset=utf-8")
-        return JSONResponse({"detail": "maintenance"}, 503, headers)
-
-
-def maintenance_page(closed: Maintenance) -> MaintenancePage:
-    again = f"<meta http-equiv=refresh content={closed.retry_after}>{PAGE}"
-    return MaintenancePage((closed.page or again).encode(errors="replace"), closed.retry_after)
+    headers = {"retry-after": str(closed.retry_after), "cache-control": "no-store"}
+    for _, name, value in request.fields:
+        if name == b"accept" and b"text/html" in value:
+            again = f"<meta http-equiv=refresh content={closed.retry_after}>{PAGE}"
+            page = (closed.page or again).encode(errors="replace")
+            return Response(page, 503, headers, "text/html; charset=utf-8")
+    return JSONResponse({"detail": "maintenance"}, 503, headers)
 
 
 def passes(request: Request) -> bool:
@@ -2935,7 +2784,7 @@ async def handle(request: Request, name: bytes, *, fresh: bool = False) -> None:
         drawn = not name and target is not active and not request.begun
         if drawn and active and (not error.sent or (error.status == 502 and repeatable(request))):
             target.tally.failed += 1  # a canary that is down costs no visitor anything
-            target.tally.erred(error.kind)
+            target.tally.errors[error.kind] += 1
             try:
                 await answered_by(request, active, name)
             except UpstreamError as also:
@@ -2957,7 +2806,7 @@ async def answered_by(
 def answer_for(request: Request, target: Deployment, error: UpstreamError) -> None:
     """The answer where a backend gave none."""
     METRICS.errors += 1
-    target.tally.erred(error.kind)
+    target.tally.errors[error.kind] += 1
     response = plain(error.status, error.detail)
     response.raw_headers.append((SELECTED_HEADER.encode(), target.id.encode()))
     request.client.answer(request, response, instead_of=target)
@@ -3051,12 +2900,7 @@ def lacking(spare: str, path: bytes, status: int, fields: list[tuple[bytes, byte
         return status == 204 and any(n.lower() == b"x-remix-reload-document" for n, _ in fields)
     if status == 404:
         return True
-    if status != 200 or path.endswith((b".html", b".htm")):
-        return False
-    return any(
-        n.lower() == b"content-type" and v.strip().lower().startswith(b"text/html")
-        for n, v in fields
-    )
+    return status == 200 and not path.endswith((b".html", b".htm")) and is_html(fields)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3148,7 +2992,7 @@ def number(variable: str) -> int | None:
 def serve() -> None:
     port = number("PORT") or DEFAULT_PORT
     store_from_env(os.environ)  # a missing variable shows before the port is taken
-    CONNECTIONS.raise_limit(number("PULSE_RAILWAY_ROUTER_CONNECTION_LIMIT"))
+    Client.limit = client_limit(number("PULSE_RAILWAY_ROUTER_CONNECTION_LIMIT"))
     if os.environ.get("PULSE_RAILWAY_ROUTER_WORKERS"):
         log.warning(
             "PULSE_RAILWAY_ROUTER_WORKERS has no effect: a router is one process, and more of them"
@@ -3179,10 +3023,8 @@ def telemetry_tasks() -> dict[str, Callable[[], Coroutine[Any, Any, None]]]:
     """The access log and the metrics, where they are asked for. What is wrong with a variable that
     concerns nothing else is told in the log, and keeps nothing from being served."""
     global ACCESS_LOG
-    wants = ("PULSE_RAILWAY_ACCESS_LOG", "PULSE_RAILWAY_METRICS_PORT")
-    if not any(os.environ.get(name) for name in wants) and not any(
-        name.startswith("OTEL_") for name in os.environ
-    ):
+    asking = ("PULSE_RAILWAY_ACCESS_LOG", "PULSE_RAILWAY_METRICS_PORT", "OTEL_")
+    if not any(value and name.startswith(asking) for name, value in os.environ.items()):
         return {}
     sys.modules.setdefault("router", sys.modules[__name__])  # it imports this very module
     import telemetry
@@ -3224,7 +3066,7 @@ def look(record: Record) -> str:
     return "answers" if named in (None, record.deployment_id) else "other"
 
 
-SCRIPTS = ("router.py", "control.py", "janitor.py", "telemetry.py")
+SCRIPTS = ("router.py", "control.py", "janitor.py", "telemetry.py", "sqlite_store.py")
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from pulse_railway import __version__
 
-SCRIPTS = ("router.py", "control.py", "janitor.py", "telemetry.py")
+SCRIPTS = ("router.py", "control.py", "janitor.py", "telemetry.py", "sqlite_store.py")
 FILES = ("Dockerfile.router", *SCRIPTS, "runtime.lock")
 
 
@@ -54,6 +54,7 @@ def load(name: str) -> ModuleType:
         "control": ["router"],
         "janitor": ["router", "control"],
         "telemetry": ["router", "control"],
+        "sqlite_store": ["router"],
     }.get(name, []):
         load(other)
     spec.loader.exec_module(module)

@@ -258,7 +258,8 @@ KEYS = st.sampled_from([*router.FIXED, ":deployment:a", ":deployment:b", ":deplo
 def test_nothing_that_is_stored_stops_a_router(state: dict[str, str]) -> None:
     routing = router.parse(state, NOW)
     assert router.changes(routing, routing) == {}
-    again = router.parse({**state, **written(routing, routing.with_tombstone("z", None))}, NOW)
+    buried = control.add_tombstone(routing, "z", None)
+    again = router.parse({**state, **written(routing, buried)}, NOW)
     assert again.tombstones["z"]
     table = router.Table({})
     table.load(routing)
@@ -384,7 +385,7 @@ def life(steps: list[Any], start: Any = None) -> list[Any]:
         before = replace(states[-1], now=NOW + n)
         try:
             after = step(before)
-        except router.StateError:
+        except control.StateError:
             continue
         change = router.changes(before, after)
         if change:
@@ -403,7 +404,7 @@ def by_0_3_x(name: str) -> Any:
 
     def step(routing: Any) -> Any:
         if name not in routing.records or routing.records[name].retiring_at:
-            raise router.StateError("not there")
+            raise control.StateError("not there")
         new = router.Record(name, "active", name)
         old = routing.records.get(routing.active)
         drained = []

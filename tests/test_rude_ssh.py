@@ -38,6 +38,7 @@ from pulse_railway.stack import Stack, inspect
 router: Any = runtime_image.load("router")
 control: Any = runtime_image.load("control")
 janitor: Any = runtime_image.load("janitor")
+sqlite_store: Any = runtime_image.load("sqlite_store")
 
 BAD_DAY = [
     "Connection timed out",
@@ -91,7 +92,7 @@ class World:
     def __init__(self, way: str) -> None:
         self.way: Any = way
         self.services: dict[str, dict[str, Any]] = {}
-        self.store = router.LocalStore(":memory:", "pulse:railway")
+        self.store = sqlite_store.SqliteStore(":memory:", "pulse:railway")
         self.faults: list[tuple[str, str, int]] = []
         self.late: list[list[str]] = []
         self.known = router.Routing()  # what a router has in memory

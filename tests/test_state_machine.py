@@ -26,6 +26,7 @@ from pulse_railway import runtime_image
 router: Any = runtime_image.load("router")
 control: Any = runtime_image.load("control")
 janitor: Any = runtime_image.load("janitor")
+sqlite_store: Any = runtime_image.load("sqlite_store")
 
 PARSER = control.control_parser()
 DAY = 86_400.0
@@ -58,7 +59,7 @@ class Clock:
         return getattr(time, name)
 
 
-class Store(router.LocalStore):  # type: ignore[misc]
+class Store(sqlite_store.SqliteStore):  # type: ignore[misc]
     """A store whose writers can be killed before their next step."""
 
     def __init__(self) -> None:
@@ -120,7 +121,7 @@ class Life(RuleBasedStateMachine):
         self.foreign: set[str] = set()  # whose record has a field that is not ours
         self.number = 0
         self.holder: tuple[str, float] | None = None
-        for module in (router, control, janitor):
+        for module in (router, control, janitor, sqlite_store):
             self.patch.setattr(module, "time", self.clock)
         self.patch.setattr(control, "HEAL_WAIT", 0.0)
         self.patch.setattr(control, "sessions", lambda record, _: self.tabs[record.deployment_id])
@@ -171,7 +172,7 @@ class Life(RuleBasedStateMachine):
                 try:
                     control.change_state(self.store, args)
                     done = True
-                except router.StateError:
+                except control.StateError:
                     done = False
             if kill:
                 return False
