@@ -44,7 +44,6 @@ import hashlib
 import hmac
 import http
 import http.client
-import ipaddress
 import json
 import logging
 import math
@@ -196,7 +195,7 @@ FIXED = {  # key -> attribute of Routing
     MAINTENANCE: "maintenance",
     DEPLOY_LOCK: "lock",
 }
-RECORD = ":deployment:"
+RECORD, REPORT = ":deployment:", ":router:"  # begin a key of one of many
 TOMBSTONE_TTL = max(7 * 86_400.0, seconds("PULSE_RAILWAY_DRAIN_TTL_SECONDS", 0))
 TOMBSTONES_AT_MOST = 1000
 CLOCKS_MAY_DIFFER = 86_400.0  # a promotion that is later than that is no promotion
@@ -259,10 +258,6 @@ def an_address(value: Any) -> str:
     return str(value).rstrip("/")
 
 
-def a_bake(value: Any) -> float:
-    return a_time(an_object(value).get("until"))
-
-
 def stored(parser: Callable[[Any], Any], default: Any = None) -> Any:
     """A field of a record, and what it may hold."""
     return field(default=default, metadata={"parser": parser})
@@ -289,7 +284,7 @@ class Record:
     retiring_at: float | None = stored(a_time)  # being removed: not routed to, never promoted
     held: bool = stored(a_flag, False)  # pinned: it is meant to stay pending
     weight: float | None = stored(a_percentage)  # of the new visitors: it is the canary
-    bake: float | None = stored(a_bake)  # watched until then
+    bake: float | None = stored(lambda v: a_time(an_object(v).get("until")))
     about: Mapping[str, Any] | None = stored(
         an_object
     )  # its commit, author, message, and who deployed it
@@ -542,11 +537,8 @@ def _history(state: State, problems: list[str]) -> tuple[Json, ...]:
         problems.append(f"{HISTORY} is not understood")
         return ()
     entries = (entry for entry in found if isinstance(entry, dict))
-    return tuple(e for e in entries if _or_none(a_text, e.get("what")) and a_time_of(e) is not None)
-
-
-def a_time_of(entry: Json) -> float | None:
-    return cast(float | None, _or_none(a_time, entry.get("at")))
+    times = ((_or_none(a_time, entry.get("at")), entry) for entry in entries)
+    return tuple(e for at, e in times if at is not None and _or_none(a_text, e.get("what")))
 
 
 def changes(old: Routing, new: Routing) -> Change:
@@ -733,60 +725,54 @@ def _with_one_active(
 class RedisStore:
     """The routing state in Redis, under `prefix`."""
 
-    OPTIONS: ClassVar[Json] = {
-        "decode_responses": True,
-        "encoding_errors": "replace",  # what is no UTF-8 is not understood, and no error
-        "socket_timeout": REDIS_TIMEOUT,
-        "socket_connect_timeout": REDIS_TIMEOUT,
-    }
-
     def __init__(self, url: str, prefix: str) -> None:
         self.url, self.prefix = url, prefix
+        self.options: Json = {
+            "decode_responses": True,
+            "encoding_errors": "replace",  # what is no UTF-8 is not understood, and no error
+            "socket_timeout": REDIS_TIMEOUT,
+            "socket_connect_timeout": REDIS_TIMEOUT,
+        }
         self.client = redis.Redis.from_url(
             url,
             # a connection that has died meanwhile is made anew; one that hangs is not asked again
             retry=redis.retry.Retry(redis.backoff.NoBackoff(), 1, (redis.ConnectionError,)),
-            **self.OPTIONS,
+            **self.options,
         )
         self.pattern = f"{prefix}{RECORD}*"
         self.fixed = [prefix + key for key in FIXED]
 
     def read(self) -> Routing:
         keys = [*self.fixed, *self.client.scan_iter(self.pattern, count=SCAN_COUNT)]
-        with self.client.pipeline(transaction=False) as pipe:
-            pipe.time()
-            pipe.mget(keys)
-            now, values = pipe.execute()
+        return self.read_by(self.client, keys)
+
+    def read_by(self, client: Any, keys: list[str]) -> Routing:
+        now, values = client.time(), client.mget(keys)
         return parse(self.state(keys, values), now[0] + now[1] / 1e6)
 
     def apply(self, step: Step) -> Routing:
         """Take a step and write what it changes, or nothing if it raises. Returns what the store
         holds then. The change raises the epoch, and is announced to the routers."""
-        while True:
-            with self.client.pipeline() as pipe:
-                pipe.watch(*self.fixed)  # type: ignore[no-untyped-call]
-                keys = list(self.client.scan_iter(self.pattern, count=SCAN_COUNT))
-                if keys:
-                    pipe.watch(*keys)  # type: ignore[no-untyped-call]
-                keys = [*self.fixed, *keys]
-                now, values = cast(Any, pipe.time()), cast(list[Any], pipe.mget(keys))
-                before = parse(self.state(keys, values), now[0] + now[1] / 1e6)
-                after = step(before)
-                change = changes(before, after)
-                if not change:
-                    return before
-                pipe.multi()
-                for key, value in change.items():
-                    if value is None:
-                        pipe.delete(f"{self.prefix}{key}")
-                    else:
-                        pipe.set(f"{self.prefix}{key}", value)
+
+        def attempt(pipe: Any) -> Routing:
+            keys = [*self.fixed, *self.client.scan_iter(self.pattern, count=SCAN_COUNT)]
+            pipe.watch(*keys)
+            before = self.read_by(pipe, keys)
+            after = step(before)
+            change = changes(before, after)
+            pipe.multi()
+            for key, value in change.items():
+                if value is None:
+                    pipe.delete(self.prefix + key)
+                else:
+                    pipe.set(self.prefix + key, value)
+            if change:
                 pipe.publish(f"{self.prefix}:events", json.dumps(sorted(change)))
-                try:
-                    pipe.execute()
-                except redis.WatchError:
-                    continue  # somebody else wrote in between: read again
-                return written(after, change)
+            return written(after, change)
+
+        # once more where somebody else has written in between
+        watched = cast(Any, self.client).transaction(attempt, *self.fixed, value_from_callable=True)
+        return cast(Routing, watched)
 
     def announce(self) -> None:
         """Have every router read the whole state."""
@@ -797,7 +783,7 @@ class RedisStore:
 
     async def follow(self, table: Table) -> None:
         """Keep the table as the store says, and report what this router serves."""
-        client = redis.asyncio.Redis.from_url(self.url, **self.OPTIONS)
+        client = redis.asyncio.Redis.from_url(self.url, **self.options)
         async with client, client.pubsub(ignore_subscribe_messages=True) as pubsub:
             await pubsub.subscribe(f"{self.prefix}:events")
             await Follower(self, client, table).run(pubsub)
@@ -826,23 +812,20 @@ class Follower:
 
     async def run(self, pubsub: redis.asyncio.client.PubSub) -> None:
         listener, event = asyncio.create_task(self.listen(pubsub)), self.table.refresh_event
+        listener.add_done_callback(lambda _: event.set())
         try:
-            while True:
+            while not listener.done():
                 event.clear()
                 if self.table.pending_lookups or time.monotonic() >= self.next_read:
                     await self.read()
                 await self.report()
-                woken = asyncio.create_task(event.wait())
                 pause = min(self.next_read, self.next_report) - time.monotonic()
-                waiting = asyncio.wait({listener, woken}, return_when=asyncio.FIRST_COMPLETED)
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(waiting, max(pause, 0.0))
-                woken.cancel()
-                if listener.done():
-                    listener.result()  # a lost connection shows here
+                    await asyncio.wait_for(event.wait(), max(pause, 0.0))
+            listener.result()  # a lost connection shows here
         except asyncio.CancelledError:
             with contextlib.suppress(redis.RedisError, OSError, TimeoutError):
-                await self.client.delete(self.report_key)
+                await self.client.delete(self.store.prefix + REPORT + METRICS.name)
             raise
         finally:
             listener.cancel()
@@ -905,10 +888,6 @@ class Follower:
             state |= self.store.state([key], await self.client.mget([key]))
         return parse(state, time.time())
 
-    @property
-    def report_key(self) -> str:
-        return f"{self.store.prefix}:router:{METRICS.name}"
-
     async def report(self) -> None:
         """Say what this router serves: at once when that is a new epoch, soon when its counters
         have changed, now and then where they have not."""
@@ -922,7 +901,7 @@ class Follower:
             # what changes by itself is no reason to report
             uptime, tasks = round(time.time() - METRICS.started_at), len(asyncio.all_tasks())
             text = compact({**report, "uptime_seconds": uptime, "tasks": tasks})
-            await self.client.set(self.report_key, text, ex=REPORT_LEASE)
+            await self.client.set(self.store.prefix + REPORT + METRICS.name, text, ex=REPORT_LEASE)
 
 
 def written(after: Routing, change: Change) -> Routing:
@@ -1068,15 +1047,23 @@ class Table:
         """Write back what the store has lost. Where it names another active one than this router
         knows, that is not given up for one that cannot be connected to."""
         known, loop = self.routing, asyncio.get_running_loop()
-        mine = known.record_of_active()
-        if mine and found.active not in (None, known.active):
-            gone = await loop.run_in_executor(None, look, mine) == "unreachable"
-            known = replace(known, active=None, promoted=None) if gone else known
+        mine, other = known.record_of_active(), found.record_of_active()
+        refused = None
+        if mine and other and mine.deployment_id != other.deployment_id:
+            if await loop.run_in_executor(None, look, mine) == "unreachable":
+                known = replace(known, active=None, promoted=None)
+            elif other.deployment_id not in found.records:  # is there such a deployment at all?
+                unreachable = await loop.run_in_executor(None, look, other) == "unreachable"
+                refused = other.deployment_id if unreachable else None
         if known.active and (found.store_id, found.active) != (known.store_id, known.active):
             log.error("the store has lost data: writing back what this router knows")
-        step = functools.partial(
-            repaired, known=known, new_id=secrets.token_hex(8), alive=self.alive()
-        )
+        new_id, alive = secrets.token_hex(8), self.alive()
+
+        def step(store: Routing) -> Routing:
+            if refused and store.active == refused:
+                store = replace(store, active=known.active)
+            return repaired(store, known, new_id, alive)
+
         try:
             await loop.run_in_executor(None, store.apply, step)
         finally:
@@ -1400,21 +1387,6 @@ def idle_connections() -> int:
     return sum(len(deployment.idle) for deployment in TABLE.deployments.values())
 
 
-def pooled(deployment: Deployment, max_idle: float) -> Upstream | None:
-    """The idle connection used last, if it has not been idle for longer than `max_idle` s."""
-    now = asyncio.get_running_loop().time()
-    while deployment.idle:
-        upstream = deployment.idle.pop()
-        if upstream.transport.is_closing():
-            continue
-        if now - upstream.idle_since > max_idle:
-            deployment.idle.append(upstream)
-            return None
-        upstream.reused = True
-        return upstream
-    return None
-
-
 class Resolver:
     """Names to addresses, by Python's own resolver in threads: one question at a time for a name,
     so that a bad one holds one thread, and an answer is good for a few seconds."""
@@ -1454,15 +1426,6 @@ class Resolver:
         self.known.pop((host, port), None)
 
 
-@functools.lru_cache(maxsize=512)
-def is_literal(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:
-        return False
-    return True
-
-
 RESOLVER = Resolver()
 
 
@@ -1479,7 +1442,7 @@ async def connect(deployment: Deployment, patience: float = CONNECT_TIMEOUT) -> 
     host, port = deployment.host, deployment.port
     try:
         async with asyncio.timeout(patience):
-            if is_literal(host):
+            if ":" in host or host.replace(".", "").isdigit():  # an address
                 return await upstream_at(deployment, host=host, port=port)
             for _ in range(2):
                 addresses, remembered = await RESOLVER.addresses(host, port)
@@ -2396,9 +2359,18 @@ def repeatable(request: Request) -> bool:
 
 
 def from_pool(request: Request, deployment: Deployment) -> Upstream | None:
-    if request.handshake:
-        return None
-    return pooled(deployment, UPSTREAM_IDLE if repeatable(request) else UNSAFE_IDLE)
+    """The idle connection used last, if it has not been idle for too long."""
+    pool, now = deployment.idle, request.client.loop.time()
+    max_idle = UPSTREAM_IDLE if repeatable(request) else UNSAFE_IDLE
+    while pool and not request.handshake:
+        upstream = pool.pop()
+        if now - upstream.idle_since > max_idle:
+            pool.append(upstream)
+            break
+        if not upstream.transport.is_closing():
+            upstream.reused = True
+            return upstream
+    return None
 
 
 async def forward(

@@ -406,6 +406,18 @@ def test_whichever_router_mends_it_the_later_promotion_is_active(
     assert site.record("new")["state"] == "draining"
 
 
+def test_an_active_id_that_is_no_deployment_is_taken_back(site: Site, run_router: Run) -> None:
+    """Before: 502 to everybody until something was promoted, and `:promoted` named it, too."""
+    process = up(run_router(site.server, QUICK))
+    before = site.routing
+    site.server.client.set(f"{PREFIX}:active", "nobody")
+    until = time.monotonic() + 2 * QUICK["REFRESH_SECONDS"]
+    while time.monotonic() < until:
+        assert page(process) == (200, b"new")
+    eventually(lambda: site.routing == before)
+    assert page(process) == (200, b"new")
+
+
 # -- answers that count ------------------------------------------------------------------------
 
 
