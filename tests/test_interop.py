@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import time
 import sys
 from collections.abc import Callable
 from pathlib import Path
