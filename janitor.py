@@ -682,9 +682,9 @@ def main(argv: list[str]) -> int:
     assert isinstance(store, router.RedisStore)
     token = env.get(INTERNAL_TOKEN, "")
     limits = Limits(
-        router.seconds("PULSE_RAILWAY_DRAIN_TTL_SECONDS", 86_400, env),
-        router.seconds("PULSE_RAILWAY_ROLLBACK_WINDOW_SECONDS", 900, env),
-        int(router.seconds("PULSE_RAILWAY_KEEP", 0, env)),
+        router.from_env("PULSE_RAILWAY_DRAIN_TTL_SECONDS", 86_400.0, env=env),
+        router.from_env("PULSE_RAILWAY_ROLLBACK_WINDOW_SECONDS", 900.0, env=env),
+        int(router.from_env("PULSE_RAILWAY_KEEP", 0.0, env=env)),
     )
     railway = Railway(env)
     try:

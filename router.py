@@ -21,10 +21,8 @@ connection or a deployment nobody knows yet, `handle` is the task that does. A W
 goes the same way; once the backend has answered 101, `join` makes the two connections a tunnel of
 bytes. uvicorn has the server, its life span and its signals, Starlette the router's own answers.
 ASGI's events cannot carry what a proxy must keep (header case, reason phrases, 1xx, framing, a
-connection broken off), so this file speaks HTTP/1.1 by itself.
-
-It needs nothing but itself and the libraries named above. docs/architecture.md says who may write
-to what, and who closes it.
+connection broken off), so this file speaks HTTP/1.1 by itself. docs/architecture.md says who may
+write to what, and who closes it.
 """
 
 from __future__ import annotations
@@ -47,6 +45,7 @@ import http.client
 import json
 import logging
 import math
+import posixpath
 import re
 import resource
 import secrets
@@ -57,7 +56,7 @@ import time
 import traceback
 import urllib.parse
 from bisect import bisect_left
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -83,20 +82,18 @@ if TYPE_CHECKING:
 VERSION = "0.4.0"  # of the package that this belongs to
 
 
-def seconds(variable: str, default: float, env: Mapping[str, str] = os.environ) -> float:
-    """A variable that holds seconds. Raises SystemExit for anything else."""
+def from_env(variable: str, default: Any, kind: type = float, env: Any = os.environ) -> Any:
+    """A variable that holds seconds, or a whole number from 1 where `kind` is int. Raises
+    SystemExit for anything else."""
     text = env.get(variable)
-    try:
-        value = float(text) if text else default
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
+    if text and kind is int and not re.fullmatch(r"0*[1-9]\d{0,8}", text, re.ASCII):
+        raise SystemExit(f"{variable} takes a whole number from 1, not {text!r}")
+    if text and kind is float and not re.fullmatch(r"\d{1,9}(\.\d*)?", text, re.ASCII):
         raise SystemExit(f"{variable} takes a number of seconds, not {text!r}")
-    return value
+    return kind(text) if text else default
 
 
-# ---------------------------------------------------------------------------------------------
-# Names shared with pulse_railway/contract.py; a test holds the two together.
+# == Names shared with pulse_railway/contract.py; a test holds the two together =================
 
 AFFINITY_QUERY = "pulse_deployment"
 AFFINITY_HEADER = "x-pulse-deployment"
@@ -133,7 +130,7 @@ BODY_AHEAD = 64 * 1024  # of a body is read before the backend has taken what ca
 BODY_STALL_TIMEOUT = 60.0  # ... and the next piece of its body within this
 LAST_CALL = 0.5  # at the end, a request may be on its way on a connection that looks idle
 KEEP_ALIVE = 75.0  # idle client connections; longer than the edge's 60 s, so the edge closes first
-HALF_CLOSED = seconds("PULSE_RAILWAY_ROUTER_HALF_CLOSED_SECONDS", 60)
+HALF_CLOSED = from_env("PULSE_RAILWAY_ROUTER_HALF_CLOSED_SECONDS", 60.0)
 FLUSH = 30.0  # for what is still to be written to a tunnel's one end when the other has gone
 LINGER = 5.0  # after an early answer, an upload is read and dropped until it pauses for this long
 LINGER_AT_MOST = 30.0
@@ -148,7 +145,7 @@ HAD_AT_MOST = 2000  # assets ...
 HAD_PATH = 512  # ... with paths of at most so many bytes
 RESOLVED_SECONDS = 5.0  # an address is remembered for
 RESOLVERS = 64  # names that can be looked up at once; a bad one may take many seconds
-RESPONSE_TIMEOUT = seconds("PULSE_RAILWAY_ROUTER_RESPONSE_TIMEOUT", 900)
+RESPONSE_TIMEOUT = from_env("PULSE_RAILWAY_ROUTER_RESPONSE_TIMEOUT", 900.0)
 UPSTREAM_IDLE = 4.0  # uvicorn backends close idle connections after 5 s
 UNSAFE_IDLE = 1.0  # a request that may not be repeated only goes onto a fresher one
 UPSTREAM_IDLE_LIMIT = 256  # idle connections kept per deployment
@@ -169,13 +166,13 @@ SCAN_COUNT = 1000  # keys a step
 START_TIMEOUT = 2.0  # wait so long for the first load before serving 503s
 BACKEND_TIMEOUT = 5.0  # for an answer to a question of ours
 SERVICE_PREFIX = os.environ.get("PULSE_RAILWAY_SERVICE_PREFIX", "")
-SHUTDOWN_GRACE = seconds("PULSE_RAILWAY_ROUTER_SHUTDOWN_SECONDS", 25)
+SHUTDOWN_GRACE = from_env("PULSE_RAILWAY_ROUTER_SHUTDOWN_SECONDS", 25.0)
 
 log = logging.getLogger("pulse.router")
 
 
-# ---------------------------------------------------------------------------------------------
-# The routing state: what the store holds, as types. The steps that change it are control.py's.
+# == The routing state: what the store holds, as types ==========================================
+# The steps that change it are control.py's.
 
 State = dict[str, str]  # store key without the prefix -> value, as it is stored
 Change = dict[str, str | None]  # None deletes the key
@@ -196,7 +193,7 @@ FIXED = {  # key -> attribute of Routing
     DEPLOY_LOCK: "lock",
 }
 RECORD, REPORT = ":deployment:", ":router:"  # begin a key of one of many
-TOMBSTONE_TTL = max(7 * 86_400.0, seconds("PULSE_RAILWAY_DRAIN_TTL_SECONDS", 0))
+TOMBSTONE_TTL = max(7 * 86_400.0, from_env("PULSE_RAILWAY_DRAIN_TTL_SECONDS", 0.0))
 TOMBSTONES_AT_MOST = 1000
 CLOCKS_MAY_DIFFER = 86_400.0  # a promotion that is later than that is no promotion
 PROCESSED_TTL = 3600.0
@@ -717,9 +714,8 @@ def _with_one_active(
     return found
 
 
-# ---------------------------------------------------------------------------------------------
-# The stores. Each step is one transaction: a process killed anywhere leaves the old state or the
-# new one.
+# == The stores =================================================================================
+# Each step is one transaction: a process killed anywhere leaves the old state or the new one.
 
 
 class RedisStore:
@@ -935,15 +931,11 @@ def promotion_from_env(env: Mapping[str, str]) -> Promotion | None:
     name = env.get(LAST_PROMOTED_VARIABLE) or ""
     if not DEPLOYMENT_ID.fullmatch(name):
         return None
-    try:
-        at = a_time(float(env.get(LAST_PROMOTED_AT_VARIABLE) or 0))
-        return Promotion(name, at if at < time.time() + CLOCKS_MAY_DIFFER else 0.0)
-    except ValueError:
-        return Promotion(name, 0.0)
+    at = _or_none(lambda text: a_time(float(text)), env.get(LAST_PROMOTED_AT_VARIABLE) or 0) or 0.0
+    return Promotion(name, at if at < time.time() + CLOCKS_MAY_DIFFER else 0.0)
 
 
-# ---------------------------------------------------------------------------------------------
-# The routing table: the state as the data plane uses it.
+# == The routing table: the state as the data plane uses it =====================================
 
 
 @dataclass(slots=True)
@@ -958,10 +950,6 @@ class Deployment:
     tally: Tally = field(default_factory=lambda: Tally())
     idle: collections.deque[Upstream] = field(default_factory=collections.deque)
     unwell: float = 0.0  # until then (monotonic) it is not asked for what others lack
-
-    @property
-    def authority(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 @dataclass
@@ -1131,7 +1119,8 @@ class Table:
         for name_, entry in self.deployments.items():
             if known.get(name_) is not entry:
                 close_idle(entry)
-        METRICS.forget(name_.decode() for name_ in self.deployments.keys() - known.keys())
+            if name_ not in known:
+                METRICS.tallies.pop(entry.id, None)
         self.deployments = known
         canary = routing.canary
         self.canary = known.get(canary.deployment_id.encode()) if canary else None
@@ -1205,7 +1194,6 @@ class Table:
             del self.had[next(iter(self.had))]
 
     async def follow(self, store: Store) -> None:
-        """Keep the table as the store says, for as long as the process lives."""
         pause = 0.1
         while True:
             began = time.monotonic()
@@ -1222,11 +1210,10 @@ TABLE = Table()
 ACCESS_LOG: telemetry.AccessLog | None = None  # where it is asked for
 
 
-# ---------------------------------------------------------------------------------------------
-# Counters, for `control status`, for who watches a new version, and for what is exported. Plain
-# lists: they are on the path of every request.
+# == Counters, for `control status`, for who watches a new version, and for what is exported ====
+# Plain lists: they are on the path of every request.
 
-# Seconds: the buckets of OpenTelemetry's http.server.request.duration.
+# In seconds, OpenTelemetry's for http.server.request.duration
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
 METHODS = frozenset(b"GET HEAD POST PUT DELETE CONNECT OPTIONS TRACE PATCH".split())
 
@@ -1279,11 +1266,8 @@ class Metrics:
     own: Tally = field(default_factory=Tally)  # answers of the router's own
     tallies: dict[str, Tally] = field(default_factory=dict)  # by deployment
 
-    def forget(self, names: Iterable[str]) -> None:
-        for name in names:
-            self.tallies.pop(name, None)
-
     def counters(self) -> Json:
+        tunnels = collections.Counter(end.deployment for end in TunnelEnd.open)
         tallies = {name: tally.summary() for name, tally in self.tallies.items()}
         return {
             "requests": self.requests,
@@ -1296,15 +1280,14 @@ class Metrics:
             "tunnels_opened": self.tunnels_opened,
             "requests_per_deployment": {name: sum(t[0]) for name, t in tallies.items()},
             "tallies": {name: t for name, t in tallies.items() if t[1] or any(t[0])},
-            "in_flight": requests_under_way() + tunnels_by_deployment(),
+            "in_flight": requests_under_way() + tunnels,
         }
 
 
 METRICS = Metrics()
 
 
-# ---------------------------------------------------------------------------------------------
-# The backend's side of a connection.
+# == The backend's side of a connection =========================================================
 
 
 def requests_under_way() -> collections.Counter[str]:
@@ -1316,10 +1299,6 @@ def requests_under_way() -> collections.Counter[str]:
     )
 
 
-def tunnels_by_deployment() -> collections.Counter[str]:
-    return collections.Counter(end.deployment for end in TunnelEnd.open)
-
-
 class UpstreamError(Exception):
     """The backend did not answer. `status` is what the client is told."""
 
@@ -1327,11 +1306,8 @@ class UpstreamError(Exception):
         super().__init__(detail)
         self.status, self.detail = status, detail
         self.sent = sent  # the backend may have seen the request
-
-    @property
-    def kind(self) -> str:
-        late = "timeout" if self.status == 504 else "lost"
-        return late if self.sent else {"timeout": "connect_timeout", "lost": "refused"}[late]
+        kinds = ("connect_timeout", "timeout") if status == 504 else ("refused", "lost")
+        self.kind = kinds[sent]
 
 
 class Upstream(asyncio.Protocol):
@@ -1429,22 +1405,21 @@ class Resolver:
 RESOLVER = Resolver()
 
 
-async def connect(deployment: Deployment, patience: float = CONNECT_TIMEOUT) -> Upstream:
+async def connect(deployment: Deployment, timeout: float = CONNECT_TIMEOUT) -> Upstream:
     """A new connection. Every address of the name is tried, a later one 250 ms after the one
     before it (RFC 8305), so that a name with a dead IPv6 address costs little.
 
-    Raises UpstreamError: 502 where the backend refuses, 504 where it does not answer in time.
-    """
+    Raises UpstreamError: 502 where the backend refuses, 504 where it does not answer in time."""
     clients = len(Client.instances) + len(TunnelEnd.open)
     if clients > Client.limit // 2 and clients + idle_connections() > Client.limit:
         for other in TABLE.deployments.values():
             close_idle(other)  # descriptors are short, and this one is needed
     host, port = deployment.host, deployment.port
     try:
-        async with asyncio.timeout(patience):
+        async with asyncio.timeout(timeout):
             if ":" in host or host.replace(".", "").isdigit():  # an address
                 return await upstream_at(deployment, host=host, port=port)
-            for _ in range(2):
+            while True:
                 addresses, remembered = await RESOLVER.addresses(host, port)
                 try:
                     sock = await aiohappyeyeballs.start_connection(
@@ -1455,7 +1430,6 @@ async def connect(deployment: Deployment, patience: float = CONNECT_TIMEOUT) -> 
                     RESOLVER.forget(host, port)
                     if not remembered:
                         raise  # else it may have moved
-            raise OSError
     except TimeoutError:
         RESOLVER.forget(host, port)
         raise UpstreamError(504, "the deployment does not answer") from None
@@ -1469,8 +1443,7 @@ async def upstream_at(deployment: Deployment, **where: Any) -> Upstream:
     return upstream
 
 
-# ---------------------------------------------------------------------------------------------
-# The client's side of a connection.
+# == The client's side of a connection ==========================================================
 
 
 def client_limit(wanted: int | None) -> int:
@@ -1970,8 +1943,7 @@ async def sweep() -> None:
                 deployment.idle.popleft().transport.close()
 
 
-# ---------------------------------------------------------------------------------------------
-# One request and its answer.
+# == One request and its answer =================================================================
 
 
 class Exchange:
@@ -2334,7 +2306,8 @@ def request_head(request: Request, deployment: Deployment) -> list[bytes]:
     if drop is not HOP_BY_HOP:  # Connection may name a header that stood before it
         out[4:] = [line for line in out[4:] if line.partition(b":")[0].lower() not in drop]
     if b"host" not in seen:  # HTTP/1.0
-        out.append(b"host: " + deployment.authority.encode() + b"\r\n")
+        host = f"[{deployment.host}]" if ":" in deployment.host else deployment.host
+        out.append(f"host: {host}:{deployment.port}\r\n".encode())
     elif b"x-forwarded-host" not in seen:
         out.append(b"x-forwarded-host: " + seen[b"host"] + b"\r\n")
     if b"x-forwarded-for" not in seen and request.client.peer:
@@ -2374,23 +2347,16 @@ def from_pool(request: Request, deployment: Deployment) -> Upstream | None:
 
 
 async def forward(
-    request: Request,
-    deployment: Deployment,
-    spare: str = "",
-    patience: float | None = None,
-    *,
-    fresh: bool = False,
+    request: Request, target: Deployment, spare: str = "", timeout: float = 0, fresh: bool = False
 ) -> str:
     """Send the client's request to a deployment and its answer back, on a `fresh` connection or a
-    pooled one. Returns how it ended, as `Exchange` has it; raises UpstreamError where nothing has
-    been sent to the client yet.
-    """
-    loop = request.client.loop
-    again = repeatable(request)
-    upstream = None if fresh else from_pool(request, deployment)
+    pooled one, within `timeout` seconds. Returns how it ended, as `Exchange` has it; raises
+    UpstreamError where nothing has been sent to the client yet."""
+    loop, again = request.client.loop, repeatable(request)
+    upstream = None if fresh else from_pool(request, target)
     while True:
         if upstream is None:
-            upstream = await connect(deployment, patience or CONNECT_TIMEOUT)
+            upstream = await connect(target, timeout or CONNECT_TIMEOUT)
         if request.gone:
             upstream.transport.abort()
             return "gone"
@@ -2401,8 +2367,8 @@ async def forward(
                 done.set_result(None)
 
         exchange = Exchange(request, upstream, ended, spare)
-        pump = exchange.send(request_head(request, deployment))
-        hurry = patience and loop.call_later(patience, exchange.give_up)
+        pump = exchange.send(request_head(request, target))
+        timer = loop.call_later(timeout, exchange.give_up) if timeout else None
         try:
             await done
         except asyncio.CancelledError:
@@ -2411,8 +2377,8 @@ async def forward(
         finally:
             if pump:
                 pump.cancel()
-            if hurry:
-                hurry.cancel()
+            if timer:
+                timer.cancel()
         if not (exchange.outcome == "reset" and again):
             return conclude(exchange)
         upstream = None  # it had died in the pool: once more, on a new connection
@@ -2442,8 +2408,7 @@ def conclude(exchange: Exchange) -> str:
     return outcome
 
 
-# ---------------------------------------------------------------------------------------------
-# WebSockets: a handshake, then bytes.
+# == WebSockets: a handshake, then bytes ========================================================
 
 
 class TunnelEnd(asyncio.Protocol):
@@ -2544,8 +2509,7 @@ def join(client: Client, exchange: Exchange) -> None:
     TunnelEnd.open.add(near)
 
 
-# ---------------------------------------------------------------------------------------------
-# Which deployment gets a request.
+# == Which deployment gets a request ============================================================
 
 QUERY_AFFINITY = re.compile(rb"(?:^|&)" + AFFINITY_QUERY.encode() + rb"=([^&]*)")
 QUERY_RELOAD = re.compile(rb"(?:^|&)" + RELOAD_QUERY.encode() + rb"=1(?:&|$)")
@@ -2576,27 +2540,16 @@ def is_internal(raw: bytes) -> bool:
         path, before = urllib.parse.unquote(path), path
         if path == before:
             break
-    kept: list[str] = []
-    for part in path.replace("\\", "/").split("/"):
-        part = part.split(";")[0].strip()
-        if part == "..":
-            del kept[-1:]
-        elif part not in ("", "."):
-            kept.append(part.lower())
-    return "/".join(["", *kept, ""]).startswith(INTERNAL_PREFIX + "/")
+    parts = [part.split(";")[0].strip() for part in path.lower().replace("\\", "/").split("/")]
+    path = posixpath.normpath("/".join(["", *parts])).lstrip("/")
+    return f"/{path}/".startswith(INTERNAL_PREFIX + "/")
 
 
 def local_location(value: str, host: str) -> str | None:
     """A redirect target on this host, or None: `x-pulse-client-loader-location` is the client's
     word, and an open redirect would be worth having for a phisher."""
-    if re.search(r"[\x00-\x20\x7f\\]", value):
-        return None
-    url = urllib.parse.urlsplit(value)
-    if not url.scheme and not url.netloc:
-        return value if value.startswith("/") and not value.startswith("//") else None
-    if url.scheme in ("http", "https") and url.netloc.lower() == host.lower():
-        return value
-    return None
+    here = rf"(https?://{re.escape(host)}(?![^/?#])|/(?!/))[^\x00-\x20\x7f\\]*"
+    return value if host and re.fullmatch(here, value, re.IGNORECASE) else None
 
 
 def route(request: Request) -> None:
@@ -2687,10 +2640,8 @@ def visitor_cookie(request: Request, fields: list[tuple[bytes, bytes]]) -> list[
     caches that many share."""
     if not is_html(fields):
         return []
-    secure = b""
-    for _, lower, proto in request.fields:
-        if lower == b"x-forwarded-proto" and proto.strip().lower() == b"https":
-            secure = b"; Secure"
+    schemes = [value for _, name, value in request.fields if name == b"x-forwarded-proto"]
+    secure = b"; Secure" if b"https" in [s.strip().lower() for s in schemes] else b""
     cookie = VISITOR_COOKIE.encode() + b"=" + request.visitor
     life = b"; Path=/; Max-Age=2592000; HttpOnly; SameSite=Lax"
     return [b"set-cookie: " + cookie + life + secure + b"\r\n"]
@@ -2728,12 +2679,9 @@ def closed_response(request: Request, closed: Maintenance) -> Response:
 def passes(request: Request) -> bool:
     """Does this get to the app in maintenance too? Its health check does, and who shows the
     internal token: `deploy` looks at the version that it brings up."""
-    if request.path == HEALTH_PATH.encode():
-        return True
-    return bool(INTERNAL_TOKEN) and any(
-        name == b"x-pulse-railway-internal-token" and hmac.compare_digest(value, INTERNAL_TOKEN)
-        for _, name, value in request.fields
-    )
+    shown = [v for _, name, v in request.fields if name == b"x-pulse-railway-internal-token"]
+    trusted = INTERNAL_TOKEN and any(hmac.compare_digest(v, INTERNAL_TOKEN) for v in shown)
+    return bool(trusted) or request.path == HEALTH_PATH.encode()
 
 
 # -- a request that has to wait ----------------------------------------------------------------
@@ -2786,10 +2734,9 @@ def answer_for(request: Request, target: Deployment, error: UpstreamError) -> No
 
 def spare_for(request: Request, name: bytes) -> str:
     """Is this something that another deployment may have where the one asked has not?"""
-    if name or len(TABLE.deployments) < 2 or request.method not in (b"GET", b"HEAD"):
+    once_only = request.method not in (b"GET", b"HEAD") or request.more_body or request.body
+    if name or len(TABLE.deployments) < 2 or once_only:
         return ""
-    if request.more_body or request.body:
-        return ""  # it could be sent only once
     if request.path.startswith(ASSET_PREFIXES):
         return ASSET
     return DISCOVERY if request.path.endswith(DISCOVERY_PATH) else ""
@@ -2875,8 +2822,7 @@ def lacking(spare: str, path: bytes, status: int, fields: list[tuple[bytes, byte
     return status == 200 and not path.endswith((b".html", b".htm")) and is_html(fields)
 
 
-# ---------------------------------------------------------------------------------------------
-# Serving.
+# == Serving ====================================================================================
 
 
 async def supervise(name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -2951,25 +2897,12 @@ class Server(uvicorn.Server):
             await asyncio.sleep(0.05)
 
 
-def number(variable: str) -> int | None:
-    """A variable that holds a whole number from 1. Raises SystemExit for anything else."""
-    text = os.environ.get(variable)
-    if not text:
-        return None
-    if not text.isascii() or not text.isdigit() or not int(text):
-        raise SystemExit(f"{variable} takes a whole number from 1, not {text!r}")
-    return int(text)
-
-
 def serve() -> None:
-    port = number("PORT") or DEFAULT_PORT
+    port = from_env("PORT", DEFAULT_PORT, int)
     store_from_env(os.environ)  # a missing variable shows before the port is taken
-    Client.limit = client_limit(number("PULSE_RAILWAY_ROUTER_CONNECTION_LIMIT"))
+    Client.limit = client_limit(from_env("PULSE_RAILWAY_ROUTER_CONNECTION_LIMIT", None, int))
     if os.environ.get("PULSE_RAILWAY_ROUTER_WORKERS"):
-        log.warning(
-            "PULSE_RAILWAY_ROUTER_WORKERS has no effect: a router is one process, and more of them"
-            " are replicas of its service"
-        )
+        log.warning("PULSE_RAILWAY_ROUTER_WORKERS has no effect: give the service replicas")
     sock = listen(os.environ.get("HOST"), port)
     app.state.telemetry = telemetry_tasks()
     config = uvicorn.Config(
@@ -3005,8 +2938,7 @@ def telemetry_tasks() -> dict[str, Callable[[], Coroutine[Any, Any, None]]]:
     return asked_for
 
 
-# ---------------------------------------------------------------------------------------------
-# The app's internal endpoints, asked by the metrics, the control commands and the janitor.
+# == The app's internal endpoints, asked by the metrics, the control commands and the janitor ===
 
 
 def connection_to(record: Record) -> http.client.HTTPConnection:

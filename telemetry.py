@@ -67,8 +67,8 @@ def metrics_port(env: Mapping[str, str]) -> socket.socket | None:
     if not text:
         return None
     try:
-        port = router.number("PULSE_RAILWAY_METRICS_PORT")
-        if port == (router.number("PORT") or router.DEFAULT_PORT):
+        port = router.from_env("PULSE_RAILWAY_METRICS_PORT", None, int)
+        if port == router.from_env("PORT", router.DEFAULT_PORT, int):
             raise SystemExit("PULSE_RAILWAY_METRICS_PORT and PORT must be two ports")
         return router.listen(env.get("HOST"), cast(int, port))
     except SystemExit as problem:
@@ -79,7 +79,7 @@ def metrics_port(env: Mapping[str, str]) -> socket.socket | None:
 def export_interval(env: Mapping[str, str]) -> float:
     """Seconds between two pushes."""
     try:
-        return router.seconds("OTEL_METRIC_EXPORT_INTERVAL", 60_000, env) / 1000
+        return float(router.from_env("OTEL_METRIC_EXPORT_INTERVAL", 60_000.0, env=env)) / 1000
     except SystemExit as problem:
         log.error("metrics are pushed every 60 s: %s", problem)
         return 60.0
@@ -244,7 +244,8 @@ def collect_metrics(tab_counts: Mapping[str, int], log_dropped: int = 0) -> Metr
             histogram("pulse.router.first_byte.duration", tally.first_byte, deployment=name)
         for kind, count in tally.errors.items():
             put("pulse.router.upstream.errors", count, deployment=name, error_type=kind)
-    under_way, tunnels = router.requests_under_way(), router.tunnels_by_deployment()
+    under_way = router.requests_under_way()
+    tunnels = collections.Counter(end.deployment for end in router.TunnelEnd.open)
     for name, tally in METRICS.tallies.items():
         put("http.server.active_requests", under_way[name], deployment=name)
         put("pulse.router.websockets", tunnels[name], deployment=name)

@@ -17,12 +17,13 @@ def python(name: str, *requirements: str) -> Path:
     home.mkdir(parents=True, exist_ok=True)
     with (home.parent / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # several test processes may ask at once
-        if not ready.exists():
+        wanted = "\n".join(requirements)
+        if not ready.exists() or ready.read_text() != wanted:
             subprocess.run([sys.executable, "-m", "venv", "--clear", str(home)], check=True)
             subprocess.run(
                 [str(found), "-m", "pip", "install", "-q", *requirements],
                 check=True,
                 stderr=subprocess.DEVNULL,
             )
-            ready.touch()
+            ready.write_text(wanted)
     return found
