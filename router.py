@@ -2970,7 +2970,7 @@ def look(record: Record) -> str:
     return "answers" if named in (None, record.deployment_id) else "other"
 
 
-SCRIPTS = ("router.py", "control.py", "janitor.py", "telemetry.py", "sqlite_store.py")
+SCRIPTS = "router.py control.py janitor.py telemetry.py sqlite_store.py ownership.py".split()
 
 
 @functools.cache

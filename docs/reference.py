@@ -72,6 +72,8 @@ VARIABLES = {
         " the descriptors",
         "PULSE_RAILWAY_ACTIVE, PULSE_RAILWAY_ACTIVE_AT": "which deployment was promoted last, and"
         " when, where Redis cannot lose it",
+        "PULSE_RAILWAY_STACK": "on every service of a stack: whose it is, as `<environment id>/<id"
+        " of the router service>`",
         "PULSE_RAILWAY_MAINTENANCE": "since when the site is in maintenance; empty where it is not",
         "PULSE_RAILWAY_DRAIN_TTL_SECONDS": "as on the janitor: what was removed is remembered for"
         " as long, and at least seven days",

@@ -57,6 +57,7 @@ NOTIFY_URL: Final = "PULSE_RAILWAY_NOTIFY_URL"  # ours, on the janitor: who is t
 LAST_PROMOTED: Final = "PULSE_RAILWAY_ACTIVE"  # ours, on the router: which deployment was last
 LAST_PROMOTED_AT: Final = "PULSE_RAILWAY_ACTIVE_AT"  # ... and when, in seconds by Redis' clock
 MAINTENANCE: Final = "PULSE_RAILWAY_MAINTENANCE"  # ours, on the router: closed since then
+STACK: Final = "PULSE_RAILWAY_STACK"  # ours, on every service of a stack: whose it is
 NAME: Final = "PULSE_RAILWAY_DEPLOYMENT_NAME"  # ours, on a backend: the name its id is made from
 RUN: Final = "PULSE_RAILWAY_DEPLOY_RUN"  # ours, on a backend: the run that created it
 CONTROL: Final = "PULSE_RAILWAY_CONTROL"  # ours, on the janitor: a control command to carry out
@@ -74,6 +75,7 @@ RESERVED: Final = frozenset(
         PORT,
         SESSION_REDIS_URL,
         NAME,
+        STACK,
         "PULSE_RAILWAY_DEPLOYMENT_STATE",
         "PULSE_RAILWAY_DRAIN_STARTED_AT",
     }

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from pulse_railway import __version__
 
-SCRIPTS = ("router.py", "control.py", "janitor.py", "telemetry.py", "sqlite_store.py")
+SCRIPTS = "router.py control.py janitor.py telemetry.py sqlite_store.py ownership.py".split()
 FILES = ("Dockerfile.router", *SCRIPTS, "runtime.lock")
 
 
@@ -51,10 +51,11 @@ def load(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     for other in {
-        "control": ["router"],
-        "janitor": ["router", "control"],
+        "control": ["ownership", "router"],
+        "janitor": ["ownership", "router", "control"],
         "telemetry": ["router", "control"],
         "sqlite_store": ["router"],
+        "router": ["ownership"],
     }.get(name, []):
         load(other)
     spec.loader.exec_module(module)
