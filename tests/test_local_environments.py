@@ -540,4 +540,4 @@ def test_the_page_shows_one_environment_at_a_time(web: Service, second: Service)
     assert (first["environment"], other["environment"]) == (web.where["e"], second.where["e"])
     assert first["services"][0]["addresses"] == [web.address]
     assert other["services"][0]["addresses"] == [second.address]
-    assert picture(environment="x") == {"message": "no such environment"}
+    assert picture(environment="deleted")["environment"] == web.where["e"]

@@ -49,17 +49,16 @@ class Page:
         return FileResponse(Path(__file__).parent / "page.html")
 
     async def picture(self, request: Request) -> Response:
-        """Of one environment: `?environment=<id>`, or the first of `?project=<id>`, or the first
-        of all."""
+        """Of one project, the first or `?project=<id>`, in one environment: its first, where
+        `?environment=<id>` names none that is there."""
         state = self.railway.state
         wanted = request.query_params.get("project")
         project = state.project(wanted) if wanted else state.projects[0]
         if project is None:
             return JSONResponse({"message": "no such project"}, 404)
         named = request.query_params.get("environment")
-        environment = next((e for e in project.environments if named in (None, e.id)), None)
-        if environment is None:
-            return JSONResponse({"message": "no such environment"}, 404)
+        here = project.environments
+        environment = next((e for e in here if e.id == named), here[0])
         services = [self.service(s, i) for s, i in state.instances(environment.id)]
         routed = await self.routed(project, environment)
         return JSONResponse(
