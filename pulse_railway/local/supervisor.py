@@ -258,7 +258,8 @@ class Supervisor:
             except BaseException:
                 await self._end(running, grace=0)
                 raise
-            if deployment.status == "REMOVED" or self.state.service(service.id) is None:
+            here = self.state.instance(service.id, instance.environment_id)
+            if deployment.status == "REMOVED" or here is not instance:
                 await self._end(running, grace=0)
                 return
             self._set(deployment, "SUCCESS")
