@@ -52,6 +52,7 @@ OTHER_VERSION_SECONDS = 30.0  # in which a router that reports no epoch has read
 JANITOR_LOCK = ":janitor:lock"
 LOCK_MARK = "steps-"  # begins a holder's name whose every change is one transaction
 COMMAND_LOCK_SECONDS = 30  # longer than a command takes
+LEASE_AT_MOST = 3600.0  # seconds: longer than any version's router or janitor asks for
 JANITOR_WAIT = 15.0  # seconds that a command waits for an older janitor to end
 
 
@@ -539,20 +540,38 @@ def reports(store: router.Store) -> list[Json]:
 
 
 def read_reports(store: router.RedisStore, keys: list[str]) -> list[Json]:
+    """Those that have a lease: without one a report never ends, and no router has written it."""
+    if not keys:
+        return []
     with store.client.pipeline(transaction=False) as pipe:
+        pipe.mget(keys)  # None for another type, where GET is an error
         for key in keys:
-            pipe.get(key)
             pipe.pttl(key)
-        values = pipe.execute() if keys else []
+        values, *leases = pipe.execute()
     found = []
-    for key, text, left in zip(keys, values[::2], values[1::2], strict=True):
-        if text is not None:
-            age = max(router.REPORT_LEASE - left / 1000, 0.0) if left >= 0 else 0.0
+    for key, text, left in zip(keys, values, leases, strict=True):
+        if text is not None and is_lease(left):
+            age = max(router.REPORT_LEASE - left / 1000, 0.0)
             name = key.removeprefix(f"{store.prefix}:router:")
             with contextlib.suppress(ValueError):
                 report = {**router.json_object(text), "router": name, "age": round(age, 1)}
                 found.append(report | understood(report))
     return found
+
+
+def is_lease(left: int) -> bool:
+    """Does a key that has so many milliseconds left, as PTTL says, end in time?"""
+    return 0 <= left <= LEASE_AT_MOST * 1000
+
+
+def reports_without_lease(store: router.Store) -> list[str]:
+    """Keys that stand where routers report, and that no router has written: they never end."""
+    if not isinstance(store, router.RedisStore):
+        return []
+    pattern = f"{store.prefix}:router:*"
+    keys = sorted(store.client.scan_iter(pattern, count=router.SCAN_COUNT))
+    gone = -2  # since the scan
+    return [k for k in keys if (left := store.client.pttl(k)) != gone and not is_lease(left)]
 
 
 def understood(report: Json) -> Json:
@@ -620,6 +639,7 @@ def status(store: router.Store, token: str, intent: Promotion | None) -> Json:
         "problems": list(routing.problems),
         "deployments": [{**shown(r), "sessions": n} for r, n in zip(found, counts, strict=True)],
         "routers": reports(store),
+        "reports_without_lease": reports_without_lease(store),
     }
 
 
@@ -863,8 +883,8 @@ def older_janitors_kept_out(store: router.Store) -> Iterator[None]:
         return
     key, holder = f"{store.prefix}{JANITOR_LOCK}", LOCK_MARK + secrets.token_hex(8)
     deadline = time.monotonic() + JANITOR_WAIT
-    while not store.client.set(key, holder, nx=True, ex=COMMAND_LOCK_SECONDS):
-        ours = str(store.client.get(key)).startswith(LOCK_MARK)
+    while not take_lock(store, holder, COMMAND_LOCK_SECONDS):
+        ours = str(store.client.mget([key])[0]).startswith(LOCK_MARK)
         if ours or time.monotonic() > deadline:
             break
         time.sleep(REPORT_POLL)
@@ -872,6 +892,24 @@ def older_janitors_kept_out(store: router.Store) -> Iterator[None]:
         yield
     finally:
         give_back(store, holder)
+
+
+def take_lock(store: router.RedisStore, holder: str, lease: int) -> bool:
+    """Take the janitor's lock for `lease` seconds, where nobody holds it: what is no string, or has
+    no lease, is nobody's of any version, and would never end."""
+    key = f"{store.prefix}{JANITOR_LOCK}"
+    if store.client.set(key, holder, nx=True, ex=lease):
+        return True
+    with store.client.pipeline() as pipe:
+        pipe.watch(key)  # type: ignore[no-untyped-call]
+        if pipe.type(key) == "string" and is_lease(pipe.pttl(key)):
+            return False
+        pipe.multi()
+        pipe.set(key, holder, ex=lease)
+        try:
+            return bool(pipe.execute()[0])
+        except redis.WatchError:  # somebody else was faster
+            return False
 
 
 def give_back(store: router.RedisStore, holder: str) -> None:

@@ -315,7 +315,7 @@ def run_lock(store: router.RedisStore) -> Iterator[bool]:
                     store.client.expire(key, LOCK_SECONDS)
 
     try:  # from before it is taken: a signal can come as soon as it is
-        held = bool(store.client.set(key, token, nx=True, ex=LOCK_SECONDS))
+        held = control.take_lock(store, token, LOCK_SECONDS)
         if held:
             threading.Thread(target=renew, daemon=True).start()
         yield held

@@ -563,7 +563,7 @@ def test_a_router_that_is_silent_counts_until_its_lease_ends(room: Room) -> None
 def test_a_router_of_another_version_counts_for_30_seconds(room: Room) -> None:
     room.sessions(0)
     room.draining("old")
-    room.server.client.set("pulse:railway:router:r1", json.dumps({"in_flight": {}}))
+    report(room, "r1", epoch=None)
     assert room.run(service("old"))[0].kept["old"] == "r1 may still route to it"
     retired = {**(room.record("old") or {}), "retiring_at": time.time() - 31}
     room.server.client.set("pulse:railway:deployment:old", json.dumps(retired))
@@ -726,6 +726,23 @@ def test_in_another_service_it_refuses_in_words(
         {"RAILWAY_SERVICE_NAME": "tidy", "PULSE_RAILWAY_JANITOR_SERVICE": "tidy"},
     ):
         assert "refused: Railway's answer is not one of its API" in on_railway(ok(b"[]"), **env)[1]
+
+
+@pytest.mark.parametrize("damage", [lambda c, k: c.set(k, "x"), lambda c, k: c.lpush(k, "x")])
+def test_what_never_ends_does_not_keep_a_deployment(room: Room, damage: Any) -> None:
+    """Before, nothing was deleted any more, and no run began."""
+    room.sessions(0)
+    room.draining("old")
+    client = room.server.client
+    client.set("pulse:railway:router:gone", json.dumps({"epoch": 1, "in_flight": {"old": 7}}))
+    damage(client, "pulse:railway:router:odd")
+    damage(client, "pulse:railway:janitor:lock")
+    with janitor.run_lock(room.store) as held:
+        assert held
+        assert room.run(service("old"))[1] == ["old"]
+        with janitor.run_lock(room.store) as second:
+            assert not second
+    assert not client.exists("pulse:railway:janitor:lock")
 
 
 @pytest.mark.parametrize("said", [b'{"data": {"serviceDelete": false}}', b'{"data": {"x": 1}}'])

@@ -81,6 +81,11 @@ UP = {"active": "a", "lost": False, "epoch": 7, "deployments": [RECORD], "router
         ),
         (stack(A), UP | {"routers": [{"router": "r1", "epoch": 6, "age": 3}]}, []),
         (
+            stack(A),
+            UP | {"reports_without_lease": ["p:router:x"]},
+            ["p:router:x stands where routers report", "`redis-cli DEL p:router:x` in pulse-redis"],
+        ),
+        (
             stack(A, intent=""),
             UP | {"active": None},
             ["no deployment is active", "promote", "rest"],

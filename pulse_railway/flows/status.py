@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from typing import Any
 
@@ -134,6 +135,10 @@ def of_routers(state: dict[str, Any], stack: Stack) -> list[str]:
         and isinstance(router.get("epoch"), int)
         and router["epoch"] < epoch
         and float(router.get("age") or 0) > REPORTED_SECONDS
+    ] + [
+        f"{key} stands where routers report, and no router has written it: it is ignored."
+        f" `redis-cli DEL {shlex.quote(key)}` in {stack.names.redis} removes it"
+        for key in state.get("reports_without_lease") or []
     ]
 
 
