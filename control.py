@@ -688,10 +688,10 @@ def valid_id(value: str) -> str:
 
 
 def json_object(value: str) -> Json:
-    found = json.loads(value)
-    if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError("expected a JSON object")
-    return found
+    try:
+        return router.json_object(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError("expected a JSON object") from None
 
 
 def percent(value: str) -> float:
@@ -710,7 +710,10 @@ def moment(value: str) -> float:
 
 
 def draining_list(value: str) -> list[Json]:
-    items = json.loads(value)
+    try:
+        items = router.from_json(value)
+    except ValueError:
+        items = None
     if not isinstance(items, list) or not all(
         isinstance(i, dict) and isinstance(i.get("deployment_id"), str) for i in items
     ):

@@ -609,9 +609,9 @@ def carry_out_request(found: Inventory, env: Mapping[str, str]) -> Json | None:
     no longer and must not be surprised by it.
     """
     try:
-        request = json.loads(found.request or "null")
+        request = router.from_json(found.request or "null")
         nonce, words = request["nonce"], [str(word) for word in request["words"]]
-        answered = (json.loads(found.answer or "null") or {}).get("nonce")
+        answered = (router.from_json(found.answer or "null") or {}).get("nonce")
         if nonce == answered or time.time() > float(request["until"]):
             return None
         name = words[0]

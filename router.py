@@ -196,6 +196,7 @@ TOMBSTONES_AT_MOST = 1000
 CLOCKS_MAY_DIFFER = 86_400.0  # a promotion that is later than that is no promotion
 PROCESSED_TTL = 3600.0
 HISTORY_AT_MOST = 100
+DEPTH_AT_MOST = 50  # of JSON
 
 
 class StateError(Exception):
@@ -210,12 +211,24 @@ def record_key(deployment_id: str) -> str:
     return RECORD + deployment_id
 
 
-def json_object(text: str | bytes | None) -> Json:
-    """A JSON object as it is stored. Raises ValueError for anything else."""
+def from_json(text: str | bytes) -> Any:
+    """Raises ValueError, also for what is nested so deeply that to compare it or to write it could
+    end in RecursionError."""
     try:
-        found = json.loads(text or "{}")
+        level = [found := json.loads(text)]
     except RecursionError:
         raise ValueError from None
+    for _ in range(DEPTH_AT_MOST):
+        inner = [x.values() if isinstance(x, dict) else x for x in level if type(x) in (dict, list)]
+        level = [value for values in inner for value in values]
+        if not level:
+            return found
+    raise ValueError
+
+
+def json_object(text: str | bytes | None) -> Json:
+    """A JSON object as it is stored. Raises ValueError for anything else."""
+    found = from_json(text or "{}")
     if not isinstance(found, dict):
         raise ValueError
     return found
@@ -553,8 +566,8 @@ def _lock(found: Json) -> DeployLock:
 
 def _history(state: State, problems: list[str]) -> tuple[Json, ...]:
     try:
-        found = an_instance(list)(json.loads(state.get(HISTORY) or "[]"))
-    except (ValueError, RecursionError):
+        found = an_instance(list)(from_json(state.get(HISTORY) or "[]"))
+    except ValueError:
         problems.append(f"{HISTORY} is not understood")
         return ()
     entries = (entry for entry in found if isinstance(entry, dict))
@@ -868,7 +881,7 @@ class Follower:
             if not message:
                 continue
             try:
-                names = [str(name) for name in json.loads(message["data"])]
+                names = [str(name) for name in from_json(message["data"])]
                 self.keys |= {self.store.prefix + n for n in names if n.startswith(RECORD)}
                 self.scan_all = self.scan_all or not names
             except (ValueError, TypeError):  # 0.3.x's name nothing

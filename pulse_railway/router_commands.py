@@ -103,7 +103,7 @@ def answer_to(stdout: str, command: str, nonce: str) -> Answer | None:
     """The answer to this very command in what came back, or None."""
     for line in reversed(stdout.splitlines()):
         try:
-            found = json.loads(line)
+            found = printable(json.loads(line))
         except (ValueError, RecursionError):
             continue
         if isinstance(found, dict) and (found.get("command"), found.get("nonce")) == (
@@ -112,6 +112,20 @@ def answer_to(stdout: str, command: str, nonce: str) -> Answer | None:
         ):
             return found
     return None
+
+
+def printable(value: Any) -> Any:
+    """JSON whose texts can be printed: in Redis is what anybody has written."""
+    match value:
+        case str() if not value.isprintable():  # half a surrogate pair, a terminal's escape
+            kept = (c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in value)
+            return "".join(kept)
+        case list():
+            return [printable(inner) for inner in value]
+        case dict():
+            return {printable(name): printable(inner) for name, inner in value.items()}
+        case _:
+            return value
 
 
 # -- the commands ------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import json
 import os
 import pty
 import select
@@ -10,18 +12,20 @@ import signal
 import subprocess
 import sys
 import time
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 import control
 import router
-from pulse_railway import contract
+from pulse_railway import contract, router_commands, verbs
 from pulse_railway.config import Names, Target
-from pulse_railway.flows.status import of_record, problems
+from pulse_railway.flows.status import of_record, problems, status
 from pulse_railway.flows.watch import LENGTH, History
 from pulse_railway.stack import Service, Stack
-from pulse_railway.tables import BARS, show_status, trend
+from pulse_railway.tables import BARS, show_history, show_status, show_watch, trend
 from tests.conftest import Project
 
 SET = dict.fromkeys((contract.RAILWAY_TOKEN, contract.REDIS_URL, contract.INTERNAL_TOKEN), "x")
@@ -206,6 +210,119 @@ def test_the_truth_is_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert "problem: pulse-redis is CRASHED" in said
     assert "nothing is wrong" not in said
     assert "\x1b" not in said
+
+
+# -- what anybody has written into Redis ---------------------------------------------------------
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec=None)),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+NAMES = st.sampled_from(["commit", "dirty", "author", "by", "message", "x"])
+RECORDS = st.dictionaries(
+    st.sampled_from([*router.FIELDS, "deployment_id"]), JSON | st.dictionaries(NAMES, JSON)
+)
+ENTRIES = st.dictionaries(st.sampled_from("deployment_id active weight by why x".split()), JSON)
+OTHERS = st.sampled_from([":maintenance", ":deploy:lock", ":promoted", ":epoch", ":removed"])
+FACTS = st.dictionaries(st.sampled_from("since until at holder by page retry_after".split()), JSON)
+TALLIES = st.dictionaries(st.just("a"), JSON | st.tuples(st.lists(JSON), JSON, st.lists(JSON)))
+
+
+class Holds:
+    """A store that holds this."""
+
+    def __init__(self, state: dict[str, str]) -> None:
+        self.state = state
+
+    def read(self) -> Any:
+        return router.parse(self.state, time.time())
+
+
+def asked(command: str, answer: dict[str, Any]) -> dict[str, Any]:
+    """An answer as it comes from the router."""
+    line = json.dumps({**answer, "command": command, "nonce": "n"})
+    found = router_commands.answer_to(line, command, "n")
+    assert found
+    return found
+
+
+@given(
+    st.dictionaries(st.sampled_from(["a", "b", "[/b]", "\x1b[2J"]), RECORDS, max_size=2),
+    st.lists(ENTRIES | JSON, max_size=3),
+    st.dictionaries(OTHERS, FACTS | JSON, max_size=3),
+    TALLIES,
+)
+@example({"a": {"about": {"commit": [1], "by": {}, "message": "[/close] \ud800"}}}, [{}], {}, {})
+@example({}, [{"why": "\ud800 [/close]\x1b[2J"}], {}, {"a": [[1], 0, []]})
+@settings(
+    deadline=None,
+    max_examples=150,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+def test_nothing_that_is_stored_is_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, records: Any, entries: list[Any], others: Any, tallies: Any
+) -> None:
+    """Before, a surrogate, a missing field and a commit that is a list were one, and so was a
+    message with brackets, which was taken for rich's markup."""
+    found = {f":deployment:{name}": record for name, record in records.items()} | others
+    noted = [{"at": 5, "what": "promote", **e} if isinstance(e, dict) else e for e in entries]
+    store = Holds({k: json.dumps(v) for k, v in {**found, ":history": noted}.items()})
+    monkeypatch.setattr(control, "sessions", lambda *_: 1)
+    state = asked("status", control.status(cast(Any, store), "", None))
+    state["routers"] = [{"router": "r", "tallies": tallies, **control.understood({})}]
+    monkeypatch.setattr(router_commands, "state", lambda *_, **__: state)
+    shown = status(cast(Any, None), stack(A))
+    looks = History()
+    with open(os.devnull, "w", encoding="utf-8") as null, contextlib.redirect_stdout(null):
+        show_status(shown)
+        for at in (1.0, 2.0):
+            looks.look({**shown, "routers": []}, at)
+            looks.look(shown, at + 0.5)
+        show_watch([(shown, looks)])
+        show_history(asked("history", {"history": list(store.read().history)})["history"])
+        json.dumps(shown)
+
+
+def test_a_message_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """Before, `[WIP]` was shown, `[wip]` was not, and `[/wip]` was a traceback."""
+    show_history([{"at": 5, "what": "promote", "why": "[wip] [/wip] :smile: [red]x"}])
+    assert "[wip] [/wip] :smile: [red]x" in capsys.readouterr().out
+
+
+def test_a_line_that_has_no_encoding_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `logs` prints a service's."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii"))
+    verbs.run(lambda *_: print("\u25cf \ud800", flush=True), "as_given", {})
+    assert written.getvalue() == b"\\u25cf \\ud800\n"
+
+
+@pytest.mark.parametrize("depth", [60, 900, 990, 9_000, 99_999])
+@pytest.mark.parametrize("shape", ['{"a":', "["])
+def test_json_that_is_nested_too_deeply(depth: int, shape: str) -> None:
+    """Before, it was a traceback of `control`, and in Redis one of the router, which ends when that
+    happens three times."""
+    text = shape * depth + "0" + {"[": "]"}.get(shape, "}") * depth
+    record = f'{{"deployment_id":"a","state":"draining","about":{{"x":{text}}}}}'
+    state = {":active": "b", ":deployment:a": record, ":history": f"[{text}]", ":removed": text}
+    found = router.parse(state, 5.0)
+    assert found.records["a"].ignored == ("record",)
+    assert len(found.problems) == 3
+    assert router.repaired(found, found, "x").records == found.records
+    words = [
+        "register",
+        "--deployment-id",
+        "a",
+        "--service-name",
+        "a",
+        "--about",
+        f'{{"x":{text}}}',
+    ]
+    draining = ["--active-deployment-id", "a", "--active-service-name", "a", "--draining-json"]
+    for command in (words, ["promote", *draining, text]):
+        with pytest.raises(SystemExit):
+            control.control_parser().parse_args(command)
 
 
 def watching(base: Project, terminal: int | None = None) -> subprocess.Popen[bytes]:
