@@ -128,8 +128,16 @@ def register(
         address=address.rstrip("/") if address else record.address,
         about=about or record.about,
     )
+    require_address(new)
     graves = {k: v for k, v in routing.tombstones.items() if k != deployment_id}
     return replace(routing.with_records(new), tombstones=graves)
+
+
+def require_address(record: Record) -> None:
+    if record.url is None:
+        raise StateError(
+            f"no address follows from the service name {record.service_name!r}, and none is known"
+        )
 
 
 def refuse_unless_active(routing: Routing, wanted: str | None) -> None:
@@ -196,6 +204,7 @@ def set_active(
     )
     if address:
         record = replace(record, address=address.rstrip("/"))
+    require_address(record)
     promotion = Promotion(deployment_id, router.next_time(routing))
     others = [
         replace(other, weight=None, bake=None)
@@ -249,6 +258,7 @@ def set_canary_weight(
         weight=weight,
         bake=routing.now + bake if bake else until,
     )
+    require_address(record)
     return routing.with_records(record)
 
 
@@ -709,21 +719,61 @@ def moment(value: str) -> float:
     return found
 
 
+def some_text(value: str) -> str:
+    """What can be stored and shown, whatever a host or a person is called."""
+    return "".join(c if c.isprintable() else " " for c in value)[:300]
+
+
 def draining_list(value: str) -> list[Json]:
-    try:
-        items = router.from_json(value)
-    except ValueError:
-        items = None
-    if not isinstance(items, list) or not all(
-        isinstance(i, dict) and isinstance(i.get("deployment_id"), str) for i in items
-    ):
-        raise argparse.ArgumentTypeError("expected a JSON list of objects with a deployment_id")
-    return items
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        found = {i["deployment_id"]: i for i in router.from_json(value)}
+        for item in found.values():
+            router.a_text(item.get("service_name") or "none")
+        return list(found.values())
+    raise argparse.ArgumentTypeError("expected a JSON list of objects with a deployment_id")
 
 
 def record_list(value: str) -> list[Record]:
-    items = draining_list(value)
-    return [router.parse_record(valid_id(i["deployment_id"]), json.dumps(i)) for i in items]
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        items = [(i["deployment_id"], json.dumps(i)) for i in router.from_json(value)]
+        found = [router.parse_record(valid_id(name), text) for name, text in items]
+        if not any(record.ignored for record in found):
+            return found
+    raise argparse.ArgumentTypeError("expected a JSON list of objects with a deployment_id")
+
+
+def a_length(value: float) -> float:
+    """Of time in seconds, from now on."""
+    return router.a_number(1e10)(value)
+
+
+def a_positive_length(value: float) -> float:
+    return a_length(value - 1) + 1
+
+
+# What a router would not understand in the state is not written: these are the parser's own checks.
+ACCEPTED: dict[str, Callable[[Any], Any]] = {
+    "service_name": router.a_text,
+    "active_service_name": router.a_text,
+    "service_id": router.a_text,
+    "address": router.an_address,
+    "holder": router.a_text,
+    "bake": a_length,
+    "lease": a_length,
+    "retry_after": a_positive_length,
+    "maintenance_since": router.a_time,
+}
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raises StateError for a value that the routing state cannot hold."""
+    for name, accepted in ACCEPTED.items():
+        value = getattr(args, name, None)
+        try:
+            accepted(value) if value is not None else None
+        except ValueError:
+            flag = name.replace("_", "-")
+            raise StateError(f"--{flag} cannot be {value!r}: nothing was changed") from None
 
 
 def control_parser() -> argparse.ArgumentParser:
@@ -732,7 +782,7 @@ def control_parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--nonce", help="comes back in the answer; carried out once")
     common.add_argument("--intent", metavar="ID[@AT]", help="what Railway says was promoted last")
-    common.add_argument("--by", help="who asks, for the history")
+    common.add_argument("--by", type=some_text, help="who asks, for the history")
     common.add_argument("--why", help="for the history")
     common.add_argument("--unlock", metavar="HOLDER", help="give the deploy lock back, too")
 
@@ -929,6 +979,7 @@ def give_back(store: router.RedisStore, holder: str) -> None:
 def change_state(store: router.Store, args: argparse.Namespace) -> Routing:
     """Carry a writing command out, once for its nonce, and return what the store holds then. Where
     the store has lost its data, the routers are given time to write it back. Raises StateError."""
+    check_arguments(args)
     step = step_of(args)
     if args.unlock:
         step = with_unlock(step, args.unlock)

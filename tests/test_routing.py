@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pulse_railway import runtime_image
@@ -691,3 +694,105 @@ def test_a_name_that_cannot_be_looked_up_is_no_address() -> None:
     record = {"state": "pending", "service_name": "b", "address": "http://a..b:80"}
     found = router.parse_record("b", json.dumps(record))
     assert (found.address, found.ignored) == (None, ("address",))
+
+
+# -- what a command writes -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> dict[str, str]:
+    """The environment of control commands on a store in a file, with `a` active, `b` pending."""
+    env = {"PULSE_KV_KIND": "sqlite", "PULSE_KV_PATH": str(tmp_path / "kv.db")}
+    for name in "ab":
+        assert carry_out(env, "register", "--deployment-id", name, "--service-name", name)["ok"]
+    assert carry_out(env, *PROMOTE, "a")["ok"]
+    return env
+
+
+PROMOTE = ("promote", "--active-deployment-id", "a", "--active-service-name")
+REGISTER = ("register", "--deployment-id", "b", "--service-name")
+
+
+def carry_out(env: dict[str, str], *words: str) -> Any:
+    return control.carry_out([*words], env)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ((*REGISTER, "a b\x01"), "--service-name cannot be 'a b\\x01'"),
+        ((*REGISTER, "z z"), "no address follows from the service name 'z z'"),
+        ((*REGISTER, "b", "--address", "ftp://x"), "--address cannot be 'ftp://x'"),
+        ((*REGISTER, "b", "--service-id", "\n"), "--service-id cannot be"),
+        ((*PROMOTE, "z z"), "no address follows from the service name 'z z'"),
+        ((*PROMOTE, "z\tz"), "--active-service-name cannot be"),
+        ((*PROMOTE, "a", "--bake", "1e300"), "--bake cannot be 1e+300"),
+        ((*PROMOTE, "a", "--address", "http://:8"), "--address cannot be"),
+        (("lock", "--holder", "h", "--lease", "1e300"), "--lease cannot be 1e+300"),
+        (("lock", "--holder", "", "--lease", "60"), "--holder cannot be ''"),
+        (("maintenance", "on", "--retry-after", "-5"), "--retry-after cannot be -5"),
+        (("maintenance", "on", "--retry-after", "9" * 40), "--retry-after cannot be 999"),
+        ((*PROMOTE, "a", "--bake", "nan"), None),
+        ((*PROMOTE, "a", "--weight", "nan"), None),
+        ((*PROMOTE, "a", "--weight", "inf"), None),
+        ((*PROMOTE, "a", "--draining-json", '[{"deployment_id":"b","service_name":5}]'), None),
+        (
+            (
+                *("restore", "--active-deployment-id", "a", "--records-json"),
+                '[{"deployment_id":"b","address":5}]',
+            ),
+            None,
+        ),
+    ],
+)
+def test_what_the_state_cannot_hold_is_not_written(
+    kept: dict[str, str], words: tuple[str, ...], says: str | None
+) -> None:
+    """Before, it was answered with ok, and no router understood it."""
+    before = router.store_from_env(kept).read()
+    if says is None:
+        with pytest.raises(SystemExit):
+            carry_out(kept, *words)
+    else:
+        answer = carry_out(kept, *words)
+        assert answer["ok"] is False
+        assert says in answer["error"]
+    assert replace(router.store_from_env(kept).read(), now=0.0) == replace(before, now=0.0)
+
+
+TEXTS = st.text(min_size=1, max_size=9) | st.sampled_from(["a", "a b", "http://x:1", "1e300", "7"])
+OPTIONS = st.dictionaries(
+    st.sampled_from(
+        "service-name active-service-name service-id address bake lease retry-after holder weight"
+        " by why page about instead-of hold".split()
+    ),
+    TEXTS,
+    max_size=4,
+)
+COMMANDS = st.sampled_from(
+    [(*REGISTER, "b"), (*PROMOTE, "a"), ("maintenance", "on"), ("lock", "--holder=h", "--lease=9")]
+)
+
+
+@given(st.lists(st.tuples(COMMANDS, OPTIONS), max_size=3))
+@settings(
+    deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_what_a_command_writes_is_understood(kept: dict[str, str], commands: Any) -> None:
+    for command, flags in commands:
+        words = [*command, *(f"--{name}={value}" for name, value in flags.items())]
+        with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
+            carry_out(kept, *words)
+    found = router.store_from_env(kept).read()
+    assert found.problems == ()
+    if found.maintenance:
+        stored = kept_at(kept, ":maintenance")
+        assert stored == vars(found.maintenance)
+    if found.lock:
+        assert kept_at(kept, ":deploy:lock") == vars(found.lock)
+
+
+def kept_at(env: dict[str, str], key: str) -> Any:
+    store = router.store_from_env(env)
+    row = store.db.execute("SELECT value FROM pulse_kv WHERE key = ?", (store.prefix + key,))
+    return json.loads(row.fetchone()[0])
