@@ -207,7 +207,7 @@ def set_active(
     require_address(record)
     promotion = Promotion(deployment_id, router.next_time(routing))
     others = [
-        replace(other, weight=None, bake=None)
+        replace(other, weight=None, bake=None, canary_at=routing.now)
         for name, other in routing.records.items()
         if other.weight is not None and name != deployment_id
     ]
@@ -256,6 +256,7 @@ def set_canary_weight(
         rejected_at=None,
         held=True,
         weight=weight,
+        canary_at=routing.now,
         bake=routing.now + bake if bake else until,
     )
     require_address(record)

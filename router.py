@@ -291,6 +291,7 @@ FIELDS: dict[str, Callable[[Any], Any]] = {  # of a record, and what each may ho
     "promoted_at": a_time,
     "drain_started_at": a_time,
     "rejected_at": a_time,
+    "canary_at": a_time,
     "retiring_at": a_time,
     "held": a_flag,
     "weight": a_percentage,
@@ -299,7 +300,7 @@ FIELDS: dict[str, Callable[[Any], Any]] = {  # of a record, and what each may ho
     "instances": an_object,
 }
 # What no step of ours takes away: where it is missing, 0.3.x's janitor has written the record anew.
-LASTING = ("address", "service_id", "registered_at", "promoted_at", "about", "instances")
+LASTING = tuple("address service_id registered_at promoted_at canary_at about instances".split())
 HOST_NAME = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?", re.IGNORECASE)
 
 
@@ -316,6 +317,7 @@ class Record:
     promoted_at: float | None = None
     drain_started_at: float | None = None
     rejected_at: float | None = None  # rolled back from, or a canary that was ended
+    canary_at: float | None = None  # its weight was set, or taken
     retiring_at: float | None = None  # being removed: out of the routing, never promoted again
     held: bool = False  # pinned: it is meant to stay pending
     weight: float | None = None  # percent of new visitors: it is the canary

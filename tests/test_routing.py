@@ -427,7 +427,11 @@ OURS = st.one_of(
         st.integers(0, 1),
     ),
     st.builds(lambda n: lambda s: control.set_active(s, n, n, []), NAMES),
-    st.builds(lambda n: lambda s: control.set_canary_weight(s, n, n, 10.0), NAMES),
+    st.builds(
+        lambda n, w: lambda s: control.set_canary_weight(s, n, n, w),
+        NAMES,
+        st.sampled_from([10.0, 50.0]),
+    ),
     st.builds(lambda n: lambda s: control.retire(s, n), NAMES),
     st.builds(lambda n: lambda s: control.delete(s, n), NAMES),
     st.builds(by_0_3_x, NAMES),
@@ -502,8 +506,8 @@ def test_it_does_not_matter_which_router_is_first(
     left = repair(repair(store, first), second)
     right = repair(repair(store, second), first)
     assert (left.promotion, set(left.records)) == (right.promotion, set(right.records))
-    assert {n: r.state for n, r in left.records.items()} == {
-        n: r.state for n, r in right.records.items()
+    assert {n: (r.state, r.weight) for n, r in left.records.items()} == {
+        n: (r.state, r.weight) for n, r in right.records.items()
     }
     assert left.tombstones.keys() == right.tombstones.keys()
 
@@ -518,7 +522,8 @@ def test_an_older_snapshot_never_wins(states: list[Any], of_store: float, of_rou
     assert (mended.active, mended.promoted) == (known.active, known.promoted)
     for name, found in mended.records.items():
         if name in known.records:
-            assert found.state == known.records[name].state
+            right = known.records[name]
+            assert (found.state, found.weight) == (right.state, right.weight)
         else:  # that it was removed is not known, or that goes on
             grave = known.tombstones.get(name)
             assert found.retiring_at or not (grave and grave.buries(found))
@@ -539,6 +544,25 @@ def test_what_was_removed_with_this_service_never_comes_back(
             grave = known.tombstones.get(name)
             gone = grave and grave.buries(found) and name not in known.records
             assert not gone or found.retiring_at, (name, found)
+
+
+@pytest.mark.parametrize("state", ["pending", "draining"])
+def test_the_latest_weight_comes_back(state: str) -> None:
+    """Before, after FLUSHALL the first router's was kept, also an older one: a weight had no time,
+    and a draining record that became the canary lost its own."""
+    canary = {"deployment_id": "b", "service_name": "b", "state": state, "drain_started_at": NOW}
+    routing = parse({**STATE, ":deployment:b": canary})
+    less = control.set_canary_weight(replace(routing, now=NOW + 1), "b", "b", 10.0)
+    more = control.set_canary_weight(replace(less, now=NOW + 2), "b", "b", 50.0)
+    ended = control.set_active(replace(more, now=NOW + 3), "c", "c", [])
+    for known in ((less, more), (more, less), (less, more, less)):
+        found = parse({})
+        for memory in known:
+            found = repair(found, memory)
+        assert found.records["b"].weight == 50.0
+    assert repair(repair(parse({}), less), ended).records["b"].weight is None
+    assert repair(repair(parse({}), ended), less).records["b"].weight is None
+    assert more.records["b"].changed_at > routing.records["b"].changed_at
 
 
 def test_a_store_of_0_3_x_keeps_its_active_one() -> None:
