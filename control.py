@@ -657,7 +657,8 @@ def status(store: router.Store, token: str, intent: Promotion | None) -> Json:
 def shown(record: Record) -> Json:
     """A record without what could not be understood of it."""
     fields = {k: v for k, v in record.json().items() if k not in record.ignored}
-    return {**fields, "state": record.state or "unknown", "ignored": list(record.ignored)}
+    names = {"deployment_id": record.deployment_id, "state": record.state or "unknown"}
+    return {**fields, **names, "ignored": list(record.ignored)}
 
 
 def probe(store: router.Store, deployment_id: str, path: str | None) -> Json:
@@ -1060,6 +1061,7 @@ def changed(store: router.Store, args: argparse.Namespace, token: str) -> Json:
         answer["promoted"] = routing.promoted and vars(routing.promoted)
     if args.command == "maintenance":
         answer["since"] = routing.maintenance and routing.maintenance.since
+        answer["at"] = routing.now
     if args.command == "lock":
         answer |= {"active": routing.active, "lost": is_lost(routing, args.promoted)}
     if args.command in WAITED_FOR:

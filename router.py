@@ -363,20 +363,28 @@ class Record:
         return found
 
 
-def parse_record(deployment_id: str, text: str) -> Record:
-    """A record. A field that holds what it may not is ignored, and named in `ignored`."""
+def parse_record(deployment_id: str, text: str, latest: float = math.inf) -> Record:
+    """A record. A field that holds what it may not, as a time beyond `latest`, is ignored, and
+    named in `ignored`."""
     try:
         raw = json_object(text)
     except ValueError:
         return Record(deployment_id, ignored=("record",))
     found: Json = {}
     ignored = []
+    if raw.get("deployment_id") not in (None, deployment_id):
+        ignored.append("deployment_id")
     for name, parse in FIELDS.items():
         if raw.get(name) is not None:
             try:
-                found[name] = parse(raw[name])
+                value = parse(raw[name])
             except ValueError:
                 ignored.append(name)
+                continue
+            if name.endswith("_at") and value > latest:
+                ignored.append(name)
+            else:
+                found[name] = value
     return Record(deployment_id, **found, raw=raw, ignored=tuple(ignored))
 
 
@@ -478,6 +486,7 @@ def parse(state: State, now: float) -> Routing:
     """The routing state from the store's strings. Never raises: what cannot be read is ignored, is
     kept as it is, and is named in `problems`."""
     problems: list[str] = []
+    latest = now + CLOCKS_MAY_DIFFER  # what is later than that would win over all that comes
 
     def read(key: str, parser: Callable[[Json], Any]) -> Any:
         if key not in state:
@@ -492,7 +501,7 @@ def parse(state: State, now: float) -> Routing:
     for key, text in state.items():
         if key.startswith(RECORD):
             name = key.removeprefix(RECORD)
-            record = records[name] = parse_record(name, text)
+            record = records[name] = parse_record(name, text, latest)
             if record.ignored:
                 problems.append(f"{name}: {', '.join(record.ignored)} not understood")
             elif not record.url or not DEPLOYMENT_ID.fullmatch(name):
@@ -512,9 +521,12 @@ def parse(state: State, now: float) -> Routing:
         problems.append(f"{ACTIVE} is no deployment id")
         active = None
     promoted = read(PROMOTED, _promotion)
-    if promoted and promoted.at > now + CLOCKS_MAY_DIFFER:
+    if promoted and promoted.at > latest:
         problems.append(f"{PROMOTED} is in the future")
         promoted = None
+    graves = read(TOMBSTONES, _tombstones) or {}
+    to_come = [name for name, grave in graves.items() if grave.at > latest]
+    problems += [f"{TOMBSTONES} of {name} is in the future" for name in to_come]
     closed = read(MAINTENANCE, _maintenance)
     if closed is None and MAINTENANCE in state:  # who closed the site wants it closed
         closed = Maintenance(now)
@@ -525,9 +537,9 @@ def parse(state: State, now: float) -> Routing:
         int(epoch),
         state.get(STORE_ID),
         {record.deployment_id: record for record in reversed(newest)},
-        read(TOMBSTONES, _tombstones) or {},
+        {name: grave for name, grave in graves.items() if name not in to_come},
         read(PROCESSED, lambda found: {k: v.at for k, v in _tombstones(found).items()}) or {},
-        _history(state, problems),
+        _history(state, latest, problems),
         closed,
         read(DEPLOY_LOCK, _lock),
         tuple(problems),
@@ -566,18 +578,15 @@ def _lock(found: Json) -> DeployLock:
     return DeployLock(a_text(found["holder"]), by, since, a_time(found["until"]))
 
 
-def _history(state: State, problems: list[str]) -> tuple[Json, ...]:
+def _history(state: State, latest: float, problems: list[str]) -> tuple[Json, ...]:
     try:
         found = an_instance(list)(from_json(state.get(HISTORY) or "[]"))
     except ValueError:
         problems.append(f"{HISTORY} is not understood")
         return ()
     entries = (entry for entry in found if isinstance(entry, dict))
-    return tuple(e for e in entries if _or_none(a_text, e.get("what")) and a_time_of(e) is not None)
-
-
-def a_time_of(entry: Json) -> float | None:
-    return cast(float | None, _or_none(a_time, entry.get("at")))
+    named = (entry for entry in entries if _or_none(a_text, entry.get("what")))
+    return tuple(e for e in named if (_or_none(a_number(latest), e.get("at"))) is not None)
 
 
 def changes(old: Routing, new: Routing) -> Change:

@@ -73,6 +73,7 @@ VARIABLES = {
         "PULSE_RAILWAY_ACTIVE, PULSE_RAILWAY_ACTIVE_AT": "which deployment was promoted last, and"
         " when, where Redis cannot lose it",
         "PULSE_RAILWAY_MAINTENANCE": "since when the site is in maintenance; empty where it is not",
+        "PULSE_RAILWAY_MAINTENANCE_OFF": "when it was opened last; empty while it is closed",
         "PULSE_RAILWAY_DRAIN_TTL_SECONDS": "as on the janitor: what was removed is remembered for"
         " as long, and at least seven days",
         "PULSE_RAILWAY_SETUP": "while `scaffold` or `ensure` has not come to its end",

@@ -270,14 +270,17 @@ def maintenance(
     retry_after: int,
     why: str | None,
     warn: Heard = lambda _: None,
-) -> float | None:
-    """Returns since when the site is closed, None where it is open (or the router is of an earlier
-    version)."""
+) -> tuple[float | None, float | None]:
+    """Returns since when the site is closed, or since when it is open; None where the router is of
+    an earlier version."""
     words = ["on" if on else "off", "--retry-after", str(retry_after), *_noted(why)]
     answer = control(api, stack, "maintenance", *words, *(["--page", page] if page else []))
     tell_of_late_routers(answer, warn)
-    since = answer.get("since")
-    return float(since) if isinstance(since, int | float) else None
+    since, at = (
+        float(value) if isinstance(value := answer.get(name), int | float) else None
+        for name in ("since", "at")
+    )
+    return (since, None) if since else (None, at)
 
 
 def probe(api: Api, stack: Stack, deployment_id: str, path: str | None = None) -> Answer:

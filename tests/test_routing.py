@@ -694,6 +694,40 @@ def test_a_promotion_in_the_far_future_is_none() -> None:
     assert found.problems == (":promoted is in the future",)
 
 
+LATER = NOW + 2 * 86_400
+
+
+def test_times_to_come_are_none() -> None:
+    """Before, a tombstone hid a record that lived after a loss, an entry of the history opened a
+    site that was closed, and a record's time won over all that was done to it."""
+    living = OLD | {"service_id": "s-a", "registered_at": 5}
+    odd = {"deployment_id": "b", "service_name": "b", "registered_at": LATER, "rejected_at": 6}
+    state = {
+        ":store": "f00",
+        ":active": "c",
+        ":removed": {"a": {"at": LATER, "service_id": "s-a"}, "z": {"at": 5}},
+        ":history": [{"at": LATER, "what": "maintenance off"}, {"at": 5, "what": "promote"}],
+        ":deployment:b": odd,
+    }
+    found = parse(state)
+    assert set(found.tombstones) == {"z"}
+    assert [entry["what"] for entry in found.history] == ["promote"]
+    assert (found.records["b"].ignored, found.records["b"].changed_at) == (("registered_at",), 6.0)
+    assert found.problems == ("b: registered_at not understood", ":removed of a is in the future")
+    known = parse({":store": "bar", ":maintenance": {"since": 5}, ":deployment:a": living})
+    mended = repair(found, known)
+    assert mended.records["a"].service_id == "s-a"
+    assert mended.maintenance
+
+
+def test_a_record_of_another_deployment_is_reported() -> None:
+    """Before, `{"deployment_id": 5}` came back as a pending one."""
+    for stored in (5, "b", None):
+        found = parse({":deployment:a": {"deployment_id": stored, "service_name": "a"}})
+        expected = () if stored is None else ("deployment_id",)
+        assert found.records["a"].ignored == expected
+
+
 def test_the_active_one_is_not_being_removed() -> None:
     """Before, everybody got 404, and `status` said that nothing was wrong."""
     record = {"state": "active", "service_name": "a", "retiring_at": 5}

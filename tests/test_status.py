@@ -86,6 +86,13 @@ UP = {"active": "a", "lost": False, "epoch": 7, "deployments": [RECORD], "router
         (stack(A), UP | {"routers": [{"router": "r1", "epoch": 6, "age": 3}]}, []),
         (
             stack(A),
+            UP
+            | {"deployments": [RECORD, {"deployment_id": "UP", "state": "unknown"}]}
+            | {"problems": ["UP: no address follows from its record"]},
+            ["UP: no address", "`redis-cli DEL pulse:railway:deployment:UP` in pulse-redis"],
+        ),
+        (
+            stack(A),
             UP | {"reports_without_lease": ["p:router:x"]},
             ["p:router:x stands where routers report", "`redis-cli DEL p:router:x` in pulse-redis"],
         ),

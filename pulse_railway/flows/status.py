@@ -68,6 +68,12 @@ def status(api: Api, stack: Stack) -> dict[str, Any]:
     }
 
 
+def redis_prefix(stack: Stack) -> str:
+    """What the keys of the routing state begin with."""
+    assert stack.router is not None
+    return stack.router.variables.get(contract.REDIS_PREFIX) or contract.DEFAULT_REDIS_PREFIX
+
+
 def of_memories(state: dict[str, Any], stack: Stack) -> list[str]:
     """What the routing state lacks, and where it is not what Railway says was promoted last."""
     active, last = state["active"], stack.last_promoted
@@ -95,10 +101,13 @@ def of_memories(state: dict[str, Any], stack: Stack) -> list[str]:
     if active and active not in known_ids and stack.backend(active):
         found.append(f"the record of {active} is lost: `pulse-railway restore` makes it anew")
     for problem in state.get("problems") or []:
-        name = str(problem).partition(":")[0]
-        known = any(r["deployment_id"] == name for r in state["deployments"])
-        if known and name != active:
+        named = (n for n in known_ids if str(problem).startswith(f"{n}: "))
+        name = next(named, active)
+        if name != active and contract.DEPLOYMENT_ID_PATTERN.fullmatch(name):
             run = f"it is kept until `pulse-railway delete --deployment-id {name}`"
+        elif name != active:
+            key = shlex.quote(f"{redis_prefix(stack)}:deployment:{name}")
+            run = f"it is ignored. `redis-cli DEL {key}` in {stack.names.redis} removes it"
         else:
             run = "it is ignored, and the next change writes it anew"
         found.append(f"in the routing state, {problem}: {run}")
