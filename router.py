@@ -152,6 +152,7 @@ REDIS_TIMEOUT = 3.0
 REFRESH_SECONDS = 15.0  # 0.3.x writers announce nothing
 LOOKUP_SECONDS = 1.0  # between two reads for ids that are not known
 MISSING_SECONDS = 90.0  # that a deployment whose record is gone has to answer, or to fail
+LOOKS_AT_ONCE = 3  # at deployments whose records are gone; the loop has five threads or more
 PROVISIONAL_SECONDS = 1.0  # between two tries to reach what is served for want of a state
 SCAN_STEP_SECONDS = 90.0
 REPORT_SECONDS = 10.0  # between two reports while counters change
@@ -1196,13 +1197,18 @@ class Table:
             self.looking = asyncio.create_task(self.look_at(gone))
 
     async def look_at(self, records: list[Record]) -> None:
-        loop = asyncio.get_running_loop()
-        looks = (loop.run_in_executor(None, look, record) for record in records)
-        for record, said in zip(records, await asyncio.gather(*looks), strict=True):
+        """A few at a time: many that are silent would keep `repair` from its thread."""
+        loop, gate = asyncio.get_running_loop(), asyncio.Semaphore(LOOKS_AT_ONCE)
+
+        async def look_once(record: Record) -> None:
+            async with gate:
+                said = await loop.run_in_executor(None, look, record)
             if missing := self.missing.get(record.deployment_id):
                 missing.answers = said == "answers"
                 failing_since = missing.failing_since or time.monotonic()
                 missing.failing_since = failing_since if said == "unreachable" else None
+
+        await asyncio.gather(*map(look_once, records))
 
     def load(self, found: Routing) -> None:
         self.loaded_at = now = time.monotonic()
