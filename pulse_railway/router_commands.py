@@ -60,6 +60,10 @@ def control(
             why = str(answer.get("error"))
             if answer.get("reason") != "store":  # whose Redis may have carried it out
                 raise Refused(why, str(answer.get("reason")))
+            if pause == pauses[0] and len(pauses) > 1:
+                stack.target.way.say(f"{why}: asking again for {sum(pauses):.0f} s")
+            logs = f"`pulse-railway logs --service {stack.names.redis}`"
+            why += f": {logs} tells why; run this again when it is back"
         if outcome.hopeless or pause is None or time.monotonic() > deadline:
             break
         time.sleep(pause)

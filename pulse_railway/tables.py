@@ -51,13 +51,13 @@ def doings(result: dict[str, Any]) -> list[str]:
     found = []
     now = time.time()
     if down := result["maintenance"]:
-        since = age(now - down["since"])
+        lasted = age(now - down["since"])
         found.append(
-            f"maintenance since {since}, by {down.get('by')}: nobody gets the app. `pulse-railway"
+            f"maintenance for {lasted}, by {down.get('by')}: nobody gets the app. `pulse-railway"
             " maintenance off` ends it"
         )
     if lock := result["lock"]:
-        found.append(f"{lock.get('by')} deploys since {age(now - lock['since'])}")
+        found.append(f"{lock.get('by')} has been deploying for {age(now - lock['since'])}")
     if canary := result["canary"]:
         name = canary["deployment_id"]
         found.append(

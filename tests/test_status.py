@@ -12,7 +12,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -20,10 +22,15 @@ from hypothesis import strategies as st
 
 import control
 import router
-from pulse_railway import contract, router_commands, verbs
-from pulse_railway.config import Names, Target
+from pulse_railway import cli, contract, router_commands, verbs
+from pulse_railway.config import Names, Target, Way, Where
+from pulse_railway.errors import Uncertain
+from pulse_railway.flows import logs as flows_logs
 from pulse_railway.flows.status import of_record, problems, status
 from pulse_railway.flows.watch import LENGTH, History
+from pulse_railway.options import LogsOptions
+from pulse_railway.output import Output
+from pulse_railway.railway import ssh
 from pulse_railway.stack import Service, Stack
 from pulse_railway.tables import BARS, show_history, show_status, show_watch, trend
 from tests.conftest import Project
@@ -73,7 +80,12 @@ UP = {"active": "a", "lost": False, "epoch": 7, "deployments": [RECORD], "router
         (
             stack(A),
             UP | {"problems": ["a: address not understood"]},
-            ["a: address not understood", "the next change writes it anew"],
+            ["a: address not understood", "it is ignored, and goes with that deployment"],
+        ),
+        (
+            stack(A),
+            UP | {"problems": [":promoted is not understood"]},
+            [":promoted is not understood", "the next change writes it anew"],
         ),
         (
             stack(A),
@@ -330,6 +342,49 @@ def test_json_that_is_nested_too_deeply(depth: int, shape: str) -> None:
     for command in (words, ["promote", *draining, text]):
         with pytest.raises(SystemExit):
             control.control_parser().parse_args(command)
+
+
+# -- what is said where there is little to say ----------------------------------------------------
+
+
+def test_a_redis_that_is_down_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before, a promotion was silent for 38 s, and then did not say what to do."""
+    said: list[str] = []
+    here = stack(A)
+    way = Way("ssh", None, said.append, checked=True)
+    here = replace(here, target=replace(here.target, way=way))
+
+    def by_ssh(_: Any, __: Any, words: list[str]) -> ssh.Outcome:
+        answer = {"command": words[0], "nonce": words[-1], "ok": False, "reason": "store"}
+        why = "the router's Redis does not answer (TimeoutError)"
+        return ssh.Outcome(json.dumps(answer | {"error": why}), "", False)
+
+    monkeypatch.setattr(router_commands, "by_ssh", by_ssh)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    with pytest.raises(Uncertain) as failure:
+        router_commands.promote(cast(Any, None), here, "a", "a")
+    assert said == ["the router's Redis does not answer (TimeoutError): asking again for 30 s"]
+    assert str(failure.value).endswith(
+        "`promote`: the router's Redis does not answer (TimeoutError): `pulse-railway logs"
+        " --service pulse-redis` tells why; run this again when it is back"
+    )
+
+
+def test_a_service_that_has_said_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    api = Mock()
+    api.call.return_value = {"deploymentLogs": []}
+    monkeypatch.setattr(flows_logs, "latest", lambda *_: {"s-a": {"id": "d"}})
+    wanted = LogsOptions(Where(), Names(), deployment_id="a")
+    flows_logs.logs(api, stack(A), wanted, Output())
+    assert capsys.readouterr().err.strip() == "a has said nothing yet"
+
+
+def test_a_verb_that_is_not_told_which() -> None:
+    with pytest.raises(SystemExit, match=r"^error: which\? `pulse-railway maintenance on\|off`$"):
+        cli.rewrite(["maintenance", "--json"])
+    assert cli.rewrite(["maintenance", "on", "--json"]) == ["maintenance", "on", "--json"]
 
 
 def watching(base: Project, terminal: int | None = None) -> subprocess.Popen[bytes]:

@@ -108,6 +108,8 @@ def of_memories(state: dict[str, Any], stack: Stack) -> list[str]:
         elif name != active:
             key = shlex.quote(f"{redis_prefix(stack)}:deployment:{name}")
             run = f"it is ignored. `redis-cli DEL {key}` in {stack.names.redis} removes it"
+        elif str(problem).startswith(f"{name}: "):
+            run = "it is ignored, and goes with that deployment"
         else:
             run = "it is ignored, and the next change writes it anew"
         found.append(f"in the routing state, {problem}: {run}")
@@ -163,8 +165,8 @@ def of_record(record: dict[str, Any], stack: Stack) -> list[str]:
     left = record["state"] == "pending" and not record.get("held") and age > DEAD_DEPLOY_SECONDS
     if left and name != stack.last_promoted:  # else the state is an older one
         found.append(
-            f"{name} is pending since {age / 3600:.1f} h, and runs: its deploy did not get to its"
-            f" end; `pulse-railway promote --deployment-id {name}`, or `delete` it"
+            f"{name} has been pending for {age / 3600:.1f} h, and runs: its deploy did not get"
+            f" to its end; `pulse-railway promote --deployment-id {name}`, or `delete` it"
         )
     until = (record.get("bake") or {}).get("until")
     weight = record.get("weight")
