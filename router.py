@@ -154,6 +154,7 @@ REDIS_TIMEOUT = 3.0
 REFRESH_SECONDS = 15.0  # 0.3.x writers announce nothing
 LOOKUP_SECONDS = 1.0  # between two reads for ids that are not known
 MISSING_SECONDS = 90.0  # that a deployment whose record is gone has to answer, or to fail
+LOOKS_AT_ONCE = 3  # at deployments whose records are gone; the loop has five threads or more
 PROVISIONAL_SECONDS = 1.0  # between two tries to reach what is served for want of a state
 SCAN_STEP_SECONDS = 90.0
 REPORT_SECONDS = 10.0  # between two reports while counters change
@@ -198,14 +199,27 @@ TOMBSTONES_AT_MOST = 1000
 CLOCKS_MAY_DIFFER = 86_400.0  # a promotion that is later than that is no promotion
 PROCESSED_TTL = 3600.0
 HISTORY_AT_MOST = 100
+DEPTH_AT_MOST = 50  # of JSON
+
+
+def from_json(text: str | bytes) -> Any:
+    """Raises ValueError, also for what is nested so deeply that to compare it or to write it could
+    end in RecursionError."""
+    try:
+        level = [found := json.loads(text)]
+    except RecursionError:
+        raise ValueError from None
+    for _ in range(DEPTH_AT_MOST):
+        inner = [x.values() if isinstance(x, dict) else x for x in level if type(x) in (dict, list)]
+        level = [value for values in inner for value in values]
+        if not level:
+            return found
+    raise ValueError
 
 
 def json_object(text: str | bytes | None) -> Json:
     """A JSON object as it is stored. Raises ValueError for anything else."""
-    try:
-        found = json.loads(text or "{}")
-    except RecursionError:
-        raise ValueError from None
+    found = from_json(text or "{}")
     if not isinstance(found, dict):
         raise ValueError
     return found
@@ -261,7 +275,7 @@ def stored(parser: Callable[[Any], Any], default: Any = None) -> Any:
 
 
 # What no step of ours takes away: where it is missing, 0.3.x's janitor has written the record anew.
-LASTING = ("address", "service_id", "registered_at", "promoted_at", "about", "instances")
+LASTING = tuple("address service_id registered_at promoted_at canary_at about instances".split())
 HOST_NAME = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?", re.IGNORECASE)
 
 
@@ -278,13 +292,12 @@ class Record:
     promoted_at: float | None = stored(a_time)
     drain_started_at: float | None = stored(a_time)
     rejected_at: float | None = stored(a_time)  # rolled back from, or a canary that was ended
+    canary_at: float | None = stored(a_time)  # its weight was set, or taken
     retiring_at: float | None = stored(a_time)  # being removed: not routed to, never promoted
     held: bool = stored(a_flag, False)  # pinned: it is meant to stay pending
     weight: float | None = stored(a_percentage)  # of the new visitors: it is the canary
     bake: float | None = stored(lambda v: a_time(an_object(v).get("until")))
-    about: Mapping[str, Any] | None = stored(
-        an_object
-    )  # its commit, author, message, and who deployed it
+    about: Mapping[str, Any] | None = stored(an_object)  # commit, message, who
     instances: Mapping[str, Any] | None = stored(an_object)
     raw: Json = field(default_factory=dict)  # as it is stored, with what we do not know
     ignored: tuple[str, ...] = ()  # fields that hold what they may not
@@ -330,20 +343,28 @@ FIELDS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def parse_record(deployment_id: str, text: str) -> Record:
-    """A record. A field that holds what it may not is ignored, and named in `ignored`."""
+def parse_record(deployment_id: str, text: str, latest: float = math.inf) -> Record:
+    """A record. A field that holds what it may not, as a time beyond `latest`, is ignored, and
+    named in `ignored`."""
     try:
         raw = json_object(text)
     except ValueError:
         return Record(deployment_id, ignored=("record",))
     found: Json = {}
     ignored = []
+    if raw.get("deployment_id") not in (None, deployment_id):
+        ignored.append("deployment_id")
     for name, parse in FIELDS.items():
         if raw.get(name) is not None:
             try:
-                found[name] = parse(raw[name])
+                value = parse(raw[name])
             except ValueError:
                 ignored.append(name)
+                continue
+            if name.endswith("_at") and value > latest:
+                ignored.append(name)
+            else:
+                found[name] = value
     return Record(deployment_id, **found, raw=raw, ignored=tuple(ignored))
 
 
@@ -441,6 +462,7 @@ def parse(state: State, now: float) -> Routing:
     """The routing state from the store's strings. Never raises: what cannot be read is ignored, is
     kept as it is, and is named in `problems`."""
     problems: list[str] = []
+    latest = now + CLOCKS_MAY_DIFFER  # what is later than that would win over all that comes
 
     def read(key: str, parser: Callable[[Json], Any]) -> Any:
         if key not in state:
@@ -455,7 +477,7 @@ def parse(state: State, now: float) -> Routing:
     for key, text in state.items():
         if key.startswith(RECORD):
             name = key.removeprefix(RECORD)
-            record = records[name] = parse_record(name, text)
+            record = records[name] = parse_record(name, text, latest)
             if record.ignored:
                 problems.append(f"{name}: {', '.join(record.ignored)} not understood")
             elif not record.url or not DEPLOYMENT_ID.fullmatch(name):
@@ -477,9 +499,12 @@ def parse(state: State, now: float) -> Routing:
     promoted = read(
         PROMOTED, lambda found: Promotion(a_text(found["deployment_id"]), a_time(found["at"]))
     )
-    if promoted and promoted.at > now + CLOCKS_MAY_DIFFER:
+    if promoted and promoted.at > latest:
         problems.append(f"{PROMOTED} is in the future")
         promoted = None
+    graves = read(TOMBSTONES, _tombstones) or {}
+    to_come = [name for name, grave in graves.items() if grave.at > latest]
+    problems += [f"{TOMBSTONES} of {name} is in the future" for name in to_come]
     closed = read(MAINTENANCE, _maintenance)
     if closed is None and MAINTENANCE in state:  # who closed the site wants it closed
         closed = Maintenance(now)
@@ -490,9 +515,9 @@ def parse(state: State, now: float) -> Routing:
         int(epoch),
         state.get(STORE_ID),
         {record.deployment_id: record for record in reversed(newest)},
-        read(TOMBSTONES, _tombstones) or {},
+        {name: grave for name, grave in graves.items() if name not in to_come},
         read(PROCESSED, lambda found: {k: v.at for k, v in _tombstones(found).items()}) or {},
-        _history(state, problems),
+        _history(state, latest, problems),
         closed,
         read(DEPLOY_LOCK, _lock),
         tuple(problems),
@@ -527,15 +552,15 @@ def _lock(found: Json) -> DeployLock:
     return DeployLock(a_text(found["holder"]), by, since, a_time(found["until"]))
 
 
-def _history(state: State, problems: list[str]) -> tuple[Json, ...]:
+def _history(state: State, latest: float, problems: list[str]) -> tuple[Json, ...]:
     try:
-        found = an_instance(list)(json.loads(state.get(HISTORY) or "[]"))
-    except (ValueError, RecursionError):
+        found = an_instance(list)(from_json(state.get(HISTORY) or "[]"))
+    except ValueError:
         problems.append(f"{HISTORY} is not understood")
         return ()
     entries = (entry for entry in found if isinstance(entry, dict))
-    times = ((_or_none(a_time, entry.get("at")), entry) for entry in entries)
-    return tuple(e for at, e in times if at is not None and _or_none(a_text, e.get("what")))
+    named = (entry for entry in entries if _or_none(a_text, entry.get("what")))
+    return tuple(e for e in named if (_or_none(a_number(latest), e.get("at"))) is not None)
 
 
 def changes(old: Routing, new: Routing) -> Change:
@@ -832,7 +857,7 @@ class Follower:
             if not message:
                 continue
             try:
-                names = [str(name) for name in json.loads(message["data"])]
+                names = [str(name) for name in from_json(message["data"])]
                 self.keys |= {self.store.prefix + n for n in names if n.startswith(RECORD)}
                 self.scan_all = self.scan_all or not names
             except (ValueError, TypeError):  # 0.3.x's name nothing
@@ -1074,13 +1099,18 @@ class Table:
             self.looking = asyncio.create_task(self.look_at(gone))
 
     async def look_at(self, records: list[Record]) -> None:
-        loop = asyncio.get_running_loop()
-        looks = (loop.run_in_executor(None, look, record) for record in records)
-        for record, said in zip(records, await asyncio.gather(*looks), strict=True):
+        """A few at a time: many that are silent would keep `repair` from its thread."""
+        loop, gate = asyncio.get_running_loop(), asyncio.Semaphore(LOOKS_AT_ONCE)
+
+        async def look_once(record: Record) -> None:
+            async with gate:
+                said = await loop.run_in_executor(None, look, record)
             if missing := self.missing.get(record.deployment_id):
                 missing.answers = said == "answers"
                 failing_since = missing.failing_since or time.monotonic()
                 missing.failing_since = failing_since if said == "unreachable" else None
+
+        await asyncio.gather(*map(look_once, records))
 
     def load(self, found: Routing) -> None:
         self.loaded_at = now = time.monotonic()
