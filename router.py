@@ -21,9 +21,7 @@ connection or a deployment nobody knows yet, `handle` is the task that does. A W
 goes the same way; once the backend has answered 101, `join` makes the two connections a tunnel of
 bytes. uvicorn has the server, its life span and its signals, Starlette the router's own answers.
 ASGI's events cannot carry what a proxy must keep (header case, reason phrases, 1xx, framing, a
-connection broken off), so this file speaks HTTP/1.1 by itself. docs/architecture.md says who may
-write to what, and who closes it.
-"""
+connection broken off), so this file speaks HTTP/1.1 by itself; docs/architecture.md says more."""
 
 from __future__ import annotations
 
@@ -83,8 +81,7 @@ VERSION = "0.4.0"  # of the package that this belongs to
 
 
 def from_env(variable: str, default: Any, kind: type = float, env: Any = os.environ) -> Any:
-    """A variable that holds seconds, or a whole number from 1 where `kind` is int. Raises
-    SystemExit for anything else."""
+    """A variable that holds seconds, or for int a whole number from 1. Raises SystemExit."""
     text = env.get(variable)
     if text and kind is int and not re.fullmatch(r"0*[1-9]\d{0,8}", text, re.ASCII):
         raise SystemExit(f"{variable} takes a whole number from 1, not {text!r}")
@@ -203,8 +200,7 @@ DEPTH_AT_MOST = 50  # of JSON
 
 
 def from_json(text: str | bytes) -> Any:
-    """Raises ValueError, also for what is nested so deeply that to compare it or to write it could
-    end in RecursionError."""
+    """Raises ValueError, also for a nesting that could end in RecursionError later."""
     try:
         level = [found := json.loads(text)]
     except RecursionError:
@@ -344,8 +340,7 @@ FIELDS: dict[str, Callable[[Any], Any]] = {
 
 
 def parse_record(deployment_id: str, text: str, latest: float = math.inf) -> Record:
-    """A record. A field that holds what it may not, as a time beyond `latest`, is ignored, and
-    named in `ignored`."""
+    """A record. `ignored` names the fields that hold what they may not, as a time to come."""
     try:
         raw = json_object(text)
     except ValueError:
@@ -445,22 +440,22 @@ class Routing:
         return Promotion(self.active, self.promoted.at)
 
     def record_of_active(self) -> Record | None:
-        """Also where its record is lost or says nothing of an address: then it is on the service
-        that is named after it."""
+        """Where its record is lost or has no address: on the service that is named after it."""
         if self.active is None:
             return None
         record = self.records.get(self.active) or Record(self.active, "active")
-        if record.url:
-            return record
-        return replace(record, service_name=SERVICE_PREFIX + self.active)
+        return record if record.url else replace(record, service_name=SERVICE_PREFIX + self.active)
+
+    def buries(self, record: Record) -> bool:
+        grave = self.tombstones.get(record.deployment_id)
+        return grave is not None and grave.buries(record)
 
     def with_records(self, *records: Record) -> Routing:
         return replace(self, records={**self.records, **{r.deployment_id: r for r in records}})
 
 
 def parse(state: State, now: float) -> Routing:
-    """The routing state from the store's strings. Never raises: what cannot be read is ignored, is
-    kept as it is, and is named in `problems`."""
+    """The routing state. What cannot be read is ignored, kept as it is, and in `problems`."""
     problems: list[str] = []
     latest = now + CLOCKS_MAY_DIFFER  # what is later than that would win over all that comes
 
@@ -611,8 +606,7 @@ def repaired(store: Routing, known: Routing, new_id: str, alive: Collection[str]
     `alive`, those that still answer.
 
     Args:
-        new_id: for a store that has none, or that is an earlier copy.
-    """
+        new_id: for a store that has none, or that is an earlier copy."""
     if known.store_id is None:  # nothing is known yet
         named = store.store_id or (new_id if store.active else None)
         return replace(store, store_id=named)
@@ -636,9 +630,8 @@ def repaired(store: Routing, known: Routing, new_id: str, alive: Collection[str]
         new = replace(new, promoted=Promotion(str(store.active), next_time(store, known)))
     records = dict(new.records)
     for name, record in known.records.items():
-        grave = new.tombstones.get(name)
         wanted = name in alive or name == new.active
-        if wanted and name not in records and not (grave and grave.buries(record)):
+        if wanted and name not in records and not new.buries(record):
             records[name] = record
     if lost or new.active != store.active:
         records = _with_one_active(records, new, {known.active, store.active})
@@ -723,8 +716,7 @@ def _recovered(store: Routing, known: Routing) -> Routing:
 def _with_one_active(
     records: Mapping[str, Record], routing: Routing, before: Collection[str | None]
 ) -> dict[str, Record]:
-    """The records with one that says that it is active, and with one canary. `before`: what may
-    have been active until now."""
+    """The records with one active one, where `before` may have been so, and with one canary."""
     found = dict(records)
     for name, record in records.items():
         if name == routing.active:
@@ -820,8 +812,7 @@ class Follower:
     the table asks, and every REFRESH_SECONDS.
 
     Sessions may share this Redis, so going through all of its keys is for the beginning and for
-    what is announced without names; after that it is done a step at a time.
-    """
+    what is announced without names; after that it is done a step at a time."""
 
     def __init__(self, store: RedisStore, client: redis.asyncio.Redis, table: Table) -> None:
         self.store, self.client, self.table = store, client, table
@@ -910,8 +901,7 @@ class Follower:
         return parse(state, time.time())
 
     async def report(self) -> None:
-        """Say what this router serves: at once when that is a new epoch, soon when its counters
-        have changed, now and then where they have not."""
+        """Say what this router serves: at once for a new epoch, soon for new counts."""
         now, epoch = time.monotonic(), self.table.routing.epoch
         if epoch == self.reported.get("epoch") and now < self.next_report:
             return
@@ -1083,18 +1073,12 @@ class Table:
             store.disconnect()
 
     def note_missing(self, found: Routing) -> None:
-        """Remember the deployments whose records are gone, though nobody of ours has removed them.
-        They stay in the table, and are asked meanwhile."""
-        gone = [
-            record
-            for name, record in self.routing.records.items()
-            if name not in found.records
-            and not ((grave := found.tombstones.get(name)) and grave.buries(record))
-        ]
-        now = time.monotonic()
-        self.missing = {
-            r.deployment_id: self.missing.get(r.deployment_id) or Missing(now) for r in gone
-        }
+        """Keep the deployments whose records nobody of ours has removed, and ask them."""
+        lost = {k: r for k, r in self.routing.records.items() if k not in found.records}
+        gone = [record for record in lost.values() if not found.buries(record)]
+        before, now = self.missing, time.monotonic()
+        names = [record.deployment_id for record in gone]
+        self.missing = {name: before.get(name) or Missing(now) for name in names}
         if gone and (self.looking is None or self.looking.done()):
             self.looking = asyncio.create_task(self.look_at(gone))
 
@@ -1173,8 +1157,7 @@ class Table:
         return Deployment(name, record.state, host, port, header, tally)
 
     async def serve_without_state(self) -> None:
-        """While there is no state, serve what Railway said was active when this router was
-        deployed, where that answers."""
+        """While there is no state, serve what Railway says was active, where that answers."""
         loop = asyncio.get_running_loop()
         while True:
             if self.intent and self.active is None and (self.lost or not self.loaded):
@@ -1241,9 +1224,8 @@ ACCESS_LOG: telemetry.AccessLog | None = None  # where it is asked for
 
 
 # == Counters, for `control status`, for who watches a new version, and for what is exported ====
-# Plain lists: they are on the path of every request.
+# Plain lists: they are on the path of every request. BUCKETS are OpenTelemetry's, in seconds.
 
-# In seconds, OpenTelemetry's for http.server.request.duration
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
 METHODS = frozenset(b"GET HEAD POST PUT DELETE CONNECT OPTIONS TRACE PATCH".split())
 
@@ -1682,8 +1664,7 @@ class Client(asyncio.Protocol):
         self.transport.close()
 
     def break_off(self, arriving: Request, status: int) -> None:
-        """End a request whose body cannot be read on: the backend must not take what it has for
-        the whole of it."""
+        """End a request whose body is bad: its backend must not take what it has for the whole."""
         arriving.gone = True
         arriving.arrived.set()
         alone = arriving is self.request or (not self.busy and self.waiting[0] is arriving)
@@ -1773,8 +1754,7 @@ class Client(asyncio.Protocol):
     def police(self, method: bytes, version: str) -> None:
         """Refuse what request smugglers use (RFC 9112 sections 3.2, 5 and 6.3).
 
-        llhttp has already refused bare CR and LF, bad names, and chunked not being last.
-        """
+        llhttp has already refused bare CR and LF, bad names, and chunked not being last."""
         lengths = hosts = 0
         coding: bytes | None = None
         for _, name, value in self.fields:
@@ -1984,8 +1964,7 @@ class Exchange:
     held back), gone (the client), broken (too late for another answer); where nothing was sent to
     the client: reset (a pooled connection that had died), lost, timeout.
 
-    A client that reads slowly pauses the upstream, so memory stays flat.
-    """
+    A client that reads slowly pauses the upstream, so memory stays flat."""
 
     # what an exchange begins with
     spared = False
@@ -2446,8 +2425,7 @@ class TunnelEnd(asyncio.Protocol):
 
     Each end may say that it has no more to send (a half-close), and the other goes on talking.
     The tunnel is over when both have, when either connection is lost, or when a half-closed one
-    has been silent for HALF_CLOSED seconds. What is still to be written then has FLUSH seconds.
-    """
+    has been silent for HALF_CLOSED seconds. What is still to be written then has FLUSH seconds."""
 
     __slots__ = ("deployment", "ended", "lost", "peer", "since", "transport")
     open: ClassVar[set[TunnelEnd]] = set()  # the clients' ends, until both connections are gone
@@ -2498,7 +2476,6 @@ class TunnelEnd(asyncio.Protocol):
             self.peer.transport.resume_reading()
 
     def check_time(self, now: float) -> None:
-        """End what would otherwise last for ever: see above."""
         near, far = self, self.peer
         limit = FLUSH if near.lost or far.lost else HALF_CLOSED
         ending = near.lost or far.lost or near.ended or far.ended
@@ -2510,9 +2487,7 @@ class TunnelEnd(asyncio.Protocol):
 def join(client: Client, exchange: Exchange) -> None:
     """The backend said 101: pass that on and let the bytes run.
 
-    After any other answer a connection ends: nothing sent behind a handshake that was refused may
-    pass the router unread.
-    """
+    After any other answer a connection ends: what stood behind it may not pass unread."""
     upstream = exchange.upstream
     head = [b"HTTP/1.1 101 Switching Protocols\r\n"]
     head += [n + b": " + v + b"\r\n" for n, v in exchange.fields]
@@ -2625,9 +2600,8 @@ def at_end(name: bytes, exchange: Exchange) -> None:
 
 
 def chosen(request: Request) -> Deployment | None:
-    """The deployment of a request that names none. While there is a canary, its visitor is drawn
-    for, with the same outcome in every router: a page, its assets, its `fetch` calls and its
-    socket all get the same one."""
+    """The deployment of a request that names none. During a canary its visitor is drawn for, with
+    the same outcome in every router: a page, its assets, `fetch` calls and socket get the same."""
     if TABLE.canary is None:
         return TABLE.active
     known, visitor = visitor_of(request)
@@ -2637,8 +2611,7 @@ def chosen(request: Request) -> Deployment | None:
 
 
 def drawn(visitor: bytes, deployment_id: str, weight: float) -> bool:
-    """Is this visitor among the `weight` percent that get the canary? Whoever is at one weight is
-    at every larger one; another canary draws anew."""
+    """Is this visitor among the `weight` percent that get the canary? If so, at larger ones too."""
     digest = hashlib.blake2b(visitor, digest_size=8, key=deployment_id.encode()).digest()
     return int.from_bytes(digest) < weight / 100 * (1 << 64)
 
@@ -2666,8 +2639,7 @@ def visitor_of(request: Request) -> tuple[bool, bytes]:
 
 
 def visitor_cookie(request: Request, fields: list[tuple[bytes, bytes]]) -> list[bytes]:
-    """The header line that gives a visitor its cookie, with a page: other answers may be kept in
-    caches that many share."""
+    """The header line that gives a visitor its cookie: with a page, which caches do not share."""
     if not is_html(fields):
         return []
     schemes = [value for _, name, value in request.fields if name == b"x-forwarded-proto"]
@@ -2843,8 +2815,7 @@ def lacking(spare: str, path: bytes, status: int, fields: list[tuple[bytes, byte
 
     An asset: a 404, or a page in place of a file, which is what an app with a catch-all route
     gives. React Router's route discovery (a question for a build's own routes): a 204 that asks
-    for a reload, since the build is another one.
-    """
+    for a reload, since the build is another one."""
     if spare == DISCOVERY:
         return status == 204 and any(n.lower() == b"x-remix-reload-document" for n, _ in fields)
     if status == 404:
@@ -2904,8 +2875,7 @@ app = Starlette(lifespan=lifespan)
 
 
 def listen(host: str | None, port: int) -> socket.socket:
-    """A listening socket; without a host on IPv4 and IPv6 both, where the machine has both.
-    Raises SystemExit where there can be none."""
+    """A listening socket; without a host, on IPv4 and IPv6. Raises SystemExit."""
     if not host and socket.has_dualstack_ipv6():
         with contextlib.suppress(OSError, OverflowError):
             return socket.create_server(
@@ -2972,8 +2942,7 @@ def telemetry_tasks() -> dict[str, Callable[[], Coroutine[Any, Any, None]]]:
 
 
 def connection_to(record: Record) -> http.client.HTTPConnection:
-    """From inside the private network: plain HTTP, no proxy. Raises OSError, and ValueError for a
-    record that has no address."""
+    """Plain HTTP, no proxy. Raises OSError, and ValueError for a record without an address."""
     url = urllib.parse.urlsplit(record.url or "")
     if not url.hostname:
         raise ValueError
