@@ -202,3 +202,19 @@ def test_there_is_no_way_back(stage: Stage) -> None:
     with pytest.raises(Failure, match=r"but old is gone: it stays active"):
         stage.bake(60)
     assert stage.told == []
+
+
+@pytest.mark.parametrize("tally", [1, [], [1, 2, 3], [[1], "x", {}], [[-5] * 10, 0, []], None])
+def test_a_tally_that_is_none_is_no_traceback(tally: Any) -> None:
+    """Before, one key of Redis that somebody had written ended the bake, which then watched no
+    more."""
+    good = [[0, 0, 90, 0, 0, 10, 0, 0, 0, 0], 0, [100, *[0] * 14]]
+    watch = bake.Watch()
+    for seen in (good, tally, good):
+        watch.look([{"router": "r", "tallies": {"new": seen}}])
+        if seen is good:
+            watch.begin("new")
+        total = watch.total("new")
+        assert (total.requests, total.failed) == (0, 0)
+        assert bake.verdict(total, total) == "unknown"
+        assert str(total)

@@ -7,6 +7,10 @@ the janitor on the local Railway.
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pulse_railway import runtime_image
-from tests.conftest import Redis
+from tests.conftest import ROOT, Redis
 from tests.net import Backend, Connection, header, ok
 
 router: Any = runtime_image.load("router")
@@ -806,6 +810,46 @@ def test_the_lock_does_not_expire_on_a_long_run(
         with janitor.run_lock(store) as second:
             assert not second
     assert not redis_server.client.exists("pulse:railway:janitor:lock")
+
+
+def run_until_killed(url: str, at: str) -> None:
+    """A run in a process of its own, which ends by SIGKILL after it has done that."""
+
+    class Killed(Railway):
+        def delete(self, service: Any) -> None:
+            if at != "forgotten":
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    store = router.RedisStore(url, "pulse:railway")
+    with janitor.run_lock(store):
+        clean_up(store, Killed(service("active"), service("old")))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("at", ["retired", "deleted", "forgotten"])
+def test_a_run_that_is_killed_is_ended_by_the_next(room: Room, at: str) -> None:
+    """The next one begins when the lock of the killed one has ended."""
+    room.sessions(0)
+    room.draining("old")
+    lock = "pulse:railway:janitor:lock"
+    call = (
+        f"from tests.test_janitor import run_until_killed as run; run({room.server.url!r}, {at!r})"
+    )
+    killed = subprocess.run([sys.executable, "-c", call], cwd=ROOT, timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    assert bool(room.record("old")) == (at != "forgotten")
+    with janitor.run_lock(room.store) as held:
+        assert not held
+    assert 0 < room.server.client.ttl(lock) <= janitor.LOCK_SECONDS
+    room.server.client.pexpire(lock, 1)
+    time.sleep(0.01)
+    left = [service("old")] if at == "retired" else []  # else Railway has deleted it
+    with janitor.run_lock(room.store) as held:
+        assert held
+        _, deleted = room.run(*left)
+    assert deleted == (["old"] if left else [])
+    assert room.record("old") is None
+    assert "old" in room.store.read().tombstones
 
 
 def test_who_is_told_of_a_forced_removal(caplog: pytest.LogCaptureFixture) -> None:

@@ -258,6 +258,33 @@ def test_what_never_ends_is_no_router_and_no_lock(
     assert site.server.client.exists(odd), "it may be somebody's"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("active",),
+        ("status",),
+        ("promote", "--active-deployment-id", "old", "--active-service-name", "old"),
+        ("retire", "--deployment-id", "old"),
+        ("maintenance", "on"),
+    ],
+)
+def test_a_redis_that_hangs_is_waited_for_in_bounds(
+    site: Site, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
+) -> None:
+    site.server.signal(signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        assert site.control(*words) == 1
+        took = time.monotonic() - began
+    finally:
+        site.server.signal(signal.SIGCONT)
+    assert took < router.REDIS_TIMEOUT + 2
+    told = capsys.readouterr()
+    assert told.err.strip() == "the router's Redis does not answer (TimeoutError)"
+    assert json.loads(told.out.splitlines()[-1])["reason"] == "store"
+    assert site.control(*words) == 0  # asked again
+
+
 def test_it_goes_on_reporting_when_redis_was_away(site: Site, run_router: Run) -> None:
     up(run_router(site.server, QUICK))
     name, _ = report_of(site)
