@@ -74,6 +74,8 @@ VARIABLES = {
         " when, where Redis cannot lose it",
         "PULSE_RAILWAY_STACK": "on every service of a stack: whose it is, as `<environment id>/<id"
         " of the router service>`",
+        "PULSE_RAILWAY_TOKEN_MADE": "its token is one that `ensure` made for it, in a copied"
+        " environment",
         "PULSE_RAILWAY_MAINTENANCE": "since when the site is in maintenance; empty where it is not",
         "PULSE_RAILWAY_MAINTENANCE_OFF": "when it was opened last; empty while it is closed",
         "PULSE_RAILWAY_DRAIN_TTL_SECONDS": "as on the janitor: what was removed is remembered for"

@@ -36,6 +36,7 @@ class Names:
     redis: str = contract.DEFAULT_REDIS
     janitor: str = contract.DEFAULT_JANITOR
     prefix: str = ""
+    asked: bool = False  # the router was named, and no other one will do
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,7 @@ def load_app(app: str | None, context: Path) -> AppConfig:
             plugin.redis_service,
             plugin.janitor_service,
             plugin.service_prefix,
+            asked=plugin.router_service != contract.DEFAULT_ROUTER,
         ),
         server_address=None if address == _TOLD_LATER else address,
         has_address=bool(address),

@@ -77,7 +77,7 @@ class BaselineOptions:
     where: Where
     names: Names
     redis_url: str | None = None
-    redis_prefix: str = contract.DEFAULT_REDIS_PREFIX
+    redis_prefix: str | None = None  # None: the stack's, else the usual one
     cron: str = contract.DEFAULT_CRON
     drain_ttl: int = contract.DEFAULT_DRAIN_TTL_SECONDS  # seconds
     rollback_window: int = contract.DEFAULT_ROLLBACK_WINDOW_SECONDS  # seconds; 0: none
@@ -123,7 +123,7 @@ def stack(flags: Flags, output: Output) -> StackOptions:
     app = load_app(flags, output) if flags.get("app") else None
     return StackOptions(
         where=where(flags, app.plugin if app else None),
-        names=app.names if app else names(flags),
+        names=router_named(flags, app.names) if app else names(flags),
         deployment_id=deployment_id(flags),
         deployment_name=flags.get("deployment_name"),
         yes=bool(flags.get("yes")),
@@ -205,7 +205,7 @@ def baseline(flags: Flags, output: Output) -> BaselineOptions:
         where=where(flags, app.plugin),
         names=app.names,
         redis_url=redis_url,
-        redis_prefix=flags.get("redis_prefix") or contract.DEFAULT_REDIS_PREFIX,
+        redis_prefix=flags.get("redis_prefix"),
         cron=cron,
         drain_ttl=number(flags, "drain_ttl_seconds", contract.DEFAULT_DRAIN_TTL_SECONDS, 0),
         rollback_window=number(
@@ -328,9 +328,24 @@ def names(flags: Flags) -> Names:
             usual,
             router=naming.service_name(router) if router else usual.router,
             redis=naming.service_name(redis) if redis else usual.redis,
+            asked=bool(router),
         )
     except ValueError as error:
         raise Failure(str(error)) from None
+
+
+def router_named(flags: Flags, of_app: Names) -> Names:
+    """An app's names, with the router that --service names. Raises Failure where the app names
+    another one."""
+    if not flags.get("service"):
+        return of_app
+    asked = names(flags)
+    if of_app.asked and asked.router != of_app.router:
+        raise Failure(
+            f"--service {asked.router} is not the router of this app, {of_app.router}: leave"
+            " --service out, or --app (and `app` in invoke.yaml)"
+        )
+    return replace(of_app, router=asked.router, asked=True)
 
 
 def deployment_id(flags: Flags) -> str | None:

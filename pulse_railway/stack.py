@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from pulse_railway import contract
+from pulse_railway import contract, runtime_image
 from pulse_railway.config import Names, Target
 from pulse_railway.errors import Failure, keep_secret
 from pulse_railway.railway import documents
 from pulse_railway.railway.api import Api
+
+ownership: Any = runtime_image.load("ownership")
 
 SECRET_NAMES = (
     contract.RAILWAY_TOKEN,
@@ -49,11 +50,15 @@ class Service:
 
 @dataclass
 class Stack:
-    """Every service of an environment, and which of them are the baseline."""
+    """A router and what belongs to it, of all that an environment holds."""
 
     target: Target
     names: Names
-    services: dict[str, Service]
+    services: dict[str, Service]  # its own
+    others: list[Service] = field(default_factory=list)  # the environment's other services
+    taken: frozenset[str] = frozenset()  # what services of the project are called
+    no_such_router: str | None = None  # that was asked for by its name: what there is instead
+    copied_from: str | None = None  # the environment that this one is a copy of, not yet our own
     doubt: str | None = None  # why Railway's answer is not believed
     edge_failed: bool = False  # it answered in place of the router, in this run
 
@@ -92,6 +97,11 @@ class Stack:
         if not self.external_redis:
             names.append(self.names.redis)
         return [name for name in names if name not in self.services]
+
+    @property
+    def stamp(self) -> str | None:
+        """What says of a service that it belongs to this stack."""
+        return f"{self.target.environment_id}/{self.router.id}" if self.router else None
 
     @property
     def backends(self) -> list[Service]:
@@ -137,27 +147,92 @@ READ_AGAIN = 1.0  # seconds
 
 
 def inspect(api: Api, target: Target, names: Names) -> Stack:
-    """Read the environment: services and settings in one document, variables in another.
+    """Read the environment, services and settings in one document, variables in another, and find
+    the stack in it.
 
     Variables that cannot be all there are, are read once more; `stack.doubt` says so then.
     """
-    stack = read_services(api, target, names)
-    read_variables(api, stack)
+    read = read_services(api, target, names)
+    read_variables(api, read)
+    stack = own_stack(read)
     if doubt(stack):
         time.sleep(READ_AGAIN)
-        read_variables(api, stack)
+        read_variables(api, read)
+        stack = own_stack(read)
         stack.doubt = doubt(stack)
     return stack
 
 
-REFERENCE = re.compile(r"\$\{\{\s*([^.}]+?)\.([A-Za-z0-9_]+)\s*\}\}")
+def own_stack(read: Stack) -> Stack:
+    """The stack that a verb works on, of all services that were read.
+
+    It is found by its router: the one that was asked for by its name, else the one that is called
+    as usual, else the only one. Raises Failure where several could be meant. Where there is none,
+    the stack has what is called as wanted and belongs to no other, and the deployments that no
+    router of this environment owns.
+    """
+    names, services = read.names, read.services
+    listed = {s.id: ownership.Service(s.id, s.name, s.variables) for s in services.values()}
+    every = list(listed.values())
+    there = {router.name: router for router in ownership.routers(every)}
+    router = there.get(names.router)
+    if router is None and there and not names.asked:
+        if len(there) > 1:
+            raise Failure(
+                f"there are several routers, {joined(there)}: pass --service with one of them"
+            )
+        (router,) = there.values()
+    owners = {
+        s.name: ownership.owner(read.target.environment_id, listed[s.id], every)
+        for s in services.values()
+    }
+    if router is None:
+        usual = {names.router, names.env, names.redis, names.janitor}
+        own = [
+            service
+            for name, service in services.items()
+            if owners[name].kind in ("gone", "nobody")
+            and (name in usual or service.deployment_id)
+            and not (there and service.deployment_id)
+        ]
+        instead = joined(there) if there and names.asked else None
+        found = replace(read, services={s.name: s for s in own}, no_such_router=instead)
+    else:
+        found = stack_of(read, router, every, owners)
+    found.others = [s for s in services.values() if s.name not in found.services]
+    return found
+
+
+def stack_of(read: Stack, router: Any, every: list[Any], owners: dict[str, Any]) -> Stack:
+    """The stack of a router, with the names that its services have."""
+    names, environment = read.names, read.target.environment_id
+    said = ownership.names_of(router, every)
+    free = {s.name for s in every if owners[s.name].kind == "nobody" and not s.is_backend}
+    of_copy = router.stamp is not None and router.stamp.environment_id != environment
+    names = replace(
+        names,
+        router=router.name,
+        env=said.env or names.env,
+        redis=said.redis or names.redis,
+        janitor=said.janitor or names.janitor,
+        prefix=router.variables.get(contract.SERVICE_PREFIX) or "",
+    )
+    baseline = {names.env, names.redis, names.janitor} & free
+    mine = ownership.Owner("copy" if of_copy else "stack", router.id)
+    own = {
+        s.name: read.services[s.name]
+        for s in every
+        if owners[s.name] == mine or s.name == router.name or s.name in baseline
+    }
+    copied = router.stamp.environment_id if of_copy else None
+    return replace(read, names=names, services=own, copied_from=copied)
 
 
 def doubt(stack: Stack) -> str | None:
     """Why the variables that Railway shows are not to be believed: what follows from them would
     replace secrets that backends hold, or leave out what the app needs."""
     # a backend is known by its variables, too: where these read empty it may be any other service
-    beside = len(stack.services) > len(stack.baseline)
+    beside = len(stack.services) + len(stack.others) > len(stack.baseline)
     if stack.router and beside and not _own(stack.router):
         return f"Railway shows no variables of {stack.router.name}"
     if not stack.backends:
@@ -166,7 +241,7 @@ def doubt(stack: Stack) -> str | None:
     named = {
         found[2]
         for value in version.variables.values()
-        for found in REFERENCE.finditer(value)
+        for found in ownership.REFERENCE.finditer(value)
         if found[1] == stack.names.env
     }
     if stack.env and named and not named & stack.env.variables.keys():
@@ -192,7 +267,8 @@ def require_believable(stack: Stack) -> None:
 def read_services(api: Api, target: Target, names: Names) -> Stack:
     """The environment's services with their settings, their variables not yet read."""
     where: dict[str, Any] = {"project": target.project_id, "environment": target.environment_id}
-    data = api.call(documents.STACK, **where)["environment"]
+    answer = api.call(documents.STACK, **where)
+    data = answer["environment"]
     config = data["config"].get("services") or {}
     services = {}
     for edge in data["serviceInstances"]["edges"]:
@@ -210,7 +286,8 @@ def read_services(api: Api, target: Target, names: Names) -> Stack:
             group_id=(config.get(node["serviceId"]) or {}).get("groupId"),
             status=latest["status"] if latest else None,
         )
-    return Stack(target, names, services)
+    taken = {edge["node"]["name"] for edge in answer["project"]["services"]["edges"]}
+    return Stack(target, names, services, taken=frozenset(taken | services.keys()))
 
 
 def read_variables(api: Api, stack: Stack) -> None:
@@ -257,6 +334,10 @@ def goes_with(stack: Stack) -> str:
 def require_baseline(stack: Stack) -> None:
     """Raises Failure where a deploy could not work; repairs nothing."""
     require_believable(stack)
+    if stack.no_such_router:
+        raise Failure(f"no router is called {stack.names.router}; there is: {stack.no_such_router}")
+    if stack.copied_from:
+        raise Failure(copied(stack))
     if not stack.baseline:
         raise Failure("there is no baseline in this environment: run `pulse-railway ensure` first")
     if stack.missing:
@@ -275,6 +356,13 @@ def require_baseline(stack: Stack) -> None:
             " over"
         )
     _ = stack.address
+
+
+def copied(stack: Stack) -> str:
+    return (
+        f"this environment is a copy of {stack.copied_from}, with its tokens and its routing state:"
+        " run `pulse-railway ensure`, which makes a stack of its own of it"
+    )
 
 
 def find_backend(stack: Stack, deployment_id: str) -> Service:

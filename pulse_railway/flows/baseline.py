@@ -36,6 +36,7 @@ from pulse_railway.stack import (
     goes_with,
     inspect,
     joined,
+    own_stack,
     partial,
     read_services,
     read_variables,
@@ -97,8 +98,17 @@ def ensure(
     if stack.missing:
         raise Failure(partial(stack))
     check_redis_mode(stack, wanted)
+    check_prefixes(stack, wanted)
     assert stack.router is not None
-    changes = plan(stack, wanted, runtime_token(api, stack), internal_token(stack))
+    if stack.copied_from:
+        tell_of_copy(stack, output)
+        token = own_project_token(api, stack, wanted.plan_only)
+        shared = secrets.token_urlsafe(32)
+        keep_secret(token, shared)
+    else:
+        token, shared = runtime_token(api, stack), internal_token(stack)
+    made = bool(stack.copied_from) and not api.scope()
+    changes = plan(stack, wanted, token, shared, made)
     lines = [line for change in changes for line in change.lines()]
     if not wanted.plan_only:
         if any(change.deploy for change in changes) and not wanted.runtime_image:
@@ -123,11 +133,78 @@ def check_redis_mode(stack: Stack, wanted: BaselineOptions) -> None:
         )
 
 
+def check_prefixes(stack: Stack, wanted: BaselineOptions) -> None:
+    """What a stack was set up with stays: its keys and its services are called by it."""
+    assert stack.router is not None
+    of_router = stack.router.variables
+    for flag, given, stored in (
+        ("--redis-prefix", wanted.redis_prefix, of_router.get(contract.REDIS_PREFIX)),
+        ("--service-prefix", wanted.names.prefix, of_router.get(contract.SERVICE_PREFIX)),
+    ):
+        if given and given.rstrip(":-") != (stored or "").rstrip(":-"):
+            was = f"with {flag} {stored}" if stored else f"without {flag}"
+            raise Failure(f"this stack was set up {was}, and keeps its names: leave the flag out")
+
+
+def tell_of_copy(stack: Stack, output: Output) -> None:
+    output.warn(
+        f"this environment is a copy of {stack.copied_from}: its stack gets tokens of its own,"
+        " and knows nothing of what was promoted there"
+    )
+    if copied := joined(str(s.deployment_id) for s in stack.backends):
+        output.warn(
+            f"the deployments that were copied ({copied}) stay as they are, and nothing routes to"
+            " them: deploy here, then delete them on Railway in this environment"
+        )
+
+
+def own_project_token(api: Api, stack: Stack, plan_only: bool) -> str:
+    """The token of a copy's router and janitor: never the one that came with the copy."""
+    target = stack.target
+    if api.scope():
+        return api.token.value
+    if plan_only:
+        return "made by ensure"
+    made = api.call(
+        documents.PROJECT_TOKEN_CREATE,
+        input={
+            "projectId": target.project_id,
+            "environmentId": target.environment_id,
+            "name": f"pulse-railway {stack.names.router}",
+        },
+    )
+    return str(made["projectTokenCreate"])
+
+
+def redis_prefix(stack: Stack, wanted: BaselineOptions) -> str:
+    """What the routing state's keys begin with. In a copy that shares its Redis with the original,
+    they are kept apart by the environment's id."""
+    of_router = stack.router.variables if stack.router else {}
+    usual = of_router.get(contract.REDIS_PREFIX) or contract.DEFAULT_REDIS_PREFIX
+    if stack.copied_from and not stack.redis:
+        return f"{usual}:{stack.target.environment_id}"
+    return wanted.redis_prefix or usual
+
+
+# Where what was promoted last and what is to be carried out stand: not a copy's.
+ORIGINALS = (
+    contract.LAST_PROMOTED,
+    contract.LAST_PROMOTED_AT,
+    contract.MAINTENANCE,
+    contract.MAINTENANCE_OFF,
+    contract.CONTROL,
+    contract.CONTROL_ANSWER,
+)
+
+
 def runtime_token(api: Api, stack: Stack) -> str:
     """The token that router and janitor get. Raises Failure for a login where they have none."""
+    of_router = stack.router.variables if stack.router else {}
+    present = of_router.get(contract.RAILWAY_TOKEN)
+    if present and of_router.get(contract.TOKEN_MADE) and not api.scope():
+        return present
     if api.token.durable:
         return api.token.value
-    present = stack.router and stack.router.variables.get(contract.RAILWAY_TOKEN)
     if not present:
         raise Failure(LOGIN_IS_NOT_DURABLE)
     return present
@@ -168,7 +245,11 @@ class Desired:
 
 
 def desired(
-    stack: Stack, wanted: BaselineOptions, runtime_token: str, internal_token: str
+    stack: Stack,
+    wanted: BaselineOptions,
+    runtime_token: str,
+    internal_token: str,
+    token_made: bool = False,
 ) -> list[Desired]:
     """The router and the janitor as they should be; env and Redis are the user's to configure."""
     names = stack.names
@@ -183,7 +264,7 @@ def desired(
         contract.RAILWAY_TOKEN: runtime_token,
         contract.INTERNAL_TOKEN: internal_token,
         contract.REDIS_URL: redis_url,
-        contract.REDIS_PREFIX: wanted.redis_prefix,
+        contract.REDIS_PREFIX: redis_prefix(stack, wanted),
         contract.DRAIN_TTL: str(wanted.drain_ttl),
         contract.RUNTIME_VERSION: wanted.runtime_image or runtime_image.version(),
     }
@@ -191,9 +272,10 @@ def desired(
         shared[contract.SERVICE_PREFIX] = names.prefix
     if not wanted.runtime_image:
         shared[contract.DOCKERFILE_PATH] = "Dockerfile.router"
+    made = {contract.TOKEN_MADE: "1"} if token_made else {}
     router = Desired(
         names.router,
-        {**shared, contract.PORT: str(contract.DEFAULT_PORT)},
+        {**shared, **made, contract.PORT: str(contract.DEFAULT_PORT)},
         {
             "numReplicas": wanted.router_replicas,
             "healthcheckPath": contract.ROUTER_HEALTH_PATH,
@@ -229,18 +311,24 @@ def desired(
 
 
 def plan(
-    stack: Stack, wanted: BaselineOptions, runtime_token: str, internal_token: str
+    stack: Stack,
+    wanted: BaselineOptions,
+    runtime_token: str,
+    internal_token: str,
+    token_made: bool = False,
 ) -> list[Change]:
     """The difference between the present and the desired state. Empty: nothing to do."""
     router = stack.router
     assert router is not None
-    changes = []
-    for goal in desired(stack, wanted, runtime_token, internal_token):
-        service = stack.services[goal.name]
-        change = Change(service)
+    own = [*stack.baseline, *([] if stack.copied_from else stack.backends)]
+    changes = {s.name: Change(s) for s in own}
+    for goal in desired(stack, wanted, runtime_token, internal_token, token_made):
+        service, change = stack.services[goal.name], changes[goal.name]
         change.variables = {
             k: v for k, v in goal.variables.items() if service.variables.get(k) != v
         }
+        if stack.copied_from:
+            change.variables |= {name: "" for name in ORIGINALS if service.variables.get(name)}
         change.settings = {k: v for k, v in goal.settings.items() if service.settings.get(k) != v}
         if wanted.runtime_image and service.image != wanted.runtime_image:
             change.settings["source"] = {"image": wanted.runtime_image}
@@ -248,17 +336,12 @@ def plan(
             change.disconnect = True
         change.deploy = bool(change) or service.status != "SUCCESS"
         change.domain = goal.name == stack.names.router and not service.domains
-        changes.append(change)
-    if router.group_id:
-        for service in [*stack.baseline, *stack.backends]:
-            if service.group_id != router.group_id:
-                for change in changes:
-                    if change.service is service:
-                        change.group_id = router.group_id
-                        break
-                else:
-                    changes.append(Change(service, group_id=router.group_id))
-    return [change for change in changes if change]
+    for change in changes.values():  # neither of the two deploys anything
+        if router.group_id and change.service.group_id != router.group_id:
+            change.group_id = router.group_id
+        if change.service.variables.get(contract.STACK) != stack.stamp:
+            change.variables[contract.STACK] = str(stack.stamp)
+    return [change for change in changes.values() if change]
 
 
 def apply(
@@ -379,7 +462,7 @@ def _await_services(api: Api, stack: Stack, expected: list[str], output: Output)
     with output.step(f"wait for {joined(expected)} to appear"):
         found: Stack = poll(180.0, ask, "the template")
         read_variables(api, found)
-    return found
+    return own_stack(found)
 
 
 def deploy_template(api: Api, target: Target, names: Names, wanted: BaselineOptions) -> None:

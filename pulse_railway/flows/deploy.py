@@ -156,9 +156,11 @@ def check_secret(plan: Plan, stack: Stack) -> None:
 
 
 def free_name(plan: Plan, stack: Stack) -> Plan:
-    """A plan whose service name is free. Generated ids step on a second; given ones are refused."""
+    """A plan whose service name is free in the project. Generated ids step on a second; given ones
+    are refused."""
     moment = datetime.now(UTC)
-    while plan.service_name in stack.services or stack.backend(plan.deployment_id):
+    ids = {service.deployment_id for service in [*stack.services.values(), *stack.others]}
+    while plan.service_name in stack.taken or plan.deployment_id in ids:
         if plan.wanted.deployment_id:
             raise Failure(
                 f"deployment {plan.deployment_id} exists already: choose another --deployment-id"
@@ -182,6 +184,7 @@ def backend_variables(plan: Plan, stack: Stack) -> dict[str, str]:
     }
     managed = {
         contract.DEPLOYMENT_ID: plan.deployment_id,
+        contract.STACK: str(stack.stamp),
         contract.INTERNAL_TOKEN: f"${{{{{names.router}.{contract.INTERNAL_TOKEN}}}}}",
         contract.APP_FILE: plan.app.file,
         contract.SERVER_ADDRESS: plan.wanted.server_address or stack.address,
@@ -228,7 +231,8 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
             require_baseline(stack)
             progress.stack = stack
             check_secret(plan, stack)
-            plan = free_name(plan, stack)
+            app = replace(plan.app, names=stack.names)  # as they were when it was set up
+            plan = free_name(replace(plan, wanted=replace(plan.wanted, app=app)), stack)
             progress.deployment_id, progress.service_name = (
                 plan.deployment_id,
                 plan.service_name,

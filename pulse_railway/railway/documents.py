@@ -74,6 +74,7 @@ query Environments($project: String!) {
 
 STACK = """
 query Stack($project: String!, $environment: String!) {
+  project(id: $project) { services { edges { node { name } } } }
   environment(id: $environment, projectId: $project) {
     config
     serviceInstances {
@@ -145,6 +146,12 @@ query BuildLogs($deployment: String!, $since: DateTime, $limit: Int) {
     message
     severity
   }
+}
+"""
+
+PROJECT_TOKEN_CREATE = """
+mutation ProjectTokenCreate($input: ProjectTokenCreateInput!) {
+  projectTokenCreate(input: $input)
 }
 """
 

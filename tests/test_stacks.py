@@ -1,0 +1,195 @@
+"""Several stacks in one environment of Railway, and an environment that is a copy of another."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pulse_railway import contract
+from tests.conftest import TINY, Project
+
+NAMES = ("router", "env", "redis", "janitor")
+DELETE_VARIABLE = "mutation ($i: VariableDeleteInput!) { variableDelete(input: $i) }"
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Path:
+    """A second app, whose stack has names of its own."""
+    folder = tmp_path / "shop"
+    shutil.copytree(TINY, folder)
+    text = (folder / "main.py").read_text()
+    own = "".join(f"    {name}_service='shop-{name}',\n" for name in NAMES)
+    (folder / "main.py").write_text(text.replace("RailwayPlugin(\n", f"RailwayPlugin(\n{own}"))
+    return folder
+
+
+def json_of(project: Project, *words: str, cwd: Path = TINY) -> Any:
+    verb = project.run(*words, "--json", cwd=cwd)
+    assert verb.code == 0, verb.err
+    return verb.json
+
+
+def deployment_ids(project: Project) -> dict[str, str]:
+    return {
+        name: project.latest(name)["id"] for name in project.services if not name.endswith("env")
+    }
+
+
+def unstamp(project: Project) -> None:
+    """As a stack is that an earlier version has set up."""
+    for service in project.stage.services().values():
+        project.railway.graphql(
+            DELETE_VARIABLE,
+            i={
+                "projectId": project.id,
+                "environmentId": project.environment,
+                "serviceId": service["serviceId"],
+                "name": contract.STACK,
+            },
+        )
+
+
+def test_ensure_stamps_what_is_there_and_deploys_nothing(base: Project) -> None:
+    router = base.stage.services()["pulse-router"]["serviceId"]
+    stamp = f"{base.environment}/{router}"
+    assert {base.variables(name)[contract.STACK] for name in base.services} == {stamp}
+    unstamp(base)
+    before = deployment_ids(base)
+    assert base.ok("ensure", "main.py")["changed"]
+    assert {base.variables(name)[contract.STACK] for name in base.services} == {stamp}
+    assert deployment_ids(base) == before
+    assert base.ok("ensure", "main.py")["changed"] == []
+
+
+def test_two_stacks_in_one_environment(base: Project, shop: Path) -> None:
+    """Before, each janitor took the other's active deployment for an orphan, and `status`, `delete`
+    and `deploy` of one met the other's."""
+    done = json_of(base, "ensure", "main.py", cwd=shop)
+    assert done["changed"] == ["created the baseline"]
+    refused = base.run("deploy", "main.py", "--deployment-id", "first", cwd=shop)
+    assert refused.code == 1
+    assert "first exists already" in refused.err
+    json_of(base, "deploy", "main.py", "--deployment-id", "sold", cwd=shop)
+    they_live_apart(base, shop)
+    # where no app says which of the two: the one that is called as usual
+    assert json_of(base, "status")["active"] == "first"
+    assert json_of(base, "status", "--service", "shop-router")["active"] == "sold"
+    # as an earlier version has set them up
+    unstamp(base)
+    they_live_apart(base, shop)
+    for cwd in (TINY, shop):
+        changed = json_of(base, "ensure", "main.py", cwd=cwd)["changed"]
+        assert len(changed) == 5
+        assert all(contract.STACK in line for line in changed)
+        assert json_of(base, "ensure", "main.py", cwd=cwd)["changed"] == []
+    they_live_apart(base, shop)
+
+
+def they_live_apart(project: Project, shop: Path) -> None:
+    for cwd, own, other in ((TINY, "first", "sold"), (shop, "sold", "first")):
+        status = json_of(project, "status", "--app", "main.py", cwd=cwd)
+        assert [row["deployment_id"] for row in status["deployments"]] == [own]
+        assert status["active"] == own
+        assert status["problems"] == []
+        meta = project.stage.get(f"{status['address']}/_pulse/meta").json()
+        assert meta["deployment_id"] == own
+        for verb in ("delete", "promote", "redeploy"):
+            refused = project.run(verb, "--app", "main.py", "--deployment-id", other, cwd=cwd)
+            assert refused.code == 1
+            assert f"there is no deployment {other}" in refused.err
+
+
+def test_a_router_that_is_not_there_is_not_guessed(base: Project) -> None:
+    """Before: delete pulse-env, pulse-janitor, pulse-redis, and scaffold."""
+    for verb in (["redeploy"], ["status"], ["delete", "--deployment-id", "first"]):
+        said = base.run(*verb, "--service", "pulse-routr")
+        if said.code == 0:  # status says it among its problems
+            said.err += said.out
+        assert "no router is called pulse-routr; there is: pulse-router" in said.err
+        assert "Delete" not in said.err
+    assert base.active == "first"
+
+
+def test_a_flag_does_not_contradict_the_app(base: Project, shop: Path) -> None:
+    """Before, `--service` was ignored where invoke.yaml had an app."""
+    words = ("status", "--app", "main.py", "--service")
+    refused = base.run(*words, "pulse-router", cwd=shop)
+    assert refused.code == 1
+    assert "--service pulse-router is not the router of this app, shop-router" in refused.err
+    assert "no router is called nonsense" in base.run(*words, "nonsense").out
+
+
+def test_names_that_a_stack_was_set_up_with_stay(base: Project) -> None:
+    for flag, value, was in (
+        ("--redis-prefix", "other", "with --redis-prefix pulse:railway"),
+        ("--service-prefix", "x", "without --service-prefix"),
+    ):
+        refused = base.run("ensure", "main.py", flag, value)
+        assert refused.code == 1
+        assert f"this stack was set up {was}" in refused.err
+
+
+def test_a_copied_environment(base: Project) -> None:
+    """Before, its tokens, its intent and what its verbs did were the original's."""
+    original = {name: base.variables(name) for name in base.services}
+    before = deployment_ids(base)
+    copy = base.duplicate("staging")
+    for verb in (
+        ["deploy", "main.py"],
+        ["promote", "--deployment-id", "first"],
+        ["delete", "--deployment-id", "first"],
+        ["maintenance", "on"],
+        ["rollback"],
+        ["restore"],
+    ):
+        refused = copy.run(*verb)
+        assert refused.code == 1
+        assert f"a copy of {base.environment}" in refused.err
+        assert "pulse-railway ensure" in refused.err
+    assert any(
+        f"a copy of {base.environment}" in problem for problem in copy.ok("status")["problems"]
+    )
+    plan = copy.run("ensure", "main.py", "--plan")
+    assert f"a copy of {base.environment}" in plan.err
+    copy.ok("ensure", "main.py")
+    router = copy.variables("pulse-router")
+    assert router[contract.STACK].startswith(f"{copy.environment}/")
+    assert not router.get(contract.LAST_PROMOTED)
+    for name in (contract.RAILWAY_TOKEN, contract.INTERNAL_TOKEN):
+        assert router[name] != original["pulse-router"][name]
+    assert copy.ok("ensure", "main.py")["changed"] == []
+    copy.deploy("fresh")
+    assert copy.ok("status")["active"] == "fresh"
+    assert copy.get("/_pulse/meta")["deployment_id"] == "fresh"
+    # the original has noticed nothing
+    assert {name: base.variables(name) for name in original} == original
+    assert deployment_ids(base) == before
+    assert base.get("/_pulse/meta")["deployment_id"] == "first"
+    copy.delete_environment()
+    assert base.get("/_pulse/meta")["deployment_id"] == "first"
+
+
+@pytest.mark.parametrize("names", [("edge-router", "edge-env", "memory", "sweeper")])
+def test_a_stack_with_names_of_its_own_is_found(
+    new_project: Callable[[], Project], tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    """Before: the baseline is partial, delete edge-router, memory and sweeper."""
+    app = tmp_path / "app"
+    shutil.copytree(TINY, app)
+    text = (app / "main.py").read_text()
+    own = "".join(
+        f"    {role}_service='{name}',\n"
+        for role, name in zip(("router", "env", "redis", "janitor"), names, strict=True)
+    )
+    (app / "main.py").write_text(text.replace("RailwayPlugin(\n", f"RailwayPlugin(\n{own}"))
+    project = new_project()
+    json_of(project, "ensure", "main.py", cwd=app)
+    unstamp(project)
+    json_of(project, "deploy", "main.py", "--deployment-id", "one", cwd=app)
+    assert json_of(project, "status")["active"] == "one"  # nobody says how it is called
+    assert json_of(project, "status")["missing"] == []
+    assert json_of(project, "redeploy", "--service", "edge-router")["deployment_id"] == "one"
