@@ -54,6 +54,7 @@ OTHER_VERSION_SECONDS = 30.0  # in which a router that reports no epoch has read
 JANITOR_LOCK = ":janitor:lock"
 LOCK_MARK = "steps-"  # begins a holder's name whose every change is one transaction
 COMMAND_LOCK_SECONDS = 30  # longer than a command takes
+LEASE_AT_MOST = 3600.0  # seconds: longer than any version's router or janitor asks for
 JANITOR_WAIT = 15.0  # seconds that a command waits for an older janitor to end
 
 
@@ -137,8 +138,16 @@ def register(
         address=address.rstrip("/") if address else record.address,
         about=about or record.about,
     )
+    require_address(new)
     graves = {k: v for k, v in routing.tombstones.items() if k != deployment_id}
     return replace(routing.with_records(new), tombstones=graves)
+
+
+def require_address(record: Record) -> None:
+    if record.url is None:
+        raise StateError(
+            f"no address follows from the service name {record.service_name!r}, and none is known"
+        )
 
 
 def refuse_unless_active(routing: Routing, wanted: str | None) -> None:
@@ -205,9 +214,10 @@ def set_active(
     )
     if address:
         record = replace(record, address=address.rstrip("/"))
+    require_address(record)
     promotion = Promotion(deployment_id, router.next_time(routing))
     others = [
-        replace(other, weight=None, bake=None)
+        replace(other, weight=None, bake=None, canary_at=routing.now)
         for name, other in routing.records.items()
         if other.weight is not None and name != deployment_id
     ]
@@ -256,8 +266,10 @@ def set_canary_weight(
         rejected_at=None,
         held=True,
         weight=weight,
+        canary_at=routing.now,
         bake=routing.now + bake if bake else until,
     )
+    require_address(record)
     return routing.with_records(record)
 
 
@@ -585,20 +597,38 @@ def reports(store: router.Store) -> list[Json]:
 
 
 def read_reports(store: router.RedisStore, keys: list[str]) -> list[Json]:
+    """Those that have a lease: without one a report never ends, and no router has written it."""
+    if not keys:
+        return []
     with store.client.pipeline(transaction=False) as pipe:
+        pipe.mget(keys)  # None for another type, where GET is an error
         for key in keys:
-            pipe.get(key)
             pipe.pttl(key)
-        values = pipe.execute() if keys else []
+        values, *leases = pipe.execute()
     found = []
-    for key, text, left in zip(keys, values[::2], values[1::2], strict=True):
-        if text is not None:
-            age = max(router.REPORT_LEASE - left / 1000, 0.0) if left >= 0 else 0.0
+    for key, text, left in zip(keys, values, leases, strict=True):
+        if text is not None and is_lease(left):
+            age = max(router.REPORT_LEASE - left / 1000, 0.0)
             name = key.removeprefix(f"{store.prefix}:router:")
             with contextlib.suppress(ValueError):
                 report = {**router.json_object(text), "router": name, "age": round(age, 1)}
                 found.append(report | understood(report))
     return found
+
+
+def is_lease(left: int) -> bool:
+    """Does a key that has so many milliseconds left, as PTTL says, end in time?"""
+    return 0 <= left <= LEASE_AT_MOST * 1000
+
+
+def reports_without_lease(store: router.Store) -> list[str]:
+    """Keys that stand where routers report, and that no router has written: they never end."""
+    if not isinstance(store, router.RedisStore):
+        return []
+    pattern = f"{store.prefix}:router:*"
+    keys = sorted(store.client.scan_iter(pattern, count=router.SCAN_COUNT))
+    gone = -2  # since the scan
+    return [k for k in keys if (left := store.client.pttl(k)) != gone and not is_lease(left)]
 
 
 def understood(report: Json) -> Json:
@@ -676,13 +706,15 @@ def status(
         "problems": problems,
         "deployments": [{**shown(r), "sessions": n} for r, n in zip(found, counts, strict=True)],
         "routers": reports(store),
+        "reports_without_lease": reports_without_lease(store),
     }
 
 
 def shown(record: Record) -> Json:
     """A record without what could not be understood of it."""
     fields = {k: v for k, v in record.json().items() if k not in record.ignored}
-    return {**fields, "state": record.state or "unknown", "ignored": list(record.ignored)}
+    names = {"deployment_id": record.deployment_id, "state": record.state or "unknown"}
+    return {**fields, **names, "ignored": list(record.ignored)}
 
 
 def probe(store: router.Store, deployment_id: str, path: str | None) -> Json:
@@ -730,10 +762,10 @@ def valid_stamp(value: str) -> str:
 
 
 def json_object(value: str) -> Json:
-    found = json.loads(value)
-    if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError("expected a JSON object")
-    return found
+    try:
+        return router.json_object(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError("expected a JSON object") from None
 
 
 def percent(value: str) -> float:
@@ -751,18 +783,61 @@ def moment(value: str) -> float:
     return found
 
 
+def some_text(value: str) -> str:
+    """What can be stored and shown, whatever a host or a person is called."""
+    return "".join(c if c.isprintable() else " " for c in value)[:300]
+
+
 def draining_list(value: str) -> list[Json]:
-    items = json.loads(value)
-    if not isinstance(items, list) or not all(
-        isinstance(i, dict) and isinstance(i.get("deployment_id"), str) for i in items
-    ):
-        raise argparse.ArgumentTypeError("expected a JSON list of objects with a deployment_id")
-    return items
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        found = {i["deployment_id"]: i for i in router.from_json(value)}
+        for item in found.values():
+            router.a_text(item.get("service_name") or "none")
+        return list(found.values())
+    raise argparse.ArgumentTypeError("expected a JSON list of objects with a deployment_id")
 
 
 def record_list(value: str) -> list[Record]:
-    items = draining_list(value)
-    return [router.parse_record(valid_id(i["deployment_id"]), json.dumps(i)) for i in items]
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        items = [(i["deployment_id"], json.dumps(i)) for i in router.from_json(value)]
+        found = [router.parse_record(valid_id(name), text) for name, text in items]
+        if not any(record.ignored for record in found):
+            return found
+    raise argparse.ArgumentTypeError("expected a JSON list of objects with a deployment_id")
+
+
+def a_length(value: float) -> float:
+    """Of time in seconds, from now on."""
+    return router.a_number(1e10)(value)
+
+
+def a_positive_length(value: float) -> float:
+    return a_length(value - 1) + 1
+
+
+# What a router would not understand in the state is not written: these are the parser's own checks.
+ACCEPTED: dict[str, Callable[[Any], Any]] = {
+    "service_name": router.a_text,
+    "active_service_name": router.a_text,
+    "service_id": router.a_text,
+    "address": router.an_address,
+    "holder": router.a_text,
+    "bake": a_length,
+    "lease": a_length,
+    "retry_after": a_positive_length,
+    "maintenance_since": router.a_time,
+}
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raises StateError for a value that the routing state cannot hold."""
+    for name, accepted in ACCEPTED.items():
+        value = getattr(args, name, None)
+        try:
+            accepted(value) if value is not None else None
+        except ValueError:
+            flag = name.replace("_", "-")
+            raise StateError(f"--{flag} cannot be {value!r}: nothing was changed") from None
 
 
 def control_parser() -> argparse.ArgumentParser:
@@ -771,7 +846,7 @@ def control_parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--nonce", help="comes back in the answer; carried out once")
     common.add_argument("--intent", metavar="ID[@AT]", help="what Railway says was promoted last")
-    common.add_argument("--by", help="who asks, for the history")
+    common.add_argument("--by", type=some_text, help="who asks, for the history")
     common.add_argument("--why", help="for the history")
     common.add_argument("--unlock", metavar="HOLDER", help="give the deploy lock back, too")
 
@@ -931,8 +1006,8 @@ def older_janitors_kept_out(store: router.Store) -> Iterator[None]:
         return
     key, holder = f"{store.prefix}{JANITOR_LOCK}", LOCK_MARK + secrets.token_hex(8)
     deadline = time.monotonic() + JANITOR_WAIT
-    while not store.client.set(key, holder, nx=True, ex=COMMAND_LOCK_SECONDS):
-        ours = str(store.client.get(key)).startswith(LOCK_MARK)
+    while not take_lock(store, holder, COMMAND_LOCK_SECONDS):
+        ours = str(store.client.mget([key])[0]).startswith(LOCK_MARK)
         if ours or time.monotonic() > deadline:
             break
         time.sleep(REPORT_POLL)
@@ -940,6 +1015,24 @@ def older_janitors_kept_out(store: router.Store) -> Iterator[None]:
         yield
     finally:
         give_back(store, holder)
+
+
+def take_lock(store: router.RedisStore, holder: str, lease: int) -> bool:
+    """Take the janitor's lock for `lease` seconds, where nobody holds it: what is no string, or has
+    no lease, is nobody's of any version, and would never end."""
+    key = f"{store.prefix}{JANITOR_LOCK}"
+    if store.client.set(key, holder, nx=True, ex=lease):
+        return True
+    with store.client.pipeline() as pipe:
+        pipe.watch(key)  # type: ignore[no-untyped-call]
+        if pipe.type(key) == "string" and is_lease(pipe.pttl(key)):
+            return False
+        pipe.multi()
+        pipe.set(key, holder, ex=lease)
+        try:
+            return bool(pipe.execute()[0])
+        except redis.WatchError:  # somebody else was faster
+            return False
 
 
 def give_back(store: router.RedisStore, holder: str) -> None:
@@ -956,6 +1049,7 @@ def give_back(store: router.RedisStore, holder: str) -> None:
 def change_state(store: router.Store, args: argparse.Namespace, me: str | None = None) -> Routing:
     """Carry a writing command out, once for its nonce, and return what the store holds then. Where
     the store has lost its data, the routers are given time to write it back. Raises StateError."""
+    check_arguments(args)
     step = step_of(args)
     if args.command == "claim":  # it does the same when it comes twice, and notes nothing of it
         if me not in (None, args.owner):
@@ -1053,6 +1147,7 @@ def changed(
         answer["promoted"] = routing.promoted and vars(routing.promoted)
     if args.command == "maintenance":
         answer["since"] = routing.maintenance and routing.maintenance.since
+        answer["at"] = routing.now
     if args.command == "lock":
         answer |= {"active": routing.active, "lost": is_lost(routing, args.promoted)}
     if args.command in WAITED_FOR:

@@ -21,7 +21,7 @@ TTL over: its tabs are told to reload, then it is deleted. Not answering: it is 
 A deploy that died on the way is removed after an hour: one whose deployment Railway shows as
 failed, crashed or never begun, where nothing answers, and that was never promoted. The active
 deployment is never touched, nor what has changed since it was judged, nor a service that neither
-the routing state names nor a deploy of this stack has made, nor one of another owner (ownership.py).
+the routing state names nor a deploy of this stack has made, nor one of another owner.
 In a copy of an environment, or where the routing state is another stack's, a run does nothing.
 
 The record is retired first. When every router has said that it serves that, the Railway service is
@@ -49,7 +49,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
@@ -68,11 +68,14 @@ DEAD_DEPLOY_SECONDS = 3600
 NEVER_RAN = (None, "FAILED", "CRASHED", "REMOVED", "SKIPPED")  # of a deployment on Railway
 GONE_SECONDS = 60  # a record that is younger may have a service that Railway does not show yet
 MAINTENANCE = "PULSE_RAILWAY_MAINTENANCE"  # on the router service: since when the site is closed
+MAINTENANCE_OFF = "PULSE_RAILWAY_MAINTENANCE_OFF"  # when it was opened last
 RUN = "PULSE_RAILWAY_DEPLOY_RUN"  # on a backend: the run of `deploy` that created it
 INTERNAL_TOKEN = "PULSE_RAILWAY_INTERNAL_TOKEN"
 RELOAD_GRACE_SECONDS = 3.0
 NOTIFY = "PULSE_RAILWAY_NOTIFY_URL"
-OWNS_STATE = "PULSE_RAILWAY_OWNS_STATE"  # on the router service: 1, as `ensure --owns-state` sets it
+OWNS_STATE = (
+    "PULSE_RAILWAY_OWNS_STATE"  # on the router service: 1, as `ensure --owns-state` sets it
+)
 OTHER_STACK = "its service belongs to another stack"
 CONTROL = "PULSE_RAILWAY_CONTROL"  # {"nonce": ..., "words": [...], "until": seconds since 1970}
 CONTROL_ANSWER = "PULSE_RAILWAY_CONTROL_ANSWER"  # the control command's own answer
@@ -134,6 +137,7 @@ class Inventory:
     router_id: str | None = None
     promoted: Promotion | None = None  # what was promoted last, as the router service says
     closed: float | None = None  # since when the site is in maintenance, as it says
+    opened: float | None = None  # when the last maintenance ended, as it says
     janitor_id: str | None = None
     request: str = ""  # what PULSE_RAILWAY_CONTROL holds
     answer: str = ""
@@ -164,13 +168,15 @@ class Limits:
     rollback_window: float = 0.0  # seconds from when it was active that there is a way back to it
     keep: int = 0  # the last so many that were active, until the drain TTL
 
-    def ways_back(self, routing: Routing) -> set[str]:
+    def ways_back(self, routing: Routing, there: Collection[str]) -> set[str]:
         """Those that stay although their last tab has gone, so that `rollback` has somewhere to go:
-        what was active last for the window, and the last `keep`."""
+        of those that have a service (`there`) what was active last, for the window, and the last
+        `keep`."""
         drained = [
             (r.drain_started_at, r.deployment_id)
             for r in routing.records.values()
-            if r.state == "draining" and r.drain_started_at and not r.rejected_at
+            if r.state == "draining" and r.drain_started_at and not (r.rejected_at or r.retiring_at)
+            if r.deployment_id in there
         ]
         drained.sort(reverse=True)
         kept = drained[: self.keep]
@@ -275,14 +281,14 @@ class Railway:
         stamp = (own.stamp if own else None) or self.me
         if own and (stamp is None or stamp.router_id != own.id):
             stamp = ownership.Stamp(self.environment, own.id)
-        closed = of_router.get(MAINTENANCE)
         backends, others = self.backends(nodes, services, router_id or "", routing or Routing())
         of_janitor: Mapping[str, str] = janitor.variables if janitor else {}
         return Inventory(
             backends,
             router_id,
             router.promotion_from_env(of_router),
-            float(closed) if closed and re.fullmatch(r"[0-9]{1,11}(\.[0-9]+)?", closed) else None,
+            time_in(of_router, MAINTENANCE),
+            time_in(of_router, MAINTENANCE_OFF),
             janitor.id if janitor else None,
             of_janitor.get(CONTROL) or "",
             of_janitor.get(CONTROL_ANSWER) or "",
@@ -372,13 +378,20 @@ def not_touched(kind: str, service: Service) -> str:
     elif kind == "gone":
         why = f"{service.name} belongs to a router that is gone"
     else:
-        why = f"{service.name} does not say whose it is, and no routing state of this stack names it"
+        why = (
+            f"{service.name} does not say whose it is, and no routing state of this stack names it"
+        )
     name = service.deployment
     return (
         f"{why}: `pulse-railway restore --deployment-id {name}` or `pulse-railway promote"
         f" --deployment-id {name}` takes it over, `pulse-railway delete --deployment-id {name}`"
         " removes it"
     )
+
+
+def time_in(variables: Mapping[str, str], name: str) -> float | None:
+    value = variables.get(name) or ""
+    return float(value) if re.fullmatch(r"[0-9]{1,11}(\.[0-9]+)?", value) else None
 
 
 @contextlib.contextmanager
@@ -398,7 +411,7 @@ def run_lock(store: router.RedisStore) -> Iterator[bool]:
                     store.client.expire(key, LOCK_SECONDS)
 
     try:  # from before it is taken: a signal can come as soon as it is
-        held = bool(store.client.set(key, token, nx=True, ex=LOCK_SECONDS))
+        held = control.take_lock(store, token, LOCK_SECONDS)
         if held:
             threading.Thread(target=renew, daemon=True).start()
         yield held
@@ -424,7 +437,7 @@ def clean_up(
         return report  # what it means for the others, the next run sees
     check(routing, found)
     by_id = {service.deployment: service for service in found.backends}
-    ways_back = limits.ways_back(routing)
+    ways_back = limits.ways_back(routing, by_id.keys())
     run = Run(store, railway, routing, found, token, report)
     for name, record in routing.records.items():
         service = by_id.get(name)
@@ -436,7 +449,7 @@ def clean_up(
                 step = functools.partial(control.mark_draining, deployment_id=name, judged=record)
                 store.apply(step)
                 verdict = "keep: was active beside the active one, drains from now on"
-            if verdict == "drained" and name in ways_back and not record.retiring_at:
+            if verdict == "drained" and name in ways_back:
                 verdict = "keep: a way back"
             if not verdict.startswith("keep"):
                 run.remove(name, record, service, verdict)
@@ -553,16 +566,25 @@ def mend_maintenance(
     store: router.RedisStore, railway: Railway, routing: Routing, found: Inventory
 ) -> None:
     """Keep what the router service says of the maintenance as the state has it. A site that was
-    closed, and that nobody has opened, is closed again."""
+    closed, and that nobody has opened, is closed again; one that was opened since, opened."""
     if found.router_id is None or (routing.maintenance is None and found.closed is None):
         return
     switches = [e for e in routing.history if str(e["what"]).startswith("maintenance ")]
     opened = bool(switches) and switches[-1]["what"] == "maintenance off"
     if routing.maintenance:
-        if found.closed is None:
-            railway.remember(found.router_id, {MAINTENANCE: repr(routing.maintenance.since)})
+        since = routing.maintenance.since
+        if found.opened and 0 < since < found.opened:  # the state is of before that
+
+            def reopen(routing: Routing) -> Routing:
+                still = routing.maintenance and routing.maintenance.since == since
+                return replace(routing, maintenance=None) if still else routing
+
+            store.apply(control.with_history(reopen, "maintenance off", "", by="janitor"))
+        elif found.closed is None:
+            railway.remember(found.router_id, {MAINTENANCE: repr(since), MAINTENANCE_OFF: ""})
     elif opened and float(switches[-1]["at"]) >= (found.closed or 0.0):
-        railway.remember(found.router_id, {MAINTENANCE: ""})
+        at = repr(float(switches[-1]["at"]))
+        railway.remember(found.router_id, {MAINTENANCE: "", MAINTENANCE_OFF: at})
     else:
         closed = router.Maintenance(found.closed or 0.0)
         store.apply(lambda routing: replace(routing, maintenance=routing.maintenance or closed))
@@ -729,9 +751,9 @@ def carry_out_request(found: Inventory, env: Mapping[str, str]) -> Json | None:
     no longer and must not be surprised by it.
     """
     try:
-        request = json.loads(found.request or "null")
+        request = router.from_json(found.request or "null")
         nonce, words = request["nonce"], [str(word) for word in request["words"]]
-        answered = (json.loads(found.answer or "null") or {}).get("nonce")
+        answered = (router.from_json(found.answer or "null") or {}).get("nonce")
         if nonce == answered or time.time() > float(request["until"]):
             return None
         name = words[0]

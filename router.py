@@ -21,9 +21,7 @@ connection or a deployment nobody knows yet, `handle` is the task that does. A W
 goes the same way; once the backend has answered 101, `join` makes the two connections a tunnel of
 bytes. uvicorn has the server, its life span and its signals, Starlette the router's own answers.
 ASGI's events cannot carry what a proxy must keep (header case, reason phrases, 1xx, framing, a
-connection broken off), so this file speaks HTTP/1.1 by itself. docs/architecture.md says who may
-write to what, and who closes it.
-"""
+connection broken off), so this file speaks HTTP/1.1 by itself; docs/architecture.md says more."""
 
 from __future__ import annotations
 
@@ -83,8 +81,7 @@ VERSION = "0.4.0"  # of the package that this belongs to
 
 
 def from_env(variable: str, default: Any, kind: type = float, env: Any = os.environ) -> Any:
-    """A variable that holds seconds, or a whole number from 1 where `kind` is int. Raises
-    SystemExit for anything else."""
+    """A variable that holds seconds, or for int a whole number from 1. Raises SystemExit."""
     text = env.get(variable)
     if text and kind is int and not re.fullmatch(r"0*[1-9]\d{0,8}", text, re.ASCII):
         raise SystemExit(f"{variable} takes a whole number from 1, not {text!r}")
@@ -154,6 +151,7 @@ REDIS_TIMEOUT = 3.0
 REFRESH_SECONDS = 15.0  # 0.3.x writers announce nothing
 LOOKUP_SECONDS = 1.0  # between two reads for ids that are not known
 MISSING_SECONDS = 90.0  # that a deployment whose record is gone has to answer, or to fail
+LOOKS_AT_ONCE = 3  # at deployments whose records are gone; the loop has five threads or more
 PROVISIONAL_SECONDS = 1.0  # between two tries to reach what is served for want of a state
 SCAN_STEP_SECONDS = 90.0
 REPORT_SECONDS = 10.0  # between two reports while counters change
@@ -200,14 +198,26 @@ TOMBSTONES_AT_MOST = 1000
 CLOCKS_MAY_DIFFER = 86_400.0  # a promotion that is later than that is no promotion
 PROCESSED_TTL = 3600.0
 HISTORY_AT_MOST = 100
+DEPTH_AT_MOST = 50  # of JSON
+
+
+def from_json(text: str | bytes) -> Any:
+    """Raises ValueError, also for a nesting that could end in RecursionError later."""
+    try:
+        level = [found := json.loads(text)]
+    except RecursionError:
+        raise ValueError from None
+    for _ in range(DEPTH_AT_MOST):
+        inner = [x.values() if isinstance(x, dict) else x for x in level if type(x) in (dict, list)]
+        level = [value for values in inner for value in values]
+        if not level:
+            return found
+    raise ValueError
 
 
 def json_object(text: str | bytes | None) -> Json:
     """A JSON object as it is stored. Raises ValueError for anything else."""
-    try:
-        found = json.loads(text or "{}")
-    except RecursionError:
-        raise ValueError from None
+    found = from_json(text or "{}")
     if not isinstance(found, dict):
         raise ValueError
     return found
@@ -263,7 +273,7 @@ def stored(parser: Callable[[Any], Any], default: Any = None) -> Any:
 
 
 # What no step of ours takes away: where it is missing, 0.3.x's janitor has written the record anew.
-LASTING = ("address", "service_id", "registered_at", "promoted_at", "about", "instances")
+LASTING = tuple("address service_id registered_at promoted_at canary_at about instances".split())
 HOST_NAME = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?", re.IGNORECASE)
 
 
@@ -280,13 +290,12 @@ class Record:
     promoted_at: float | None = stored(a_time)
     drain_started_at: float | None = stored(a_time)
     rejected_at: float | None = stored(a_time)  # rolled back from, or a canary that was ended
+    canary_at: float | None = stored(a_time)  # its weight was set, or taken
     retiring_at: float | None = stored(a_time)  # being removed: not routed to, never promoted
     held: bool = stored(a_flag, False)  # pinned: it is meant to stay pending
     weight: float | None = stored(a_percentage)  # of the new visitors: it is the canary
     bake: float | None = stored(lambda v: a_time(an_object(v).get("until")))
-    about: Mapping[str, Any] | None = stored(
-        an_object
-    )  # its commit, author, message, and who deployed it
+    about: Mapping[str, Any] | None = stored(an_object)  # commit, message, who
     instances: Mapping[str, Any] | None = stored(an_object)
     raw: Json = field(default_factory=dict)  # as it is stored, with what we do not know
     ignored: tuple[str, ...] = ()  # fields that hold what they may not
@@ -332,20 +341,27 @@ FIELDS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def parse_record(deployment_id: str, text: str) -> Record:
-    """A record. A field that holds what it may not is ignored, and named in `ignored`."""
+def parse_record(deployment_id: str, text: str, latest: float = math.inf) -> Record:
+    """A record. `ignored` names the fields that hold what they may not, as a time to come."""
     try:
         raw = json_object(text)
     except ValueError:
         return Record(deployment_id, ignored=("record",))
     found: Json = {}
     ignored = []
+    if raw.get("deployment_id") not in (None, deployment_id):
+        ignored.append("deployment_id")
     for name, parse in FIELDS.items():
         if raw.get(name) is not None:
             try:
-                found[name] = parse(raw[name])
+                value = parse(raw[name])
             except ValueError:
                 ignored.append(name)
+                continue
+            if name.endswith("_at") and value > latest:
+                ignored.append(name)
+            else:
+                found[name] = value
     return Record(deployment_id, **found, raw=raw, ignored=tuple(ignored))
 
 
@@ -427,23 +443,24 @@ class Routing:
         return Promotion(self.active, self.promoted.at)
 
     def record_of_active(self) -> Record | None:
-        """Also where its record is lost or says nothing of an address: then it is on the service
-        that is named after it."""
+        """Where its record is lost or has no address: on the service that is named after it."""
         if self.active is None:
             return None
         record = self.records.get(self.active) or Record(self.active, "active")
-        if record.url:
-            return record
-        return replace(record, service_name=SERVICE_PREFIX + self.active)
+        return record if record.url else replace(record, service_name=SERVICE_PREFIX + self.active)
+
+    def buries(self, record: Record) -> bool:
+        grave = self.tombstones.get(record.deployment_id)
+        return grave is not None and grave.buries(record)
 
     def with_records(self, *records: Record) -> Routing:
         return replace(self, records={**self.records, **{r.deployment_id: r for r in records}})
 
 
 def parse(state: State, now: float) -> Routing:
-    """The routing state from the store's strings. Never raises: what cannot be read is ignored, is
-    kept as it is, and is named in `problems`."""
+    """The routing state. What cannot be read is ignored, kept as it is, and in `problems`."""
     problems: list[str] = []
+    latest = now + CLOCKS_MAY_DIFFER  # what is later than that would win over all that comes
 
     def read(key: str, parser: Callable[[Json], Any]) -> Any:
         if key not in state:
@@ -458,7 +475,7 @@ def parse(state: State, now: float) -> Routing:
     for key, text in state.items():
         if key.startswith(RECORD):
             name = key.removeprefix(RECORD)
-            record = records[name] = parse_record(name, text)
+            record = records[name] = parse_record(name, text, latest)
             if record.ignored:
                 problems.append(f"{name}: {', '.join(record.ignored)} not understood")
             elif not record.url or not DEPLOYMENT_ID.fullmatch(name):
@@ -480,13 +497,16 @@ def parse(state: State, now: float) -> Routing:
     promoted = read(
         PROMOTED, lambda found: Promotion(a_text(found["deployment_id"]), a_time(found["at"]))
     )
-    if promoted and promoted.at > now + CLOCKS_MAY_DIFFER:
+    if promoted and promoted.at > latest:
         problems.append(f"{PROMOTED} is in the future")
         promoted = None
     owner = state.get(OWNER)
     if owner is not None and not STAMP.fullmatch(owner):
         problems.append(f"{OWNER} is not understood")
         owner = None
+    graves = read(TOMBSTONES, _tombstones) or {}
+    to_come = [name for name, grave in graves.items() if grave.at > latest]
+    problems += [f"{TOMBSTONES} of {name} is in the future" for name in to_come]
     closed = read(MAINTENANCE, _maintenance)
     if closed is None and MAINTENANCE in state:  # who closed the site wants it closed
         closed = Maintenance(now)
@@ -497,9 +517,9 @@ def parse(state: State, now: float) -> Routing:
         int(epoch),
         state.get(STORE_ID),
         {record.deployment_id: record for record in reversed(newest)},
-        read(TOMBSTONES, _tombstones) or {},
+        {name: grave for name, grave in graves.items() if name not in to_come},
         read(PROCESSED, lambda found: {k: v.at for k, v in _tombstones(found).items()}) or {},
-        _history(state, problems),
+        _history(state, latest, problems),
         closed,
         read(DEPLOY_LOCK, _lock),
         owner,
@@ -535,15 +555,15 @@ def _lock(found: Json) -> DeployLock:
     return DeployLock(a_text(found["holder"]), by, since, a_time(found["until"]))
 
 
-def _history(state: State, problems: list[str]) -> tuple[Json, ...]:
+def _history(state: State, latest: float, problems: list[str]) -> tuple[Json, ...]:
     try:
-        found = an_instance(list)(json.loads(state.get(HISTORY) or "[]"))
-    except (ValueError, RecursionError):
+        found = an_instance(list)(from_json(state.get(HISTORY) or "[]"))
+    except ValueError:
         problems.append(f"{HISTORY} is not understood")
         return ()
     entries = (entry for entry in found if isinstance(entry, dict))
-    times = ((_or_none(a_time, entry.get("at")), entry) for entry in entries)
-    return tuple(e for at, e in times if at is not None and _or_none(a_text, e.get("what")))
+    named = (entry for entry in entries if _or_none(a_text, entry.get("what")))
+    return tuple(e for e in named if (_or_none(a_number(latest), e.get("at"))) is not None)
 
 
 def changes(old: Routing, new: Routing) -> Change:
@@ -595,8 +615,7 @@ def repaired(store: Routing, known: Routing, new_id: str, alive: Collection[str]
     `alive`, those that still answer. What is known of another owner's state is worth nothing.
 
     Args:
-        new_id: for a store that has none, or that is an earlier copy.
-    """
+        new_id: for a store that has none, or that is an earlier copy."""
     other = bool(store.owner and known.owner) and store.owner != known.owner
     if known.store_id is None or other:  # nothing is known yet
         named = store.store_id or (new_id if store.active else None)
@@ -623,9 +642,8 @@ def repaired(store: Routing, known: Routing, new_id: str, alive: Collection[str]
         new = replace(new, promoted=Promotion(str(store.active), next_time(store, known)))
     records = dict(new.records)
     for name, record in known.records.items():
-        grave = new.tombstones.get(name)
         wanted = name in alive or name == new.active
-        if wanted and name not in records and not (grave and grave.buries(record)):
+        if wanted and name not in records and not new.buries(record):
             records[name] = record
     if lost or new.active != store.active:
         records = _with_one_active(records, new, {known.active, store.active})
@@ -710,8 +728,7 @@ def _recovered(store: Routing, known: Routing) -> Routing:
 def _with_one_active(
     records: Mapping[str, Record], routing: Routing, before: Collection[str | None]
 ) -> dict[str, Record]:
-    """The records with one that says that it is active, and with one canary. `before`: what may
-    have been active until now."""
+    """The records with one active one, where `before` may have been so, and with one canary."""
     found = dict(records)
     for name, record in records.items():
         if name == routing.active:
@@ -807,8 +824,7 @@ class Follower:
     the table asks, and every REFRESH_SECONDS.
 
     Sessions may share this Redis, so going through all of its keys is for the beginning and for
-    what is announced without names; after that it is done a step at a time.
-    """
+    what is announced without names; after that it is done a step at a time."""
 
     def __init__(self, store: RedisStore, client: redis.asyncio.Redis, table: Table) -> None:
         self.store, self.client, self.table = store, client, table
@@ -846,7 +862,7 @@ class Follower:
             if not message:
                 continue
             try:
-                names = [str(name) for name in json.loads(message["data"])]
+                names = [str(name) for name in from_json(message["data"])]
                 self.keys |= {self.store.prefix + n for n in names if n.startswith(RECORD)}
                 self.scan_all = self.scan_all or not names
             except (ValueError, TypeError):  # 0.3.x's name nothing
@@ -899,8 +915,7 @@ class Follower:
         return parse(state, time.time())
 
     async def report(self) -> None:
-        """Say what this router serves: at once when that is a new epoch, soon when its counters
-        have changed, now and then where they have not."""
+        """Say what this router serves: at once for a new epoch, soon for new counts."""
         now, epoch = time.monotonic(), self.table.routing.epoch
         if epoch == self.reported.get("epoch") and now < self.next_report:
             return
@@ -1098,29 +1113,28 @@ class Table:
             store.disconnect()
 
     def note_missing(self, found: Routing) -> None:
-        """Remember the deployments whose records are gone, though nobody of ours has removed them.
-        They stay in the table, and are asked meanwhile."""
-        gone = [
-            record
-            for name, record in self.routing.records.items()
-            if name not in found.records
-            and not ((grave := found.tombstones.get(name)) and grave.buries(record))
-        ]
-        now = time.monotonic()
-        self.missing = {
-            r.deployment_id: self.missing.get(r.deployment_id) or Missing(now) for r in gone
-        }
+        """Keep the deployments whose records nobody of ours has removed, and ask them."""
+        lost = {k: r for k, r in self.routing.records.items() if k not in found.records}
+        gone = [record for record in lost.values() if not found.buries(record)]
+        before, now = self.missing, time.monotonic()
+        names = [record.deployment_id for record in gone]
+        self.missing = {name: before.get(name) or Missing(now) for name in names}
         if gone and (self.looking is None or self.looking.done()):
             self.looking = asyncio.create_task(self.look_at(gone))
 
     async def look_at(self, records: list[Record]) -> None:
-        loop = asyncio.get_running_loop()
-        looks = (loop.run_in_executor(None, look, record) for record in records)
-        for record, said in zip(records, await asyncio.gather(*looks), strict=True):
+        """A few at a time: many that are silent would keep `repair` from its thread."""
+        loop, gate = asyncio.get_running_loop(), asyncio.Semaphore(LOOKS_AT_ONCE)
+
+        async def look_once(record: Record) -> None:
+            async with gate:
+                said = await loop.run_in_executor(None, look, record)
             if missing := self.missing.get(record.deployment_id):
                 missing.answers = said == "answers"
                 failing_since = missing.failing_since or time.monotonic()
                 missing.failing_since = failing_since if said == "unreachable" else None
+
+        await asyncio.gather(*map(look_once, records))
 
     def load(self, found: Routing) -> None:
         self.loaded_at = now = time.monotonic()
@@ -1190,8 +1204,7 @@ class Table:
         return Deployment(name, record.state, host, port, header, tally)
 
     async def serve_without_state(self) -> None:
-        """While there is no state, serve what Railway said was active when this router was
-        deployed, where that answers."""
+        """While there is no state, serve what Railway says was active, where that answers."""
         loop = asyncio.get_running_loop()
         while True:
             if self.intent and self.active is None and (self.lost or not self.loaded):
@@ -1258,9 +1271,8 @@ ACCESS_LOG: telemetry.AccessLog | None = None  # where it is asked for
 
 
 # == Counters, for `control status`, for who watches a new version, and for what is exported ====
-# Plain lists: they are on the path of every request.
+# Plain lists: they are on the path of every request. BUCKETS are OpenTelemetry's, in seconds.
 
-# In seconds, OpenTelemetry's for http.server.request.duration
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
 METHODS = frozenset(b"GET HEAD POST PUT DELETE CONNECT OPTIONS TRACE PATCH".split())
 
@@ -1699,8 +1711,7 @@ class Client(asyncio.Protocol):
         self.transport.close()
 
     def break_off(self, arriving: Request, status: int) -> None:
-        """End a request whose body cannot be read on: the backend must not take what it has for
-        the whole of it."""
+        """End a request whose body is bad: its backend must not take what it has for the whole."""
         arriving.gone = True
         arriving.arrived.set()
         alone = arriving is self.request or (not self.busy and self.waiting[0] is arriving)
@@ -1790,8 +1801,7 @@ class Client(asyncio.Protocol):
     def police(self, method: bytes, version: str) -> None:
         """Refuse what request smugglers use (RFC 9112 sections 3.2, 5 and 6.3).
 
-        llhttp has already refused bare CR and LF, bad names, and chunked not being last.
-        """
+        llhttp has already refused bare CR and LF, bad names, and chunked not being last."""
         lengths = hosts = 0
         coding: bytes | None = None
         for _, name, value in self.fields:
@@ -2001,8 +2011,7 @@ class Exchange:
     held back), gone (the client), broken (too late for another answer); where nothing was sent to
     the client: reset (a pooled connection that had died), lost, timeout.
 
-    A client that reads slowly pauses the upstream, so memory stays flat.
-    """
+    A client that reads slowly pauses the upstream, so memory stays flat."""
 
     # what an exchange begins with
     spared = False
@@ -2463,8 +2472,7 @@ class TunnelEnd(asyncio.Protocol):
 
     Each end may say that it has no more to send (a half-close), and the other goes on talking.
     The tunnel is over when both have, when either connection is lost, or when a half-closed one
-    has been silent for HALF_CLOSED seconds. What is still to be written then has FLUSH seconds.
-    """
+    has been silent for HALF_CLOSED seconds. What is still to be written then has FLUSH seconds."""
 
     __slots__ = ("deployment", "ended", "lost", "peer", "since", "transport")
     open: ClassVar[set[TunnelEnd]] = set()  # the clients' ends, until both connections are gone
@@ -2515,7 +2523,6 @@ class TunnelEnd(asyncio.Protocol):
             self.peer.transport.resume_reading()
 
     def check_time(self, now: float) -> None:
-        """End what would otherwise last for ever: see above."""
         near, far = self, self.peer
         limit = FLUSH if near.lost or far.lost else HALF_CLOSED
         ending = near.lost or far.lost or near.ended or far.ended
@@ -2527,9 +2534,7 @@ class TunnelEnd(asyncio.Protocol):
 def join(client: Client, exchange: Exchange) -> None:
     """The backend said 101: pass that on and let the bytes run.
 
-    After any other answer a connection ends: nothing sent behind a handshake that was refused may
-    pass the router unread.
-    """
+    After any other answer a connection ends: what stood behind it may not pass unread."""
     upstream = exchange.upstream
     head = [b"HTTP/1.1 101 Switching Protocols\r\n"]
     head += [n + b": " + v + b"\r\n" for n, v in exchange.fields]
@@ -2642,9 +2647,8 @@ def at_end(name: bytes, exchange: Exchange) -> None:
 
 
 def chosen(request: Request) -> Deployment | None:
-    """The deployment of a request that names none. While there is a canary, its visitor is drawn
-    for, with the same outcome in every router: a page, its assets, its `fetch` calls and its
-    socket all get the same one."""
+    """The deployment of a request that names none. During a canary its visitor is drawn for, with
+    the same outcome in every router: a page, its assets, `fetch` calls and socket get the same."""
     if TABLE.canary is None:
         return TABLE.active
     known, visitor = visitor_of(request)
@@ -2654,8 +2658,7 @@ def chosen(request: Request) -> Deployment | None:
 
 
 def drawn(visitor: bytes, deployment_id: str, weight: float) -> bool:
-    """Is this visitor among the `weight` percent that get the canary? Whoever is at one weight is
-    at every larger one; another canary draws anew."""
+    """Is this visitor among the `weight` percent that get the canary? If so, at larger ones too."""
     digest = hashlib.blake2b(visitor, digest_size=8, key=deployment_id.encode()).digest()
     return int.from_bytes(digest) < weight / 100 * (1 << 64)
 
@@ -2683,8 +2686,7 @@ def visitor_of(request: Request) -> tuple[bool, bytes]:
 
 
 def visitor_cookie(request: Request, fields: list[tuple[bytes, bytes]]) -> list[bytes]:
-    """The header line that gives a visitor its cookie, with a page: other answers may be kept in
-    caches that many share."""
+    """The header line that gives a visitor its cookie: with a page, which caches do not share."""
     if not is_html(fields):
         return []
     schemes = [value for _, name, value in request.fields if name == b"x-forwarded-proto"]
@@ -2862,8 +2864,7 @@ def lacking(spare: str, path: bytes, status: int, fields: list[tuple[bytes, byte
 
     An asset: a 404, or a page in place of a file, which is what an app with a catch-all route
     gives. React Router's route discovery (a question for a build's own routes): a 204 that asks
-    for a reload, since the build is another one.
-    """
+    for a reload, since the build is another one."""
     if spare == DISCOVERY:
         return status == 204 and any(n.lower() == b"x-remix-reload-document" for n, _ in fields)
     if status == 404:
@@ -2928,8 +2929,7 @@ app = Starlette(lifespan=lifespan)
 
 
 def listen(host: str | None, port: int) -> socket.socket:
-    """A listening socket; without a host on IPv4 and IPv6 both, where the machine has both.
-    Raises SystemExit where there can be none."""
+    """A listening socket; without a host, on IPv4 and IPv6. Raises SystemExit."""
     if not host and socket.has_dualstack_ipv6():
         with contextlib.suppress(OSError, OverflowError):
             return socket.create_server(
@@ -2996,8 +2996,7 @@ def telemetry_tasks() -> dict[str, Callable[[], Coroutine[Any, Any, None]]]:
 
 
 def connection_to(record: Record) -> http.client.HTTPConnection:
-    """From inside the private network: plain HTTP, no proxy. Raises OSError, and ValueError for a
-    record that has no address."""
+    """Plain HTTP, no proxy. Raises OSError, and ValueError for a record without an address."""
     url = urllib.parse.urlsplit(record.url or "")
     if not url.hostname:
         raise ValueError

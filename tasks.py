@@ -36,9 +36,9 @@ def demo(_: Any, once: bool = False, job: bool = False) -> None:
 
 @task(help={"args": "more arguments for pytest"})
 def test(c: Context, args: str = "") -> None:
-    """Run the tests, four files at a time: most of them wait."""
+    """Run the tests, six files at a time: most of them wait."""
     c.run(
-        f"{sys.executable} -m pytest -n 4 --dist loadfile --no-loadscope-reorder {args}", pty=False
+        f"{sys.executable} -m pytest -n 6 --dist loadfile --no-loadscope-reorder {args}", pty=False
     )
 
 

@@ -75,6 +75,7 @@ VARIABLES = {
         "PULSE_RAILWAY_STACK": "on every service of a stack: whose it is, as `<environment id>/<id"
         " of the router service>`",
         "PULSE_RAILWAY_MAINTENANCE": "since when the site is in maintenance; empty where it is not",
+        "PULSE_RAILWAY_MAINTENANCE_OFF": "when it was opened last; empty while it is closed",
         "PULSE_RAILWAY_DRAIN_TTL_SECONDS": "as on the janitor: what was removed is remembered for"
         " as long, and at least seven days",
         "PULSE_RAILWAY_SETUP": "while `scaffold` or `ensure` has not come to its end",

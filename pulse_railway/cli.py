@@ -90,6 +90,8 @@ def rewrite(arguments: list[str]) -> list[str]:
                 i += 1
                 out[-1] = f"{word}={rest[i]}"  # a value may start with a dash
         i += 1
+    if positional and all(word.startswith("-") for word in out[1:]):
+        raise SystemExit(f"error: which? `pulse-railway {verb} {FLAGS[positional[0]].value}`")
     return out
 
 

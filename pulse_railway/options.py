@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Flags = Mapping[str, Any]
 
 VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+MOST = 10**9  # of a flag's whole number
 PAGE_LIMIT = 24 * 1024  # bytes: it goes as one word of a control command
 
 
@@ -394,8 +395,7 @@ def number(flags: Flags, name: str, default: int, least: int = 1) -> int:
         found = int(str(value))
     except ValueError:
         found = least - 1
-    if found < least:
-        raise Failure(
-            f"--{name.replace('_', '-')} takes a whole number from {least}, not {value!r}"
-        )
+    if not least <= found <= MOST:
+        flag = f"--{name.replace('_', '-')}"
+        raise Failure(f"{flag} takes a whole number from {least} to {MOST}, not {value!r}")
     return found

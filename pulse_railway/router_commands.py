@@ -60,6 +60,10 @@ def control(
             why = str(answer.get("error"))
             if answer.get("reason") != "store":  # whose Redis may have carried it out
                 raise Refused(why, str(answer.get("reason")))
+            if pause == pauses[0] and len(pauses) > 1:
+                stack.target.way.say(f"{why}: asking again for {sum(pauses):.0f} s")
+            logs = f"`pulse-railway logs --service {stack.names.redis}`"
+            why += f": {logs} tells why; run this again when it is back"
         if outcome.hopeless or pause is None or time.monotonic() > deadline:
             break
         time.sleep(pause)
@@ -103,7 +107,7 @@ def answer_to(stdout: str, command: str, nonce: str) -> Answer | None:
     """The answer to this very command in what came back, or None."""
     for line in reversed(stdout.splitlines()):
         try:
-            found = json.loads(line)
+            found = printable(json.loads(line))
         except (ValueError, RecursionError):
             continue
         if isinstance(found, dict) and (found.get("command"), found.get("nonce")) == (
@@ -112,6 +116,20 @@ def answer_to(stdout: str, command: str, nonce: str) -> Answer | None:
         ):
             return found
     return None
+
+
+def printable(value: Any) -> Any:
+    """JSON whose texts can be printed: in Redis is what anybody has written."""
+    match value:
+        case str() if not value.isprintable():  # half a surrogate pair, a terminal's escape
+            kept = (c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in value)
+            return "".join(kept)
+        case list():
+            return [printable(inner) for inner in value]
+        case dict():
+            return {printable(name): printable(inner) for name, inner in value.items()}
+        case _:
+            return value
 
 
 # -- the commands ------------------------------------------------------------------------------
@@ -256,14 +274,17 @@ def maintenance(
     retry_after: int,
     why: str | None,
     warn: Heard = lambda _: None,
-) -> float | None:
-    """Returns since when the site is closed, None where it is open (or the router is of an earlier
-    version)."""
+) -> tuple[float | None, float | None]:
+    """Returns since when the site is closed, or since when it is open; None where the router is of
+    an earlier version."""
     words = ["on" if on else "off", "--retry-after", str(retry_after), *_noted(why)]
     answer = control(api, stack, "maintenance", *words, *(["--page", page] if page else []))
     tell_of_late_routers(answer, warn)
-    since = answer.get("since")
-    return float(since) if isinstance(since, int | float) else None
+    since, at = (
+        float(value) if isinstance(value := answer.get(name), int | float) else None
+        for name in ("since", "at")
+    )
+    return (since, None) if since else (None, at)
 
 
 def probe(api: Api, stack: Stack, deployment_id: str, path: str | None = None) -> Answer:

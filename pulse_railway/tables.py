@@ -37,11 +37,12 @@ def state_of(row: dict[str, Any]) -> str:
     return str(row["state"]) + (", rolled back" if row["rolled_back"] else "")
 
 
-def what(about: dict[str, str]) -> str:
+def what(about: dict[str, Any]) -> str:
     """`1a2b3c4 Fix the cart (Ada; ada@laptop)`."""
-    commit = (about.get("commit") or "")[:7] + ("+" if about.get("dirty") else "")
-    people = "; ".join(dict.fromkeys(about[k] for k in ("author", "by") if about.get(k)))
-    parts = [commit, about.get("message") or "", f"({people})" if people else ""]
+    told = {name: str(value) for name, value in about.items() if value}
+    commit = told.get("commit", "")[:7] + ("+" if "dirty" in told else "")
+    people = "; ".join(dict.fromkeys(told[k] for k in ("author", "by") if k in told))
+    parts = [commit, told.get("message", ""), f"({people})" if people else ""]
     return " ".join(part for part in parts if part)
 
 
@@ -50,13 +51,13 @@ def doings(result: dict[str, Any]) -> list[str]:
     found = []
     now = time.time()
     if down := result["maintenance"]:
-        since = age(now - down["since"])
+        lasted = age(now - down["since"])
         found.append(
-            f"maintenance since {since}, by {down.get('by')}: nobody gets the app. `pulse-railway"
+            f"maintenance for {lasted}, by {down.get('by')}: nobody gets the app. `pulse-railway"
             " maintenance off` ends it"
         )
     if lock := result["lock"]:
-        found.append(f"{lock.get('by')} deploys since {age(now - lock['since'])}")
+        found.append(f"{lock.get('by')} has been deploying for {age(now - lock['since'])}")
     if canary := result["canary"]:
         name = canary["deployment_id"]
         found.append(
@@ -67,8 +68,9 @@ def doings(result: dict[str, Any]) -> list[str]:
 
 
 def stdout() -> Console:
-    """In a pipe a row is a line, whatever its length."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 250)
+    """In a pipe a row is a line, whatever its length. A message of somebody's is no markup."""
+    width = None if sys.stdout.isatty() else 250
+    return Console(highlight=False, markup=False, emoji=False, width=width)
 
 
 def show_history(entries: list[dict[str, Any]]) -> None:
@@ -81,7 +83,7 @@ def show_history(entries: list[dict[str, Any]]) -> None:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(entry["at"]))
         weight = f" {entry['weight']}" if entry.get("weight") else ""
         before = entry.get("active") if entry["what"] != "remove" else None
-        row = [f"{entry['what']}{weight}", entry["deployment_id"], before]
+        row = [f"{entry['what']}{weight}", entry.get("deployment_id"), before]
         row += [entry.get("by"), entry.get("why")]
         table.add_row(when, *(str(cell or "") for cell in row))
     console.print(table if entries else "nothing yet")

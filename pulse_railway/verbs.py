@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import io
 import os
 import signal
 import sys
@@ -222,6 +223,8 @@ def run(function: Callable[..., None], door: str, flags: Mapping[str, Any]) -> d
     from pulse_railway.output import Output, reader_has_gone
 
     load_dotenv()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a log line may hold what has no encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     output = Output(as_json=bool(flags.get("json")))
 
     def end(why: str, code: int) -> Exit:

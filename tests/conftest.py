@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import copy
 import functools
 import inspect
 import json
@@ -306,12 +307,16 @@ def redis_of(stage: demo.Stage) -> redis.Redis:
     """The `pulse-redis` of the project that a stage's environment names."""
     project, environment = (stage.env[f"RAILWAY_{x}_ID"] for x in ("PROJECT", "ENVIRONMENT"))
     raw = json.loads((stage.root / "state.json").read_text())
-    service = next(
-        s for s in raw["services"] if s["project_id"] == project and s["name"] == "pulse-redis"
+    instance = next(
+        i
+        for s in raw["services"]
+        if s["project_id"] == project and s["name"] == "pulse-redis"
+        for i in s["instances"]
+        if i["environment_id"] == environment
     )
     hosts = json.loads((stage.root / f"hosts-{environment}.json").read_text())
     port = hosts["pulse-redis.railway.internal"]["6379"]
-    password = service["instances"][0]["variables"]["REDIS_PASSWORD"]
+    password = instance["variables"]["REDIS_PASSWORD"]
     # without redis-py's own retries, which take seconds: a test asks whether it is there
     retry = redis.retry.Retry(redis.backoff.NoBackoff(), 0)
     return redis.Redis(port=port, password=password, decode_responses=True, retry=retry)
@@ -339,13 +344,36 @@ class Project:
         )["projectCreate"]
         self.railway = railway
         self.id = created["id"]
-        self.environment = created["environments"]["edges"][0]["node"]["id"]
+        self._work_in(created["environments"]["edges"][0]["node"]["id"])
+
+    def _work_in(self, environment: str) -> None:
+        self.environment = environment
         self.env = {
-            **railway.env,
+            **self.railway.env,
             "RAILWAY_PROJECT_ID": self.id,
-            "RAILWAY_ENVIRONMENT_ID": self.environment,
+            "RAILWAY_ENVIRONMENT_ID": environment,
         }
-        self.stage = demo.Stage(railway.root, railway.process, self.env)
+        self.stage = demo.Stage(self.railway.root, self.railway.process, self.env)
+
+    def within(self, environment: str) -> Project:
+        """The same project, in another of its environments (by id)."""
+        other = copy.copy(self)
+        other._work_in(environment)
+        return other
+
+    def duplicate(self, name: str, **more: Any) -> Project:
+        """Duplicate the environment, as Railway's page does; `more` of EnvironmentCreateInput."""
+        given = {"projectId": self.id, "sourceEnvironmentId": self.environment, "name": name}
+        made = self.railway.graphql(
+            "mutation C($i: EnvironmentCreateInput!) { environmentCreate(input: $i) { id } }",
+            i={**given, **more},
+        )
+        return self.within(made["environmentCreate"]["id"])
+
+    def delete_environment(self) -> None:
+        self.railway.graphql(
+            "mutation D($i: String!) { environmentDelete(id: $i) }", i=self.environment
+        )
 
     def run(self, *arguments: str, cwd: Path | str = TINY, **env: str) -> Verb:
         window = "--rollback-window-seconds"
@@ -443,7 +471,8 @@ class Project:
         """One run of the janitor, to its end: its report. With `exit` and `refused`, what it said
         where it made none."""
         url = self.railway.api.replace("/graphql/v2", "/local/cron/pulse-janitor")
-        done = httpx.post(url, params={"project": self.id}, timeout=60).json()
+        where = {"project": self.id, "environment": self.environment}
+        done = httpx.post(url, params=where, timeout=60).json()
         last = done["log"][-1]
         report = json.loads(last) if last.startswith("{") else {"refused": last}
         return {**report, "exit": done["exit"]}

@@ -31,15 +31,23 @@ class Railway:
     """The calls of janitor.Railway that a run makes."""
 
     def __init__(
-        self, *services: Any, promoted: Any = None, closed: float | None = None, refuses: str = ""
+        self,
+        *services: Any,
+        promoted: Any = None,
+        closed: float | None = None,
+        opened: float | None = None,
+        refuses: str = "",
     ) -> None:
         self.services = list(services)
-        self.promoted, self.closed, self.refuses = promoted, closed, refuses
+        self.promoted, self.closed, self.opened = promoted, closed, opened
+        self.refuses = refuses
         self.deleted: list[str] = []
         self.remembered: list[dict[str, str]] = []
 
     def inspect(self) -> Any:
-        return janitor.Inventory(self.services, "id-router", self.promoted, self.closed)
+        return janitor.Inventory(
+            self.services, "id-router", self.promoted, self.closed, self.opened
+        )
 
     def remember(self, service_id: str, values: dict[str, str]) -> None:
         assert service_id == "id-router"
@@ -395,13 +403,35 @@ def test_a_closed_site_stays_closed(room: Room) -> None:
     room.store.apply(control.step_of(switch))
     clean_up(room.store, railway)
     assert room.store.read().maintenance is None
-    assert railway.remembered == [{"PULSE_RAILWAY_MAINTENANCE": ""}]
+    (noted,) = railway.remembered
+    assert noted["PULSE_RAILWAY_MAINTENANCE"] == ""
+    assert time.time() - float(noted["PULSE_RAILWAY_MAINTENANCE_OFF"]) < 60
     switch = control.control_parser().parse_args(["maintenance", "on"])
     room.store.apply(control.step_of(switch))
     railway = Railway(service("active"), promoted=room.store.read().promoted)
     clean_up(room.store, railway)
     since = room.store.read().maintenance.since
-    assert railway.remembered == [{"PULSE_RAILWAY_MAINTENANCE": repr(since)}]
+    noted = {"PULSE_RAILWAY_MAINTENANCE": repr(since), "PULSE_RAILWAY_MAINTENANCE_OFF": ""}
+    assert railway.remembered == [noted]
+
+
+def test_a_dump_from_while_it_was_closed_closes_nothing(room: Room) -> None:
+    """Before, put back after `off`, with no router that remembered, the site stayed closed."""
+    room.run()
+    promoted = room.store.read().promoted
+    room.server.client.set("pulse:railway:maintenance", json.dumps({"since": 1000.0}))
+    before = Railway(service("active"), promoted=promoted, opened=999.0)
+    clean_up(room.store, before)
+    assert room.store.read().maintenance.since == 1000.0, "it was closed after that"
+    room.server.client.set("pulse:railway:maintenance", json.dumps({"since": "odd"}))
+    clean_up(room.store, Railway(service("active"), promoted=promoted, opened=1001.0))
+    assert room.store.read().maintenance, "since when is not known"
+    room.server.client.set("pulse:railway:maintenance", json.dumps({"since": 1000.0}))
+    after = Railway(service("active"), promoted=promoted, opened=1001.0)
+    clean_up(room.store, after)
+    assert room.store.read().maintenance is None
+    assert after.remembered == []
+    assert room.store.read().history[-1]["what"] == "maintenance off"
 
 
 # -- what else can happen meanwhile --------------------------------------------------------------
@@ -563,7 +593,7 @@ def test_a_router_that_is_silent_counts_until_its_lease_ends(room: Room) -> None
 def test_a_router_of_another_version_counts_for_30_seconds(room: Room) -> None:
     room.sessions(0)
     room.draining("old")
-    room.server.client.set("pulse:railway:router:r1", json.dumps({"in_flight": {}}))
+    report(room, "r1", epoch=None)
     assert room.run(service("old"))[0].kept["old"] == "r1 may still route to it"
     retired = {**(room.record("old") or {}), "retiring_at": time.time() - 31}
     room.server.client.set("pulse:railway:deployment:old", json.dumps(retired))
@@ -611,6 +641,11 @@ def test_there_is_a_way_back_for_a_while(room: Room) -> None:
     assert report.kept == {"older": "a way back", "last": "a way back"}
     assert room.run(*all_of_them[1:], window=200)[1] == ["older"]
     assert room.run(all_of_them[2], window=200)[1] == []
+    # one whose service is gone is no way back, nor one that is being removed
+    room.draining("lost", drain_started_at=now - 10)
+    room.draining("retiring", drain_started_at=now - 10, retiring_at=now)
+    retiring = service("retiring")
+    assert room.run(all_of_them[2], retiring, window=200, keep=1)[1] == ["retiring"]
     assert room.run(all_of_them[2], window=50)[1] == ["last"]
     # the drain TTL goes first
     room.server.deployment(
@@ -726,6 +761,23 @@ def test_in_another_service_it_refuses_in_words(
         {"RAILWAY_SERVICE_NAME": "tidy", "PULSE_RAILWAY_JANITOR_SERVICE": "tidy"},
     ):
         assert "refused: Railway's answer is not one of its API" in on_railway(ok(b"[]"), **env)[1]
+
+
+@pytest.mark.parametrize("damage", [lambda c, k: c.set(k, "x"), lambda c, k: c.lpush(k, "x")])
+def test_what_never_ends_does_not_keep_a_deployment(room: Room, damage: Any) -> None:
+    """Before, nothing was deleted any more, and no run began."""
+    room.sessions(0)
+    room.draining("old")
+    client = room.server.client
+    client.set("pulse:railway:router:gone", json.dumps({"epoch": 1, "in_flight": {"old": 7}}))
+    damage(client, "pulse:railway:router:odd")
+    damage(client, "pulse:railway:janitor:lock")
+    with janitor.run_lock(room.store) as held:
+        assert held
+        assert room.run(service("old"))[1] == ["old"]
+        with janitor.run_lock(room.store) as second:
+            assert not second
+    assert not client.exists("pulse:railway:janitor:lock")
 
 
 @pytest.mark.parametrize("said", [b'{"data": {"serviceDelete": false}}', b'{"data": {"x": 1}}'])

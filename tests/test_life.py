@@ -190,7 +190,7 @@ def step_08_one_deploy_at_a_time(base: Project) -> None:
     now = time.time()
     held = {"holder": "x", "by": "eve@laptop", "since": now - 60, "until": now + 600}
     base.redis.set(key, json.dumps(held))
-    assert "eve@laptop deploys since 1 m" in base.run("status").out
+    assert "eve@laptop has been deploying for 1 m" in base.run("status").out
     waited = base.run("deploy", "main.py", "--deployment-id", "late", "--lock-wait", "1")
     assert "eve@laptop deploys since" in waited.error
     assert "pulse-railway unlock" in waited.error
@@ -242,7 +242,7 @@ def step_09_maintenance(base: Project, tmp_path: Path) -> None:
         assert answer.text == page.read_text()
         assert answer.headers["retry-after"] == "30"
         assert client.get(f"{url}/_pulse/health").status_code == 200
-        assert "maintenance since" in base.run("status").out
+        assert "maintenance for" in base.run("status").out
         assert base.ok("status")["maintenance"]["by"]
         base.deploy("in-maintenance")  # that is what it is for
         assert base.active == "in-maintenance"

@@ -93,6 +93,28 @@ def test_what_one_sees_and_can_order(base: Project, page: Page) -> None:
     expect(page.locator("#problem")).to_have_text("", timeout=15_000)
 
 
+def test_one_chooses_an_environment(new_project: Callable[[], Project], page: Page) -> None:
+    project = new_project()
+    project.railway.graphql(
+        "mutation ($i: ServiceCreateInput!) { serviceCreate(input: $i) { id } }",
+        i={"projectId": project.id, "environmentId": project.environment, "name": "web"},
+    )
+    page.goto(f"{project.railway.api.removesuffix('/graphql/v2')}/?project={project.id}")
+    services, choice = page.locator("#services .card"), page.locator("#environments")
+    expect(services).to_contain_text("web")
+    expect(choice).to_be_hidden()
+    other = project.duplicate("staging")
+    expect(choice).to_be_visible()
+    create = "mutation ($i: ServiceCreateInput!) { serviceCreate(input: $i) { id } }"
+    where = {"projectId": project.id, "environmentId": other.environment, "name": "only-here"}
+    project.railway.graphql(create, i=where)
+    choice.select_option(label="staging")
+    expect(services).to_have_count(2)
+    other.delete_environment()
+    expect(choice).to_be_hidden()
+    expect(services).to_have_count(1)
+
+
 def test_an_empty_project_says_what_to_run(new_project: Callable[[], Project], page: Page) -> None:
     project = new_project()
     page.goto(f"{project.railway.api.removesuffix('/graphql/v2')}/?project={project.id}")

@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from tests.conftest import Project
+from tests.net import eventually
 
 PROJECT = """
 id name createdAt updatedAt deletedAt
@@ -182,6 +183,60 @@ def test_a_patch_is_carried_out_whole_or_not_at_all(stack: Project) -> None:
     ask(stack, COMMIT, patch={"services": {service: {"variables": {"A": None}}}})
     assert "A" not in stack.variables("pulse-env")
     assert "B" not in stack.variables("pulse-env")
+
+
+def test_an_environment_is_duplicated_as_the_real_cli_does(
+    new_project: Callable[[], Project],
+) -> None:
+    """`railway environment new <name> --duplicate <other>`: an empty environment, then a patch of
+    the other's config with `isCreated`. No upload is in a config."""
+    project = new_project()
+    ask = project.railway.graphql
+    made = ask(
+        "mutation ($i: ServiceCreateInput!) { serviceCreate(input: $i) { id } }",
+        i={
+            "projectId": project.id,
+            "environmentId": project.environment,
+            "name": "cache",
+            "source": {"image": "redis:7"},
+            "variables": {"SECRET": "a literal", "ADDRESS": "${{RAILWAY_ENVIRONMENT_NAME}}"},
+        },
+    )["serviceCreate"]["id"]
+    where = {"serviceId": made, "environmentId": project.environment}
+    ask(
+        "mutation ($i: ServiceDomainCreateInput!) { serviceDomainCreate(input: $i) { domain } }",
+        i=where,
+    )
+    new = ask(
+        """mutation EnvironmentCreate($projectId: String!, $name: String!, $sourceId: String,
+             $applyChangesInBackground: Boolean) {
+          environmentCreate(input: {projectId: $projectId, name: $name,
+            sourceEnvironmentId: $sourceId, applyChangesInBackground: $applyChangesInBackground})
+          { name, id } }""",
+        projectId=project.id,
+        name="staging",
+        sourceId=None,
+        applyChangesInBackground=None,
+    )["environmentCreate"]
+    config = ask(
+        "query ($id: String!) { environment(id: $id) { id name config(decryptVariables: true) } }",
+        id=project.environment,
+    )["environment"]["config"]
+    patch = {k: v for k, v in config.items() if k in ("services", "sharedVariables", "volumes")}
+    patch["services"][made].update(isCreated=True, source={"image": "redis:8"})
+    ask(COMMIT, environment=new["id"], patch=patch)
+    other = project.within(new["id"])
+    assert other.variables("cache") == project.variables("cache")
+    domains = [
+        ask(DOCUMENTS["domain"], project=p.id, environment=p.environment, service=made)["domains"]
+        for p in (project, other)
+    ]
+    names = [[d["domain"] for d in found["serviceDomains"]] for found in domains]
+    assert [len(found) for found in names] == [1, 1]
+    assert names[0] != names[1]
+    eventually(lambda: other.latest("cache")["status"] == "SUCCESS", 20)
+    assert ask("mutation ($id: String!) { environmentDelete(id: $id) }", id=new["id"])
+    assert project.services == {"cache"}
 
 
 def test_staged_changes_wait_for_their_commit(stack: Project) -> None:

@@ -223,10 +223,39 @@ def test_a_router_of_another_version(site: Site, capsys: pytest.CaptureFixture[s
 def test_a_report_that_is_none_holds_nothing_up(
     site: Site, capsys: pytest.CaptureFixture[str], text: str
 ) -> None:
-    site.server.client.set(f"{PREFIX}:router:odd", text)
+    site.server.client.set(f"{PREFIX}:router:odd", text, ex=60)
     assert site.promote("old") == 0
     assert site.control("status") == 0
     assert said(capsys)["ok"] is True
+
+
+NEVER_ENDING: dict[str, Callable[[Any, str], object]] = {
+    "no lease": lambda client, key: client.set(key, '{"epoch": 1}'),
+    "a lease of years": lambda client, key: client.set(key, '{"epoch": 1}', ex=10**8),
+    "a list": lambda client, key: client.lpush(key, "x"),
+}
+
+
+@pytest.mark.parametrize("damage", NEVER_ENDING)
+def test_what_never_ends_is_no_router_and_no_lock(
+    site: Site, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    """Before, deletions waited for it for ever, promotions for 10 to 19 s, and a list was answered
+    with "Redis does not answer"."""
+    odd, lock = f"{PREFIX}:router:odd", f"{PREFIX}:janitor:lock"
+    for key in (odd, lock):
+        NEVER_ENDING[damage](site.server.client, key)
+    began = time.monotonic()
+    assert site.promote("old") == 0
+    assert said(capsys)["behind"] == []
+    assert site.control("retire", "--deployment-id", "new") == 0
+    assert said(capsys)["behind"] == []
+    assert time.monotonic() - began < 1
+    assert not site.server.client.exists(lock)
+    assert site.control("status") == 0
+    answer = said(capsys)
+    assert (answer["routers"], answer["reports_without_lease"]) == ([], [odd])
+    assert site.server.client.exists(odd), "it may be somebody's"
 
 
 def test_it_goes_on_reporting_when_redis_was_away(site: Site, run_router: Run) -> None:

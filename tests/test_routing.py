@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pulse_railway import runtime_image
@@ -425,7 +428,11 @@ OURS = st.one_of(
         st.integers(0, 1),
     ),
     st.builds(lambda n: lambda s: control.set_active(s, n, n, []), NAMES),
-    st.builds(lambda n: lambda s: control.set_canary_weight(s, n, n, 10.0), NAMES),
+    st.builds(
+        lambda n, w: lambda s: control.set_canary_weight(s, n, n, w),
+        NAMES,
+        st.sampled_from([10.0, 50.0]),
+    ),
     st.builds(lambda n: lambda s: control.retire(s, n), NAMES),
     st.builds(lambda n: lambda s: control.delete(s, n), NAMES),
     st.builds(by_0_3_x, NAMES),
@@ -500,8 +507,8 @@ def test_it_does_not_matter_which_router_is_first(
     left = repair(repair(store, first), second)
     right = repair(repair(store, second), first)
     assert (left.promotion, set(left.records)) == (right.promotion, set(right.records))
-    assert {n: r.state for n, r in left.records.items()} == {
-        n: r.state for n, r in right.records.items()
+    assert {n: (r.state, r.weight) for n, r in left.records.items()} == {
+        n: (r.state, r.weight) for n, r in right.records.items()
     }
     assert left.tombstones.keys() == right.tombstones.keys()
 
@@ -516,7 +523,8 @@ def test_an_older_snapshot_never_wins(states: list[Any], of_store: float, of_rou
     assert (mended.active, mended.promoted) == (known.active, known.promoted)
     for name, found in mended.records.items():
         if name in known.records:
-            assert found.state == known.records[name].state
+            right = known.records[name]
+            assert (found.state, found.weight) == (right.state, right.weight)
         else:  # that it was removed is not known, or that goes on
             grave = known.tombstones.get(name)
             assert found.retiring_at or not (grave and grave.buries(found))
@@ -537,6 +545,25 @@ def test_what_was_removed_with_this_service_never_comes_back(
             grave = known.tombstones.get(name)
             gone = grave and grave.buries(found) and name not in known.records
             assert not gone or found.retiring_at, (name, found)
+
+
+@pytest.mark.parametrize("state", ["pending", "draining"])
+def test_the_latest_weight_comes_back(state: str) -> None:
+    """Before, after FLUSHALL the first router's was kept, also an older one: a weight had no time,
+    and a draining record that became the canary lost its own."""
+    canary = {"deployment_id": "b", "service_name": "b", "state": state, "drain_started_at": NOW}
+    routing = parse({**STATE, ":deployment:b": canary})
+    less = control.set_canary_weight(replace(routing, now=NOW + 1), "b", "b", 10.0)
+    more = control.set_canary_weight(replace(less, now=NOW + 2), "b", "b", 50.0)
+    ended = control.set_active(replace(more, now=NOW + 3), "c", "c", [])
+    for known in ((less, more), (more, less), (less, more, less)):
+        found = parse({})
+        for memory in known:
+            found = repair(found, memory)
+        assert found.records["b"].weight == 50.0
+    assert repair(repair(parse({}), less), ended).records["b"].weight is None
+    assert repair(repair(parse({}), ended), less).records["b"].weight is None
+    assert more.records["b"].changed_at > routing.records["b"].changed_at
 
 
 def test_a_store_of_0_3_x_keeps_its_active_one() -> None:
@@ -668,6 +695,40 @@ def test_a_promotion_in_the_far_future_is_none() -> None:
     assert found.problems == (":promoted is in the future",)
 
 
+LATER = NOW + 2 * 86_400
+
+
+def test_times_to_come_are_none() -> None:
+    """Before, a tombstone hid a record that lived after a loss, an entry of the history opened a
+    site that was closed, and a record's time won over all that was done to it."""
+    living = OLD | {"service_id": "s-a", "registered_at": 5}
+    odd = {"deployment_id": "b", "service_name": "b", "registered_at": LATER, "rejected_at": 6}
+    state = {
+        ":store": "f00",
+        ":active": "c",
+        ":removed": {"a": {"at": LATER, "service_id": "s-a"}, "z": {"at": 5}},
+        ":history": [{"at": LATER, "what": "maintenance off"}, {"at": 5, "what": "promote"}],
+        ":deployment:b": odd,
+    }
+    found = parse(state)
+    assert set(found.tombstones) == {"z"}
+    assert [entry["what"] for entry in found.history] == ["promote"]
+    assert (found.records["b"].ignored, found.records["b"].changed_at) == (("registered_at",), 6.0)
+    assert found.problems == ("b: registered_at not understood", ":removed of a is in the future")
+    known = parse({":store": "bar", ":maintenance": {"since": 5}, ":deployment:a": living})
+    mended = repair(found, known)
+    assert mended.records["a"].service_id == "s-a"
+    assert mended.maintenance
+
+
+def test_a_record_of_another_deployment_is_reported() -> None:
+    """Before, `{"deployment_id": 5}` came back as a pending one."""
+    for stored in (5, "b", None):
+        found = parse({":deployment:a": {"deployment_id": stored, "service_name": "a"}})
+        expected = () if stored is None else ("deployment_id",)
+        assert found.records["a"].ignored == expected
+
+
 def test_the_active_one_is_not_being_removed() -> None:
     """Before, everybody got 404, and `status` said that nothing was wrong."""
     record = {"state": "active", "service_name": "a", "retiring_at": 5}
@@ -692,3 +753,105 @@ def test_a_name_that_cannot_be_looked_up_is_no_address() -> None:
     record = {"state": "pending", "service_name": "b", "address": "http://a..b:80"}
     found = router.parse_record("b", json.dumps(record))
     assert (found.address, found.ignored) == (None, ("address",))
+
+
+# -- what a command writes -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> dict[str, str]:
+    """The environment of control commands on a store in a file, with `a` active, `b` pending."""
+    env = {"PULSE_KV_KIND": "sqlite", "PULSE_KV_PATH": str(tmp_path / "kv.db")}
+    for name in "ab":
+        assert carry_out(env, "register", "--deployment-id", name, "--service-name", name)["ok"]
+    assert carry_out(env, *PROMOTE, "a")["ok"]
+    return env
+
+
+PROMOTE = ("promote", "--active-deployment-id", "a", "--active-service-name")
+REGISTER = ("register", "--deployment-id", "b", "--service-name")
+
+
+def carry_out(env: dict[str, str], *words: str) -> Any:
+    return control.carry_out([*words], env)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ((*REGISTER, "a b\x01"), "--service-name cannot be 'a b\\x01'"),
+        ((*REGISTER, "z z"), "no address follows from the service name 'z z'"),
+        ((*REGISTER, "b", "--address", "ftp://x"), "--address cannot be 'ftp://x'"),
+        ((*REGISTER, "b", "--service-id", "\n"), "--service-id cannot be"),
+        ((*PROMOTE, "z z"), "no address follows from the service name 'z z'"),
+        ((*PROMOTE, "z\tz"), "--active-service-name cannot be"),
+        ((*PROMOTE, "a", "--bake", "1e300"), "--bake cannot be 1e+300"),
+        ((*PROMOTE, "a", "--address", "http://:8"), "--address cannot be"),
+        (("lock", "--holder", "h", "--lease", "1e300"), "--lease cannot be 1e+300"),
+        (("lock", "--holder", "", "--lease", "60"), "--holder cannot be ''"),
+        (("maintenance", "on", "--retry-after", "-5"), "--retry-after cannot be -5"),
+        (("maintenance", "on", "--retry-after", "9" * 40), "--retry-after cannot be 999"),
+        ((*PROMOTE, "a", "--bake", "nan"), None),
+        ((*PROMOTE, "a", "--weight", "nan"), None),
+        ((*PROMOTE, "a", "--weight", "inf"), None),
+        ((*PROMOTE, "a", "--draining-json", '[{"deployment_id":"b","service_name":5}]'), None),
+        (
+            (
+                *("restore", "--active-deployment-id", "a", "--records-json"),
+                '[{"deployment_id":"b","address":5}]',
+            ),
+            None,
+        ),
+    ],
+)
+def test_what_the_state_cannot_hold_is_not_written(
+    kept: dict[str, str], words: tuple[str, ...], says: str | None
+) -> None:
+    """Before, it was answered with ok, and no router understood it."""
+    before = router.store_from_env(kept).read()
+    if says is None:
+        with pytest.raises(SystemExit):
+            carry_out(kept, *words)
+    else:
+        answer = carry_out(kept, *words)
+        assert answer["ok"] is False
+        assert says in answer["error"]
+    assert replace(router.store_from_env(kept).read(), now=0.0) == replace(before, now=0.0)
+
+
+TEXTS = st.text(min_size=1, max_size=9) | st.sampled_from(["a", "a b", "http://x:1", "1e300", "7"])
+OPTIONS = st.dictionaries(
+    st.sampled_from(
+        "service-name active-service-name service-id address bake lease retry-after holder weight"
+        " by why page about instead-of hold".split()
+    ),
+    TEXTS,
+    max_size=4,
+)
+COMMANDS = st.sampled_from(
+    [(*REGISTER, "b"), (*PROMOTE, "a"), ("maintenance", "on"), ("lock", "--holder=h", "--lease=9")]
+)
+
+
+@given(st.lists(st.tuples(COMMANDS, OPTIONS), max_size=3))
+@settings(
+    deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_what_a_command_writes_is_understood(kept: dict[str, str], commands: Any) -> None:
+    for command, flags in commands:
+        words = [*command, *(f"--{name}={value}" for name, value in flags.items())]
+        with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
+            carry_out(kept, *words)
+    found = router.store_from_env(kept).read()
+    assert found.problems == ()
+    if found.maintenance:
+        stored = kept_at(kept, ":maintenance")
+        assert stored == vars(found.maintenance)
+    if found.lock:
+        assert kept_at(kept, ":deploy:lock") == vars(found.lock)
+
+
+def kept_at(env: dict[str, str], key: str) -> Any:
+    store = router.store_from_env(env)
+    row = store.db.execute("SELECT value FROM pulse_kv WHERE key = ?", (store.prefix + key,))
+    return json.loads(row.fetchone()[0])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import json
 import os
 import pty
 import select
@@ -10,18 +12,27 @@ import signal
 import subprocess
 import sys
 import time
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 import control
 import router
-from pulse_railway import contract
-from pulse_railway.config import Names, Target
-from pulse_railway.flows.status import of_record, problems
+from pulse_railway import cli, contract, router_commands, verbs
+from pulse_railway.config import Names, Target, Way, Where
+from pulse_railway.errors import Uncertain
+from pulse_railway.flows import logs as flows_logs
+from pulse_railway.flows.status import of_record, problems, status
 from pulse_railway.flows.watch import LENGTH, History
+from pulse_railway.options import LogsOptions
+from pulse_railway.output import Output
+from pulse_railway.railway import ssh
 from pulse_railway.stack import Service, Stack
-from pulse_railway.tables import BARS, show_status, trend
+from pulse_railway.tables import BARS, show_history, show_status, show_watch, trend
 from tests.conftest import Project
 
 SET = dict.fromkeys((contract.RAILWAY_TOKEN, contract.REDIS_URL, contract.INTERNAL_TOKEN), "x")
@@ -69,7 +80,12 @@ UP = {"active": "a", "lost": False, "epoch": 7, "deployments": [RECORD], "router
         (
             stack(A),
             UP | {"problems": ["a: address not understood"]},
-            ["a: address not understood", "the next change writes it anew"],
+            ["a: address not understood", "it is ignored, and goes with that deployment"],
+        ),
+        (
+            stack(A),
+            UP | {"problems": [":promoted is not understood"]},
+            [":promoted is not understood", "the next change writes it anew"],
         ),
         (
             stack(A),
@@ -80,6 +96,18 @@ UP = {"active": "a", "lost": False, "epoch": 7, "deployments": [RECORD], "router
             ],
         ),
         (stack(A), UP | {"routers": [{"router": "r1", "epoch": 6, "age": 3}]}, []),
+        (
+            stack(A),
+            UP
+            | {"deployments": [RECORD, {"deployment_id": "UP", "state": "unknown"}]}
+            | {"problems": ["UP: no address follows from its record"]},
+            ["UP: no address", "`redis-cli DEL pulse:railway:deployment:UP` in pulse-redis"],
+        ),
+        (
+            stack(A),
+            UP | {"reports_without_lease": ["p:router:x"]},
+            ["p:router:x stands where routers report", "`redis-cli DEL p:router:x` in pulse-redis"],
+        ),
         (
             stack(A, intent=""),
             UP | {"active": None},
@@ -201,6 +229,162 @@ def test_the_truth_is_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert "problem: pulse-redis is CRASHED" in said
     assert "nothing is wrong" not in said
     assert "\x1b" not in said
+
+
+# -- what anybody has written into Redis ---------------------------------------------------------
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec=None)),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+NAMES = st.sampled_from(["commit", "dirty", "author", "by", "message", "x"])
+RECORDS = st.dictionaries(
+    st.sampled_from([*router.FIELDS, "deployment_id"]), JSON | st.dictionaries(NAMES, JSON)
+)
+ENTRIES = st.dictionaries(st.sampled_from("deployment_id active weight by why x".split()), JSON)
+OTHERS = st.sampled_from([":maintenance", ":deploy:lock", ":promoted", ":epoch", ":removed"])
+FACTS = st.dictionaries(st.sampled_from("since until at holder by page retry_after".split()), JSON)
+TALLIES = st.dictionaries(st.just("a"), JSON | st.tuples(st.lists(JSON), JSON, st.lists(JSON)))
+
+
+class Holds:
+    """A store that holds this."""
+
+    def __init__(self, state: dict[str, str]) -> None:
+        self.state = state
+
+    def read(self) -> Any:
+        return router.parse(self.state, time.time())
+
+
+def asked(command: str, answer: dict[str, Any]) -> dict[str, Any]:
+    """An answer as it comes from the router."""
+    line = json.dumps({**answer, "command": command, "nonce": "n"})
+    found = router_commands.answer_to(line, command, "n")
+    assert found
+    return found
+
+
+@given(
+    st.dictionaries(st.sampled_from(["a", "b", "[/b]", "\x1b[2J"]), RECORDS, max_size=2),
+    st.lists(ENTRIES | JSON, max_size=3),
+    st.dictionaries(OTHERS, FACTS | JSON, max_size=3),
+    TALLIES,
+)
+@example({"a": {"about": {"commit": [1], "by": {}, "message": "[/close] \ud800"}}}, [{}], {}, {})
+@example({}, [{"why": "\ud800 [/close]\x1b[2J"}], {}, {"a": [[1], 0, []]})
+@settings(
+    deadline=None,
+    max_examples=150,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+def test_nothing_that_is_stored_is_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, records: Any, entries: list[Any], others: Any, tallies: Any
+) -> None:
+    """Before, a surrogate, a missing field and a commit that is a list were one, and so was a
+    message with brackets, which was taken for rich's markup."""
+    found = {f":deployment:{name}": record for name, record in records.items()} | others
+    noted = [{"at": 5, "what": "promote", **e} if isinstance(e, dict) else e for e in entries]
+    store = Holds({k: json.dumps(v) for k, v in {**found, ":history": noted}.items()})
+    monkeypatch.setattr(control, "sessions", lambda *_: 1)
+    state = asked("status", control.status(cast(Any, store), "", None))
+    state["routers"] = [{"router": "r", "tallies": tallies, **control.understood({})}]
+    monkeypatch.setattr(router_commands, "state", lambda *_, **__: state)
+    shown = status(cast(Any, None), stack(A))
+    looks = History()
+    with open(os.devnull, "w", encoding="utf-8") as null, contextlib.redirect_stdout(null):
+        show_status(shown)
+        for at in (1.0, 2.0):
+            looks.look({**shown, "routers": []}, at)
+            looks.look(shown, at + 0.5)
+        show_watch([(shown, looks)])
+        show_history(asked("history", {"history": list(store.read().history)})["history"])
+        json.dumps(shown)
+
+
+def test_a_message_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """Before, `[WIP]` was shown, `[wip]` was not, and `[/wip]` was a traceback."""
+    show_history([{"at": 5, "what": "promote", "why": "[wip] [/wip] :smile: [red]x"}])
+    assert "[wip] [/wip] :smile: [red]x" in capsys.readouterr().out
+
+
+def test_a_line_that_has_no_encoding_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `logs` prints a service's."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii"))
+    verbs.run(lambda *_: print("\u25cf \ud800", flush=True), "as_given", {})
+    assert written.getvalue() == b"\\u25cf \\ud800\n"
+
+
+@pytest.mark.parametrize("depth", [60, 900, 990, 9_000, 99_999])
+@pytest.mark.parametrize("shape", ['{"a":', "["])
+def test_json_that_is_nested_too_deeply(depth: int, shape: str) -> None:
+    """Before, it was a traceback of `control`, and in Redis one of the router, which ends when that
+    happens three times."""
+    text = shape * depth + "0" + {"[": "]"}.get(shape, "}") * depth
+    record = f'{{"deployment_id":"a","state":"draining","about":{{"x":{text}}}}}'
+    state = {":active": "b", ":deployment:a": record, ":history": f"[{text}]", ":removed": text}
+    found = router.parse(state, 5.0)
+    assert found.records["a"].ignored == ("record",)
+    assert len(found.problems) == 3
+    assert router.repaired(found, found, "x").records == found.records
+    words = [
+        "register",
+        "--deployment-id",
+        "a",
+        "--service-name",
+        "a",
+        "--about",
+        f'{{"x":{text}}}',
+    ]
+    draining = ["--active-deployment-id", "a", "--active-service-name", "a", "--draining-json"]
+    for command in (words, ["promote", *draining, text]):
+        with pytest.raises(SystemExit):
+            control.control_parser().parse_args(command)
+
+
+# -- what is said where there is little to say ----------------------------------------------------
+
+
+def test_a_redis_that_is_down_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before, a promotion was silent for 38 s, and then did not say what to do."""
+    said: list[str] = []
+    here = stack(A)
+    way = Way("ssh", None, said.append, checked=True)
+    here = replace(here, target=replace(here.target, way=way))
+
+    def by_ssh(_: Any, __: Any, words: list[str]) -> ssh.Outcome:
+        answer = {"command": words[0], "nonce": words[-1], "ok": False, "reason": "store"}
+        why = "the router's Redis does not answer (TimeoutError)"
+        return ssh.Outcome(json.dumps(answer | {"error": why}), "", False)
+
+    monkeypatch.setattr(router_commands, "by_ssh", by_ssh)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    with pytest.raises(Uncertain) as failure:
+        router_commands.promote(cast(Any, None), here, "a", "a")
+    assert said == ["the router's Redis does not answer (TimeoutError): asking again for 30 s"]
+    assert str(failure.value).endswith(
+        "`promote`: the router's Redis does not answer (TimeoutError): `pulse-railway logs"
+        " --service pulse-redis` tells why; run this again when it is back"
+    )
+
+
+def test_a_service_that_has_said_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    api = Mock()
+    api.call.return_value = {"deploymentLogs": []}
+    monkeypatch.setattr(flows_logs, "latest", lambda *_: {"s-a": {"id": "d"}})
+    wanted = LogsOptions(Where(), Names(), deployment_id="a")
+    flows_logs.logs(api, stack(A), wanted, Output())
+    assert capsys.readouterr().err.strip() == "a has said nothing yet"
+
+
+def test_a_verb_that_is_not_told_which() -> None:
+    with pytest.raises(SystemExit, match=r"^error: which\? `pulse-railway maintenance on\|off`$"):
+        cli.rewrite(["maintenance", "--json"])
+    assert cli.rewrite(["maintenance", "on", "--json"]) == ["maintenance", "on", "--json"]
 
 
 def watching(base: Project, terminal: int | None = None) -> subprocess.Popen[bytes]:

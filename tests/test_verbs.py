@@ -188,7 +188,7 @@ def step_13_the_janitor_removes_dead_deploys_and_refuses_contradictions(project:
     project.stage.run_janitor()
     time.sleep(2.5)
     assert "dead" in project.records  # it runs: that is for somebody to decide
-    assert any("dead is pending since" in p for p in project.ok("status")["problems"])
+    assert any("dead has been pending for" in p for p in project.ok("status")["problems"])
     latest = project.stage.graphql(
         "query L($p: String!, $e: String!, $s: String!) { deployments(first: 1, input:"
         " { projectId: $p, environmentId: $e, serviceId: $s }) { edges { node { id } } } }",

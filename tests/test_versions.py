@@ -598,7 +598,7 @@ def test_who_is_waited_for_before_a_promotion(site: Site, monkeypatch: pytest.Mo
         assert time.monotonic() - began < 1
         assert client.exists(lock)
     monkeypatch.setattr(control, "JANITOR_WAIT", 0.5)
-    client.set(lock, "0123456789abcdef")  # of one that was killed
+    client.set(lock, "0123456789abcdef", ex=60)  # of one that was killed
     began = time.monotonic()
     assert site.promote("b")["ok"]
     assert 0.5 < time.monotonic() - began < 2

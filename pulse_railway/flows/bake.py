@@ -43,14 +43,15 @@ class Count:
 
     def __sub__(self, other: Count) -> Count:
         before = other.seconds or (0,) * len(self.seconds)
-        seconds = tuple(a - b for a, b in zip(self.seconds, before, strict=True))
-        return Count(self.requests - other.requests, self.failed - other.failed, seconds)
+        seconds = tuple(max(a - b, 0) for a, b in zip(self.seconds, before, strict=False))
+        failed = max(self.failed - other.failed, 0)
+        return Count(max(self.requests - other.requests, failed), failed, seconds)
 
     def __add__(self, other: Count) -> Count:
         if not self.seconds or not other.seconds:
             seconds = self.seconds or other.seconds
         else:
-            seconds = tuple(a + b for a, b in zip(self.seconds, other.seconds, strict=True))
+            seconds = tuple(a + b for a, b in zip(self.seconds, other.seconds, strict=False))
         return Count(self.requests + other.requests, self.failed + other.failed, seconds)
 
     def __str__(self) -> str:
@@ -60,9 +61,16 @@ class Count:
         return f"{self.requests} requests, {share} failed{tail}"
 
 
-def count(tally: list[Any]) -> Count:
-    """One router's tally of a deployment, as its `status` has it."""
-    classes, failed, seconds = tally
+def count(tally: Any) -> Count:
+    """One router's tally of a deployment, as its `status` has it; none where it holds anything but
+    counts."""
+    try:
+        classes, failed, seconds = tally
+        counts = [*classes, failed, *seconds]
+    except (TypeError, ValueError):
+        return Count()
+    if len(classes) < 6 or not all(type(n) is int and n >= 0 for n in counts):
+        return Count()
     if len(seconds) != len(load("router").BUCKETS) + 1:  # a router of another version
         seconds = ()
     return Count(sum(classes) + failed, classes[5] + failed, tuple(seconds))

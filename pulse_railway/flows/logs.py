@@ -37,6 +37,8 @@ def logs(api: Api, stack: Stack, wanted: LogsOptions, output: Output) -> dict[st
                 if not output.as_json:
                     print(line["message"], flush=True)
         if not wanted.follow:
+            if not lines:
+                output.say(f"{service.name} has said nothing yet")
             return {"service": service.name, "deployment": found["id"], "lines": lines}
         time.sleep(2.0)
 

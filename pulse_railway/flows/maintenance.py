@@ -20,7 +20,7 @@ def maintenance(
     closed stays closed."""
     assert stack.router is not None
     with output.step(f"switch it {'on' if wanted.on else 'off'}"):
-        since = router_commands.maintenance(
+        closed, opened = router_commands.maintenance(
             api,
             stack,
             wanted.on,
@@ -29,9 +29,10 @@ def maintenance(
             wanted.message,
             output.warn,
         )
-        value = repr(since) if since else ""
+        times = {contract.MAINTENANCE: closed, contract.MAINTENANCE_OFF: opened}
+        values = {name: repr(at) if at else "" for name, at in times.items()}
         try:
-            write_variables(api, stack.target, stack.router.id, {contract.MAINTENANCE: value})
+            write_variables(api, stack.target, stack.router.id, values)
         except Failure as failure:
             output.warn(f"{contract.MAINTENANCE} could not be written: {failure}; the janitor will")
     return {"maintenance": wanted.on, "address": stack.address}

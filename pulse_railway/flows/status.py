@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from typing import Any
 
@@ -67,6 +68,12 @@ def status(api: Api, stack: Stack) -> dict[str, Any]:
     }
 
 
+def redis_prefix(stack: Stack) -> str:
+    """What the keys of the routing state begin with."""
+    assert stack.router is not None
+    return stack.router.variables.get(contract.REDIS_PREFIX) or contract.DEFAULT_REDIS_PREFIX
+
+
 def of_memories(state: dict[str, Any], stack: Stack) -> list[str]:
     """What the routing state lacks, and where it is not what Railway says was promoted last."""
     active, last = state["active"], stack.last_promoted
@@ -94,10 +101,15 @@ def of_memories(state: dict[str, Any], stack: Stack) -> list[str]:
     if active and active not in known_ids and stack.backend(active):
         found.append(f"the record of {active} is lost: `pulse-railway restore` makes it anew")
     for problem in state.get("problems") or []:
-        name = str(problem).partition(":")[0]
-        known = any(r["deployment_id"] == name for r in state["deployments"])
-        if known and name != active:
+        named = (n for n in known_ids if str(problem).startswith(f"{n}: "))
+        name = next(named, active)
+        if name != active and contract.DEPLOYMENT_ID_PATTERN.fullmatch(name):
             run = f"it is kept until `pulse-railway delete --deployment-id {name}`"
+        elif name != active:
+            key = shlex.quote(f"{redis_prefix(stack)}:deployment:{name}")
+            run = f"it is ignored. `redis-cli DEL {key}` in {stack.names.redis} removes it"
+        elif str(problem).startswith(f"{name}: "):
+            run = "it is ignored, and goes with that deployment"
         else:
             run = "it is ignored, and the next change writes it anew"
         found.append(f"in the routing state, {problem}: {run}")
@@ -134,6 +146,10 @@ def of_routers(state: dict[str, Any], stack: Stack) -> list[str]:
         and isinstance(router.get("epoch"), int)
         and router["epoch"] < epoch
         and float(router.get("age") or 0) > REPORTED_SECONDS
+    ] + [
+        f"{key} stands where routers report, and no router has written it: it is ignored."
+        f" `redis-cli DEL {shlex.quote(key)}` in {stack.names.redis} removes it"
+        for key in state.get("reports_without_lease") or []
     ]
 
 
@@ -149,8 +165,8 @@ def of_record(record: dict[str, Any], stack: Stack) -> list[str]:
     left = record["state"] == "pending" and not record.get("held") and age > DEAD_DEPLOY_SECONDS
     if left and name != stack.last_promoted:  # else the state is an older one
         found.append(
-            f"{name} is pending since {age / 3600:.1f} h, and runs: its deploy did not get to its"
-            f" end; `pulse-railway promote --deployment-id {name}`, or `delete` it"
+            f"{name} has been pending for {age / 3600:.1f} h, and runs: its deploy did not get"
+            f" to its end; `pulse-railway promote --deployment-id {name}`, or `delete` it"
         )
     until = (record.get("bake") or {}).get("until")
     weight = record.get("weight")

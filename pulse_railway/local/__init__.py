@@ -1,8 +1,9 @@
 """A Railway on this machine: its API, its builds, its edge, its cron, with real processes.
 
     state.py        what exists, kept in one JSON file
-    api.py          the GraphQL API over it (schema.graphql is the served part of Railway's)
+    api/            the GraphQL API over it (schema.graphql is the served part of Railway's)
     supervisor.py   services as processes: builds, health checks, restarts, cron
+    volumes.py      a folder for each service in each environment
     edge.py         a TLS address per domain
     server.py       the whole, with uploads, ssh, OAuth and faults to order
     cli.py          the `railway` command that stands in for Railway's

@@ -49,20 +49,24 @@ class Page:
         return FileResponse(Path(__file__).parent / "page.html")
 
     async def picture(self, request: Request) -> Response:
-        """Of one project, the first or `?project=<id>`, in its first environment."""
+        """Of one project, the first or `?project=<id>`, in one environment: its first, where
+        `?environment=<id>` names none that is there."""
         state = self.railway.state
         wanted = request.query_params.get("project")
         project = state.project(wanted) if wanted else state.projects[0]
         if project is None:
             return JSONResponse({"message": "no such project"}, 404)
-        environment = project.environments[0]
+        named = request.query_params.get("environment")
+        here = project.environments
+        environment = next((e for e in here if e.id == named), here[0])
         services = [self.service(s, i) for s, i in state.instances(environment.id)]
         routed = await self.routed(project, environment)
         return JSONResponse(
             {
                 "projects": [{"id": p.id, "name": p.name} for p in state.projects],
                 "project": project.id,
-                "environment": environment.name,
+                "environments": [{"id": e.id, "name": e.name} for e in project.environments],
+                "environment": environment.id,
                 "services": services,
                 "routing": routed,
                 "orders": self.railway.orders,

@@ -104,6 +104,10 @@ class Orders:
     old_gets_requests: bool = False  # during the overlap with the process that replaces it
     edge: str = ""  # `html` or `json`: what it answers to everything, a 502 of its own
     keep_files: bool = False  # of a container that is restarted
+    # what Railway does where its schema and its docs differ: see api.Rules
+    every_environment: bool = False
+    deletion_patch: str = ""
+    copy_uploads: bool = True
     clock: bool | None = None  # does the cron run? None: as before
 
 
@@ -123,6 +127,7 @@ class LocalRailway:
         self.orders: dict[str, Any] = {}  # what of `Orders` is not as usual
         self.latency = 0.0
         self.edge_page = ""
+        self.rules = api.Rules()
         self.rate_limit: int | None = None
         self.minute = (0.0, 0)  # since when, and how many API calls
         self.calls: Counter[str] = Counter()
@@ -201,7 +206,7 @@ class LocalRailway:
     async def _open_edge(self, service: Service, instance: Instance, domain: Domain) -> None:
         def target() -> int | None:
             running = self.supervisor.traffic(instance)
-            return running.port if running else None
+            return running.port if running and domain in instance.domains else None
 
         self.edges[domain.id] = edge.Edge(domain.port, self.key, target, lambda: self.edge_page)
         await self.edges[domain.id].start()
@@ -221,7 +226,7 @@ class LocalRailway:
         return None
 
     def caller(self, request: Request) -> api.Caller:
-        return api.Caller(self.token_of(request), self.supervisor, self.open_domain)
+        return api.Caller(self.token_of(request), self.supervisor, self.open_domain, self.rules)
 
     async def _fault(self, fields: list[str], *, after: bool = False) -> Response | None:
         """The answer that a fault gives in place of the real one, if one is due."""
@@ -384,6 +389,8 @@ class LocalRailway:
             self.faults = [Fault(**fault) for fault in orders.faults]
             if orders.edge not in ("", "html", "json"):
                 raise ValueError(f"edge is html or json, not {orders.edge}")
+            if orders.deletion_patch not in ("", "refuse", "ignore"):
+                raise ValueError(f"deletion_patch is refuse or ignore, not {orders.deletion_patch}")
             self.latency = float(orders.latency)
             self.supervisor.build_seconds = float(orders.build_seconds)
         except (ValueError, TypeError) as error:
@@ -391,6 +398,7 @@ class LocalRailway:
         given, usual = asdict(orders), asdict(Orders(clock=orders.clock or None))
         self.orders = {name: value for name, value in given.items() if value != usual[name]}
         self.edge_page = orders.edge
+        self.rules = api.Rules(orders.every_environment, orders.deletion_patch, orders.copy_uploads)
         self.rate_limit, self.minute = orders.rate_limit, (0.0, 0)
         self.supervisor.react_delay = str(orders.react_delay)
         for name in "crash_at ipv6_only name_delay old_gets_requests keep_files".split():
@@ -403,24 +411,22 @@ class LocalRailway:
         return JSONResponse({"ok": True})
 
     async def stats(self, request: Request) -> Response:
-        """Calls so far; `?reset=1` starts counting anew."""
+        """Calls so far, and processes, with `?environment=<id>` those of one environment;
+        `?reset=1` starts counting anew."""
         names = {s.id: s.name for s in self.state.services}
+        where = request.query_params.get("environment")
+        current = [
+            (service.name, self.supervisor.current[instance.id])
+            for service in self.state.services
+            for instance in service.instances
+            if instance.id in self.supervisor.current and where in (None, instance.environment_id)
+        ]
         answer = {
             "documents": self.documents,
             "fields": dict(self.calls),
             "starts": {names.get(k, k): n for k, n in self.supervisor.started.items()},
-            "ports": {
-                service.name: self.supervisor.current[instance.id].port
-                for service in self.state.services
-                for instance in service.instances
-                if instance.id in self.supervisor.current
-            },
-            "pids": {
-                service.name: self.supervisor.current[instance.id].process.pid
-                for service in self.state.services
-                for instance in service.instances
-                if instance.id in self.supervisor.current
-            },
+            "ports": {name: running.port for name, running in current},
+            "pids": {name: running.process.pid for name, running in current},
         }
         if request.query_params.get("reset"):
             self.documents = 0
@@ -430,14 +436,15 @@ class LocalRailway:
     async def run_cron(self, request: Request) -> Response:
         name = request.path_params["service"]
         project = request.query_params.get("project")  # where several have one of that name
+        environment = request.query_params.get("environment")
         for service in self.state.services:
-            if service.name == name and project in (None, service.project_id):
-                code = await self.supervisor.run_cron(service, service.instances[0])
-                last = self.supervisor.state.deployments_of(
-                    service.id, service.instances[0].environment_id
-                )
-                lines = self._tail(last)
-                return JSONResponse({"exit": code, "log": lines})
+            if service.name != name or project not in (None, service.project_id):
+                continue
+            for instance in service.instances:
+                if environment in (None, instance.environment_id):
+                    code = await self.supervisor.run_cron(service, instance)
+                    last = self.state.deployments_of(service.id, instance.environment_id)
+                    return JSONResponse({"exit": code, "log": self._tail(last)})
         return JSONResponse({"message": "no such service"}, 404)
 
     def _tail(self, deployments: list[Deployment]) -> list[str]:

@@ -33,6 +33,14 @@ class Environment:
     groups: dict[str, dict[str, Any]] = field(default_factory=dict)
     shared: dict[str, str] = field(default_factory=dict)
     staged: dict[str, Any] = field(default_factory=dict)  # a patch that waits to be committed
+    ephemeral: bool = False  # a pull request's
+    copy_of: str | None = None  # the id of the environment that it was duplicated from
+
+    @property
+    def is_fork(self) -> bool:
+        """Railway made its last forks in January 2024; what is left of them are the environments of
+        pull requests."""
+        return self.ephemeral and self.copy_of is not None
 
 
 @dataclass
@@ -112,6 +120,8 @@ class Token:
     name: str = ""
     refresh: str | None = None
     expires_at: str | None = None
+    id: str = field(default_factory=new_id)
+    created_at: str = field(default_factory=now)
 
     @property
     def expired(self) -> bool:
@@ -292,10 +302,13 @@ class State:
             expires_at=expires.isoformat(),
         )
 
-    def add_service(self, project: Project, name: str) -> Service:
-        """A service, with an instance in every environment of its project."""
+    def add_service(
+        self, project: Project, name: str, environments: list[Environment] | None = None
+    ) -> Service:
+        """A service, with an instance in each of these environments of its project, or in all."""
         service_id = new_id()
-        instances = [Instance(new_id(), service_id, e.id) for e in project.environments]
+        where = project.environments if environments is None else environments
+        instances = [Instance(new_id(), service_id, e.id) for e in where]
         service = Service(service_id, name, project.id, instances)
         self.services.append(service)
         return service
@@ -419,8 +432,8 @@ def apply_template(
         environment.groups[new] = dict(config["groups"][old])
     created = []
     for raw in config.get("services", {}).values():
-        service = state.add_service(project, raw["name"])
-        instance = next(i for i in service.instances if i.environment_id == environment.id)
+        service = state.add_service(project, raw["name"], [environment])
+        instance = service.instances[0]
         instance.image = (raw.get("source") or {}).get("image")
         old_group = raw.get("groupId")
         if old_group:

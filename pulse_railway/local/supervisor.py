@@ -40,11 +40,13 @@ from pulse_railway.local.state import (
     private_domain,
     rendered,
 )
+from pulse_railway.local.volumes import delete_volumes, move_old_volumes, volume_folder
 
 HERE = Path(__file__).parent
 DEFAULT_HEALTH_TIMEOUT = 300
 RESTART_PAUSE = 0.5
 PRE_DEPLOY_TIMEOUT = 600.0
+LONGEST_GRACE = 3.0  # seconds that a process gets whose environment is deleted
 MARK = "RAILWAY_LOCAL_ROOT"  # tells a process of ours from others after a crash
 
 
@@ -161,6 +163,7 @@ class Supervisor:
     async def start(self) -> None:
         """End what a killed run left behind, then run again what ran before."""
         self._kill_leftovers()
+        move_old_volumes(self.state)
         for deployment in list(self.state.deployments):
             if deployment.status not in ("SUCCESS", *ENDED):
                 self._set(deployment, "FAILED")
@@ -241,6 +244,8 @@ class Supervisor:
                 await asyncio.sleep(self.build_seconds)
                 await self._step(deployment, "DEPLOYING")
                 await self._pre_deploy(service, instance, deployment, build)
+                if deployment.status == "REMOVED":
+                    raise BuildError("removed before it was started")
             if instance.settings.get("cronSchedule"):
                 await self._replace(instance, None, deployment)
                 self._set(deployment, "SUCCESS")
@@ -253,7 +258,8 @@ class Supervisor:
             except BaseException:
                 await self._end(running, grace=0)
                 raise
-            if deployment.status == "REMOVED" or self.state.service(service.id) is None:
+            here = self.state.instance(service.id, instance.environment_id)
+            if deployment.status == "REMOVED" or here is not instance:
                 await self._end(running, grace=0)
                 return
             self._set(deployment, "SUCCESS")
@@ -352,7 +358,7 @@ class Supervisor:
         image = str(deployment.image)
         name = image.rsplit("/", 1)[-1].split(":")[0].split("@")[0]
         self._log(deployment, "build", f"pulling {image}")
-        home = self.root / "volumes" / service.id
+        home = volume_folder(self.root, deployment.environment_id, service.id)
         if name in ("redis", "valkey"):
             home.mkdir(parents=True, exist_ok=True)
             argv = [redis_executable(), "--save", "60", "1", "--dir", str(home)]  # the template's
@@ -570,26 +576,56 @@ class Supervisor:
             self.current[instance.id] = running
             self.write_hosts(instance.environment_id)
 
-    async def remove(self, service: Service, environment_id: str | None = None) -> None:
-        """Stop a service's processes and forget its deployments' traffic."""
-        for instance in service.instances:
-            if environment_id in (None, instance.environment_id):
-                for deployment in self.state.deployments_of(service.id, instance.environment_id):
-                    if deployment.status not in ("FAILED", "CRASHED"):
-                        self._set(deployment, "REMOVED")
-                found = self.current.pop(instance.id, None), self.cron_running.get(instance.id)
-                self.write_hosts(instance.environment_id)
-                for running in filter(None, found):
-                    self.spawn(self._end(running, self._grace(instance, running)), "retire")
+    def remove(self, instance: Instance, longest: float = float("inf")) -> list[asyncio.Task[None]]:
+        """Remove a service's deployments in one environment.
 
-    async def stop_deployment(self, deployment: Deployment) -> None:
-        for running in list(self.processes):
-            if running.deployment is deployment:
-                for instance_id, current in list(self.current.items()):
-                    if current is running:
-                        del self.current[instance_id]
-                await self._end(running, grace=0)
+        Returns the tasks that end its processes, also those that are still coming up; `longest`:
+        the most seconds that they get.
+        """
+        history = self.state.deployments_of(instance.service_id, instance.environment_id)
+        for deployment in history:
+            if deployment.status not in ("FAILED", "CRASHED"):
+                self._set(deployment, "REMOVED")
+        found = [running for running in self.processes if running.deployment in history]
+        self.retiring.pop(instance.id, None)
+        current = self.current.pop(instance.id, None)  # not in `processes` while it has crashed
+        if current and current not in found:
+            found.append(current)
+        self.write_hosts(instance.environment_id)
+        graces = [min(self._grace(instance, running), longest) for running in found]
+        return [
+            self.spawn(self._end(running, grace), "retire")
+            for running, grace in zip(found, graces, strict=True)
+        ]
+
+    async def remove_environment(self, environment_id: str) -> None:
+        """End all processes of an environment; then delete its deployments, volumes and names."""
+        instances = [instance for _, instance in self.state.instances(environment_id)]
+        await asyncio.gather(*(task for i in instances for task in self.remove(i, LONGEST_GRACE)))
+        left = [r for r in self.processes if r.deployment.environment_id == environment_id]
+        await asyncio.gather(*(r.process.wait() for r in left))  # which were ending before
+        for pid in marked(f"RAILWAY_ENVIRONMENT_ID={environment_id}"):  # pre-deploy commands, ssh
+            if belongs(pid, self.root):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        self.state.deployments = [
+            d for d in self.state.deployments if d.environment_id != environment_id
+        ]
+        delete_volumes(self.root, environment_id)
+        self.hosts_file(environment_id).unlink(missing_ok=True)
+
+    async def stop_deployment(self, deployment: Deployment, *, remove: bool = False) -> None:
+        if remove:
+            self._set(deployment, "REMOVED")  # first: what is coming up does not count as failed
         deployment.stopped = True
+        instance = self.state.instance(deployment.service_id, deployment.environment_id)
+        current = self.current.get(instance.id) if instance else None
+        if instance and current and current.deployment is deployment:
+            del self.current[instance.id]
+            self.write_hosts(instance.environment_id)
+            await self._end(current, self._grace(instance, current))
+        for running in [r for r in self.processes if r.deployment is deployment]:
+            await self._end(running, grace=0)
         self.state.save()
 
     def restart(self, service: Service, instance: Instance, deployment: Deployment) -> None:
@@ -618,6 +654,8 @@ class Supervisor:
         return self.root / f"hosts-{environment_id}.json"
 
     def write_hosts(self, environment_id: str) -> None:
+        if self.state.environment(environment_id) is None:
+            return  # deleted while something of it was still ending
         hosts: dict[str, Any] = {"ipv6": self.ipv6_only}
         for service, instance in self.state.instances(environment_id):
             running = self.traffic(instance)

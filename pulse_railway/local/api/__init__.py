@@ -1,7 +1,7 @@
 """Railway's GraphQL API over the local state.
 
-access.py says who may see what, views.py what each type answers, queries.py and mutations.py have
-a resolver a field.
+access.py says who may see what, views.py what each type answers. queries.py, mutations.py,
+environments.py and tokens.py have a resolver a field; patch.py and services.py change what exists.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any
 from graphql import GraphQLResolveInfo, GraphQLSchema, build_schema, default_field_resolver, graphql
 
 from pulse_railway.local import state as model
-from pulse_railway.local.api.access import Caller, need_instance, need_service
+from pulse_railway.local.api import environments, tokens
+from pulse_railway.local.api.access import Caller, Rules, need_instance, need_service
 from pulse_railway.local.api.mutations import MUTATIONS
 from pulse_railway.local.api.queries import QUERIES
 
@@ -59,4 +60,15 @@ async def execute(
     return answer
 
 
-__all__ = ["MUTATIONS", "QUERIES", "Caller", "execute", "need_instance", "need_service", "schema"]
+__all__ = [
+    "MUTATIONS",
+    "QUERIES",
+    "Caller",
+    "Rules",
+    "environments",
+    "execute",
+    "need_instance",
+    "need_service",
+    "schema",
+    "tokens",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from graphql import GraphQLError
@@ -14,12 +14,28 @@ from pulse_railway.local.supervisor import Supervisor
 
 
 @dataclass
+class Rules:
+    """What Railway does where its schema and its docs leave more than one reading.
+
+    every_environment: a change of a service in an environment that is no fork acts on every
+        environment that is no fork, as the schema says.
+    deletion_patch: `refuse` or `ignore` a patch that deletes a service.
+    copy_uploads: an environment is duplicated with what was uploaded to its services.
+    """
+
+    every_environment: bool = False
+    deletion_patch: str = ""
+    copy_uploads: bool = True
+
+
+@dataclass
 class Caller:
     """Who asks, and of what. `token` is None without credentials."""
 
     token: Token | None
     supervisor: Supervisor
     open_domain: Callable[[Service, Instance, int | None], Any]
+    rules: Rules = field(default_factory=Rules)
 
     @property
     def state(self) -> model.State:
@@ -50,13 +66,18 @@ def need_project(caller: Caller, project_id: str) -> Project:
     return project
 
 
+def accessible(caller: Caller, environment_id: str) -> bool:
+    """Does the token reach this environment of a project that it sees? A project token has one."""
+    token = caller.token
+    return token is not None and (token.kind != "project" or token.environment_id == environment_id)
+
+
 def need_environment(caller: Caller, environment_id: str) -> tuple[Project, Environment]:
     found = caller.state.environment(environment_id)
     if found is None:
         raise refuse("Environment not found")
     need_project(caller, found[0].id)
-    token = caller.token
-    if token and token.kind == "project" and token.environment_id != environment_id:
+    if not accessible(caller, environment_id):
         raise refuse()
     return found
 
@@ -76,6 +97,14 @@ def need_instance(caller: Caller, service_id: str, environment_id: str) -> Insta
     if instance is None:
         raise refuse("ServiceInstance not found")
     return instance
+
+
+def need_person(caller: Caller, project_id: str | None = None) -> None:
+    """Refuse a project token, which is for one environment, and who does not see the project."""
+    if caller.token is None or caller.token.kind == "project":
+        raise refuse()
+    if project_id is not None:
+        need_project(caller, project_id)
 
 
 def need_deployment(caller: Caller, deployment_id: str) -> Deployment:

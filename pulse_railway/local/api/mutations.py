@@ -9,28 +9,29 @@ from typing import Any
 from pulse_railway.local import state as model
 from pulse_railway.local.api.access import (
     Caller,
+    accessible,
     need_deployment,
     need_environment,
     need_instance,
+    need_person,
     need_project,
     need_service,
     refuse,
     ssh_key_owner,
 )
-from pulse_railway.local.api.patch import apply, check_settings
+from pulse_railway.local.api.patch import check_settings
+from pulse_railway.local.api.services import reached, take_out
 from pulse_railway.local.api.views import (
     SETTINGS,
     custom_domain_view,
     deployment_view,
     domain_view,
-    environment_view,
     project_view,
     service_view,
     ssh_key_view,
-    staged_view,
 )
 from pulse_railway.local.relay import fingerprint
-from pulse_railway.local.state import Environment, Instance, Project
+from pulse_railway.local.state import Environment, Instance, Project, Service
 
 Resolver = Callable[..., Any]
 MUTATIONS: dict[str, Resolver] = {}
@@ -43,36 +44,12 @@ def mutation(function: Resolver) -> Resolver:
 
 @mutation
 def projectCreate(caller: Caller, input: dict[str, Any]) -> Any:
-    if caller.token is None or caller.token.kind == "project":
-        raise refuse()
+    need_person(caller)
     home = input.get("workspaceId") or caller.state.workspaces[0].id
     name = input.get("name") or "project"
     environment = input.get("defaultEnvironmentName") or "production"
     created = caller.state.add_project(name, home, environment)
     return project_view(caller, created)
-
-
-@mutation
-async def projectDelete(caller: Caller, id: str) -> bool:
-    found = need_project(caller, id)
-    for owned in [s for s in caller.state.services if s.project_id == found.id]:
-        await caller.supervisor.remove(owned)
-        caller.state.services.remove(owned)
-    caller.state.projects.remove(found)
-    caller.state.tokens = [t for t in caller.state.tokens if t.project_id != found.id]
-    return True
-
-
-@mutation
-def projectTokenCreate(caller: Caller, input: dict[str, Any]) -> str:
-    if caller.token is None or caller.token.kind == "project":
-        raise refuse()
-    need_environment(caller, input["environmentId"])
-    token = caller.state.new_project_token(
-        input["projectId"], input["environmentId"], input["name"]
-    )
-    caller.state.tokens.append(token)
-    return token.value
 
 
 @mutation
@@ -97,69 +74,6 @@ def sshPublicKeyDelete(caller: Caller, id: str) -> bool:
 
 
 @mutation
-def environmentCreate(caller: Caller, input: dict[str, Any]) -> Any:
-    owner = need_project(caller, input["projectId"])
-    created = Environment(model.new_id(), input["name"])
-    owner.environments.append(created)
-    for owned in caller.state.services:
-        if owned.project_id == owner.id:
-            owned.instances.append(Instance(model.new_id(), owned.id, created.id))
-    return environment_view(caller, owner, created)
-
-
-@mutation
-async def environmentDelete(caller: Caller, id: str) -> bool:
-    owner, where = need_environment(caller, id)
-    if len(owner.environments) == 1:
-        raise refuse("Cannot delete the last environment of a project")
-    for owned in [s for s in caller.state.services if s.project_id == owner.id]:
-        await caller.supervisor.remove(owned, id)
-        owned.instances = [i for i in owned.instances if i.environment_id != id]
-    owner.environments.remove(where)
-    return True
-
-
-@mutation
-async def environmentPatchCommit(
-    caller: Caller,
-    environmentId: str,
-    patch: dict[str, Any] | None = None,
-    commitMessage: str | None = None,
-) -> str:
-    _, where = need_environment(caller, environmentId)
-    await apply(caller, where, patch or {})
-    return model.new_id()
-
-
-@mutation
-def environmentStageChanges(
-    caller: Caller, environmentId: str, input: dict[str, Any], merge: bool | None = None
-) -> Any:
-    _, where = need_environment(caller, environmentId)
-    where.staged = _deep(where.staged, input) if merge else input
-    return staged_view(where)
-
-
-@mutation
-async def environmentPatchCommitStaged(
-    caller: Caller,
-    environmentId: str,
-    commitMessage: str | None = None,
-    skipDeploys: bool | None = None,
-) -> str:
-    _, where = need_environment(caller, environmentId)
-    await apply(caller, where, where.staged, deploys=not skipDeploys)
-    where.staged = {}
-    return model.new_id()
-
-
-def _deep(into: Any, given: Any) -> Any:
-    if not isinstance(into, dict) or not isinstance(given, dict):
-        return given
-    return {**into, **{k: _deep(into.get(k), v) for k, v in given.items()}}
-
-
-@mutation
 def serviceCreate(caller: Caller, input: dict[str, Any]) -> Any:
     owner = need_project(caller, input["projectId"])
     name = input.get("name") or f"service-{model.new_id()[:4]}"
@@ -167,15 +81,13 @@ def serviceCreate(caller: Caller, input: dict[str, Any]) -> Any:
         raise refuse("Service name must be 32 characters or less")
     if any(s.project_id == owner.id and s.name == name for s in caller.state.services):
         raise refuse(f'A service named "{name}" already exists in this project')
-    environment_id = input.get("environmentId")
-    if environment_id:
-        need_environment(caller, environment_id)
-    created = caller.state.add_service(owner, name)
+    where = reached(caller, owner, input.get("environmentId"))
+    created = caller.state.add_service(owner, name, where)
     source = input.get("source") or {}
     for instance in created.instances:
         instance.variables.update(_strings(input.get("variables") or {}))
         instance.image, instance.repo = source.get("image"), source.get("repo")
-        if source.get("image") and environment_id in (None, instance.environment_id):
+        if source.get("image"):
             caller.supervisor.deploy(created, instance)
     return service_view(caller, created)
 
@@ -189,20 +101,31 @@ def serviceUpdate(caller: Caller, id: str, input: dict[str, Any]) -> Any:
 
 
 @mutation
-async def serviceDelete(caller: Caller, id: str, environmentId: str | None = None) -> bool:
-    found = need_service(caller, id)
-    await caller.supervisor.remove(found)
-    caller.state.services.remove(found)
-    for instance in found.instances:
-        caller.supervisor.write_hosts(instance.environment_id)
+def serviceDelete(caller: Caller, id: str, environmentId: str | None = None) -> bool:
+    take_out(caller, *_instances(caller, id, environmentId))
     return True
+
+
+def _instances(
+    caller: Caller, service_id: str, environment_id: str | None
+) -> tuple[Service, list[Instance]]:
+    """A service, and the instances of it that a change acts on: at least one."""
+    found = need_service(caller, service_id)
+    owner = need_project(caller, found.project_id)
+    where = {environment.id for environment in reached(caller, owner, environment_id)}
+    instances = [i for i in found.instances if i.environment_id in where]
+    if not instances:
+        raise refuse("ServiceInstance not found")
+    return found, instances
 
 
 @mutation
 def serviceConnect(caller: Caller, id: str, input: dict[str, Any]) -> Any:
+    """In every environment that the token reaches: there is no argument for one."""
     found = need_service(caller, id)
     for instance in found.instances:
-        instance.image, instance.repo = input.get("image"), input.get("repo")
+        if accessible(caller, instance.environment_id):
+            instance.image, instance.repo = input.get("image"), input.get("repo")
     return service_view(caller, found)
 
 
@@ -210,7 +133,8 @@ def serviceConnect(caller: Caller, id: str, input: dict[str, Any]) -> Any:
 def serviceDisconnect(caller: Caller, id: str) -> Any:
     found = need_service(caller, id)
     for instance in found.instances:
-        instance.image = instance.repo = None
+        if accessible(caller, instance.environment_id):
+            instance.image = instance.repo = None
     return service_view(caller, found)
 
 
@@ -221,17 +145,13 @@ def serviceInstanceUpdate(
     input: dict[str, Any],
     environmentId: str | None = None,
 ) -> bool:
-    found = need_service(caller, serviceId)
-    for instance in found.instances:
-        if environmentId in (None, instance.environment_id):
-            need_environment(caller, instance.environment_id)
-            instance.settings.update(
-                check_settings({k: v for k, v in input.items() if k in SETTINGS})
-            )
-            if input.get("source"):
-                instance.image = input["source"].get("image")
-                instance.repo = input["source"].get("repo")
-            instance.updated_at = model.now()
+    settings = check_settings({k: v for k, v in input.items() if k in SETTINGS})
+    for instance in _instances(caller, serviceId, environmentId)[1]:
+        instance.settings.update(settings)
+        if input.get("source"):
+            instance.image = input["source"].get("image")
+            instance.repo = input["source"].get("repo")
+        instance.updated_at = model.now()
     return True
 
 
@@ -310,7 +230,7 @@ def serviceDomainDelete(caller: Caller, id: str) -> bool:
         for instance in owned.instances:
             for domain in instance.domains:
                 if domain.id == id:
-                    need_service(caller, owned.id)
+                    need_environment(caller, instance.environment_id)
                     instance.domains.remove(domain)
                     return True
     raise refuse("Domain not found")
@@ -344,7 +264,7 @@ def customDomainDelete(caller: Caller, id: str) -> bool:
     for owned in caller.state.services:
         for instance in owned.instances:
             if any(domain.id == id for domain in instance.custom_domains):
-                need_service(caller, owned.id)
+                need_environment(caller, instance.environment_id)
                 instance.custom_domains = [d for d in instance.custom_domains if d.id != id]
                 return True
     raise refuse("Domain not found")
@@ -358,8 +278,7 @@ def twoFactorInfoValidate(caller: Caller, input: dict[str, Any]) -> bool:
 @mutation
 def templateDeployV2(caller: Caller, input: dict[str, Any]) -> Any:
     """Asynchronous, as on Railway: the services appear a moment after the answer."""
-    owner = need_project(caller, input["projectId"])
-    where = next(e for e in owner.environments if e.id == input["environmentId"])
+    owner, where = need_environment(caller, input["environmentId"])
     workflow = model.new_id()
     caller.state.workflows[workflow] = "Running"
     config = input["serializedConfig"]
@@ -403,9 +322,7 @@ async def deploymentStop(caller: Caller, id: str) -> bool:
 
 @mutation
 async def deploymentRemove(caller: Caller, id: str) -> bool:
-    found = need_deployment(caller, id)
-    await caller.supervisor.stop_deployment(found)
-    found.status = "REMOVED"
+    await caller.supervisor.stop_deployment(need_deployment(caller, id), remove=True)
     return True
 
 

@@ -7,10 +7,12 @@ was made.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from pulse_railway.local import state as model
-from pulse_railway.local.api.access import Caller, need_instance, need_service, refuse
+from pulse_railway.local.api.access import Caller, need_service, refuse
+from pulse_railway.local.api.services import take_out
 from pulse_railway.local.state import Environment, Instance, Service
 
 BUILD = ("builder", "buildCommand", "dockerfilePath", "watchPatterns")
@@ -19,7 +21,9 @@ DEPLOY = (
     " multiRegionConfig cronSchedule restartPolicyType restartPolicyMaxRetries sleepApplication"
     " overlapSeconds drainingSeconds region"
 ).split()
-SERVICE = ("groupId", "source", "build", "deploy", "variables", "isDeleted", "isCreated")
+SERVICE = (
+    "groupId source build deploy variables networking volumeMounts configFile isDeleted isCreated"
+).split()
 REGIONS = {
     "us-west2": ("California, USA", "US"),
     "us-east4-eqdc4a": ("Virginia, USA", "US"),
@@ -88,28 +92,42 @@ def _in_range(field: str, limits: tuple[int, int]) -> bool:
 
 
 def config_of(caller: Caller, environment: Environment) -> dict[str, Any]:
-    services = {s.id: _config(s, i) for s, i in caller.state.instances(environment.id)}
+    """What an environment is made of. As a patch of another environment it makes a copy."""
+    instances = list(caller.state.instances(environment.id))
+    services = {s.id: _config(s, i) for s, i in instances}
     return {
         "services": services,
         "groups": environment.groups,
         "sharedVariables": {k: {"value": v} for k, v in environment.shared.items()},
-        "volumes": {},
+        "volumes": {volume_id(s): {"isCreated": True} for s, i in instances if i.volume},
         "buckets": {},
     }
 
 
+def volume_id(service: Service) -> str:
+    return f"volume-{service.id}"
+
+
 def _config(service: Service, instance: Instance) -> dict[str, Any]:
     settings = instance.settings
-    source = {"image": instance.image, "repo": instance.repo}
+    source = {
+        "image": instance.image,
+        "repo": instance.repo,
+        "rootDirectory": settings.get("rootDirectory"),
+    }
     found = {
         "groupId": instance.group_id,
+        "configFile": settings.get("railwayConfigFile"),
         "source": {k: v for k, v in source.items() if v},
         "build": {k: settings[k] for k in BUILD if settings.get(k) is not None},
         "deploy": {k: settings[k] for k in DEPLOY if settings.get(k) is not None},
         "variables": {k: {"value": v} for k, v in instance.variables.items()},
         "networking": {
             "serviceDomains": {d.domain: {"port": d.target_port} for d in instance.domains}
-        },
+        }
+        if instance.domains
+        else None,
+        "volumeMounts": {volume_id(service): {"mountPath": "/data"}} if instance.volume else None,
     }
     return {k: v for k, v in found.items() if v} | {"isCreated": True}
 
@@ -120,38 +138,86 @@ def _config(service: Service, instance: Instance) -> dict[str, Any]:
 async def apply(
     caller: Caller, environment: Environment, patch: dict[str, Any], *, deploys: bool = True
 ) -> None:
-    """Carry a patch out: all of it, or nothing where something in it is refused."""
+    """Carry a patch out: all of it, or nothing where something in it is refused.
+
+    A service with `isCreated` that is not in this environment yet comes into it. One with
+    `isDeleted` leaves this environment and no other.
+    """
     _known(patch, ("services", "groups", "sharedVariables", "volumes", "buckets"), "the patch")
-    services = patch.get("services") or {}
-    changes = {}
-    for service_id, change in services.items():
-        instance = need_instance(caller, service_id, environment.id)
-        changes[service_id] = instance, _checked(change or {})
+    changes = []
+    for service_id, given in (patch.get("services") or {}).items():
+        service = need_service(caller, service_id)
+        changes.append((service, _checked(caller, environment, service, given or {})))
     for name, group in (patch.get("groups") or {}).items():
         if group is None:
             environment.groups.pop(name, None)
         else:
             environment.groups[name] = {**environment.groups.get(name, {}), **group}
     _merge(environment.shared, patch.get("sharedVariables") or {})
-    for service_id, (instance, change) in changes.items():
-        service = need_service(caller, service_id)
+    due = []
+    for service, change in changes:
+        instance = caller.state.instance(service.id, environment.id)
+        is_new = instance is None
         if change.get("isDeleted"):
-            await caller.supervisor.remove(service)
-            caller.state.services.remove(service)
-            caller.supervisor.write_hosts(environment.id)
-        elif _change(instance, change) and deploys:
-            caller.supervisor.deploy(service, instance)
+            if instance and caller.rules.deletion_patch != "ignore":
+                take_out(caller, service, [instance])
+            continue
+        if instance is None:
+            instance = await _create(caller, environment, service, change)
+        if (_change(instance, change) or is_new) and (instance.image or instance.upload):
+            due.append((service, instance))
+    for service, instance in due if deploys else []:  # when what they refer to is there
+        caller.supervisor.deploy(service, instance)
 
 
-def _checked(change: dict[str, Any]) -> dict[str, Any]:
+async def _create(
+    caller: Caller, environment: Environment, service: Service, change: dict[str, Any]
+) -> Instance:
+    """Bring a service into an environment, with domains of its own for those that it has where the
+    patch comes from."""
+    instance = Instance(model.new_id(), service.id, environment.id)
+    service.instances.append(instance)
+    for domain in ((change.get("networking") or {}).get("serviceDomains") or {}).values():
+        await caller.open_domain(service, instance, (domain or {}).get("port"))
+    if environment.copy_of and caller.rules.copy_uploads:
+        source = caller.state.instance(service.id, environment.copy_of)
+        instance.upload = source.upload if source else None
+    return instance
+
+
+def _checked(
+    caller: Caller, environment: Environment, service: Service, change: dict[str, Any]
+) -> dict[str, Any]:
+    """A change of a service, with its settings. Raises what Railway refuses with."""
+    instance = caller.state.instance(service.id, environment.id)
+    project = caller.state.project(service.project_id)
+    if project is None or environment not in project.environments:
+        raise refuse("Service not found")
+    if instance is None and not change.get("isCreated"):
+        raise refuse("ServiceInstance not found")
+    if change.get("isDeleted") and caller.rules.deletion_patch == "refuse":
+        raise refuse()
     _known(change, SERVICE, "a service")
     build, deploy = change.get("build") or {}, change.get("deploy") or {}
+    networking, source = change.get("networking") or {}, change.get("source") or {}
     _known(build, BUILD, "build")
-    _known(deploy, tuple(DEPLOY), "deploy")
-    return {**change, "settings": check_settings({**build, **deploy})}
+    _known(deploy, DEPLOY, "deploy")
+    _known(networking, ("serviceDomains",), "networking")
+    if instance and set(networking.get("serviceDomains") or {}) - {
+        domain.domain for domain in instance.domains
+    }:
+        raise refuse("the local Railway makes domains by serviceDomainCreate")
+    settings = check_settings({**build, **deploy})
+    for name, here, key in (
+        ("rootDirectory", source, "rootDirectory"),
+        ("railwayConfigFile", change, "configFile"),
+    ):
+        if key in here:
+            settings[name] = here[key]
+    return {**change, "settings": settings}
 
 
-def _known(given: dict[str, Any], names: tuple[str, ...], where: str) -> None:
+def _known(given: dict[str, Any], names: Iterable[str], where: str) -> None:
     if unknown := sorted(set(given) - set(names)):
         raise refuse(f"the local Railway does not know {', '.join(unknown)} in {where}")
 
@@ -168,7 +234,17 @@ def _merge(into: dict[str, str], variables: dict[str, Any]) -> bool:
 
 
 def _change(instance: Instance, change: dict[str, Any]) -> bool:
-    """Apply a change to a service; says whether it is one that Railway deploys anew for."""
+    """Apply a change to a service; says whether it is one that Railway deploys anew for.
+
+    Domains change at once, without a deployment (Railway's docs, "Staged changes").
+    """
+    named = (change.get("networking") or {}).get("serviceDomains") or {}
+    for domain in [d for d in instance.domains if d.domain in named]:
+        if named[domain.domain] is None:
+            instance.domains.remove(domain)
+        else:
+            domain.target_port = named[domain.domain].get("port")
+    instance.volume = instance.volume or bool(change.get("volumeMounts"))
     if "groupId" in change:
         instance.group_id = change["groupId"]
     changed = _merge(instance.variables, change.get("variables") or {})
@@ -178,6 +254,4 @@ def _change(instance: Instance, change: dict[str, Any]) -> bool:
         source = change["source"] or {}
         instance.image, instance.repo = source.get("image"), source.get("repo")
     instance.updated_at = model.now()
-    has_source = bool(instance.image or instance.upload)
-    changed = changed or before != (instance.settings, instance.image, instance.repo)
-    return changed and has_source
+    return changed or before != (instance.settings, instance.image, instance.repo)

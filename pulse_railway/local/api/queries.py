@@ -8,6 +8,7 @@ from typing import Any
 from pulse_railway.local import state as model
 from pulse_railway.local.api.access import (
     Caller,
+    accessible,
     need_deployment,
     need_environment,
     need_instance,
@@ -22,11 +23,13 @@ from pulse_railway.local.api.views import (
     connection,
     deployment_view,
     environment_view,
+    environments_view,
     instance_view,
     project_view,
     service_view,
     ssh_key_view,
     staged_view,
+    token_view,
     workspace_view,
 )
 
@@ -44,19 +47,7 @@ def projectToken(caller: Caller) -> Any:
     token = caller.token
     if token is None or token.kind != "project":
         raise refuse("Project Token not found")
-    assert token.project_id
-    assert token.environment_id
-    project, environment = need_environment(caller, token.environment_id)
-    return {
-        "id": token.name,
-        "name": token.name,
-        "projectId": token.project_id,
-        "environmentId": token.environment_id,
-        "createdAt": project.created_at,
-        "displayToken": "****",
-        "project": project_view(caller, project),
-        "environment": environment_view(caller, project, environment),
-    }
+    return token_view(caller, token)
 
 
 @query
@@ -137,9 +128,8 @@ def project(caller: Caller, id: str) -> Any:
 
 
 @query
-def environments(caller: Caller, projectId: str, **_: Any) -> Any:
-    found = need_project(caller, projectId)
-    return connection([environment_view(caller, found, e) for e in found.environments])
+def environments(caller: Caller, projectId: str, **given: Any) -> Any:
+    return environments_view(caller, need_project(caller, projectId), **given)
 
 
 @query
@@ -200,7 +190,8 @@ def deployments(caller: Caller, input: dict[str, Any], first: int | None = None,
     found = [
         d
         for d in reversed(caller.state.deployments)
-        if input.get("environmentId") in (None, d.environment_id)
+        if accessible(caller, d.environment_id)
+        and input.get("environmentId") in (None, d.environment_id)
         and input.get("projectId") in (None, d.project_id)
         and input.get("serviceId") in (None, d.service_id)
         and (not wanted or d.status in wanted)

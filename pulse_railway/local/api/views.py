@@ -5,9 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 from pulse_railway.local import state as model
-from pulse_railway.local.api.access import Caller, need_project, need_service, visible
-from pulse_railway.local.api.patch import config_of
-from pulse_railway.local.state import Deployment, Environment, Instance, Project, Service, SshKey
+from pulse_railway.local.api.access import (
+    Caller,
+    accessible,
+    need_environment,
+    need_project,
+    need_service,
+    visible,
+)
+from pulse_railway.local.api.patch import config_of, volume_id
+from pulse_railway.local.state import (
+    Deployment,
+    Environment,
+    Instance,
+    Project,
+    Service,
+    SshKey,
+    Token,
+)
 
 # ServiceInstanceUpdateInput's fields that are kept as they are given
 SETTINGS = (
@@ -32,7 +47,7 @@ def connection(nodes: list[Any]) -> dict[str, Any]:
 
 def project_view(caller: Caller, project: Project) -> dict[str, Any]:
     state = caller.state
-    environments = [environment_view(caller, project, e) for e in project.environments]
+    lasting = next((e.id for e in project.environments if not e.ephemeral), None)
     return {
         "id": project.id,
         "name": project.name,
@@ -41,9 +56,9 @@ def project_view(caller: Caller, project: Project) -> dict[str, Any]:
         "updatedAt": project.created_at,
         "workspaceId": project.workspace_id,
         "workspace": lambda *_: workspace_view(caller, project.workspace_id),
-        "primaryEnvironmentId": project.environments[0].id,
-        "baseEnvironmentId": project.environments[0].id,
-        "environments": lambda *_, **__: connection(environments),
+        "primaryEnvironmentId": lasting,
+        "baseEnvironmentId": lasting,
+        "environments": lambda *_, **given: environments_view(caller, project, **given),
         "buckets": lambda *_, **__: connection([]),
         "services": lambda *_, **__: connection(
             [service_view(caller, s) for s in state.services if s.project_id == project.id]
@@ -63,19 +78,49 @@ def workspace_view(caller: Caller, workspace_id: str) -> dict[str, Any]:
     }
 
 
+def environments_view(
+    caller: Caller, project: Project, isEphemeral: bool | None = None, **_: Any
+) -> dict[str, Any]:
+    """The environments of a project that a token reaches: all, or a project token's own."""
+    found = [
+        e
+        for e in project.environments
+        if accessible(caller, e.id) and isEphemeral in (None, e.ephemeral)
+    ]
+    return connection([environment_view(caller, project, e) for e in found])
+
+
+def token_view(caller: Caller, token: Token) -> dict[str, Any]:
+    assert token.environment_id
+    project, environment = need_environment(caller, token.environment_id)
+    return {
+        "id": token.id,
+        "name": token.name,
+        "projectId": project.id,
+        "environmentId": environment.id,
+        "createdAt": token.created_at,
+        "displayToken": f"****-{token.value[-4:]}",
+        "project": lambda *_: project_view(caller, project),
+        "environment": lambda *_: environment_view(caller, project, environment),
+    }
+
+
 def environment_view(caller: Caller, project: Project, environment: Environment) -> dict[str, Any]:
     state = caller.state
     instances = list(state.instances(environment.id))
+    base = next((e for e in project.environments if e.id == environment.copy_of), None)
+    if not environment.is_fork or (base and not accessible(caller, base.id)):
+        base = None
     return {
         "id": environment.id,
         "name": environment.name,
         "projectId": project.id,
         "createdAt": environment.created_at,
         "updatedAt": environment.created_at,
-        "isEphemeral": False,
+        "isEphemeral": environment.ephemeral,
         "canAccess": True,
         "unmergedChangesCount": len(environment.staged.get("services") or {}),
-        "sourceEnvironment": None,
+        "sourceEnvironment": (lambda *_: environment_view(caller, project, base)) if base else None,
         "meta": None,
         "config": lambda *_, **__: config_of(caller, environment),
         "volumeInstances": lambda *_, **__: connection(
@@ -120,13 +165,17 @@ def service_view(caller: Caller, service: Service) -> dict[str, Any]:
         "updatedAt": service.created_at,
         "project": lambda *_: project_view(caller, need_project(caller, service.project_id)),
         "serviceInstances": lambda *_, **__: connection(
-            [instance_view(caller, service, i) for i in service.instances]
+            [
+                instance_view(caller, service, i)
+                for i in service.instances
+                if accessible(caller, i.environment_id)
+            ]
         ),
         "deployments": lambda *_, **__: connection(
             [
                 deployment_view(caller, d)
                 for d in reversed(caller.state.deployments)
-                if d.service_id == service.id
+                if d.service_id == service.id and accessible(caller, d.environment_id)
             ]
         ),
     }
@@ -233,7 +282,7 @@ def volume_view(service: Service, instance: Instance) -> dict[str, Any]:
         "sizeMB": 500,
         "state": "READY",
         "isPendingDeletion": False,
-        "volume": {"id": f"volume-{service.id}", "name": f"{service.name}-volume"},
+        "volume": {"id": volume_id(service), "name": f"{service.name}-volume"},
     }
 
 
@@ -255,6 +304,9 @@ def deployment_view(caller: Caller, deployment: Deployment) -> dict[str, Any]:
         "environmentId": deployment.environment_id,
         "serviceId": deployment.service_id,
         "service": lambda *_: service_view(caller, need_service(caller, deployment.service_id)),
+        "environment": lambda *_: environment_view(
+            caller, *need_environment(caller, deployment.environment_id)
+        ),
         "status": deployment.status,
         "createdAt": deployment.created_at,
         "updatedAt": deployment.updated_at,

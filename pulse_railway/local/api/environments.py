@@ -1,0 +1,114 @@
+"""The mutations of environments: made, duplicated, changed by patches, deleted."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from pulse_railway.local import state as model
+from pulse_railway.local.api.access import (
+    Caller,
+    need_environment,
+    need_person,
+    need_project,
+    refuse,
+)
+from pulse_railway.local.api.mutations import mutation
+from pulse_railway.local.api.patch import apply, config_of
+from pulse_railway.local.api.views import environment_view, staged_view
+from pulse_railway.local.state import Environment
+
+
+@mutation
+async def environmentCreate(caller: Caller, input: dict[str, Any]) -> Any:
+    """Empty, or with `sourceEnvironmentId` a copy, whose changes are committed or staged."""
+    need_person(caller)
+    owner = need_project(caller, input["projectId"])
+    if any(e.name == input["name"] for e in owner.environments):
+        raise refuse(f'Environment named "{input["name"]}" already exists')
+    source_id = input.get("sourceEnvironmentId")
+    source = next((e for e in owner.environments if e.id == source_id), None)
+    if source_id and source is None:
+        raise refuse("Environment not found")
+    created = Environment(
+        model.new_id(), input["name"], ephemeral=bool(input.get("ephemeral")), copy_of=source_id
+    )
+    owner.environments.append(created)
+    if source:
+        patch = copy.deepcopy(config_of(caller, source))
+        if input.get("stageInitialChanges"):
+            created.staged = patch
+        else:
+            await apply(caller, created, patch, deploys=not input.get("skipInitialDeploys"))
+    return environment_view(caller, owner, created)
+
+
+@mutation
+async def environmentDelete(caller: Caller, id: str) -> bool:
+    owner, where = need_environment(caller, id)
+    if len(owner.environments) == 1:
+        raise refuse("Cannot delete the last environment of a project")
+    await delete_environment(caller, where.id)
+    owner.environments.remove(where)
+    return True
+
+
+@mutation
+async def projectDelete(caller: Caller, id: str) -> bool:
+    need_person(caller)
+    found = need_project(caller, id)
+    for environment in found.environments:
+        await delete_environment(caller, environment.id)
+    caller.state.projects.remove(found)
+    return True
+
+
+async def delete_environment(caller: Caller, environment_id: str) -> None:
+    """Delete all that is in an environment, with the tokens that open it."""
+    state = caller.state
+    await caller.supervisor.remove_environment(environment_id)
+    for service, instance in list(state.instances(environment_id)):
+        service.instances.remove(instance)
+        if not service.instances:
+            state.services.remove(service)
+    state.tokens = [t for t in state.tokens if t.environment_id != environment_id]
+
+
+@mutation
+async def environmentPatchCommit(
+    caller: Caller,
+    environmentId: str,
+    patch: dict[str, Any] | None = None,
+    commitMessage: str | None = None,
+) -> str:
+    _, where = need_environment(caller, environmentId)
+    await apply(caller, where, patch or {})
+    return model.new_id()
+
+
+@mutation
+def environmentStageChanges(
+    caller: Caller, environmentId: str, input: dict[str, Any], merge: bool | None = None
+) -> Any:
+    _, where = need_environment(caller, environmentId)
+    where.staged = _deep(where.staged, input) if merge else input
+    return staged_view(where)
+
+
+@mutation
+async def environmentPatchCommitStaged(
+    caller: Caller,
+    environmentId: str,
+    commitMessage: str | None = None,
+    skipDeploys: bool | None = None,
+) -> str:
+    _, where = need_environment(caller, environmentId)
+    await apply(caller, where, where.staged, deploys=not skipDeploys)
+    where.staged = {}
+    return model.new_id()
+
+
+def _deep(into: Any, given: Any) -> Any:
+    if not isinstance(into, dict) or not isinstance(given, dict):
+        return given
+    return {**into, **{k: _deep(into.get(k), v) for k, v in given.items()}}

@@ -1,0 +1,40 @@
+"""Project tokens, each of which opens one environment. Only who has another token makes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pulse_railway.local.api.access import Caller, need_environment, need_person, refuse
+from pulse_railway.local.api.mutations import mutation
+from pulse_railway.local.api.queries import query
+from pulse_railway.local.api.views import connection, token_view
+
+
+@mutation
+def projectTokenCreate(caller: Caller, input: dict[str, Any]) -> str:
+    need_person(caller)
+    project, environment = need_environment(caller, input["environmentId"])
+    if project.id != input["projectId"]:
+        raise refuse("Environment not found")
+    token = caller.state.new_project_token(project.id, environment.id, input["name"])
+    caller.state.tokens.append(token)
+    return token.value
+
+
+@mutation
+def projectTokenDelete(caller: Caller, id: str) -> bool:
+    need_person(caller)
+    found = next((t for t in caller.state.tokens if t.kind == "project" and t.id == id), None)
+    if found is None or found.project_id is None:
+        raise refuse("Project Token not found")
+    need_person(caller, found.project_id)
+    caller.state.tokens.remove(found)
+    return True
+
+
+@query
+def projectTokens(caller: Caller, projectId: str, **_: Any) -> Any:
+    need_person(caller, projectId)
+    return connection(
+        [token_view(caller, t) for t in caller.state.tokens if t.project_id == projectId]
+    )
