@@ -73,9 +73,7 @@ RUN = "PULSE_RAILWAY_DEPLOY_RUN"  # on a backend: the run of `deploy` that creat
 INTERNAL_TOKEN = "PULSE_RAILWAY_INTERNAL_TOKEN"
 RELOAD_GRACE_SECONDS = 3.0
 NOTIFY = "PULSE_RAILWAY_NOTIFY_URL"
-OWNS_STATE = (
-    "PULSE_RAILWAY_OWNS_STATE"  # on the router service: 1, as `ensure --owns-state` sets it
-)
+OWNS_STATE = "PULSE_RAILWAY_OWNS_STATE"  # on the router service: 1, by `ensure --owns-state`
 OTHER_STACK = "its service belongs to another stack"
 CONTROL = "PULSE_RAILWAY_CONTROL"  # {"nonce": ..., "words": [...], "until": seconds since 1970}
 CONTROL_ANSWER = "PULSE_RAILWAY_CONTROL_ANSWER"  # the control command's own answer
@@ -833,7 +831,7 @@ def main(argv: list[str]) -> int:
     )
     railway = Railway(env)
     try:
-        if is_foreign(store.read(), store.me):  # as far as this container knows
+        if store.me is None or is_foreign(store.read(), store.me):  # it knows no better
             store.me = railway.inspect().identity
         foreign = is_foreign(store.read(), store.me)
         with contextlib.nullcontext(False) if foreign else run_lock(store) as held:

@@ -848,7 +848,7 @@ class Follower:
                     await asyncio.wait_for(event.wait(), max(pause, 0.0))
             listener.result()  # a lost connection shows here
         except asyncio.CancelledError:
-            if self.table.foreign(self.table.routing):
+            if self.table.other_owner:
                 raise
             with contextlib.suppress(redis.RedisError, OSError, TimeoutError):
                 await self.client.delete(self.store.prefix + REPORT + METRICS.name)
@@ -1066,6 +1066,10 @@ class Table:
         """Is this another stack's state? It is served, and nothing is written to it."""
         return self.me is not None and routing.owner not in (None, self.me)
 
+    def locked(self, routing: Routing) -> bool:
+        """Must nothing be written? A state that has lost its owner's key still is that owner's."""
+        return self.foreign(routing) or bool(self.other_owner and routing.owner is None)
+
     def keeps(self, found: Routing) -> bool:
         """Is what is known served on? The store holds other contents by now, of another owner; or
         it was another owner's, who alone writes back what it has lost."""
@@ -1074,7 +1078,7 @@ class Table:
         return found.active is None or found.store_id != self.routing.store_id
 
     def needs_repair(self, found: Routing) -> bool:
-        if self.foreign(found) or (self.foreign(self.routing) and found.owner is None):
+        if self.locked(found):
             return False
         alive = self.alive()
         return bool(changes(found, repaired(found, self.routing, "new", alive)))
@@ -1101,7 +1105,7 @@ class Table:
         new_id, alive = secrets.token_hex(8), self.alive()
 
         def step(store: Routing) -> Routing:
-            if self.foreign(store):
+            if self.locked(store):
                 return store
             if refused and store.active == refused:
                 store = replace(store, active=known.active)
@@ -1138,7 +1142,7 @@ class Table:
 
     def load(self, found: Routing) -> None:
         self.loaded_at = now = time.monotonic()
-        other = found.owner if self.foreign(found) else None
+        other = (found.owner or self.other_owner) if self.locked(found) else None
         if other != self.other_owner:
             said = f"of {other}: it is served, nothing is written" if other else "no longer so"
             log.error("another stack's routing state: %s", said)
