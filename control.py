@@ -41,6 +41,7 @@ from typing import Any, cast
 
 import redis
 
+import ownership
 import router
 from router import Json, Promotion, Record, Routing, Step, Tombstone
 
@@ -316,6 +317,14 @@ def unlock(routing: Routing, holder: str | None) -> Routing:
     return routing
 
 
+def claim(routing: Routing, owner: str, instead_of: str | None = None) -> Routing:
+    """Make the state this owner's. Raises StateError where another one has it, who is not the one
+    that this is claimed from."""
+    if routing.owner not in (None, owner, instead_of):
+        raise StateError(f"the routing state is of {routing.owner}, and was not claimed", "owner")
+    return replace(routing, owner=owner)
+
+
 def delete(routing: Routing, deployment_id: str) -> Routing:
     """Forget a deployment that is not active. Forgetting an unknown one changes nothing."""
     refuse_active(routing, deployment_id)
@@ -450,6 +459,29 @@ def refuse_if_lost(step: Step, intent: Promotion | None) -> Step:
         return step(routing)
 
     return inner
+
+
+def refuse_foreign(routing: Routing, me: str | None) -> Routing:
+    """Raises StateError where the state is another owner's. `me` is None outside Railway."""
+    if me is not None and routing.owner not in (None, me):
+        raise StateError(ownership.foreign_words(str(routing.owner)), "owner")
+    return routing
+
+
+def owned(step: Step, me: str | None) -> Step:
+    """`step`, refused where the state is another owner's."""
+    return lambda routing: step(refuse_foreign(routing, me))
+
+
+class OwnedStore(router.RedisStore):
+    """The store for the steps of one owner: each is refused where the state is another's."""
+
+    def __init__(self, url: str, prefix: str, me: str | None) -> None:
+        super().__init__(url, prefix)
+        self.me = me
+
+    def apply(self, step: Step) -> Routing:
+        return super().apply(owned(step, self.me))
 
 
 def idempotent(step: Step, nonce: str) -> Step:
@@ -644,8 +676,15 @@ def _is_behind(report: Json, epoch: int, since: float, deletes: bool) -> bool:
 # -- the commands --------------------------------------------------------------------------------
 
 
-def status(store: router.Store, token: str, intent: Promotion | None) -> Json:
-    routing = store.read()
+def status(
+    store: router.Store, token: str, intent: Promotion | None, env: Mapping[str, str] | None = None
+) -> Json:
+    routing, me = store.read(), ownership.name(env or {})
+    problems = list(routing.problems)
+    if copy := ownership.copy_refusal(env or {}):
+        problems.append(copy)
+    elif me and routing.owner not in (None, me):
+        problems.append(ownership.foreign_words(str(routing.owner)))
     found = list(routing.records.values())
     with concurrent.futures.ThreadPoolExecutor(16) as pool:  # some may not answer
         counts = list(pool.map(lambda record: sessions(record, token), found))
@@ -661,7 +700,10 @@ def status(store: router.Store, token: str, intent: Promotion | None) -> Json:
         "lock": lock and {"by": lock.by, "since": lock.since, "until": lock.until},
         "lost": is_lost(routing, intent),
         "epoch": routing.epoch,
-        "problems": list(routing.problems),
+        "owner": routing.owner,
+        "identity": me,
+        "copy_of": ownership.copied_from(env or {}),
+        "problems": problems,
         "deployments": [{**shown(r), "sessions": n} for r, n in zip(found, counts, strict=True)],
         "routers": reports(store),
         "reports_without_lease": reports_without_lease(store),
@@ -710,6 +752,12 @@ def told(served: Served) -> Json:
 def valid_id(value: str) -> str:
     if not router.DEPLOYMENT_ID.fullmatch(value):
         raise argparse.ArgumentTypeError("a deployment id is [a-z0-9][a-z0-9-]{0,23}")
+    return value
+
+
+def valid_stamp(value: str) -> str:
+    if not ownership.parse(value):
+        raise argparse.ArgumentTypeError("an owner is <environment id>/<router service id>")
     return value
 
 
@@ -851,6 +899,9 @@ def control_parser() -> argparse.ArgumentParser:
     add("--records-json", type=record_list, required=True)
     add("--chosen", action="store_true", help="it is active then, whatever the store says")
     add("--maintenance-since", type=moment, help="the site is closed, as Railway says")
+    add = command("claim", "make the routing state this stack's")
+    add("--owner", type=valid_stamp, required=True, metavar="ENVIRONMENT/ROUTER")
+    add("--instead-of", type=valid_stamp, metavar="ENVIRONMENT/ROUTER", help="whose it is so far")
     return parser
 
 
@@ -912,6 +963,8 @@ def step_of(args: argparse.Namespace) -> Step:
             return functools.partial(deploy_lock, holder=args.holder, by=args.by, lease=args.lease)
         case "unlock":
             return functools.partial(unlock, holder=args.holder)
+        case "claim":
+            return functools.partial(claim, owner=args.owner, instead_of=args.instead_of)
         case _:
             name = args.active_deployment_id
             step = functools.partial(
@@ -931,7 +984,8 @@ def time_of(promoted: Promotion | None, deployment_id: str) -> float | None:
 
 
 # What needs no complete state, or is what mends it.
-NEVER_LOST = ("restore", "lock", "unlock", "maintenance")
+NEVER_LOST = ("restore", "lock", "unlock", "maintenance", "claim")
+READS = ("active", "status", "history", "probe")
 # What an older janitor would undo, or delete.
 CHOOSES = ("promote", "restore")
 # What the routers are waited for: who gets which deployment changes.
@@ -992,15 +1046,24 @@ def give_back(store: router.RedisStore, holder: str) -> None:
             pipe.execute()
 
 
-def change_state(store: router.Store, args: argparse.Namespace) -> Routing:
+def change_state(store: router.Store, args: argparse.Namespace, me: str | None = None) -> Routing:
     """Carry a writing command out, once for its nonce, and return what the store holds then. Where
     the store has lost its data, the routers are given time to write it back. Raises StateError."""
     check_arguments(args)
     step = step_of(args)
+    if args.command == "claim":  # it does the same when it comes twice, and notes nothing of it
+        if me not in (None, args.owner):
+            raise StateError(f"this is {me}, and claims nothing for {args.owner}", "owner")
+        return store.apply(step)
     if args.unlock:
         step = with_unlock(step, args.unlock)
     if args.command not in NEVER_LOST:
         step = refuse_if_lost(step, args.promoted)
+    step = owned(step, me)
+    if args.command in CHOOSES and me is not None:  # before another owner's janitor is kept out
+        before = store.read()
+        if args.nonce not in before.processed:
+            refuse_foreign(before, me)
     if args.command == "restore":  # what routers know is more than what Railway shows
         wait_for_healing(store, args.promoted)
     if args.nonce:
@@ -1043,19 +1106,22 @@ def carry_out(argv: list[str], env: Mapping[str, str]) -> Json:
         args.promoted = router.promotion_from_env(dict(zip(names, (name, at), strict=True)))
     token = env.get("PULSE_RAILWAY_INTERNAL_TOKEN", "")
     answer: Json = {}
+    copy = ownership.copy_refusal(env)
     try:
+        if copy and args.command not in READS:
+            raise StateError(copy, "copy")
         store = router.store_from_env(env)
         match args.command:
             case "active":
                 answer = {"ok": True, "deployment_id": store.read().active}
             case "status":
-                answer = {"ok": True, **status(store, token, args.promoted)}
+                answer = {"ok": True, **status(store, token, args.promoted, env)}
             case "history":
                 answer = {"ok": True, "history": list(store.read().history)}
             case "probe":
                 answer = {"ok": True, **probe(store, args.deployment_id, args.path)}
             case _:
-                answer = {"ok": True, **changed(store, args, token)}
+                answer = {"ok": True, **changed(store, args, token, ownership.name(env))}
     except StateError as error:
         answer = {"ok": False, "error": str(error), "reason": error.reason}
     except (redis.RedisError, sqlite3.Error, OSError) as error:
@@ -1063,13 +1129,19 @@ def carry_out(argv: list[str], env: Mapping[str, str]) -> Json:
         said = f"the router's Redis does not answer ({type(error).__name__})"
         answer = {"ok": False, "error": said, "reason": "store"}
     version = router.runtime_version()
+    if copy:
+        answer["copy_of"] = ownership.copied_from(env)
     return {**answer, "command": args.command, "nonce": args.nonce, "version": version}
 
 
-def changed(store: router.Store, args: argparse.Namespace, token: str) -> Json:
+def changed(
+    store: router.Store, args: argparse.Namespace, token: str, me: str | None = None
+) -> Json:
     """Change the state, wait for the routers, and say what the caller needs to know of it."""
-    routing = change_state(store, args)
+    routing = change_state(store, args, me)
     answer: Json = {}
+    if args.command == "claim":
+        answer["owner"] = routing.owner
     record = routing.records.get(getattr(args, "deployment_id", None) or "")
     if args.command in ("promote", "restore"):
         answer["promoted"] = routing.promoted and vars(routing.promoted)

@@ -21,7 +21,8 @@ TTL over: its tabs are told to reload, then it is deleted. Not answering: it is 
 A deploy that died on the way is removed after an hour: one whose deployment Railway shows as
 failed, crashed or never begun, where nothing answers, and that was never promoted. The active
 deployment is never touched, nor what has changed since it was judged, nor a service that neither
-the routing state names nor a deploy of this stack has made.
+the routing state names nor a deploy of this stack has made, nor one of another owner.
+In a copy of an environment, or where the routing state is another stack's, a run does nothing.
 
 The record is retired first. When every router has said that it serves that, the Railway service is
 deleted, and the record goes last, so a run that is killed anywhere is finished by the next one.
@@ -57,6 +58,7 @@ import httpx
 import redis
 
 import control
+import ownership
 import router
 from router import Json, Promotion, Record, Routing
 
@@ -71,6 +73,8 @@ RUN = "PULSE_RAILWAY_DEPLOY_RUN"  # on a backend: the run of `deploy` that creat
 INTERNAL_TOKEN = "PULSE_RAILWAY_INTERNAL_TOKEN"
 RELOAD_GRACE_SECONDS = 3.0
 NOTIFY = "PULSE_RAILWAY_NOTIFY_URL"
+OWNS_STATE = "PULSE_RAILWAY_OWNS_STATE"  # on the router service: 1, by `ensure --owns-state`
+OTHER_STACK = "its service belongs to another stack"
 CONTROL = "PULSE_RAILWAY_CONTROL"  # {"nonce": ..., "words": [...], "until": seconds since 1970}
 CONTROL_ANSWER = "PULSE_RAILWAY_CONTROL_ANSWER"  # the control command's own answer
 
@@ -110,8 +114,8 @@ class Service:
     deployment: str
     age: float  # seconds
     status: str | None = None  # of its latest deployment
-    ours: bool = False  # a deploy of this stack has made it
-    foreign: bool = False  # it belongs to another router
+    ours: bool = False  # a deploy has made it
+    stamped: bool = True  # it says itself whose it is
 
     def record(self) -> Record:
         """The record of a deployment of which no more is known than what runs."""
@@ -127,7 +131,7 @@ class Service:
 class Inventory:
     """What stands on Railway."""
 
-    backends: list[Service]
+    backends: list[Service]  # of this stack
     router_id: str | None = None
     promoted: Promotion | None = None  # what was promoted last, as the router service says
     closed: float | None = None  # since when the site is in maintenance, as it says
@@ -135,6 +139,10 @@ class Inventory:
     janitor_id: str | None = None
     request: str = ""  # what PULSE_RAILWAY_CONTROL holds
     answer: str = ""
+    others: Mapping[str, str] = field(default_factory=dict)  # deployment -> why it is not touched
+    identity: str | None = None  # this stack's stamp
+    stamped: bool = False  # the router service carries it
+    owns_state: bool = False  # a state that nobody owns is this stack's, whatever it holds
 
 
 @dataclass
@@ -146,6 +154,7 @@ class Report:
     kept: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)  # what could not be done, and why
     restored: str | None = None
+    claimed: str | None = None  # the owner that the routing state has got
     problems: list[str] = field(default_factory=list)
 
 
@@ -186,6 +195,7 @@ class Railway:
         self.url = env.get("PULSE_RAILWAY_API_URL") or API_URL
         self.client = httpx.Client(timeout=30)
         self.headers = {"Project-Access-Token": self.token}
+        self.me = ownership.identity(env)
 
     def call(self, document: str, **variables: Any) -> dict[str, Any]:
         """One request, tried up to three times where Railway is busy or away.
@@ -224,13 +234,17 @@ class Railway:
             raise RuntimeError("Railway's answer is not one of its API")
         return data
 
-    def inspect(self) -> Inventory:
-        """Every service of the environment that has a deployment id, and what the router service
-        says was promoted last."""
+    def inspect(self, routing: Routing | None = None) -> Inventory:
+        """The backends of this stack, and what its router and janitor say. Raises Contradiction in
+        a copy of an environment.
+
+        Args:
+            routing: the state, which names backends that do not say themselves whose they are.
+        """
         data = self.call(SERVICES, project=self.project, environment=self.environment)
         nodes = [edge["node"] for edge in data["environment"]["serviceInstances"]["edges"]]
         if not nodes:
-            return Inventory([])
+            return Inventory([], identity=str(self.me) if self.me else None)
         parameters = ", ".join(f"$s{i}: String!" for i in range(len(nodes)))
         fields = "\n".join(
             f"  s{i}: variables(projectId: $project, environmentId: $environment,"
@@ -244,45 +258,71 @@ class Railway:
             environment=self.environment,
             **{f"s{i}": node["serviceId"] for i, node in enumerate(nodes)},
         )
-        stable = {
-            node["serviceName"]: (node["serviceId"], variables[f"s{i}"])
+        services = {
+            node["serviceId"]: ownership.Service(
+                node["serviceId"], node["serviceName"], variables[f"s{i}"]
+            )
             for i, node in enumerate(nodes)
         }
-        router_id, of_router = stable.get(self.router, (None, {}))
-        if router_id and all(name.startswith("RAILWAY_") for name in of_router):
+        by_name = {service.name: service for service in services.values()}
+        janitor = by_name.get(self.janitor)
+        own = (services.get(self.me.router_id) if self.me else None) or by_name.get(self.router)
+        of_router: Mapping[str, str] = own.variables if own else {}
+        if own and all(name.startswith("RAILWAY_") for name in of_router):
             raise RuntimeError(
-                f"Railway shows no variables of {self.router}: its answer is not believed, and the"
+                f"Railway shows no variables of {own.name}: its answer is not believed, and the"
                 " next run asks again"
             )
-        janitor_id, of_janitor = stable.get(self.janitor, (None, {}))
+        if own and own.stamp and own.stamp.environment_id != self.environment:
+            raise Contradiction(ownership.copy_words(own.stamp.environment_id))
+        router_id = own.id if own else None
+        stamp = (own.stamp if own else None) or self.me
+        if own and (stamp is None or stamp.router_id != own.id):
+            stamp = ownership.Stamp(self.environment, own.id)
+        backends, others = self.backends(nodes, services, router_id or "", routing or Routing())
+        of_janitor: Mapping[str, str] = janitor.variables if janitor else {}
         return Inventory(
-            [
-                self.backend(node, variables[f"s{i}"])
-                for i, node in enumerate(nodes)
-                if variables[f"s{i}"].get("PULSE_DEPLOYMENT_ID")
-            ],
+            backends,
             router_id,
             router.promotion_from_env(of_router),
             time_in(of_router, MAINTENANCE),
             time_in(of_router, MAINTENANCE_OFF),
-            janitor_id,
+            janitor.id if janitor else None,
             of_janitor.get(CONTROL) or "",
             of_janitor.get(CONTROL_ANSWER) or "",
+            others,
+            str(stamp) if stamp else None,
+            own is not None and own.stamp == stamp,
+            of_router.get(OWNS_STATE) == "1"
+            or ownership.is_managed(of_router.get(ownership.REDIS_URL, "")),
         )
 
-    def backend(self, node: dict[str, Any], variables: dict[str, str]) -> Service:
-        token = variables.get(INTERNAL_TOKEN) or ""
-        references = token.startswith("${{")
-        from_router = token.replace(" ", "") == f"${{{{{self.router}.{INTERNAL_TOKEN}}}}}"
-        return Service(
-            node["serviceId"],
-            node["serviceName"],
-            variables["PULSE_DEPLOYMENT_ID"],
-            time.time() - datetime.fromisoformat(node["createdAt"]).timestamp(),
-            (node["latestDeployment"] or {}).get("status"),
-            ours=from_router and bool(variables.get(RUN)),
-            foreign=references and not from_router,
-        )
+    def backends(
+        self,
+        nodes: list[dict[str, Any]],
+        services: Mapping[str, ownership.Service],
+        router_id: str,
+        routing: Routing,
+    ) -> tuple[list[Service], dict[str, str]]:
+        """The backends of this stack, and of the others why they are not touched."""
+        backends = [
+            backend(node, services[node["serviceId"]])
+            for node in nodes
+            if services[node["serviceId"]].is_backend
+        ]
+        named = {router_id: {b.id for b in backends if names(routing, b)}}
+        mine, others = [], {}
+        for found in backends:
+            whose = ownership.owner(
+                self.environment, services[found.id], list(services.values()), named
+            )
+            if whose == ownership.Owner("stack", router_id):
+                mine.append(found)
+            else:
+                others[found.deployment] = not_touched(whose.kind, found)
+        for found in mine:
+            others.pop(found.deployment, None)
+        return mine, others
 
     def remember(self, service_id: str, values: dict[str, str]) -> None:
         """Set variables of a service; nothing is deployed anew."""
@@ -301,6 +341,50 @@ class Railway:
         answer = self.call(DELETE, service=service.id, environment=self.environment)
         if answer.get("serviceDelete") is not True:
             raise RuntimeError(f"Railway does not say that it deleted {service.name}")
+
+
+def backend(node: dict[str, Any], service: ownership.Service) -> Service:
+    return Service(
+        service.id,
+        service.name,
+        service.variables[ownership.DEPLOYMENT_ID],
+        time.time() - datetime.fromisoformat(node["createdAt"]).timestamp(),
+        (node["latestDeployment"] or {}).get("status"),
+        ours=bool(service.variables.get(RUN)),
+        stamped=bool(service.variables.get(ownership.STACK)),
+    )
+
+
+def names(routing: Routing, service: Service) -> bool:
+    """Does the routing state name this service: in a record, or as what is being removed?"""
+    name = service.deployment
+    record = routing.record_of_active() if name == routing.active else routing.records.get(name)
+    if record is None:
+        grave = routing.tombstones.get(name)
+        return grave is not None and grave.service_id == service.id
+    if record.service_id:
+        return record.service_id == service.id
+    return record.service_name in (None, service.name)
+
+
+def not_touched(kind: str, service: Service) -> str:
+    """Why the janitor leaves a service alone, and who may do what with it."""
+    if kind == "stack":
+        return OTHER_STACK
+    if kind == "copy":
+        why = f"{service.name} was copied from another environment"
+    elif kind == "gone":
+        why = f"{service.name} belongs to a router that is gone"
+    else:
+        why = (
+            f"{service.name} does not say whose it is, and no routing state of this stack names it"
+        )
+    name = service.deployment
+    return (
+        f"{why}: `pulse-railway restore --deployment-id {name}` or `pulse-railway promote"
+        f" --deployment-id {name}` takes it over, `pulse-railway delete --deployment-id {name}`"
+        " removes it"
+    )
 
 
 def time_in(variables: Mapping[str, str], name: str) -> float | None:
@@ -345,14 +429,18 @@ def clean_up(
     """One run on what was read: the routing state first, then what stands on Railway. Raises
     Contradiction, and whatever Railway or Redis raise while the state is mended."""
     report = Report(problems=list(routing.problems))
+    routing = claim_unowned(store, routing, found, report)
+    stamp_backends(railway, routing, found)
     if mend(store, railway, routing, found, report):
         return report  # what it means for the others, the next run sees
-    check(routing, found.backends)
+    check(routing, found)
     by_id = {service.deployment: service for service in found.backends}
     ways_back = limits.ways_back(routing, by_id.keys())
     run = Run(store, railway, routing, found, token, report)
     for name, record in routing.records.items():
         service = by_id.get(name)
+        if name in found.others:
+            continue
         with run.failing_alone(name):
             verdict = run.judge(record, service, limits.drain_ttl)
             if verdict == "stray":  # of 0.3.x, which could be cut off between two writes
@@ -369,7 +457,40 @@ def clean_up(
         if service.deployment not in routing.records:
             with run.failing_alone(service.deployment):
                 run.unregistered(service)
+    for name, why in found.others.items():
+        if name in routing.records or why != OTHER_STACK:
+            report.kept[name] = why
     return report
+
+
+def claim_unowned(
+    store: router.RedisStore, routing: Routing, found: Inventory, report: Report
+) -> Routing:
+    """Make a routing state that nobody owns this stack's, where its router carries its stamp and
+    nobody else can mean that state: it holds nothing, lies in this environment, or was given to
+    this stack by a person."""
+    me = found.identity
+    if me is None or not found.stamped or router.OWNER in routing.keys:
+        return routing
+
+    def step(routing: Routing) -> Routing:
+        bare = routing.active is None and not routing.records
+        if router.OWNER in routing.keys or not (bare or found.owns_state):
+            return routing
+        return control.claim(routing, me)
+
+    owner = store.apply(step).owner
+    report.claimed = me if owner == me else None
+    return replace(routing, owner=owner)
+
+
+def stamp_backends(railway: Railway, routing: Routing, found: Inventory) -> None:
+    """Write onto the backends that this stack's state names whose they are."""
+    if not found.stamped or found.identity is None or routing.owner != found.identity:
+        return
+    for service in found.backends:
+        if not service.stamped and names(routing, service):
+            railway.remember(service.id, {ownership.STACK: found.identity})
 
 
 def mend(
@@ -429,7 +550,7 @@ def restore(
         return None
     step = functools.partial(
         control.restore,
-        wanted=[service.record() for service in found.backends if not service.foreign],
+        wanted=[service.record() for service in found.backends],
         active=last.deployment_id,
         at=last.at,
         closed=found.closed,
@@ -467,17 +588,17 @@ def mend_maintenance(
         store.apply(lambda routing: replace(routing, maintenance=routing.maintenance or closed))
 
 
-def check(routing: Routing, services: list[Service]) -> None:
+def check(routing: Routing, found: Inventory) -> None:
     """Raises Contradiction where the state and the services cannot both be right."""
     names: dict[str, str] = {}
-    for service in services:
+    for service in found.backends:
         other = names.setdefault(service.deployment, service.name)
         if other != service.name:
             raise Contradiction(
                 f"deployment {service.deployment} is on two services, {other} and {service.name}:"
                 " delete the wrong one on Railway"
             )
-    if routing.active and routing.active not in names:
+    if routing.active and routing.active not in names and routing.active not in found.others:
         raise Contradiction(
             f"the active deployment {routing.active} has no service: promote another with"
             " `pulse-railway promote`, or deploy"
@@ -696,8 +817,12 @@ def main(argv: list[str]) -> int:
     if problem := in_another_service(env):
         print(problem, file=sys.stderr)
         return 1
-    store = router.store_from_env(env)
-    assert isinstance(store, router.RedisStore)
+    if copy := ownership.copy_refusal(env):
+        print(f"refused: {copy}", file=sys.stderr)
+        return 1
+    base = router.store_from_env(env)
+    assert isinstance(base, router.RedisStore)
+    store = control.OwnedStore(base.url, base.prefix, ownership.name(env))
     token = env.get(INTERNAL_TOKEN, "")
     limits = Limits(
         router.from_env("PULSE_RAILWAY_DRAIN_TTL_SECONDS", 86_400.0, env=env),
@@ -706,14 +831,20 @@ def main(argv: list[str]) -> int:
     )
     railway = Railway(env)
     try:
-        with run_lock(store) as held:
+        if store.me is None or is_foreign(store.read(), store.me):  # it knows no better
+            store.me = railway.inspect().identity
+        foreign = is_foreign(store.read(), store.me)
+        with contextlib.nullcontext(False) if foreign else run_lock(store) as held:
             routing = store.read()
-            found = railway.inspect()
+            found = railway.inspect(routing)
+            store.me = found.identity
+            env = {**env, **({ownership.STACK: found.identity} if found.identity else {})}
             answer = carry_out_request(found, env)  # whoever holds the lock
             if found.janitor_id and answer:
                 railway.remember(found.janitor_id, {CONTROL_ANSWER: json.dumps(answer)})
                 print(json.dumps({"carried_out": answer.get("command"), "ok": answer["ok"]}))
                 return 0
+            control.refuse_foreign(routing, store.me)
             if not held:
                 print(json.dumps({"skipped": "another run holds the lock"}))
                 return 0
@@ -728,6 +859,11 @@ def main(argv: list[str]) -> int:
         return 1
     print(json.dumps(vars(report)))
     return 1 if report.failed else 0
+
+
+def is_foreign(routing: Routing, me: str | None) -> bool:
+    """Another owner's, and be it that this container does not know its own."""
+    return routing.owner not in (None, me)
 
 
 def in_another_service(env: Mapping[str, str]) -> str:

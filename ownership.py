@@ -10,6 +10,7 @@ of the local Railway alike, so it imports nothing but the standard library.
 from __future__ import annotations
 
 import re
+import urllib.parse
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -162,6 +163,8 @@ def owner(
         return Owner("stack" if there else "gone", stamp.router_id)
     if any(router.id == service.id for router in found):
         return Owner("stack", service.id)
+    if service.variables.get(STACK):  # it says something that is not understood, or a reference
+        return NOBODY
     for router_id, ids in (named or {}).items():
         if service.id in ids:
             return Owner("stack", router_id)
@@ -195,3 +198,41 @@ def copied_from(env: Mapping[str, str]) -> str | None:
     """The environment that this container's variables were made for, where it is another one."""
     stamp, here = parse(env.get(STACK)), env.get(ENVIRONMENT_ID)
     return stamp.environment_id if stamp and here and stamp.environment_id != here else None
+
+
+def name(env: Mapping[str, str]) -> str | None:
+    """A container's identity as it stands in the routing state."""
+    found = identity(env)
+    return str(found) if found else None
+
+
+def copy_refusal(env: Mapping[str, str]) -> str | None:
+    """What is said in place of everything else in a copy; None elsewhere."""
+    found = copied_from(env)
+    return copy_words(found) if found else None
+
+
+def copy_words(environment_id: str) -> str:
+    return (
+        f"this environment is a copy of {environment_id}: nothing is served, changed or deleted in"
+        " it until `pulse-railway ensure` takes possession"
+    )
+
+
+def foreign_words(owner: str) -> str:
+    """What is said where the routing state has another owner."""
+    return (
+        f"the routing state belongs to another stack ({owner}, as environment and router):"
+        " nothing is changed. `pulse-railway ensure` says what to do"
+    )
+
+
+def is_managed(redis_url: str) -> bool:
+    """Does this router variable, as it is written down, name a Redis of the same environment?"""
+    if any(found[1] != "shared" for found in REFERENCE.finditer(redis_url)):
+        return True
+    try:
+        host = urllib.parse.urlsplit(redis_url).hostname
+    except ValueError:
+        return False
+    return (host or "").endswith(".railway.internal")

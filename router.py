@@ -178,7 +178,7 @@ Json = dict[str, Any]
 
 ACTIVE, PROMOTED, EPOCH, STORE_ID = ":active", ":promoted", ":epoch", ":store"
 TOMBSTONES, PROCESSED, HISTORY = ":removed", ":answers", ":history"
-MAINTENANCE, DEPLOY_LOCK = ":maintenance", ":deploy:lock"
+MAINTENANCE, DEPLOY_LOCK, OWNER = ":maintenance", ":deploy:lock", ":owner"
 FIXED = {  # key -> attribute of Routing
     ACTIVE: "active",
     PROMOTED: "promoted",
@@ -189,7 +189,9 @@ FIXED = {  # key -> attribute of Routing
     HISTORY: "history",
     MAINTENANCE: "maintenance",
     DEPLOY_LOCK: "lock",
+    OWNER: "owner",
 }
+STAMP = re.compile(r"[A-Za-z0-9_-]{1,64}/[A-Za-z0-9_-]{1,64}")  # as ownership.parse takes it
 RECORD, REPORT = ":deployment:", ":router:"  # begin a key of one of many
 TOMBSTONE_TTL = max(7 * 86_400.0, from_env("PULSE_RAILWAY_DRAIN_TTL_SECONDS", 0.0))
 TOMBSTONES_AT_MOST = 1000
@@ -412,6 +414,7 @@ class Routing:
     history: tuple[Json, ...] = ()  # what was done, by whom and why, the oldest first
     maintenance: Maintenance | None = None
     lock: DeployLock | None = None
+    owner: str | None = None  # whose it is, as ownership.Stamp is written; None: it says nothing
     problems: tuple[str, ...] = ()  # what was ignored
     keys: frozenset[str] = frozenset()  # of FIXED, those that are there
 
@@ -497,6 +500,10 @@ def parse(state: State, now: float) -> Routing:
     if promoted and promoted.at > latest:
         problems.append(f"{PROMOTED} is in the future")
         promoted = None
+    owner = state.get(OWNER)
+    if owner is not None and not STAMP.fullmatch(owner):
+        problems.append(f"{OWNER} is not understood")
+        owner = None
     graves = read(TOMBSTONES, _tombstones) or {}
     to_come = [name for name, grave in graves.items() if grave.at > latest]
     problems += [f"{TOMBSTONES} of {name} is in the future" for name in to_come]
@@ -515,6 +522,7 @@ def parse(state: State, now: float) -> Routing:
         _history(state, latest, problems),
         closed,
         read(DEPLOY_LOCK, _lock),
+        owner,
         tuple(problems),
         frozenset(state.keys() & FIXED.keys()),
     )
@@ -579,12 +587,13 @@ def changes(old: Routing, new: Routing) -> Change:
     put(HISTORY, old.history, new.history, lambda: compact(new.history[-HISTORY_AT_MOST:]))
     put(MAINTENANCE, old.maintenance, new.maintenance, lambda: compact(vars(new.maintenance)))
     put(DEPLOY_LOCK, old.lock, new.lock, lambda: compact(vars(new.lock)))
+    put(OWNER, old.owner, new.owner, lambda: str(new.owner))
     for name in old.records.keys() | new.records.keys():
         after = new.records.get(name)
         if after != old.records.get(name):
             change[RECORD + name] = compact(after.json()) if after else None
     if change:
-        if new.store_id is None:
+        if new.store_id is None and change.keys() != {OWNER}:  # an owner alone is no data yet
             change[STORE_ID] = secrets.token_hex(8)
         change[EPOCH] = str(max(old.epoch, new.epoch) + 1)
     return change
@@ -603,11 +612,12 @@ def repaired(store: Routing, known: Routing, new_id: str, alive: Collection[str]
     a lower epoch, has lost data: all that is known comes back. In any other, keys and fields come
     back that are gone although no writer of ours was there, who raises the epoch. A record that is
     gone may have been deleted by 0.3.x: it comes back where it is the active one's, or among
-    `alive`, those that still answer.
+    `alive`, those that still answer. What is known of another owner's state is worth nothing.
 
     Args:
         new_id: for a store that has none, or that is an earlier copy."""
-    if known.store_id is None:  # nothing is known yet
+    other = bool(store.owner and known.owner) and store.owner != known.owner
+    if known.store_id is None or other:  # nothing is known yet
         named = store.store_id or (new_id if store.active else None)
         return replace(store, store_id=named)
     lost = store.store_id != known.store_id or store.epoch < known.epoch
@@ -619,6 +629,8 @@ def repaired(store: Routing, known: Routing, new_id: str, alive: Collection[str]
     new = _recovered(store, known) if lost else _completed(store, known, untouched)
     if store.store_id is None or (lost and store.store_id == known.store_id):
         new = replace(new, store_id=new_id)  # so that other routers add what they know
+    if OWNER not in store.keys:  # nobody of ours takes it away
+        new = replace(new, owner=known.owner)
     mine, theirs = known.promotion, store.promotion
     if mine and (theirs is None or theirs.at < mine.at):
         new = replace(new, active=mine.deployment_id, promoted=known.promoted)
@@ -836,6 +848,8 @@ class Follower:
                     await asyncio.wait_for(event.wait(), max(pause, 0.0))
             listener.result()  # a lost connection shows here
         except asyncio.CancelledError:
+            if self.table.other_owner:
+                raise
             with contextlib.suppress(redis.RedisError, OSError, TimeoutError):
                 await self.client.delete(self.store.prefix + REPORT + METRICS.name)
             raise
@@ -906,6 +920,8 @@ class Follower:
         if epoch == self.reported.get("epoch") and now < self.next_report:
             return
         self.next_report = now + REPORT_SECONDS
+        if self.table.other_owner:
+            return
         report = {**self.table.report(), **METRICS.counters()}
         if report != self.reported or now >= self.report_by:
             self.reported, self.report_by = report, now + REPORT_IDLE_SECONDS
@@ -981,6 +997,12 @@ class Table:
 
     def __init__(self, env: Mapping[str, str] = os.environ) -> None:
         self.intent = promotion_from_env(env)
+        self.me = self.copy = None  # this stack's stamp; what to say where it is a copy of another
+        if env.get("RAILWAY_ENVIRONMENT_ID"):
+            import ownership
+
+            self.me, self.copy = ownership.name(env), ownership.copy_refusal(env)
+        self.other_owner: str | None = None  # whose the store is, where it is not this stack's
         self.deployments: dict[bytes, Deployment] = {}
         self.active: Deployment | None = None
         self.canary: Deployment | None = None
@@ -1014,11 +1036,14 @@ class Table:
 
     @property
     def ready(self) -> bool:
-        """Can anything be served? A store in which nothing was ever deployed is as it should be."""
-        return self.active is not None or (self.loaded and not self.lost)
+        """Can anything be served? A store in which nothing was ever deployed is as it should be. A
+        copy is ready to say that it is one."""
+        return bool(self.copy) or self.active is not None or (self.loaded and not self.lost)
 
     def health(self) -> Response:
         said: Json = {"ok": self.ready}
+        if self.copy:
+            said["detail"] = self.copy
         if self.provisional:
             said["without_state"] = True
         age = time.monotonic() - self.loaded_at
@@ -1037,7 +1062,24 @@ class Table:
 
     # -- what the store holds ------------------------------------------------------------------
 
+    def foreign(self, routing: Routing) -> bool:
+        """Is this another stack's state? It is served, and nothing is written to it."""
+        return self.me is not None and routing.owner not in (None, self.me)
+
+    def locked(self, routing: Routing) -> bool:
+        """Must nothing be written? A state that has lost its owner's key still is that owner's."""
+        return self.foreign(routing) or bool(self.other_owner and routing.owner is None)
+
+    def keeps(self, found: Routing) -> bool:
+        """Is what is known served on? The store holds other contents by now, of another owner; or
+        it was another owner's, who alone writes back what it has lost."""
+        if self.foreign(self.routing) or not self.foreign(found):
+            return self.foreign(self.routing) and found.active is None
+        return found.active is None or found.store_id != self.routing.store_id
+
     def needs_repair(self, found: Routing) -> bool:
+        if self.locked(found):
+            return False
         alive = self.alive()
         return bool(changes(found, repaired(found, self.routing, "new", alive)))
 
@@ -1063,6 +1105,8 @@ class Table:
         new_id, alive = secrets.token_hex(8), self.alive()
 
         def step(store: Routing) -> Routing:
+            if self.locked(store):
+                return store
             if refused and store.active == refused:
                 store = replace(store, active=known.active)
             return repaired(store, known, new_id, alive)
@@ -1098,6 +1142,13 @@ class Table:
 
     def load(self, found: Routing) -> None:
         self.loaded_at = now = time.monotonic()
+        other = (found.owner or self.other_owner) if self.locked(found) else None
+        if other != self.other_owner:
+            said = f"of {other}: it is served, nothing is written" if other else "no longer so"
+            log.error("another stack's routing state: %s", said)
+            self.other_owner = other
+        if self.active and not self.provisional and self.keeps(found):
+            found = self.routing
         kept = {
             name: self.routing.records[name]
             for name, m in self.missing.items()
@@ -2564,11 +2615,11 @@ def route(request: Request) -> None:
     if path == OWN_HEALTH_PATH:
         client.answer(request, TABLE.health())
         return
-    if is_internal(path):
+    table = TABLE
+    if is_internal(path) and not table.copy:
         client.answer(request, plain(404))
         return
-    table = TABLE
-    if table.closed and not passes(request):
+    if table.closed and (table.copy or not passes(request)):
         client.answer(request, closed_response(request, table.closed))
         return
     if name := affinity(request):
@@ -2670,6 +2721,8 @@ INTERNAL_TOKEN = os.environ.get("PULSE_RAILWAY_INTERNAL_TOKEN", "").encode()
 def closed_response(request: Request, closed: Maintenance) -> Response:
     """What everybody gets while the app is not to be used."""
     headers = {"retry-after": str(closed.retry_after), "cache-control": "no-store"}
+    if TABLE.copy:
+        return JSONResponse({"detail": TABLE.copy}, 503, headers)
     for _, name, value in request.fields:
         if name == b"accept" and b"text/html" in value:
             again = f"<meta http-equiv=refresh content={closed.retry_after}>{PAGE}"
@@ -2858,6 +2911,11 @@ async def lifespan(_: Starlette) -> AsyncIterator[None]:
         "timeouts": sweep,
         **app.state.telemetry,
     }
+    if TABLE.copy:  # the store may be another environment's
+        del work["routing state"], work["without state"]
+        log.error(TABLE.copy)
+        TABLE.closed = Maintenance(0.0)
+        TABLE.changed.set()
     tasks = [asyncio.create_task(supervise(*item)) for item in work.items()]
     try:
         with contextlib.suppress(TimeoutError):  # connections wait in the backlog meanwhile

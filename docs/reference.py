@@ -76,6 +76,8 @@ VARIABLES = {
         " of the router service>`",
         "PULSE_RAILWAY_TOKEN_MADE": "its token is one that `ensure` made for it, in a copied"
         " environment",
+        "PULSE_RAILWAY_OWNS_STATE": "`1`: the janitor makes a routing state that has no owner this"
+        " stack's, whatever it holds",
         "PULSE_RAILWAY_MAINTENANCE": "since when the site is in maintenance; empty where it is not",
         "PULSE_RAILWAY_MAINTENANCE_OFF": "when it was opened last; empty while it is closed",
         "PULSE_RAILWAY_DRAIN_TTL_SECONDS": "as on the janitor: what was removed is remembered for"

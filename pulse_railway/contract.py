@@ -58,6 +58,7 @@ LAST_PROMOTED: Final = "PULSE_RAILWAY_ACTIVE"  # ours, on the router: which depl
 LAST_PROMOTED_AT: Final = "PULSE_RAILWAY_ACTIVE_AT"  # ... and when, in seconds by Redis' clock
 MAINTENANCE: Final = "PULSE_RAILWAY_MAINTENANCE"  # ours, on the router: closed since then
 STACK: Final = "PULSE_RAILWAY_STACK"  # ours, on every service of a stack: whose it is
+OWNS_STATE: Final = "PULSE_RAILWAY_OWNS_STATE"  # ours, on the router: a state of nobody is its own
 MAINTENANCE_OFF: Final = "PULSE_RAILWAY_MAINTENANCE_OFF"  # ours, on the router: when it ended last
 TOKEN_MADE: Final = "PULSE_RAILWAY_TOKEN_MADE"  # ours, on the router: `ensure` made its token
 NAME: Final = "PULSE_RAILWAY_DEPLOYMENT_NAME"  # ours, on a backend: the name its id is made from

@@ -213,6 +213,7 @@ def test_each_key_that_is_deleted_comes_back(site: Site, run_router: Run) -> Non
     site.control("delete", "--deployment-id", "x", "--nonce", "n")
     site.control("maintenance", "on")
     site.control("lock", "--holder", "h", "--lease", "600")
+    site.control("claim", "--owner", "e/r")
     process = up(run_router(site.server, {**QUICK, "REFRESH_SECONDS": 0.3}))
     client, before = site.server.client, site.routing
     assert set(router.FIXED) <= site.state.keys()

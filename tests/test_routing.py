@@ -34,6 +34,46 @@ def record(**fields: Any) -> Any:
     return router.parse_record("a", json.dumps({"deployment_id": "a", **fields}))
 
 
+# -- whose it is ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stored", "owner"),
+    [
+        ("e/r", "e/r"),
+        ("5b1f-0a/7c_2", "5b1f-0a/7c_2"),
+        ("", None),
+        ("e", None),
+        ("e/r/x", None),
+        ("e/r\n", None),
+        ("e/" + "r" * 65, None),
+        ("${{env.STACK}}", None),
+        ('{"owner": "e/r"}', None),
+    ],
+)
+def test_an_owner(stored: str, owner: str | None) -> None:
+    found = parse({":owner": stored})
+    assert found.owner == owner
+    assert found.problems == (() if owner else (":owner is not understood",))
+
+
+def test_an_owner_is_written_and_comes_back() -> None:
+    empty = parse({})
+    assert router.changes(empty, replace(empty, owner="e/r")) == {":owner": "e/r", ":epoch": "1"}
+    state = {":active": "a", ":deployment:a": OLD, ":store": "s", ":epoch": "5"}
+    known = parse({**state, ":owner": "e/r"})
+    assert router.repaired(parse(state), known, "new").owner == "e/r"
+    assert router.repaired(parse({}), known, "new").owner == "e/r"
+    for lost in ({}, {":store": "s", ":epoch": "4"}, {":store": "t", ":active": "b"}):
+        other = parse({**lost, ":owner": "e/other"})
+        found = router.repaired(other, known, "new")
+        assert (found.owner, found.active, found.records) == (
+            "e/other",
+            other.active,
+            other.records,
+        )
+
+
 # -- reading a record ----------------------------------------------------------------------------
 
 ADDRESS = "http://a.railway.internal:8000"

@@ -1,0 +1,113 @@
+"""Whose a service is: the rules of ownership.py as a table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pulse_railway import runtime_image
+
+ownership: Any = runtime_image.load("ownership")
+STACK, ID = ownership.STACK, ownership.DEPLOYMENT_ID
+
+
+def service(name: str, **variables: str) -> Any:
+    return ownership.Service(f"id-{name}", name, variables)
+
+
+def stamp(router: str, environment: str = "e") -> dict[str, str]:
+    return {STACK: f"{environment}/id-{router}"}
+
+
+def router(name: str, **more: str) -> Any:
+    return service(name, REDIS_URL="redis://x", PULSE_RAILWAY_REDIS_PREFIX="p", **more)
+
+
+def backend(name: str, **more: str) -> Any:
+    return service(name, **{ID: name, **more})
+
+
+def token(of: str) -> dict[str, str]:
+    return {"PULSE_RAILWAY_INTERNAL_TOKEN": f"${{{{{of}.PULSE_RAILWAY_INTERNAL_TOKEN}}}}"}
+
+
+ONE, TWO = router("one-router"), router("two-router")
+OF_ONE, GONE = ("stack", "id-one-router"), ("gone", "id-gone")
+COPY, NOBODY = ("copy", "id-one-router"), ("nobody", None)
+
+
+@pytest.mark.parametrize(
+    ("found", "routers", "named", "expected"),
+    [
+        (backend("b"), [ONE], {}, OF_ONE),  # 0.3.x, one router
+        (backend("b", **token("gone-router")), [ONE], {}, OF_ONE),
+        (backend("b"), [ONE, TWO], {}, NOBODY),
+        (backend("b"), [], {}, NOBODY),
+        (backend("b"), [ONE, TWO], {"id-one-router": {"id-b"}}, OF_ONE),
+        (backend("b", **token("one-router")), [ONE, TWO], {}, OF_ONE),
+        (backend("b", **token("one-env")), [ONE, TWO, service("one-env")], {}, OF_ONE),
+        (service("one-env"), [ONE, TWO], {}, OF_ONE),  # edge-router -> edge-env
+        (backend("b", **stamp("gone")), [ONE], {}, GONE),
+        (backend("b", **stamp("gone")), [ONE], {"id-one-router": {"id-b"}}, GONE),
+        (backend("b", **stamp("one-router", "other")), [ONE], {}, COPY),
+        (ONE, [ONE, TWO], {}, OF_ONE),
+        *[
+            (backend("b", **{STACK: junk}), [ONE], {"id-one-router": {"id-b"}}, NOBODY)
+            for junk in ("junk", "e/", "/r", "e/r/x", "e/r\n", "${{one-env.PULSE_RAILWAY_STACK}}")
+        ],
+    ],
+)
+def test_whose_a_service_is(
+    found: Any, routers: list[Any], named: dict[str, set[str]], expected: tuple[str, str | None]
+) -> None:
+    services = [*routers, *([] if found in routers else [found])]
+    assert ownership.owner("e", found, services, named) == ownership.Owner(*expected)
+
+
+def test_a_stamp_counts_for_more_than_what_a_state_names() -> None:
+    routers = [router(n, **stamp(n)) for n in ("one-router", "two-router")]
+    found = backend("b", **stamp("one-router"))
+    whose = ownership.owner("e", found, [*routers, found], {"id-two-router": {"id-b"}})
+    assert whose == ownership.Owner(*OF_ONE)
+
+
+@pytest.mark.parametrize(
+    ("env", "identity", "copy"),
+    [
+        ({}, None, None),
+        ({"RAILWAY_SERVICE_ID": "r"}, None, None),
+        ({STACK: "e/r"}, None, None),
+        ({"RAILWAY_ENVIRONMENT_ID": "e", "RAILWAY_SERVICE_ID": "r"}, "e/r", None),
+        ({"RAILWAY_ENVIRONMENT_ID": "e", "RAILWAY_SERVICE_ID": "j", STACK: "e/r"}, "e/r", None),
+        ({"RAILWAY_ENVIRONMENT_ID": "e", "RAILWAY_SERVICE_ID": "r", STACK: "o/r"}, "e/r", "o"),
+        ({"RAILWAY_ENVIRONMENT_ID": "e", "RAILWAY_SERVICE_ID": "r", STACK: "?"}, "e/r", None),
+        (
+            {
+                "RAILWAY_ENVIRONMENT_ID": "e",
+                "RAILWAY_SERVICE_ID": "j",
+                "PULSE_RAILWAY_JANITOR_SERVICE": "j",
+            },
+            None,
+            None,
+        ),
+    ],
+)
+def test_who_a_container_is(env: dict[str, str], identity: str | None, copy: str | None) -> None:
+    assert (ownership.name(env), ownership.copied_from(env)) == (identity, copy)
+    assert ("`pulse-railway ensure`" in (ownership.copy_refusal(env) or "")) == bool(copy)
+
+
+@pytest.mark.parametrize(
+    ("url", "managed"),
+    [
+        ("${{pulse-redis.REDIS_URL}}", True),
+        ("redis://default:x@pulse-redis.railway.internal:6379", True),
+        ("${{shared.REDIS_URL}}", False),
+        ("redis://redis.example.com:6379", False),
+        ("redis://[", False),
+        ("", False),
+    ],
+)
+def test_whether_a_redis_is_of_this_environment(url: str, managed: bool) -> None:
+    assert ownership.is_managed(url) == managed
