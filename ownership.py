@@ -163,7 +163,9 @@ def owner(
         return Owner("stack" if there else "gone", stamp.router_id)
     if any(router.id == service.id for router in found):
         return Owner("stack", service.id)
-    if service.variables.get(STACK):  # it says something that is not understood, or a reference
+    said = service.variables.get(STACK)
+    reference = REFERENCE.fullmatch(said or "")  # 0.3.x's deploy refers to all that pulse-env has
+    if said and not (reference and reference[2] == STACK):  # not understood
         return NOBODY
     for router_id, ids in (named or {}).items():
         if service.id in ids:

@@ -54,8 +54,15 @@ COPY, NOBODY = ("copy", "id-one-router"), ("nobody", None)
         (ONE, [ONE, TWO], {}, OF_ONE),
         *[
             (backend("b", **{STACK: junk}), [ONE], {"id-one-router": {"id-b"}}, NOBODY)
-            for junk in ("junk", "e/", "/r", "e/r/x", "e/r\n", "${{one-env.PULSE_RAILWAY_STACK}}")
+            for junk in ("junk", "e/", "/r", "e/r/x", "e/r\n", "${{one-env.OTHER}}")
         ],
+        # as 0.3.x's deploy leaves it, which refers to all that the env service has
+        (
+            backend("b", **{STACK: f"${{{{one-env.{STACK}}}}}"}),
+            [ONE, TWO, service("one-env")],
+            {},
+            OF_ONE,
+        ),
     ],
 )
 def test_whose_a_service_is(
