@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pulse_railway import contract
+from pulse_railway.config import Names, Target, Where
+from pulse_railway.flows.baseline import redis_prefix
+from pulse_railway.options import BaselineOptions
+from pulse_railway.stack import Service, Stack
 from tests.conftest import TINY, Project
 
 NAMES = ("router", "env", "redis", "janitor")
@@ -193,3 +198,15 @@ def test_a_stack_with_names_of_its_own_is_found(
     assert json_of(project, "status")["active"] == "one"  # nobody says how it is called
     assert json_of(project, "status")["missing"] == []
     assert json_of(project, "redeploy", "--service", "edge-router")["deployment_id"] == "one"
+
+
+def test_what_a_copy_keeps_apart_in_a_redis_that_it_shares() -> None:
+    wanted = BaselineOptions(Where(), Names())
+    of_router = {contract.REDIS_PREFIX: "shop"}
+    router = Service("r", "", "pulse-router", "", None, {}, [], None, None, of_router)
+    stack = Stack(Target("p", "e-copy"), Names(), {"pulse-router": router})
+    assert redis_prefix(stack, wanted) == "shop"
+    stack.copied_from = "e"
+    assert redis_prefix(stack, wanted) == "shop:e-copy"
+    stack.services["pulse-redis"] = replace(router, name="pulse-redis")  # its own
+    assert redis_prefix(stack, wanted) == "shop"
