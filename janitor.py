@@ -831,7 +831,7 @@ def main(argv: list[str]) -> int:
     )
     railway = Railway(env)
     try:
-        if store.me is None or is_foreign(store.read(), store.me):  # it knows no better
+        if is_foreign(store.read(), store.me):  # as far as this container knows
             store.me = railway.inspect().identity
         foreign = is_foreign(store.read(), store.me)
         with contextlib.nullcontext(False) if foreign else run_lock(store) as held:
@@ -844,7 +844,8 @@ def main(argv: list[str]) -> int:
                 railway.remember(found.janitor_id, {CONTROL_ANSWER: json.dumps(answer)})
                 print(json.dumps({"carried_out": answer.get("command"), "ok": answer["ok"]}))
                 return 0
-            control.refuse_foreign(routing, store.me)
+            if is_foreign(routing, store.me):
+                raise control.StateError(ownership.foreign_words(str(routing.owner)), "owner")
             if not held:
                 print(json.dumps({"skipped": "another run holds the lock"}))
                 return 0

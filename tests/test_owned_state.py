@@ -132,7 +132,7 @@ def test_a_lost_owner_comes_back(site: Site, run_router: Run) -> None:
 
 
 def test_two_routers_on_one_state_while_the_owner_restarts(site: Site, run_router: Run) -> None:
-    """The owner is killed, the state is lost: the other writes nothing; the owner comes back."""
+    """The owner is killed and the state is lost: what is not the owner's writes nothing."""
     site.control("claim", "--owner", "e/one")
     first = up(run_router(site.server, FAST, **on_railway("one")))
     other = up(run_router(site.server, FAST, **on_railway("two")))
@@ -151,6 +151,32 @@ def test_two_routers_on_one_state_while_the_owner_restarts(site: Site, run_route
     time.sleep(1.5)
     assert site.state == {}
     assert page(third) == (200, b"new")
+
+
+def test_an_owner_whose_state_another_has_replaced_goes_on(site: Site, run_router: Run) -> None:
+    """Emptied, claimed by another stack and filled with its deployments: users of the first one
+    are not sent there. When that is over, the first one's state is back."""
+    site.control("claim", "--owner", "e/one")
+    process = up(run_router(site.server, FAST, **on_railway("one")))
+    client = site.server.client
+    record = {"deployment_id": "x", "state": "active", "address": site.old.address}
+    with client.pipeline() as pipe:
+        pipe.flushall()
+        theirs = {":owner": "e/two", ":store": "2", ":active": "x"}
+        theirs[":deployment:x"] = json.dumps(record)
+        pipe.mset({f"{PREFIX}{key}": value for key, value in theirs.items()})
+        pipe.publish(f"{PREFIX}:events", "[]")
+        pipe.execute()
+    eventually(lambda: "another stack's routing state: of e/two" in process.output())
+    time.sleep(1)
+    assert page(process) == (200, b"new")
+    assert page(process, "old") == (200, b"old")
+    assert site.state == theirs
+    client.flushall()
+    claim = ["claim", "--owner", "e/one"]
+    assert command(site, on_railway("one"), *claim)["ok"]
+    eventually(lambda: site.state.get(":active") == "new")
+    assert page(process) == (200, b"new")
 
 
 # -- the janitor -----------------------------------------------------------------------------------
@@ -274,3 +300,30 @@ def test_services_of_others_are_not_touched(
     touched = [v["input"]["serviceId"] for _, v in rails.written if "input" in v]
     assert {"s-new", "s-old"} <= set(touched) <= {"s-new", "s-old", "s-pulse-router"}
     assert not site.store.read().records.keys() & {*stamps, "unnamed"}
+
+
+def test_a_janitor_that_was_never_stamped_asks_railway_who_it_is(
+    site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`ensure` stamps services without deploying them anew: its container does not know yet."""
+    site.control("claim", "--owner", "e/s-pulse-router")
+    capsys.readouterr()
+    assert run_janitor(site, monkeypatch, stack())[0] == 0
+    assert json.loads(capsys.readouterr().out)["kept"].keys() >= {"old"}
+
+
+def test_a_command_for_the_janitor_meets_another_owner(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its caller gets the refusal, and does not wait for an answer in vain."""
+    site.control("claim", "--owner", "e/other")
+    services = stack()
+    words = ["maintenance", "on"]
+    left = {"nonce": "n", "words": words, "until": time.time() + 60}
+    services["pulse-janitor"] = {"PULSE_RAILWAY_CONTROL": json.dumps(left)}
+    services["pulse-janitor"]["PULSE_RAILWAY_STACK"] = "e/s-pulse-router"
+    before = everything(site)
+    assert run_janitor(site, monkeypatch, services)[0] == 0
+    answer = json.loads(services["pulse-janitor"]["PULSE_RAILWAY_CONTROL_ANSWER"])
+    assert (answer["nonce"], answer["ok"], answer["reason"]) == ("n", False, "owner")
+    assert everything(site) == before
