@@ -260,9 +260,9 @@ def test_a_generated_name_that_is_taken_steps_on(here: InProcess) -> None:
     plan = deploy.prepare(options.deploy(flags, Output()), Output())
     stack = inspect(here.api(), here.target, here.names)
     assert stack.router
-    stack.services[plan.service_name] = stack.router
+    stack.taken |= {plan.service_name}
     free = deploy.free_name(plan, stack)
-    assert free.service_name not in stack.services
+    assert free.service_name not in stack.taken
     assert free.deployment_id.rsplit("-", 2)[0] == plan.deployment_id.rsplit("-", 2)[0] == "prod"
     given = deploy.prepare(options.deploy({**flags, "deployment_id": "first"}, Output()), Output())
     with pytest.raises(Failure, match="deployment first exists already: choose another"):
