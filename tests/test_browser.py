@@ -61,6 +61,7 @@ def test_a_tab_lives_through_a_deploy(
     for count in (1, 2):
         old.click("#count")
         expect(old.locator("#tab")).to_have_text(str(count))
+        expect(old.locator("#session")).to_have_text(str(count))
 
     deploy("b")
     shows(old, "a", 2, 2)  # its socket is open, its state is there
