@@ -831,7 +831,7 @@ def main(argv: list[str]) -> int:
     )
     railway = Railway(env)
     try:
-        if is_foreign(store.read(), store.me):  # as far as this container knows
+        if store.me is None or is_foreign(store.read(), store.me):  # Railway knows better
             store.me = railway.inspect().identity
         foreign = is_foreign(store.read(), store.me)
         with contextlib.nullcontext(False) if foreign else run_lock(store) as held:

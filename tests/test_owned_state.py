@@ -270,6 +270,8 @@ def test_the_janitor_takes_no_step(
     services = stack("production/s-pulse-router" if why == "copied router" else "e/s-pulse-router")
     more = {"PULSE_RAILWAY_STACK": "production/x"} if why == "copied container" else {}
     before = everything(site)
+    # one that is given back again is a write, too
+    monkeypatch.setattr(janitor, "run_lock", lambda _: pytest.fail("it took its lock"))
     code, rails = run_janitor(site, monkeypatch, services, **more)
     assert (code, rails.written) == (1, [])
     assert everything(site) == before
