@@ -311,11 +311,10 @@ class Railway:
             if services[node["serviceId"]].is_backend
         ]
         named = {router_id: {b.id for b in backends if names(routing, b)}}
+        owners = ownership.owners(self.environment, list(services.values()), named)
         mine, others = [], {}
         for found in backends:
-            whose = ownership.owner(
-                self.environment, services[found.id], list(services.values()), named
-            )
+            whose = owners[found.id]
             if whose == ownership.Owner("stack", router_id):
                 mine.append(found)
             else:

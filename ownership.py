@@ -3,8 +3,8 @@
 and it can be a copy of another one, made with all of its variables.
 
 Every service of a stack carries its owner as a literal variable, PULSE_RAILWAY_STACK: a reference
-would render anew in a copy. This file answers for the verbs, the janitor, the router and the page
-of the local Railway alike, so it imports nothing but the standard library.
+would render anew in a copy. It answers for the verbs, the janitor and the router alike, so it
+imports nothing but the standard library.
 """
 
 from __future__ import annotations
@@ -143,41 +143,48 @@ def names_of(router: Service, services: Sequence[Service]) -> Names:
     return Names(router.name, janitor.name if janitor else None, redis, env)
 
 
-def owner(
+def owners(
     environment_id: str,
-    service: Service,
     services: Sequence[Service],
     named: Mapping[str, Collection[str]] | None = None,
-) -> Owner:
-    """Whose a service is.
+) -> dict[str, Owner]:
+    """Whose each service is, by its id.
 
     Args:
         services: all of the environment, with their variables.
         named: for a router's id, the ids of the services that its routing state names.
     """
-    found = routers(services)
+    names = {router.id: names_of(router, services) for router in routers(services)}
+    return {s.id: _owner(environment_id, s, names, named or {}) for s in services}
+
+
+def _owner(
+    environment_id: str,
+    service: Service,
+    names: Mapping[str, Names],
+    named: Mapping[str, Collection[str]],
+) -> Owner:
+    """`names`: of each router's stack, by the router's id."""
     if stamp := service.stamp:
         if stamp.environment_id != environment_id:
             return Owner("copy", stamp.router_id)
-        there = any(router.id == stamp.router_id for router in found)
-        return Owner("stack" if there else "gone", stamp.router_id)
-    if any(router.id == service.id for router in found):
+        return Owner("stack" if stamp.router_id in names else "gone", stamp.router_id)
+    if service.id in names:
         return Owner("stack", service.id)
     said = service.variables.get(STACK)
     reference = REFERENCE.fullmatch(said or "")  # 0.3.x's deploy refers to all that pulse-env has
     if said and not (reference and reference[2] == STACK):  # not understood
         return NOBODY
-    for router_id, ids in (named or {}).items():
+    for router_id, ids in named.items():
         if service.id in ids:
             return Owner("stack", router_id)
-    names = {router.id: names_of(router, services) for router in found}
     if not service.is_backend:
         of = [router_id for router_id, own in names.items() if service.name in vars(own).values()]
+    elif len(names) == 1:  # else nobody's, and only 0.3.x's says nothing of its stack
+        of = list(names)
     else:
         refers = service.refers_to()
         of = [r for r, own in names.items() if refers & {own.router, own.env}]
-        if len(found) == 1:  # else nobody's, and only 0.3.x's says nothing of its stack
-            of = [found[0].id]
     return Owner("stack", of[0]) if len(of) == 1 else NOBODY
 
 

@@ -51,11 +51,11 @@ def load(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     for other in {
-        "control": ["ownership", "router"],
-        "janitor": ["ownership", "router", "control"],
+        "router": ["ownership"],
+        "control": ["router"],
+        "janitor": ["router", "control"],
         "telemetry": ["router", "control"],
         "sqlite_store": ["router"],
-        "router": ["ownership"],
     }.get(name, []):
         load(other)
     spec.loader.exec_module(module)

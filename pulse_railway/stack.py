@@ -101,7 +101,9 @@ class Stack:
     @property
     def stamp(self) -> str | None:
         """What says of a service that it belongs to this stack."""
-        return f"{self.target.environment_id}/{self.router.id}" if self.router else None
+        if self.router is None:
+            return None
+        return str(ownership.Stamp(self.target.environment_id, self.router.id))
 
     @property
     def backends(self) -> list[Service]:
@@ -172,8 +174,7 @@ def own_stack(read: Stack) -> Stack:
     router of this environment owns.
     """
     names, services = read.names, read.services
-    listed = {s.id: ownership.Service(s.id, s.name, s.variables) for s in services.values()}
-    every = list(listed.values())
+    every = [ownership.Service(s.id, s.name, s.variables) for s in services.values()]
     there = {router.name: router for router in ownership.routers(every)}
     router = there.get(names.router)
     if router is None and there and not names.asked:
@@ -182,16 +183,13 @@ def own_stack(read: Stack) -> Stack:
                 f"there are several routers, {joined(there)}: pass --service with one of them"
             )
         (router,) = there.values()
-    owners = {
-        s.name: ownership.owner(read.target.environment_id, listed[s.id], every)
-        for s in services.values()
-    }
+    owners = ownership.owners(read.target.environment_id, every)
     if router is None:
         usual = {names.router, names.env, names.redis, names.janitor}
         own = [
             service
             for name, service in services.items()
-            if owners[name].kind in ("gone", "nobody")
+            if owners[service.id].kind in ("gone", "nobody")
             and (name in usual or service.deployment_id)
             and not (there and service.deployment_id)
         ]
@@ -207,7 +205,7 @@ def stack_of(read: Stack, router: Any, every: list[Any], owners: dict[str, Any])
     """The stack of a router, with the names that its services have."""
     names, environment = read.names, read.target.environment_id
     said = ownership.names_of(router, every)
-    free = {s.name for s in every if owners[s.name].kind == "nobody" and not s.is_backend}
+    free = {s.name for s in every if owners[s.id].kind == "nobody" and not s.is_backend}
     of_copy = router.stamp is not None and router.stamp.environment_id != environment
     names = replace(
         names,
@@ -222,7 +220,7 @@ def stack_of(read: Stack, router: Any, every: list[Any], owners: dict[str, Any])
     own = {
         s.name: read.services[s.name]
         for s in every
-        if owners[s.name] == mine or s.name == router.name or s.name in baseline
+        if owners[s.id] == mine or s.name == router.name or s.name in baseline
     }
     copied = router.stamp.environment_id if of_copy else None
     return replace(read, names=names, services=own, copied_from=copied)

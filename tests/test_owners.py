@@ -69,14 +69,14 @@ def test_whose_a_service_is(
     found: Any, routers: list[Any], named: dict[str, set[str]], expected: tuple[str, str | None]
 ) -> None:
     services = [*routers, *([] if found in routers else [found])]
-    assert ownership.owner("e", found, services, named) == ownership.Owner(*expected)
+    assert ownership.owners("e", services, named)[found.id] == ownership.Owner(*expected)
 
 
 def test_a_stamp_counts_for_more_than_what_a_state_names() -> None:
     routers = [router(n, **stamp(n)) for n in ("one-router", "two-router")]
     found = backend("b", **stamp("one-router"))
-    whose = ownership.owner("e", found, [*routers, found], {"id-two-router": {"id-b"}})
-    assert whose == ownership.Owner(*OF_ONE)
+    whose = ownership.owners("e", [*routers, found], {"id-two-router": {"id-b"}})
+    assert whose[found.id] == ownership.Owner(*OF_ONE)
 
 
 @pytest.mark.parametrize(
