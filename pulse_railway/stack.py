@@ -126,6 +126,12 @@ class Stack:
         return f"{self.last_promoted}@{at}" if self.last_promoted and at else self.last_promoted
 
     @property
+    def redis_prefix(self) -> str:
+        """What the keys of the routing state begin with."""
+        of_router = self.router.variables if self.router else {}
+        return of_router.get(contract.REDIS_PREFIX) or contract.DEFAULT_REDIS_PREFIX
+
+    @property
     def address(self) -> str:
         """The router's public address. Raises Failure where it has none."""
         if self.router is None or not self.router.domains:

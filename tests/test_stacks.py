@@ -12,7 +12,7 @@ import pytest
 
 from pulse_railway import contract
 from pulse_railway.config import Names, Target, Where
-from pulse_railway.flows.baseline import redis_prefix
+from pulse_railway.flows.baseline import wanted_redis_prefix
 from pulse_railway.options import BaselineOptions
 from pulse_railway.stack import Service, Stack
 from tests.conftest import TINY, Project
@@ -205,8 +205,8 @@ def test_what_a_copy_keeps_apart_in_a_redis_that_it_shares() -> None:
     of_router = {contract.REDIS_PREFIX: "shop"}
     router = Service("r", "", "pulse-router", "", None, {}, [], None, None, of_router)
     stack = Stack(Target("p", "e-copy"), Names(), {"pulse-router": router})
-    assert redis_prefix(stack, wanted) == "shop"
+    assert wanted_redis_prefix(stack, wanted) == "shop"
     stack.copied_from = "e"
-    assert redis_prefix(stack, wanted) == "shop:e-copy"
+    assert wanted_redis_prefix(stack, wanted) == "shop:e-copy"
     stack.services["pulse-redis"] = replace(router, name="pulse-redis")  # its own
-    assert redis_prefix(stack, wanted) == "shop"
+    assert wanted_redis_prefix(stack, wanted) == "shop"

@@ -176,14 +176,12 @@ def own_project_token(api: Api, stack: Stack, plan_only: bool) -> str:
     return str(made["projectTokenCreate"])
 
 
-def redis_prefix(stack: Stack, wanted: BaselineOptions) -> str:
-    """What the routing state's keys begin with. In a copy that shares its Redis with the original,
-    they are kept apart by the environment's id."""
-    of_router = stack.router.variables if stack.router else {}
-    usual = of_router.get(contract.REDIS_PREFIX) or contract.DEFAULT_REDIS_PREFIX
+def wanted_redis_prefix(stack: Stack, wanted: BaselineOptions) -> str:
+    """What the routing state's keys are to begin with. In a copy that shares its Redis with the
+    original, they are kept apart by the environment's id."""
     if stack.copied_from and not stack.redis:
-        return f"{usual}:{stack.target.environment_id}"
-    return wanted.redis_prefix or usual
+        return f"{stack.redis_prefix}:{stack.target.environment_id}"
+    return wanted.redis_prefix or stack.redis_prefix
 
 
 # Where what was promoted last and what is to be carried out stand: not a copy's.
@@ -264,7 +262,7 @@ def desired(
         contract.RAILWAY_TOKEN: runtime_token,
         contract.INTERNAL_TOKEN: internal_token,
         contract.REDIS_URL: redis_url,
-        contract.REDIS_PREFIX: redis_prefix(stack, wanted),
+        contract.REDIS_PREFIX: wanted_redis_prefix(stack, wanted),
         contract.DRAIN_TTL: str(wanted.drain_ttl),
         contract.RUNTIME_VERSION: wanted.runtime_image or runtime_image.version(),
     }

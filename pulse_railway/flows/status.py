@@ -68,12 +68,6 @@ def status(api: Api, stack: Stack) -> dict[str, Any]:
     }
 
 
-def redis_prefix(stack: Stack) -> str:
-    """What the keys of the routing state begin with."""
-    assert stack.router is not None
-    return stack.router.variables.get(contract.REDIS_PREFIX) or contract.DEFAULT_REDIS_PREFIX
-
-
 def of_memories(state: dict[str, Any], stack: Stack) -> list[str]:
     """What the routing state lacks, and where it is not what Railway says was promoted last."""
     active, last = state["active"], stack.last_promoted
@@ -106,7 +100,7 @@ def of_memories(state: dict[str, Any], stack: Stack) -> list[str]:
         if name != active and contract.DEPLOYMENT_ID_PATTERN.fullmatch(name):
             run = f"it is kept until `pulse-railway delete --deployment-id {name}`"
         elif name != active:
-            key = shlex.quote(f"{redis_prefix(stack)}:deployment:{name}")
+            key = shlex.quote(f"{stack.redis_prefix}:deployment:{name}")
             run = f"it is ignored. `redis-cli DEL {key}` in {stack.names.redis} removes it"
         elif str(problem).startswith(f"{name}: "):
             run = "it is ignored, and goes with that deployment"
