@@ -463,7 +463,7 @@ def refuse_if_lost(step: Step, intent: Promotion | None) -> Step:
 
 def refuse_foreign(routing: Routing, me: str | None) -> Routing:
     """Raises StateError where the state is another owner's. `me` is None outside Railway."""
-    if me is not None and routing.owner not in (None, me):
+    if routing.is_foreign(me):
         raise StateError(ownership.foreign_words(str(routing.owner)), "owner")
     return routing
 
@@ -592,7 +592,7 @@ def reports(store: router.Store) -> list[Json]:
     """What each router last said of itself, with `age`, the seconds since."""
     if not isinstance(store, router.RedisStore):
         return []
-    pattern = f"{store.prefix}:router:*"
+    pattern = f"{store.prefix}{router.REPORT}*"
     return read_reports(store, list(store.client.scan_iter(pattern, count=router.SCAN_COUNT)))
 
 
@@ -609,7 +609,7 @@ def read_reports(store: router.RedisStore, keys: list[str]) -> list[Json]:
     for key, text, left in zip(keys, values, leases, strict=True):
         if text is not None and is_lease(left):
             age = max(router.REPORT_LEASE - left / 1000, 0.0)
-            name = key.removeprefix(f"{store.prefix}:router:")
+            name = key.removeprefix(store.prefix + router.REPORT)
             with contextlib.suppress(ValueError):
                 report = {**router.json_object(text), "router": name, "age": round(age, 1)}
                 found.append(report | understood(report))
@@ -625,7 +625,7 @@ def reports_without_lease(store: router.Store) -> list[str]:
     """Keys that stand where routers report, and that no router has written: they never end."""
     if not isinstance(store, router.RedisStore):
         return []
-    pattern = f"{store.prefix}:router:*"
+    pattern = f"{store.prefix}{router.REPORT}*"
     keys = sorted(store.client.scan_iter(pattern, count=router.SCAN_COUNT))
     gone = -2  # since the scan
     return [k for k in keys if (left := store.client.pttl(k)) != gone and not is_lease(left)]
@@ -663,7 +663,7 @@ def wait_for_routers(
             return Served(found, behind)
         time.sleep(REPORT_POLL)
         assert isinstance(store, router.RedisStore)
-        found = read_reports(store, [f"{store.prefix}:router:{r['router']}" for r in found])
+        found = read_reports(store, [f"{store.prefix}{router.REPORT}{r['router']}" for r in found])
 
 
 def _is_behind(report: Json, epoch: int, since: float, deletes: bool) -> bool:
@@ -683,7 +683,7 @@ def status(
     problems = list(routing.problems)
     if copy := ownership.copy_refusal(env or {}):
         problems.append(copy)
-    elif me and routing.owner not in (None, me):
+    elif routing.is_foreign(me):
         problems.append(ownership.foreign_words(str(routing.owner)))
     found = list(routing.records.values())
     with concurrent.futures.ThreadPoolExecutor(16) as pool:  # some may not answer

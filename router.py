@@ -453,6 +453,10 @@ class Routing:
         grave = self.tombstones.get(record.deployment_id)
         return grave is not None and grave.buries(record)
 
+    def is_foreign(self, me: str | None) -> bool:
+        """Is it another stack's? `me` is an owner, None where nobody knows (outside Railway)."""
+        return me is not None and self.owner not in (None, me)
+
     def with_records(self, *records: Record) -> Routing:
         return replace(self, records={**self.records, **{r.deployment_id: r for r in records}})
 
@@ -1062,19 +1066,17 @@ class Table:
 
     # -- what the store holds ------------------------------------------------------------------
 
-    def foreign(self, routing: Routing) -> bool:
-        """Is this another stack's state? It is served, and nothing is written to it."""
-        return self.me is not None and routing.owner not in (None, self.me)
-
     def locked(self, routing: Routing) -> bool:
-        """Must nothing be written? A state that has lost its owner's key still is that owner's."""
-        return self.foreign(routing) or bool(self.other_owner and routing.owner is None)
+        """Must nothing be written? Another stack's state is served only, and one that has lost its
+        owner's key still is that owner's."""
+        return routing.is_foreign(self.me) or bool(self.other_owner and routing.owner is None)
 
     def keeps(self, found: Routing) -> bool:
         """Is what is known served on? The store holds other contents by now, of another owner; or
         it was another owner's, who alone writes back what it has lost."""
-        if self.foreign(self.routing) or not self.foreign(found):
-            return self.foreign(self.routing) and found.active is None
+        was_foreign = self.routing.is_foreign(self.me)
+        if was_foreign or not found.is_foreign(self.me):
+            return was_foreign and found.active is None
         return found.active is None or found.store_id != self.routing.store_id
 
     def needs_repair(self, found: Routing) -> bool:
