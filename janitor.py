@@ -830,9 +830,10 @@ def main(argv: list[str]) -> int:
     )
     railway = Railway(env)
     try:
-        if store.me is None or is_foreign(store.read(), store.me):  # Railway knows better
+        before = store.read()
+        if store.me is None or is_foreign(before, store.me):  # Railway knows better
             store.me = railway.inspect().identity
-        foreign = is_foreign(store.read(), store.me)
+        foreign = is_foreign(before, store.me)
         with contextlib.nullcontext(False) if foreign else run_lock(store) as held:
             routing = store.read()
             found = railway.inspect(routing)
