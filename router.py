@@ -2618,10 +2618,14 @@ def route(request: Request) -> None:
         client.answer(request, TABLE.health())
         return
     table = TABLE
-    if is_internal(path) and not table.copy:
+    if table.copy:
+        headers = {"retry-after": "30", "cache-control": "no-store"}
+        client.answer(request, JSONResponse({"detail": table.copy}, 503, headers))
+        return
+    if is_internal(path):
         client.answer(request, plain(404))
         return
-    if table.closed and (table.copy or not passes(request)):
+    if table.closed and not passes(request):
         client.answer(request, closed_response(request, table.closed))
         return
     if name := affinity(request):
@@ -2723,8 +2727,6 @@ INTERNAL_TOKEN = os.environ.get("PULSE_RAILWAY_INTERNAL_TOKEN", "").encode()
 def closed_response(request: Request, closed: Maintenance) -> Response:
     """What everybody gets while the app is not to be used."""
     headers = {"retry-after": str(closed.retry_after), "cache-control": "no-store"}
-    if TABLE.copy:
-        return JSONResponse({"detail": TABLE.copy}, 503, headers)
     for _, name, value in request.fields:
         if name == b"accept" and b"text/html" in value:
             again = f"<meta http-equiv=refresh content={closed.retry_after}>{PAGE}"
@@ -2916,7 +2918,6 @@ async def lifespan(_: Starlette) -> AsyncIterator[None]:
     if TABLE.copy:  # the store may be another environment's
         del work["routing state"], work["without state"]
         log.error(TABLE.copy)
-        TABLE.closed = Maintenance(0.0)
         TABLE.changed.set()
     tasks = [asyncio.create_task(supervise(*item)) for item in work.items()]
     try:
