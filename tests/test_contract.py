@@ -13,6 +13,7 @@ from pulse_railway import contract, runtime_image
 
 router: Any = runtime_image.load("router")
 janitor: Any = runtime_image.load("janitor")
+ownership: Any = runtime_image.load("ownership")
 
 
 def test_router_shares_the_contract() -> None:
@@ -24,6 +25,8 @@ def test_router_shares_the_contract() -> None:
         assert getattr(router, name) == getattr(contract, name), name
     assert router.DEPLOYMENT_ID.pattern == contract.DEPLOYMENT_ID_PATTERN.pattern
     assert janitor.API_URL == contract.API_URL
+    assert router.STAMP.pattern == re.sub(r"[()]", "", ownership._STAMP.pattern)
+    assert ownership.STACK == contract.STACK
 
 
 def test_variables_are_read_by_their_names() -> None:

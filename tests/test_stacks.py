@@ -17,19 +17,24 @@ from pulse_railway.options import BaselineOptions
 from pulse_railway.stack import Service, Stack
 from tests.conftest import TINY, Project
 
-NAMES = ("router", "env", "redis", "janitor")
 DELETE_VARIABLE = "mutation ($i: VariableDeleteInput!) { variableDelete(input: $i) }"
+
+
+def app_with_names(folder: Path, router: str, env: str, redis: str, janitor: str) -> Path:
+    """The tiny app, whose stack has these names."""
+    shutil.copytree(TINY, folder)
+    main = folder / "main.py"
+    names = {"router": router, "env": env, "redis": redis, "janitor": janitor}
+    own = "".join(f"    {role}_service='{name}',\n" for role, name in names.items())
+    main.write_text(main.read_text().replace("RailwayPlugin(\n", f"RailwayPlugin(\n{own}"))
+    return folder
 
 
 @pytest.fixture
 def shop(tmp_path: Path) -> Path:
-    """A second app, whose stack has names of its own."""
-    folder = tmp_path / "shop"
-    shutil.copytree(TINY, folder)
-    text = (folder / "main.py").read_text()
-    own = "".join(f"    {name}_service='shop-{name}',\n" for name in NAMES)
-    (folder / "main.py").write_text(text.replace("RailwayPlugin(\n", f"RailwayPlugin(\n{own}"))
-    return folder
+    """A second app."""
+    names = ("shop-router", "shop-env", "shop-redis", "shop-janitor")
+    return app_with_names(tmp_path / "shop", *names)
 
 
 def json_of(project: Project, *words: str, cwd: Path = TINY) -> Any:
@@ -178,19 +183,11 @@ def test_a_copied_environment(base: Project) -> None:
     assert base.get("/_pulse/meta")["deployment_id"] == "first"
 
 
-@pytest.mark.parametrize("names", [("edge-router", "edge-env", "memory", "sweeper")])
 def test_a_stack_with_names_of_its_own_is_found(
-    new_project: Callable[[], Project], tmp_path: Path, names: tuple[str, ...]
+    new_project: Callable[[], Project], tmp_path: Path
 ) -> None:
     """Before: the baseline is partial, delete edge-router, memory and sweeper."""
-    app = tmp_path / "app"
-    shutil.copytree(TINY, app)
-    text = (app / "main.py").read_text()
-    own = "".join(
-        f"    {role}_service='{name}',\n"
-        for role, name in zip(("router", "env", "redis", "janitor"), names, strict=True)
-    )
-    (app / "main.py").write_text(text.replace("RailwayPlugin(\n", f"RailwayPlugin(\n{own}"))
+    app = app_with_names(tmp_path / "app", "edge-router", "edge-env", "memory", "sweeper")
     project = new_project()
     json_of(project, "ensure", "main.py", cwd=app)
     unstamp(project)
