@@ -571,7 +571,8 @@ def _history(state: State, latest: float, problems: list[str]) -> tuple[Json, ..
 
 
 def changes(old: Routing, new: Routing) -> Change:
-    """What has to be written so that the store, which holds `old`, holds `new`."""
+    """What has to be written so that the store, which holds `old`, holds `new`. With its id, a
+    promotion by 0.3.x gets its time: with neither it is later than all others (`promotion`)."""
     change: Change = {}
 
     def put(key: str, before: object, after: object, text: Callable[[], str]) -> None:
@@ -599,6 +600,10 @@ def changes(old: Routing, new: Routing) -> Change:
     if change:
         if new.store_id is None and change.keys() != {OWNER}:  # an owner alone is no data yet
             change[STORE_ID] = secrets.token_hex(8)
+        found = old.promotion
+        if STORE_ID in change and found and found.at == math.inf and new.active == old.active:
+            named = new.promoted or replace(found, at=next_time(new))
+            change[PROMOTED] = compact(vars(named))
         change[EPOCH] = str(max(old.epoch, new.epoch) + 1)
     return change
 
@@ -939,8 +944,12 @@ def written(after: Routing, change: Change) -> Routing:
     """What the store holds after a step whose change was written."""
     if not change:
         return after
+    promoted = change.get(PROMOTED)
     return replace(
-        after, epoch=int(str(change[EPOCH])), store_id=change.get(STORE_ID) or after.store_id
+        after,
+        epoch=int(str(change[EPOCH])),
+        store_id=change.get(STORE_ID) or after.store_id,
+        promoted=Promotion(**json.loads(promoted)) if promoted else after.promoted,
     )
 
 

@@ -24,6 +24,7 @@ import pytest
 import redis
 import redis.backoff
 import redis.retry
+from hypothesis import settings
 
 from examples import demo
 from pulse_railway.local.supervisor import free_port, redis_executable
@@ -33,6 +34,10 @@ from tests.zygote import Zygote
 ROOT = Path(__file__).parent.parent
 MEASURED = "COVERAGE_PROCESS_CONFIG" in os.environ  # what is killed says not what it ran through
 
+# The gate tries the same cases each time; `--hypothesis-profile search` looks for others.
+settings.register_profile("gate", derandomize=True)
+settings.register_profile("search", derandomize=False, print_blob=True)
+settings.load_profile("gate")
 
 SLOW = {"test_story", "test_interop", "test_browser", "test_local", "test_runtime_image"}
 
