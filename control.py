@@ -45,6 +45,9 @@ import ownership
 import router
 from router import Json, Promotion, Record, Routing, Step, Tombstone
 
+SESSIONS_PATH = "/_pulse/internal/railway/sessions"
+RELOAD_PATH = "/_pulse/internal/railway/reload"
+RAILWAY_RUNTIME = ("RAILWAY_SERVICE_ID", "RAILWAY_REPLICA_ID", "RAILWAY_PRIVATE_DOMAIN")
 HEAL_WAIT = 8.0  # seconds that a command waits for a router to write lost state back
 REPORT_WAIT = 10.0  # seconds that a command waits until every router serves what it has written
 REPORT_POLL = 0.05
@@ -67,6 +70,10 @@ class StateError(Exception):
 
 
 # -- the steps ---------------------------------------------------------------------------------
+
+
+def with_records(routing: Routing, *records: Record) -> Routing:
+    return replace(routing, records={**routing.records, **{r.deployment_id: r for r in records}})
 
 
 def is_older_than(routing: Routing, last: Promotion | None) -> bool:
@@ -140,7 +147,7 @@ def register(
     )
     require_address(new)
     graves = {k: v for k, v in routing.tombstones.items() if k != deployment_id}
-    return replace(routing.with_records(new), tombstones=graves)
+    return replace(with_records(routing, new), tombstones=graves)
 
 
 def require_address(record: Record) -> None:
@@ -221,7 +228,7 @@ def set_active(
         for name, other in routing.records.items()
         if other.weight is not None and name != deployment_id
     ]
-    new = routing.with_records(*others, replace(record, promoted_at=promotion.at))
+    new = with_records(routing, *others, replace(record, promoted_at=promotion.at))
     if routing.active not in (None, deployment_id):
         hint = hints.get(str(routing.active), {})
         old = new.records.get(str(routing.active)) or Record(str(routing.active))
@@ -230,7 +237,7 @@ def set_active(
             service_name=old.service_name or hint.get("service_name") or routing.active,
             rejected_at=routing.now if rolls_back else old.rejected_at,
         )
-        new = new.with_records(old)
+        new = with_records(new, old)
     return replace(new, active=deployment_id, promoted=promotion)
 
 
@@ -270,7 +277,7 @@ def set_canary_weight(
         bake=routing.now + bake if bake else until,
     )
     require_address(record)
-    return routing.with_records(record)
+    return with_records(routing, record)
 
 
 def abort_canary(routing: Routing, deployment_id: str) -> Routing:
@@ -279,13 +286,13 @@ def abort_canary(routing: Routing, deployment_id: str) -> Routing:
     if record is None or not record.is_canary:
         raise StateError(f"{deployment_id} is no canary (any more)", "changed")
     record = replace(record.drains(routing.now), held=False, rejected_at=routing.now)
-    return routing.with_records(record)
+    return with_records(routing, record)
 
 
 def finish_bake(routing: Routing, deployment_id: str) -> Routing:
     """The bake of a deployment is over, and it stays."""
     record = routing.records.get(deployment_id)
-    return routing.with_records(replace(record, bake=None)) if record else routing
+    return with_records(routing, replace(record, bake=None)) if record else routing
 
 
 def set_maintenance(
@@ -346,7 +353,7 @@ def retire(routing: Routing, deployment_id: str, service_id: str | None = None) 
     refuse_active(routing, deployment_id)
     record = routing.records.get(deployment_id)
     if record and not record.retiring_at:
-        routing = routing.with_records(replace(record, retiring_at=routing.now))
+        routing = with_records(routing, replace(record, retiring_at=routing.now))
     grave = routing.tombstones.get(deployment_id)
     known = record or grave
     service_id = service_id or (known.service_id if known else None)
@@ -375,7 +382,7 @@ def mark_draining(routing: Routing, deployment_id: str, judged: Record) -> Routi
     """A record that says active and is not the active one drains from now on."""
     if routing.records.get(deployment_id) != judged or routing.active == deployment_id:
         return routing
-    return routing.with_records(judged.drains(routing.now))
+    return with_records(routing, judged.drains(routing.now))
 
 
 def adopt_orphan(routing: Routing, record: Record) -> Routing:
@@ -383,8 +390,8 @@ def adopt_orphan(routing: Routing, record: Record) -> Routing:
     if record.deployment_id in routing.records:
         return routing
     if routing.active == record.deployment_id:
-        return routing.with_records(replace(record, state="active"))
-    return routing.with_records(record.drains(routing.now))
+        return with_records(routing, replace(record, state="active"))
+    return with_records(routing, record.drains(routing.now))
 
 
 def restore(
@@ -547,7 +554,7 @@ def sessions(record: Record, token: str) -> int | None:
     """How many render sessions a deployment holds; None where it does not say so in a whole number:
     it is deleted where there are none."""
     try:
-        count = ask_backend(record, router.SESSIONS_PATH, token).get("render_session_count")
+        count = ask_backend(record, SESSIONS_PATH, token).get("render_session_count")
     except (OSError, ValueError):
         return None
     return count if type(count) is int and count >= 0 else None
@@ -556,7 +563,7 @@ def sessions(record: Record, token: str) -> int | None:
 def reload_tabs(record: Record, token: str) -> int:
     """Tell the tabs of a deployment that is about to be deleted to reload: how many were told."""
     with contextlib.suppress(OSError, ValueError):
-        path = router.RELOAD_PATH
+        path = RELOAD_PATH
         count = ask_backend(record, path, token, method="POST").get("reloaded_socket_count")
         return count if type(count) is int else 0
     return 0
@@ -1163,7 +1170,7 @@ def control(argv: list[str]) -> int:
     """Run one control command inside the router service. The last line on stdout is its answer, a
     JSON object."""
     control_parser().parse_args(argv)  # help, and what is wrong with it, anywhere
-    if not any(os.environ.get(name) for name in router.RAILWAY_RUNTIME):
+    if not any(os.environ.get(name) for name in RAILWAY_RUNTIME):
         print("run this inside the router service, with `railway ssh`", file=sys.stderr)
         return 1
     answer = carry_out(argv, os.environ)

@@ -806,7 +806,7 @@ def options(argv: list[str]) -> dict[str, str]:
 def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s %(message)s")
     env = {**os.environ, **options(argv)}
-    if not any(env.get(name) for name in router.RAILWAY_RUNTIME):
+    if not any(env.get(name) for name in control.RAILWAY_RUNTIME):
         print("run this inside the janitor service on Railway", file=sys.stderr)
         return 1
     needed = ("RAILWAY_PROJECT_ID", "RAILWAY_ENVIRONMENT_ID", "RAILWAY_TOKEN", "REDIS_URL")

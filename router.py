@@ -27,9 +27,11 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 
 if __name__ == "__main__":  # a container's first process is deaf to what it has no handler for
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # until there is something to finish
+    sys.modules["router"] = sys.modules[__name__]  # by which the files beside it import this one
 
 import asyncio
 import collections
@@ -38,7 +40,6 @@ import contextlib
 import functools
 import hashlib
 import hmac
-import http
 import http.client
 import json
 import logging
@@ -49,7 +50,6 @@ import resource
 import secrets
 import socket
 import struct
-import sys
 import time
 import traceback
 import urllib.parse
@@ -58,20 +58,17 @@ from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapp
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-import aiohappyeyeballs
 import httptools
-import redis
 import redis.asyncio
 import redis.backoff
 import redis.retry
 import uvicorn
+from aiohappyeyeballs import start_connection
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
 
 if TYPE_CHECKING:
-    from aiohappyeyeballs import AddrInfoType
-
     import telemetry
     from sqlite_store import SqliteStore
 
@@ -100,12 +97,9 @@ CLIENT_LOADER_LOCATION_HEADER = "x-pulse-client-loader-location"
 RELOAD_QUERY = "pulse_reload_on_stale_affinity"
 STALE_HEADER = "x-pulse-stale-affinity"
 INTERNAL_PREFIX = "/_pulse/internal"
-SESSIONS_PATH = "/_pulse/internal/railway/sessions"
-RELOAD_PATH = "/_pulse/internal/railway/reload"
 INTERNAL_TOKEN_HEADER = "x-pulse-railway-internal-token"
 HEALTH_PATH = "/_pulse/health"
 VISITOR_COOKIE = "pulse_railway_visitor"
-REQUEST_ID = b"x-railway-request-id"  # set by Railway's edge
 ROUTER_HEALTH_PATH = "/healthz"
 META_PATH = "/_pulse/meta"
 DEFAULT_PORT = 8000
@@ -113,7 +107,6 @@ DEFAULT_REDIS_PREFIX = "pulse:railway"
 DEPLOYMENT_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,23}")
 LAST_PROMOTED_VARIABLE = "PULSE_RAILWAY_ACTIVE"  # on Railway: which deployment was promoted last
 LAST_PROMOTED_AT_VARIABLE = "PULSE_RAILWAY_ACTIVE_AT"
-RAILWAY_RUNTIME = ("RAILWAY_SERVICE_ID", "RAILWAY_REPLICA_ID", "RAILWAY_PRIVATE_DOMAIN")
 
 # Limits, in seconds and bytes. The edge's own: a 32 KB head, 15 minutes a request, 60 s idle.
 HEAD_LIMIT = 64 * 1024
@@ -457,9 +450,6 @@ class Routing:
         """Is it another stack's? `me` is an owner, None where nobody knows (outside Railway)."""
         return me is not None and self.owner not in (None, me)
 
-    def with_records(self, *records: Record) -> Routing:
-        return replace(self, records={**self.records, **{r.deployment_id: r for r in records}})
-
 
 def parse(state: State, now: float) -> Routing:
     """The routing state. What cannot be read is ignored, kept as it is, and in `problems`."""
@@ -484,7 +474,6 @@ def parse(state: State, now: float) -> Routing:
                 problems.append(f"{name}: {', '.join(record.ignored)} not understood")
             elif not record.url or not DEPLOYMENT_ID.fullmatch(name):
                 problems.append(f"{name}: no address follows from its record")
-    newest = sorted(records.values(), key=lambda r: (r.registered_at or 0, r.deployment_id))
     epoch = state.get(EPOCH, "0")
     if not (epoch.isascii() and epoch.isdigit() and len(epoch) < 16):
         problems.append(f"{EPOCH} is not understood")
@@ -493,14 +482,12 @@ def parse(state: State, now: float) -> Routing:
     own = records.get(active or "")
     if own and own.retiring_at:  # never the active one
         records[own.deployment_id] = replace(own, retiring_at=None)
-        newest = [records[r.deployment_id] for r in newest]
         problems.append(f"{active}: retiring_at, although it is active")
+    newest = sorted(records.values(), key=lambda r: (r.registered_at or 0, r.deployment_id))
     if active and not DEPLOYMENT_ID.fullmatch(active):
         problems.append(f"{ACTIVE} is no deployment id")
         active = None
-    promoted = read(
-        PROMOTED, lambda found: Promotion(a_text(found["deployment_id"]), a_time(found["at"]))
-    )
+    promoted = read(PROMOTED, lambda f: Promotion(a_text(f["deployment_id"]), a_time(f["at"])))
     if promoted and promoted.at > latest:
         problems.append(f"{PROMOTED} is in the future")
         promoted = None
@@ -885,8 +872,7 @@ class Follower:
         await self.scan()
         self.know(*lookups)
         found = await self.read_known()
-        if table.needs_repair(found):
-            await table.repair(self.store, found)
+        if await table.repair(self.store, found):
             self.know(*table.routing.records)
             found = await self.read_known()
         table.note_missing(found)
@@ -925,13 +911,14 @@ class Follower:
 
     async def report(self) -> None:
         """Say what this router serves: at once for a new epoch, soon for new counts."""
-        now, epoch = time.monotonic(), self.table.routing.epoch
+        now, table, epoch = time.monotonic(), self.table, self.table.routing.epoch
         if epoch == self.reported.get("epoch") and now < self.next_report:
             return
         self.next_report = now + REPORT_SECONDS
-        if self.table.other_owner:
+        if table.other_owner:
             return
-        report = {**self.table.report(), **METRICS.counters()}
+        served = {"active": table.routing.active, "epoch": epoch, "since": table.since}
+        report = {"version": runtime_version(), **served, **METRICS.counters()}
         if report != self.reported or now >= self.report_by:
             self.reported, self.report_by = report, now + REPORT_IDLE_SECONDS
             # what changes by itself is no reason to report
@@ -960,7 +947,6 @@ def store_from_env(env: Mapping[str, str]) -> Store:
     if kind == "sqlite":
         if not env.get("PULSE_KV_PATH"):
             raise SystemExit("PULSE_KV_KIND=sqlite needs PULSE_KV_PATH, the file to use")
-        sys.modules.setdefault("router", sys.modules[__name__])  # it imports this very module
         from sqlite_store import SqliteStore
 
         return SqliteStore(env["PULSE_KV_PATH"], prefix)
@@ -1064,45 +1050,33 @@ class Table:
             said["stale_seconds"] = round(age)
         return JSONResponse(said, 200 if self.ready else 503)
 
-    def report(self) -> Json:
-        return {
-            "router": METRICS.name,
-            "version": runtime_version(),
-            "active": self.routing.active,
-            "epoch": self.routing.epoch,
-            "since": self.since,
-        }
-
     # -- what the store holds ------------------------------------------------------------------
 
-    def locked(self, routing: Routing) -> bool:
-        """Must nothing be written? Another stack's state is served only, and one that has lost its
-        owner's key still is that owner's."""
-        return routing.is_foreign(self.me) or bool(self.other_owner and routing.owner is None)
+    def other(self, found: Routing) -> str | None:
+        """Whose the store is, where it is another stack's: it is served, and nothing is written.
+        One that has lost its owner's key still is that owner's."""
+        owner = found.owner or self.other_owner
+        return owner if self.me is not None and owner != self.me else None
 
     def keeps(self, found: Routing) -> bool:
         """Is what is known served on? The store holds other contents by now, of another owner; or
         it was another owner's, who alone writes back what it has lost."""
-        was_foreign = self.routing.is_foreign(self.me)
-        if was_foreign or not found.is_foreign(self.me):
-            return was_foreign and found.active is None
-        return found.active is None or found.store_id != self.routing.store_id
-
-    def needs_repair(self, found: Routing) -> bool:
-        if self.locked(found):
-            return False
-        alive = self.alive()
-        return bool(changes(found, repaired(found, self.routing, "new", alive)))
+        was, is_now = self.routing.is_foreign(self.me), found.is_foreign(self.me)
+        replaced = is_now and not was and found.store_id != self.routing.store_id
+        return replaced or ((was or is_now) and found.active is None)
 
     def alive(self) -> set[str]:
         """Those whose record is missing, and that have answered for a while."""
         before = time.monotonic() - MISSING_SECONDS
         return {name for name, m in self.missing.items() if m.answers and m.since <= before}
 
-    async def repair(self, store: Store, found: Routing) -> None:
-        """Write back what the store has lost. Where it names another active one than this router
-        knows, that is not given up for one that cannot be connected to."""
+    async def repair(self, store: Store, found: Routing) -> bool:
+        """Write back what the store has lost: was there anything? Where it names another active one
+        than this router knows, that is not given up for one that cannot be connected to."""
         known, loop = self.routing, asyncio.get_running_loop()
+        new_id, alive = secrets.token_hex(8), self.alive()
+        if self.other(found) or not changes(found, repaired(found, known, new_id, alive)):
+            return False
         mine, other = known.record_of_active(), found.record_of_active()
         refused = None
         if mine and other and mine.deployment_id != other.deployment_id:
@@ -1113,10 +1087,9 @@ class Table:
                 refused = other.deployment_id if unreachable else None
         if known.active and (found.store_id, found.active) != (known.store_id, known.active):
             log.error("the store has lost data: writing back what this router knows")
-        new_id, alive = secrets.token_hex(8), self.alive()
 
         def step(store: Routing) -> Routing:
-            if self.locked(store):
+            if self.other(store):
                 return store
             if refused and store.active == refused:
                 store = replace(store, active=known.active)
@@ -1126,14 +1099,14 @@ class Table:
             await loop.run_in_executor(None, store.apply, step)
         finally:
             store.disconnect()
+        return True
 
     def note_missing(self, found: Routing) -> None:
         """Keep the deployments whose records nobody of ours has removed, and ask them."""
         lost = {k: r for k, r in self.routing.records.items() if k not in found.records}
         gone = [record for record in lost.values() if not found.buries(record)]
         before, now = self.missing, time.monotonic()
-        names = [record.deployment_id for record in gone]
-        self.missing = {name: before.get(name) or Missing(now) for name in names}
+        self.missing = {r.deployment_id: before.get(r.deployment_id, Missing(now)) for r in gone}
         if gone and (self.looking is None or self.looking.done()):
             self.looking = asyncio.create_task(self.look_at(gone))
 
@@ -1153,7 +1126,7 @@ class Table:
 
     def load(self, found: Routing) -> None:
         self.loaded_at = now = time.monotonic()
-        other = (found.owner or self.other_owner) if self.locked(found) else None
+        other = self.other(found)
         if other != self.other_owner:
             said = f"of {other}: it is served, nothing is written" if other else "no longer so"
             log.error("another stack's routing state: %s", said)
@@ -1283,6 +1256,7 @@ class Table:
 
 TABLE = Table()
 ACCESS_LOG: telemetry.AccessLog | None = None  # where it is asked for
+TELEMETRY = ("PULSE_RAILWAY_ACCESS_LOG", "PULSE_RAILWAY_METRICS_PORT", "OTEL_")  # who asks
 
 
 # == Counters, for `control status`, for who watches a new version, and for what is exported ====
@@ -1341,9 +1315,10 @@ class Metrics:
     tallies: dict[str, Tally] = field(default_factory=dict)  # by deployment
 
     def counters(self) -> Json:
-        tunnels = collections.Counter(end.deployment for end in TunnelEnd.open)
+        in_use = requests_under_way() + [end.deployment for end in TunnelEnd.open]
         tallies = {name: tally.summary() for name, tally in self.tallies.items()}
         return {
+            "router": self.name,
             "requests": self.requests,
             "errors": self.errors,
             "stale": self.stale,
@@ -1354,7 +1329,7 @@ class Metrics:
             "tunnels_opened": self.tunnels_opened,
             "requests_per_deployment": {name: sum(t[0]) for name, t in tallies.items()},
             "tallies": {name: t for name, t in tallies.items() if t[1] or any(t[0])},
-            "in_flight": requests_under_way() + tunnels,
+            "in_flight": collections.Counter(in_use),  # a download needs no tab to be in use
         }
 
 
@@ -1364,13 +1339,10 @@ METRICS = Metrics()
 # == The backend's side of a connection =========================================================
 
 
-def requests_under_way() -> collections.Counter[str]:
-    """By deployment. A download needs no tab to be in use."""
-    return collections.Counter(
-        client.exchange.upstream.deployment.id
-        for client in Client.instances
-        if client.exchange and not client.exchange.finished
-    )
+def requests_under_way() -> list[str]:
+    """Their deployments' ids."""
+    exchanges = (client.exchange for client in Client.instances)
+    return [e.upstream.deployment.id for e in exchanges if e and not e.finished]
 
 
 class UpstreamError(Exception):
@@ -1442,11 +1414,11 @@ class Resolver:
     so that a bad one holds one thread, and an answer is good for a few seconds."""
 
     def __init__(self) -> None:
-        self.known: dict[tuple[str, int], tuple[float, list[AddrInfoType]]] = {}
-        self.asking: dict[tuple[str, int], asyncio.Task[list[AddrInfoType]]] = {}
+        self.known: dict[tuple[str, int], tuple[float, list[Any]]] = {}
+        self.asking: dict[tuple[str, int], asyncio.Task[list[Any]]] = {}
         self.threads = concurrent.futures.ThreadPoolExecutor(RESOLVERS, "resolver")
 
-    async def addresses(self, host: str, port: int) -> tuple[list[AddrInfoType], bool]:
+    async def addresses(self, host: str, port: int) -> tuple[list[Any], bool]:
         """All addresses of a name, and whether they were remembered. Raises OSError."""
         key = host, port
         until, found = self.known.get(key, (0.0, []))
@@ -1459,21 +1431,17 @@ class Resolver:
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
         return await asyncio.shield(task), False
 
-    async def _ask(self, key: tuple[str, int]) -> list[AddrInfoType]:
+    async def _ask(self, key: tuple[str, int]) -> list[Any]:
         try:
             # not loop.getaddrinfo: uvloop's own would pass by what Python's resolver is told
-            found: list[Any] = await asyncio.get_running_loop().run_in_executor(
-                self.threads, functools.partial(socket.getaddrinfo, *key, type=socket.SOCK_STREAM)
-            )
+            ask = functools.partial(socket.getaddrinfo, *key, type=socket.SOCK_STREAM)
+            found = await asyncio.get_running_loop().run_in_executor(self.threads, ask)
             now = time.monotonic()
             self.known = {k: v for k, v in self.known.items() if v[0] > now}
             self.known[key] = now + RESOLVED_SECONDS, found
             return found
         finally:
             del self.asking[key]
-
-    def forget(self, host: str, port: int) -> None:
-        self.known.pop((host, port), None)
 
 
 RESOLVER = Resolver()
@@ -1489,32 +1457,25 @@ async def connect(deployment: Deployment, timeout: float = CONNECT_TIMEOUT) -> U
         for other in TABLE.deployments.values():
             close_idle(other)  # descriptors are short, and this one is needed
     host, port = deployment.host, deployment.port
+    create = asyncio.get_running_loop().create_connection
     try:
         async with asyncio.timeout(timeout):
             if ":" in host or host.replace(".", "").isdigit():  # an address
-                return await upstream_at(deployment, host=host, port=port)
+                return (await create(lambda: Upstream(deployment), host, port))[1]
             while True:
                 addresses, remembered = await RESOLVER.addresses(host, port)
                 try:
-                    sock = await aiohappyeyeballs.start_connection(
-                        addresses, happy_eyeballs_delay=0.25
-                    )
-                    return await upstream_at(deployment, sock=sock)
+                    sock = await start_connection(addresses, happy_eyeballs_delay=0.25)
+                    return (await create(lambda: Upstream(deployment), sock=sock))[1]
                 except OSError:
-                    RESOLVER.forget(host, port)
+                    RESOLVER.known.pop((host, port), None)
                     if not remembered:
                         raise  # else it may have moved
     except TimeoutError:
-        RESOLVER.forget(host, port)
+        RESOLVER.known.pop((host, port), None)
         raise UpstreamError(504, "the deployment does not answer") from None
     except OSError:
         raise UpstreamError(502, "the deployment refuses connections") from None
-
-
-async def upstream_at(deployment: Deployment, **where: Any) -> Upstream:
-    loop = asyncio.get_running_loop()
-    _, upstream = await loop.create_connection(lambda: Upstream(deployment), **where)
-    return upstream
 
 
 # == The client's side of a connection ==========================================================
@@ -1610,6 +1571,14 @@ class Client(asyncio.Protocol):
     instances: ClassVar[set[Client]] = set()  # all open ones, for the sweep
     limit: ClassVar[int] = 1 << 30  # of them and the open tunnels
 
+    # what a connection begins with
+    handshake = chunked = head_in_read = ending = lingering = reading_paused = False
+    in_head = True
+    early = b""  # what a client sent behind its handshake
+    head_size = framing = 0  # framing: bytes of a chunked body that were none of it
+    chunks = body_bytes = 0  # of the body, in the last read
+    lingers_since = stalled_since = 0.0  # stalled: when it stopped taking its answer
+
     def __init__(self, *, server_state: Any, **_: Any) -> None:
         self.connections, self.tasks = server_state.connections, server_state.tasks
         self.loop = asyncio.get_running_loop()
@@ -1618,19 +1587,6 @@ class Client(asyncio.Protocol):
         self.waiting: collections.deque[Request] = collections.deque()  # not begun yet
         self.request: Request | None = None  # being answered, or the last that was
         self.exchange: Exchange | None = None
-        self.handshake = False
-        self.early = b""  # what a client sent behind its handshake
-        self.head_size = 0
-        self.in_head = True
-        self.chunked = False
-        self.head_in_read = False
-        self.framing = 0  # bytes of a chunked body that were none of it
-        self.chunks = self.body_bytes = 0  # of it, in the last read
-        self.ending = False
-        self.lingering = False
-        self.lingers_since = 0.0
-        self.reading_paused = False
-        self.stalled_since = 0.0  # when it stopped taking its answer, if it has
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
@@ -1706,7 +1662,7 @@ class Client(asyncio.Protocol):
         self.request = self.waiting.popleft()
         self.route(self.request)
 
-    def route(self, request: Request) -> None:
+    def route(self, request: Request) -> None:  # telemetry.py has another one
         route(request)
 
     def refuse(self, status: int) -> None:
@@ -1787,8 +1743,10 @@ class Client(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         self.in_head = False
-        if self.head_size > HEAD_LIMIT and self.head_bytes() > HEAD_LIMIT:
-            raise BadRequest("head too large", 431)
+        if self.head_size > HEAD_LIMIT:  # with what came behind it
+            size = sum(len(name) + len(value) + 4 for name, _, value in self.fields)
+            if len(self.url) + size > HEAD_LIMIT:
+                raise BadRequest("head too large", 431)
         self.head_size = self.framing = 0
         self.head_in_read = True
         parser = self.parser
@@ -1809,9 +1767,6 @@ class Client(asyncio.Protocol):
         self.waiting.append(self.arriving)
         if behind or self.handshake:
             self.pause_reading()  # what comes behind a handshake is the tunnel's
-
-    def head_bytes(self) -> int:
-        return len(self.url) + sum(len(name) + len(value) + 4 for name, _, value in self.fields)
 
     def police(self, method: bytes, version: str) -> None:
         """Refuse what request smugglers use (RFC 9112 sections 3.2, 5 and 6.3).
@@ -2018,6 +1973,9 @@ async def sweep() -> None:
 # == One request and its answer =================================================================
 
 
+Then = Callable[["Exchange"], None]
+
+
 class Exchange:
     """Copies one answer from an upstream to a client, chunk by chunk as it comes.
 
@@ -2040,13 +1998,7 @@ class Exchange:
     keep = True
     outcome = ""
 
-    def __init__(
-        self,
-        request: Request,
-        upstream: Upstream,
-        then: Callable[[Exchange], None],
-        spare: str = "",
-    ) -> None:
+    def __init__(self, request: Request, upstream: Upstream, then: Then, spare: str = "") -> None:
         client = self.client = request.client
         self.request, self.upstream, self.then = request, upstream, then
         self.parser = httptools.HttpResponseParser(self)
@@ -2301,13 +2253,8 @@ class Exchange:
         # the body of an answer that was held back is still on its way
         unread = self.spared and not self.head_only
         pool = upstream.deployment.idle
-        if (
-            self.keep
-            and not sending
-            and not unread
-            and not upstream.transport.is_closing()
-            and len(pool) < UPSTREAM_IDLE_LIMIT
-        ):
+        reusable = self.keep and not (sending or unread or upstream.transport.is_closing())
+        if reusable and len(pool) < UPSTREAM_IDLE_LIMIT:
             upstream.idle_since = client.loop.time()
             pool.append(upstream)
         else:
@@ -2466,10 +2413,9 @@ def conclude(exchange: Exchange) -> str:
         raise UpstreamError(504, "the deployment did not answer in time", sent=True)
     took = time.monotonic() - exchange.began
     if exchange.status:
-        tally = deployment.tally
-        tally.answered(request.method, exchange.status, took)
+        deployment.tally.answered(request.method, exchange.status, took)
         if exchange.started:
-            tally.first_byte.add(exchange.answered_at - exchange.began)
+            deployment.tally.first_byte.add(exchange.answered_at - exchange.began)
     if ACCESS_LOG is not None:
         ACCESS_LOG.answered(request, exchange.status, deployment.id, exchange.bytes_out, took)
     if outcome == "ok":
@@ -2582,9 +2528,8 @@ QUERY_AFFINITY = re.compile(rb"(?:^|&)" + AFFINITY_QUERY.encode() + rb"=([^&]*)"
 QUERY_RELOAD = re.compile(rb"(?:^|&)" + RELOAD_QUERY.encode() + rb"=1(?:&|$)")
 SUSPECT_PATH = re.compile(rb"_pulse|//|/\.|[%\\;]", re.IGNORECASE)
 OWN_HEALTH_PATH = ROUTER_HEALTH_PATH.encode()
-ASSET_PREFIXES = tuple(
-    p.encode() for p in os.environ.get("PULSE_RAILWAY_ASSET_PREFIXES", "/assets/").split(",") if p
-)
+_PREFIXES = os.environ.get("PULSE_RAILWAY_ASSET_PREFIXES", "/assets/").split(",")
+ASSET_PREFIXES = tuple(prefix.encode() for prefix in _PREFIXES if prefix)
 
 
 def affinity(request: Request) -> bytes:
@@ -2766,7 +2711,7 @@ async def handle(request: Request, name: bytes, *, fresh: bool = False) -> None:
         request.client.answer(request, no_target(request, name))
         return
     try:
-        await answered_by(request, target, name, fresh)
+        await answer_by(request, target, name, fresh)
     except UpstreamError as error:
         active = TABLE.active
         drawn = not name and target is not active and not request.begun
@@ -2774,16 +2719,14 @@ async def handle(request: Request, name: bytes, *, fresh: bool = False) -> None:
             target.tally.failed += 1  # a canary that is down costs no visitor anything
             target.tally.errors[error.kind] += 1
             try:
-                await answered_by(request, active, name)
+                await answer_by(request, active, name)
             except UpstreamError as also:
                 answer_for(request, active, also)
         else:
             answer_for(request, target, error)
 
 
-async def answered_by(
-    request: Request, target: Deployment, name: bytes, fresh: bool = False
-) -> None:
+async def answer_by(request: Request, target: Deployment, name: bytes, fresh: bool = False) -> None:
     """Have a deployment answer, or another one what it lacks. Raises as `forward`."""
     spare = spare_for(request, name)
     lacks = await forward(request, target, spare, fresh=fresh) == "missing"
@@ -2821,11 +2764,8 @@ async def elsewhere(request: Request, asked: Deployment, spare: str) -> bool:
             if others and not request.begun:
                 other = others.popleft()
                 asking[loop.create_task(forward(request, other, spare, SPARE_TIMEOUT))] = other
-            done, _ = await asyncio.wait(
-                asking,
-                timeout=SPARE_PAUSE if others else None,
-                return_when=asyncio.FIRST_COMPLETED,
-            )
+            pause, first = SPARE_PAUSE if others else None, asyncio.FIRST_COMPLETED
+            done, _ = await asyncio.wait(asking, timeout=pause, return_when=first)
             for task in done:
                 other = asking.pop(task)
                 try:
@@ -2942,6 +2882,7 @@ async def lifespan(_: Starlette) -> AsyncIterator[None]:
 
 
 app = Starlette(lifespan=lifespan)
+app.state.telemetry = {}  # its background tasks
 
 
 def listen(host: str | None, port: int) -> socket.socket:
@@ -2968,13 +2909,18 @@ class Server(uvicorn.Server):
 
 
 def serve() -> None:
+    global ACCESS_LOG
     port = from_env("PORT", DEFAULT_PORT, int)
     store_from_env(os.environ)  # a missing variable shows before the port is taken
     Client.limit = client_limit(from_env("PULSE_RAILWAY_ROUTER_CONNECTION_LIMIT", None, int))
     if os.environ.get("PULSE_RAILWAY_ROUTER_WORKERS"):
         log.warning("PULSE_RAILWAY_ROUTER_WORKERS has no effect: give the service replicas")
     sock = listen(os.environ.get("HOST"), port)
-    app.state.telemetry = telemetry_tasks()
+    # What is wrong with a variable that concerns nothing else is one line in the log.
+    if any(value and name.startswith(TELEMETRY) for name, value in os.environ.items()):
+        import telemetry
+
+        ACCESS_LOG, app.state.telemetry = telemetry.start(os.environ)
     config = uvicorn.Config(
         app,
         http=Client,
@@ -2992,20 +2938,6 @@ def serve() -> None:
     app.state.server.run(sockets=[sock])
     if app.state.failed:
         raise SystemExit(1)
-
-
-def telemetry_tasks() -> dict[str, Callable[[], Coroutine[Any, Any, None]]]:
-    """The access log and the metrics, where they are asked for. What is wrong with a variable that
-    concerns nothing else is told in the log, and keeps nothing from being served."""
-    global ACCESS_LOG
-    asking = ("PULSE_RAILWAY_ACCESS_LOG", "PULSE_RAILWAY_METRICS_PORT", "OTEL_")
-    if not any(value and name.startswith(asking) for name, value in os.environ.items()):
-        return {}
-    sys.modules.setdefault("router", sys.modules[__name__])  # it imports this very module
-    import telemetry
-
-    ACCESS_LOG, asked_for = telemetry.start(os.environ)
-    return asked_for
 
 
 # == The app's internal endpoints, asked by the metrics, the control commands and the janitor ===

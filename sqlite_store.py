@@ -63,8 +63,7 @@ class SqliteStore:
             table.refresh_event.clear()
             try:
                 found = self.read()
-                if table.needs_repair(found):
-                    await table.repair(self, found)
+                if await table.repair(self, found):
                     found = self.read()
             except sqlite3.Error as error:
                 raise OSError(str(error)) from None

@@ -35,6 +35,7 @@ import control
 import router
 from router import BUCKETS, METRICS, Client, Histogram, Json, Request
 
+REQUEST_ID = b"x-railway-request-id"  # set by Railway's edge
 LOG_RATE = 400  # lines of the access log a second; Railway keeps 500 of a replica
 LOG_FLUSH = 0.2  # how long a line may wait
 LOG_AHEAD = 20_000  # lines that wait for a reader that does not read
@@ -125,7 +126,7 @@ class AccessLog:
             return
         path = urllib.parse.unquote(request.path.decode("latin-1"))
         method = request.method.decode()
-        request_id = next((v for _, lower, v in request.fields if lower == router.REQUEST_ID), b"")
+        request_id = next((v for _, lower, v in request.fields if lower == REQUEST_ID), b"")
         self.add(
             {
                 "message": f"{method} {path} {status or 'gone'} {took * 1000:.1f} ms",
@@ -244,7 +245,7 @@ def collect_metrics(tab_counts: Mapping[str, int], log_dropped: int = 0) -> Metr
             histogram("pulse.router.first_byte.duration", tally.first_byte, deployment=name)
         for kind, count in tally.errors.items():
             put("pulse.router.upstream.errors", count, deployment=name, error_type=kind)
-    under_way = router.requests_under_way()
+    under_way = collections.Counter(router.requests_under_way())
     tunnels = collections.Counter(end.deployment for end in router.TunnelEnd.open)
     for name, tally in METRICS.tallies.items():
         put("http.server.active_requests", under_way[name], deployment=name)
@@ -473,7 +474,7 @@ class MetricsConnection(Client):
 
     async def scrape(self, request: Request) -> None:
         # only the private network: the edge says who it is
-        from_outside = any(lower == router.REQUEST_ID for _, lower, _ in request.fields)
+        from_outside = any(lower == REQUEST_ID for _, lower, _ in request.fields)
         if from_outside or request.path != b"/metrics":
             response = router.plain(404)
         elif request.method not in (b"GET", b"HEAD"):

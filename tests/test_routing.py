@@ -158,7 +158,7 @@ def test_a_field_that_holds_what_it_may_not(field: str, stored: object) -> None:
     (text,) = (
         value
         for key, value in router.changes(
-            routing, routing.with_records(replace(found, rejected_at=NOW, weight=None))
+            routing, control.with_records(routing, replace(found, rejected_at=NOW, weight=None))
         ).items()
         if key == ":deployment:a"
     )
@@ -339,7 +339,7 @@ def test_fields_and_keys_that_we_do_not_know_are_kept() -> None:
     change = router.changes(routing, control.set_maintenance(routing, None, 30, None))
     assert set(change) == {":maintenance", ":store", ":epoch", ":promoted"}
     drained = routing.records["a"].drains(NOW)
-    text = router.changes(routing, routing.with_records(drained))[":deployment:a"]
+    text = router.changes(routing, control.with_records(routing, drained))[":deployment:a"]
     expected = OLD | foreign | {"state": "draining", "drain_started_at": NOW}
     assert json.loads(text) == expected
 
