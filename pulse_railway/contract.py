@@ -57,6 +57,7 @@ NOTIFY_URL: Final = "PULSE_RAILWAY_NOTIFY_URL"  # ours, on the janitor: who is t
 LAST_PROMOTED: Final = "PULSE_RAILWAY_ACTIVE"  # ours, on the router: which deployment was last
 LAST_PROMOTED_AT: Final = "PULSE_RAILWAY_ACTIVE_AT"  # ... and when, in seconds by Redis' clock
 MAINTENANCE: Final = "PULSE_RAILWAY_MAINTENANCE"  # ours, on the router: closed since then
+APP: Final = "PULSE_RAILWAY_APP"  # ours, on the router: which app it serves
 STACK: Final = "PULSE_RAILWAY_STACK"  # ours, on every service of a stack: whose it is
 OWNS_STATE: Final = "PULSE_RAILWAY_OWNS_STATE"  # ours, on the router: a state of nobody is its own
 MAINTENANCE_OFF: Final = "PULSE_RAILWAY_MAINTENANCE_OFF"  # ours, on the router: when it ended last

@@ -84,6 +84,8 @@ class BaselineOptions:
     keep: int = 0  # deployments
     router_replicas: int = 1
     runtime_image: str | None = None
+    app: AppConfig | None = None
+    replace_app: bool = False
     notify: str | None = field(default=None, repr=False)
     plan_only: bool = False
 
@@ -102,6 +104,7 @@ class DeployOptions:
     no_gitignore: bool = False
     replicas: int = 1
     promote: bool = True
+    replace_app: bool = False
     keep_failed: bool = False
     canary: float | None = None  # percent of new visitors, instead of a promotion
     bake: int = 0  # seconds
@@ -214,6 +217,8 @@ def baseline(flags: Flags, output: Output) -> BaselineOptions:
         keep=number(flags, "keep", 0, 0),
         router_replicas=number(flags, "router_replicas", 1),
         runtime_image=flags.get("runtime_image") or app.plugin.runtime_image,
+        app=app,
+        replace_app=bool(flags.get("replace_app")),
         notify=notify(flags),
         plan_only=bool(flags.get("plan")),
     )
@@ -247,6 +252,7 @@ def deploy(flags: Flags, output: Output) -> DeployOptions:
         no_gitignore=bool(flags.get("no_gitignore")),
         replicas=number(flags, "backend_replicas", 1),
         promote=not flags.get("no_promote"),
+        replace_app=bool(flags.get("replace_app")),
         keep_failed=bool(flags.get("keep_failed")),
         canary=canary,
         bake=bake,

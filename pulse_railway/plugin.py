@@ -16,6 +16,7 @@ from starlette.responses import FileResponse, JSONResponse
 from pulse_railway import contract, naming
 from pulse_railway.session import RailwaySessionStore
 
+NAME_LIMIT = 64  # characters of the app's name
 AFFINITY_SCRIPT = Path(__file__).with_name("affinity.js")
 
 
@@ -32,6 +33,7 @@ class RailwayPlugin(ps.Plugin):
     configuration for `pulse-railway`, whose flags win over it.
 
     Args:
+        name: the app's. A stack that serves an app of another name refuses its deploy.
         dockerfile: the app's Dockerfile, relative to the deploy context.
         project, environment: Railway names. What is not set must follow from flags or the token.
         deployment_name: prefix of generated deployment ids; `prod` where not set.
@@ -46,7 +48,7 @@ class RailwayPlugin(ps.Plugin):
         router_service, janitor_service, redis_service, env_service: names of the stable services.
         service_prefix: put before every service's name; at most 8 characters with its dash.
 
-    Raises ValueError for a name that Railway would not take, or a check_path that is no path.
+    Raises ValueError for a name that cannot be one, or a check_path that is no path.
     """
 
     priority = 100
@@ -54,6 +56,7 @@ class RailwayPlugin(ps.Plugin):
     def __init__(
         self,
         *,
+        name: str | None = None,
         dockerfile: str | os.PathLike[str] | None = None,
         project: str | None = None,
         environment: str | None = None,
@@ -73,6 +76,9 @@ class RailwayPlugin(ps.Plugin):
             raise RailwayPluginError(
                 f"check_path must start with a slash, as in {'/' + check_path!r}"
             )
+        if name is not None and not (name.isprintable() and 0 < len(name) <= NAME_LIMIT):
+            raise RailwayPluginError(f"name takes 1 to {NAME_LIMIT} printable characters")
+        self.name = name
         self.dockerfile = os.fspath(dockerfile) if dockerfile else None
         self.project = project
         self.environment = environment

@@ -87,6 +87,13 @@ def from_git(context: Path) -> dict[str, str]:
     return found
 
 
+def origin(context: Path) -> tuple[str | None, str]:
+    """The address of git's `origin`, and the context's place in the repository: nothing, or a
+    folder with its slash."""
+    folder = (_git(context, "rev-parse", "--show-prefix") or "").strip()
+    return (_git(context, "remote", "get-url", "origin") or "").strip() or None, folder
+
+
 def _git(context: Path, *words: str) -> str | None:
     try:
         done = subprocess.run(

@@ -73,7 +73,7 @@ def scaffold(wanted: BaselineOptions, output: Output) -> None:
     )
 
 
-@verb([*BASELINE, "plan"], door="baseline")
+@verb([*BASELINE, "replace_app", "plan"], door="baseline")
 def ensure(wanted: BaselineOptions, output: Output) -> None:
     """Create the baseline in an empty environment, or reconcile a complete one."""
     from pulse_railway import config

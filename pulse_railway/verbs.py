@@ -102,6 +102,7 @@ FLAGS: dict[str, Flag] = {
     "env": Flag("variable KEY=VALUE of this deployment; may be repeated", (), value="KEY=VALUE"),
     "backend_replicas": Flag("backend replicas (default: 1, the safe number)", value="NUMBER"),
     "no_promote": Flag("leave the new deployment pending", False),
+    "replace_app": Flag("go on where the stack serves an app of another name", False),
     "keep_failed": Flag("do not remove the service when the deploy fails", False),
     # its life
     "canary": Flag(
@@ -158,7 +159,7 @@ DEPLOY = [
     *WAY,
     *"deployment_name deployment_id service_prefix server_address web_root".split(),
     *"image_repository build_arg no_gitignore env backend_replicas no_promote".split(),
-    *"keep_failed canary bake lock_wait message notify json".split(),
+    *"replace_app keep_failed canary bake lock_wait message notify json".split(),
 ]
 
 

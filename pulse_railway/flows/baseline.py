@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pulse_railway import contract, runtime_image
+from pulse_railway import app_identity, contract, runtime_image
 from pulse_railway.config import Names, Target
 from pulse_railway.errors import Failure, keep_secret
 from pulse_railway.options import BaselineOptions
@@ -99,6 +99,8 @@ def ensure(
         raise Failure(partial(stack))
     check_redis_mode(stack, wanted)
     check_prefixes(stack, wanted)
+    if wanted.app:
+        app_identity.check(stack, app_identity.of_app(wanted.app), wanted.replace_app, output)
     assert stack.router is not None
     if stack.copied_from:
         tell_of_copy(stack, output)
@@ -334,7 +336,12 @@ def plan(
             change.disconnect = True
         change.deploy = bool(change) or service.status != "SUCCESS"
         change.domain = goal.name == stack.names.router and not service.domains
-    for change in changes.values():  # neither of the two deploys anything
+    name = wanted.app.plugin.name if wanted.app else None
+    if name and app_identity.remembered(stack).name != name:
+        changes[stack.names.router].variables[contract.APP] = app_identity.variable(
+            app_identity.AppIdentity(name)
+        )
+    for change in changes.values():  # none of these deploys anything
         if router.group_id and change.service.group_id != router.group_id:
             change.group_id = router.group_id
         if change.service.variables.get(contract.STACK) != stack.stamp:

@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from pulse_railway import contract, naming, provenance, router_commands
+from pulse_railway import app_identity, contract, naming, provenance, router_commands
 from pulse_railway.config import AppConfig, Target, inside
 from pulse_railway.context import exposed
 from pulse_railway.errors import Failure, Refused
@@ -231,6 +231,8 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
             require_baseline(stack)
             progress.stack = stack
             check_secret(plan, stack)
+            identity = app_identity.of_app(plan.app)
+            app_identity.check(stack, identity, plan.wanted.replace_app, output)
             app = replace(plan.app, names=stack.names)  # as they were when it was set up
             plan = free_name(replace(plan, wanted=replace(plan.wanted, app=app)), stack)
             progress.deployment_id, progress.service_name = (
@@ -266,6 +268,7 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
             progress.step = f"watch it for {seconds} s"
             old = str(progress.previous)
             baking = bake(api, stack, progress.deployment_id, old, seconds, output, canary)
+        app_identity.remember(api, target, stack, identity, output)
     return {
         "deployment_id": plan.deployment_id,
         "service_id": progress.service_id,

@@ -1,0 +1,96 @@
+"""Which app a stack serves. The router's service remembers it, so that another app does not take
+its place by a deploy from the wrong folder."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+
+from pulse_railway import contract, provenance
+from pulse_railway.config import AppConfig, Target
+from pulse_railway.errors import Failure
+from pulse_railway.output import Output
+from pulse_railway.railway.api import Api
+from pulse_railway.services import write_variables
+from pulse_railway.stack import Stack
+
+TEXT_LIMIT = 500  # characters of a field
+
+
+@dataclass(frozen=True)
+class AppIdentity:
+    """What is known of an app; None: not said, and compared with nothing."""
+
+    name: str | None = None  # RailwayPlugin(name=...)
+    repository: str | None = None  # host and path of git's `origin`
+    file: str | None = None  # in that repository, or in the context
+
+    @property
+    def place(self) -> str:
+        return " ".join(filter(None, (self.repository, self.file)))
+
+
+def of_app(app: AppConfig) -> AppIdentity:
+    remote, folder = provenance.origin(app.context)
+    return AppIdentity(app.plugin.name, repository(remote), folder + app.file)
+
+
+def repository(remote: str | None) -> str | None:
+    """A remote's host and path: one name for its https and ssh addresses, and no credentials."""
+    if not remote:
+        return None
+    found = re.fullmatch(r"(?:\w+://)?(?:[^@/]*@)?([^/:@]+)(?::\d+)?[:/]+(.+)", remote)
+    host_and_path = f"{found[1]}/{found[2]}" if found else remote
+    return host_and_path.rstrip("/").removesuffix(".git")[:TEXT_LIMIT]
+
+
+def remembered(stack: Stack) -> AppIdentity:
+    """What the router's service says. What is not understood says nothing."""
+    text = stack.router.variables.get(contract.APP) if stack.router else None
+    try:
+        found = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        return AppIdentity()
+    if not isinstance(found, dict):
+        return AppIdentity()
+    usable = {k: v for k, v in found.items() if isinstance(v, str) and 0 < len(v) <= TEXT_LIMIT}
+    return AppIdentity(*(usable.get(name) for name in ("name", "repository", "file")))
+
+
+def variable(app: AppIdentity) -> str:
+    return json.dumps({k: v for k, v in asdict(app).items() if v})
+
+
+def check(stack: Stack, app: AppIdentity, replace: bool, output: Output) -> None:
+    """Warn where another repository or file was deployed to this stack last.
+
+    Raises Failure where the stack serves an app of another name, unless it is to be replaced."""
+    known = remembered(stack)
+    if replace or (known.name and known.name == app.name):
+        return
+    router = stack.names.router
+    if known.name and app.name:
+        raise Failure(
+            f"{router} serves the app {known.name!r}, and this one is {app.name!r}: name its own"
+            " router (`RailwayPlugin(router_service=...)`, then `pulse-railway ensure`), or pass"
+            " --replace-app"
+        )
+    for was, is_now in ((known.repository, app.repository), (known.file, app.file)):
+        if was and is_now and was != is_now:
+            output.warn(
+                f"{router} serves {known.place}, and this is {app.place}: if that is another app,"
+                " give both a name (`RailwayPlugin(name=...)`) and this one a router of its own"
+            )
+            return
+
+
+def remember(api: Api, target: Target, stack: Stack, app: AppIdentity, output: Output) -> None:
+    """Note it, where it is not noted yet. A failure is no reason to fail."""
+    assert stack.router is not None
+    if stack.router.variables.get(contract.APP) == variable(app):
+        return
+    try:
+        write_variables(api, target, stack.router.id, {contract.APP: variable(app)})
+    except Failure as failure:
+        output.warn(f"{contract.APP} could not be written: {failure}; the next deploy will")
