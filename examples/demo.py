@@ -105,14 +105,19 @@ class Stage:
 
 
 @contextmanager
-def stage(root: Path) -> Iterator[Stage]:
-    """A local Railway in `root` for the length of a block. It ends with all its processes."""
+def stage(
+    root: Path, module: str = "pulse_railway.local.server", *arguments: str
+) -> Iterator[Stage]:
+    """A local Railway in `root` for the length of a block. It ends with all its processes.
+
+    `module`, `arguments`: what is run with `root` and these.
+    """
     from pulse_railway.local.server import LocalRailway
 
     root.mkdir(parents=True, exist_ok=True)
     with (root / "server.log").open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "pulse_railway.local.server", str(root)],
+            [sys.executable, "-m", module, str(root), *arguments],
             stdout=log,
             stderr=log,
             start_new_session=True,  # a Ctrl-C is for us, and we end it

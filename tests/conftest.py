@@ -31,6 +31,10 @@ from pulse_railway.local.supervisor import free_port, redis_executable
 from tests.net import eventually
 from tests.zygote import Zygote
 
+# Bytecode is kept whatever the shell says: six workers would compile every test, each process more.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 ROOT = Path(__file__).parent.parent
 MEASURED = "COVERAGE_PROCESS_CONFIG" in os.environ  # what is killed says not what it ran through
 
@@ -267,7 +271,7 @@ def order(stage: demo.Stage, **body: Any) -> None:
 def railway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[demo.Stage]:
     """A local Railway for tests that leave its first project as they found it: empty."""
     root = tmp_path_factory.mktemp("railway").resolve()
-    with demo.stage(root) as stage:
+    with demo.stage(root, "tests.railway", str(zygote().bin)) as stage:
         order(stage)
         yield stage
     assert not demo.processes_of(root), "the local Railway left processes behind"
