@@ -31,7 +31,7 @@ from pulse_railway.local.supervisor import free_port, redis_executable
 from tests.net import eventually
 from tests.zygote import Zygote
 
-# Bytecode is kept whatever the shell says: six workers would compile every test, each process more.
+# As `invoke test` does it, for a pytest that is started by hand: what each process would compile.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
