@@ -37,9 +37,9 @@ def demo(_: Any, once: bool = False, job: bool = False) -> None:
 @task(help={"args": "more arguments for pytest"})
 def test(c: Context, args: str = "") -> None:
     """Run the tests, six files at a time: most of them wait."""
-    c.run(
-        f"{sys.executable} -m pytest -n 6 --dist loadfile --no-loadscope-reorder {args}", pty=False
-    )
+    pytest = f"{sys.executable} -m pytest -n 6 --dist loadfile --no-loadscope-reorder {args}"
+    # bytecode is kept whatever the shell says: six workers would compile pytest's plugins anew
+    c.run(pytest, pty=False, env={"PYTHONDONTWRITEBYTECODE": ""})
 
 
 @task

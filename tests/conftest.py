@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import redis
 import redis.backoff
@@ -30,6 +29,10 @@ from examples import demo
 from pulse_railway.local.supervisor import free_port, redis_executable
 from tests.net import eventually
 from tests.zygote import Zygote
+
+# As `invoke test` does it, for a pytest that is started by hand: what each process would compile.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 ROOT = Path(__file__).parent.parent
 MEASURED = "COVERAGE_PROCESS_CONFIG" in os.environ  # what is killed says not what it ran through
@@ -260,14 +263,14 @@ def order(stage: demo.Stage, **body: Any) -> None:
     """Tell a local Railway what is to go wrong, and how fast it is to be. A janitor that comes by
     on its cron would take what a test is about to look at: it stands still."""
     url = stage.api.replace("/graphql/v2", "/local/faults")
-    httpx.post(url, json={"clock": False, **body}).raise_for_status()
+    demo.post(url, json={"clock": False, **body}).raise_for_status()
 
 
 @pytest.fixture(scope="session")
 def railway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[demo.Stage]:
     """A local Railway for tests that leave its first project as they found it: empty."""
     root = tmp_path_factory.mktemp("railway").resolve()
-    with demo.stage(root) as stage:
+    with demo.stage(root, "tests.railway", str(zygote().bin)) as stage:
         order(stage)
         yield stage
     assert not demo.processes_of(root), "the local Railway left processes behind"
@@ -477,7 +480,7 @@ class Project:
         where it made none."""
         url = self.railway.api.replace("/graphql/v2", "/local/cron/pulse-janitor")
         where = {"project": self.id, "environment": self.environment}
-        done = httpx.post(url, params=where, timeout=60).json()
+        done = demo.post(url, params=where, timeout=60).json()
         last = done["log"][-1]
         report = json.loads(last) if last.startswith("{") else {"refused": last}
         return {**report, "exit": done["exit"]}

@@ -1,36 +1,62 @@
-"""Runs verbs in processes that are forked, not started: importing Pulse takes 1.5 s each time.
+"""Runs `pulse-railway` in processes that are forked, not started: a verb imports Pulse for 1.5 s,
+a control command Redis and uvicorn for 0.25 s.
 
     python -m tests.zygote SOCKET
 
-Each connection brings one verb: its arguments, environment and folder as JSON, its stdout and
-stderr as descriptors. The answer is the verb's process id, and its exit status once it has ended.
+Each connection brings one command line: its arguments, environment and folder as JSON, its stdout
+and stderr as descriptors. The answer is the process id, and the exit status once it has ended.
 Everything that a user's process has (environment, folder, session, signals) it has too; tests of
-signals and of the wheel start real ones all the same.
+signals and of the wheel start real ones all the same. `router.py` and `control.py` are imported in
+each process anew, since they read the environment.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
+import runpy
+import select
 import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+# What a container of the local Railway has as `pulse-railway`: a process that is told and killed
+# like the real one, and whose end is the forked one's. `serve` and the like are the real one.
+CLIENT = """#!{python} -SE
+import json, os, socket, sys
+if sys.argv[1:2] != ["control"]:
+    os.execv({real!r}, [{real!r}, *sys.argv[1:]])
+with socket.socket(socket.AF_UNIX) as connection:
+    connection.connect({path!r})
+    request = dict(arguments=sys.argv[1:], env=dict(os.environ), cwd=os.getcwd())
+    body = json.dumps(request).encode()
+    message = len(body).to_bytes(4) + body
+    connection.sendall(message[socket.send_fds(connection, [message], [1, 2]) :])
+    connection.recv(4)
+    sys.exit(int.from_bytes(connection.recv(4), signed=True))
+"""
 
 
 def serve(path: str) -> None:
     import pulse  # noqa: F401
+    import uvloop  # noqa: F401
 
     import pulse_railway.cli
     import pulse_railway.flows.baseline
     import pulse_railway.flows.deploy
     import pulse_railway.options
     import pulse_railway.plugin  # noqa: F401
+    from pulse_railway import runtime_image
 
+    runtime_image.load("control")  # for what it imports
+    for name in runtime_image.SCRIPTS:
+        sys.modules.pop(name.removesuffix(".py"), None)
     parent = os.getppid()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # handlers are not waited for
     with socket.socket(socket.AF_UNIX) as listener:
@@ -65,6 +91,9 @@ def handle(connection: socket.socket) -> None:
     for fd in fds:
         os.close(fd)
     connection.sendall(pid.to_bytes(4))
+    ended = os.pidfd_open(pid)
+    if ended not in select.select([ended, connection.fileno()], [], [])[0]:  # nobody waits any more
+        os.killpg(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
     with contextlib.suppress(OSError):
         connection.sendall(os.waitstatus_to_exitcode(status).to_bytes(4, signed=True))
@@ -83,8 +112,10 @@ def become(request: dict[str, Any], fds: list[int]) -> None:
         os.chdir(request["cwd"])
         sys.path[0] = os.getcwd()
         sys.argv = ["pulse-railway", *request["arguments"]]
+        from pulse_railway import runtime_image
         from pulse_railway.__main__ import main
 
+        runtime_image.become = run_script
         try:
             main()
             code = 0
@@ -101,11 +132,30 @@ def become(request: dict[str, Any], fds: list[int]) -> None:
         os._exit(code)
 
 
+def run_script(name: str, arguments: list[str]) -> NoReturn:
+    """What runtime_image.become starts, in this process."""
+    from pulse_railway import runtime_image
+
+    given = os.environ.get("PYTHONPATH")
+    sys.path[:0] = [str(runtime_image.sources()), *(given.split(os.pathsep) if given else [])]
+    sys.modules.pop("sitecustomize", None)
+    with contextlib.suppress(ImportError):  # a container's has the private network's names
+        importlib.import_module("sitecustomize")
+    sys.argv = [name, *arguments]
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
+    raise SystemExit(0)
+
+
 class Zygote:
     """The tests' end."""
 
     def __init__(self, folder: Path) -> None:
         self.path = str(folder / "zygote")
+        self.bin = folder / "bin"  # for a PATH
+        self.bin.mkdir()
+        client, real = self.bin / "pulse-railway", Path(sys.executable).with_name("pulse-railway")
+        client.write_text(CLIENT.format(python=sys.executable, real=str(real), path=self.path))
+        client.chmod(0o755)
         self.process = subprocess.Popen([sys.executable, "-m", "tests.zygote", self.path])
 
     def run(

@@ -26,7 +26,7 @@ from typing import Any
 from urllib.parse import parse_qs
 
 import uvicorn
-from graphql import FieldNode, GraphQLError, OperationDefinitionNode, parse
+from graphql import FieldNode, GraphQLError, OperationDefinitionNode
 from graphql.error import GraphQLSyntaxError
 from graphql.utilities import value_from_ast_untyped
 from starlette.applications import Starlette
@@ -490,7 +490,7 @@ def top_fields(document: str) -> list[str]:
 def top_nodes(document: str) -> list[FieldNode]:
     return [
         selection
-        for definition in parse(document).definitions
+        for definition in api.parsed(document).definitions
         if isinstance(definition, OperationDefinitionNode)
         for selection in definition.selection_set.selections
         if isinstance(selection, FieldNode)

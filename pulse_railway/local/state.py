@@ -227,7 +227,7 @@ class State:
         temporary = self.path.with_suffix(".tmp")
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with open(fd, "w") as file:
-            json.dump(data, file, indent=1)
+            file.write(json.dumps(data))  # in C, which `dump` and an indent are not
         temporary.replace(self.path)
 
     # -- looking up ----------------------------------------------------------------------------

@@ -6,10 +6,23 @@ environments.py and tokens.py have a resolver a field; patch.py and services.py 
 
 from __future__ import annotations
 
+import functools
+import inspect
 from pathlib import Path
 from typing import Any
 
-from graphql import GraphQLResolveInfo, GraphQLSchema, build_schema, default_field_resolver, graphql
+import graphql
+from graphql import (
+    DocumentNode,
+    ExecutionResult,
+    GraphQLError,
+    GraphQLResolveInfo,
+    GraphQLSchema,
+    build_schema,
+    default_field_resolver,
+    parse,
+    validate,
+)
 
 from pulse_railway.local import state as model
 from pulse_railway.local.api import environments, tokens
@@ -31,17 +44,32 @@ def schema() -> GraphQLSchema:
     return build_schema(SCHEMA.read_text())
 
 
+@functools.lru_cache(maxsize=256)
+def parsed(document: str) -> DocumentNode:
+    """A document's tree. The same few come again and again. Raises GraphQLSyntaxError."""
+    return parse(document)
+
+
+@functools.lru_cache(maxsize=256)
+def violations(compiled: GraphQLSchema, document: str) -> list[GraphQLError]:
+    return validate(compiled, parsed(document))
+
+
 async def execute(
     compiled: GraphQLSchema, caller: Caller, document: str, values: dict[str, Any] | None
 ) -> dict[str, Any]:
     """Run a document; the answer as Railway shapes it. Mutations are saved."""
-    result = await graphql(
-        compiled,
-        document,
-        context_value=caller,
-        variable_values=values,
-        field_resolver=_resolve,
-    )
+    if errors := violations(compiled, document):
+        result = ExecutionResult(data=None, errors=errors)
+    else:
+        done = graphql.execute(
+            compiled,
+            parsed(document),
+            context_value=caller,
+            variable_values=values,
+            field_resolver=_resolve,
+        )
+        result = await done if inspect.isawaitable(done) else done
     caller.state.save()
     answer: dict[str, Any] = {"data": result.data}
     if result.errors:
@@ -69,6 +97,7 @@ __all__ = [
     "execute",
     "need_instance",
     "need_service",
+    "parsed",
     "schema",
     "tokens",
 ]
