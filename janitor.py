@@ -88,19 +88,11 @@ query Services($project: String!, $environment: String!) {
 }
 """
 
-REMEMBER = """
-mutation Remember($input: VariableCollectionUpsertInput!) {
-  variableCollectionUpsert(input: $input)
-}
-"""
-
-DELETE = """
-mutation Delete($service: String!, $environment: String!) {
-  serviceDelete(id: $service, environmentId: $environment)
-}
-"""
-
 log = logging.getLogger("pulse.janitor")
+
+
+class GraphqlError(RuntimeError):
+    """Railway's API has understood the document, and says no: its own words."""
 
 
 class Contradiction(Exception):
@@ -150,6 +142,7 @@ class Report:
     """What a run did, printed as one JSON line."""
 
     deleted: list[str] = field(default_factory=list)
+    left_empty: list[str] = field(default_factory=list)  # of those, whose service is still there
     expired: list[str] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)  # what could not be done, and why
@@ -195,13 +188,20 @@ class Railway:
         self.url = env.get("PULSE_RAILWAY_API_URL") or API_URL
         self.client = httpx.Client(timeout=30)
         self.headers = {"Project-Access-Token": self.token}
+        self.token_is_known = False  # is it certain which kind it is?
         self.me = ownership.identity(env)
+        self.deletion = ownership.Deletion(
+            lambda document, **variables: self.call(document, **variables),
+            GraphqlError,
+            self.project,
+            self.environment,
+            lambda: "Project-Access-Token" in self.headers,
+        )
 
     def call(self, document: str, **variables: Any) -> dict[str, Any]:
         """One request, tried up to three times where Railway is busy or away.
 
-        Raises httpx.HTTPError, or RuntimeError with Railway's own words, or where its answer is
-        not understood.
+        Raises httpx.HTTPError, GraphqlError, or RuntimeError where its answer is not understood.
         """
         for attempt in range(3):
             try:
@@ -226,12 +226,14 @@ class Railway:
         errors, data = answer.get("errors"), answer.get("data")
         if isinstance(errors, list) and errors:
             message = "; ".join(str(e.get("message") if isinstance(e, dict) else e) for e in errors)
-            if "not authorized" in message.lower() and "Project-Access-Token" in self.headers:
+            unknown = not self.token_is_known and "Project-Access-Token" in self.headers
+            if unknown and "not authorized" in message.lower():
                 self.headers = {"Authorization": f"Bearer {self.token}"}
                 return self.call(document, **variables)
-            raise RuntimeError(message)
+            raise GraphqlError(message)
         if errors or not data or not isinstance(data, dict):
             raise RuntimeError("Railway's answer is not one of its API")
+        self.token_is_known = True
         return data
 
     def inspect(self, routing: Routing | None = None) -> Inventory:
@@ -308,7 +310,7 @@ class Railway:
         backends = [
             backend(node, services[node["serviceId"]])
             for node in nodes
-            if services[node["serviceId"]].is_backend
+            if services[node["serviceId"]].is_backend and not services[node["serviceId"]].is_empty
         ]
         named = {router_id: {b.id for b in backends if names(routing, b)}}
         owners = ownership.owners(self.environment, list(services.values()), named)
@@ -326,7 +328,7 @@ class Railway:
     def remember(self, service_id: str, values: dict[str, str]) -> None:
         """Set variables of a service; nothing is deployed anew."""
         self.call(
-            REMEMBER,
+            ownership.SET_VARIABLES,
             input={
                 "projectId": self.project,
                 "environmentId": self.environment,
@@ -336,10 +338,9 @@ class Railway:
             },
         )
 
-    def delete(self, service: Service) -> None:
-        answer = self.call(DELETE, service=service.id, environment=self.environment)
-        if answer.get("serviceDelete") is not True:
-            raise RuntimeError(f"Railway does not say that it deleted {service.name}")
+    def delete(self, service: Service) -> bool:
+        """False: it could not be deleted, and nothing of it runs any more."""
+        return self.deletion.delete(service.id)
 
 
 def backend(node: dict[str, Any], service: ownership.Service) -> Service:
@@ -733,7 +734,8 @@ class Run:
         if service:
             if judged and control.reload_tabs(judged, self.token):
                 time.sleep(RELOAD_GRACE_SECONDS)
-            self.railway.delete(service)
+            if not self.railway.delete(service):
+                self.report.left_empty.append(name)
         step = functools.partial(control.delete, deployment_id=name)
         self.store.apply(control.with_history(step, "remove", name, by="janitor", why=why))
         self.report.deleted.append(name)

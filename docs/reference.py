@@ -74,6 +74,8 @@ VARIABLES = {
         " when, where Redis cannot lose it",
         "PULSE_RAILWAY_STACK": "on every service of a stack: whose it is, as `<environment id>/<id"
         " of the router service>`",
+        "PULSE_RAILWAY_REMOVED": "on a service that Railway did not let be deleted: since when it"
+        " is empty",
         "PULSE_RAILWAY_TOKEN_MADE": "its token is one that `ensure` made for it, in a copied"
         " environment",
         "PULSE_RAILWAY_OWNS_STATE": "`1`: the janitor makes a routing state that has no owner this"

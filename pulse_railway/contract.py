@@ -59,6 +59,7 @@ LAST_PROMOTED_AT: Final = "PULSE_RAILWAY_ACTIVE_AT"  # ... and when, in seconds 
 MAINTENANCE: Final = "PULSE_RAILWAY_MAINTENANCE"  # ours, on the router: closed since then
 STACK: Final = "PULSE_RAILWAY_STACK"  # ours, on every service of a stack: whose it is
 OWNS_STATE: Final = "PULSE_RAILWAY_OWNS_STATE"  # ours, on the router: a state of nobody is its own
+REMOVED: Final = "PULSE_RAILWAY_REMOVED"  # ours: could not be deleted, is empty
 MAINTENANCE_OFF: Final = "PULSE_RAILWAY_MAINTENANCE_OFF"  # ours, on the router: when it ended last
 TOKEN_MADE: Final = "PULSE_RAILWAY_TOKEN_MADE"  # ours, on the router: `ensure` made its token
 NAME: Final = "PULSE_RAILWAY_DEPLOYMENT_NAME"  # ours, on a backend: the name its id is made from
@@ -79,6 +80,7 @@ RESERVED: Final = frozenset(
         SESSION_REDIS_URL,
         NAME,
         STACK,
+        REMOVED,
         "PULSE_RAILWAY_DEPLOYMENT_STATE",
         "PULSE_RAILWAY_DRAIN_STARTED_AT",
     }

@@ -27,6 +27,7 @@ from pulse_railway.services import (
     create_service,
     delete_service,
     deploy_service,
+    left_empty,
     variable_input,
     write,
 )
@@ -439,7 +440,8 @@ def create(api: Api, stack: Stack, wanted: BaselineOptions, output: Output) -> S
             stack.services[names.env] = env
     if wanted.redis_url and stack.redis:
         with output.step(f"delete {names.redis}"):
-            delete_service(api, target, stack.redis.id)
+            if not delete_service(api, target, stack.redis.id):
+                output.warn(left_empty(names.redis, None))
             del stack.services[names.redis]
     starting: dict[str, str | None] = {}
     if stack.redis:  # the router is healthy once it has read its state
