@@ -13,7 +13,7 @@ import re
 import time
 import urllib.parse
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 STACK = "PULSE_RAILWAY_STACK"  # <environment id>/<router service id>
@@ -352,7 +352,7 @@ class Deletion:
     project_id: str
     environment_id: str
     for_one_environment: Callable[[], bool]
-    patience: float = READ_BACK_SECONDS
+    patience: float = field(default_factory=lambda: READ_BACK_SECONDS)
 
     def delete(self, service_id: str) -> bool:
         """True: the service is not in this environment any more. False: it is empty, and marked.

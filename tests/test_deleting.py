@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +14,9 @@ from pulse_railway.errors import Failure
 from pulse_railway.railway.api import Api
 from pulse_railway.railway.tokens import Token
 from pulse_railway.services import delete_service
-from tests.conftest import BASE, Project, play
+from tests.conftest import BASE, Project
 from tests.net import eventually
-from tests.test_local_environments import Bearer, in_environment, pids
+from tests.test_local_environments import Bearer, has_settled, in_environment, pids
 from tests.test_local_restart import WEB, Service, gone
 from tests.test_stacks import unstamp
 
@@ -174,13 +173,11 @@ def test_what_cannot_be_deleted_is_stopped_and_marked(
 
 
 def test_a_service_that_is_gone_already_is_what_was_wanted() -> None:
-    not_there = {"TakeOut": Said("ServiceInstance not found"), "Here": here("router")}
-    assert Railway(**not_there).delete(project_token=True) is True
-    not_there = {"ServiceDelete": Said("Service not found"), "Here": here("router")}
-    assert Railway(ALONE, **not_there).delete() is True
-    not_there["Here"] = here("router", "s")
+    no, gone, there = Said("ServiceInstance not found"), here("router"), here("router", "s")
+    assert Railway(TakeOut=no, Here=gone).delete(project_token=True) is True
+    assert Railway(ALONE, ServiceDelete=no, Here=gone).delete() is True
     with pytest.raises(Said):
-        Railway(ALONE, **not_there).delete()
+        Railway(ALONE, ServiceDelete=no, Here=there).delete()
     with pytest.raises(ownership.NotUnderstood, match="does not say that it deleted"):
         Railway(ALONE, ServiceDelete={"serviceDelete": False}).delete()
 
@@ -221,7 +218,7 @@ def by_janitor(service: Service, token: str) -> bool:
 def token_of(service: Service, kind: str) -> str:
     if kind == "project":
         return Bearer(service.project).value
-    return service.project.env["RAILWAY_API_TOKEN"]
+    return str(service.project.env["RAILWAY_API_TOKEN"])
 
 
 @pytest.mark.parametrize("delete", [by_verb, by_janitor])
@@ -302,3 +299,48 @@ def test_a_way_that_railway_does_not_explain_is_no_deletion(
     web.project.faults()
     assert delete(web, token) is True
     assert web.project.services == {"router"}
+
+
+# -- a stack ---------------------------------------------------------------------------------------
+
+
+def everything(project: Project) -> Any:
+    """The routing state, the variables and the processes of a stack."""
+    state = {k: v for k, v in project.state.items() if not k.startswith("router:")}
+    variables = {name: project.variables(name) for name in project.services}
+    return state, variables, pids(project), project.services
+
+
+def test_a_copy_deletes_what_it_was_copied_with(base: Project) -> None:
+    """Deployments that say not whose they are, as 0.3.x makes them, are the copy's own."""
+    base.deploy("second")
+    unstamp(base, "first", "second")
+    before = everything(base)
+    copy = base.duplicate("staging")
+    eventually(lambda: has_settled(copy), 60)
+    copy.ok("ensure", "main.py")
+    for name in ("second", "first"):
+        copy.ok("promote", "--deployment-id", name)
+    both = {"every_environment": True}
+    cut = {"match": "deploymentRemove", "error": "Something went wrong"}
+    base.faults(cut, **both, deletion_patch="refuse")
+    assert "Something went wrong" in copy.run("delete", "--deployment-id", "second").error
+    base.faults(**both, deletion_patch="refuse")
+    report = copy.janitor()  # with its project's token
+    assert (report["deleted"], report["left_empty"]) == (["second"], ["second"])
+    assert "second" not in pids(copy)
+    assert copy.variables("second")[contract.REMOVED]
+    report = copy.janitor()
+    assert (report["deleted"], report["left_empty"], report["kept"]) == ([], [], {})
+    status = copy.ok("status")
+    assert [row["deployment_id"] for row in status["deployments"]] == ["first"]
+    (problem,) = (p for p in status["problems"] if p.startswith("second is empty"))
+    assert "`pulse-railway delete --deployment-id second`" in problem
+    verb = copy.run("delete", "--deployment-id", "second")
+    assert verb.code == 0
+    assert "second is empty" in verb.err
+
+    base.faults(**both)
+    copy.ok("delete", "--deployment-id", "second")
+    assert copy.services == BASE | {"first"}
+    assert everything(base) == before

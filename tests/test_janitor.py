@@ -57,10 +57,11 @@ class Railway:
         assert service_id == "id-router"
         self.remembered.append(values)
 
-    def delete(self, service: Any) -> None:
+    def delete(self, service: Any) -> bool:
         if service.deployment == self.refuses:
             raise RuntimeError("Railway does not delete this")
         self.deleted.append(service.deployment)
+        return True
 
 
 def service(name: str, age: float = 7200, status: str | None = None, **more: Any) -> Any:
@@ -755,7 +756,7 @@ def test_what_railway_does_not_say_it_deleted_keeps_its_record(room: Room, said:
         railway: Any = Railway(service("active"), service("old"))
         railway.delete = janitor.Railway({**env, "PULSE_RAILWAY_API_URL": api.address}).delete
         found = clean_up(room.store, railway)
-    assert found.failed == {"old": "Railway does not say that it deleted old"}
+    assert found.failed == {"old": "Railway does not say which services there are: try again"}
     record = room.record("old")
     assert record is not None
     assert record["retiring_at"]
@@ -778,9 +779,10 @@ def run_until_killed(url: str, at: str) -> None:
     """A run in a process of its own, which ends by SIGKILL after it has done that."""
 
     class Killed(Railway):
-        def delete(self, service: Any) -> None:
+        def delete(self, service: Any) -> bool:
             if at != "forgotten":
                 os.kill(os.getpid(), signal.SIGKILL)
+            return True
 
     store = router.RedisStore(url, "pulse:railway")
     with janitor.run_lock(store):

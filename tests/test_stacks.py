@@ -49,9 +49,9 @@ def deployment_ids(project: Project) -> dict[str, str]:
     }
 
 
-def unstamp(project: Project) -> None:
-    """As a stack is that an earlier version has set up."""
-    for service in project.stage.services().values():
+def unstamp(project: Project, *names: str) -> None:
+    """As a stack is that an earlier version has set up, or these services of it."""
+    for service in map(project.stage.services().__getitem__, names or project.services):
         project.railway.graphql(
             DELETE_VARIABLE,
             i={
