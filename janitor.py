@@ -64,6 +64,7 @@ from router import Json, Promotion, Record, Routing
 
 API_URL = "https://backboard.railway.com/graphql/v2"
 LOCK_SECONDS = 60  # renewed while the run lasts
+CALL_SECONDS = 60  # for one answer of Railway's
 DEAD_DEPLOY_SECONDS = 3600
 NEVER_RAN = (None, "FAILED", "CRASHED", "REMOVED", "SKIPPED")  # of a deployment on Railway
 GONE_SECONDS = 60  # a record that is younger may have a service that Railway does not show yet
@@ -205,12 +206,7 @@ class Railway:
         """
         for attempt in range(3):
             try:
-                response = self.client.post(
-                    self.url,
-                    json={"query": document, "variables": variables},
-                    headers=self.headers,
-                )
-                response.raise_for_status()
+                body = self.ask({"query": document, "variables": variables})
                 break
             except httpx.HTTPError as error:
                 if attempt == 2:
@@ -218,7 +214,7 @@ class Railway:
                 log.warning("Railway: %s; trying again", type(error).__name__)
                 time.sleep(2**attempt)
         try:
-            answer = response.json()
+            answer = json.loads(body)
         except (ValueError, RecursionError):
             answer = None
         if not isinstance(answer, dict):
@@ -235,6 +231,17 @@ class Railway:
             raise RuntimeError("Railway's answer is not one of its API")
         self.token_is_known = True
         return data
+
+    def ask(self, request: Json) -> bytes:
+        """One answer of Railway's, whole within CALL_SECONDS. Raises httpx.HTTPError."""
+        deadline, body = time.monotonic() + CALL_SECONDS, b""
+        with self.client.stream("POST", self.url, json=request, headers=self.headers) as response:
+            response.raise_for_status()
+            for chunk in response.iter_bytes():
+                body += chunk
+                if time.monotonic() > deadline:
+                    raise httpx.ReadTimeout("Railway's answer does not end")
+        return body
 
     def inspect(self, routing: Routing | None = None) -> Inventory:
         """The backends of this stack, and what its router and janitor say. Raises Contradiction in

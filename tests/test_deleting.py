@@ -320,7 +320,7 @@ def test_a_copy_deletes_what_it_was_copied_with(base: Project) -> None:
     eventually(lambda: has_settled(copy), 60)
     copy.ok("ensure", "main.py")
     for name in ("second", "first"):
-        copy.ok("promote", "--deployment-id", name)
+        copy.ok("promote", "--deployment-id", name, "--force")  # no router knows it: no wait
     both = {"every_environment": True}
     cut = {"match": "deploymentRemove", "error": "Something went wrong"}
     base.faults(cut, **both, deletion_patch="refuse")

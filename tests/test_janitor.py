@@ -11,10 +11,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -839,3 +841,22 @@ def told(connection: Connection) -> None:
     head = connection.head()
     TOLD.append(json.loads(connection.read(int(header(head, "content-length") or 0))))
     connection.send(ok())
+
+
+def test_an_answer_of_railways_that_does_not_end_is_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def drip(connection: Connection) -> None:
+        connection.head()
+        connection.send(b"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n")
+        while not threading.Event().wait(0.02):
+            connection.send(b" ")
+
+    monkeypatch.setattr(janitor, "CALL_SECONDS", 0.2)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    env = {"RAILWAY_PROJECT_ID": "p", "RAILWAY_ENVIRONMENT_ID": "e", "RAILWAY_TOKEN": "t"}
+    with Backend(handle=drip) as railway:
+        found = janitor.Railway({**env, "PULSE_RAILWAY_API_URL": railway.address})
+        with pytest.raises(httpx.ReadTimeout, match="does not end"):
+            found.inspect()
+        assert railway.connections == 3
