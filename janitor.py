@@ -830,7 +830,7 @@ def main(argv: list[str]) -> int:
         return 1
     base = router.store_from_env(env)
     assert isinstance(base, router.RedisStore)
-    store = control.OwnedStore(base.url, base.prefix, ownership.name(env))
+    store = control.OwnedStore(base.url, base.prefix, ownership.name(env), base.ttl)
     token = env.get(INTERNAL_TOKEN, "")
     limits = Limits(
         router.from_env("PULSE_RAILWAY_DRAIN_TTL_SECONDS", 86_400.0, env=env),
@@ -858,6 +858,7 @@ def main(argv: list[str]) -> int:
             if not held:
                 print(json.dumps({"skipped": "another run holds the lock"}))
                 return 0
+            control.keep_while_routers_report(store, routing)
             report = clean_up(store, railway, routing, found, token, limits)
         notify(env, report)
     except (Contradiction, control.StateError, RuntimeError) as error:

@@ -193,6 +193,7 @@ ORIGINALS = (
     contract.MAINTENANCE_OFF,
     contract.CONTROL,
     contract.CONTROL_ANSWER,
+    contract.OWNS_STATE,
 )
 
 
@@ -267,6 +268,8 @@ def desired(
         contract.DRAIN_TTL: str(wanted.drain_ttl),
         contract.RUNTIME_VERSION: wanted.runtime_image or runtime_image.version(),
     }
+    if shared[contract.REDIS_PREFIX].endswith(f":{stack.target.environment_id}"):  # a copy's own
+        shared[contract.KEY_TTL] = str(max(wanted.drain_ttl, contract.LEAST_KEY_TTL_SECONDS))
     if names.prefix:
         shared[contract.SERVICE_PREFIX] = names.prefix
     if not wanted.runtime_image:
