@@ -265,6 +265,7 @@ query Reach($project: String!) {
       edges {
         node {
           id
+          name
           canAccess
           serviceInstances {
             pageInfo { hasNextPage }

@@ -85,6 +85,7 @@ class BaselineOptions:
     router_replicas: int = 1
     runtime_image: str | None = None
     notify: str | None = field(default=None, repr=False)
+    owns_state: bool = False
     plan_only: bool = False
 
 
@@ -215,6 +216,7 @@ def baseline(flags: Flags, output: Output) -> BaselineOptions:
         router_replicas=number(flags, "router_replicas", 1),
         runtime_image=flags.get("runtime_image") or app.plugin.runtime_image,
         notify=notify(flags),
+        owns_state=bool(flags.get("owns_state")),
         plan_only=bool(flags.get("plan")),
     )
 

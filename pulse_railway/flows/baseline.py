@@ -343,6 +343,8 @@ def plan(
             change.group_id = router.group_id
         if change.service.variables.get(contract.STACK) != stack.stamp:
             change.variables[contract.STACK] = str(stack.stamp)
+    if wanted.owns_state and router.variables.get(contract.OWNS_STATE) != "1":
+        changes[router.name].variables[contract.OWNS_STATE] = "1"
     return [change for change in changes.values() if change]
 
 
