@@ -14,7 +14,7 @@ from pulse_railway.errors import Failure, keep_secret
 from pulse_railway.output import Output
 from pulse_railway.railway.api import Api, GraphqlError
 from pulse_railway.services import write_variables
-from pulse_railway.stack import Stack, joined, ownership
+from pulse_railway.stack import Stack, joined, ownership, read_variables
 
 Ask = Callable[[str], bool | None]  # a question to its answer; None: there is nobody to ask
 MOST_SERVICES = 200  # of other environments, that are looked at
@@ -28,6 +28,8 @@ def settle_owner(api: Api, stack: Stack, output: Output, ask: Ask, owns_state: b
     """
     router = stack.router
     assert router is not None
+    if stack.redis is None and contract.REDIS_URL not in router.variables:  # it was made just now
+        read_variables(api, stack)
     known = router.variables.get(contract.OWNS_STATE) == "1"
     if not stack.external_redis or stack.copied_from or (known and not owns_state):
         return
