@@ -456,10 +456,16 @@ class Deletion:
     def _empty(self, service_id: str) -> None:
         """Stop what runs of a service here, or comes up, and mark it."""
         where = {"service": service_id, "environment": self.environment_id}
-        found = self.call(RUNNING, **where)["serviceInstance"]
-        latest = found["latestDeployment"]
-        coming = [latest] if latest and latest["status"] not in STOPPED else []
-        for deployment in {d["id"] for d in [*found["activeDeployments"], *coming]}:
+        try:
+            found = self.call(RUNNING, **where)["serviceInstance"]
+            latest = found["latestDeployment"]
+            coming = [latest] if latest and latest["status"] not in STOPPED else []
+            running = {d["id"] for d in [*found["activeDeployments"], *coming]}
+        except (KeyError, TypeError):
+            raise NotUnderstood(
+                "Railway does not say what runs of the service: try again"
+            ) from None
+        for deployment in running:
             answer = self.call(DEPLOYMENT_REMOVE, deployment=deployment)
             if answer.get("deploymentRemove") is not True:
                 raise NotUnderstood("Railway does not say that it stopped the service: try again")

@@ -153,6 +153,7 @@ def test_a_deletion_shows_within_a_minute(monkeypatch: pytest.MonkeyPatch) -> No
         ),
         ({"Here": {"environment": {"serviceInstances": {"edges": []}}}}, 0, "which services"),
         ({"Here": {}}, 0, "which services"),
+        ({"Running": (None, None)}, 0, "what runs"),
     ],
 )
 def test_what_cannot_be_deleted_is_stopped_and_marked(
@@ -309,6 +310,20 @@ def everything(project: Project) -> Any:
     state = {k: v for k, v in project.state.items() if not k.startswith("router:")}
     variables = {name: project.variables(name) for name in project.services}
     return state, variables, pids(project), project.services
+
+
+def test_a_deploy_that_fails_where_nothing_can_be_deleted(base: Project) -> None:
+    token = {"RAILWAY_TOKEN": Bearer(base, "undo").value}
+    base.faults({"match": "up", "status": 500, "times": 9}, deletion_patch="refuse")
+    verb = base.run("deploy", "main.py", "--deployment-id", "third", **token)
+    assert verb.code == 1
+    assert "third is empty, and Railway did not let it be deleted" in verb.err
+    assert base.variables("third")[contract.REMOVED]
+    base.faults()
+    refused = base.run("deploy", "main.py", "--deployment-id", "third")
+    assert "third exists already" in refused.error
+    base.ok("delete", "--deployment-id", "third")
+    assert base.services == BASE | {"first"}
 
 
 def test_a_copy_deletes_what_it_was_copied_with(base: Project) -> None:

@@ -152,6 +152,12 @@ def tell_of_copy(stack: Stack, output: Output) -> None:
         f"this environment is a copy of {stack.copied_from}: its stack gets tokens of its own,"
         " and knows nothing of what was promoted there"
     )
+    if not stack.redis:
+        output.warn(
+            f"its Redis may be the original's: keys of the routing state and sessions of deployments"
+            f" get {stack.target.environment_id} into their prefix, and end by themselves when it is"
+            " gone"
+        )
     if copied := joined(str(s.deployment_id) for s in stack.backends):
         output.warn(
             f"the deployments that were copied ({copied}) stay as they are, and nothing routes to"
