@@ -314,7 +314,7 @@ def everything(project: Project) -> Any:
 
 def test_a_deploy_that_fails_where_nothing_can_be_deleted(base: Project) -> None:
     token = {"RAILWAY_TOKEN": Bearer(base, "undo").value}
-    base.faults({"match": "up", "status": 500, "times": 9}, deletion_patch="refuse")
+    base.faults({"match": "serviceInstanceUpdate", "error": "No"}, deletion_patch="refuse")
     verb = base.run("deploy", "main.py", "--deployment-id", "third", **token)
     assert verb.code == 1
     assert "third is empty, and Railway did not let it be deleted" in verb.err

@@ -154,9 +154,9 @@ def tell_of_copy(stack: Stack, output: Output) -> None:
     )
     if not stack.redis:
         output.warn(
-            f"its Redis may be the original's: keys of the routing state and sessions of deployments"
-            f" get {stack.target.environment_id} into their prefix, and end by themselves when it is"
-            " gone"
+            "its Redis may be the original's: keys of the routing state and sessions of deployments"
+            f" get {stack.target.environment_id} into their prefix, and end by themselves when it"
+            " is gone"
         )
     if copied := joined(str(s.deployment_id) for s in stack.backends):
         output.warn(
