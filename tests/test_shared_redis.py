@@ -141,6 +141,10 @@ def step_05_a_copy_lives_beside_the_original(shared: Shared) -> None:
     mine = shared.state(of_copy=True)
     assert f"pulse:railway:{copy.environment}:active" in mine
     assert all(0 < shared.client.ttl(key) <= 86_400 for key in mine)
+    for key in mine:
+        shared.client.expire(key, 100)
+    assert copy.janitor()["exit"] == 0  # its router reports
+    assert all(86_000 < shared.client.ttl(key) <= 86_400 for key in mine)
 
     project.deploy("two")
     eventually(lambda: "one" in project.janitor()["deleted"], 20)
