@@ -135,14 +135,16 @@ def check_redis_mode(stack: Stack, wanted: BaselineOptions) -> None:
 
 
 def check_prefixes(stack: Stack, wanted: BaselineOptions) -> None:
-    """What a stack was set up with stays: its keys and its services are called by it."""
+    """What a stack was set up with stays: its keys and its services are called by it. A copy's own
+    prefix follows the original's, which invoke.yaml may hold."""
     assert stack.router is not None
+    own = f":{stack.target.environment_id}"
     of_router = stack.router.variables
     for flag, given, stored in (
         ("--redis-prefix", wanted.redis_prefix, of_router.get(contract.REDIS_PREFIX)),
         ("--service-prefix", wanted.names.prefix, of_router.get(contract.SERVICE_PREFIX)),
     ):
-        if given and given.rstrip(":-") != (stored or "").rstrip(":-"):
+        if given and given.rstrip(":-") != (stored or "").removesuffix(own).rstrip(":-"):
             was = f"with {flag} {stored}" if stored else f"without {flag}"
             raise Failure(f"this stack was set up {was}, and keeps its names: leave the flag out")
 
@@ -188,7 +190,8 @@ def wanted_redis_prefix(stack: Stack, wanted: BaselineOptions) -> str:
     original, they are kept apart by the environment's id."""
     if stack.copied_from and not stack.redis:
         return f"{stack.redis_prefix}:{stack.target.environment_id}"
-    return wanted.redis_prefix or stack.redis_prefix
+    stored = stack.router.variables.get(contract.REDIS_PREFIX) if stack.router else None
+    return stored or wanted.redis_prefix or contract.DEFAULT_REDIS_PREFIX
 
 
 # Where what was promoted last and what is to be carried out stand: not a copy's.
