@@ -483,8 +483,8 @@ def owned(step: Step, me: str | None) -> Step:
 class OwnedStore(router.RedisStore):
     """The store for the steps of one owner: each is refused where the state is another's."""
 
-    def __init__(self, url: str, prefix: str, me: str | None) -> None:
-        super().__init__(url, prefix)
+    def __init__(self, url: str, prefix: str, me: str | None, ttl: int | None = None) -> None:
+        super().__init__(url, prefix, ttl)
         self.me = me
 
     def apply(self, step: Step) -> Routing:
@@ -678,6 +678,19 @@ def _is_behind(report: Json, epoch: int, since: float, deletes: bool) -> bool:
     if served is None:
         return not deletes or since < OTHER_VERSION_SECONDS
     return served < epoch and (deletes or report["age"] < SILENT_SECONDS)
+
+
+def keep_while_routers_report(store: router.RedisStore, routing: Routing) -> None:
+    """Where the keys of a state end by themselves: have them all last as long from when a router
+    reported last. Nothing lasts where none has reported lately."""
+    ages = [report["age"] for report in reports(store)] if store.ttl else []
+    if not ages:
+        return
+    end = int(routing.now - min(ages)) + cast(int, store.ttl)
+    with store.client.pipeline(transaction=False) as pipe:
+        for key in [*router.FIXED, *(router.RECORD + name for name in routing.records)]:
+            pipe.expireat(store.prefix + key, end)
+        pipe.execute()
 
 
 # -- the commands --------------------------------------------------------------------------------

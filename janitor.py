@@ -64,6 +64,7 @@ from router import Json, Promotion, Record, Routing
 
 API_URL = "https://backboard.railway.com/graphql/v2"
 LOCK_SECONDS = 60  # renewed while the run lasts
+CALL_SECONDS = 60  # for one answer of Railway's
 DEAD_DEPLOY_SECONDS = 3600
 NEVER_RAN = (None, "FAILED", "CRASHED", "REMOVED", "SKIPPED")  # of a deployment on Railway
 GONE_SECONDS = 60  # a record that is younger may have a service that Railway does not show yet
@@ -88,19 +89,11 @@ query Services($project: String!, $environment: String!) {
 }
 """
 
-REMEMBER = """
-mutation Remember($input: VariableCollectionUpsertInput!) {
-  variableCollectionUpsert(input: $input)
-}
-"""
-
-DELETE = """
-mutation Delete($service: String!, $environment: String!) {
-  serviceDelete(id: $service, environmentId: $environment)
-}
-"""
-
 log = logging.getLogger("pulse.janitor")
+
+
+class GraphqlError(RuntimeError):
+    """Railway's API has understood the document, and says no: its own words."""
 
 
 class Contradiction(Exception):
@@ -150,6 +143,7 @@ class Report:
     """What a run did, printed as one JSON line."""
 
     deleted: list[str] = field(default_factory=list)
+    left_empty: list[str] = field(default_factory=list)  # of those, whose service is still there
     expired: list[str] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)  # what could not be done, and why
@@ -195,22 +189,24 @@ class Railway:
         self.url = env.get("PULSE_RAILWAY_API_URL") or API_URL
         self.client = httpx.Client(timeout=30)
         self.headers = {"Project-Access-Token": self.token}
+        self.token_is_known = False  # is it certain which kind it is?
         self.me = ownership.identity(env)
+        self.deletion = ownership.Deletion(
+            lambda document, **variables: self.call(document, **variables),
+            GraphqlError,
+            self.project,
+            self.environment,
+            lambda: "Project-Access-Token" in self.headers,
+        )
 
     def call(self, document: str, **variables: Any) -> dict[str, Any]:
         """One request, tried up to three times where Railway is busy or away.
 
-        Raises httpx.HTTPError, or RuntimeError with Railway's own words, or where its answer is
-        not understood.
+        Raises httpx.HTTPError, GraphqlError, or RuntimeError where its answer is not understood.
         """
         for attempt in range(3):
             try:
-                response = self.client.post(
-                    self.url,
-                    json={"query": document, "variables": variables},
-                    headers=self.headers,
-                )
-                response.raise_for_status()
+                body = self.ask({"query": document, "variables": variables})
                 break
             except httpx.HTTPError as error:
                 if attempt == 2:
@@ -218,7 +214,7 @@ class Railway:
                 log.warning("Railway: %s; trying again", type(error).__name__)
                 time.sleep(2**attempt)
         try:
-            answer = response.json()
+            answer = json.loads(body)
         except (ValueError, RecursionError):
             answer = None
         if not isinstance(answer, dict):
@@ -226,13 +222,26 @@ class Railway:
         errors, data = answer.get("errors"), answer.get("data")
         if isinstance(errors, list) and errors:
             message = "; ".join(str(e.get("message") if isinstance(e, dict) else e) for e in errors)
-            if "not authorized" in message.lower() and "Project-Access-Token" in self.headers:
+            unknown = not self.token_is_known and "Project-Access-Token" in self.headers
+            if unknown and "not authorized" in message.lower():
                 self.headers = {"Authorization": f"Bearer {self.token}"}
                 return self.call(document, **variables)
-            raise RuntimeError(message)
+            raise GraphqlError(message)
         if errors or not data or not isinstance(data, dict):
             raise RuntimeError("Railway's answer is not one of its API")
+        self.token_is_known = True
         return data
+
+    def ask(self, request: Json) -> bytes:
+        """One answer of Railway's, whole within CALL_SECONDS. Raises httpx.HTTPError."""
+        deadline, body = time.monotonic() + CALL_SECONDS, b""
+        with self.client.stream("POST", self.url, json=request, headers=self.headers) as response:
+            response.raise_for_status()
+            for chunk in response.iter_bytes():
+                body += chunk
+                if time.monotonic() > deadline:
+                    raise httpx.ReadTimeout("Railway's answer does not end")
+        return body
 
     def inspect(self, routing: Routing | None = None) -> Inventory:
         """The backends of this stack, and what its router and janitor say. Raises Contradiction in
@@ -308,7 +317,7 @@ class Railway:
         backends = [
             backend(node, services[node["serviceId"]])
             for node in nodes
-            if services[node["serviceId"]].is_backend
+            if services[node["serviceId"]].is_backend and not services[node["serviceId"]].is_empty
         ]
         named = {router_id: {b.id for b in backends if names(routing, b)}}
         owners = ownership.owners(self.environment, list(services.values()), named)
@@ -326,7 +335,7 @@ class Railway:
     def remember(self, service_id: str, values: dict[str, str]) -> None:
         """Set variables of a service; nothing is deployed anew."""
         self.call(
-            REMEMBER,
+            ownership.SET_VARIABLES,
             input={
                 "projectId": self.project,
                 "environmentId": self.environment,
@@ -336,10 +345,9 @@ class Railway:
             },
         )
 
-    def delete(self, service: Service) -> None:
-        answer = self.call(DELETE, service=service.id, environment=self.environment)
-        if answer.get("serviceDelete") is not True:
-            raise RuntimeError(f"Railway does not say that it deleted {service.name}")
+    def delete(self, service: Service) -> bool:
+        """False: it could not be deleted, and nothing of it runs any more."""
+        return self.deletion.delete(service.id)
 
 
 def backend(node: dict[str, Any], service: ownership.Service) -> Service:
@@ -733,7 +741,8 @@ class Run:
         if service:
             if judged and control.reload_tabs(judged, self.token):
                 time.sleep(RELOAD_GRACE_SECONDS)
-            self.railway.delete(service)
+            if not self.railway.delete(service):
+                self.report.left_empty.append(name)
         step = functools.partial(control.delete, deployment_id=name)
         self.store.apply(control.with_history(step, "remove", name, by="janitor", why=why))
         self.report.deleted.append(name)
@@ -821,7 +830,7 @@ def main(argv: list[str]) -> int:
         return 1
     base = router.store_from_env(env)
     assert isinstance(base, router.RedisStore)
-    store = control.OwnedStore(base.url, base.prefix, ownership.name(env))
+    store = control.OwnedStore(base.url, base.prefix, ownership.name(env), base.ttl)
     token = env.get(INTERNAL_TOKEN, "")
     limits = Limits(
         router.from_env("PULSE_RAILWAY_DRAIN_TTL_SECONDS", 86_400.0, env=env),
@@ -849,6 +858,7 @@ def main(argv: list[str]) -> int:
             if not held:
                 print(json.dumps({"skipped": "another run holds the lock"}))
                 return 0
+            control.keep_while_routers_report(store, routing)
             report = clean_up(store, railway, routing, found, token, limits)
         notify(env, report)
     except (Contradiction, control.StateError, RuntimeError) as error:

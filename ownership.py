@@ -10,9 +10,11 @@ imports nothing but the standard library.
 from __future__ import annotations
 
 import re
+import time
 import urllib.parse
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 STACK = "PULSE_RAILWAY_STACK"  # <environment id>/<router service id>
 DEPLOYMENT_ID = "PULSE_DEPLOYMENT_ID"
@@ -21,6 +23,7 @@ JANITOR_SERVICE = "PULSE_RAILWAY_JANITOR_SERVICE"
 REDIS_SERVICE = "PULSE_RAILWAY_REDIS_SERVICE"
 REDIS_URL = "REDIS_URL"
 REDIS_PREFIX = "PULSE_RAILWAY_REDIS_PREFIX"
+REMOVED = "PULSE_RAILWAY_REMOVED"  # on a service that could not be deleted: since when it is empty
 ENVIRONMENT_ID, SERVICE_ID = "RAILWAY_ENVIRONMENT_ID", "RAILWAY_SERVICE_ID"  # Railway's own
 
 REFERENCE = re.compile(r"\$\{\{\s*([^.}]+?)\.([A-Za-z0-9_]+)\s*\}\}")
@@ -59,6 +62,11 @@ class Service:
     @property
     def is_backend(self) -> bool:
         return bool(self.variables.get(DEPLOYMENT_ID))
+
+    @property
+    def is_empty(self) -> bool:
+        """It was to be deleted, Railway did not let that happen, and nothing of it runs."""
+        return bool(self.variables.get(REMOVED))
 
     def refers_to(self) -> set[str]:
         """The names of the services that its variables refer to."""
@@ -245,3 +253,229 @@ def is_managed(redis_url: str) -> bool:
     except ValueError:
         return False
     return (host or "").endswith(".railway.internal")
+
+
+# -- how a service leaves its environment, and no other --------------------------------------------
+
+REACH = """
+query Reach($project: String!) {
+  project(id: $project) {
+    environments {
+      pageInfo { hasNextPage }
+      edges {
+        node {
+          id
+          name
+          canAccess
+          serviceInstances {
+            pageInfo { hasNextPage }
+            edges { node { serviceId latestDeployment { id } } }
+          }
+        }
+      }
+    }
+  }
+}
+"""
+
+SERVICE_DELETE = """
+mutation ServiceDelete($service: String!, $environment: String!) {
+  serviceDelete(id: $service, environmentId: $environment)
+}
+"""
+
+TAKE_OUT = """
+mutation TakeOut($environment: String!, $patch: EnvironmentConfig) {
+  environmentPatchCommit(
+    environmentId: $environment, patch: $patch, commitMessage: "Delete a deployment"
+  )
+}
+"""
+
+HERE = """
+query Here($project: String!, $environment: String!) {
+  environment(id: $environment, projectId: $project) {
+    serviceInstances { edges { node { serviceId } } }
+  }
+}
+"""
+
+RUNNING = """
+query Running($service: String!, $environment: String!) {
+  serviceInstance(serviceId: $service, environmentId: $environment) {
+    latestDeployment { id status }
+    activeDeployments { id status }
+  }
+}
+"""
+
+DEPLOYMENT_REMOVE = """
+mutation DeploymentRemove($deployment: String!) {
+  deploymentRemove(id: $deployment)
+}
+"""
+
+SET_VARIABLES = """
+mutation SetVariables($input: VariableCollectionUpsertInput!) {
+  variableCollectionUpsert(input: $input)
+}
+"""
+
+READ_BACK_SECONDS = 60.0  # in which a deletion by patch is to show
+LEAST_SECONDS = 5.0  # ... of each, where others before it had no effect
+LONGEST_PAUSE = 15.0
+STOPPED = ("FAILED", "REMOVED", "REMOVING", "SKIPPED")  # of deployments
+
+
+class NotUnderstood(RuntimeError):
+    """Railway's answer does not say that something was done."""
+
+
+@dataclass
+class Deletion:
+    """How a service is deleted in one environment.
+
+    Railway's schema says that `serviceDelete` acts on all environments that are no forks, its CLI
+    that it acts on one. So it is called only where no other environment has anything of the
+    service, and the token sees all of them: `canAccess` of each that is listed. (A project's token
+    lists its own alone.) Else a patch takes the service out of this environment. Where that has no
+    effect, what runs of the service here is stopped, and the empty service marked with REMOVED.
+
+    Args:
+        call: sends a document with its variables, which may be repeated, and returns its data.
+        refused: what `call` raises where Railway says no.
+        for_one_environment: is the token a project's?
+        patience: seconds in which patches are to show, for all deletions together.
+    """
+
+    call: Callable[..., Any]
+    refused: type[Exception]
+    project_id: str
+    environment_id: str
+    for_one_environment: Callable[[], bool]
+    patience: float = field(default_factory=lambda: READ_BACK_SECONDS)
+
+    def delete(self, service_id: str) -> bool:
+        """True: the service is not in this environment any more. False: it is empty, and marked.
+
+        Raises NotUnderstood, and what `call` raises. It can be called again then.
+        """
+        if not self.for_one_environment() and self._is_nowhere_else(service_id):
+            return self._delete(service_id)
+        if self._take_out(service_id):
+            return True
+        self._empty(service_id)
+        return False
+
+    def _is_nowhere_else(self, service_id: str) -> bool:
+        """Do all environments show that none but this one has a deployment of the service, or says
+        whose it is there?"""
+        try:
+            found = self.call(REACH, project=self.project_id)["project"]["environments"]
+            nodes = [edge["node"] for edge in found["edges"]]
+            pages = [found, *(node["serviceInstances"] for node in nodes)]
+            if any(page["pageInfo"]["hasNextPage"] for page in pages):
+                return False
+            if not all(node["canAccess"] is True for node in nodes):
+                return False
+            if self.environment_id not in {node["id"] for node in nodes}:
+                return False
+            others = []
+            for node in nodes:
+                for edge in node["serviceInstances"]["edges"]:
+                    if edge["node"]["serviceId"] != service_id:
+                        continue
+                    if node["id"] == self.environment_id:
+                        continue
+                    if edge["node"]["latestDeployment"]:
+                        return False
+                    others.append(node["id"])
+            return not others or self._says_nothing(service_id, others)
+        except (self.refused, KeyError, TypeError):
+            return False
+
+    def _says_nothing(self, service_id: str, environments: list[str]) -> bool:
+        """Is there no stamp on the service in these environments? One of which no variables show
+        is not believed: Railway itself sets some on each."""
+        ids = {f"e{i}": environment for i, environment in enumerate(environments)}
+        parameters = ", ".join(f"${name}: String!" for name in ids)
+        fields = "\n".join(
+            f"  {name}: variables(projectId: $project, environmentId: ${name},"
+            " serviceId: $service, unrendered: true)"
+            for name in ids
+        )
+        head = f"query Stamps($project: String!, $service: String!, {parameters})"
+        found = self.call(
+            f"{head} {{\n{fields}\n}}", project=self.project_id, service=service_id, **ids
+        )
+        return all(found[name] and not found[name].get(STACK) for name in ids)
+
+    def _delete(self, service_id: str) -> bool:
+        try:
+            answer = self.call(SERVICE_DELETE, service=service_id, environment=self.environment_id)
+        except self.refused as error:
+            if "not found" in str(error).lower() and not self._is_here(service_id):
+                return True
+            raise
+        if answer.get("serviceDelete") is not True:
+            raise NotUnderstood(
+                "Railway does not say that it deleted the service: look at its page"
+            )
+        return True
+
+    def _take_out(self, service_id: str) -> bool:
+        """Delete by a patch of this environment, and look whether it had an effect."""
+        patch = {"services": {service_id: {"isDeleted": True}}}
+        began = time.monotonic()
+        deadline, pause = began + max(self.patience, LEAST_SECONDS), 1.0
+        try:
+            self.call(TAKE_OUT, environment=self.environment_id, patch=patch)
+        except self.refused:
+            deadline = began  # it may be gone already
+        while self._is_here(service_id):
+            if time.monotonic() + pause > deadline:
+                self.patience = max(0.0, self.patience - (time.monotonic() - began))
+                return False
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+        return True
+
+    def _is_here(self, service_id: str) -> bool:
+        """Is the service in this environment? An answer without any service is not believed: the
+        router is there."""
+        found = self.call(HERE, project=self.project_id, environment=self.environment_id)
+        try:
+            edges = found["environment"]["serviceInstances"]["edges"]
+            there = {edge["node"]["serviceId"] for edge in edges}
+        except (KeyError, TypeError):
+            there = set()
+        if not there:
+            raise NotUnderstood("Railway does not say which services there are: try again")
+        return service_id in there
+
+    def _empty(self, service_id: str) -> None:
+        """Stop what runs of a service here, or comes up, and mark it."""
+        where = {"service": service_id, "environment": self.environment_id}
+        try:
+            found = self.call(RUNNING, **where)["serviceInstance"]
+            latest = found["latestDeployment"]
+            coming = [latest] if latest and latest["status"] not in STOPPED else []
+            running = {d["id"] for d in [*found["activeDeployments"], *coming]}
+        except (KeyError, TypeError):
+            raise NotUnderstood(
+                "Railway does not say what runs of the service: try again"
+            ) from None
+        for deployment in running:
+            answer = self.call(DEPLOYMENT_REMOVE, deployment=deployment)
+            if answer.get("deploymentRemove") is not True:
+                raise NotUnderstood("Railway does not say that it stopped the service: try again")
+        self.call(
+            SET_VARIABLES,
+            input={
+                "projectId": self.project_id,
+                "environmentId": self.environment_id,
+                "serviceId": service_id,
+                "variables": {REMOVED: f"{time.time():.0f}"},
+                "skipDeploys": True,
+            },
+        )

@@ -744,10 +744,10 @@ def _with_one_active(
 
 
 class RedisStore:
-    """The routing state in Redis, under `prefix`."""
+    """The routing state in Redis, under `prefix`; keys that are written end after `ttl` seconds."""
 
-    def __init__(self, url: str, prefix: str) -> None:
-        self.url, self.prefix = url, prefix
+    def __init__(self, url: str, prefix: str, ttl: int | None = None) -> None:
+        self.url, self.prefix, self.ttl = url, prefix, ttl
         self.options: Json = {
             "decode_responses": True,
             "encoding_errors": "replace",  # what is no UTF-8 is not understood, and no error
@@ -786,7 +786,7 @@ class RedisStore:
                 if value is None:
                     pipe.delete(self.prefix + key)
                 else:
-                    pipe.set(self.prefix + key, value)
+                    pipe.set(self.prefix + key, value, ex=self.ttl)
             if change:
                 pipe.publish(f"{self.prefix}:events", json.dumps(sorted(change)))
             return written(after, change)
@@ -953,7 +953,7 @@ def store_from_env(env: Mapping[str, str]) -> Store:
     url = env.get("PULSE_KV_URL") or env.get("REDIS_URL")
     if kind != "redis" or not url:
         raise SystemExit("set REDIS_URL, or PULSE_KV_KIND=sqlite and PULSE_KV_PATH")
-    return RedisStore(url, prefix)
+    return RedisStore(url, prefix, from_env("PULSE_RAILWAY_KEY_TTL_SECONDS", None, int, env))
 
 
 def promotion_from_env(env: Mapping[str, str]) -> Promotion | None:

@@ -37,6 +37,8 @@ VARIABLES = {
         " endpoints; set by `deploy`",
         "PULSE_RAILWAY_REDIS_URL": "where sessions are, a reference; only with"
         " `RailwaySessionStore`",
+        "PULSE_RAILWAY_SESSION_SCOPE": "in a copy of an environment, on a shared Redis: its id,"
+        " which follows the prefix of session keys",
         "PULSE_RAILWAY_DEPLOYMENT_NAME": "the name that its id was made from",
         "PULSE_RAILWAY_DEPLOY_RUN": "which run of `deploy` created it",
         "PORT": "8000",
@@ -75,6 +77,10 @@ VARIABLES = {
         "PULSE_RAILWAY_STACK": "on every service of a stack: whose it is, as `<environment id>/<id"
         " of the router service>`",
         "PULSE_RAILWAY_APP": "which app it serves: name, repository and file, as JSON",
+        "PULSE_RAILWAY_REMOVED": "on a service that Railway did not let be deleted: since when it"
+        " is empty",
+        "PULSE_RAILWAY_KEY_TTL_SECONDS": "in a copy of an environment, on a shared Redis: how"
+        " long its keys outlive it. On the janitor and the backends, too",
         "PULSE_RAILWAY_TOKEN_MADE": "its token is one that `ensure` made for it, in a copied"
         " environment",
         "PULSE_RAILWAY_OWNS_STATE": "`1`: the janitor makes a routing state that has no owner this"

@@ -37,6 +37,7 @@ SERVER_ADDRESS: Final = "PULSE_SERVER_ADDRESS"
 PUBLIC_ORIGIN: Final = "PULSE_PUBLIC_ORIGIN"  # what a later Pulse reads in its place
 PORT: Final = "PORT"
 SESSION_REDIS_URL: Final = "PULSE_RAILWAY_REDIS_URL"
+SESSION_SCOPE: Final = "PULSE_RAILWAY_SESSION_SCOPE"  # ours, in a copy: whose sessions these are
 # ... and, besides some of those, of its build.
 WEB_ROOT: Final = "PULSE_WEB_ROOT"
 DOCKERFILE_PATH: Final = "RAILWAY_DOCKERFILE_PATH"
@@ -47,6 +48,7 @@ RAILWAY_API_TOKEN: Final = "RAILWAY_API_TOKEN"
 REDIS_URL: Final = "REDIS_URL"
 REDIS_PREFIX: Final = "PULSE_RAILWAY_REDIS_PREFIX"
 SERVICE_PREFIX: Final = "PULSE_RAILWAY_SERVICE_PREFIX"
+KEY_TTL: Final = "PULSE_RAILWAY_KEY_TTL_SECONDS"  # ours, in a copy: how long its keys outlive it
 DRAIN_TTL: Final = "PULSE_RAILWAY_DRAIN_TTL_SECONDS"
 ROLLBACK_WINDOW: Final = "PULSE_RAILWAY_ROLLBACK_WINDOW_SECONDS"  # ours, on the janitor
 KEEP: Final = "PULSE_RAILWAY_KEEP"  # ours, on the janitor: how many to go back to, beyond that
@@ -60,6 +62,7 @@ MAINTENANCE: Final = "PULSE_RAILWAY_MAINTENANCE"  # ours, on the router: closed 
 APP: Final = "PULSE_RAILWAY_APP"  # ours, on the router: which app it serves
 STACK: Final = "PULSE_RAILWAY_STACK"  # ours, on every service of a stack: whose it is
 OWNS_STATE: Final = "PULSE_RAILWAY_OWNS_STATE"  # ours, on the router: a state of nobody is its own
+REMOVED: Final = "PULSE_RAILWAY_REMOVED"  # ours: could not be deleted, is empty
 MAINTENANCE_OFF: Final = "PULSE_RAILWAY_MAINTENANCE_OFF"  # ours, on the router: when it ended last
 TOKEN_MADE: Final = "PULSE_RAILWAY_TOKEN_MADE"  # ours, on the router: `ensure` made its token
 NAME: Final = "PULSE_RAILWAY_DEPLOYMENT_NAME"  # ours, on a backend: the name its id is made from
@@ -78,8 +81,11 @@ RESERVED: Final = frozenset(
         PUBLIC_ORIGIN,
         PORT,
         SESSION_REDIS_URL,
+        SESSION_SCOPE,
+        KEY_TTL,
         NAME,
         STACK,
+        REMOVED,
         "PULSE_RAILWAY_DEPLOYMENT_STATE",
         "PULSE_RAILWAY_DRAIN_STARTED_AT",
     }
@@ -93,6 +99,7 @@ DEFAULT_REDIS: Final = "pulse-redis"
 DEFAULT_JANITOR: Final = "pulse-janitor"
 DEFAULT_PORT: Final = 8000
 DEFAULT_DRAIN_TTL_SECONDS: Final = 86_400
+LEAST_KEY_TTL_SECONDS: Final = 3600  # the janitor, which renews it, runs every few minutes
 DEFAULT_ROLLBACK_WINDOW_SECONDS: Final = 900
 DEFAULT_CRON: Final = "*/5 * * * *"
 DEFAULT_DEPLOYMENT_NAME: Final = "prod"

@@ -87,6 +87,7 @@ class BaselineOptions:
     app: AppConfig | None = None
     replace_app: bool = False
     notify: str | None = field(default=None, repr=False)
+    owns_state: bool = False
     plan_only: bool = False
 
 
@@ -220,6 +221,7 @@ def baseline(flags: Flags, output: Output) -> BaselineOptions:
         app=app,
         replace_app=bool(flags.get("replace_app")),
         notify=notify(flags),
+        owns_state=bool(flags.get("owns_state")),
         plan_only=bool(flags.get("plan")),
     )
 

@@ -317,6 +317,12 @@ def forget(api: Api, stack: Stack, deployment_id: str) -> None:
     control(api, stack, "delete", "--deployment-id", deployment_id)
 
 
+def claim(api: Api, stack: Stack, instead_of: str | None = None) -> None:
+    """Make the routing state this stack's; where another owner has it, instead of that one."""
+    words = ["--owner", str(stack.stamp), *(["--instead-of", instead_of] if instead_of else [])]
+    control(api, stack, "claim", *words)
+
+
 def restore(
     api: Api, stack: Stack, active: str, records: list[dict[str, Any]], *, chosen: bool
 ) -> Promotion | None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from pulse_railway import contract
 from pulse_railway.config import Target
 from pulse_railway.errors import Failure
 from pulse_railway.railway import documents
-from pulse_railway.railway.api import Api
-from pulse_railway.stack import SECRET_NAMES, Service
+from pulse_railway.railway.api import Api, GraphqlError
+from pulse_railway.stack import SECRET_NAMES, Service, ownership
 
 
 @dataclass
@@ -176,22 +177,35 @@ def deploy_service(api: Api, target: Target, service_id: str) -> str:
     return str(data["serviceInstanceDeployV2"])
 
 
-def delete_service(api: Api, target: Target, service_id: str) -> None:
-    """Delete a service; one that is gone already is what was wanted. Raises Failure where Railway
-    does not say that it did."""
+def delete_service(api: Api, target: Target, service_id: str) -> bool:
+    """Delete a service in this environment alone (ownership.Deletion); one that is gone already is
+    what was wanted.
+
+    False: Railway does not let this token delete it; nothing of it runs any more. Raises Failure
+    where Railway does not say that it did.
+    """
+    deletion = ownership.Deletion(
+        partial(api.call, repeatable=True),
+        GraphqlError,
+        target.project_id,
+        target.environment_id,
+        lambda: api.is_project_token,
+    )
     try:
-        answer = api.call(
-            documents.SERVICE_DELETE,
-            service=service_id,
-            environment=target.environment_id,
-            repeatable=True,
+        return bool(deletion.delete(service_id))
+    except ownership.NotUnderstood as error:
+        raise Failure(str(error)) from None
+
+
+def left_empty(name: str, deployment_id: str | None) -> str:
+    """What is said of a service that could not be deleted, and how it can be."""
+    run = "delete it on Railway"
+    if deployment_id:
+        run = (
+            "with an account token (RAILWAY_API_TOKEN) `pulse-railway delete --deployment-id"
+            f" {deployment_id}` deletes it"
         )
-    except Failure as failure:
-        if "not found" not in str(failure).lower():
-            raise
-        return
-    if answer.get("serviceDelete") is not True:
-        raise Failure("Railway does not say that it deleted the service: look at its page")
+    return f"{name} is empty, and Railway did not let it be deleted: {run}"
 
 
 def shell(command: str) -> str:

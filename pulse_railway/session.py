@@ -52,9 +52,11 @@ class RailwaySessionStore(ps.SessionStore):
         env: where to look for that variable; the process's environment by default.
         client: a redis.asyncio.Redis of the app's own, with `decode_responses`; it is closed with
             the store only if `owns_client`.
-        prefix: what session keys start with.
+        prefix: what session keys start with. In a copy of an environment that shares its Redis with
+            the original, `deploy` sets PULSE_RAILWAY_SESSION_SCOPE, which follows it.
         ttl: seconds that a session outlives its last use. Where not given, RailwayPlugin sets it
             to the lifetime of the app's session cookie, without which nobody can come back to it.
+            In such a copy it is at most PULSE_RAILWAY_KEY_TTL_SECONDS.
     """
 
     def __init__(
@@ -69,7 +71,10 @@ class RailwaySessionStore(ps.SessionStore):
     ) -> None:
         self._url, self._env = url, env
         self._client, self._owns_client = client, owns_client or client is None
-        self.prefix = prefix.rstrip(":")
+        given = os.environ if env is None else env
+        scope, longest = given.get(contract.SESSION_SCOPE), given.get(contract.KEY_TTL) or ""
+        self.prefix = prefix.rstrip(":") + (f":{scope}" if scope else "")
+        self.longest = int(longest) if scope and longest.isdecimal() else None  # seconds
         self.ttl = ttl
         self._known: OrderedDict[str, Fields] = OrderedDict()  # as Redis has it, or will have
         self._unwritten: OrderedDict[str, Fields | None] = OrderedDict()  # None: to be deleted
@@ -106,6 +111,11 @@ class RailwaySessionStore(ps.SessionStore):
                 retry=Retry(NoBackoff(), 1, (redis.ConnectionError,)),
             )
         return self._client
+
+    @property
+    def _ends(self) -> int | None:
+        """In how many seconds a key ends."""
+        return min(filter(None, (self.ttl, self.longest)), default=None)
 
     def _key(self, sid: str) -> str:
         return f"{self.prefix}:{sid}"
@@ -227,8 +237,8 @@ class RailwaySessionStore(ps.SessionStore):
     async def _read(self, sid: str) -> Fields | None:
         async with self.client.pipeline(transaction=False) as pipe:
             pipe.get(self._key(sid))
-            if self.ttl:  # Pulse renews the cookie whenever it loads a session
-                pipe.expire(self._key(sid), self.ttl)
+            if self._ends:  # Pulse renews the cookie whenever it loads a session
+                pipe.expire(self._key(sid), self._ends)
             payload = (await pipe.execute())[0]
         return decode(payload, sid)
 
@@ -247,9 +257,9 @@ class RailwaySessionStore(ps.SessionStore):
                 after = {name: value for name, value in after.items() if name not in gone}
                 pipe.multi()  # type: ignore[no-untyped-call]
                 if after != (before or {}):  # an empty one need not be there: bots leave nothing
-                    pipe.set(key, encode(after), ex=self.ttl)
-                elif self.ttl:
-                    pipe.expire(key, self.ttl)
+                    pipe.set(key, encode(after), ex=self._ends)
+                elif self._ends:
+                    pipe.expire(key, self._ends)
                 try:
                     await pipe.execute()
                     break

@@ -56,6 +56,7 @@ class Stack:
     names: Names
     services: dict[str, Service]  # its own
     others: list[Service] = field(default_factory=list)  # the environment's other services
+    empty: list[Service] = field(default_factory=list)  # its own that could not be deleted
     taken: frozenset[str] = frozenset()  # what services of the project are called
     no_such_router: str | None = None  # that was asked for by its name: what there is instead
     copied_from: str | None = None  # the environment that this one is a copy of, not yet our own
@@ -204,6 +205,9 @@ def own_stack(read: Stack) -> Stack:
     else:
         found = stack_of(read, router, every, owners)
     found.others = [s for s in services.values() if s.name not in found.services]
+    found.empty = [s for s in found.services.values() if s.variables.get(contract.REMOVED)]
+    for service in found.empty:
+        del found.services[service.name]
     return found
 
 

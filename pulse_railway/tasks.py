@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from invoke.collection import Collection
 from invoke.tasks import task
 
-from pulse_railway.verbs import BASELINE, DEPLOY, STACK, confirm, verb
+from pulse_railway.verbs import BASELINE, DEPLOY, STACK, ask, confirm, verb
 
 if TYPE_CHECKING:
     from pulse_railway.options import (
@@ -64,23 +64,28 @@ def scaffold(wanted: BaselineOptions, output: Output) -> None:
     """Create router, env, Redis and janitor in an environment that has none of them."""
     from pulse_railway import config
     from pulse_railway.flows import baseline
+    from pulse_railway.flows.owner import settle_owner
 
     api, target = config.connect(wanted.where, output)
     stack = baseline.scaffold(api, target, wanted, output)
+    settle_owner(api, stack, output, ask, False)
     output.result(
         _stack_result(stack, ["created the baseline"], api),
         [f"the baseline is up at {stack.address}", "next: pulse-railway deploy"],
     )
 
 
-@verb([*BASELINE, "replace_app", "plan"], door="baseline")
+@verb([*BASELINE, "owns_state", "replace_app", "plan"], door="baseline")
 def ensure(wanted: BaselineOptions, output: Output) -> None:
     """Create the baseline in an empty environment, or reconcile a complete one."""
     from pulse_railway import config
     from pulse_railway.flows import baseline
+    from pulse_railway.flows.owner import settle_owner
 
     api, target = config.connect(wanted.where, output)
     stack, done = baseline.ensure(api, target, wanted, output)
+    if not wanted.plan_only:
+        settle_owner(api, stack, output, ask, wanted.owns_state)
     if not done:
         summary = [f"nothing to change; the baseline is up at {stack.address}"]
     elif wanted.plan_only:

@@ -84,6 +84,9 @@ FLAGS: dict[str, Flag] = {
     "runtime_image": Flag(
         "a published image of router and janitor (default: built on Railway)", value="IMAGE"
     ),
+    "owns_state": Flag(
+        "a routing state in an external Redis that is nobody's is this stack's", False
+    ),
     "plan": Flag("print what would be done, and do nothing", False),
     # a deployment
     "deployment_name": Flag("prefix of the generated deployment id (default: prod)"),
@@ -266,10 +269,13 @@ def confirm(question: str, yes: bool) -> None:
     """Ask before something is destroyed, if there is a terminal. Raises Failure for a no."""
     from pulse_railway.errors import Failure
 
-    if yes or os.environ.get("CI"):
-        return
-    if not sys.stdin.isatty():
-        return  # scripts that worked with 0.3.x go on working
-    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
-    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+    if not yes and ask(question) is False:  # scripts that worked with 0.3.x go on working
         raise Failure("not done")
+
+
+def ask(question: str) -> bool | None:
+    """What the person at the terminal says; None where there is none."""
+    if os.environ.get("CI") or not sys.stdin.isatty():
+        return None
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")

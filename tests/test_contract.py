@@ -28,7 +28,7 @@ def test_router_shares_the_contract() -> None:
     assert router.DEPLOYMENT_ID.pattern == contract.DEPLOYMENT_ID_PATTERN.pattern
     assert janitor.API_URL == contract.API_URL
     assert router.STAMP.pattern == re.sub(r"[()]", "", ownership._STAMP.pattern)
-    assert ownership.STACK == contract.STACK
+    assert (ownership.STACK, ownership.REMOVED) == (contract.STACK, contract.REMOVED)
 
 
 def test_variables_are_read_by_their_names() -> None:

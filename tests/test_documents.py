@@ -16,10 +16,11 @@ from pulse_railway.local import cli as local_cli
 from pulse_railway.railway import documents
 
 janitor: Any = runtime_image.load("janitor")
+ownership: Any = runtime_image.load("ownership")
 
 SENT = {
     name: value
-    for module in (documents, janitor, local_cli, demo)
+    for module in (documents, janitor, ownership, local_cli, demo)
     for name, value in vars(module).items()
     if name.isupper() and isinstance(value, str) and value.lstrip().startswith(("query", "mut"))
 } | {

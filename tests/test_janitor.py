@@ -11,10 +11,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -57,10 +59,11 @@ class Railway:
         assert service_id == "id-router"
         self.remembered.append(values)
 
-    def delete(self, service: Any) -> None:
+    def delete(self, service: Any) -> bool:
         if service.deployment == self.refuses:
             raise RuntimeError("Railway does not delete this")
         self.deleted.append(service.deployment)
+        return True
 
 
 def service(name: str, age: float = 7200, status: str | None = None, **more: Any) -> Any:
@@ -755,7 +758,7 @@ def test_what_railway_does_not_say_it_deleted_keeps_its_record(room: Room, said:
         railway: Any = Railway(service("active"), service("old"))
         railway.delete = janitor.Railway({**env, "PULSE_RAILWAY_API_URL": api.address}).delete
         found = clean_up(room.store, railway)
-    assert found.failed == {"old": "Railway does not say that it deleted old"}
+    assert found.failed == {"old": "Railway does not say which services there are: try again"}
     record = room.record("old")
     assert record is not None
     assert record["retiring_at"]
@@ -778,9 +781,10 @@ def run_until_killed(url: str, at: str) -> None:
     """A run in a process of its own, which ends by SIGKILL after it has done that."""
 
     class Killed(Railway):
-        def delete(self, service: Any) -> None:
+        def delete(self, service: Any) -> bool:
             if at != "forgotten":
                 os.kill(os.getpid(), signal.SIGKILL)
+            return True
 
     store = router.RedisStore(url, "pulse:railway")
     with janitor.run_lock(store):
@@ -837,3 +841,22 @@ def told(connection: Connection) -> None:
     head = connection.head()
     TOLD.append(json.loads(connection.read(int(header(head, "content-length") or 0))))
     connection.send(ok())
+
+
+def test_an_answer_of_railways_that_does_not_end_is_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def drip(connection: Connection) -> None:
+        connection.head()
+        connection.send(b"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n")
+        while not threading.Event().wait(0.02):
+            connection.send(b" ")
+
+    monkeypatch.setattr(janitor, "CALL_SECONDS", 0.2)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    env = {"RAILWAY_PROJECT_ID": "p", "RAILWAY_ENVIRONMENT_ID": "e", "RAILWAY_TOKEN": "t"}
+    with Backend(handle=drip) as railway:
+        found = janitor.Railway({**env, "PULSE_RAILWAY_API_URL": railway.address})
+        with pytest.raises(httpx.ReadTimeout, match="does not end"):
+            found.inspect()
+        assert railway.connections == 3

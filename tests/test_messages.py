@@ -10,7 +10,7 @@ from tests.conftest import ROOT
 
 SAYING = {
     *("Failure", "Uncertain", "ApiError", "StateError", "Refused", "ValueError", "UpstreamError"),
-    *("RailwayPluginError", "SystemExit", "Exit", "warn", "warning", "error"),
+    *("RailwayPluginError", "NotUnderstood", "SystemExit", "Exit", "warn", "warning", "error"),
 }
 FILES = [
     *sorted((ROOT / "pulse_railway").glob("*.py")),

@@ -289,12 +289,14 @@ def test_services_of_others_are_not_touched(
     for name, of in stamps.items():
         services[name] = {"PULSE_DEPLOYMENT_ID": name, "PULSE_RAILWAY_STACK": of, **run}
     services["unnamed"] = {"PULSE_DEPLOYMENT_ID": "unnamed", **run}
+    services["emptied"] = {**services["theirs"], "PULSE_DEPLOYMENT_ID": "emptied"}
+    services["emptied"] |= {"PULSE_RAILWAY_STACK": "e/s-pulse-router", "PULSE_RAILWAY_REMOVED": "1"}
     capsys.readouterr()
     code, rails = run_janitor(site, monkeypatch, services)
     assert code == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     kept = report["kept"]
-    assert kept.keys() & {*stamps, "unnamed"} == {"copied", "left", "junk", "unnamed"}
+    assert kept.keys() & {*stamps, "unnamed", "emptied"} == {"copied", "left", "junk", "unnamed"}
     assert "was copied from another environment" in kept["copied"]
     assert "belongs to a router that is gone" in kept["left"]
     assert "does not say whose it is" in kept["unnamed"]

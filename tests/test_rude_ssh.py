@@ -32,13 +32,14 @@ from pulse_railway.flows import cleanup, deploy, promote, redeploy, remove, rest
 from pulse_railway.options import DeployOptions, PromoteOptions
 from pulse_railway.output import Output
 from pulse_railway.railway import documents, program, ssh
-from pulse_railway.railway.api import ApiError
+from pulse_railway.railway.api import ApiError, GraphqlError
 from pulse_railway.stack import Stack, inspect
 
 router: Any = runtime_image.load("router")
 control: Any = runtime_image.load("control")
 janitor: Any = runtime_image.load("janitor")
 sqlite_store: Any = runtime_image.load("sqlite_store")
+ownership: Any = runtime_image.load("ownership")
 
 BAD_DAY = [
     "Connection timed out",
@@ -86,6 +87,9 @@ STEPS = st.one_of(
 )
 
 
+ONE_PAGE = {"pageInfo": {"hasNextPage": False}}
+
+
 class World:
     """A Railway, the router's store, and the rude ssh between us and them."""
 
@@ -98,7 +102,7 @@ class World:
         self.known = router.Routing()  # what a router has in memory
         self.said: list[str] = []
         self.count = 0
-        self.api: Any = types.SimpleNamespace(call=self.call, calls=0)
+        self.api: Any = types.SimpleNamespace(call=self.call, calls=0, is_project_token=False)
         for name in ("pulse-router", "pulse-env", "pulse-janitor", "pulse-redis"):
             secrets = (contract.RAILWAY_TOKEN, contract.REDIS_URL, contract.INTERNAL_TOKEN)
             self.create(name, {**dict.fromkeys(secrets, "${{x}}"), contract.RUNTIME_VERSION: "1"})
@@ -126,7 +130,12 @@ class World:
         if document == documents.SERVICE_CREATE:
             given = values["input"]
             return {"serviceCreate": {"id": self.create(given["name"], given["variables"])}}
-        if document == documents.SERVICE_DELETE:
+        if document == ownership.REACH:
+            seen = {"id": "e", "canAccess": True, "serviceInstances": {**ONE_PAGE, "edges": []}}
+            return {"project": {"environments": {**ONE_PAGE, "edges": [{"node": seen}]}}}
+        if document == ownership.HERE:
+            return {"environment": self.environment()}
+        if document == ownership.SERVICE_DELETE:
             return self.delete(values["service"])
         if document == documents.SERVICE_DEPLOY:
             return {"serviceInstanceDeployV2": "d"}
@@ -165,7 +174,7 @@ class World:
     def delete(self, service_id: str) -> Any:
         name = next((n for n, s in self.services.items() if s["id"] == service_id), None)
         if name is None:
-            raise Failure("Railway: Service not found")
+            raise GraphqlError("Railway: Service not found")
         state = self.state
         known = name in state.records
         assert name != state.active, f"{name} is active and was deleted"

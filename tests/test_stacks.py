@@ -12,7 +12,8 @@ import pytest
 
 from pulse_railway import contract
 from pulse_railway.config import Names, Target, Where
-from pulse_railway.flows.baseline import wanted_redis_prefix
+from pulse_railway.errors import Failure
+from pulse_railway.flows.baseline import check_prefixes, wanted_redis_prefix
 from pulse_railway.options import BaselineOptions
 from pulse_railway.stack import Service, Stack
 from tests.conftest import TINY, Project
@@ -49,9 +50,9 @@ def deployment_ids(project: Project) -> dict[str, str]:
     }
 
 
-def unstamp(project: Project) -> None:
-    """As a stack is that an earlier version has set up."""
-    for service in project.stage.services().values():
+def unstamp(project: Project, *names: str) -> None:
+    """As a stack is that an earlier version has set up, or these services of it."""
+    for service in map(project.stage.services().__getitem__, names or project.services):
         project.railway.graphql(
             DELETE_VARIABLE,
             i={
@@ -141,6 +142,17 @@ def test_names_that_a_stack_was_set_up_with_stay(base: Project) -> None:
         refused = base.run("ensure", "main.py", flag, value)
         assert refused.code == 1
         assert f"this stack was set up {was}" in refused.err
+
+
+def test_a_prefix_that_is_in_a_file_holds_for_a_copy_too() -> None:
+    wanted = BaselineOptions(Where(), Names(), redis_prefix="shop")
+    of_router = {contract.REDIS_PREFIX: "shop:e-copy"}
+    router = Service("r", "", "pulse-router", "", None, {}, [], None, None, of_router)
+    own = Stack(Target("p", "e-copy"), Names(), {"pulse-router": router})
+    check_prefixes(own, wanted)
+    assert wanted_redis_prefix(own, wanted) == "shop:e-copy"
+    with pytest.raises(Failure, match="set up with --redis-prefix shop:e-copy"):
+        check_prefixes(Stack(Target("p", "other"), Names(), {"pulse-router": router}), wanted)
 
 
 def test_a_copied_environment(base: Project) -> None:

@@ -27,6 +27,7 @@ from pulse_railway.services import (
     create_service,
     delete_service,
     deploy_service,
+    left_empty,
     variable_input,
     write,
 )
@@ -136,14 +137,16 @@ def check_redis_mode(stack: Stack, wanted: BaselineOptions) -> None:
 
 
 def check_prefixes(stack: Stack, wanted: BaselineOptions) -> None:
-    """What a stack was set up with stays: its keys and its services are called by it."""
+    """What a stack was set up with stays: its keys and its services are called by it. A copy's own
+    prefix follows the original's, which invoke.yaml may hold."""
     assert stack.router is not None
+    own = f":{stack.target.environment_id}"
     of_router = stack.router.variables
     for flag, given, stored in (
         ("--redis-prefix", wanted.redis_prefix, of_router.get(contract.REDIS_PREFIX)),
         ("--service-prefix", wanted.names.prefix, of_router.get(contract.SERVICE_PREFIX)),
     ):
-        if given and given.rstrip(":-") != (stored or "").rstrip(":-"):
+        if given and given.rstrip(":-") != (stored or "").removesuffix(own).rstrip(":-"):
             was = f"with {flag} {stored}" if stored else f"without {flag}"
             raise Failure(f"this stack was set up {was}, and keeps its names: leave the flag out")
 
@@ -153,6 +156,12 @@ def tell_of_copy(stack: Stack, output: Output) -> None:
         f"this environment is a copy of {stack.copied_from}: its stack gets tokens of its own,"
         " and knows nothing of what was promoted there"
     )
+    if not stack.redis:
+        output.warn(
+            "its Redis may be the original's: keys of the routing state and sessions of deployments"
+            f" get {stack.target.environment_id} into their prefix, and end by themselves when it"
+            " is gone"
+        )
     if copied := joined(str(s.deployment_id) for s in stack.backends):
         output.warn(
             f"the deployments that were copied ({copied}) stay as they are, and nothing routes to"
@@ -183,7 +192,8 @@ def wanted_redis_prefix(stack: Stack, wanted: BaselineOptions) -> str:
     original, they are kept apart by the environment's id."""
     if stack.copied_from and not stack.redis:
         return f"{stack.redis_prefix}:{stack.target.environment_id}"
-    return wanted.redis_prefix or stack.redis_prefix
+    stored = stack.router.variables.get(contract.REDIS_PREFIX) if stack.router else None
+    return stored or wanted.redis_prefix or contract.DEFAULT_REDIS_PREFIX
 
 
 # Where what was promoted last and what is to be carried out stand: not a copy's.
@@ -194,6 +204,7 @@ ORIGINALS = (
     contract.MAINTENANCE_OFF,
     contract.CONTROL,
     contract.CONTROL_ANSWER,
+    contract.OWNS_STATE,
 )
 
 
@@ -268,6 +279,8 @@ def desired(
         contract.DRAIN_TTL: str(wanted.drain_ttl),
         contract.RUNTIME_VERSION: wanted.runtime_image or runtime_image.version(),
     }
+    if shared[contract.REDIS_PREFIX].endswith(f":{stack.target.environment_id}"):  # a copy's own
+        shared[contract.KEY_TTL] = str(max(wanted.drain_ttl, contract.LEAST_KEY_TTL_SECONDS))
     if names.prefix:
         shared[contract.SERVICE_PREFIX] = names.prefix
     if not wanted.runtime_image:
@@ -346,6 +359,8 @@ def plan(
             change.group_id = router.group_id
         if change.service.variables.get(contract.STACK) != stack.stamp:
             change.variables[contract.STACK] = str(stack.stamp)
+    if wanted.owns_state and router.variables.get(contract.OWNS_STATE) != "1":
+        changes[router.name].variables[contract.OWNS_STATE] = "1"
     return [change for change in changes.values() if change]
 
 
@@ -446,7 +461,8 @@ def create(api: Api, stack: Stack, wanted: BaselineOptions, output: Output) -> S
             stack.services[names.env] = env
     if wanted.redis_url and stack.redis:
         with output.step(f"delete {names.redis}"):
-            delete_service(api, target, stack.redis.id)
+            if not delete_service(api, target, stack.redis.id):
+                output.warn(left_empty(names.redis, None))
             del stack.services[names.redis]
     starting: dict[str, str | None] = {}
     if stack.redis:  # the router is healthy once it has read its state

@@ -23,7 +23,7 @@ from pulse_railway.flows.signals import shielded
 from pulse_railway.options import DeployOptions
 from pulse_railway.output import Output
 from pulse_railway.railway.api import Api
-from pulse_railway.services import delete_service
+from pulse_railway.services import delete_service, left_empty
 from pulse_railway.stack import Stack, inspect
 
 LATE_PAUSES = (0.0, 3.0, 7.0)  # seconds
@@ -87,7 +87,9 @@ def clean_up(
         return
     try:
         with output.step(f"remove {progress.service_name}"):
-            undo(api, progress.stack or Stack(target, wanted.app.names, {}), progress)
+            stack = progress.stack or Stack(target, wanted.app.names, {})
+            if not undo(api, stack, progress):
+                output.warn(left_empty(progress.service_name, name))
     except (Exception, Interrupted) as why:
         if isinstance(why, Refused) and why.reason == "active":  # it ran, its answer was lost
             progress.promoted = True
@@ -122,19 +124,20 @@ def release(api: Api, progress: Progress) -> None:
             router_commands.unlock(api, progress.stack, progress.run, pauses=(1.0,))
 
 
-def undo(api: Api, stack: Stack, progress: Progress) -> None:
-    """Remove what a run made. Raises Refused where it is active, Failure where that is not known.
+def undo(api: Api, stack: Stack, progress: Progress) -> bool:
+    """Remove what a run made; False where its service is left empty. Raises Refused where it is
+    active, Failure where that is not known.
 
     What was never named to the router cannot be known to it, and goes without asking.
     """
     if progress.registered:
         router_commands.retire(api, stack, progress.deployment_id, progress.service_id)
     service_id = progress.service_id or created_after_all(api, stack, progress)
-    if service_id:
-        delete_service(api, stack.target, service_id)
+    deleted = not service_id or delete_service(api, stack.target, service_id)
     progress.creating = False
     if progress.registered:
         router_commands.forget(api, stack, progress.deployment_id)
+    return deleted
 
 
 def created_after_all(api: Api, stack: Stack, progress: Progress) -> str | None:

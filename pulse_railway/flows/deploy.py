@@ -195,6 +195,9 @@ def backend_variables(plan: Plan, stack: Stack) -> dict[str, str]:
         managed[contract.NAME] = plan.wanted.deployment_name.strip()
     if plan.app.uses_session_store:
         managed[contract.SESSION_REDIS_URL] = f"${{{{{names.router}.{contract.REDIS_URL}}}}}"
+        if stack.router and stack.router.variables.get(contract.KEY_TTL):
+            managed[contract.SESSION_SCOPE] = stack.target.environment_id
+            managed[contract.KEY_TTL] = f"${{{{{names.router}.{contract.KEY_TTL}}}}}"
     build = {**plan.wanted.build_args}
     if not plan.image:
         build.setdefault(contract.WEB_ROOT, plan.web_root.as_posix())

@@ -8,7 +8,7 @@ from pulse_railway import contract, naming, router_commands
 from pulse_railway.errors import Failure
 from pulse_railway.output import Output
 from pulse_railway.railway.api import Api
-from pulse_railway.services import delete_service
+from pulse_railway.services import delete_service, left_empty
 from pulse_railway.stack import Stack, find_backend, joined
 
 
@@ -16,10 +16,12 @@ def delete(api: Api, stack: Stack, deployment_id: str, output: Output) -> dict[s
     """Remove a deployment that is not active: the router retires it, then its service is deleted
     and its record forgotten.
 
-    Cut off anywhere, it can be run again; the janitor finishes it too. Raises Failure, and has
+    A service that Railway does not let this token delete is left empty. Cut off anywhere, it can be
+    run again; the janitor finishes it too. Raises Failure, and has
     deleted nothing, where the router has not said in an answer that counts that it is retired.
     """
-    service = stack.backend(deployment_id)
+    services = [*stack.backends, *stack.empty]
+    service = next((s for s in services if s.deployment_id == deployment_id), None)
     with output.step(f"claim {deployment_id}"):
         if service is None and not any(
             r["deployment_id"] == deployment_id
@@ -29,7 +31,8 @@ def delete(api: Api, stack: Stack, deployment_id: str, output: Output) -> dict[s
         router_commands.retire(api, stack, deployment_id, service.id if service else None)
     if service:
         with output.step(f"delete the service {service.name}"):
-            delete_service(api, stack.target, service.id)
+            if not delete_service(api, stack.target, service.id):
+                output.warn(left_empty(service.name, deployment_id))
     with output.step("forget it"):
         router_commands.forget(api, stack, deployment_id)
     return {"deployment_id": deployment_id, "deleted": True}

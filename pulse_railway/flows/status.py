@@ -9,6 +9,7 @@ from typing import Any
 from pulse_railway import contract, router_commands
 from pulse_railway.errors import Failure
 from pulse_railway.railway.api import Api
+from pulse_railway.services import left_empty
 from pulse_railway.stack import Stack, require_baseline
 from pulse_railway.waiting import FAILED_STATES
 
@@ -195,6 +196,7 @@ def problems(stack: Stack, state: dict[str, Any] | None, silence: str | None) ->
         for s in stack.baseline
         if s.status in FAILED_STATES
     ]
+    found += [left_empty(s.name, s.deployment_id) for s in stack.empty]
     if silence and REDIS_IS_SILENT in silence:
         found.append(
             f"Redis does not answer: the routers serve what they know, and nothing can be promoted."

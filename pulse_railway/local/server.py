@@ -108,6 +108,7 @@ class Orders:
     every_environment: bool = False
     deletion_patch: str = ""
     copy_uploads: bool = True
+    restricted: str = ""
     clock: bool | None = None  # does the cron run? None: as before
 
 
@@ -398,7 +399,12 @@ class LocalRailway:
         given, usual = asdict(orders), asdict(Orders(clock=orders.clock or None))
         self.orders = {name: value for name, value in given.items() if value != usual[name]}
         self.edge_page = orders.edge
-        self.rules = api.Rules(orders.every_environment, orders.deletion_patch, orders.copy_uploads)
+        self.rules = api.Rules(
+            orders.every_environment,
+            orders.deletion_patch,
+            orders.copy_uploads,
+            orders.restricted,
+        )
         self.rate_limit, self.minute = orders.rate_limit, (0.0, 0)
         self.supervisor.react_delay = str(orders.react_delay)
         for name in "crash_at ipv6_only name_delay old_gets_requests keep_files".split():

@@ -37,6 +37,10 @@ class ApiError(Failure):
     """Railway answered, and refused. The message is its own."""
 
 
+class GraphqlError(ApiError):
+    """Railway's API has understood the document, and says no."""
+
+
 class Api:
     """Railway's API with one token.
 
@@ -182,7 +186,7 @@ class Api:
                 message += (
                     f" (token from {self.token.source}: it must be valid and see the project)"
                 )
-            raise ApiError(f"Railway: {redact(message)}")
+            raise GraphqlError(f"Railway: {redact(message)}")
         data = body.get("data")
         if answer.status_code >= 400 or not data or not isinstance(data, dict):
             raise not_understood

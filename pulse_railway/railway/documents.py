@@ -173,12 +173,6 @@ mutation ServiceCreate($input: ServiceCreateInput!) {
 }
 """
 
-SERVICE_DELETE = """
-mutation ServiceDelete($service: String!, $environment: String!) {
-  serviceDelete(id: $service, environmentId: $environment)
-}
-"""
-
 SERVICE_DISCONNECT = """
 mutation ServiceDisconnect($service: String!) {
   serviceDisconnect(id: $service) { id }

@@ -21,11 +21,14 @@ class Rules:
         environment that is no fork, as the schema says.
     deletion_patch: `refuse` or `ignore` a patch that deletes a service.
     copy_uploads: an environment is duplicated with what was uploaded to its services.
+    restricted: the id of an environment that nobody's token opens, and that is listed all the same
+        (`canAccess`).
     """
 
     every_environment: bool = False
     deletion_patch: str = ""
     copy_uploads: bool = True
+    restricted: str = ""
 
 
 @dataclass
@@ -69,7 +72,9 @@ def need_project(caller: Caller, project_id: str) -> Project:
 def accessible(caller: Caller, environment_id: str) -> bool:
     """Does the token reach this environment of a project that it sees? A project token has one."""
     token = caller.token
-    return token is not None and (token.kind != "project" or token.environment_id == environment_id)
+    if token is None or environment_id == caller.rules.restricted:
+        return False
+    return token.kind != "project" or token.environment_id == environment_id
 
 
 def need_environment(caller: Caller, environment_id: str) -> tuple[Project, Environment]:

@@ -81,11 +81,13 @@ def workspace_view(caller: Caller, workspace_id: str) -> dict[str, Any]:
 def environments_view(
     caller: Caller, project: Project, isEphemeral: bool | None = None, **_: Any
 ) -> dict[str, Any]:
-    """The environments of a project that a token reaches: all, or a project token's own."""
+    """The environments of a project: all, also one that is restricted, or a project token's own."""
+    token = caller.token
+    own = token.environment_id if token and token.kind == "project" else None
     found = [
         e
         for e in project.environments
-        if accessible(caller, e.id) and isEphemeral in (None, e.ephemeral)
+        if own in (None, e.id) and isEphemeral in (None, e.ephemeral)
     ]
     return connection([environment_view(caller, project, e) for e in found])
 
@@ -118,7 +120,7 @@ def environment_view(caller: Caller, project: Project, environment: Environment)
         "createdAt": environment.created_at,
         "updatedAt": environment.created_at,
         "isEphemeral": environment.ephemeral,
-        "canAccess": True,
+        "canAccess": accessible(caller, environment.id),
         "unmergedChangesCount": len(environment.staged.get("services") or {}),
         "sourceEnvironment": (lambda *_: environment_view(caller, project, base)) if base else None,
         "meta": None,
@@ -127,7 +129,11 @@ def environment_view(caller: Caller, project: Project, environment: Environment)
             [volume_view(s, i) for s, i in instances if i.volume]
         ),
         "serviceInstances": lambda *_, **__: connection(
-            [instance_view(caller, s, i) for s, i in instances]
+            [
+                instance_view(caller, s, i)
+                for s, i in instances
+                if need_environment(caller, environment.id)
+            ]
         ),
         "deployments": lambda *_, **__: connection(
             [

@@ -1,0 +1,224 @@
+"""A Redis outside of the project: whose its routing state is, and a copy of the environment on it.
+
+The steps go on where the one before ended. The whole local Railway plays it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from benchmarks import peer
+from pulse_railway import contract
+from pulse_railway.config import Names, Target
+from pulse_railway.flows import owner
+from pulse_railway.flows.deploy import backend_variables
+from pulse_railway.output import Output
+from pulse_railway.stack import Service, Stack
+from tests.conftest import TINY, Project, Redis, Verb, play
+from tests.net import eventually
+from tests.test_interop import published
+from tests.test_local_environments import create, delete, has_settled, pids
+
+OWNER = "pulse:railway:owner"
+NOBODYS = "a routing state that does not say whose it is (prefix pulse:railway, first is active)"
+
+
+class Shared:
+    """The project, its copy, and their Redis."""
+
+    def __init__(self, project: Project, redis: Redis) -> None:
+        self.project, self.url, self.client = project, redis.url, redis.client
+        self.copy = project
+
+    @property
+    def stamp(self) -> str:
+        service = self.project.stage.services()["pulse-router"]["serviceId"]
+        return f"{self.project.environment}/{service}"
+
+    def ensure(self, *flags: str) -> Verb:
+        verb = self.project.run("ensure", "main.py", *flags)
+        assert verb.code == 0, verb.err
+        return verb
+
+    def state(self, of_copy: bool = False) -> dict[str, Any]:
+        """What is not the routers' word for what they serve."""
+        mine = f"pulse:railway:{self.copy.environment}:"
+        found = (key for key in self.client.scan_iter("*") if ":router:" not in key)
+        return {k: self.client.get(k) for k in sorted(found) if k.startswith(mine) == of_copy}
+
+
+@pytest.fixture(scope="module")
+def shared(project: Project) -> Iterator[Shared]:
+    server = Redis()
+    yield Shared(project, server)
+    server.stop()
+
+
+def test_a_redis_of_ones_own(shared: Shared, request: pytest.FixtureRequest) -> None:
+    play(globals(), request)
+
+
+def step_01_a_state_that_is_nobodys_stays_so(shared: Shared) -> None:
+    record = {"deployment_id": "first", "state": "active", "address": "http://127.0.0.1:9"}
+    shared.client.set("pulse:railway:deployment:first", json.dumps(record))
+    shared.client.set("pulse:railway:active", "first")
+    said = shared.ensure("--redis-url", shared.url)
+    assert NOBODYS in said.err
+    assert "`pulse-railway ensure --owns-state`" in said.err
+    assert "uses it too" not in said.err
+    other = shared.project.duplicate("staging", skipInitialDeploys=True)
+    assert f"{NOBODYS}, and staging of this project uses it too" in shared.ensure().err
+    other.delete_environment()
+    assert "has no service" in shared.project.janitor()["refused"]
+    assert not shared.client.exists(OWNER)
+
+
+def step_02_until_somebody_says_so(shared: Shared) -> None:
+    said = shared.ensure("--owns-state")
+    assert "PULSE_RAILWAY_OWNS_STATE unset -> 1" in said.err
+    assert "pulse-router: deploy" not in said.err
+    assert shared.client.get(OWNER) == shared.stamp
+    assert "ask the router" not in shared.ensure().err
+
+
+def step_03_other_owners(shared: Shared) -> None:
+    gone = f"{shared.project.environment}/gone"
+    shared.client.set(OWNER, gone)
+    said = shared.ensure("--owns-state").err
+    assert f"was of a router that is gone ({gone}), and is this stack's now" in said
+    assert shared.client.get(OWNER) == shared.stamp
+    shared.client.set(OWNER, "elsewhere/router")
+    said = shared.ensure("--owns-state").err
+    assert "belongs to another stack (elsewhere/router," in said
+    assert shared.client.get(OWNER) == "elsewhere/router"
+    shared.client.set(OWNER, shared.stamp)
+
+
+def step_04_another_versions_deploy_in_a_copy(shared: Shared, tmp_path: Any) -> None:
+    """Before its `ensure`: of ours, and of 0.3.13."""
+    shared.project.deploy("one")
+    before = shared.state()
+    shared.copy = copy = shared.project.duplicate("staging")
+    eventually(lambda: has_settled(copy), 60)
+    assert f"a copy of {shared.project.environment}" in copy.run("deploy", "main.py").err
+    app = peer.write_app(TINY, tmp_path / "app")
+    where = ("--project-id", copy.id, "--environment-id", copy.environment)
+    words = ("deploy", "main.py", "--deployment-id", "old-1", *where)
+    redis = create(copy, "pulse-redis")  # without which 0.3.13 deploys nothing
+    done = published(copy, *words, cwd=app)
+    assert done.returncode != 0
+    assert "is a copy of" in done.stdout + done.stderr
+    delete(copy, redis)
+    for left in copy.services - shared.project.services:  # as 0.3.13 leaves it
+        delete(copy, copy.stage.services()[left]["serviceId"])
+    assert copy.janitor()["exit"] == 1
+    assert shared.state() == before
+    assert shared.project.get("/_pulse/meta")["deployment_id"] == "one"
+
+
+def step_05_a_copy_lives_beside_the_original(shared: Shared) -> None:
+    """Through deploy, drain and a TTL."""
+    project, copy = shared.project, shared.copy
+    before, processes = shared.state(), pids(project)
+    copy.ok("ensure", "main.py")
+    router = copy.variables("pulse-router")
+    assert router[contract.REDIS_PREFIX] == f"pulse:railway:{copy.environment}"
+    assert router[contract.KEY_TTL] == "86400"
+    assert not router[contract.OWNS_STATE]
+    copy.janitor()
+    assert shared.client.get(f"{router[contract.REDIS_PREFIX]}:owner") == router[contract.STACK]
+    for name in ("copied-1", "copied-2"):
+        copy.deploy(name)
+    eventually(lambda: "copied-1" in copy.janitor()["deleted"], 20)
+    assert copy.get("/_pulse/meta")["deployment_id"] == "copied-2"
+    assert shared.state() == before
+    assert pids(project) == processes
+    mine = shared.state(of_copy=True)
+    assert f"pulse:railway:{copy.environment}:active" in mine
+    assert all(0 < shared.client.ttl(key) <= 86_400 for key in mine)
+    for key in mine:
+        shared.client.expire(key, 100)
+    assert copy.janitor()["exit"] == 0  # its router reports
+    assert all(86_000 < shared.client.ttl(key) <= 86_400 for key in mine)
+
+    project.deploy("two")
+    eventually(lambda: "one" in project.janitor()["deleted"], 20)
+    assert project.get("/_pulse/meta")["deployment_id"] == "two"
+    assert {shared.client.ttl(key) for key in shared.state()} == {-1}
+    assert copy.get("/_pulse/meta")["deployment_id"] == "copied-2"
+    assert copy.ok("ensure", "main.py")["changed"] == []
+
+
+def step_06_a_copy_that_is_deleted_leaves_nothing_for_long(shared: Shared) -> None:
+    before = shared.state()
+    shared.copy.delete_environment()
+    assert shared.project.janitor()["exit"] == 0
+    left = shared.state(of_copy=True)
+    assert all(0 < shared.client.ttl(key) <= 86_400 for key in left)
+    for key in left:
+        shared.client.pexpire(key, 1)
+    eventually(lambda: not shared.state(of_copy=True))
+    assert shared.state() == before
+    assert shared.project.get("/_pulse/meta")["deployment_id"] == "two"
+
+
+# -- without a Railway -----------------------------------------------------------------------------
+
+
+def a_stack(**of_router: str) -> Stack:
+    router = Service("r", "", "pulse-router", "", None, {}, ["site.example"], None, None, of_router)
+    env = Service("v", "", "pulse-env", "", None, {}, [], None, None)
+    return Stack(Target("p", "e-copy"), Names(), {"pulse-router": router, "pulse-env": env})
+
+
+def test_a_deploy_in_a_copy_keeps_its_sessions_apart() -> None:
+    app = SimpleNamespace(file="main.py", uses_session_store=True)
+    wanted = SimpleNamespace(
+        server_address=None, deployment_id="x", build_args={}, env={}, deployment_name="x"
+    )
+    plan: Any = SimpleNamespace(app=app, wanted=wanted, deployment_id="x", image="i")
+    found = backend_variables(plan, a_stack(**{contract.KEY_TTL: "86400"}))
+    assert found[contract.SESSION_SCOPE] == "e-copy"
+    assert found[contract.KEY_TTL] == f"${{{{pulse-router.{contract.KEY_TTL}}}}}"
+    found = backend_variables(plan, a_stack())
+    assert not {contract.SESSION_SCOPE, contract.KEY_TTL} & found.keys()
+    app.uses_session_store = False
+    found = backend_variables(plan, a_stack(**{contract.KEY_TTL: "86400"}))
+    assert not {contract.SESSION_SCOPE, contract.KEY_TTL} & found.keys()
+
+
+@pytest.mark.parametrize(
+    ("answer", "sharing", "ours"),
+    [
+        (True, [], True),
+        (True, ["staging"], True),
+        (False, [], False),
+        (None, [], False),
+        (True, None, False),  # a token of one environment: nobody can know
+    ],
+)
+def test_a_person_says_whose_a_state_is(
+    monkeypatch: pytest.MonkeyPatch, answer: bool | None, sharing: list[str] | None, ours: bool
+) -> None:
+    monkeypatch.setattr(owner, "who_shares", lambda *_: sharing)
+    asked: list[str] = []
+
+    def ask(question: str) -> bool | None:
+        asked.append(question)
+        return answer
+
+    api: Any = None
+    assert owner.is_ours(api, a_stack(), "first", Output(), ask) is ours
+    assert asked[:1] == ([] if sharing is None else asked)
+    assert all(question.endswith(". Is it this stack's?") for question in asked)
+    assert all(("staging" in question) == bool(sharing) for question in asked)
+
+
+def test_a_project_token_knows_nothing_of_other_environments() -> None:
+    api: Any = SimpleNamespace(is_project_token=True)
+    assert owner.who_shares(api, a_stack()) is None
