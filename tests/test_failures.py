@@ -51,8 +51,8 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-# Queries go through one function, and so does serviceInstanceUpdate, which may be repeated: what they
-# recover from is tried at `deployment`, what they fail of at each.
+# Queries go through one function, and so does serviceInstanceUpdate, which may be repeated: what
+# they recover from is tried at `deployment`, what they fail of at each.
 FATAL = ("502 always", "refused")
 FAILING = {
     "serviceCreate": KINDS,
