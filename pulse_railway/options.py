@@ -283,11 +283,21 @@ def load_app(flags: Flags, output: Output) -> AppConfig:
         app = config.load_app(flags.get("app"), Path(flags.get("context") or ".").resolve())
     if not flags.get("service_prefix"):
         return app
-    try:  # the backends' only, as in 0.3.x
-        prefix = naming.service_prefix(flags["service_prefix"])
+    try:
+        return replace(
+            app, names=prefixed(app.names, naming.service_prefix(flags["service_prefix"]))
+        )
     except ValueError as error:
         raise Failure(str(error)) from None
-    return replace(app, names=replace(app.names, prefix=prefix))
+
+
+def prefixed(of_app: Names, prefix: str) -> Names:
+    """An app's names with another prefix. They are for a stack that is set up: one that is there
+    is found by its router, and keeps its own."""
+    given = {role: getattr(of_app, role) for role in ("router", "env", "redis", "janitor")}
+    bare = {role: name.removeprefix(of_app.prefix) for role, name in given.items()}
+    named: dict[str, Any] = {role: naming.baseline_name(prefix, name) for role, name in bare.items()}
+    return replace(of_app, prefix=prefix, **named)
 
 
 def where(flags: Flags, plugin: RailwayPlugin | None = None) -> Where:

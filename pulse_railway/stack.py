@@ -184,6 +184,8 @@ def own_stack(read: Stack) -> Stack:
     every = [ownership.Service(s.id, s.name, s.variables) for s in services.values()]
     there = {router.name: router for router in ownership.routers(every)}
     router = there.get(names.router)
+    if router is None and not names.asked:
+        router = there.get(contract.DEFAULT_ROUTER)
     if router is None and there and not names.asked:
         if len(there) > 1:
             raise Failure(

@@ -82,6 +82,7 @@ def second(web: Service) -> Service:
     """`web` in a copy of its environment, where it runs."""
     other = in_environment(web, web.project.duplicate("staging"))
     eventually(lambda: other.status == "SUCCESS", 20)
+    eventually(other.get, 20)
     return other
 
 

@@ -79,6 +79,8 @@ class Service:
         self.address = f"https://{domain}"
         self.upload({"Dockerfile": f"FROM python\nCMD {cmd}\n", "app.py": APP})
         eventually(lambda: self.status == "SUCCESS", 20)
+        if cmd == WEB:  # without a health check, it has not to answer yet
+            eventually(self.get, 20)
 
     def make(self) -> str:
         created = self.ask(

@@ -341,6 +341,7 @@ class Recorder(Output):
 
 
 class _Plugin:
+    name = None
     dockerfile = "Dockerfile"
     check_path = "/"
     pre_deploy = None

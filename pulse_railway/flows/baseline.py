@@ -444,6 +444,7 @@ def start_runtime(
 def create(api: Api, stack: Stack, wanted: BaselineOptions, output: Output) -> Stack:
     """Template first: router, janitor and Redis land on the canvas as it lays them out."""
     target, names = stack.target, stack.names
+    check_names(stack, wanted)
     token = runtime_token(api, stack)
     if not wanted.runtime_image:
         program.need("railway")
@@ -473,6 +474,20 @@ def create(api: Api, stack: Stack, wanted: BaselineOptions, output: Output) -> S
     changes = plan(stack, wanted, token, shared)
     apply(api, stack, changes, wanted, output, starting)
     return stack
+
+
+def check_names(stack: Stack, wanted: BaselineOptions) -> None:
+    """Raises Failure where another environment of the project has services of these names: Railway
+    takes each name once, and would say so in the middle."""
+    names = stack.names
+    needed = {names.router, names.env, names.janitor, *([] if wanted.redis_url else [names.redis])}
+    here = stack.services.keys() | {service.name for service in stack.others}
+    if elsewhere := needed & stack.taken - here:
+        raise Failure(
+            f"{joined(elsewhere)}: other environments of this project have services of these names."
+            " Duplicate one of them on Railway and run `pulse-railway ensure` there, or give this"
+            " stack names of its own (--service-prefix)"
+        )
 
 
 def _await_services(api: Api, stack: Stack, expected: list[str], output: Output) -> Stack:

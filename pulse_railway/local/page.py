@@ -152,7 +152,7 @@ def read(
             replace(record, address=nearby(record.url or "", hosts) or record.address)
             for record in routing.records.values()
         )
-        routing = routing.with_records(*here)
+        routing = load("control").with_records(routing, *here)
         store.read = lambda: routing
         return dict(load("control").status(store, token, None))
     finally:
