@@ -294,9 +294,10 @@ def load_app(flags: Flags, output: Output) -> AppConfig:
 def prefixed(of_app: Names, prefix: str) -> Names:
     """An app's names with another prefix. They are for a stack that is set up: one that is there
     is found by its router, and keeps its own."""
-    given = {role: getattr(of_app, role) for role in ("router", "env", "redis", "janitor")}
-    bare = {role: name.removeprefix(of_app.prefix) for role, name in given.items()}
-    named: dict[str, Any] = {role: naming.baseline_name(prefix, name) for role, name in bare.items()}
+    named: dict[str, Any] = {}
+    for role in ("router", "env", "redis", "janitor"):
+        bare = getattr(of_app, role).removeprefix(of_app.prefix)
+        named[role] = naming.baseline_name(prefix, bare)
     return replace(of_app, prefix=prefix, **named)
 
 
