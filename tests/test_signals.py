@@ -21,7 +21,7 @@ STEPS = ["inspect the baseline", "create the service", "build and start", "regis
     ("step", "number"),
     [
         *((step, number) for step in STEPS for number in (signal.SIGINT, signal.SIGKILL)),
-        *((step, signal.SIGTERM) for step in ("create the service", "promote it")),
+        ("create the service", signal.SIGTERM),  # which is handled as SIGINT is
     ],
 )
 def test_a_signal_during_deploy(base: Project, step: str, number: signal.Signals) -> None:
