@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import redis
 import redis.backoff
@@ -264,7 +263,7 @@ def order(stage: demo.Stage, **body: Any) -> None:
     """Tell a local Railway what is to go wrong, and how fast it is to be. A janitor that comes by
     on its cron would take what a test is about to look at: it stands still."""
     url = stage.api.replace("/graphql/v2", "/local/faults")
-    httpx.post(url, json={"clock": False, **body}).raise_for_status()
+    demo.post(url, json={"clock": False, **body}).raise_for_status()
 
 
 @pytest.fixture(scope="session")
@@ -481,7 +480,7 @@ class Project:
         where it made none."""
         url = self.railway.api.replace("/graphql/v2", "/local/cron/pulse-janitor")
         where = {"project": self.id, "environment": self.environment}
-        done = httpx.post(url, params=where, timeout=60).json()
+        done = demo.post(url, params=where, timeout=60).json()
         last = done["log"][-1]
         report = json.loads(last) if last.startswith("{") else {"refused": last}
         return {**report, "exit": done["exit"]}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import ssl
 import subprocess
 import sys
 import threading
@@ -18,6 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
+from examples import demo
 from pulse_railway import runtime_image
 from tests.conftest import ROOT, TINY, Project, play
 from tests.net import eventually
@@ -33,7 +33,7 @@ def address(project: Project) -> str:
 
 def visits(project: Project, url: str, count: int = 40) -> list[str]:
     """Which deployment each of so many new visitors gets."""
-    trust = ssl.create_default_context(cafile=project.stage.bundle)
+    trust = demo.trusting(project.stage.bundle)
     found = []
     with httpx.Client(verify=trust, trust_env=False) as client:
         for n in range(count):
@@ -47,7 +47,7 @@ def visits(project: Project, url: str, count: int = 40) -> list[str]:
 def traffic(project: Project, url: str, path: str = "/work") -> Iterator[None]:
     """Visitors that come all the time."""
     done = threading.Event()
-    trust = ssl.create_default_context(cafile=project.stage.bundle)
+    trust = demo.trusting(project.stage.bundle)
 
     def visit() -> None:
         with httpx.Client(verify=trust, trust_env=False) as client:
@@ -235,7 +235,7 @@ def step_09_maintenance(base: Project, tmp_path: Path) -> None:
     page.write_text("<h1>Tea — back at five</h1> \"quoted\" 'too' $HOME `x`\n")
     done = base.ok("maintenance", "on", "--page", str(page), "--message", "moving house")
     url = done["address"]
-    trust = ssl.create_default_context(cafile=base.stage.bundle)
+    trust = demo.trusting(base.stage.bundle)
     with httpx.Client(verify=trust, trust_env=False) as client:
         eventually(lambda: client.get(url).status_code == 503)
         answer = client.get(url, headers={"accept": "text/html"})

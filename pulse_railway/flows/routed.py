@@ -13,7 +13,7 @@ from pulse_railway.config import Target
 from pulse_railway.errors import Failure, keep_secret
 from pulse_railway.output import Output
 from pulse_railway.railway import documents
-from pulse_railway.railway.api import Api
+from pulse_railway.railway.api import Api, trust
 from pulse_railway.router_commands import Promotion, active_deployment, probe
 from pulse_railway.services import write_variables
 from pulse_railway.stack import Stack, read_variables
@@ -131,7 +131,7 @@ def _wait(
     looks, began, pause = Looks(), time.monotonic(), 0.5
     headers = {**in_maintenance_too(stack), **headers}
     limits = httpx.Limits(max_keepalive_connections=0)
-    with httpx.Client(timeout=30, headers=headers, limits=limits) as client:
+    with httpx.Client(timeout=30, headers=headers, limits=limits, verify=trust()) as client:
         while True:
             try:
                 answer = client.get(url)
