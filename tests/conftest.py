@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ settings.register_profile("gate", derandomize=True)
 settings.register_profile("search", derandomize=False, print_blob=True)
 settings.load_profile("gate")
 
+STAGE = demo.stage  # also where a test puts `forking_stage` in its place
 SLOW = {"test_story", "test_interop", "test_browser", "test_local", "test_runtime_image"}
 
 
@@ -266,11 +268,16 @@ def order(stage: demo.Stage, **body: Any) -> None:
     demo.post(url, json={"clock": False, **body}).raise_for_status()
 
 
+def forking_stage(root: Path) -> AbstractContextManager[demo.Stage]:
+    """demo.stage, whose containers have their control commands forked (see zygote.py)."""
+    return STAGE(root, "tests.railway", str(zygote().bin))
+
+
 @pytest.fixture(scope="session")
 def railway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[demo.Stage]:
     """A local Railway for tests that leave its first project as they found it: empty."""
     root = tmp_path_factory.mktemp("railway").resolve()
-    with demo.stage(root, "tests.railway", str(zygote().bin)) as stage:
+    with forking_stage(root) as stage:
         order(stage)
         yield stage
     assert not demo.processes_of(root), "the local Railway left processes behind"

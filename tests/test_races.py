@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from tests.conftest import BASE, TINY, Project
+from tests.conftest import BASE, Project, Verb
 from tests.net import eventually
 
+AT_ONCE = ThreadPoolExecutor(2)
 
-def start(project: Project, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "pulse_railway", *arguments, "--json"],
-        cwd=TINY,
-        env=project.env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+
+def start(project: Project, *arguments: str) -> Future[Verb]:
+    return AT_ONCE.submit(project.run, *arguments, "--json")
 
 
 @pytest.fixture(autouse=True)
@@ -38,8 +32,8 @@ def test_two_deploys_at_once(base: Project) -> None:
     base.faults()
     runs = [start(base, "deploy", "main.py", "--deployment-id", f"race-{i}") for i in range(2)]
     for run in runs:
-        _, said = run.communicate(timeout=120)
-        assert run.returncode == 0 or "error:" in said
+        verb = run.result()
+        assert verb.code == 0 or "error:" in verb.err
     states = {k: v["state"] for k, v in base.records.items()}
     assert sorted(states.values()).count("active") == 1
     assert set(states) | BASE == base.services
@@ -54,7 +48,7 @@ def test_the_same_name_twice_at_once(base: Project) -> None:
         start(base, "deploy", "main.py", "--deployment-id", "same", "--no-promote")
         for _ in range(2)
     ]
-    codes = [run.communicate(timeout=120) and run.returncode for run in runs]
+    codes = [run.result().code for run in runs]
     assert sorted(codes) in ([0, 1], [1, 1])
     assert base.services == BASE | {"first"} | ({"same"} if 0 in codes else set())
 
@@ -73,8 +67,8 @@ def test_a_deploy_during_ensure_and_the_janitor_during_both(base: Project) -> No
         base.stage.run_janitor()
         time.sleep(1)
     for run in runs:
-        _, said = run.communicate(timeout=120)
-        assert run.returncode == 0, said
+        verb = run.result()
+        assert verb.code == 0, verb.err
     assert base.active == "during"
     assert base.get("/_pulse/meta")["deployment_id"] == "during"
     if "first" in base.services:
@@ -89,7 +83,7 @@ def test_a_delete_during_a_promote(base: Project) -> None:
         start(base, "delete", "--deployment-id", "contested"),
     ]
     for run in runs:
-        run.communicate(timeout=120)
+        run.result()
     assert base.active is not None
     if base.active == "contested":  # then the delete was refused
         assert "contested" in base.services

@@ -13,12 +13,16 @@ import httpx
 import pytest
 
 from examples import demo
-from tests.conftest import ROOT
+from tests.conftest import ROOT, forking_stage
 
 
 @pytest.mark.story
-def test_two_deploys_of_the_example(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """By ssh; `invoke demo --job` plays it by the janitor's way."""
+def test_two_deploys_of_the_example(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By ssh; `invoke demo --job` plays it by the janitor's way. Control commands that are started
+    as they are for a user are in test_first_deploy."""
+    monkeypatch.setattr(demo, "stage", forking_stage)
     root = tmp_path.resolve()
     demo.story(root)
     seen = capsys.readouterr().out
