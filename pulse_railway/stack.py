@@ -57,6 +57,7 @@ class Stack:
     services: dict[str, Service]  # its own
     others: list[Service] = field(default_factory=list)  # the environment's other services
     empty: list[Service] = field(default_factory=list)  # its own that could not be deleted
+    orphans: list[Service] = field(default_factory=list)  # of those, what its former router ran
     taken: frozenset[str] = frozenset()  # what services of the project are called
     no_such_router: str | None = None  # that was asked for by its name: what there is instead
     copied_from: str | None = None  # the environment that this one is a copy of, not yet our own
@@ -234,8 +235,15 @@ def stack_of(read: Stack, router: Any, every: list[Any], owners: dict[str, Any])
         for s in every
         if owners[s.id] == mine or s.name == router.name or s.name in baseline
     }
+    orphans = [
+        read.services[s.name]
+        for s in every
+        if s.is_backend
+        and owners[s.id].kind == "gone"
+        and s.refers_to() & {names.router, names.env}
+    ]
     copied = router.stamp.environment_id if of_copy else None
-    return replace(read, names=names, services=own, copied_from=copied)
+    return replace(read, names=names, services=own, orphans=orphans, copied_from=copied)
 
 
 def doubt(stack: Stack) -> str | None:
@@ -319,11 +327,20 @@ def read_variables(api: Api, stack: Stack) -> None:
 
 
 def partial(stack: Stack) -> str:
-    """What to do about a baseline of which a part is missing, and what goes with the rest."""
+    """What to do about a baseline of which a part is missing, and what goes with the rest. To
+    delete is said only where a router is there, whose services these are by what it says."""
+    found, missing = joined(s.name for s in stack.baseline), ", ".join(stack.missing)
+    if stack.router is None:
+        return (
+            f"no router is called {stack.names.router}; {found} is there, and may be another"
+            " stack's. If the router has another name, pass --service. If it was deleted, the rest"
+            " of its stack goes the same way (see the address, variables and data first), then run"
+            " `pulse-railway scaffold`"
+        )
     return (
-        f"the baseline is partial: {', '.join(stack.missing)} missing. Delete"
-        f" {joined(s.name for s in stack.baseline)} on Railway and run `pulse-railway scaffold`"
-        + goes_with(stack)
+        f"the baseline is partial: {missing} missing. If it has another name, pass --app or the"
+        f" flag for it. If it was deleted: delete {found} on Railway and run `pulse-railway"
+        " scaffold`" + goes_with(stack)
     )
 
 

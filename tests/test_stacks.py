@@ -15,7 +15,7 @@ from pulse_railway.config import Names, Target, Where
 from pulse_railway.errors import Failure
 from pulse_railway.flows.baseline import check_prefixes, wanted_redis_prefix
 from pulse_railway.options import BaselineOptions
-from pulse_railway.stack import Service, Stack
+from pulse_railway.stack import Service, Stack, partial
 from tests.conftest import TINY, Project
 
 DELETE_VARIABLE = "mutation ($i: VariableDeleteInput!) { variableDelete(input: $i) }"
@@ -207,6 +207,40 @@ def test_a_stack_with_names_of_its_own_is_found(
     assert json_of(project, "status")["active"] == "one"  # nobody says how it is called
     assert json_of(project, "status")["missing"] == []
     assert json_of(project, "redeploy", "--service", "edge-router")["deployment_id"] == "one"
+
+
+def test_what_a_router_that_was_deleted_ran_is_taken_over(base: Project, shop: Path) -> None:
+    """Beside another stack. Before, it was nobody's for ever."""
+    json_of(base, "ensure", "main.py", cwd=shop)
+    json_of(base, "deploy", "main.py", "--deployment-id", "late", cwd=shop)
+    ids = {name: at["serviceId"] for name, at in base.stage.services().items()}
+    for role in ("router", "env", "redis", "janitor"):
+        document = "mutation ($i: String!) { serviceDelete(id: $i) }"
+        base.railway.graphql(document, i=ids[f"shop-{role}"])
+    json_of(base, "ensure", "main.py", cwd=shop)
+    status = json_of(base, "status", "--app", "main.py", cwd=shop)
+    assert status["deployments"] == []
+    (said,) = (line for line in status["problems"] if "late" in line)
+    assert "`pulse-railway restore --deployment-id late`" in said
+    assert "late" not in str(json_of(base, "status", "--service", "pulse-router"))
+    restored = json_of(base, "restore", "--app", "main.py", "--deployment-id", "late", cwd=shop)
+    assert restored["active"] == "late"
+    assert json_of(base, "status", "--app", "main.py", cwd=shop)["active"] == "late"
+    assert base.active == "first"
+
+
+def test_a_stack_whose_router_has_another_name_is_not_to_be_deleted() -> None:
+    """Before: delete pulse-env, pulse-janitor, pulse-redis, and scaffold."""
+    others = {
+        name: Service(name, "", name, "", None, {}, [], None, None)
+        for name in ("pulse-env", "pulse-redis", "pulse-janitor")
+    }
+    said = partial(Stack(Target("p", "e"), Names(), others))
+    assert (
+        "no router is called pulse-router; pulse-env, pulse-janitor, pulse-redis is there" in said
+    )
+    assert "pass --service" in said
+    assert "Delete" not in said
 
 
 def test_what_a_copy_keeps_apart_in_a_redis_that_it_shares() -> None:

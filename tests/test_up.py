@@ -259,11 +259,12 @@ def test_what_is_warned_about(base: Project, app: Path) -> None:
             ".env": "TOKEN=x",
             "keys/id_rsa": "x",
             ".env.example": "",
-            "railway.toml": '[deploy]\nstartCommand = "x"\n[build]\nbuilder = "NIXPACKS"',
+            ".railway/railway.py": "import railway_sdk",
         },
     )
     verb = deploy(base, app, "--deployment-id", "warned")
     assert verb.code == 0, verb.err
     said = " ".join(verb.err.split())
     assert "the upload holds .env, keys/id_rsa: name them in" in said
-    assert "wins over what is set here: deploy.startCommand, build.builder" in said
+    assert "deletes every service that it does not list" in said
+    assert 'Add this to it first: PARTIAL = "site"' in said

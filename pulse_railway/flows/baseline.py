@@ -18,7 +18,7 @@ from pulse_railway.config import Names, Target
 from pulse_railway.errors import Failure, keep_secret
 from pulse_railway.options import BaselineOptions
 from pulse_railway.output import Output
-from pulse_railway.railway import documents, program
+from pulse_railway.railway import config_files, documents, program
 from pulse_railway.railway.api import Api
 from pulse_railway.railway.up import up
 from pulse_railway.services import (
@@ -101,6 +101,8 @@ def ensure(
     check_redis_mode(stack, wanted)
     check_prefixes(stack, wanted)
     if wanted.app:
+        if danger := config_files.would_delete(wanted.app.context):
+            output.warn(danger)
         app_identity.check(stack, app_identity.of_app(wanted.app), wanted.replace_app, output)
     assert stack.router is not None
     if stack.copied_from:

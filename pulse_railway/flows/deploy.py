@@ -30,7 +30,7 @@ from pulse_railway.flows.routed import (
 from pulse_railway.flows.signals import interruptible, shielded
 from pulse_railway.options import DeployOptions
 from pulse_railway.output import Output
-from pulse_railway.railway import docker, program, upload
+from pulse_railway.railway import config_files, docker, program, upload
 from pulse_railway.railway.api import Api
 from pulse_railway.railway.up import up
 from pulse_railway.services import create_service, deploy_service, shell
@@ -135,9 +135,6 @@ def check_upload(wanted: DeployOptions, dockerfile: Path, web_root: Path, output
             f"the upload holds {', '.join(found[:5])}{' and more' if len(found) > 5 else ''}: name"
             f" them in {context / '.railwayignore'}"
         )
-    name, keys = upload.overridden(context)
-    if keys:
-        output.warn(f"{name} is uploaded too, and wins over what is set here: {', '.join(keys)}")
 
 
 def check_secret(plan: Plan, stack: Stack) -> None:
@@ -272,6 +269,8 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
             old = str(progress.previous)
             baking = bake(api, stack, progress.deployment_id, old, seconds, output, canary)
         app_identity.remember(api, target, stack, identity, output)
+        if danger := config_files.would_delete(plan.app.context):
+            output.warn(danger)
     return {
         "deployment_id": plan.deployment_id,
         "service_id": progress.service_id,

@@ -20,7 +20,7 @@ from pulse_railway.errors import Failure
 from pulse_railway.flows import deploy, status
 from pulse_railway.options import DeployOptions
 from pulse_railway.output import Output
-from pulse_railway.railway import program, tokens
+from pulse_railway.railway import config_files, program, tokens
 from pulse_railway.railway.api import Api
 from pulse_railway.stack import Stack, inspect, require_baseline
 
@@ -106,6 +106,12 @@ def check_app(found: Checkup, flags: dict[str, Any]) -> deploy.Plan | None:
     found.tried("its files and settings", lambda: plans.append(deploy.check(made[0], quiet)))
     for line in quiet.kept:
         found.note("its files and settings", "warning", line)
+    for said in (
+        config_files.without_effect(made[0].app.context),
+        config_files.would_delete(made[0].app.context),
+    ):
+        if said:
+            found.note("Railway's configuration files", "warning", said)
     check_react(found, made[0])
     return plans[0] if plans else None
 

@@ -11,6 +11,7 @@ from typing import Any
 from pulse_railway import __version__, config
 from pulse_railway.errors import Failure
 from pulse_railway.output import Output
+from pulse_railway.railway import config_files
 
 PLUGIN = """\
 import os
@@ -131,6 +132,8 @@ def init(given: str | None, folder: Path, output: Output) -> dict[str, Any]:
         output.say(f"+ {file.path}: {file.what}")
         for line in file.content.splitlines():
             output.log(line)
+    if danger := config_files.would_delete(folder):
+        output.warn(danger)
     return {"app": app, "written": written, "there": there, "todo": todo(app, source, folder)}
 
 

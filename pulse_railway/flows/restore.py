@@ -5,11 +5,12 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from pulse_railway import router_commands
+from pulse_railway import contract, router_commands
 from pulse_railway.errors import Failure, Refused
 from pulse_railway.flows.routed import backend_address, remember_active, wait_until_routed
 from pulse_railway.output import Output
 from pulse_railway.railway.api import Api
+from pulse_railway.services import write_variables
 from pulse_railway.stack import Stack, find_backend, joined, require_believable
 
 
@@ -25,6 +26,7 @@ def restore(api: Api, stack: Stack, wanted: str | None, output: Output) -> dict[
     Raises Failure where nobody knows, or nothing is lost.
     """
     require_believable(stack)
+    take_over(api, stack, output)
     if not stack.backends:
         raise Failure("there are no deployments to restore: run `pulse-railway deploy`")
     with output.step("ask the router what it knows"):
@@ -57,6 +59,16 @@ def restore(api: Api, stack: Stack, wanted: str | None, output: Output) -> dict[
     with output.step("reach the active deployment"):
         wait_until_routed(api, stack, chosen, output, by_affinity=False)
     return {"active": chosen, "restored": [r["deployment_id"] for r in records]}
+
+
+def take_over(api: Api, stack: Stack, output: Output) -> None:
+    """Make the deployments of a router that was deleted this stack's: those that refer to services
+    of its names."""
+    for service in stack.orphans:
+        with output.step(f"take {service.deployment_id} over, whose router is gone"):
+            write_variables(api, stack.target, service.id, {contract.STACK: str(stack.stamp)})
+        stack.services[service.name] = service
+    stack.orphans = []
 
 
 def what_was_active(stack: Stack, state: dict[str, Any]) -> str:

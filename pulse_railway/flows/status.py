@@ -197,6 +197,11 @@ def problems(stack: Stack, state: dict[str, Any] | None, silence: str | None) ->
         if s.status in FAILED_STATES
     ]
     found += [left_empty(s.name, s.deployment_id) for s in stack.empty]
+    found += [
+        f"{s.deployment_id} ran under a router that is gone: `pulse-railway restore --deployment-id"
+        f" {s.deployment_id}` makes it this stack's, and active"
+        for s in stack.orphans
+    ]
     if silence and REDIS_IS_SILENT in silence:
         found.append(
             f"Redis does not answer: the routers serve what they know, and nothing can be promoted."

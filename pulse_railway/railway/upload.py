@@ -8,10 +8,8 @@ only, and only up to its root. What is in a folder that is left out is left out.
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import tomllib
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -24,19 +22,6 @@ from pulse_railway.context import FOLDERS, SKIPPED, holds_secrets
 NEVER = (".git", "node_modules")
 IGNORE_FILES = (".railwayignore", ".ignore")
 GITIGNORE = ".gitignore"
-# what we set on a service, by its names in Railway's config file (docs, "config as code")
-OURS = (
-    "deploy.startCommand",
-    "deploy.healthcheckPath",
-    "deploy.healthcheckTimeout",
-    "deploy.numReplicas",
-    "deploy.multiRegionConfig",
-    "deploy.cronSchedule",
-    "deploy.overlapSeconds",
-    "deploy.drainingSeconds",
-    "build.dockerfilePath",
-    "build.builder",
-)
 
 
 def left_out(context: Path, path: Path, *, gitignore: bool = True) -> str | None:
@@ -68,25 +53,6 @@ def exposed(context: Path, *, gitignore: bool = True) -> list[str]:
             if holds_secrets(name) and not left_out(context, here / name, gitignore=gitignore)
         ]
     return sorted(found)
-
-
-def overridden(context: Path) -> tuple[str, list[str]]:
-    """A config file in the upload wins over a service's settings: its name, and those of its keys
-    that are ours to set."""
-    for name in ("railway.toml", "railway.json"):
-        try:
-            text = (context / name).read_text()
-            found = tomllib.loads(text) if name.endswith("toml") else json.loads(text)
-        except (OSError, ValueError):
-            continue
-        return name, [key for key in OURS if _holds(found, key)]
-    return "", []
-
-
-def _holds(found: Any, key: str) -> bool:
-    section, _, name = key.partition(".")
-    part = found.get(section) if isinstance(found, dict) else None
-    return isinstance(part, dict) and part.get(name) is not None
 
 
 def _ignored_by(path: Path, gitignore: bool) -> Path | None:

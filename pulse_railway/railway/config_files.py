@@ -1,0 +1,45 @@
+"""Railway's own configuration files beside an app: what they do to a stack, and do not."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+CONFIG_AS_CODE = ("railway.toml", "railway.json")
+# how each says that it is a partial, which touches what it declares and nothing else
+PARTIAL = {
+    "railway.ts": (r"^export\s+const\s+partial\s*=", 'export const partial = "site"'),
+    "railway.py": (r"^PARTIAL\s*=", 'PARTIAL = "site"'),
+    "railway.go": (r"(?i)\bpartial\b", "a partial's name"),
+}
+
+
+def without_effect(context: Path) -> str | None:
+    """What to say of a file of Railway's "config as code"; None where there is none. Railway reads
+    it for services with a repository of their own, which ours are not."""
+    name = next((name for name in CONFIG_AS_CODE if (context / name).is_file()), None)
+    if name is None:
+        return None
+    return (
+        f"{name} has no effect on these services: its settings go into RailwayPlugin"
+        " (dockerfile, start_command, pre_deploy, check_path) and the flags of `deploy`"
+    )
+
+
+def would_delete(context: Path) -> str | None:
+    """What to say of a file of Railway's "infrastructure as code" that owns the whole project; None
+    where there is none, or it is a partial. The CLI takes the nearest one, of this folder or above.
+    """
+    for folder in (context.resolve(), *context.resolve().parents):
+        for name, (pattern, line) in PARTIAL.items():
+            path = folder / ".railway" / name
+            if not path.is_file():
+                continue
+            if re.search(pattern, path.read_text(errors="replace"), re.MULTILINE):
+                return None
+            return (
+                f"{path} lists the whole project: the next `railway config apply` deletes every"
+                " service that it does not list, the deployments among them. Add this to it first:"
+                f" {line}"
+            )
+    return None
