@@ -38,6 +38,7 @@ class Service:
     group_id: str | None
     status: str | None  # of the latest deployment
     variables: dict[str, str] = field(default_factory=dict)  # references not resolved
+    stopped: bool = False  # of the latest deployment, which may have been up before
 
     @property
     def deployment_id(self) -> str | None:
@@ -293,16 +294,23 @@ def read_services(api: Api, target: Target, names: Names) -> Stack:
         node = edge["node"]
         domains = node["domains"]
         latest = node["latestDeployment"]
+        of_config = config.get(node["serviceId"]) or {}
+        settings = {name: node[name] for name in _SETTINGS}
+        if regions := (of_config.get("deploy") or {}).get("multiRegionConfig"):  # which decides
+            settings["numReplicas"] = sum(
+                (r or {}).get("numReplicas") or 0 for r in regions.values()
+            )
         services[node["serviceName"]] = Service(
             id=node["serviceId"],
             instance_id=node["id"],
             name=node["serviceName"],
             created_at=node["createdAt"],
             image=(node["source"] or {}).get("image"),
-            settings={name: node[name] for name in _SETTINGS},
+            settings=settings,
             domains=[d["domain"] for d in (*domains["customDomains"], *domains["serviceDomains"])],
-            group_id=(config.get(node["serviceId"]) or {}).get("groupId"),
+            group_id=of_config.get("groupId"),
             status=latest["status"] if latest else None,
+            stopped=bool(latest and latest["deploymentStopped"]),
         )
     taken = {edge["node"]["name"] for edge in answer["project"]["services"]["edges"]}
     return Stack(target, names, services, taken=frozenset(taken | services.keys()))

@@ -139,8 +139,8 @@ def test_metrics_on_the_private_network(new_project: Callable[[], Project]) -> N
     project.railway.graphql(DEPLOY, service=service, environment=project.environment)
     eventually(lambda: listens(port), 30)
     eventually(lambda: project.get("/_pulse/meta")["deployment_id"] == "one")
-    answer = ask(port, "/metrics")
-    assert 'pulse_router_sessions{deployment="one"} 0' in answer.body.decode()
+    counted = 'pulse_router_sessions{deployment="one"} 0'
+    eventually(lambda: counted in ask(port, "/metrics").body.decode())
     assert 'pulse_router_deployments{state="active"} 1' in answer.body.decode()
     assert project.ok("ensure", "main.py")["changed"] == []
     assert project.variables("pulse-router").items() >= given.items()

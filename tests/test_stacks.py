@@ -17,6 +17,7 @@ from pulse_railway.flows.baseline import check_prefixes, wanted_redis_prefix
 from pulse_railway.options import BaselineOptions
 from pulse_railway.stack import Service, Stack, partial
 from tests.conftest import TINY, Project
+from tests.net import eventually
 
 DELETE_VARIABLE = "mutation ($i: VariableDeleteInput!) { variableDelete(input: $i) }"
 
@@ -227,6 +228,31 @@ def test_what_a_router_that_was_deleted_ran_is_taken_over(base: Project, shop: P
     assert restored["active"] == "late"
     assert json_of(base, "status", "--app", "main.py", cwd=shop)["active"] == "late"
     assert base.active == "first"
+
+
+def test_what_other_hands_have_changed_is_said_and_mended(base: Project) -> None:
+    """Before, `railway scale` on a backend broke affinity, and `status` said that nothing was
+    wrong."""
+    ids = {name: at["serviceId"] for name, at in base.stage.services().items()}
+    two = {"us-west2": {"numReplicas": 2}}  # what `railway scale us-west2=2` commits
+    patch = {
+        ids["first"]: {"deploy": {"multiRegionConfig": two}},
+        ids["pulse-janitor"]: {"deploy": {"startCommand": "sleep 1"}},
+    }
+    document = (
+        "mutation ($e: String!, $p: EnvironmentConfig)"
+        " { environmentPatchCommit(environmentId: $e, patch: $p) }"
+    )
+    base.railway.graphql(document, e=base.environment, p={"services": patch})
+    problems = json_of(base, "status", "--service", "pulse-router")["problems"]
+    assert "first has 2 replicas, and a tab's state is in one of them" in str(problems)
+    assert "startCommand of pulse-janitor was changed on Railway: `pulse-railway ensure`" in str(
+        problems
+    )
+    json_of(base, "ensure", "main.py")
+    one = {ids["first"]: {"deploy": {"multiRegionConfig": {"us-west2": {"numReplicas": 1}}}}}
+    base.railway.graphql(document, e=base.environment, p={"services": one})
+    eventually(lambda: json_of(base, "status", "--service", "pulse-router")["problems"] == [], 60)
 
 
 def test_a_stack_whose_router_has_another_name_is_not_to_be_deleted() -> None:

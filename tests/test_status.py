@@ -76,6 +76,16 @@ UP = {"active": "a", "lost": False, "epoch": 7, "deployments": [RECORD], "router
             UP | {"lost": True},
             ["gone was promoted last, and its service is gone", "restore --deployment-id a`"],
         ),
+        (
+            stack(replace(A, settings={"numReplicas": 2})),
+            UP,
+            ["a has 2 replicas", "`railway scale --service a`"],
+        ),
+        (
+            stack(replace(A, stopped=True)),
+            UP,
+            ["a was stopped on Railway", "`pulse-railway redeploy --deployment-id a`"],
+        ),
         (stack(A), UP | {"deployments": []}, ["the record of a is lost", "restore`"]),
         (
             stack(A),

@@ -248,6 +248,19 @@ def known_internal_token(stack: Stack) -> str | None:
     return next((value for value in values if value and "${{" not in value), None)
 
 
+# What router and janitor cannot work without, whoever has changed it.
+ROUTER_SETTINGS: dict[str, Any] = {
+    "healthcheckPath": contract.ROUTER_HEALTH_PATH,
+    "startCommand": "python -m router",
+    "restartPolicyType": "ALWAYS",
+}
+JANITOR_SETTINGS: dict[str, Any] = {
+    "numReplicas": 1,
+    "startCommand": "python -m janitor",
+    "restartPolicyType": "NEVER",
+}
+
+
 @dataclass(frozen=True)
 class Desired:
     """How one service should be."""
@@ -292,13 +305,11 @@ def desired(
         names.router,
         {**shared, **made, contract.PORT: str(contract.DEFAULT_PORT)},
         {
+            **ROUTER_SETTINGS,
             "numReplicas": wanted.router_replicas,
-            "healthcheckPath": contract.ROUTER_HEALTH_PATH,
             "healthcheckTimeout": 120,
             "overlapSeconds": 30,
             "drainingSeconds": 30,
-            "startCommand": "python -m router",
-            "restartPolicyType": "ALWAYS",
         },
     )
     janitor_variables = {
@@ -315,12 +326,7 @@ def desired(
     janitor = Desired(
         names.janitor,
         janitor_variables,
-        {
-            "numReplicas": 1,
-            "startCommand": "python -m janitor",
-            "cronSchedule": wanted.cron,
-            "restartPolicyType": "NEVER",
-        },
+        {**JANITOR_SETTINGS, "cronSchedule": wanted.cron},
     )
     return [router, janitor]
 
@@ -349,7 +355,8 @@ def plan(
             change.settings["source"] = {"image": wanted.runtime_image}
         elif not wanted.runtime_image and service.image:
             change.disconnect = True
-        change.deploy = bool(change) or service.status != "SUCCESS"
+        stopped = service.stopped and goal.name == stack.names.router  # a cron run's end is one
+        change.deploy = bool(change) or service.status != "SUCCESS" or stopped
         change.domain = goal.name == stack.names.router and not service.domains
     name = wanted.app.plugin.name if wanted.app else None
     if name and app_identity.remembered(stack).name != name:

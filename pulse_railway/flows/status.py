@@ -8,6 +8,7 @@ from typing import Any
 
 from pulse_railway import contract, router_commands
 from pulse_railway.errors import Failure
+from pulse_railway.flows import baseline
 from pulse_railway.railway.api import Api
 from pulse_railway.services import left_empty
 from pulse_railway.stack import Stack, require_baseline
@@ -179,6 +180,46 @@ def of_record(record: dict[str, Any], stack: Stack) -> list[str]:
     return found
 
 
+def by_other_hands(stack: Stack, state: dict[str, Any] | None) -> list[str]:
+    """What somebody has changed on Railway so that the stack does not work as it should."""
+    found = []
+    for service, wanted in (
+        (stack.router, baseline.ROUTER_SETTINGS),
+        (stack.janitor, baseline.JANITOR_SETTINGS),
+    ):
+        if service is None or not service.variables.get(contract.RUNTIME_VERSION):
+            continue  # an earlier version's, which `ensure` takes over
+        changed = [
+            name for name in wanted if service.settings.get(name, wanted[name]) != wanted[name]
+        ]
+        if service is stack.janitor and not service.settings.get("cronSchedule", True):
+            changed.append("cronSchedule")
+        if changed:
+            found.append(
+                f"{', '.join(changed)} of {service.name} was changed on Railway: `pulse-railway"
+                " ensure` sets it as it has to be"
+            )
+    found += [
+        f"{s.name} was stopped on Railway: `railway redeploy --service {s.name}` starts it"
+        for s in (stack.router, stack.redis)
+        if s and s.stopped and s.status not in FAILED_STATES
+    ]
+    served = {r["deployment_id"] for r in state["deployments"]} if state else set()
+    for service in stack.backends:
+        name, replicas = service.deployment_id, service.settings.get("numReplicas")
+        if replicas not in (None, 1):
+            found.append(
+                f"{name} has {replicas} replicas, and a tab's state is in one of them:"
+                f" `railway scale --service {service.name}` with one in one region"
+            )
+        if name in served and service.stopped and service.status not in FAILED_STATES:
+            found.append(
+                f"{name} was stopped on Railway: `pulse-railway redeploy --deployment-id {name}`"
+                f" starts it, `pulse-railway delete --deployment-id {name}` removes it"
+            )
+    return found
+
+
 def problems(stack: Stack, state: dict[str, Any] | None, silence: str | None) -> list[str]:
     """What is wrong, the most urgent first.
 
@@ -196,6 +237,7 @@ def problems(stack: Stack, state: dict[str, Any] | None, silence: str | None) ->
         for s in stack.baseline
         if s.status in FAILED_STATES
     ]
+    found += by_other_hands(stack, state)
     found += [left_empty(s.name, s.deployment_id) for s in stack.empty]
     found += [
         f"{s.deployment_id} ran under a router that is gone: `pulse-railway restore --deployment-id"
