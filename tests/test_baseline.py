@@ -141,7 +141,8 @@ def test_metrics_on_the_private_network(new_project: Callable[[], Project]) -> N
     eventually(lambda: project.get("/_pulse/meta")["deployment_id"] == "one")
     counted = 'pulse_router_sessions{deployment="one"} 0'
     eventually(lambda: counted in ask(port, "/metrics").body.decode())
-    assert 'pulse_router_deployments{state="active"} 1' in answer.body.decode()
+    active = 'pulse_router_deployments{state="active"} 1'
+    eventually(lambda: active in ask(port, "/metrics").body.decode())
     assert project.ok("ensure", "main.py")["changed"] == []
     assert project.variables("pulse-router").items() >= given.items()
     said = project.run("logs", "--service", "pulse-router").out
