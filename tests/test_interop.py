@@ -7,7 +7,6 @@ its command line is used afterwards as before, and our janitor cleans up after b
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 import time
@@ -127,26 +126,28 @@ def test_a_stack_of_0_3_13_is_taken_over(project: Project, tmp_path: Path) -> No
 def test_its_other_verbs_work_in_a_stack_that_was_taken_over(
     new_project: Callable[[], Project], tmp_path: Path
 ) -> None:
-    """`delete` and `remove`, which take the janitor for one that is named after the router."""
+    """`delete` and `remove`, which take the janitor for one that is named after the router. The
+    stack has names of its own, and is found by its router: before, "the baseline is partial,
+    delete edge-router, memory ..."."""
     project = new_project()
     peer.provide_images(project.railway.root)
-    app, ours = peer.write_app(TINY, tmp_path / "app"), tmp_path / "ours"
-    shutil.copytree(TINY, ours)
-    for folder in (app, ours):
-        text = (folder / "main.py").read_text()
-        named = 'RailwayPlugin(\n    janitor_service="pulse-router-janitor",\n'
-        assert "RailwayPlugin(\n" in text
-        (folder / "main.py").write_text(text.replace("RailwayPlugin(\n", named, 1))
+    app = peer.write_app(TINY, tmp_path / "app")
+    text = (app / "main.py").read_text()
+    names = {"router": "edge-router", "redis": "memory", "janitor": "edge-router-janitor"}
+    named = "".join(f"    {role}_service='{name}',\n" for role, name in names.items())
+    assert "RailwayPlugin(\n" in text
+    (app / "main.py").write_text(text.replace("RailwayPlugin(\n", f"RailwayPlugin(\n{named}", 1))
     target = ("--project-id", project.id, "--environment-id", project.environment)
-    redis = ("--service", "pulse-router", *target, "--redis-service", "pulse-redis")
+    redis = ("--service", "edge-router", *target, "--redis-service", "memory")
     old(project, "ensure", "main.py", *target, cwd=app)
     for name in ("old-1", "old-2"):
         old(project, "deploy", "main.py", "--deployment-id", name, *target, cwd=app)
-    done = project.run("ensure", "main.py", cwd=ours)
-    assert done.code == 0, done.err
-    done = project.run("deploy", "main.py", "--deployment-id", "new-1", cwd=ours)
-    assert done.code == 0, done.err
-    assert project.active == "new-1"
+    stable = {*names.values(), "edge-env"}
+    assert project.services == {*stable, "old-1", "old-2"}
+    project.ok("ensure", "main.py")
+    project.deploy("new-1")
+    assert project.services == {*stable, "old-1", "old-2", "new-1"}
+    assert project.ok("status")["active"] == "new-1"
 
     refused = published(project, "delete", *redis, "--deployment-id", "new-1")
     assert refused.returncode != 0
@@ -156,8 +157,8 @@ def test_its_other_verbs_work_in_a_stack_that_was_taken_over(
     removed = published(project, "remove", *redis, "--deployment-name", "old-2")
     assert (removed.returncode, removed.stdout.strip()) == (0, "old-2"), removed.stderr
     assert not project.services & {"old-1", "old-2"}
-    assert set(project.records) == {"new-1"}
-    assert project.get("/_pulse/meta")["deployment_id"] == "new-1"
+    (row,) = project.ok("status")["deployments"]
+    assert (row["deployment_id"], row["state"]) == ("new-1", "active")
 
 
 def test_the_version_before_shares_a_stack_with_this_one(
