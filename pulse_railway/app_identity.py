@@ -8,7 +8,7 @@ import re
 from dataclasses import asdict, dataclass
 
 from pulse_railway import contract, provenance
-from pulse_railway.config import AppConfig, Target
+from pulse_railway.config import AppConfig
 from pulse_railway.errors import Failure
 from pulse_railway.output import Output
 from pulse_railway.railway.api import Api
@@ -85,12 +85,12 @@ def check(stack: Stack, app: AppIdentity, replace: bool, output: Output) -> None
             return
 
 
-def remember(api: Api, target: Target, stack: Stack, app: AppIdentity, output: Output) -> None:
+def remember(api: Api, stack: Stack, app: AppIdentity, output: Output) -> None:
     """Note it, where it is not noted yet. A failure is no reason to fail."""
     assert stack.router is not None
     if stack.router.variables.get(contract.APP) == variable(app):
         return
     try:
-        write_variables(api, target, stack.router.id, {contract.APP: variable(app)})
+        write_variables(api, stack.target, stack.router.id, {contract.APP: variable(app)})
     except Failure as failure:
         output.warn(f"{contract.APP} could not be written: {failure}; the next deploy will")

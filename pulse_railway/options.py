@@ -292,8 +292,9 @@ def load_app(flags: Flags, output: Output) -> AppConfig:
 
 
 def prefixed(of_app: Names, prefix: str) -> Names:
-    """An app's names with another prefix. They are for a stack that is set up: one that is there
-    is found by its router, and keeps its own."""
+    """An app's names, or the usual ones, with another prefix. They are for a stack that is set up:
+    one that is there is found by its router, and keeps its own. Raises ValueError for a name that
+    Railway would not take."""
     named: dict[str, Any] = {}
     for role in ("router", "env", "redis", "janitor"):
         bare = getattr(of_app, role).removeprefix(of_app.prefix)
@@ -335,14 +336,7 @@ def names(flags: Flags) -> Names:
     """For verbs that load no app. Raises Failure for a name that Railway would not take."""
     router, redis = flags.get("service"), flags.get("redis_service")
     try:
-        prefix = naming.service_prefix(flags.get("service_prefix"))
-        usual = Names(
-            router=naming.baseline_name(prefix, contract.DEFAULT_ROUTER),
-            env=naming.baseline_name(prefix, contract.DEFAULT_ENV),
-            redis=naming.baseline_name(prefix, contract.DEFAULT_REDIS),
-            janitor=naming.baseline_name(prefix, contract.DEFAULT_JANITOR),
-            prefix=prefix,
-        )
+        usual = prefixed(Names(), naming.service_prefix(flags.get("service_prefix")))
         return replace(
             usual,
             router=naming.service_name(router) if router else usual.router,

@@ -57,8 +57,8 @@ class Stack:
     names: Names
     services: dict[str, Service]  # its own
     others: list[Service] = field(default_factory=list)  # the environment's other services
-    empty: list[Service] = field(default_factory=list)  # its own that could not be deleted
     orphans: list[Service] = field(default_factory=list)  # of those, what its former router ran
+    empty: list[Service] = field(default_factory=list)  # its own that could not be deleted
     taken: frozenset[str] = frozenset()  # what services of the project are called
     no_such_router: str | None = None  # that was asked for by its name: what there is instead
     copied_from: str | None = None  # the environment that this one is a copy of, not yet our own

@@ -453,11 +453,11 @@ def start_runtime(
 def create(api: Api, stack: Stack, wanted: BaselineOptions, output: Output) -> Stack:
     """Template first: router, janitor and Redis land on the canvas as it lays them out."""
     target, names = stack.target, stack.names
-    check_names(stack, wanted)
+    expected = [names.router, names.janitor] + ([] if wanted.redis_url else [names.redis])
+    check_names(stack, {*expected, names.env})
     token = runtime_token(api, stack)
     if not wanted.runtime_image:
         program.need("railway")
-    expected = [names.router, names.janitor] + ([] if wanted.redis_url else [names.redis])
     if not all(name in stack.services for name in expected):
         if not stack.baseline:  # else a cut-off run's template: the rest of its services come
             with output.step(f"deploy the template {contract.TEMPLATE_CODE}"):
@@ -485,11 +485,9 @@ def create(api: Api, stack: Stack, wanted: BaselineOptions, output: Output) -> S
     return stack
 
 
-def check_names(stack: Stack, wanted: BaselineOptions) -> None:
+def check_names(stack: Stack, needed: set[str]) -> None:
     """Raises Failure where another environment of the project has services of these names: Railway
     takes each name once, and would say so in the middle."""
-    names = stack.names
-    needed = {names.router, names.env, names.janitor, *([] if wanted.redis_url else [names.redis])}
     here = stack.services.keys() | {service.name for service in stack.others}
     if elsewhere := needed & stack.taken - here:
         raise Failure(

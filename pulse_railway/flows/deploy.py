@@ -268,7 +268,7 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
             progress.step = f"watch it for {seconds} s"
             old = str(progress.previous)
             baking = bake(api, stack, progress.deployment_id, old, seconds, output, canary)
-        app_identity.remember(api, target, stack, identity, output)
+        app_identity.remember(api, stack, identity, output)
         if danger := config_files.would_delete(plan.app.context):
             output.warn(danger)
     return {

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from pulse_railway.local.server import LocalRailway
 
 COMMAND_SECONDS = 120.0
-PORT_SECONDS = 10.0  # in which the port of the last time is free again
 
 
 class Relay:
@@ -37,22 +35,15 @@ class Relay:
 
     async def start(self) -> None:
         host_key = key_file(self.folder / "host")
-        deadline = time.monotonic() + PORT_SECONDS
-        while self.server is None:
-            try:
-                self.server = await asyncssh.create_server(
-                    lambda: Door(self.local),
-                    "127.0.0.1",
-                    self.local.state.ssh_port or free_port(),
-                    server_host_keys=[str(host_key)],
-                    process_factory=self._run,
-                    encoding=None,
-                    line_editor=False,
-                )
-            except OSError:  # a connection that goes out may have the port for a moment
-                if time.monotonic() > deadline:
-                    raise
-                await asyncio.sleep(0.2)
+        self.server = await asyncssh.create_server(
+            lambda: Door(self.local),
+            "127.0.0.1",
+            self.local.state.ssh_port or free_port(),
+            server_host_keys=[str(host_key)],
+            process_factory=self._run,
+            encoding=None,
+            line_editor=False,
+        )
         self.port = self.server.get_port()
         self.local.state.ssh_port = self.port
         public = host_key.with_suffix(".pub").read_text().split()[:2]
