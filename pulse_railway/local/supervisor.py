@@ -314,13 +314,18 @@ class Supervisor:
                 raise BuildError(f"the pre-deploy command ended with {process.returncode}")
 
     async def _step(self, deployment: Deployment, status: str) -> None:
-        if deployment.status in ("REMOVED", "FAILED"):
-            raise BuildError("superseded by a newer deployment")
+        self._go_on(deployment)
         self._set(deployment, status)
         if self.crash_at == status:
             self.crash_at = None
             raise BuildError(f"ordered to fail at {status}")
         await asyncio.sleep(0.05)
+        self._go_on(deployment)
+
+    def _go_on(self, deployment: Deployment) -> None:
+        """Raises BuildError where it has been removed, or has failed, meanwhile."""
+        if deployment.status in ("REMOVED", "FAILED"):
+            raise BuildError("superseded by a newer deployment")
 
     def _set(self, deployment: Deployment, status: str) -> None:
         deployment.status = status
