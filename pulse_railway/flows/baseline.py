@@ -58,6 +58,7 @@ def scaffold(api: Api, target: Target, wanted: BaselineOptions, output: Output) 
 
     Raises Failure where any of it exists.
     """
+    tell_of_danger(wanted, output)
     with output.step("inspect the project"):
         stack = inspect(api, target, wanted.names)
     if stack.baseline and not unfinished(stack):
@@ -68,6 +69,11 @@ def scaffold(api: Api, target: Target, wanted: BaselineOptions, output: Output) 
         )
     tell_of_orphans(stack, output)
     return create(api, stack, wanted, output)
+
+
+def tell_of_danger(wanted: BaselineOptions, output: Output) -> None:
+    if wanted.app and (danger := config_files.would_delete(wanted.app.context)):
+        output.warn(danger)
 
 
 def tell_of_orphans(stack: Stack, output: Output) -> None:
@@ -88,6 +94,7 @@ def ensure(
     Returns the stack and what was (or, with `wanted.plan_only`, would be) done; nothing on the
     second run. Raises Failure for a partial baseline, or one with another Redis than `--redis-url`.
     """
+    tell_of_danger(wanted, output)
     with output.step("inspect the project"):
         stack = inspect(api, target, wanted.names)
     if not stack.baseline or unfinished(stack):
@@ -101,8 +108,6 @@ def ensure(
     check_redis_mode(stack, wanted)
     check_prefixes(stack, wanted)
     if wanted.app:
-        if danger := config_files.would_delete(wanted.app.context):
-            output.warn(danger)
         app_identity.check(stack, app_identity.of_app(wanted.app), wanted.replace_app, output)
     assert stack.router is not None
     if stack.copied_from:
