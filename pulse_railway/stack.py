@@ -39,6 +39,7 @@ class Service:
     status: str | None  # of the latest deployment
     variables: dict[str, str] = field(default_factory=dict)  # references not resolved
     stopped: bool = False  # of the latest deployment, which may have been up before
+    regions: dict[str, int] = field(default_factory=dict)  # replicas in each, where Railway says
 
     @property
     def deployment_id(self) -> str | None:
@@ -296,10 +297,11 @@ def read_services(api: Api, target: Target, names: Names) -> Stack:
         latest = node["latestDeployment"]
         of_config = config.get(node["serviceId"]) or {}
         settings = {name: node[name] for name in _SETTINGS}
-        if regions := (of_config.get("deploy") or {}).get("multiRegionConfig"):  # which decides
-            settings["numReplicas"] = sum(
-                (r or {}).get("numReplicas") or 0 for r in regions.values()
-            )
+        given = (of_config.get("deploy") or {}).get("multiRegionConfig") or {}
+        counts = {region: (r or {}).get("numReplicas") or 0 for region, r in given.items()}
+        regions = {region: count for region, count in counts.items() if count}
+        if regions:  # which decide
+            settings["numReplicas"] = sum(regions.values())
         services[node["serviceName"]] = Service(
             id=node["serviceId"],
             instance_id=node["id"],
@@ -311,6 +313,7 @@ def read_services(api: Api, target: Target, names: Names) -> Stack:
             group_id=of_config.get("groupId"),
             status=latest["status"] if latest else None,
             stopped=bool(latest and latest["deploymentStopped"]),
+            regions=regions,
         )
     taken = {edge["node"]["name"] for edge in answer["project"]["services"]["edges"]}
     return Stack(target, names, services, taken=frozenset(taken | services.keys()))

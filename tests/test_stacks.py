@@ -15,6 +15,7 @@ from pulse_railway.config import Names, Target, Where
 from pulse_railway.errors import Failure
 from pulse_railway.flows.baseline import check_prefixes, wanted_redis_prefix
 from pulse_railway.options import BaselineOptions
+from pulse_railway.services import scaled
 from pulse_railway.stack import Service, Stack, partial
 from tests.conftest import TINY, Project
 from tests.net import eventually
@@ -235,9 +236,10 @@ def test_what_other_hands_have_changed_is_said_and_mended(base: Project) -> None
     wrong."""
     ids = {name: at["serviceId"] for name, at in base.stage.services().items()}
     two = {"us-west2": {"numReplicas": 2}}  # what `railway scale us-west2=2` commits
+    apart = {"europe-west4-drams3a": {"numReplicas": 2}, "us-west2": {"numReplicas": 1}}
     patch = {
         ids["first"]: {"deploy": {"multiRegionConfig": two}},
-        ids["pulse-janitor"]: {"deploy": {"startCommand": "sleep 1"}},
+        ids["pulse-janitor"]: {"deploy": {"startCommand": "sleep 1", "multiRegionConfig": apart}},
     }
     document = (
         "mutation ($e: String!, $p: EnvironmentConfig)"
@@ -246,13 +248,38 @@ def test_what_other_hands_have_changed_is_said_and_mended(base: Project) -> None
     base.railway.graphql(document, e=base.environment, p={"services": patch})
     problems = json_of(base, "status", "--service", "pulse-router")["problems"]
     assert "first has 2 replicas, and a tab's state is in one of them" in str(problems)
-    assert "startCommand of pulse-janitor was changed on Railway: `pulse-railway ensure`" in str(
-        problems
+    assert "`railway scale us-west2=1 --service first` leaves one" in str(problems)
+    assert (
+        "numReplicas, startCommand of pulse-janitor was changed on Railway: `pulse-railway ensure`"
+        in str(problems)
     )
     json_of(base, "ensure", "main.py")
+    assert json_of(base, "ensure", "main.py")["changed"] == []
+    read = "query ($e: String!) { environment(id: $e) { config(decryptVariables: false) } }"
+    config = base.railway.graphql(read, e=base.environment)["environment"]["config"]
+    janitor = config["services"][ids["pulse-janitor"]]["deploy"]["multiRegionConfig"]
+    assert {region: at for region, at in janitor.items() if at} == {
+        "europe-west4-drams3a": {"numReplicas": 1}
+    }, "in the region that it was in"
     one = {ids["first"]: {"deploy": {"multiRegionConfig": {"us-west2": {"numReplicas": 1}}}}}
     base.railway.graphql(document, e=base.environment, p={"services": one})
     eventually(lambda: json_of(base, "status", "--service", "pulse-router")["problems"] == [], 60)
+
+
+@pytest.mark.parametrize(
+    ("regions", "replicas", "then"),
+    [
+        ({"a": 2}, 1, {"a": 1}),
+        ({"a": 1, "b": 1}, 1, {"a": 1, "b": 0}),
+        ({"a": 1, "b": 2}, 1, {"a": 0, "b": 1}),
+        ({"a": 1, "b": 1}, 3, {"a": 2, "b": 1}),
+        ({"a": 3, "b": 1}, 3, {"a": 2, "b": 1}),
+    ],
+)
+def test_so_many_replicas_in_the_regions_that_they_are_in(
+    regions: dict[str, int], replicas: int, then: dict[str, int]
+) -> None:
+    assert scaled(regions, replicas) == then
 
 
 def test_a_stack_whose_router_has_another_name_is_not_to_be_deleted() -> None:
