@@ -282,18 +282,49 @@ def test_so_many_replicas_in_the_regions_that_they_are_in(
     assert scaled(regions, replicas) == then
 
 
+BASELINE = ("pulse-env", "pulse-redis", "pulse-janitor")
+
+
+def part_of(*names: str, stamp: str = "", others: str = "", **variables: str) -> Stack:
+    """A stack with these services, and another one of the environment."""
+    variables |= {contract.STACK: stamp} if stamp else {}
+    found = {n: Service(n, "", n, "", None, {}, [], None, None, dict(variables)) for n in names}
+    beside = [Service(others, "", others, "", None, {}, [], None, None)] if others else []
+    return Stack(Target("p", "e"), Names(), found, beside)
+
+
 def test_a_stack_whose_router_has_another_name_is_not_to_be_deleted() -> None:
     """Before: delete pulse-env, pulse-janitor, pulse-redis, and scaffold."""
-    others = {
-        name: Service(name, "", name, "", None, {}, [], None, None)
-        for name in ("pulse-env", "pulse-redis", "pulse-janitor")
-    }
-    said = partial(Stack(Target("p", "e"), Names(), others))
-    assert (
-        "no router is called pulse-router; pulse-env, pulse-janitor, pulse-redis is there" in said
-    )
+    said = partial(part_of(*BASELINE))
+    assert "pulse-env, pulse-janitor, pulse-redis found, pulse-router missing" in said
     assert "pass --service" in said
-    assert "Delete" not in said
+    assert "Nothing says whose pulse-env, pulse-janitor, pulse-redis is" in said
+    assert "scaffold" not in said
+    said = partial(replace(part_of(*BASELINE), no_such_router="edge"))
+    assert "no router is called pulse-router (there is: edge)" in said
+
+
+def test_what_a_router_that_is_gone_has_left_is_to_be_deleted() -> None:
+    said = partial(part_of(*BASELINE, stamp="e/lost"))
+    assert "delete pulse-env, pulse-janitor, pulse-redis on Railway and run" in said
+    assert "all sessions and the routing state" in said
+    # a service of that id is there, whatever its variables show
+    assert "scaffold" not in partial(part_of(*BASELINE, stamp="e/lost", others="lost"))
+    assert "scaffold" not in partial(part_of(*BASELINE, stamp="elsewhere/lost"))
+
+
+def test_a_name_alone_makes_no_service_this_stacks() -> None:
+    """Before, all that was called as usual was to be deleted with the router."""
+    stack = part_of("pulse-router", "pulse-env", "pulse-redis")
+    said = partial(stack)
+    assert "Nothing says whose pulse-env, pulse-redis is" in said
+    assert "delete pulse-router on Railway" in said
+    assert "all sessions" not in said
+    stack.services["pulse-router"].variables["REDIS_URL"] = "${{pulse-redis.REDIS_URL}}"
+    stack.services["pulse-env"].variables[contract.STACK] = "e/pulse-router"
+    said = partial(stack)
+    assert "Nothing says" not in said
+    assert "delete pulse-env, pulse-redis, pulse-router on Railway" in said
 
 
 def test_what_a_copy_keeps_apart_in_a_redis_that_it_shares() -> None:

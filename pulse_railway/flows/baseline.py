@@ -37,6 +37,7 @@ from pulse_railway.stack import (
     goes_with,
     inspect,
     joined,
+    of_router,
     own_stack,
     partial,
     read_services,
@@ -62,10 +63,14 @@ def scaffold(api: Api, target: Target, wanted: BaselineOptions, output: Output) 
     with output.step("inspect the project"):
         stack = inspect(api, target, wanted.names)
     if stack.baseline and not unfinished(stack):
+        exists = f"a baseline exists already: {joined(s.name for s in stack.baseline)}. `scaffold`"
+        if stack.missing:
+            raise Failure(f"{exists} only creates a fresh one; {partial(stack)}")
+        if len(of_router(stack)) < len(stack.baseline):  # nothing says whose the rest is
+            raise Failure(f"{exists} only creates a fresh one: use `pulse-railway ensure`")
         raise Failure(
-            f"a baseline exists already: {joined(s.name for s in stack.baseline)}. `scaffold` only"
-            " creates a fresh one: use `pulse-railway ensure`, or delete those services first"
-            + goes_with(stack)
+            f"{exists} only creates a fresh one: use `pulse-railway ensure`, or delete those"
+            " services first" + goes_with(stack)
         )
     tell_of_orphans(stack, output)
     return create(api, stack, wanted, output)
