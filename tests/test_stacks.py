@@ -245,7 +245,9 @@ def test_what_other_hands_have_changed_is_said_and_mended(base: Project) -> None
         "mutation ($e: String!, $p: EnvironmentConfig)"
         " { environmentPatchCommit(environmentId: $e, patch: $p) }"
     )
+    before = base.latest("first")["id"]
     base.railway.graphql(document, e=base.environment, p={"services": patch})
+    assert base.latest("first")["id"] == before, "Railway redeploys nothing for it"
     problems = json_of(base, "status", "--service", "pulse-router")["problems"]
     assert "first has 2 replicas, and a tab's state is in one of them" in str(problems)
     assert "`railway scale us-west2=1 --service first` leaves one" in str(problems)
@@ -253,6 +255,9 @@ def test_what_other_hands_have_changed_is_said_and_mended(base: Project) -> None
         "numReplicas, startCommand of pulse-janitor was changed on Railway: `pulse-railway ensure`"
         in str(problems)
     )
+    silent = base.run("doctor", "main.py", "--json", cwd=TINY, PATH="/usr/bin:/bin")
+    said = [check["said"] for check in silent.json["checks"] if check["verdict"] == "bad"]
+    assert "startCommand of pulse-janitor" in str(said), "also where the router is out of reach"
     json_of(base, "ensure", "main.py")
     assert json_of(base, "ensure", "main.py")["changed"] == []
     read = "query ($e: String!) { environment(id: $e) { config(decryptVariables: false) } }"
