@@ -125,7 +125,7 @@ def write(api: Api, target: Target, changes: list[Change]) -> None:
             counts["variables"] += 1
         if change.settings:
             values[f"s{counts['settings']}"] = change.service.id
-            values[f"i{counts['settings']}"] = change.settings
+            values[f"i{counts['settings']}"] = in_regions(change.service, change.settings)
             counts["settings"] += 1
         if change.group_id:
             groups[change.service.id] = {"groupId": change.group_id}
@@ -136,6 +136,29 @@ def write(api: Api, target: Target, changes: list[Change]) -> None:
     if any(counts.values()) or groups:
         document = documents.configure(patch=bool(groups), **counts)
         api.call(document, repeatable=True, **values)
+
+
+def in_regions(service: Service, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as they are written: a number of replicas alone would move a service into Railway's
+    default region."""
+    if "numReplicas" not in settings or not service.regions:
+        return settings
+    regions: dict[str, Any] = {
+        region: {"numReplicas": count} if count else None  # as the CLI says that it leaves one
+        for region, count in scaled(service.regions, settings["numReplicas"]).items()
+    }
+    others = {name: value for name, value in settings.items() if name != "numReplicas"}
+    return {**others, "multiRegionConfig": regions}
+
+
+def scaled(regions: dict[str, int], replicas: int) -> dict[str, int]:
+    """So many replicas in the same regions: the largest takes the difference, and all where it
+    cannot."""
+    largest = min(regions, key=lambda region: (-regions[region], region))
+    rest = replicas - sum(regions.values()) + regions[largest]
+    if rest > 0:
+        return {**regions, largest: rest}
+    return {**dict.fromkeys(regions, 0), largest: replicas}
 
 
 def variable_input(target: Target, service_id: str, variables: dict[str, str]) -> dict[str, Any]:

@@ -39,6 +39,7 @@ class Service:
     status: str | None  # of the latest deployment
     variables: dict[str, str] = field(default_factory=dict)  # references not resolved
     stopped: bool = False  # of the latest deployment, which may have been up before
+    regions: dict[str, int] = field(default_factory=dict)  # replicas in each, where Railway says
 
     @property
     def deployment_id(self) -> str | None:
@@ -296,10 +297,11 @@ def read_services(api: Api, target: Target, names: Names) -> Stack:
         latest = node["latestDeployment"]
         of_config = config.get(node["serviceId"]) or {}
         settings = {name: node[name] for name in _SETTINGS}
-        if regions := (of_config.get("deploy") or {}).get("multiRegionConfig"):  # which decides
-            settings["numReplicas"] = sum(
-                (r or {}).get("numReplicas") or 0 for r in regions.values()
-            )
+        given = (of_config.get("deploy") or {}).get("multiRegionConfig") or {}
+        counts = {region: (r or {}).get("numReplicas") or 0 for region, r in given.items()}
+        regions = {region: count for region, count in counts.items() if count}
+        if regions:  # which decide
+            settings["numReplicas"] = sum(regions.values())
         services[node["serviceName"]] = Service(
             id=node["serviceId"],
             instance_id=node["id"],
@@ -311,6 +313,7 @@ def read_services(api: Api, target: Target, names: Names) -> Stack:
             group_id=of_config.get("groupId"),
             status=latest["status"] if latest else None,
             stopped=bool(latest and latest["deploymentStopped"]),
+            regions=regions,
         )
     taken = {edge["node"]["name"] for edge in answer["project"]["services"]["edges"]}
     return Stack(target, names, services, taken=frozenset(taken | services.keys()))
@@ -336,20 +339,67 @@ def read_variables(api: Api, stack: Stack) -> None:
 
 def partial(stack: Stack) -> str:
     """What to do about a baseline of which a part is missing, and what goes with the rest. To
-    delete is said only where a router is there, whose services these are by what it says."""
-    found, missing = joined(s.name for s in stack.baseline), ", ".join(stack.missing)
+    delete is said of those services alone of which Railway shows that they are this stack's, or
+    that their router is gone."""
+    found, missing = joined(s.name for s in stack.baseline), joined(stack.missing)
     if stack.router is None:
-        return (
-            f"no router is called {stack.names.router}; {found} is there, and may be another"
-            " stack's. If the router has another name, pass --service. If it was deleted, the rest"
-            " of its stack goes the same way (see the address, variables and data first), then run"
-            " `pulse-railway scaffold`"
+        there = f" (there is: {stack.no_such_router})" if stack.no_such_router else ""
+        said = (
+            f"no router is called {stack.names.router}{there}: {found} found, {missing} missing. If"
+            " the router has another name, pass --service with it"
         )
-    return (
-        f"the baseline is partial: {missing} missing. If it has another name, pass --app or the"
-        f" flag for it. If it was deleted: delete {found} on Railway and run `pulse-railway"
-        " scaffold`" + goes_with(stack)
-    )
+        sure, why = of_lost_router(stack), "belonged to a router that is gone: "
+    else:
+        said = (
+            f"the baseline is partial: {found} found, {missing} missing. If what is missing has"
+            " another name, pass --app or the flag for it"
+        )
+        sure, why = of_router(stack), "is this stack's. If the rest was deleted, "
+    unknown = joined(s.name for s in stack.baseline if s not in sure)
+    if unknown:
+        said += (
+            f". Nothing says whose {unknown} is, so it is not for deletion: --service-prefix"
+            " gives a new stack names of its own"
+        )
+    if sure:
+        names = joined(s.name for s in sure)
+        said += f". {names} {why}delete {names} on Railway and run `pulse-railway scaffold`"
+        said += goes_with(replace(stack, services={s.name: s for s in sure}))
+    return said
+
+
+def of_router(stack: Stack) -> list[Service]:
+    """Of the baseline, the router and what its stamp, its variables, its janitor's or its
+    deployments' say is its own; a name alone says nothing."""
+    router = stack.router
+    assert router is not None
+    stamps = {stack.stamp, router.variables.get(contract.STACK)} - {None}  # a copy's are older
+    named: set[str | None] = {router.name}
+    for service in stack.services.values():
+        of = ownership.Service(service.id, service.name, service.variables)
+        if service is router or of.is_backend:
+            named |= of.refers_to()
+        elif (
+            ownership.is_janitor(of)
+            and service.variables.get(contract.ROUTER_SERVICE) == router.name
+        ):
+            named |= {service.name, service.variables.get(contract.REDIS_SERVICE)}
+    return [
+        s for s in stack.baseline if s.name in named or s.variables.get(contract.STACK) in stamps
+    ]
+
+
+def of_lost_router(stack: Stack) -> list[Service]:
+    """Of the baseline, what carries the stamp of a router of which this environment has no service
+    any more."""
+    there = {s.id for s in (*stack.services.values(), *stack.others, *stack.empty)}
+    found = []
+    for service in stack.baseline:
+        stamp = ownership.parse(service.variables.get(contract.STACK))
+        here = stamp and stamp.environment_id == stack.target.environment_id
+        if here and stamp.router_id not in there:
+            found.append(service)
+    return found
 
 
 def goes_with(stack: Stack) -> str:

@@ -158,8 +158,12 @@ def test_service_prefix(new_project: Callable[[], Project], tmp_path: Path) -> N
     (app / "main.py").write_text(
         text.replace("RailwayPlugin(\n", "RailwayPlugin(\n    service_prefix='shop',\n")
     )
+    (app / ".railway").mkdir()
+    (app / ".railway" / "railway.py").write_text("import railway_sdk\n")
     project = new_project()
-    assert project.run("ensure", "main.py", cwd=app).code == 0
+    first = project.run("ensure", "main.py", cwd=app)
+    assert first.code == 0
+    assert "the next `railway config apply` deletes" in " ".join(first.err.split())
     assert project.services == {"shop-router", "shop-env", "shop-redis", "shop-janitor"}
     verb = project.run("deploy", "main.py", "--deployment-id", "one", "--json", cwd=app)
     assert verb.code == 0, verb.err

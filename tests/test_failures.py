@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
-from pulse_railway import config, options, router_commands, runtime_image
+from pulse_railway import config, contract, options, router_commands, runtime_image
 from pulse_railway.errors import Failure, Interrupted, Refused
 from pulse_railway.flows import baseline, cleanup, deploy, remove, routed, watch
 from pulse_railway.output import Output
@@ -380,7 +380,21 @@ def test_a_partial_baseline_is_refused(new_project: Callable[[], Project]) -> No
         assert failed.code == 1
         assert "pulse-janitor missing" in failed.error
         assert "scaffold" in failed.error
-    assert "exists already" in project.run("scaffold", "main.py").error
+    again = project.run("scaffold", "main.py").error
+    assert "exists already" in again
+    assert "pulse-janitor missing" in again
+    document = "mutation V($i: VariableDeleteInput!) { variableDelete(input: $i) }"
+    of_env = {
+        "projectId": project.id,
+        "environmentId": project.environment,
+        "serviceId": project.stage.services()["pulse-env"]["serviceId"],
+        "name": contract.STACK,
+    }
+    project.railway.graphql(document, i=of_env)
+    for name in ("ensure", "scaffold"):
+        said = project.run(name, "main.py").error
+        assert "Nothing says whose pulse-env is" in said
+        assert "delete pulse-redis, pulse-router on Railway" in said
     assert project.services == before
 
 

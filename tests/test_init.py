@@ -39,8 +39,13 @@ def test_from_an_empty_folder_to_a_second_deploy(
     folder.mkdir()
     (folder / "main.py").write_text(APP.format(imports="", more=""))
 
+    owner = tmp_path / ".railway" / "railway.ts"  # above the app
+    owner.parent.mkdir()
+    owner.write_text("")
     made = project.run("init", "--json", cwd=folder)
     assert made.code == 0, made.err
+    assert "the next `railway config apply` deletes" in " ".join(made.err.split())
+    owner.unlink()
     assert made.json["app"] == "main.py"
     assert sorted(made.json["written"]) == sorted(
         (

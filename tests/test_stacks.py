@@ -15,6 +15,7 @@ from pulse_railway.config import Names, Target, Where
 from pulse_railway.errors import Failure
 from pulse_railway.flows.baseline import check_prefixes, wanted_redis_prefix
 from pulse_railway.options import BaselineOptions
+from pulse_railway.services import scaled
 from pulse_railway.stack import Service, Stack, partial
 from tests.conftest import TINY, Project
 from tests.net import eventually
@@ -235,38 +236,100 @@ def test_what_other_hands_have_changed_is_said_and_mended(base: Project) -> None
     wrong."""
     ids = {name: at["serviceId"] for name, at in base.stage.services().items()}
     two = {"us-west2": {"numReplicas": 2}}  # what `railway scale us-west2=2` commits
+    apart = {"europe-west4-drams3a": {"numReplicas": 2}, "us-west2": {"numReplicas": 1}}
     patch = {
         ids["first"]: {"deploy": {"multiRegionConfig": two}},
-        ids["pulse-janitor"]: {"deploy": {"startCommand": "sleep 1"}},
+        ids["pulse-janitor"]: {"deploy": {"startCommand": "sleep 1", "multiRegionConfig": apart}},
     }
     document = (
         "mutation ($e: String!, $p: EnvironmentConfig)"
         " { environmentPatchCommit(environmentId: $e, patch: $p) }"
     )
+    before = base.latest("first")["id"]
     base.railway.graphql(document, e=base.environment, p={"services": patch})
+    assert base.latest("first")["id"] == before, "Railway redeploys nothing for it"
     problems = json_of(base, "status", "--service", "pulse-router")["problems"]
     assert "first has 2 replicas, and a tab's state is in one of them" in str(problems)
-    assert "startCommand of pulse-janitor was changed on Railway: `pulse-railway ensure`" in str(
-        problems
+    assert "`railway scale us-west2=1 --service first` leaves one" in str(problems)
+    assert (
+        "numReplicas, startCommand of pulse-janitor was changed on Railway: `pulse-railway ensure`"
+        in str(problems)
     )
+    silent = base.run("doctor", "main.py", "--json", cwd=TINY, PATH="/usr/bin:/bin")
+    said = [check["said"] for check in silent.json["checks"] if check["verdict"] == "bad"]
+    assert "startCommand of pulse-janitor" in str(said), "also where the router is out of reach"
     json_of(base, "ensure", "main.py")
+    assert json_of(base, "ensure", "main.py")["changed"] == []
+    read = "query ($e: String!) { environment(id: $e) { config(decryptVariables: false) } }"
+    config = base.railway.graphql(read, e=base.environment)["environment"]["config"]
+    janitor = config["services"][ids["pulse-janitor"]]["deploy"]["multiRegionConfig"]
+    assert {region: at for region, at in janitor.items() if at} == {
+        "europe-west4-drams3a": {"numReplicas": 1}
+    }, "in the region that it was in"
     one = {ids["first"]: {"deploy": {"multiRegionConfig": {"us-west2": {"numReplicas": 1}}}}}
     base.railway.graphql(document, e=base.environment, p={"services": one})
     eventually(lambda: json_of(base, "status", "--service", "pulse-router")["problems"] == [], 60)
 
 
+@pytest.mark.parametrize(
+    ("regions", "replicas", "then"),
+    [
+        ({"a": 2}, 1, {"a": 1}),
+        ({"a": 1, "b": 1}, 1, {"a": 1, "b": 0}),
+        ({"a": 1, "b": 2}, 1, {"a": 0, "b": 1}),
+        ({"a": 1, "b": 1}, 3, {"a": 2, "b": 1}),
+        ({"a": 3, "b": 1}, 3, {"a": 2, "b": 1}),
+    ],
+)
+def test_so_many_replicas_in_the_regions_that_they_are_in(
+    regions: dict[str, int], replicas: int, then: dict[str, int]
+) -> None:
+    assert scaled(regions, replicas) == then
+
+
+BASELINE = ("pulse-env", "pulse-redis", "pulse-janitor")
+
+
+def part_of(*names: str, stamp: str = "", others: str = "", **variables: str) -> Stack:
+    """A stack with these services, and another one of the environment."""
+    variables |= {contract.STACK: stamp} if stamp else {}
+    found = {n: Service(n, "", n, "", None, {}, [], None, None, dict(variables)) for n in names}
+    beside = [Service(others, "", others, "", None, {}, [], None, None)] if others else []
+    return Stack(Target("p", "e"), Names(), found, beside)
+
+
 def test_a_stack_whose_router_has_another_name_is_not_to_be_deleted() -> None:
     """Before: delete pulse-env, pulse-janitor, pulse-redis, and scaffold."""
-    others = {
-        name: Service(name, "", name, "", None, {}, [], None, None)
-        for name in ("pulse-env", "pulse-redis", "pulse-janitor")
-    }
-    said = partial(Stack(Target("p", "e"), Names(), others))
-    assert (
-        "no router is called pulse-router; pulse-env, pulse-janitor, pulse-redis is there" in said
-    )
+    said = partial(part_of(*BASELINE))
+    assert "pulse-env, pulse-janitor, pulse-redis found, pulse-router missing" in said
     assert "pass --service" in said
-    assert "Delete" not in said
+    assert "Nothing says whose pulse-env, pulse-janitor, pulse-redis is" in said
+    assert "scaffold" not in said
+    said = partial(replace(part_of(*BASELINE), no_such_router="edge"))
+    assert "no router is called pulse-router (there is: edge)" in said
+
+
+def test_what_a_router_that_is_gone_has_left_is_to_be_deleted() -> None:
+    said = partial(part_of(*BASELINE, stamp="e/lost"))
+    assert "delete pulse-env, pulse-janitor, pulse-redis on Railway and run" in said
+    assert "all sessions and the routing state" in said
+    # a service of that id is there, whatever its variables show
+    assert "scaffold" not in partial(part_of(*BASELINE, stamp="e/lost", others="lost"))
+    assert "scaffold" not in partial(part_of(*BASELINE, stamp="elsewhere/lost"))
+
+
+def test_a_name_alone_makes_no_service_this_stacks() -> None:
+    """Before, all that was called as usual was to be deleted with the router."""
+    stack = part_of("pulse-router", "pulse-env", "pulse-redis")
+    said = partial(stack)
+    assert "Nothing says whose pulse-env, pulse-redis is" in said
+    assert "delete pulse-router on Railway" in said
+    assert "all sessions" not in said
+    stack.services["pulse-router"].variables["REDIS_URL"] = "${{pulse-redis.REDIS_URL}}"
+    stack.services["pulse-env"].variables[contract.STACK] = "e/pulse-router"
+    said = partial(stack)
+    assert "Nothing says" not in said
+    assert "delete pulse-env, pulse-redis, pulse-router on Railway" in said
 
 
 def test_what_a_copy_keeps_apart_in_a_redis_that_it_shares() -> None:

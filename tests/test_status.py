@@ -54,6 +54,7 @@ def stack(*more: Service, intent: str = "a", without: str = "", broken: str = ""
 
 A = service("a", PULSE_DEPLOYMENT_ID="a")
 RECORD = {"deployment_id": "a", "state": "active"}
+DRAINING = {"deployment_id": "b", "state": "draining", "drain_started_at": 1.0}
 UP = {"active": "a", "lost": False, "epoch": 7, "deployments": [RECORD], "routers": []}
 
 
@@ -79,8 +80,29 @@ UP = {"active": "a", "lost": False, "epoch": 7, "deployments": [RECORD], "router
         (
             stack(replace(A, settings={"numReplicas": 2})),
             UP,
-            ["a has 2 replicas", "`railway scale --service a`"],
+            ["a has 2 replicas", "`railway scale REGION=1 --service a`"],
         ),
+        (
+            stack(replace(A, settings={"numReplicas": 4}, regions={"east": 1, "west": 3})),
+            UP,
+            ["a has 4 replicas", "`railway scale east=0 west=1 --service a` leaves one"],
+        ),
+        (
+            stack(A, service("b", "REMOVED", PULSE_DEPLOYMENT_ID="b")),
+            UP | {"deployments": [RECORD, DRAINING]},
+            ["b is REMOVED on Railway, and serves no tab", "redeploy --deployment-id b`"],
+        ),
+        (
+            stack(A),
+            UP | {"deployments": [RECORD, DRAINING]},
+            ["the service of b was deleted on Railway", "delete --deployment-id b`"],
+        ),
+        (  # deployed after the services were read
+            stack(A),
+            UP | {"deployments": [RECORD, DRAINING | {"registered_at": time.time()}]},
+            [],
+        ),
+        (stack(A), UP | {"deployments": [RECORD, DRAINING | {"retiring_at": 1.0}]}, []),
         (
             stack(replace(A, stopped=True)),
             UP,
@@ -126,7 +148,11 @@ UP = {"active": "a", "lost": False, "epoch": 7, "deployments": [RECORD], "router
         (stack(intent=""), UP | {"active": None}, []),  # nothing was deployed yet
         (stack(), UP, ["a has no service", "`pulse-railway rollback` goes back"]),
         (stack(service("a", "CRASHED", PULSE_DEPLOYMENT_ID="a")), UP, ["is CRASHED", "rollback`"]),
-        (stack(A, broken="pulse-redis"), UP, ["pulse-redis is CRASHED", "logs --service pulse-r"]),
+        (
+            stack(A, broken="pulse-redis"),
+            UP,
+            ["pulse-redis is CRASHED", "logs --service pulse-r", "redeploy --service pulse-redis`"],
+        ),
         (stack(A, without="pulse-janitor"), UP, ["pulse-janitor missing", "scaffold`"]),
         (Stack(Target("p", "e"), Names(), {}), None, ["no baseline", "ensure`"]),
     ],

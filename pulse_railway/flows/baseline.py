@@ -37,6 +37,7 @@ from pulse_railway.stack import (
     goes_with,
     inspect,
     joined,
+    of_router,
     own_stack,
     partial,
     read_services,
@@ -58,16 +59,26 @@ def scaffold(api: Api, target: Target, wanted: BaselineOptions, output: Output) 
 
     Raises Failure where any of it exists.
     """
+    tell_of_danger(wanted, output)
     with output.step("inspect the project"):
         stack = inspect(api, target, wanted.names)
     if stack.baseline and not unfinished(stack):
+        exists = f"a baseline exists already: {joined(s.name for s in stack.baseline)}. `scaffold`"
+        if stack.missing:
+            raise Failure(f"{exists} only creates a fresh one; {partial(stack)}")
+        if len(of_router(stack)) < len(stack.baseline):  # nothing says whose the rest is
+            raise Failure(f"{exists} only creates a fresh one: use `pulse-railway ensure`")
         raise Failure(
-            f"a baseline exists already: {joined(s.name for s in stack.baseline)}. `scaffold` only"
-            " creates a fresh one: use `pulse-railway ensure`, or delete those services first"
-            + goes_with(stack)
+            f"{exists} only creates a fresh one: use `pulse-railway ensure`, or delete those"
+            " services first" + goes_with(stack)
         )
     tell_of_orphans(stack, output)
     return create(api, stack, wanted, output)
+
+
+def tell_of_danger(wanted: BaselineOptions, output: Output) -> None:
+    if wanted.app and (danger := config_files.would_delete(wanted.app.context)):
+        output.warn(danger)
 
 
 def tell_of_orphans(stack: Stack, output: Output) -> None:
@@ -88,6 +99,7 @@ def ensure(
     Returns the stack and what was (or, with `wanted.plan_only`, would be) done; nothing on the
     second run. Raises Failure for a partial baseline, or one with another Redis than `--redis-url`.
     """
+    tell_of_danger(wanted, output)
     with output.step("inspect the project"):
         stack = inspect(api, target, wanted.names)
     if not stack.baseline or unfinished(stack):
@@ -101,8 +113,6 @@ def ensure(
     check_redis_mode(stack, wanted)
     check_prefixes(stack, wanted)
     if wanted.app:
-        if danger := config_files.would_delete(wanted.app.context):
-            output.warn(danger)
         app_identity.check(stack, app_identity.of_app(wanted.app), wanted.replace_app, output)
     assert stack.router is not None
     if stack.copied_from:

@@ -201,14 +201,23 @@ def check_stack(
     check_versions(found, stack)
     if plan:
         found.tried("PULSE_SECRET", lambda: deploy.check_secret(plan, stack))
+
+    def tell(state: dict[str, Any] | None) -> None:
+        for problem in status.problems(stack, state, None):
+            found.note("the deployments" if state else "on Railway", "bad", problem)
+
     if not has_cli and where.control != "job":
+        tell(None)
         found.skip("the router", because="Railway's CLI")
         return
 
     def ask() -> str:
-        state = router_commands.state(api, stack, pauses=(1.0,))
-        for problem in status.problems(stack, state, None):
-            found.note("the deployments", "bad", problem)
+        try:
+            state = router_commands.state(api, stack, pauses=(1.0,))
+        except Failure:
+            tell(None)  # which may be why
+            raise
+        tell(state)
         return (
             f"answers, by {stack.target.way.kind or 'ssh'}; {state['active'] or 'none'} is active"
         )

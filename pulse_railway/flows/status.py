@@ -10,7 +10,7 @@ from pulse_railway import contract, router_commands
 from pulse_railway.errors import Failure
 from pulse_railway.flows import baseline
 from pulse_railway.railway.api import Api
-from pulse_railway.services import left_empty
+from pulse_railway.services import left_empty, scaled
 from pulse_railway.stack import Stack, require_baseline
 from pulse_railway.waiting import FAILED_STATES
 
@@ -150,6 +150,7 @@ def of_routers(state: dict[str, Any], stack: Stack) -> list[str]:
 
 
 DEAD_DEPLOY_SECONDS = 3600.0
+JUST_MADE_SECONDS = 60.0  # in which a service may not have been there yet
 BAKE_GRACE = 60.0  # seconds after its end that a bake may still be judged
 
 
@@ -173,9 +174,22 @@ def of_record(record: dict[str, Any], stack: Stack) -> list[str]:
             f" rollback` goes back, `pulse-railway promote --deployment-id {name}{share}` keeps it"
         )
     service = stack.backend(name)
-    if weight is not None and service and service.status in FAILED_STATES:
+    ended = service.status if service and service.status in FAILED_STATES else None
+    if ended and weight is not None:
+        found.append(f"the canary {name} is {ended} on Railway: `pulse-railway rollback` ends it")
+    elif ended and record["state"] in ("draining", "pending"):
         found.append(
-            f"the canary {name} is {service.status} on Railway: `pulse-railway rollback` ends it"
+            f"{name} is {ended} on Railway, and serves no tab: `pulse-railway"
+            f" redeploy --deployment-id {name}` starts it anew, `pulse-railway delete"
+            f" --deployment-id {name}` removes it"
+        )
+    # the services were read before the records, and a deletion takes the service first
+    old = time.time() - float(record.get("registered_at") or 0) > JUST_MADE_SECONDS
+    missing = service is None and old and not record.get("retiring_at")
+    if missing and record["state"] in ("draining", "pending"):
+        found.append(
+            f"the service of {name} was deleted on Railway: the janitor takes it out,"
+            f" `pulse-railway delete --deployment-id {name}` does it now"
         )
     return found
 
@@ -208,9 +222,11 @@ def by_other_hands(stack: Stack, state: dict[str, Any] | None) -> list[str]:
     for service in stack.backends:
         name, replicas = service.deployment_id, service.settings.get("numReplicas")
         if replicas not in (None, 1):
+            wanted_in = scaled(service.regions or {"REGION": 1}, 1)
+            assigned = " ".join(f"{region}={count}" for region, count in wanted_in.items())
             found.append(
                 f"{name} has {replicas} replicas, and a tab's state is in one of them:"
-                f" `railway scale --service {service.name}` with one in one region"
+                f" `railway scale {assigned} --service {service.name}` leaves one"
             )
         if name in served and service.stopped and service.status not in FAILED_STATES:
             found.append(
@@ -233,7 +249,11 @@ def problems(stack: Stack, state: dict[str, Any] | None, silence: str | None) ->
         found.append(str(failure))
     found += [
         f"{s.name} is {s.status} on Railway: see `pulse-railway logs --service {s.name}`"
-        + ("; `pulse-railway ensure` deploys it anew" if s in (stack.router, stack.janitor) else "")
+        + (
+            "; `pulse-railway ensure` deploys it anew"
+            if s in (stack.router, stack.janitor)
+            else f"; `railway redeploy --service {s.name}` starts it anew"
+        )
         for s in stack.baseline
         if s.status in FAILED_STATES
     ]

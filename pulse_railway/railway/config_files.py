@@ -6,17 +6,25 @@ import re
 from pathlib import Path
 
 CONFIG_AS_CODE = ("railway.toml", "railway.json")
-# how each says that it is a partial, which touches what it declares and nothing else
+# how each says that it is a partial, which touches what it declares and nothing else; an empty name
+# is none
+_NAME, _VALUE = "(?:partial|PARTIAL|Partial)", r"""\s*=\s*["'`]\s*[\w.-]"""
 PARTIAL = {
-    "railway.ts": (r"^export\s+const\s+partial\s*=", 'export const partial = "site"'),
-    "railway.py": (r"^PARTIAL\s*=", 'PARTIAL = "site"'),
-    "railway.go": (r"(?i)\bpartial\b", "a partial's name"),
+    "railway.ts": (
+        rf"^export\s+(?:const|let|var)\s+{_NAME}(?:\s*:[^=]*)?{_VALUE}",
+        'export const partial = "site"',
+    ),
+    "railway.py": (rf"^{_NAME}(?:\s*:[^=]*)?{_VALUE}", 'PARTIAL = "site"'),
+    "railway.go": (
+        rf"^\s*(?:(?:const|var)\s+)?Partial(?:\s+string)?{_VALUE}",
+        'const Partial = "site"',
+    ),
 }
 
 
 def without_effect(context: Path) -> str | None:
     """What to say of a file of Railway's "config as code"; None where there is none. Railway reads
-    it for services with a repository of their own, which ours are not."""
+    it for services alone that have used it before, and each of ours is a new one."""
     name = next((name for name in CONFIG_AS_CODE if (context / name).is_file()), None)
     if name is None:
         return None
@@ -33,9 +41,13 @@ def would_delete(context: Path) -> str | None:
     for folder in (context.resolve(), *context.resolve().parents):
         for name, (pattern, line) in PARTIAL.items():
             path = folder / ".railway" / name
-            if not path.is_file():
+            try:
+                if not path.is_file():
+                    continue
+                text = path.read_text(errors="replace")
+            except OSError:  # what cannot be read here cannot be applied from here
                 continue
-            if re.search(pattern, path.read_text(errors="replace"), re.MULTILINE):
+            if re.search(pattern, text, re.MULTILINE):
                 return None
             return (
                 f"{path} lists the whole project: the next `railway config apply` deletes every"

@@ -248,10 +248,17 @@ def _change(instance: Instance, change: dict[str, Any]) -> bool:
     if "groupId" in change:
         instance.group_id = change["groupId"]
     changed = _merge(instance.variables, change.get("variables") or {})
-    before = dict(instance.settings), instance.image, instance.repo
+    before = _placed(instance)
     instance.settings.update(change["settings"])
     if "source" in change:
         source = change["source"] or {}
         instance.image, instance.repo = source.get("image"), source.get("repo")
     instance.updated_at = model.now()
-    return changed or before != (instance.settings, instance.image, instance.repo)
+    return changed or before != _placed(instance)
+
+
+def _placed(instance: Instance) -> tuple[Any, ...]:
+    """What a deployment is made of: of replicas the regions, and not their number."""
+    settings = {k: v for k, v in instance.settings.items() if k != "numReplicas"}
+    regions = settings.pop("multiRegionConfig", None) or {}
+    return settings, sorted(r for r, at in regions.items() if at), instance.image, instance.repo
