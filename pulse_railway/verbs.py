@@ -152,6 +152,7 @@ BASELINE = [
     "app",
     "context",
     *TARGET,
+    *WAY,
     *"service_prefix redis_url redis_prefix janitor_cron_schedule drain_ttl_seconds".split(),
     *"rollback_window_seconds keep router_replicas runtime_image notify json".split(),
 ]

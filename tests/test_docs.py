@@ -60,6 +60,14 @@ def test_every_variable_is_in_the_reference() -> None:
     assert read - known - NOT_OURS == set()
 
 
+def test_every_verb_of_a_project_takes_the_way_to_its_router() -> None:
+    """`ensure` asks it too, and without the flags it did so by the janitor."""
+    flags = {verb: set(help.flags(verb)) for verb in railway.ns.tasks}
+    assert {
+        v for v, taken in flags.items() if "project" in taken and "ssh_key" not in taken
+    } == set()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_exists(page: Path) -> None:
     """Verbs and flags, wherever a page names them. What the pages' `sh` blocks say is run by
