@@ -1043,6 +1043,8 @@ def take_lock(store: router.RedisStore, holder: str, lease: int) -> bool:
     key = f"{store.prefix}{JANITOR_LOCK}"
     if store.client.set(key, holder, nx=True, ex=lease):
         return True
+    if store.client.mget([key]) == [holder]:  # the answer was lost, and it was asked again
+        return True
     with store.client.pipeline() as pipe:
         pipe.watch(key)  # type: ignore[no-untyped-call]
         if pipe.type(key) == "string" and is_lease(pipe.pttl(key)):

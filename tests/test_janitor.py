@@ -749,6 +749,13 @@ def test_what_never_ends_does_not_keep_a_deployment(room: Room, damage: Any) -> 
     assert not client.exists("pulse:railway:janitor:lock")
 
 
+def test_a_lock_whose_answer_was_lost_is_held(room: Room) -> None:
+    """The client asks again, and finds its own."""
+    assert control.take_lock(room.store, "mine", 5)
+    assert control.take_lock(room.store, "mine", 5)
+    assert not control.take_lock(room.store, "another's", 5)
+
+
 @pytest.mark.parametrize("said", [b'{"data": {"serviceDelete": false}}', b'{"data": {"x": 1}}'])
 def test_what_railway_does_not_say_it_deleted_keeps_its_record(room: Room, said: bytes) -> None:
     room.sessions(0)
