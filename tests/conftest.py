@@ -155,6 +155,8 @@ class Redis:
         if self.folder:
             command += ["--appendonly", "yes", "--appendfsync", "always"]
         self.process = Process(command, self.port).wait()
+        answers = self.client.info("server")["process_id"]
+        assert answers == self.process.popen.pid, f"port {self.port} is another Redis's"
 
     def stop(self) -> None:
         if self.process:
@@ -487,7 +489,14 @@ class Project:
         where it made none."""
         url = self.railway.api.replace("/graphql/v2", "/local/cron/pulse-janitor")
         where = {"project": self.id, "environment": self.environment}
-        done = demo.post(url, params=where, timeout=60).json()
+        answers: list[Any] = []
+
+        def ran() -> bool:  # not where a control command's run has not quite ended
+            answers.append(demo.post(url, params=where, timeout=60).json())
+            return answers[-1]["exit"] is not None
+
+        eventually(ran, 60)
+        done = answers[-1]
         last = done["log"][-1]
         report = json.loads(last) if last.startswith("{") else {"refused": last}
         return {**report, "exit": done["exit"]}

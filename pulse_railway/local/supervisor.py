@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import secrets
@@ -68,13 +69,15 @@ def redis_executable() -> str:
 
 
 PORTS = range(10_000, 32_000)  # below those that Linux gives to connections that go out
+_places = itertools.count(secrets.randbelow(len(PORTS)))
 
 
 def free_port() -> int:
     """A port that is free, and stays so until somebody asks for it: what is bound to port 0, and
-    given back, was now and then an outgoing connection's by the time a server took it."""
+    given back, was now and then an outgoing connection's by the time a server took it. One after
+    the other, so that none is given out twice before its server has it."""
     while True:
-        port = PORTS.start + secrets.randbelow(len(PORTS))
+        port = PORTS[next(_places) % len(PORTS)]
         with socket.socket() as sock, contextlib.suppress(OSError):
             sock.bind(("127.0.0.1", port))
             return port
