@@ -99,7 +99,7 @@ UP = {"active": "a", "lost": False, "epoch": 7, "deployments": [RECORD], "router
         ),
         (  # deployed after the services were read
             stack(A),
-            UP | {"deployments": [RECORD, DRAINING | {"registered_at": time.time()}]},
+            UP | {"deployments": [RECORD, DRAINING | {"registered_at": time.time() + 3600}]},
             [],
         ),
         (stack(A), UP | {"deployments": [RECORD, DRAINING | {"retiring_at": 1.0}]}, []),
