@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any, TypeVar, override
@@ -25,6 +26,7 @@ from typing import Any, TypeVar, override
 import pulse as ps
 import redis
 import redis.asyncio
+from pulse.reactive_extensions import ReactiveDict
 from pulse.serializer import deserialize, serialize
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -38,6 +40,18 @@ PATIENCE = 6.0  # seconds that a visitor whom only Redis knows waits for it, fro
 KNOWN = 20_000  # sessions that a process remembers; the one that was used longest ago goes first
 
 log = logging.getLogger("pulse.railway")
+
+
+class Shared(ReactiveDict[str, Any]):
+    """A session's data, which Pulse holds as it is given.
+
+    Pulse makes a session object for each of two requests that come at once, as when a browser
+    reloads its tabs; without the same data in both, a page that was rendered with one would never
+    show what is written to the other.
+    """
+
+    __slots__ = ("__weakref__",)
+
 
 Fields = dict[str, str]  # a session: field to its value in Pulse's wire format
 T = TypeVar("T")
@@ -77,6 +91,7 @@ class RailwaySessionStore(ps.SessionStore):
         self.longest = int(longest) if scope and longest.isdecimal() else None  # seconds
         self.ttl = ttl
         self._known: OrderedDict[str, Fields] = OrderedDict()  # as Redis has it, or will have
+        self._held: weakref.WeakValueDictionary[str, Shared] = weakref.WeakValueDictionary()
         self._unwritten: OrderedDict[str, Fields | None] = OrderedDict()  # None: to be deleted
         self._away_until = self._away_since = 0.0
         self._writer: asyncio.Task[None] | None = None
@@ -140,6 +155,10 @@ class RailwaySessionStore(ps.SessionStore):
 
     @override
     async def get(self, sid: str) -> dict[str, Any] | None:
+        held = self._held.get(sid)
+        if held is not None:
+            await self.refresh(sid, held)
+            return held
         if sid in self._unwritten:
             fields = self._unwritten[sid]
         else:
@@ -152,7 +171,11 @@ class RailwaySessionStore(ps.SessionStore):
                 self._known.pop(sid, None)
             else:
                 self._remember(sid, fields)
-        return session_of(fields) if fields is not None else None
+        return self._share(sid, session_of(fields)) if fields is not None else None
+
+    def _share(self, sid: str, session: dict[str, Any]) -> Shared:
+        """What is held of this session already, or else this one from now on."""
+        return self._held.setdefault(sid, Shared(session))
 
     async def _wait_for(self, sid: str) -> tuple[bool, Fields | None]:
         """Somebody's session that this process has never held, while Redis is away: an empty one
@@ -190,11 +213,16 @@ class RailwaySessionStore(ps.SessionStore):
     @override
     async def create(self, sid: str) -> dict[str, Any]:
         """An empty session. One that another process has made meanwhile is left alone."""
-        await self.save(sid, {})
-        return {}
+        session = self._share(sid, {})
+        if not session:
+            await self.save(sid, {})
+        return session
 
     @override
     async def save(self, sid: str, session: dict[str, Any]) -> None:
+        held = self._held.get(sid)
+        if held is not None and ps.unwrap(held) != session:  # it is not what Pulse holds
+            del self._held[sid]
         fields = fields_of(session)
         if sid in self._unwritten:  # what it is compared with stays what Redis had
             self._put_aside(sid, fields)
@@ -206,6 +234,7 @@ class RailwaySessionStore(ps.SessionStore):
     @override
     async def delete(self, sid: str) -> None:
         self._known.pop(sid, None)
+        self._held.pop(sid, None)
         self._unwritten.pop(sid, None)
         reached, _ = await self._ask(lambda: self.client.delete(self._key(sid)))
         if not reached:

@@ -85,6 +85,24 @@ def test_a_store_without_an_address_says_what_it_needs(monkeypatch: pytest.Monke
     assert "secret" not in repr(RailwaySessionStore("redis://:secret@host"))
 
 
+@pytest.mark.parametrize("before", [{}, {"count": 1}])
+def test_two_requests_at_once_have_one_session(redis_server: Redis, before: dict[str, Any]) -> None:
+    """Before, what was written by one tab of a browser did not show in the other, and was lost in
+    memory; a request for the page's icon beside it was enough."""
+
+    async def both() -> None:
+        first = Version(redis_server)
+        await first.store.save("sid", before)
+        version = Version(redis_server)
+        one, two = await asyncio.gather(version.session("sid"), version.session("sid"))
+        await version.change(one, count=2)
+        assert dict(two.data) == stored(redis_server) == {"count": 2}
+        await version.change(two, drop="count")
+        assert dict(one.data) == stored(redis_server) == {}
+
+    asyncio.run(both())
+
+
 # -- two versions at once ----------------------------------------------------------------------
 
 
