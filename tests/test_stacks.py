@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from pulse_railway import contract
@@ -103,7 +104,8 @@ def test_two_stacks_in_one_environment(base: Project, shop: Path) -> None:
 
 
 def they_live_apart(project: Project, shop: Path) -> None:
-    for cwd, own, other in ((TINY, "first", "sold"), (shop, "sold", "first")):
+    ours, shops = (TINY, "first", "pulse-router"), (shop, "sold", "shop-router")
+    for (cwd, own, router), (_, other, _) in ((ours, shops), (shops, ours)):
         status = json_of(project, "status", "--app", "main.py", cwd=cwd)
         assert [row["deployment_id"] for row in status["deployments"]] == [own]
         assert status["active"] == own
@@ -114,6 +116,27 @@ def they_live_apart(project: Project, shop: Path) -> None:
             refused = project.run(verb, "--app", "main.py", "--deployment-id", other, cwd=cwd)
             assert refused.code == 1
             assert f"there is no deployment {other}" in refused.err
+        page = shown(project, router)
+        assert [row["deployment_id"] for row in page["routing"]["deployments"]] == [own]
+        whose = {s["deployment_id"]: (s["own"], s["owner"]) for s in page["services"]}
+        assert whose[own][0]
+        assert whose[other] == (False, f"stack of {shops[2] if own == 'first' else ours[2]}")
+
+
+def shown(project: Project, router: str) -> dict[str, Any]:
+    """What the local Railway's page shows of the stack with this router."""
+    url = project.railway.api.replace("/graphql/v2", "/local/picture")
+    where = {"project": project.id, "environment": project.environment}
+    stacks = {s["name"]: s["id"] for s in httpx.get(url, params=where).json()["stacks"]}
+    assert len(stacks) == 2
+
+    def settled() -> bool:
+        found.append(httpx.get(url, params={**where, "stack": stacks[router]}).json())
+        return "deployments" in (found[-1]["routing"] or {})
+
+    found: list[dict[str, Any]] = []
+    eventually(settled, 20)
+    return found[-1]
 
 
 def test_a_router_that_is_not_there_is_not_guessed(base: Project) -> None:

@@ -21,11 +21,13 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from pulse_railway import contract
-from pulse_railway.local.state import Environment, Instance, Project, Service, rendered
+from pulse_railway.local.state import Environment, Instance, Service, rendered
 from pulse_railway.runtime_image import load
 
 if TYPE_CHECKING:
     from pulse_railway.local.server import LocalRailway
+
+ownership: Any = load("ownership")
 
 PATIENCE = 0.5  # seconds that a picture waits for a Redis or a backend that is slow
 TAIL = 64 * 1024  # bytes of a log
@@ -37,8 +39,9 @@ class Page:
 
     def __init__(self, railway: LocalRailway) -> None:
         self.railway = railway
-        self.asking: dict[str, asyncio.Task[Any]] = {}  # environment id -> who asks
-        self.known: dict[str, Any] = {}  # ... and what was said last
+        # an environment's id and a router's name -> the task that asks, and what it said last
+        self.asking: dict[tuple[str, str | None], asyncio.Task[Any]] = {}
+        self.known: dict[tuple[str, str | None], Any] = {}
         self.routes = [
             Route("/", self.show),
             Route("/local/picture", self.picture),
@@ -50,7 +53,8 @@ class Page:
 
     async def picture(self, request: Request) -> Response:
         """Of one project, the first or `?project=<id>`, in one environment: its first, where
-        `?environment=<id>` names none that is there."""
+        `?environment=<id>` names none that is there; the routing state of one of its stacks,
+        `?stack=<id of its router>` in the same way."""
         state = self.railway.state
         wanted = request.query_params.get("project")
         project = state.project(wanted) if wanted else state.projects[0]
@@ -59,14 +63,27 @@ class Page:
         named = request.query_params.get("environment")
         here = project.environments
         environment = next((e for e in here if e.id == named), here[0])
-        services = [self.service(s, i) for s, i in state.instances(environment.id)]
-        routed = await self.routed(project, environment)
+        every = [
+            ownership.Service(s.id, s.name, i.variables) for s, i in state.instances(environment.id)
+        ]
+        stacks = {router.id: router.name for router in ownership.routers(every)}
+        named = request.query_params.get("stack")
+        stack = named if named in stacks else next(iter(stacks), None)
+        owners = ownership.owners(environment.id, every)
+        services = [
+            self.service(s, i)
+            | {"owner": words(owners[s.id], stacks), "own": owners[s.id].router_id == stack}
+            for s, i in state.instances(environment.id)
+        ]
+        routed = await self.routed(environment, stacks.get(stack or ""))
         return JSONResponse(
             {
                 "projects": [{"id": p.id, "name": p.name} for p in state.projects],
                 "project": project.id,
                 "environments": [{"id": e.id, "name": e.name} for e in project.environments],
                 "environment": environment.id,
+                "stacks": [{"id": router, "name": name} for router, name in stacks.items()],
+                "stack": stack,
                 "services": services,
                 "routing": routed,
                 "orders": self.railway.orders,
@@ -112,11 +129,11 @@ class Page:
 
     # -- the routing state -------------------------------------------------------------------
 
-    async def routed(self, project: Project, environment: Environment) -> Any:
-        """What the router's `control status` would say, or what it last said."""
-        key = environment.id
+    async def routed(self, environment: Environment, router: str | None) -> Any:
+        """What this router's `control status` would say, or what it last said."""
+        key = (environment.id, router)
         if key not in self.asking:
-            self.asking[key] = asyncio.create_task(self.ask(project, environment))
+            self.asking[key] = asyncio.create_task(self.ask(environment, router))
         task = self.asking[key]
         await asyncio.wait({task}, timeout=PATIENCE)
         if task.done():
@@ -124,11 +141,10 @@ class Page:
             self.known[key] = {**task.result(), "at": time.time()}
         return self.known.get(key)
 
-    async def ask(self, project: Project, environment: Environment) -> dict[str, Any]:
+    async def ask(self, environment: Environment, router: str | None) -> dict[str, Any]:
         state = self.railway.state
         found = {s.name: rendered(state, s, i) for s, i in state.instances(environment.id)}
-        named = {v[contract.ROUTER_SERVICE] for v in found.values() if contract.ROUTER_SERVICE in v}
-        variables = found.get(next(iter(named), contract.DEFAULT_ROUTER), {})
+        variables = found.get(router or "", {})
         file = self.railway.supervisor.hosts_file(environment.id)
         hosts = json.loads(file.read_text()) if file.exists() else {}
         url = nearby(variables.get(contract.REDIS_URL, ""), hosts)
@@ -140,6 +156,14 @@ class Page:
             return await asyncio.to_thread(read, load("router"), url, prefix, token, hosts)
         except Exception as error:  # a Redis that is away, or speaks nonsense: the page lives on
             return {"problem": f"Redis does not answer ({type(error).__name__})"}
+
+
+def words(owner: Any, stacks: dict[str, str]) -> str:
+    """Whose a service is, for a reader: `ownership.Owner`, and the routers' names by their ids."""
+    if owner.kind == "stack":
+        return f"stack of {stacks[owner.router_id]}"
+    of_others = {"copy": "copied from another environment", "gone": "of a router that is gone"}
+    return of_others.get(owner.kind, "of no stack")
 
 
 def read(
