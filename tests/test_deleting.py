@@ -230,7 +230,7 @@ def test_a_copys_deletion_leaves_the_original(
     """Before, an account's token deleted it in production too, where Railway acts as its schema
     says."""
     copy = in_environment(web, web.project.duplicate("staging"))
-    eventually(lambda: copy.status == "SUCCESS", 20)
+    eventually(copy.get, 20)
     before, variables = web.get(), web.project.variables("web")
     web.project.faults(every_environment=True)
     assert delete(copy, token_of(copy, kind)) is True
@@ -250,7 +250,7 @@ def test_what_railway_does_not_delete_is_left_empty(
     web: Service, delete: Callable[[Service, str], bool], order: str
 ) -> None:
     copy = in_environment(web, web.project.duplicate("staging"))
-    eventually(lambda: copy.status == "SUCCESS", 20)
+    eventually(copy.get, 20)
     here, there = web.get(), copy.get()
     web.project.faults(every_environment=True, deletion_patch=order)
     assert delete(copy, token_of(copy, "project")) is False
