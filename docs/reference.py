@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from pulse_railway import help
-from pulse_railway.plugin import RailwayPlugin
+from pulse_railway.app.plugin import RailwayPlugin
 from pulse_railway.runtime_image import load
 from pulse_railway.verbs import FLAGS
 

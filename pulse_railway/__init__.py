@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pulse_railway.plugin import RailwayPlugin, RailwayPluginError, internal_server_address
-    from pulse_railway.session import RailwayRedisSessionStore, RailwaySessionStore
+    from pulse_railway.app.plugin import RailwayPlugin, RailwayPluginError, internal_server_address
+    from pulse_railway.app.session import RailwayRedisSessionStore, RailwaySessionStore
 
 __version__ = "0.4.0"
 __all__ = [
@@ -26,11 +26,11 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in ("RailwayPlugin", "RailwayPluginError", "internal_server_address"):
-        from pulse_railway import plugin
+        from pulse_railway.app import plugin
 
         return getattr(plugin, name)
     if name in ("RailwaySessionStore", "RailwayRedisSessionStore"):
-        from pulse_railway import session
+        from pulse_railway.app import session
 
         return getattr(session, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

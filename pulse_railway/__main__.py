@@ -30,7 +30,7 @@ def main() -> None:
 def dispatch() -> None:
     match sys.argv[1:]:
         case ["serve", *rest]:
-            from pulse_railway import serve
+            from pulse_railway.app import serve
 
             raise SystemExit(serve.main(rest))
         case ["control", *rest] if rest[:1] not in ([], ["--help"], ["-h"]):

@@ -21,7 +21,7 @@ from pulse_railway.railway.api import Api, ApiError
 if TYPE_CHECKING:
     import pulse as ps
 
-    from pulse_railway.plugin import RailwayPlugin
+    from pulse_railway.app.plugin import RailwayPlugin
 
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
@@ -55,7 +55,7 @@ class Where:
 
 
 @dataclass
-class Way:
+class ControlRoute:
     """How control commands get to the router: by `railway ssh`, or by the janitor. None: by ssh
     where there is a key that Railway takes, else by the janitor; the first command settles it."""
 
@@ -71,7 +71,7 @@ class Target:
 
     project_id: str
     environment_id: str
-    way: Way = field(default_factory=Way, compare=False)
+    control_route: ControlRoute = field(default_factory=ControlRoute, compare=False)
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,8 @@ def load_app(app: str | None, context: Path) -> AppConfig:
     where = inside(context, path, "the app")
     with _build_environment(context, path):
         loaded = _import(path, variable or "app")
-    from pulse_railway.plugin import plugin_of, web_root
-    from pulse_railway.session import RailwaySessionStore
+    from pulse_railway.app.plugin import plugin_of, web_root
+    from pulse_railway.app.session import RailwaySessionStore
 
     try:
         plugin = plugin_of(loaded)
@@ -326,4 +326,6 @@ def connect(where: Where, output: Output) -> tuple[Api, Target]:
     api = Api(tokens.find(where.token), on_wait=output.waiting)
     with output.step("find the project"):
         target = find_target(api, where)
-    return api, replace(target, way=Way(where.control, where.ssh_key, output.say))
+    return api, replace(
+        target, control_route=ControlRoute(where.control, where.ssh_key, output.say)
+    )

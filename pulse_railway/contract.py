@@ -111,7 +111,7 @@ DEPLOYMENT_ID_PATTERN: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,23}")
 SERVICE_NAME_LIMIT: Final = 32  # Railway's
 SERVICE_PREFIX_LIMIT: Final = 8  # with its dash
 
-# `serve` passes SIGTERM on, clears old locks and reaps (serve.py). An app whose container has a
+# `serve` passes SIGTERM on, clears old locks and reaps (app/serve.py). An app whose container has a
 # pulse-railway without it runs as it did. The empty address is every one of IPv4 and IPv6: older
 # environments of Railway have IPv6 alone between services, and `::` would be IPv6 alone, since
 # asyncio sets IPV6_V6ONLY.

@@ -1,4 +1,4 @@
-"""The door: what a verb was asked for, settled once and checked here.
+"""The parsers: what a verb was asked for, settled once and checked here.
 
 In come flags (with the defaults of Invoke's configuration, see verbs.py); over the plugin, over
 the environment, they become a typed value, which is all that a flow sees of them.
@@ -20,7 +20,7 @@ from pulse_railway.output import Output
 from pulse_railway.railway.ssh import KEY_VARIABLE, identity
 
 if TYPE_CHECKING:
-    from pulse_railway.plugin import RailwayPlugin
+    from pulse_railway.app.plugin import RailwayPlugin
 
 Flags = Mapping[str, Any]
 

@@ -1,7 +1,8 @@
 """The router's control commands: how they are asked, and what counts as an answer.
 
 A command runs inside the router's container, by `railway ssh`, which loses answers, brings other
-programs' JSON, and ends with 0 without having run anything; or it is left to the janitor (job.py).
+programs' JSON, and ends with 0 without having run anything; or the janitor carries it out
+(control_job.py).
 So the answer carries the command's name and a nonce of ours, and nothing else counts. A nonce is
 carried out once, which makes asking again harmless.
 """
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pulse_railway import contract, job, provenance
+from pulse_railway import contract, control_job, provenance
 from pulse_railway.errors import Refused, Uncertain
 from pulse_railway.railway import ssh
 from pulse_railway.railway.api import Api
@@ -42,18 +43,18 @@ def control(
     words = [command, *arguments, "--by", provenance.by()]
     if stack.intent:
         words += ["--intent", stack.intent]
-    settle(api, stack)
+    choose_route(api, stack)
     deadline = time.monotonic() + PATIENCE
     for pause in (*pauses, None):
-        if stack.target.way.kind == "job":
-            outcome = job.run(api, stack, words, nonce)
+        if stack.target.control_route.kind == "job":
+            outcome = control_job.run(api, stack, words, nonce)
         else:
             outcome = by_ssh(api, stack, [*words, "--nonce", nonce])
-            if outcome.no_key and stack.target.way.kind is None:
-                take_the_job_way(stack, outcome.said)
-                outcome = job.run(api, stack, words, nonce)
+            if outcome.no_key and stack.target.control_route.kind is None:
+                fall_back_to_job(stack, outcome.said)
+                outcome = control_job.run(api, stack, words, nonce)
         why = outcome.said
-        answer = answer_to(outcome.stdout, command, nonce)
+        answer = parse_answer(outcome.stdout, command, nonce)
         if answer is not None:
             if answer.get("ok") is True:
                 return answer
@@ -61,7 +62,7 @@ def control(
             if answer.get("reason") != "store":  # whose Redis may have carried it out
                 raise Refused(why, str(answer.get("reason")))
             if pause == pauses[0] and len(pauses) > 1:
-                stack.target.way.say(f"{why}: asking again for {sum(pauses):.0f} s")
+                stack.target.control_route.say(f"{why}: asking again for {sum(pauses):.0f} s")
             logs = f"`pulse-railway logs --service {stack.names.redis}`"
             why += f": {logs} tells why; run this again when it is back"
         if outcome.hopeless or pause is None or time.monotonic() > deadline:
@@ -72,24 +73,24 @@ def control(
     )
 
 
-def settle(api: Api, stack: Stack) -> None:
+def choose_route(api: Api, stack: Stack) -> None:
     """Choose the way, once. Raises Failure where ssh was asked for and cannot be had."""
-    way = stack.target.way
-    if way.checked or way.kind == "job":
+    route = stack.target.control_route
+    if route.checked or route.kind == "job":
         return
     try:
-        way.key = ssh.check(api, way.key)
-        way.checked = True
+        route.key = ssh.check(api, route.key)
+        route.checked = True
     except ssh.NoKey as failure:
-        if way.kind == "ssh":
+        if route.kind == "ssh":
             raise
-        take_the_job_way(stack, str(failure))
+        fall_back_to_job(stack, str(failure))
 
 
-def take_the_job_way(stack: Stack, why: str) -> None:
-    way = stack.target.way
-    way.kind = "job"
-    way.say(f"control commands go by the janitor, which takes longer: {why}")
+def fall_back_to_job(stack: Stack, why: str) -> None:
+    route = stack.target.control_route
+    route.kind = "job"
+    route.say(f"control commands go by the janitor, which takes longer: {why}")
 
 
 def by_ssh(api: Api, stack: Stack, words: list[str]) -> ssh.Outcome:
@@ -99,11 +100,11 @@ def by_ssh(api: Api, stack: Stack, words: list[str]) -> ssh.Outcome:
         environment=stack.target.environment_id,
         service=stack.names.router,
         words=["pulse-railway", "control", *words],
-        key=stack.target.way.key,
+        key=stack.target.control_route.key,
     )
 
 
-def answer_to(stdout: str, command: str, nonce: str) -> Answer | None:
+def parse_answer(stdout: str, command: str, nonce: str) -> Answer | None:
     """The answer to this very command in what came back, or None."""
     for line in reversed(stdout.splitlines()):
         try:
@@ -135,18 +136,18 @@ def printable(value: Any) -> Any:
 # -- the commands ------------------------------------------------------------------------------
 
 
-def active_deployment(api: Api, stack: Stack) -> str | None:
+def read_active(api: Api, stack: Stack) -> str | None:
     found = control(api, stack, "active").get("deployment_id")
     return str(found) if found else None
 
 
-def state(api: Api, stack: Stack, *, pauses: tuple[float, ...] = PAUSES) -> Answer:
+def read_state(api: Api, stack: Stack, *, pauses: tuple[float, ...] = PAUSES) -> Answer:
     """`active`, `canary`, `maintenance`, `lock`, `lost`, `deployments` with their sessions,
     `routers`."""
     return control(api, stack, "status", pauses=pauses)
 
 
-def register(
+def send_register(
     api: Api,
     stack: Stack,
     *,
@@ -163,7 +164,7 @@ def register(
     control(api, stack, "register", *words, *(["--hold"] if held else []))
 
 
-def promote(
+def send_promote(
     api: Api,
     stack: Stack,
     deployment_id: str,
@@ -229,7 +230,7 @@ def tell_of_late_routers(answer: Answer, warn: Heard) -> None:
         )
 
 
-def withdraw(
+def send_abort_canary(
     api: Api,
     stack: Stack,
     deployment_id: str,
@@ -241,7 +242,7 @@ def withdraw(
     tell_of_late_routers(answer, warn)
 
 
-def baked(api: Api, stack: Stack, deployment_id: str) -> None:
+def send_finish_bake(api: Api, stack: Stack, deployment_id: str) -> None:
     control(api, stack, "baked", "--deployment-id", deployment_id)
 
 
@@ -249,7 +250,7 @@ def _noted(why: str | None) -> list[str]:
     return ["--why", why] if why else []
 
 
-def lock(api: Api, stack: Stack, holder: str, lease: int) -> tuple[str | None, bool]:
+def send_lock(api: Api, stack: Stack, holder: str, lease: int) -> tuple[str | None, bool]:
     """Hold the deploy lock for `lease` seconds; returns the active deployment, and whether the
     routing state is lost. Raises Refused, with the reason `locked`, where somebody else has it."""
     words = ["--holder", holder, "--lease", str(lease)]
@@ -258,7 +259,7 @@ def lock(api: Api, stack: Stack, holder: str, lease: int) -> tuple[str | None, b
     return str(found) if found else None, answer.get("lost") is True
 
 
-def unlock(
+def send_unlock(
     api: Api, stack: Stack, holder: str | None, *, pauses: tuple[float, ...] = PAUSES
 ) -> None:
     """Give the deploy lock back; without a holder, take it from whoever has it."""
@@ -266,7 +267,7 @@ def unlock(
     control(api, stack, "unlock", *words, pauses=pauses)
 
 
-def maintenance(
+def send_maintenance(
     api: Api,
     stack: Stack,
     on: bool,
@@ -287,19 +288,19 @@ def maintenance(
     return (since, None) if since else (None, at)
 
 
-def probe(api: Api, stack: Stack, deployment_id: str, path: str | None = None) -> Answer:
+def send_probe(api: Api, stack: Stack, deployment_id: str, path: str | None = None) -> Answer:
     """What a deployment answers from inside the private network: `at` (answers, other, silent,
     unreachable), `active`, `behind`, and with a path `status`."""
     words = ["--deployment-id", deployment_id, *(["--path", path] if path else [])]
     return control(api, stack, "probe", *words, pauses=(1.0,))
 
 
-def history(api: Api, stack: Stack) -> list[dict[str, Any]]:
+def read_history(api: Api, stack: Stack) -> list[dict[str, Any]]:
     """What was done, the oldest first."""
     return list(control(api, stack, "history")["history"])
 
 
-def retire(api: Api, stack: Stack, deployment_id: str, service_id: str | None) -> None:
+def send_retire(api: Api, stack: Stack, deployment_id: str, service_id: str | None) -> None:
     """From here on it can be neither registered nor promoted: its service may be deleted. Raises
     Refused, with the reason `behind`, while a router may still route to it."""
     words = ["--deployment-id", deployment_id]
@@ -313,17 +314,17 @@ def retire(api: Api, stack: Stack, deployment_id: str, service_id: str | None) -
         )
 
 
-def forget(api: Api, stack: Stack, deployment_id: str) -> None:
+def send_forget(api: Api, stack: Stack, deployment_id: str) -> None:
     control(api, stack, "delete", "--deployment-id", deployment_id)
 
 
-def claim(api: Api, stack: Stack, instead_of: str | None = None) -> None:
+def send_claim(api: Api, stack: Stack, instead_of: str | None = None) -> None:
     """Make the routing state this stack's; where another owner has it, instead of that one."""
     words = ["--owner", str(stack.stamp), *(["--instead-of", instead_of] if instead_of else [])]
     control(api, stack, "claim", *words)
 
 
-def restore(
+def send_restore(
     api: Api, stack: Stack, active: str, records: list[dict[str, Any]], *, chosen: bool
 ) -> Promotion | None:
     """Rebuild the state. `chosen`: `active` is active then, whatever the store says."""

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pulse_railway.stack import Stack
 
 
-@verb(["app", "json"], door="as_given")
+@verb(["app", "json"], parser="as_given")
 def init(given: Flags, output: Output) -> None:
     """Write what an app of your own needs to be deployed, as far as it is missing."""
     from pulse_railway.flows import init as flow
@@ -43,23 +43,23 @@ def init(given: Flags, output: Output) -> None:
     )
 
 
-@verb([*DEPLOY], door="as_given")
+@verb([*DEPLOY], parser="as_given")
 def doctor(given: Flags, output: Output) -> None:
     """Look at everything that a deploy and a running stack need, and say what to do."""
-    from pulse_railway import tables
+    from pulse_railway import rendering
     from pulse_railway.errors import Failure
     from pulse_railway.flows import doctor as flow
 
     result = output.value = flow.doctor(dict(given), output)
     if not output.as_json:
-        tables.show_checks(result["checks"])
+        rendering.show_checks(result["checks"])
     bad = [check["name"] for check in result["checks"] if check["verdict"] == "bad"]
     if bad:
         raise Failure(f"not in order: {', '.join(dict.fromkeys(bad))}")
     output.result(result, [])
 
 
-@verb([*BASELINE], door="baseline")
+@verb([*BASELINE], parser="baseline")
 def scaffold(wanted: BaselineOptions, output: Output) -> None:
     """Create router, env, Redis and janitor in an environment that has none of them."""
     from pulse_railway import config
@@ -75,7 +75,7 @@ def scaffold(wanted: BaselineOptions, output: Output) -> None:
     )
 
 
-@verb([*BASELINE, "owns_state", "replace_app", "plan"], door="baseline")
+@verb([*BASELINE, "owns_state", "replace_app", "plan"], parser="baseline")
 def ensure(wanted: BaselineOptions, output: Output) -> None:
     """Create the baseline in an empty environment, or reconcile a complete one."""
     from pulse_railway import config
@@ -97,7 +97,7 @@ def ensure(wanted: BaselineOptions, output: Output) -> None:
     output.result(_stack_result(stack, done, api, planned=wanted.plan_only), summary)
 
 
-@verb([*DEPLOY], door="deploy")
+@verb([*DEPLOY], parser="deploy")
 def deploy(wanted: DeployOptions, output: Output) -> None:
     """Bring up the app as a new deployment and make it the active one."""
     from pulse_railway import config
@@ -122,7 +122,7 @@ def deploy(wanted: DeployOptions, output: Output) -> None:
     output.result(result, [news.text, f"next: {following}"])
 
 
-@verb([*STACK, "deployment_id"], door="stack")
+@verb([*STACK, "deployment_id"], parser="stack")
 def redeploy(wanted: StackOptions, output: Output) -> None:
     """Build and start the active deployment anew, or the one named."""
     from pulse_railway.flows import redeploy as flow
@@ -132,7 +132,7 @@ def redeploy(wanted: StackOptions, output: Output) -> None:
     output.result(result, [f"{result['deployment_id']} runs anew"])
 
 
-@verb([*STACK, "deployment_id", "weight", "bake", "force", "message", "notify"], door="promote")
+@verb([*STACK, "deployment_id", "weight", "bake", "force", "message", "notify"], parser="promote")
 def promote(wanted: PromoteOptions, output: Output) -> None:
     """Make a running deployment the active one, or with --weight the canary."""
     from pulse_railway.flows import promote as flow
@@ -149,7 +149,7 @@ def promote(wanted: PromoteOptions, output: Output) -> None:
     output.result(result, [news.text])
 
 
-@verb([*STACK, "message", "notify"], door="stack")
+@verb([*STACK, "message", "notify"], parser="stack")
 def rollback(wanted: StackOptions, output: Output) -> None:
     """End the canary; without one, promote the deployment that was active before."""
     from pulse_railway.flows import promote as flow
@@ -166,7 +166,7 @@ def rollback(wanted: StackOptions, output: Output) -> None:
     output.result(result, [news.text])
 
 
-@verb(["switch", *STACK, "page", "retry_after", "message"], door="maintenance")
+@verb(["switch", *STACK, "page", "retry_after", "message"], parser="maintenance")
 def maintenance(wanted: MaintenanceOptions, output: Output) -> None:
     """Answer everybody with a page (on), or with the app again (off); open sockets stay."""
     from pulse_railway.flows import maintenance as flow
@@ -177,34 +177,34 @@ def maintenance(wanted: MaintenanceOptions, output: Output) -> None:
     output.result(result, [f"maintenance is {word} at {stack.address}"])
 
 
-@verb([*STACK, "lines"], door="logs")
+@verb([*STACK, "lines"], parser="logs")
 def history(wanted: LogsOptions, output: Output) -> None:
     """Show what was promoted, rolled back and removed, when, by whom and why."""
-    from pulse_railway import router_commands, tables
+    from pulse_railway import rendering, router_commands
 
     api, stack = _stack(wanted, output)
     with output.step("ask the router"):
-        entries = router_commands.history(api, stack)[-wanted.lines :]
+        entries = router_commands.read_history(api, stack)[-wanted.lines :]
     output.result({"history": entries}, [])
     if not output.as_json:
-        tables.show_history(entries)
+        rendering.show_history(entries)
 
 
-@verb([*STACK, "yes"], door="stack")
+@verb([*STACK, "yes"], parser="stack")
 def unlock(wanted: StackOptions, output: Output) -> None:
     """Take the deploy lock from a run that is dead."""
     from pulse_railway import router_commands
 
     api, stack = _stack(wanted, output)
     with output.step("ask the router who deploys"):
-        held = router_commands.state(api, stack)["lock"]
+        held = router_commands.read_state(api, stack)["lock"]
     if held:
         confirm(f"take the lock from {held.get('by')}?", wanted.yes)
-        router_commands.unlock(api, stack, None)
+        router_commands.send_unlock(api, stack, None)
     output.result({"lock": held}, ["the deploy lock is free" if held else "nobody deploys"])
 
 
-@verb([*STACK, "deployment_id", "redis_url", "redis_prefix", "yes"], door="one_deployment")
+@verb([*STACK, "deployment_id", "redis_url", "redis_prefix", "yes"], parser="one_deployment")
 def delete(wanted: StackOptions, output: Output) -> None:
     """Remove a deployment that is not active, with its tabs' state."""
     from pulse_railway.flows import remove as flow
@@ -216,7 +216,7 @@ def delete(wanted: StackOptions, output: Output) -> None:
     output.result(result, [f"{chosen} is gone"])
 
 
-@verb([*STACK, "deployment_name", "redis_url", "redis_prefix", "yes"], door="one_name")
+@verb([*STACK, "deployment_name", "redis_url", "redis_prefix", "yes"], parser="one_name")
 def remove(wanted: StackOptions, output: Output) -> None:
     """Remove the one deployment whose id was generated from a name."""
     from pulse_railway.flows import remove as flow
@@ -228,25 +228,25 @@ def remove(wanted: StackOptions, output: Output) -> None:
     output.result(result, [f"{chosen} is gone"])
 
 
-@verb([*STACK, "watch", "every"], door="status")
+@verb([*STACK, "watch", "every"], parser="status")
 def status(wanted: StatusOptions, output: Output) -> None:
     """Show the baseline, and each deployment with its state, age and sessions."""
-    from pulse_railway import tables
+    from pulse_railway import rendering
     from pulse_railway.flows import status as flow
     from pulse_railway.flows import watch
 
     api, stack = _stack(wanted, output, require=False)
     if wanted.watch:
-        tables.show_watch(watch.watch(api, stack, wanted.every))
+        rendering.show_watch(watch.watch(api, stack, wanted.every))
         return
     with output.step("ask the router"):
         result = flow.status(api, stack)
     output.result(result, [])
     if not output.as_json:
-        tables.show_status(result)
+        rendering.show_status(result)
 
 
-@verb([*STACK, "deployment_id", "build", "follow", "lines"], door="logs")
+@verb([*STACK, "deployment_id", "build", "follow", "lines"], parser="logs")
 def logs(wanted: LogsOptions, output: Output) -> None:
     """Show a deployment's log (default: the active one's), or with --service a stable service's."""
     from pulse_railway.flows import logs as flow
@@ -255,7 +255,7 @@ def logs(wanted: LogsOptions, output: Output) -> None:
     output.result(flow.logs(api, stack, wanted, output), [])
 
 
-@verb([*STACK, "deployment_id"], door="stack")
+@verb([*STACK, "deployment_id"], parser="stack")
 def restore(wanted: StackOptions, output: Output) -> None:
     """Rebuild the routing state from Railway's services, where Redis has lost it."""
     from pulse_railway.flows import restore as flow
@@ -266,7 +266,7 @@ def restore(wanted: StackOptions, output: Output) -> None:
     output.result(result, [f"restored {restored}; {result['active']} is active"])
 
 
-@verb(["repository", "tag", "json"], door="image")
+@verb(["repository", "tag", "json"], parser="image")
 def image(wanted: ImageOptions, output: Output) -> None:
     """Build the runtime image (router and janitor) and push it."""
     from pulse_railway.flows import image as flow

@@ -1,7 +1,7 @@
 """How a verb becomes an Invoke task: its flags, defaults, errors and exit status.
 
 Flags are data, written once. A verb names those it takes. What was given, else the project's
-Invoke configuration (section `pulse_railway`), goes through a door of options.py, once, and comes
+Invoke configuration (section `pulse_railway`), goes through a parser of options.py, once, and comes
 out as the typed value that the verb gets.
 """
 
@@ -167,12 +167,12 @@ DEPLOY = [
 ]
 
 
-def verb(flags: list[str], door: str) -> Callable[[Callable[..., None]], Task[Any]]:
+def verb(flags: list[str], parser: str) -> Callable[[Callable[..., None]], Task[Any]]:
     """Make a task of a function that takes a typed value and an Output.
 
     Args:
         flags: those it takes, from FLAGS.
-        door: the function of options.py that makes the value of them.
+        parser: the function of options.py that makes the value of them.
     """
 
     def decorate(function: Callable[..., None]) -> Task[Any]:
@@ -181,7 +181,7 @@ def verb(flags: list[str], door: str) -> Callable[[Callable[..., None]], Task[An
             bound = signature.bind(*args, **given)  # TypeError for what it does not take
             bound.apply_defaults()
             context = bound.arguments.pop("c")
-            return run(function, door, with_defaults(context, bound.arguments))
+            return run(function, parser, with_defaults(context, bound.arguments))
 
         parameter = inspect.Parameter
         kind = parameter.POSITIONAL_OR_KEYWORD
@@ -218,7 +218,7 @@ def with_defaults(context: Context, given: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def run(function: Callable[..., None], door: str, flags: Mapping[str, Any]) -> dict[str, Any]:
+def run(function: Callable[..., None], parser: str, flags: Mapping[str, Any]) -> dict[str, Any]:
     """Call a verb; returns its result, what it says with --json. Whatever a user can do something
     about becomes one line and a status of 1; with --json, one object on stdout too."""
     import httpx
@@ -237,7 +237,7 @@ def run(function: Callable[..., None], door: str, flags: Mapping[str, Any]) -> d
         return Exit(f"error: {why}" if code == 1 else why, code)
 
     try:
-        function(getattr(options, door)(flags, output), output)
+        function(getattr(options, parser)(flags, output), output)
     except Failure as failure:
         raise end(redact(str(failure)), 1) from None
     except KeyboardInterrupt:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Page, sync_playwright
 
-from pulse_railway import plugin
+from pulse_railway.app import plugin
 from tests.conftest import Process, Redis
 from tests.net import Backend, Connection, ask, eventually, header, ok
 from tests.test_browser import CHROMIUM, FLAGS

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pulse_railway.errors import Failure
-from pulse_railway.flows import deploy, promote, routed
+from pulse_railway.flows import deploy, promote, reachability
 from pulse_railway.output import Output
 from pulse_railway.stack import inspect
 from tests.conftest import Project, play
@@ -94,7 +94,7 @@ def step_03_the_edge_answers_in_place_of_the_router(
     """Users are served inside all the while: a healthy version is kept, and chosen."""
     project = site.project
     here = InProcess(project, monkeypatch)
-    monkeypatch.setattr(routed, "EDGE_TIMEOUT", 0.3)
+    monkeypatch.setattr(reachability, "EDGE_TIMEOUT", 0.3)
     api = here.api()
     said = f"Railway's edge answers in place of the router at {site.address} (status 502)"
 
@@ -150,7 +150,7 @@ def step_05_a_version_that_does_not_answer(site: Site, monkeypatch: pytest.Monke
     here = InProcess(project, monkeypatch)
 
     def patiently(*given: Any, timeout: float = 1.0, **more: Any) -> None:
-        routed.wait_until_routed(*given, timeout=1.0, **more)
+        reachability.wait_until_routed(*given, timeout=1.0, **more)
 
     monkeypatch.setattr(promote, "wait_until_routed", patiently)
     api = here.api()

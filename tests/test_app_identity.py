@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from pulse_railway import app_identity, contract
+from pulse_railway.app.plugin import RailwayPlugin
 from pulse_railway.app_identity import AppIdentity
 from pulse_railway.config import Names, Target
 from pulse_railway.errors import Failure
 from pulse_railway.output import Output
-from pulse_railway.plugin import RailwayPlugin
 from pulse_railway.stack import Service, Stack
 from tests.conftest import TINY, Project
 

@@ -107,7 +107,7 @@ class Stage:
         self.promotes: Callable[[], None] = lambda: None
         monkeypatch.setattr(bake, "PAUSE", 0.0)
         monkeypatch.setattr(time, "sleep", lambda _: None)
-        monkeypatch.setattr(router_commands, "state", self.state)
+        monkeypatch.setattr(router_commands, "read_state", self.state)
         for name in ("withdraw", "baked", "promote"):
             monkeypatch.setattr(router_commands, name, self.note(name))
         monkeypatch.setattr(bake, "remember_active", self.note("remember"))

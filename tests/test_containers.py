@@ -16,7 +16,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from pulse_railway import contract, serve
+from pulse_railway import contract
+from pulse_railway.app import serve
 from pulse_railway.local.supervisor import free_port
 from tests.conftest import ROOT, Redis
 from tests.net import Backend, Connection, eventually

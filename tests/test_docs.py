@@ -124,3 +124,11 @@ def test_links_of_what_is_outside_the_site() -> None:
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
             if not target.startswith("http"):
                 assert (ROOT / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_readme_s_table_names_every_module() -> None:
+    text = (ROOT / "README.md").read_text()
+    table = text[text.index("## Working on it") :]
+    modules = {p.stem for p in [*ROOT.glob("*.py"), *ROOT.glob("pulse_railway/**/*.py")]}
+    unnamed = modules - {"__init__", "__main__", "sitecustomize"}
+    assert {name for name in unnamed if not re.search(rf"`[^`]*\b{name}\b[^`]*`", table)} == set()

@@ -18,7 +18,7 @@ import pytest
 
 from pulse_railway import config, contract, options, router_commands, runtime_image
 from pulse_railway.errors import Failure, Interrupted, Refused
-from pulse_railway.flows import baseline, cleanup, deploy, remove, routed, watch
+from pulse_railway.flows import baseline, cleanup, deploy, reachability, remove, watch
 from pulse_railway.output import Output
 from pulse_railway.railway import api as api_module
 from pulse_railway.railway import tokens
@@ -74,7 +74,7 @@ class InProcess:
         monkeypatch.setattr(api_module, "TIMEOUT", httpx.Timeout(1.0))
         monkeypatch.setattr(time, "sleep", _quicker(time.sleep))
         self.project, self.monkeypatch = project, monkeypatch
-        way = config.Way("ssh", Path(project.env["PULSE_RAILWAY_SSH_KEY"]))
+        way = config.ControlRoute("ssh", Path(project.env["PULSE_RAILWAY_SSH_KEY"]))
         self.target = config.Target(project.id, project.environment, way)
         self.names = config.Names()
 
@@ -199,14 +199,14 @@ def test_a_promotion_that_another_overtakes_is_told(here: InProcess) -> None:
     api, output = here.api(), Output()
     stack = inspect(api, here.target, here.names)
     with pytest.raises(Failure, match="first was promoted after other, which drains now: another"):
-        routed.wait_until_active(api, stack, "other", output)
-    here.monkeypatch.setattr(routed, "ROUTED_TIMEOUT", 1.0)
+        reachability.wait_until_active(api, stack, "other", output)
+    here.monkeypatch.setattr(reachability, "ROUTED_TIMEOUT", 1.0)
     with pytest.raises(Failure, match=r"took longer than 1 s; https://.*/meta gave status 409"):
-        routed.wait_until_routed(api, stack, "other", output, by_affinity=True, timeout=1.0)
+        reachability.wait_until_routed(api, stack, "other", output, by_affinity=True, timeout=1.0)
     stack.router.domains[:] = ["nowhere.invalid"]  # type: ignore[union-attr]
     said = r"https://nowhere.invalid/_pulse/meta gave ConnectError; first is unreachable inside"
     with pytest.raises(Failure, match=said):
-        routed.wait_until_routed(api, stack, "first", output, by_affinity=True, timeout=1.0)
+        reachability.wait_until_routed(api, stack, "first", output, by_affinity=True, timeout=1.0)
 
 
 def test_an_intent_that_cannot_be_noted_is_a_warning(
@@ -214,7 +214,7 @@ def test_an_intent_that_cannot_be_noted_is_a_warning(
 ) -> None:
     stack = inspect(here.api(), here.target, here.names)
     here.project.faults({"match": "variableCollectionUpsert", **KINDS["refused"]})
-    routed.remember_active(here.api(), stack, "first", None, Output())
+    reachability.remember_active(here.api(), stack, "first", None, Output())
     here.project.faults()
     said = capsys.readouterr().err
     assert "PULSE_RAILWAY_ACTIVE could not be written: Railway: Something went wrong" in said
@@ -254,18 +254,18 @@ def test_what_an_undoing_that_fails_says(
     creating: bool,
     said: str,
 ) -> None:
-    def undo(_: Any, __: Any, progress: cleanup.Progress) -> None:
-        progress.creating = creating
+    def undo(_: Any, __: Any, attempt: cleanup.Attempt) -> None:
+        attempt.creating = creating
         raise error
 
     monkeypatch.setattr(cleanup, "undo", undo)
     wanted = options.deploy({"app": "main.py", "context": TINY}, Output())
-    progress = cleanup.Progress("x", "prod-x", step="build and start", creating=True)
+    attempt = cleanup.Attempt("x", "prod-x", step="build and start", creating=True)
     api: Any = None
     why = Failure("the build failed")
-    cleanup.clean_up(api, config.Target("p", "e"), wanted, progress, Output(), why)
+    cleanup.clean_up(api, config.Target("p", "e"), wanted, attempt, Output(), why)
     assert said in capsys.readouterr().err
-    assert progress.promoted == (said == "x was promoted and stays")
+    assert attempt.promoted == (said == "x was promoted and stays")
 
 
 def test_a_generated_name_that_is_taken_steps_on(here: InProcess) -> None:

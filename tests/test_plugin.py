@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import httpx
@@ -10,7 +11,7 @@ import pytest
 from fastapi.routing import APIRoute
 from starlette.testclient import TestClient
 
-from pulse_railway import RailwayPlugin, RailwayPluginError, contract
+from pulse_railway import RailwayPlugin, RailwayPluginError, RailwaySessionStore, contract
 
 TOKEN = {contract.INTERNAL_TOKEN_HEADER: "secret-token"}
 
@@ -68,3 +69,19 @@ def test_the_script_for_the_browser_is_served(client: Any) -> None:
     assert contract.AFFINITY_HEADER in answer.text
     assert contract.AFFINITY_QUERY in answer.text
     assert contract.STALE_HEADER in answer.text
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "is_as"),
+    [
+        ("plugin", "RailwayPlugin", RailwayPlugin),
+        ("session", "RailwayRedisSessionStore", RailwaySessionStore),
+        ("constants", "PULSE_DEPLOYMENT_ID", "PULSE_DEPLOYMENT_ID"),
+        ("constants", "PULSE_RAILWAY_REDIS_URL", "PULSE_RAILWAY_REDIS_URL"),
+        ("constants", "AFFINITY_QUERY_PARAM", "pulse_deployment"),
+        ("constants", "INTERNAL_TOKEN_HEADER", "x-pulse-railway-internal-token"),
+    ],
+)
+def test_what_an_app_imports_is_where_0_3_x_has_it(module: str, name: str, is_as: Any) -> None:
+    """Pulse's own example reads `pulse_railway.constants`."""
+    assert getattr(importlib.import_module(f"pulse_railway.{module}"), name) == is_as

@@ -25,10 +25,19 @@ import pytest
 from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
 
-from pulse_railway import config, contract, job, router_commands, runtime_image
-from pulse_railway.config import AppConfig, Names, Target, Way, Where
+from pulse_railway import config, contract, control_job, router_commands, runtime_image
+from pulse_railway.config import AppConfig, ControlRoute, Names, Target, Where
 from pulse_railway.errors import Failure, Interrupted
-from pulse_railway.flows import cleanup, deploy, promote, redeploy, remove, restore, routed, status
+from pulse_railway.flows import (
+    cleanup,
+    deploy,
+    promote,
+    reachability,
+    redeploy,
+    remove,
+    restore,
+    status,
+)
 from pulse_railway.options import DeployOptions, PromoteOptions
 from pulse_railway.output import Output
 from pulse_railway.railway import documents, program, ssh
@@ -272,7 +281,7 @@ class World:
         """Run a verb; what it raised, if that is what a user may see."""
         self.said = []
         output: Any = Recorder(self.said)
-        target = Target("p", "e", Way(self.way, checked=True))
+        target = Target("p", "e", ControlRoute(self.way, checked=True))
         try:
             if verb.startswith("deploy"):
                 wanted = DeployOptions(
@@ -358,13 +367,13 @@ def rude(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAILWAY_SERVICE_ID", "here")
     monkeypatch.delenv("PULSE_RAILWAY_ACTIVE", raising=False)
     monkeypatch.setattr(control, "HEAL_WAIT", 0.0)
-    for module in (router_commands, cleanup, routed):
+    for module in (router_commands, cleanup, reachability):
         monkeypatch.setattr(module, "time", quiet, raising=False)
     ticks = itertools.count(0, 9)
     passes = types.SimpleNamespace(
         sleep=lambda _: None, monotonic=lambda: float(next(ticks)), time=time.time
     )
-    monkeypatch.setattr(job, "time", passes)
+    monkeypatch.setattr(control_job, "time", passes)
     monkeypatch.setattr(janitor, "router", router)
     monkeypatch.setattr(program, "need_railway", lambda _: None)
 
@@ -394,7 +403,7 @@ def test_nothing_that_serves_is_lost(way: str, plan: list[Any]) -> None:
         patch.setattr(ssh, "run", lambda *a, **k: holder[0].ssh(*a, **k))
         patch.setattr(deploy, "up", lambda *_, **__: "d")
         patch.setattr(deploy, "wait_until_rendered", lambda *_: None)
-        for module in (deploy, promote, redeploy, restore, routed):
+        for module in (deploy, promote, redeploy, restore, reachability):
             patch.setattr(module, "wait_until_routed", lambda *a, **k: holder[0].routed(*a, **k))
         world = World(way)
         holder.append(world)

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pulse_railway import context, errors
+from pulse_railway import build_context, errors
 from tests.conftest import ROOT, TINY, pulse_railway
 
 TOKEN = "p4ss/w+rd=\"x&y'z\\q"
@@ -138,7 +138,7 @@ def exposed(root: Path, dockerfile: str, ignore: str | None = None) -> list[str]
     (root / "Dockerfile").write_text(dockerfile)
     if ignore is not None:
         (root / ".dockerignore").write_text(ignore)
-    return context.exposed(root, root / "Dockerfile")
+    return build_context.exposed(root, root / "Dockerfile")
 
 
 def test_what_a_dockerfile_would_take_in(app: Path) -> None:
@@ -173,4 +173,4 @@ def test_the_example_leaves_them_out(tmp_path: Path) -> None:
     (root / ".git").mkdir()
     (root / ".venv").mkdir()
     (root / "examples" / "railway" / ".env").write_text("x")
-    assert context.exposed(root, root / "examples" / "railway" / "Dockerfile") == []
+    assert build_context.exposed(root, root / "examples" / "railway" / "Dockerfile") == []

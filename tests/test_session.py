@@ -252,7 +252,7 @@ def test_what_happens_meanwhile_is_kept_and_written(
     lasting: Redis, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.WARNING)
-    monkeypatch.setattr("pulse_railway.session.PATIENCE", 0.0)  # it has been away for long
+    monkeypatch.setattr("pulse_railway.app.session.PATIENCE", 0.0)  # it has been away for long
 
     async def story() -> None:
         here, there = (RailwaySessionStore(lasting.url) for _ in range(2))
@@ -337,7 +337,7 @@ def test_a_frozen_redis_is_not_waited_for(redis_server: Redis) -> None:
 def test_no_more_is_kept_than_a_process_can_bear(
     lasting: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pulse_railway.session.KNOWN", 10)
+    monkeypatch.setattr("pulse_railway.app.session.KNOWN", 10)
 
     async def story() -> None:
         store = RailwaySessionStore(lasting.url)

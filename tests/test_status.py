@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 import control
 import router
 from pulse_railway import cli, contract, router_commands, verbs
-from pulse_railway.config import Names, Target, Way, Where
+from pulse_railway.config import ControlRoute, Names, Target, Where
 from pulse_railway.errors import Uncertain
 from pulse_railway.flows import logs as flows_logs
 from pulse_railway.flows.status import of_record, problems, status
@@ -31,8 +31,8 @@ from pulse_railway.flows.watch import LENGTH, History
 from pulse_railway.options import LogsOptions
 from pulse_railway.output import Output
 from pulse_railway.railway import ssh
+from pulse_railway.rendering import BARS, show_history, show_status, show_watch, trend
 from pulse_railway.stack import Service, Stack
-from pulse_railway.tables import BARS, show_history, show_status, show_watch, trend
 from tests.conftest import Project
 
 SET = dict.fromkeys((contract.RAILWAY_TOKEN, contract.REDIS_URL, contract.INTERNAL_TOKEN), "x")
@@ -297,7 +297,7 @@ class Holds:
 def asked(command: str, answer: dict[str, Any]) -> dict[str, Any]:
     """An answer as it comes from the router."""
     line = json.dumps({**answer, "command": command, "nonce": "n"})
-    found = router_commands.answer_to(line, command, "n")
+    found = router_commands.parse_answer(line, command, "n")
     assert found
     return found
 
@@ -326,7 +326,7 @@ def test_nothing_that_is_stored_is_a_traceback(
     monkeypatch.setattr(control, "sessions", lambda *_: 1)
     state = asked("status", control.status(cast(Any, store), "", None))
     state["routers"] = [{"router": "r", "tallies": tallies, **control.understood({})}]
-    monkeypatch.setattr(router_commands, "state", lambda *_, **__: state)
+    monkeypatch.setattr(router_commands, "read_state", lambda *_, **__: state)
     shown = status(cast(Any, None), stack(A))
     looks = History()
     with open(os.devnull, "w", encoding="utf-8") as null, contextlib.redirect_stdout(null):
@@ -387,8 +387,8 @@ def test_a_redis_that_is_down_is_named_at_once(monkeypatch: pytest.MonkeyPatch) 
     """Before, a promotion was silent for 38 s, and then did not say what to do."""
     said: list[str] = []
     here = stack(A)
-    way = Way("ssh", None, said.append, checked=True)
-    here = replace(here, target=replace(here.target, way=way))
+    way = ControlRoute("ssh", None, said.append, checked=True)
+    here = replace(here, target=replace(here.target, control_route=way))
 
     def by_ssh(_: Any, __: Any, words: list[str]) -> ssh.Outcome:
         answer = {"command": words[0], "nonce": words[-1], "ok": False, "reason": "store"}
@@ -398,7 +398,7 @@ def test_a_redis_that_is_down_is_named_at_once(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(router_commands, "by_ssh", by_ssh)
     monkeypatch.setattr(time, "sleep", lambda _: None)
     with pytest.raises(Uncertain) as failure:
-        router_commands.promote(cast(Any, None), here, "a", "a")
+        router_commands.send_promote(cast(Any, None), here, "a", "a")
     assert said == ["the router's Redis does not answer (TimeoutError): asking again for 30 s"]
     assert str(failure.value).endswith(
         "`promote`: the router's Redis does not answer (TimeoutError): `pulse-railway logs"

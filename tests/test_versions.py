@@ -629,7 +629,7 @@ class Cli:
         way = SimpleNamespace(kind="ssh", key=None, checked=True)
         self.stack: Any = SimpleNamespace(
             intent=None,
-            target=SimpleNamespace(project_id="p", environment_id="e", way=way),
+            target=SimpleNamespace(project_id="p", environment_id="e", control_route=way),
             names=SimpleNamespace(router="pulse-router"),
             router=SimpleNamespace(variables={}),
             backend=lambda name: SimpleNamespace(id=f"s-{name}"),

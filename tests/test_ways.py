@@ -22,11 +22,11 @@ import httpx
 import pytest
 
 from pulse_railway import contract, errors
-from pulse_railway.config import Names, Target, Way
+from pulse_railway.config import ControlRoute, Names, Target
 from pulse_railway.railway import program, ssh
 from pulse_railway.railway.api import Api
 from pulse_railway.railway.tokens import Token
-from pulse_railway.router_commands import settle
+from pulse_railway.router_commands import choose_route
 from pulse_railway.stack import Stack
 from tests.conftest import BASE, TINY, Project, order
 from tests.test_rude_ssh import BAD_DAY, FOREIGN
@@ -208,9 +208,9 @@ def test_the_way_is_settled_by_what_there_is(
 ) -> None:
     """Before anything is created. A project token may not ask which keys Railway knows."""
 
-    def settled(kind: str, asked: Any = None, given: Path | None = None) -> Way:
-        way = Way(asked, given, said.append)
-        settle(api(kind), Stack(Target("p", "e", way), Names(), {}))
+    def settled(kind: str, asked: Any = None, given: Path | None = None) -> ControlRoute:
+        way = ControlRoute(asked, given, said.append)
+        choose_route(api(kind), Stack(Target("p", "e", way), Names(), {}))
         return way
 
     said: list[str] = []
@@ -223,7 +223,7 @@ def test_the_way_is_settled_by_what_there_is(
         assert settled(kind, "job").kind == "job"
     (tmp_path / ".ssh").mkdir()
     new_key(tmp_path / ".ssh" / "id_ed25519")
-    assert settled("account") == Way(None, None, said.append, True)  # the CLI finds it
+    assert settled("account") == ControlRoute(None, None, said.append, True)  # the CLI finds it
     assert settled("project").key == tmp_path / ".ssh" / "id_ed25519"
     cli.version("4.40.0")  # with a relay of its own, and no keys
     shutil.rmtree(tmp_path / ".ssh")

@@ -35,7 +35,7 @@ def test_the_wheel_carries_all_that_it_needs(tmp_path: Path) -> None:
         "local/schema.graphql",
         "local/bin/pulse",
         "local/page.html",
-        "affinity.js",
+        "app/affinity.js",
         "local/site/sitecustomize.py",
         "py.typed",
     ):

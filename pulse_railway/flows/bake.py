@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pulse_railway import router_commands
 from pulse_railway.errors import Failure, Interrupted, Refused
-from pulse_railway.flows.routed import remember_active
+from pulse_railway.flows.reachability import remember_active
 from pulse_railway.output import Output
 from pulse_railway.railway.api import Api
 from pulse_railway.runtime_image import load
@@ -159,7 +159,7 @@ def _watch(
     while True:
         passed = time.monotonic() - began
         try:
-            state = router_commands.state(api, stack)
+            state = router_commands.read_state(api, stack)
         except Refused:
             raise
         except Failure as failure:  # on no answer nothing is done
@@ -180,7 +180,7 @@ def _watch(
         if passed >= seconds:
             break
         time.sleep(min(pause, max(seconds - passed, 0.1)))
-    router_commands.baked(api, stack, new)
+    router_commands.send_finish_bake(api, stack, new)
     judged = verdict(watch.total(new), watch.total(old))
     return _seen(watch, new, old, "well" if judged == "well" else "too few requests to judge")
 
@@ -202,13 +202,13 @@ def go_back(
     """Leave the new version. Raises WentBack, or Failure where there is no way back."""
     why = f"bake: {seen}"
     if canary:
-        router_commands.withdraw(api, stack, new, why, output.warn)
+        router_commands.send_abort_canary(api, stack, new, why, output.warn)
         raise WentBack(f"{new} did worse and is no canary any more: {seen}")
     service = stack.backend(old)
     if service is None:
         raise Failure(f"{new} does worse ({seen}), but {old} is gone: it stays active")
     try:
-        promoted = router_commands.promote(
+        promoted = router_commands.send_promote(
             api,
             stack,
             old,

@@ -30,7 +30,7 @@ LATE_PAUSES = (0.0, 3.0, 7.0)  # seconds
 
 
 @dataclass
-class Progress:
+class Attempt:
     """What a deploy has made so far, for cleaning up and for the result."""
 
     deployment_id: str
@@ -49,7 +49,7 @@ class Progress:
 
 @contextlib.contextmanager
 def undone_on_failure(
-    api: Api, target: Target, wanted: DeployOptions, progress: Progress, output: Output
+    api: Api, target: Target, wanted: DeployOptions, attempt: Attempt, output: Output
 ) -> Iterator[None]:
     """What the block has made goes, whatever ends it, but for what a bake has gone back from."""
     try:
@@ -57,7 +57,7 @@ def undone_on_failure(
     except WentBack:
         raise
     except BaseException as error:
-        clean_up(api, target, wanted, progress, output, error)
+        clean_up(api, target, wanted, attempt, output, error)
         raise
 
 
@@ -65,18 +65,18 @@ def clean_up(
     api: Api,
     target: Target,
     wanted: DeployOptions,
-    progress: Progress,
+    attempt: Attempt,
     output: Output,
     error: BaseException,
 ) -> None:
     """Say where a deploy ended, and remove what it made, if it was not promoted yet."""
     what = "interrupted" if isinstance(error, Interrupted) else "failed"
-    output.say(f"{what} at: {progress.step}")
-    began = progress.creating  # `undo` takes it back once the service is gone
+    output.say(f"{what} at: {attempt.step}")
+    began = attempt.creating  # `undo` takes it back once the service is gone
     if not began:
         return
-    name = progress.deployment_id
-    if progress.promoted:
+    name = attempt.deployment_id
+    if attempt.promoted:
         _stays(name, output)
         return
     if wanted.keep_failed:
@@ -86,22 +86,22 @@ def clean_up(
         )
         return
     try:
-        with output.step(f"remove {progress.service_name}"):
-            stack = progress.stack or Stack(target, wanted.app.names, {})
-            if not undo(api, stack, progress):
-                output.warn(left_empty(progress.service_name, name))
+        with output.step(f"remove {attempt.service_name}"):
+            stack = attempt.stack or Stack(target, wanted.app.names, {})
+            if not undo(api, stack, attempt):
+                output.warn(left_empty(attempt.service_name, name))
     except (Exception, Interrupted) as why:
         if isinstance(why, Refused) and why.reason == "active":  # it ran, its answer was lost
-            progress.promoted = True
+            attempt.promoted = True
             _stays(name, output)
-        elif not progress.creating:
-            output.say(f"{progress.service_name} is removed; its record is left to the janitor")
+        elif not attempt.creating:
+            output.say(f"{attempt.service_name} is removed; its record is left to the janitor")
         else:
             known = isinstance(why, Failure | httpx.HTTPError)
             reason = str(why) if known else f"{type(why).__name__}: {why}"
             reason = "interrupted again" if isinstance(why, Interrupted) else reason
             output.say(
-                f"{progress.service_name} stays, since it is not certain that it may go: {reason}."
+                f"{attempt.service_name} stays, since it is not certain that it may go: {reason}."
                 f" `pulse-railway status` tells whether {name} is active; if not, run"
                 f" `pulse-railway delete --deployment-id {name}`. Else the janitor removes it after"
                 " an hour"
@@ -115,37 +115,37 @@ def _stays(name: str, output: Output) -> None:
     )
 
 
-def release(api: Api, progress: Progress) -> None:
+def release(api: Api, attempt: Attempt) -> None:
     """Give the deploy lock back, if it can be done: it ends by itself, too. All is done by then, so
     a signal that comes meanwhile does not make a deploy that has ended one that was interrupted."""
-    if progress.locked and progress.stack:
-        progress.locked = False
+    if attempt.locked and attempt.stack:
+        attempt.locked = False
         with contextlib.suppress(Failure, Interrupted), shielded():
-            router_commands.unlock(api, progress.stack, progress.run, pauses=(1.0,))
+            router_commands.send_unlock(api, attempt.stack, attempt.run, pauses=(1.0,))
 
 
-def undo(api: Api, stack: Stack, progress: Progress) -> bool:
+def undo(api: Api, stack: Stack, attempt: Attempt) -> bool:
     """Remove what a run made; False where its service is left empty. Raises Refused where it is
     active, Failure where that is not known.
 
     What was never named to the router cannot be known to it, and goes without asking.
     """
-    if progress.registered:
-        router_commands.retire(api, stack, progress.deployment_id, progress.service_id)
-    service_id = progress.service_id or created_after_all(api, stack, progress)
+    if attempt.registered:
+        router_commands.send_retire(api, stack, attempt.deployment_id, attempt.service_id)
+    service_id = attempt.service_id or created_after_all(api, stack, attempt)
     deleted = not service_id or delete_service(api, stack.target, service_id)
-    progress.creating = False
-    if progress.registered:
-        router_commands.forget(api, stack, progress.deployment_id)
+    attempt.creating = False
+    if attempt.registered:
+        router_commands.send_forget(api, stack, attempt.deployment_id)
     return deleted
 
 
-def created_after_all(api: Api, stack: Stack, progress: Progress) -> str | None:
+def created_after_all(api: Api, stack: Stack, attempt: Attempt) -> str | None:
     """The service whose creation had no answer: Railway may be at it still, so look repeatedly.
     One of that name which another run made is not ours to delete."""
     for pause in LATE_PAUSES:
         time.sleep(pause)
-        found = inspect(api, stack.target, stack.names).services.get(progress.service_name)
-        if found and found.variables.get(contract.RUN) == progress.run:
+        found = inspect(api, stack.target, stack.names).services.get(attempt.service_name)
+        if found and found.variables.get(contract.RUN) == attempt.run:
             return found.id
     return None

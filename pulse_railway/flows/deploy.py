@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from pulse_railway import app_identity, contract, naming, provenance, router_commands
+from pulse_railway.build_context import exposed
 from pulse_railway.config import AppConfig, Target, inside
-from pulse_railway.context import exposed
 from pulse_railway.errors import Failure, Refused
 from pulse_railway.flows.bake import bake
-from pulse_railway.flows.cleanup import Progress, release, undone_on_failure
-from pulse_railway.flows.routed import (
+from pulse_railway.flows.cleanup import Attempt, release, undone_on_failure
+from pulse_railway.flows.reachability import (
     backend_address,
     remember_active,
     wait_until_active,
@@ -220,81 +220,81 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
     """
     if not plan.image:
         program.need_railway(api)
-    progress = Progress(plan.deployment_id, plan.service_name)
+    attempt = Attempt(plan.deployment_id, plan.service_name)
     began = time.monotonic()
     baking: dict[str, Any] | None = None
     with interruptible(), contextlib.ExitStack() as at_end:
-        at_end.callback(release, api, progress)
-        at_end.enter_context(undone_on_failure(api, target, plan.wanted, progress, output))
-        with step(output, progress, "inspect the baseline"):
+        at_end.callback(release, api, attempt)
+        at_end.enter_context(undone_on_failure(api, target, plan.wanted, attempt, output))
+        with step(output, attempt, "inspect the baseline"):
             stack = inspect(api, target, plan.app.names)
             require_baseline(stack)
-            progress.stack = stack
+            attempt.stack = stack
             check_secret(plan, stack)
             identity = app_identity.of_app(plan.app)
             app_identity.check(stack, identity, plan.wanted.replace_app, output)
             app = replace(plan.app, names=stack.names)  # as they were when it was set up
             plan = free_name(replace(plan, wanted=replace(plan.wanted, app=app)), stack)
-            progress.deployment_id, progress.service_name = (
+            attempt.deployment_id, attempt.service_name = (
                 plan.deployment_id,
                 plan.service_name,
             )
-        with step(output, progress, "ask the router"):  # the way to it is open, before a build
-            ask_router(api, stack, plan, progress, output)
+        with step(output, attempt, "ask the router"):  # the way to it is open, before a build
+            ask_router(api, stack, plan, attempt, output)
         output.say(f"deployment {plan.deployment_id}")
         if plan.image:
-            with step(output, progress, f"build and push {plan.image}"):
+            with step(output, attempt, f"build and push {plan.image}"):
                 build_image(plan, stack, output)
-        with step(output, progress, f"create the service {plan.service_name}"):
-            create_backend(api, stack, plan, progress)
-        with step(output, progress, "build and start"):
-            start_backend(api, stack, plan, progress, output)
-        with step(output, progress, "register with the router"):
-            register(api, stack, plan, progress)
-        with step(output, progress, "reach it through the router"):
+        with step(output, attempt, f"create the service {plan.service_name}"):
+            create_backend(api, stack, plan, attempt)
+        with step(output, attempt, "build and start"):
+            start_backend(api, stack, plan, attempt, output)
+        with step(output, attempt, "register with the router"):
+            register(api, stack, plan, attempt)
+        with step(output, attempt, "reach it through the router"):
             wait_until_routed(api, stack, plan.deployment_id, output, by_affinity=True)
-        with step(output, progress, f"see its page {plan.app.plugin.check_path}"):
-            wait_for_page(api, stack, plan, progress, output)
+        with step(output, attempt, f"see its page {plan.app.plugin.check_path}"):
+            wait_for_page(api, stack, plan, attempt, output)
         if plan.wanted.canary is not None:
-            with step(output, progress, f"give it {plan.wanted.canary:g} % of new visitors"):
-                promote_new(api, stack, plan, progress, output)
+            with step(output, attempt, f"give it {plan.wanted.canary:g} % of new visitors"):
+                promote_new(api, stack, plan, attempt, output)
         elif plan.wanted.promote:
-            with step(output, progress, "promote it"):
-                promote_new(api, stack, plan, progress, output)
-            with step(output, progress, "reach it without affinity"):
+            with step(output, attempt, "promote it"):
+                promote_new(api, stack, plan, attempt, output)
+            with step(output, attempt, "reach it without affinity"):
                 wait_until_active(api, stack, plan.deployment_id, output)
-        if seconds := to_bake(plan, progress):
+        if seconds := to_bake(plan, attempt):
             canary = plan.wanted.canary is not None
-            progress.step = f"watch it for {seconds} s"
-            old = str(progress.previous)
-            baking = bake(api, stack, progress.deployment_id, old, seconds, output, canary)
+            attempt.step = f"watch it for {seconds} s"
+            old = str(attempt.previous)
+            baking = bake(api, stack, attempt.deployment_id, old, seconds, output, canary)
         app_identity.remember(api, stack, identity, output)
         if danger := config_files.would_delete(plan.app.context):
             output.warn(danger)
     return {
         "deployment_id": plan.deployment_id,
-        "service_id": progress.service_id,
+        "service_id": attempt.service_id,
         "service_name": plan.service_name,
-        "railway_deployment_id": progress.railway_deployment,
+        "railway_deployment_id": attempt.railway_deployment,
         "image": plan.image,
-        "active": progress.promoted and plan.wanted.canary is None,
+        "active": attempt.promoted and plan.wanted.canary is None,
         "canary": plan.wanted.canary,
         "bake": baking,
         "address": stack.address,
         "server_address": plan.wanted.server_address or stack.address,
         "seconds": round(time.monotonic() - began, 1),
         # 0.3.x's names for the same
-        "backend_service_id": progress.service_id,
+        "backend_service_id": attempt.service_id,
         "backend_service_name": plan.service_name,
         "backend_image": plan.image,
-        "backend_deployment_id": progress.railway_deployment,
+        "backend_deployment_id": attempt.railway_deployment,
         "backend_status": "SUCCESS",
     }
 
 
 @contextlib.contextmanager
-def step(output: Output, progress: Progress, title: str) -> Iterator[None]:
-    progress.step = title
+def step(output: Output, attempt: Attempt, title: str) -> Iterator[None]:
+    attempt.step = title
     with output.step(title):
         yield
 
@@ -303,7 +303,7 @@ LOCK_LEASE = 3600  # seconds, beyond a bake: longer than all steps of a deploy m
 LOCK_POLL = 10.0
 
 
-def ask_router(api: Api, stack: Stack, plan: Plan, progress: Progress, output: Output) -> None:
+def ask_router(api: Api, stack: Stack, plan: Plan, attempt: Attempt, output: Output) -> None:
     """See that the way to the router is open before anything is built, and take the deploy lock,
     so that others see who deploys. Raises Failure where a canary could not be one."""
     wanted = plan.wanted
@@ -311,8 +311,8 @@ def ask_router(api: Api, stack: Stack, plan: Plan, progress: Progress, output: O
     while True:
         try:
             lease = LOCK_LEASE + wanted.bake
-            progress.locked = True  # it may be, from here on
-            progress.previous, lost = router_commands.lock(api, stack, progress.run, lease)
+            attempt.locked = True  # it may be, from here on
+            attempt.previous, lost = router_commands.send_lock(api, stack, attempt.run, lease)
             if lost and (wanted.bake or wanted.canary is not None):
                 raise Failure(
                     "the routing state is lost, or an older one: there is nothing certain to"
@@ -320,7 +320,7 @@ def ask_router(api: Api, stack: Stack, plan: Plan, progress: Progress, output: O
                 )
             break
         except Refused as refused:
-            progress.locked = False
+            attempt.locked = False
             if refused.reason != "locked":
                 raise
             if wanted.lock_wait is None:
@@ -328,7 +328,7 @@ def ask_router(api: Api, stack: Stack, plan: Plan, progress: Progress, output: O
                     f"{refused}: both go on, and the one that is promoted last is active;"
                     " --lock-wait SECONDS waits"
                 )
-                progress.previous = router_commands.active_deployment(api, stack)
+                attempt.previous = router_commands.read_active(api, stack)
                 break
             if time.monotonic() >= deadline:
                 raise Failure(
@@ -339,18 +339,18 @@ def ask_router(api: Api, stack: Stack, plan: Plan, progress: Progress, output: O
         time.sleep(min(LOCK_POLL, max(deadline - time.monotonic(), 0.1)))
     if wanted.canary is None:
         return
-    if progress.previous is None:
+    if attempt.previous is None:
         raise Failure("a canary stands beside an active deployment, and none is active: deploy one")
-    if other := router_commands.state(api, stack)["canary"]:
+    if other := router_commands.read_state(api, stack)["canary"]:
         raise Failure(
             f"{other['deployment_id']} is the canary already, with {other['weight']:g} %: promote"
             " it, or `pulse-railway rollback`"
         )
 
 
-def to_bake(plan: Plan, progress: Progress) -> int:
+def to_bake(plan: Plan, attempt: Attempt) -> int:
     """For how many seconds it is watched: there has to be something to go back to."""
-    return plan.wanted.bake if progress.previous else 0
+    return plan.wanted.bake if attempt.previous else 0
 
 
 def build_image(plan: Plan, stack: Stack, output: Output) -> None:
@@ -370,9 +370,9 @@ def build_image(plan: Plan, stack: Stack, output: Output) -> None:
     )
 
 
-def create_backend(api: Api, stack: Stack, plan: Plan, progress: Progress) -> None:
+def create_backend(api: Api, stack: Stack, plan: Plan, attempt: Attempt) -> None:
     assert stack.router is not None
-    progress.creating = True
+    attempt.creating = True
     before = plan.app.plugin.pre_deploy
     pre_deploy = {"preDeployCommand": [before]} if before else {}
     with shielded():
@@ -380,7 +380,7 @@ def create_backend(api: Api, stack: Stack, plan: Plan, progress: Progress) -> No
             api,
             stack.target,
             plan.service_name,
-            {**backend_variables(plan, stack), contract.RUN: progress.run},
+            {**backend_variables(plan, stack), contract.RUN: attempt.run},
             group_id=stack.router.group_id,
             settings={
                 **BACKEND_SETTINGS,
@@ -389,17 +389,17 @@ def create_backend(api: Api, stack: Stack, plan: Plan, progress: Progress) -> No
                 **pre_deploy,
             },
             image=plan.image,
-            created=lambda service_id: setattr(progress, "service_id", service_id),
+            created=lambda service_id: setattr(attempt, "service_id", service_id),
         )
 
 
-def start_backend(api: Api, stack: Stack, plan: Plan, progress: Progress, output: Output) -> None:
+def start_backend(api: Api, stack: Stack, plan: Plan, attempt: Attempt, output: Output) -> None:
     """Source mode: upload and build on Railway. Image mode: deploy the image that was pushed."""
-    assert progress.service_id
+    assert attempt.service_id
     target = stack.target
     deployment: str | None
     if plan.image:
-        deployment = deploy_service(api, target, progress.service_id)
+        deployment = deploy_service(api, target, attempt.service_id)
     else:
         output.waiting(f"uploading {plan.app.context}")
         deployment = up(
@@ -413,46 +413,46 @@ def start_backend(api: Api, stack: Stack, plan: Plan, progress: Progress, output
     if deployment is None:  # a CLI that does not say
 
         def ask() -> str | None:
-            found = latest(api, target).get(str(progress.service_id))
+            found = latest(api, target).get(str(attempt.service_id))
             return found["id"] if found else None
 
         deployment = poll(60.0, ask, "Railway's answer to the upload")
-    progress.railway_deployment = deployment
+    attempt.railway_deployment = deployment
     wait_for_build(api, str(deployment), output)
 
 
-def register(api: Api, stack: Stack, plan: Plan, progress: Progress) -> None:
-    assert progress.service_id
-    address = backend_address(api, stack.target, progress.service_id)
-    progress.registered = True  # it may have been, from here on
-    router_commands.register(
+def register(api: Api, stack: Stack, plan: Plan, attempt: Attempt) -> None:
+    assert attempt.service_id
+    address = backend_address(api, stack.target, attempt.service_id)
+    attempt.registered = True  # it may have been, from here on
+    router_commands.send_register(
         api,
         stack,
         deployment_id=plan.deployment_id,
         service_name=plan.service_name,
-        service_id=progress.service_id,
+        service_id=attempt.service_id,
         address=address,
         held=not plan.wanted.promote or plan.wanted.canary is not None,
         about=provenance.about(plan.app.context, plan.wanted.message),
     )
 
 
-def wait_for_page(api: Api, stack: Stack, plan: Plan, progress: Progress, output: Output) -> None:
+def wait_for_page(api: Api, stack: Stack, plan: Plan, attempt: Attempt, output: Output) -> None:
     """Python's health check says nothing of React's server beside it, which renders the pages and
     can come up later, or not at all. Raises Failure with what the deployment said last."""
     try:
         wait_until_rendered(api, stack, plan.deployment_id, plan.app.plugin.check_path, output)
     except Failure as failure:
-        said = runtime_tail(api, str(progress.railway_deployment))
+        said = runtime_tail(api, str(attempt.railway_deployment))
         raise Failure(f"{failure}{said}") from None
 
 
-def promote_new(api: Api, stack: Stack, plan: Plan, progress: Progress, output: Output) -> None:
+def promote_new(api: Api, stack: Stack, plan: Plan, attempt: Attempt, output: Output) -> None:
     """Make it the active one, or the canary. The deploy lock is given back with it, where no bake
     follows."""
-    wanted, seconds = plan.wanted, to_bake(plan, progress)
-    unlock = progress.run if progress.locked and not seconds else None
-    promoted = router_commands.promote(
+    wanted, seconds = plan.wanted, to_bake(plan, attempt)
+    unlock = attempt.run if attempt.locked and not seconds else None
+    promoted = router_commands.send_promote(
         api,
         stack,
         plan.deployment_id,
@@ -463,7 +463,7 @@ def promote_new(api: Api, stack: Stack, plan: Plan, progress: Progress, output: 
         unlock=unlock,
         warn=output.warn,
     )
-    progress.promoted = True
-    progress.locked = progress.locked and not unlock
+    attempt.promoted = True
+    attempt.locked = attempt.locked and not unlock
     if wanted.canary is None:
         remember_active(api, stack, plan.deployment_id, promoted, output)

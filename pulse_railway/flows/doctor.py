@@ -186,7 +186,7 @@ def check_stack(
 
     def project() -> str:
         target = config.find_target(api, where)
-        target = replace(target, way=config.Way(where.control, where.ssh_key))
+        target = replace(target, control_route=config.ControlRoute(where.control, where.ssh_key))
         names = plan.app.names if plan else options.names(flags)
         seen.append(inspect(api, target, names))
         return f"{len(seen[0].services)} services"
@@ -213,17 +213,16 @@ def check_stack(
 
     def ask() -> str:
         try:
-            state = router_commands.state(api, stack, pauses=(1.0,))
+            state = router_commands.read_state(api, stack, pauses=(1.0,))
         except Failure:
             tell(None)  # which may be why
             raise
         tell(state)
-        return (
-            f"answers, by {stack.target.way.kind or 'ssh'}; {state['active'] or 'none'} is active"
-        )
+        by = stack.target.control_route.kind or "ssh"
+        return f"answers, by {by}; {state['active'] or 'none'} is active"
 
     found.tried("the router", ask)
-    if stack.target.way.kind != "job":
+    if stack.target.control_route.kind != "job":
         check_relay(found)
 
 

@@ -10,7 +10,7 @@ from pulse_railway.options import LogsOptions
 from pulse_railway.output import Output
 from pulse_railway.railway import documents
 from pulse_railway.railway.api import Api
-from pulse_railway.router_commands import active_deployment
+from pulse_railway.router_commands import read_active
 from pulse_railway.stack import Service, Stack, find_backend
 from pulse_railway.waiting import latest
 
@@ -49,7 +49,7 @@ def _service(api: Api, stack: Stack, wanted: LogsOptions) -> Service:
             there = ", ".join(stack.services)
             raise Failure(f"no service is named {wanted.service}; there are: {there}")
         return stack.services[wanted.service]
-    chosen = wanted.deployment_id or active_deployment(api, stack)
+    chosen = wanted.deployment_id or read_active(api, stack)
     if not chosen:
         raise Failure("no deployment is active: pass --deployment-id or --service")
     return find_backend(stack, chosen)

@@ -20,7 +20,7 @@ def maintenance(
     closed stays closed."""
     assert stack.router is not None
     with output.step(f"switch it {'on' if wanted.on else 'off'}"):
-        closed, opened = router_commands.maintenance(
+        closed, opened = router_commands.send_maintenance(
             api,
             stack,
             wanted.on,

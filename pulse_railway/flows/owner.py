@@ -35,7 +35,7 @@ def settle_owner(api: Api, stack: Stack, output: Output, ask: Ask, owns_state: b
         return
     try:
         with output.step("ask the router whose its state is"):
-            state = router_commands.state(api, stack, pauses=(1.0,))
+            state = router_commands.read_state(api, stack, pauses=(1.0,))
             if (owner := state.get("owner")) != stack.stamp:
                 claim(api, stack, state, owner, output, ask, owns_state)
             elif not known:  # so that it is not asked again
@@ -58,9 +58,9 @@ def claim(
         if not state.get("active"):
             return  # the janitor's next run does it
         if owns_state or is_ours(api, stack, str(state["active"]), output, ask):
-            router_commands.claim(api, stack)
+            router_commands.send_claim(api, stack)
     elif is_gone(stack, owner):
-        router_commands.claim(api, stack, instead_of=owner)
+        router_commands.send_claim(api, stack, instead_of=owner)
         names = joined(r["deployment_id"] for r in state["deployments"]) or "nothing"
         output.warn(
             f"the routing state was of a router that is gone ({owner}), and is this stack's now. It"

@@ -7,7 +7,7 @@ from typing import Any
 from pulse_railway import router_commands
 from pulse_railway.errors import Failure
 from pulse_railway.flows.bake import bake
-from pulse_railway.flows.routed import remember_active, wait_until_active, wait_until_routed
+from pulse_railway.flows.reachability import remember_active, wait_until_active, wait_until_routed
 from pulse_railway.flows.signals import interruptible
 from pulse_railway.options import PromoteOptions
 from pulse_railway.output import Output
@@ -23,7 +23,7 @@ def promote(api: Api, stack: Stack, wanted: PromoteOptions, output: Output) -> d
     previous = None
     if wanted.bake:
         with output.step("ask the router which deployment is active"):
-            previous = router_commands.active_deployment(api, stack)
+            previous = router_commands.read_active(api, stack)
     baking = wanted.bake if previous and previous != chosen else 0  # else nothing to go back to
     result = choose(
         api,
@@ -68,7 +68,7 @@ def choose(
             see_that_it_answers(api, stack, deployment_id, output)
     share = "" if weight is None else f" for {weight:g} % of new visitors"
     with output.step(f"promote {deployment_id}{share}"):
-        promoted = router_commands.promote(
+        promoted = router_commands.send_promote(
             api,
             stack,
             deployment_id,
@@ -99,7 +99,7 @@ def see_that_it_answers(api: Api, stack: Stack, deployment_id: str, output: Outp
     try:
         wait_until_routed(api, stack, deployment_id, output, by_affinity=True, timeout=20.0)
     except Failure as failure:
-        known = {r["deployment_id"] for r in router_commands.state(api, stack)["deployments"]}
+        known = {r["deployment_id"] for r in router_commands.read_state(api, stack)["deployments"]}
         if deployment_id not in known:
             output.warn(f"the router's record of {deployment_id} is lost: this makes it anew")
             return
@@ -115,7 +115,7 @@ def rollback(api: Api, stack: Stack, output: Output, why: str | None = None) -> 
     it still runs. What is rolled back from is no way back: a second rollback goes further."""
     require_believable(stack)
     with output.step("ask the router which deployment was active before"):
-        state = router_commands.state(api, stack)
+        state = router_commands.read_state(api, stack)
     if state["lost"] or (not state["active"] and stack.backends):
         raise Failure(
             "the routing state is lost, or an older one, and with it what was active before: run"
@@ -124,7 +124,7 @@ def rollback(api: Api, stack: Stack, output: Output, why: str | None = None) -> 
     if canary := state["canary"]:
         name = canary["deployment_id"]
         with output.step(f"end the canary {name}"):
-            router_commands.withdraw(api, stack, name, why, output.warn)
+            router_commands.send_abort_canary(api, stack, name, why, output.warn)
         return {"deployment_id": state["active"], "ended": name, "address": stack.address}
     previous = [
         record

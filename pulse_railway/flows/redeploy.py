@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from pulse_railway.errors import Failure
-from pulse_railway.flows.routed import wait_until_routed
+from pulse_railway.flows.reachability import wait_until_routed
 from pulse_railway.output import Output
 from pulse_railway.railway.api import Api
-from pulse_railway.router_commands import active_deployment
+from pulse_railway.router_commands import read_active
 from pulse_railway.services import deploy_service
 from pulse_railway.stack import Stack, find_backend
 from pulse_railway.waiting import wait_for_build
@@ -18,7 +18,7 @@ def redeploy(api: Api, stack: Stack, deployment_id: str | None, output: Output) 
     """Build and start a deployment's service anew, by default the active one's."""
     if deployment_id is None:
         with output.step("ask the router which deployment is active"):
-            deployment_id = active_deployment(api, stack)
+            deployment_id = read_active(api, stack)
         if deployment_id is None:
             raise Failure("no deployment is active: run `pulse-railway deploy`")
     service = find_backend(stack, deployment_id)

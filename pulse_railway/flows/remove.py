@@ -25,16 +25,16 @@ def delete(api: Api, stack: Stack, deployment_id: str, output: Output) -> dict[s
     with output.step(f"claim {deployment_id}"):
         if service is None and not any(
             r["deployment_id"] == deployment_id
-            for r in router_commands.state(api, stack)["deployments"]
+            for r in router_commands.read_state(api, stack)["deployments"]
         ):
             find_backend(stack, deployment_id)  # says which there are
-        router_commands.retire(api, stack, deployment_id, service.id if service else None)
+        router_commands.send_retire(api, stack, deployment_id, service.id if service else None)
     if service:
         with output.step(f"delete the service {service.name}"):
             if not delete_service(api, stack.target, service.id):
                 output.warn(left_empty(service.name, deployment_id))
     with output.step("forget it"):
-        router_commands.forget(api, stack, deployment_id)
+        router_commands.send_forget(api, stack, deployment_id)
     return {"deployment_id": deployment_id, "deleted": True}
 
 

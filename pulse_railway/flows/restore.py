@@ -7,7 +7,7 @@ from typing import Any
 
 from pulse_railway import contract, router_commands
 from pulse_railway.errors import Failure, Refused
-from pulse_railway.flows.routed import backend_address, remember_active, wait_until_routed
+from pulse_railway.flows.reachability import backend_address, remember_active, wait_until_routed
 from pulse_railway.output import Output
 from pulse_railway.railway.api import Api
 from pulse_railway.services import write_variables
@@ -30,7 +30,7 @@ def restore(api: Api, stack: Stack, wanted: str | None, output: Output) -> dict[
     if not stack.backends:
         raise Failure("there are no deployments to restore: run `pulse-railway deploy`")
     with output.step("ask the router what it knows"):
-        state = router_commands.state(api, stack)
+        state = router_commands.read_state(api, stack)
     chosen = wanted or what_was_active(stack, state)
     find_backend(stack, chosen)
     with output.step("find the deployments' addresses"):
@@ -49,12 +49,12 @@ def restore(api: Api, stack: Stack, wanted: str | None, output: Output) -> dict[
         # one that an earlier version runs on knows no `--chosen`
         differs = wanted is not None and state["active"] is not None
         try:
-            promoted = router_commands.restore(api, stack, chosen, records, chosen=differs)
+            promoted = router_commands.send_restore(api, stack, chosen, records, chosen=differs)
         except Refused as refused:
             if refused.reason != "active" or not state["lost"]:
                 raise
             output.say("the routers have written it back meanwhile")
-            return {"active": router_commands.active_deployment(api, stack), "restored": []}
+            return {"active": router_commands.read_active(api, stack), "restored": []}
         remember_active(api, stack, chosen, promoted, output)
     with output.step("reach the active deployment"):
         wait_until_routed(api, stack, chosen, output, by_affinity=False)

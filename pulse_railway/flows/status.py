@@ -21,7 +21,7 @@ def status(api: Api, stack: Stack) -> dict[str, Any]:
     state, silence = None, None
     if stack.router:
         try:
-            state = router_commands.state(api, stack, pauses=(1.0,))
+            state = router_commands.read_state(api, stack, pauses=(1.0,))
         except Failure as failure:
             silence = str(failure)
     known = {r["deployment_id"]: r for r in state["deployments"]} if state else {}

@@ -10,13 +10,11 @@ import asyncio
 import contextlib
 import functools
 import socket
-import ssl
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-import httpx
 import trustme
 import uvicorn
 from starlette.applications import Starlette
@@ -157,8 +155,3 @@ class Edge:
             self.server.should_exit = True
             self.server.force_exit = True
             await asyncio.wait([self.task], timeout=3)
-
-
-def trusting(bundle: Path) -> httpx.Client:
-    """A client that trusts the edge."""
-    return httpx.Client(verify=ssl.create_default_context(cafile=str(bundle)), trust_env=False)

@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from starlette.requests import Request
@@ -21,11 +22,9 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from pulse_railway import contract
-from pulse_railway.local.state import Environment, Instance, Service, rendered
+from pulse_railway.local.state import Environment, Instance, Service, State, rendered
+from pulse_railway.local.supervisor import Supervisor
 from pulse_railway.runtime_image import load
-
-if TYPE_CHECKING:
-    from pulse_railway.local.server import LocalRailway
 
 ownership: Any = load("ownership")
 
@@ -35,10 +34,12 @@ TAIL = 64 * 1024  # bytes of a log
 
 class Page:
     """`routes` are the page's. It asks the same routing state and the same backends that the
-    router does, on their loopback ports."""
+    router does, on their loopback ports. `orders` says what is to go wrong."""
 
-    def __init__(self, railway: LocalRailway) -> None:
-        self.railway = railway
+    def __init__(
+        self, state: State, supervisor: Supervisor, orders: Callable[[], dict[str, Any]]
+    ) -> None:
+        self.state, self.supervisor, self.orders = state, supervisor, orders
         # an environment's id and a router's name -> the task that asks, and what it said last
         self.asking: dict[tuple[str, str | None], asyncio.Task[Any]] = {}
         self.known: dict[tuple[str, str | None], Any] = {}
@@ -55,7 +56,7 @@ class Page:
         """Of one project, the first or `?project=<id>`, in one environment: its first, where
         `?environment=<id>` names none that is there; the routing state of one of its stacks,
         `?stack=<id of its router>` in the same way."""
-        state = self.railway.state
+        state = self.state
         wanted = request.query_params.get("project")
         project = state.project(wanted) if wanted else state.projects[0]
         if project is None:
@@ -86,14 +87,14 @@ class Page:
                 "stack": stack,
                 "services": services,
                 "routing": routed,
-                "orders": self.railway.orders,
+                "orders": self.orders(),
             }
         )
 
     def service(self, service: Service, instance: Instance) -> dict[str, Any]:
-        railway = self.railway
-        deployments = railway.state.deployments_of(service.id, instance.environment_id)
-        running = railway.supervisor.current.get(instance.id)
+        supervisor = self.supervisor
+        deployments = self.state.deployments_of(service.id, instance.environment_id)
+        running = supervisor.current.get(instance.id)
         newest = deployments[0] if deployments else None
         return {
             "instance": instance.id,
@@ -102,7 +103,7 @@ class Page:
             "status": newest.status if newest else None,
             "since": newest.updated_at if newest else service.created_at,
             "cron": instance.settings.get("cronSchedule"),
-            "runs": running is not None or instance.id in railway.supervisor.cron_running,
+            "runs": running is not None or instance.id in supervisor.cron_running,
             "restarts": running.restarts if running else 0,
             "addresses": [f"https://{domain.domain}" for domain in instance.domains],
             "says": self.tail(newest.id if newest else None)[-1:],
@@ -111,7 +112,7 @@ class Page:
     def tail(self, deployment_id: str | None) -> list[str]:
         """The last lines of a deployment's log; its build's while it has none of its own."""
         for kind in ("deploy", "build"):
-            path = self.railway.supervisor.logs / f"{deployment_id}.{kind}.jsonl"
+            path = self.supervisor.logs / f"{deployment_id}.{kind}.jsonl"
             if path.exists():
                 with path.open("rb") as file:
                     file.seek(max(0, path.stat().st_size - TAIL))
@@ -120,7 +121,7 @@ class Page:
         return []
 
     async def logs(self, request: Request) -> Response:
-        state = self.railway.state
+        state = self.state
         instance = state.instance_by_id(request.path_params["instance"])
         if instance is None:
             return JSONResponse({"message": "no such service"}, 404)
@@ -142,10 +143,10 @@ class Page:
         return self.known.get(key)
 
     async def ask(self, environment: Environment, router: str | None) -> dict[str, Any]:
-        state = self.railway.state
+        state = self.state
         found = {s.name: rendered(state, s, i) for s, i in state.instances(environment.id)}
         variables = found.get(router or "", {})
-        file = self.railway.supervisor.hosts_file(environment.id)
+        file = self.supervisor.hosts_file(environment.id)
         hosts = json.loads(file.read_text()) if file.exists() else {}
         url = nearby(variables.get(contract.REDIS_URL, ""), hosts)
         if not url:

@@ -10,42 +10,43 @@ import asyncio
 import contextlib
 import os
 import signal
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import asyncssh
 
-from pulse_railway.local.supervisor import free_port
-
-if TYPE_CHECKING:
-    from pulse_railway.local.server import LocalRailway
+from pulse_railway.local.faults import Fault
+from pulse_railway.local.ssh_keys import key_file
+from pulse_railway.local.state import State
+from pulse_railway.local.supervisor import Supervisor, free_port
 
 COMMAND_SECONDS = 120.0
 
 
 class Relay:
     """Listens on the loopback; its host key is in `<root>/ssh/known_hosts`, where a stranger would
-    not look."""
+    not look. `next_fault` says what is to go wrong with a command."""
 
-    def __init__(self, local: LocalRailway) -> None:
-        self.local = local
-        self.folder = local.state.root / "ssh"
+    def __init__(
+        self, state: State, supervisor: Supervisor, next_fault: Callable[[], Fault | None]
+    ) -> None:
+        self.state, self.supervisor, self.next_fault = state, supervisor, next_fault
+        self.folder = state.root / "ssh"
         self.server: asyncssh.SSHAcceptor | None = None
         self.port = 0
 
     async def start(self) -> None:
         host_key = key_file(self.folder / "host")
         self.server = await asyncssh.create_server(
-            lambda: Door(self.local),
+            lambda: Gate(self.state),
             "127.0.0.1",
-            self.local.state.ssh_port or free_port(),
+            self.state.ssh_port or free_port(),
             server_host_keys=[str(host_key)],
             process_factory=self._run,
             encoding=None,
             line_editor=False,
         )
         self.port = self.server.get_port()
-        self.local.state.ssh_port = self.port
+        self.state.ssh_port = self.port
         public = host_key.with_suffix(".pub").read_text().split()[:2]
         known = f"[127.0.0.1]:{self.port} {' '.join(public)}\n"
         (self.folder / "known_hosts").write_text(known)
@@ -62,13 +63,13 @@ class Relay:
             process.stderr.write(b"the local Railway runs commands only: railway ssh ... -- ls\n")
             process.exit(1)
             return
-        fault = self.local.relay_fault()
+        fault = self.next_fault()
         if fault and fault.delay:
             await asyncio.sleep(fault.delay)
         out, err, code = b"", b"", 0
         if not fault or fault.after or not fault.ends:
-            found = self.local.state.instance_by_id(instance_id)
-            child = await self.local.supervisor.execute(found, process.command) if found else None
+            found = self.state.instance_by_id(instance_id)
+            child = await self.supervisor.execute(found, process.command) if found else None
             if child is None:
                 process.stderr.write(f"No target found for '{instance_id}'\n".encode())
                 process.channel.get_connection().abort()
@@ -86,11 +87,11 @@ class Relay:
         process.exit(code)
 
 
-class Door(asyncssh.SSHServer):
+class Gate(asyncssh.SSHServer):
     """Who may come in: whoever has a key that is registered, to an instance that exists."""
 
-    def __init__(self, local: LocalRailway) -> None:
-        self.local = local
+    def __init__(self, state: State) -> None:
+        self.state = state
 
     def begin_auth(self, username: str) -> bool:
         return True
@@ -100,7 +101,7 @@ class Door(asyncssh.SSHServer):
 
     def validate_public_key(self, username: str, key: asyncssh.SSHKey) -> bool:
         fingerprint = key.get_fingerprint()
-        return any(k.fingerprint == fingerprint for k in self.local.state.ssh_keys)
+        return any(k.fingerprint == fingerprint for k in self.state.ssh_keys)
 
 
 async def finish(child: asyncio.subprocess.Process) -> tuple[bytes, bytes, int]:
@@ -113,22 +114,3 @@ async def finish(child: asyncio.subprocess.Process) -> tuple[bytes, bytes, int]:
         if child.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
-
-
-def key_file(path: Path) -> Path:
-    """An Ed25519 key pair, made where it is not there yet."""
-    if not path.exists():
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        key = asyncssh.generate_private_key("ssh-ed25519", comment="local-railway")
-        key.write_private_key(str(path))
-        path.chmod(0o600)
-        key.write_public_key(str(path.with_suffix(".pub")))
-    return path
-
-
-def fingerprint(public_key: str) -> str:
-    """SHA256:... of a public key in OpenSSH's format. Raises ValueError for anything else."""
-    try:
-        return asyncssh.import_public_key(public_key).get_fingerprint()
-    except asyncssh.KeyImportError as error:
-        raise ValueError(str(error)) from None

@@ -30,7 +30,7 @@ from typing import Any
 
 import httpx
 
-from pulse_railway.context import instructions
+from pulse_railway.build_context import instructions
 from pulse_railway.local.state import (
     ENDED,
     Deployment,

@@ -173,12 +173,6 @@ mutation ServiceCreate($input: ServiceCreateInput!) {
 }
 """
 
-SERVICE_DISCONNECT = """
-mutation ServiceDisconnect($service: String!) {
-  serviceDisconnect(id: $service) { id }
-}
-"""
-
 SERVICE_DEPLOY = """
 mutation ServiceDeploy($service: String!, $environment: String!) {
   serviceInstanceDeployV2(serviceId: $service, environmentId: $environment)

@@ -17,7 +17,7 @@ from typing import Any
 
 from pathspec import GitIgnoreSpec
 
-from pulse_railway.context import FOLDERS, SKIPPED, holds_secrets
+from pulse_railway.build_context import FOLDERS, SKIPPED, holds_secrets
 
 NEVER = (".git", "node_modules")
 IGNORE_FILES = (".railwayignore", ".ignore")

@@ -30,7 +30,7 @@ from pulse_railway.local.api.views import (
     service_view,
     ssh_key_view,
 )
-from pulse_railway.local.relay import fingerprint
+from pulse_railway.local.ssh_keys import fingerprint
 from pulse_railway.local.state import Environment, Instance, Project, Service
 
 Resolver = Callable[..., Any]

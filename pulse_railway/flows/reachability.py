@@ -14,7 +14,7 @@ from pulse_railway.errors import Failure, keep_secret
 from pulse_railway.output import Output
 from pulse_railway.railway import documents
 from pulse_railway.railway.api import Api, trust
-from pulse_railway.router_commands import Promotion, active_deployment, probe
+from pulse_railway.router_commands import Promotion, read_active, send_probe
 from pulse_railway.services import write_variables
 from pulse_railway.stack import Stack, read_variables
 from pulse_railway.waiting import POLL_SECONDS
@@ -98,7 +98,7 @@ def wait_until_routed(
         return named == deployment_id and contract.SELECTED_HEADER in answer.headers, said
 
     def inside() -> str | None:
-        found = probe(api, stack, deployment_id)
+        found = send_probe(api, stack, deployment_id)
         if found.get("at") != "answers":
             return f"{deployment_id} is {found.get('at')} inside, too"
         if behind := found.get("behind"):
@@ -185,7 +185,7 @@ def wait_until_rendered(
         return ours and answer.status_code < 500, f"status {answer.status_code}"
 
     def inside() -> str | None:
-        status = probe(api, stack, deployment_id, path).get("status")
+        status = send_probe(api, stack, deployment_id, path).get("status")
         return None if type(status) is int and status < 500 else f"inside it gave {status}"
 
     try:
@@ -206,7 +206,7 @@ def wait_until_active(api: Api, stack: Stack, deployment_id: str, output: Output
     try:
         wait_until_routed(api, stack, deployment_id, output, by_affinity=False, timeout=4.0)
     except Failure:
-        active = active_deployment(api, stack)
+        active = read_active(api, stack)
         if active != deployment_id:
             raise Failure(
                 f"{active} was promoted after {deployment_id}, which drains now: another deploy"

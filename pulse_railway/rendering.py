@@ -46,7 +46,7 @@ def what(about: dict[str, Any]) -> str:
     return " ".join(part for part in parts if part)
 
 
-def doings(result: dict[str, Any]) -> list[str]:
+def activity(result: dict[str, Any]) -> list[str]:
     """What is under way."""
     found = []
     now = time.time()
@@ -143,7 +143,7 @@ def status_parts(result: dict[str, Any], history: History | None = None) -> list
             )
         )
     parts += [Text.assemble(("○ ", "red"), n, (" missing", "red")) for n in result["missing"]]
-    parts += [Text(line, "yellow") for line in doings(result)]
+    parts += [Text(line, "yellow") for line in activity(result)]
     parts += [Text(f"problem: {problem}", "red") for problem in result["problems"]]
     if not result["deployments"]:
         parts.append(Text("no deployments: run pulse-railway deploy"))

@@ -67,7 +67,7 @@ def _ask(api: Api, stack: Stack, janitor: Service, words: list[str], nonce: str)
             ordered = time.monotonic()
             if not _run_now(api, janitor) and patience == AT_ONCE:
                 patience = BY_SCHEDULE
-                stack.target.way.say(
+                stack.target.control_route.say(
                     "Railway does not run the janitor at once: waiting for its schedule,"
                     f" {janitor.settings.get('cronSchedule')}"
                 )

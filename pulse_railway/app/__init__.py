@@ -1,0 +1,1 @@
+"""The app's side: what an app imports, and its process in a container."""

@@ -1,0 +1,254 @@
+"""The app's side of pulse-railway: `RailwayPlugin`, given to `ps.App(plugins=[...])`."""
+
+from __future__ import annotations
+
+import hmac
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, override
+
+import pulse as ps
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse
+
+from pulse_railway import contract, naming
+from pulse_railway.app.session import RailwaySessionStore
+
+NAME_LIMIT = 64  # characters of the app's name
+AFFINITY_SCRIPT = Path(__file__).with_name("affinity.js")
+
+
+class RailwayPluginError(ValueError):
+    """What the plugin was given does not fit."""
+
+
+class RailwayPlugin(ps.Plugin):
+    """Ties every tab to the deployment that served it, and says how the app is deployed.
+
+    At run time (where `PULSE_DEPLOYMENT_ID` is set) it puts the affinity into Pulse's directives,
+    answers `/_pulse/meta`, and serves the two internal endpoints the janitor uses, and the script
+    that gives `fetch` in the browser its affinity (affinity.js). Everywhere else it only carries
+    configuration for `pulse-railway`, whose flags win over it.
+
+    Args:
+        name: the app's. A stack that serves an app of another name refuses its deploy.
+        dockerfile: the app's Dockerfile, relative to the deploy context.
+        project, environment: Railway names. What is not set must follow from flags or the token.
+        deployment_name: prefix of generated deployment ids; `prod` where not set.
+        image_repository: push images here instead of building on Railway.
+        runtime_image: a published image with router.py and janitor.py; where not set, they are
+            built on Railway.
+        start_command: how a backend starts, instead of `contract.START_COMMAND`.
+        pre_deploy: a command that Railway runs in the new image before it starts, such as a
+            migration; where it fails, so does the deploy (Railway's preDeployCommand). The old
+            version serves meanwhile and after it, so it has to stand what the command changes.
+        check_path: the page that has to come up before a deployment is promoted.
+        router_service, janitor_service, redis_service, env_service: names of the stable services.
+        service_prefix: put before every service's name; at most 8 characters with its dash.
+
+    Raises ValueError for a name that cannot be one, or a check_path that is no path.
+    """
+
+    priority = 100
+
+    def __init__(
+        self,
+        *,
+        name: str | None = None,
+        dockerfile: str | os.PathLike[str] | None = None,
+        project: str | None = None,
+        environment: str | None = None,
+        deployment_name: str | None = None,
+        image_repository: str | None = None,
+        runtime_image: str | None = None,
+        start_command: str | None = None,
+        pre_deploy: str | None = None,
+        check_path: str = "/",
+        router_service: str = contract.DEFAULT_ROUTER,
+        janitor_service: str = contract.DEFAULT_JANITOR,
+        redis_service: str = contract.DEFAULT_REDIS,
+        env_service: str = contract.DEFAULT_ENV,
+        service_prefix: str | None = None,
+    ) -> None:
+        if not check_path.startswith("/"):
+            raise RailwayPluginError(
+                f"check_path must start with a slash, as in {'/' + check_path!r}"
+            )
+        if name is not None and not (name.isprintable() and 0 < len(name) <= NAME_LIMIT):
+            raise RailwayPluginError(f"name takes 1 to {NAME_LIMIT} printable characters")
+        self.name = name
+        self.dockerfile = os.fspath(dockerfile) if dockerfile else None
+        self.project = project
+        self.environment = environment
+        self.deployment_name = deployment_name
+        self.image_repository = image_repository
+        self.runtime_image = runtime_image
+        self.start_command = start_command
+        self.pre_deploy = pre_deploy
+        self.check_path = check_path
+        self.service_prefix = naming.service_prefix(service_prefix)
+        self.router_service = naming.baseline_name(self.service_prefix, router_service)
+        self.janitor_service = naming.baseline_name(self.service_prefix, janitor_service)
+        self.redis_service = naming.baseline_name(self.service_prefix, redis_service)
+        self.env_service = naming.baseline_name(self.service_prefix, env_service)
+        self.deployment_id = ""
+        self._internal_token = ""
+
+    @property
+    def enabled(self) -> bool:
+        """Does this process run as a deployment behind the router?"""
+        return bool(self.deployment_id)
+
+    @override
+    def on_startup(self, app: ps.App) -> None:
+        store = app.session_store
+        if isinstance(store, RailwaySessionStore) and store.ttl is None:
+            store.ttl = app.cookie.max_age_seconds
+        self.deployment_id = os.environ.get(contract.DEPLOYMENT_ID, "")
+        self._internal_token = os.environ.get(contract.INTERNAL_TOKEN, "")
+
+    @override
+    def middleware(self) -> list[ps.PulseMiddleware]:
+        return [_Affinity(self)]
+
+    @override
+    def on_setup(self, app: ps.App) -> None:
+        """Adds our endpoints, as plain Starlette routes: an app's `PulseMiddleware.api` stands
+        around FastAPI's, and one that turns strangers away there would lock out `deploy` and the
+        janitor. Raises RailwayPluginError for a Pulse that lacks what they need."""
+        needed = ("fastapi", "render_sessions", "reload_connected_clients")
+        if absent := [name for name in needed if not hasattr(app, name)]:
+            raise RailwayPluginError(
+                f"this version of Pulse has no {', '.join(absent)} on ps.App, which pulse-railway"
+                " needs: use a newer pulse-railway"
+            )
+
+        async def meta(_: Request) -> JSONResponse:
+            self._require_enabled()
+            found = {"status": "ok", "deployment_id": self.deployment_id}
+            prefix = getattr(app, "api_prefix", None)  # goes in a later Pulse
+            return JSONResponse({**found, "api_prefix": prefix} if prefix else found)
+
+        async def sessions(request: Request) -> JSONResponse:
+            self._require_token(request)
+            count = len(app.render_sessions)
+            return JSONResponse(
+                {
+                    "deployment_id": self.deployment_id,
+                    "render_session_count": count,
+                    "drainable": count == 0,
+                    "session_timeout_seconds": getattr(app, "session_timeout", None),
+                }
+            )
+
+        async def reload(request: Request) -> JSONResponse:
+            self._require_token(request)
+            connected = sum(render.connected for render in app.render_sessions.values())
+            return JSONResponse(
+                {
+                    "deployment_id": self.deployment_id,
+                    "connected_render_count": connected,
+                    "reloaded_socket_count": await app.reload_connected_clients(),
+                }
+            )
+
+        async def script(_: Request) -> FileResponse:
+            cached = {"cache-control": "public, max-age=300"}
+            return FileResponse(AFFINITY_SCRIPT, media_type="text/javascript", headers=cached)
+
+        for path, endpoint, method in (
+            (contract.META_PATH, meta, "GET"),
+            (contract.SCRIPT_PATH, script, "GET"),
+            (contract.SESSIONS_PATH, sessions, "GET"),
+            (contract.RELOAD_PATH, reload, "POST"),
+        ):
+            app.fastapi.router.add_route(path, endpoint, [method], include_in_schema=False)
+
+    def _require_enabled(self) -> None:
+        if not self.enabled:
+            raise HTTPException(503, f"{contract.DEPLOYMENT_ID} is not set")
+
+    def _require_token(self, request: Request) -> None:
+        self._require_enabled()
+        given = request.headers.get(contract.INTERNAL_TOKEN_HEADER, "")
+        expected = self._internal_token
+        if not expected or not hmac.compare_digest(given.encode(), expected.encode()):
+            raise HTTPException(403, "forbidden")
+
+
+class _Affinity(ps.PulseMiddleware):
+    """Adds the deployment to what the browser is told to send back, and gives a tab that opens or
+    connects its session as the other deployments have left it."""
+
+    def __init__(self, plugin: RailwayPlugin) -> None:
+        super().__init__()
+        self._plugin = plugin
+
+    @override
+    async def prerender(
+        self,
+        *,
+        payload: ps.PrerenderPayload,
+        request: ps.PulseRequest,
+        session: dict[str, Any],
+        next: Callable[[], Awaitable[ps.PrerenderResponse]],
+    ) -> ps.PrerenderResponse:
+        await _as_others_left_it(session)
+        response = await next()
+        if self._plugin.enabled and isinstance(response, ps.Ok):
+            directives = response.payload["directives"]
+            deployment = self._plugin.deployment_id
+            directives["query"][contract.AFFINITY_QUERY] = deployment
+            socket_query = directives["socketio"]["query"]
+            socket_query[contract.AFFINITY_QUERY] = deployment
+            socket_query[contract.RELOAD_QUERY] = "1"
+        return response
+
+    @override
+    async def connect(
+        self,
+        *,
+        request: ps.PulseRequest,
+        session: dict[str, Any],
+        next: Callable[[], Awaitable[ps.ConnectResponse]],
+    ) -> ps.ConnectResponse:
+        await _as_others_left_it(session)
+        return await next()
+
+
+async def _as_others_left_it(session: dict[str, Any]) -> None:
+    context = ps.PulseContext.get()
+    store = context.app.session_store
+    if isinstance(store, RailwaySessionStore) and context.session is not None:
+        await store.refresh(context.session.sid, session)
+
+
+def internal_server_address() -> str:
+    """What to give `ps.App(internal_server_address=...)`, so that React's server renders a page
+    by asking the Python process beside it.
+
+    Pulse's default is the public address; then a page of one deployment would be rendered by
+    whichever deployment is active.
+    """
+    return f"http://127.0.0.1:{os.environ.get(contract.PORT) or contract.DEFAULT_PORT}"
+
+
+def plugin_of(app: ps.App) -> RailwayPlugin:
+    """The app's one RailwayPlugin.
+
+    Raises RailwayPluginError where it has none or several.
+    """
+    found = [plugin for plugin in app.plugins if isinstance(plugin, RailwayPlugin)]
+    if len(found) != 1:
+        how_many = f"{len(found)} RailwayPlugins" if found else "no RailwayPlugin"
+        raise RailwayPluginError(
+            f"the app has {how_many}; give it one: ps.App(plugins=[RailwayPlugin(...)])"
+        )
+    return found[0]
+
+
+def web_root(app: ps.App) -> Path:
+    """The folder of the app's React project."""
+    return app.codegen.cfg.web_root
