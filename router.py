@@ -127,12 +127,12 @@ LINGER_AT_MOST = 30.0
 CONNECT_TIMEOUT = 5.0
 DESCRIPTORS_KEPT = 64  # for the store, the listening socket, files
 HANDSHAKE_TIMEOUT = 30.0  # for a backend's answer to a WebSocket handshake
-SPARE_TIMEOUT = 1.5  # for another deployment to say whether it has what the one asked lacks
-SPARE_PAUSE = 0.2  # then the next one is asked beside it
-UNWELL_SECONDS = 30.0  # one that did not say is not asked again for so long
-HAD_SECONDS = 300.0  # who had an asset is remembered for
-HAD_AT_MOST = 2000  # assets ...
-HAD_PATH = 512  # ... with paths of at most so many bytes
+HEDGE_TIMEOUT = 1.5  # for the answer of another deployment to what the first one lacks
+HEDGE_DELAY = 0.2  # before the next deployment is asked too
+EJECTION_SECONDS = 30.0  # a deployment that gave no answer is asked for no asset
+ASSET_LOCATION_SECONDS = 300.0  # that the deployment which had an asset is remembered
+ASSET_LOCATIONS_AT_MOST = 2000
+ASSET_LOCATION_PATH_LIMIT = 512  # bytes; a longer path is not remembered
 RESOLVED_SECONDS = 5.0  # an address is remembered for
 RESOLVERS = 64  # names that can be looked up at once; a bad one may take many seconds
 RESPONSE_TIMEOUT = from_env("PULSE_RAILWAY_ROUTER_RESPONSE_TIMEOUT", 900.0)
@@ -979,7 +979,7 @@ class Deployment:
     header: bytes
     tally: Tally = field(default_factory=lambda: Tally())
     idle: collections.deque[Upstream] = field(default_factory=collections.deque)
-    unwell: float = 0.0  # until then (monotonic) it is not asked for what others lack
+    ejected_until: float = 0.0  # monotonic; until then it is asked for no other's assets
 
 
 @dataclass
@@ -1018,8 +1018,8 @@ class Table:
         self.refresh_event = asyncio.Event()  # asks for a load
         self.pending_lookups: set[str] = set()  # ids that the next load should look for
         self.looked_at = 0.0
-        # path -> who had it, and until when we say so
-        self.had: dict[bytes, tuple[str, float]] = {}
+        # path -> the deployment that had it, and until when (monotonic) that is believed
+        self.asset_locations: dict[bytes, tuple[str, float]] = {}
 
     @property
     def lost(self) -> bool:
@@ -1227,19 +1227,19 @@ class Table:
         return self.deployments.get(name)
 
     def others(self, asked: Deployment, path: bytes) -> list[Deployment]:
-        """Live deployments besides the one that was asked, newest first, before them the one that
-        had this path a while ago. One that did not answer lately is left out."""
+        """The deployments to ask for what `asked` lacks: first the one that had this path lately,
+        then the newest. Those that gave no answer lately (`ejected_until`) are left out."""
         now = time.monotonic()
-        had, until = self.had.get(path, ("", 0.0))
-        found = [d for d in self.deployments.values() if d is not asked and d.unwell < now]
-        return sorted(found, key=lambda d: d.id != had) if until > now else found
+        had_by, until = self.asset_locations.get(path, ("", 0.0))
+        found = [d for d in self.deployments.values() if d is not asked and d.ejected_until < now]
+        return sorted(found, key=lambda d: d.id != had_by) if until > now else found
 
-    def remember(self, path: bytes, deployment: Deployment) -> None:
-        if len(path) > HAD_PATH:
+    def cache_asset_location(self, path: bytes, deployment: Deployment) -> None:
+        if len(path) > ASSET_LOCATION_PATH_LIMIT:
             return
-        self.had[path] = deployment.id, time.monotonic() + HAD_SECONDS
-        while len(self.had) > HAD_AT_MOST:
-            del self.had[next(iter(self.had))]
+        self.asset_locations[path] = deployment.id, time.monotonic() + ASSET_LOCATION_SECONDS
+        while len(self.asset_locations) > ASSET_LOCATIONS_AT_MOST:
+            del self.asset_locations[next(iter(self.asset_locations))]
 
     async def follow(self, store: Store) -> None:
         pause = 0.1
@@ -1987,7 +1987,7 @@ class Exchange:
     A client that reads slowly pauses the upstream, so memory stays flat."""
 
     # what an exchange begins with
-    spared = False
+    hedged = False
     writable: asyncio.Event | None = None  # for the task that sends the body
     go_ahead: asyncio.Event | None = None
     reason = tail = b""  # tail: what came behind a 101
@@ -1998,11 +1998,11 @@ class Exchange:
     keep = True
     outcome = ""
 
-    def __init__(self, request: Request, upstream: Upstream, then: Then, spare: str = "") -> None:
+    def __init__(self, request: Request, upstream: Upstream, then: Then, hedge: str = "") -> None:
         client = self.client = request.client
         self.request, self.upstream, self.then = request, upstream, then
         self.parser = httptools.HttpResponseParser(self)
-        self.spare = spare  # an answer that says "not here" is swallowed: see `lacking`
+        self.hedge = hedge  # an answer that says "not here" is swallowed: see `is_miss`
         self.began = time.monotonic()  # loop.time() stands still within one turn of the loop
         self.fields: list[tuple[bytes, bytes]] = []
         self.out: list[bytes] = []
@@ -2068,11 +2068,11 @@ class Exchange:
         if status < 200:
             self.informational(status, reason)
             return
-        if self.spare:
-            lacks = lacking(self.spare, request.path, status, self.fields)
-            if lacks or request.begun or request.gone:  # or another was first
+        if self.hedge:
+            missed = is_miss(self.hedge, request.path, status, self.fields)
+            if missed or request.begun or request.gone:  # or another was first
                 self.keep = parser.should_keep_alive()
-                self.spared = True
+                self.hedged = True
                 self.end("missing")
                 return
             self.client.exchange = self
@@ -2251,7 +2251,7 @@ class Exchange:
             self.writable.set()
         sending = self.request.more_body or self.request.body
         # the body of an answer that was held back is still on its way
-        unread = self.spared and not self.head_only
+        unread = self.hedged and not self.head_only
         pool = upstream.deployment.idle
         reusable = self.keep and not (sending or unread or upstream.transport.is_closing())
         if reusable and len(pool) < UPSTREAM_IDLE_LIMIT:
@@ -2365,7 +2365,7 @@ def from_pool(request: Request, deployment: Deployment) -> Upstream | None:
 
 
 async def forward(
-    request: Request, target: Deployment, spare: str = "", timeout: float = 0, fresh: bool = False
+    request: Request, target: Deployment, hedge: str = "", timeout: float = 0, fresh: bool = False
 ) -> str:
     """Send the client's request to a deployment and its answer back, on a `fresh` connection or a
     pooled one, within `timeout` seconds. Returns how it ended, as `Exchange` has it; raises
@@ -2384,7 +2384,7 @@ async def forward(
             if not done.done():
                 done.set_result(None)
 
-        exchange = Exchange(request, upstream, ended, spare)
+        exchange = Exchange(request, upstream, ended, hedge)
         pump = exchange.send(request_head(request, target))
         timer = loop.call_later(timeout, exchange.give_up) if timeout else None
         try:
@@ -2586,7 +2586,7 @@ def route(request: Request) -> None:
         target = table.deployments.get(name)
     else:
         target = table.active if table.canary is None else chosen(request)
-    simple = target and not request.more_body and not spare_for(request, name)
+    simple = target and not request.more_body and not hedge_for(request, name)
     if target and simple and (upstream := from_pool(request, target)):
         exchange = Exchange(request, upstream, functools.partial(at_end, name))
         exchange.send(request_head(request, target))
@@ -2727,10 +2727,10 @@ async def handle(request: Request, name: bytes, *, fresh: bool = False) -> None:
 
 
 async def answer_by(request: Request, target: Deployment, name: bytes, fresh: bool = False) -> None:
-    """Have a deployment answer, or another one what it lacks. Raises as `forward`."""
-    spare = spare_for(request, name)
-    lacks = await forward(request, target, spare, fresh=fresh) == "missing"
-    if lacks and not await elsewhere(request, target, spare):
+    """Answer from a deployment, or from others what it lacks. Raises as `forward`."""
+    hedge = hedge_for(request, name)
+    missed = await forward(request, target, hedge, fresh=fresh) == "missing"
+    if missed and not await fetch_from_others(request, target, hedge):
         await forward(request, target)
 
 
@@ -2743,19 +2743,19 @@ def answer_for(request: Request, target: Deployment, error: UpstreamError) -> No
     request.client.answer(request, response, instead_of=target)
 
 
-def spare_for(request: Request, name: bytes) -> str:
-    """Is this something that another deployment may have where the one asked has not?"""
-    once_only = request.method not in (b"GET", b"HEAD") or request.more_body or request.body
-    if name or len(TABLE.deployments) < 2 or once_only:
+def hedge_for(request: Request, name: bytes) -> str:
+    """ASSET or DISCOVERY for a request that other deployments may answer where its own cannot."""
+    unsafe = request.method not in (b"GET", b"HEAD") or request.more_body or request.body
+    if name or len(TABLE.deployments) < 2 or unsafe:
         return ""
     if request.path.startswith(ASSET_PREFIXES):
         return ASSET
     return DISCOVERY if request.path.endswith(DISCOVERY_PATH) else ""
 
 
-async def elsewhere(request: Request, asked: Deployment, spare: str) -> bool:
-    """Ask the other live deployments for what the one asked lacks: the next one as soon as one
-    says no, or beside one that takes its time. The first that has it answers. Did one?"""
+async def fetch_from_others(request: Request, asked: Deployment, hedge: str) -> bool:
+    """Send hedged requests for what `asked` lacks: to the next deployment as soon as one lacks it
+    too, or HEDGE_DELAY after the one before. The first that has it answers. Returns: did one?"""
     loop, path = request.client.loop, request.url
     others = collections.deque(TABLE.others(asked, path))
     asking: dict[asyncio.Task[str], Deployment] = {}
@@ -2763,17 +2763,17 @@ async def elsewhere(request: Request, asked: Deployment, spare: str) -> bool:
         while asking or (others and not request.gone):
             if others and not request.begun:
                 other = others.popleft()
-                asking[loop.create_task(forward(request, other, spare, SPARE_TIMEOUT))] = other
-            pause, first = SPARE_PAUSE if others else None, asyncio.FIRST_COMPLETED
+                asking[loop.create_task(forward(request, other, hedge, HEDGE_TIMEOUT))] = other
+            pause, first = HEDGE_DELAY if others else None, asyncio.FIRST_COMPLETED
             done, _ = await asyncio.wait(asking, timeout=pause, return_when=first)
             for task in done:
                 other = asking.pop(task)
                 try:
                     if task.result() != "missing":
-                        TABLE.remember(path, other)
+                        TABLE.cache_asset_location(path, other)
                         return True
                 except UpstreamError:  # down or frozen: not every asset of a page waits for it
-                    other.unwell = time.monotonic() + UNWELL_SECONDS
+                    other.ejected_until = time.monotonic() + EJECTION_SECONDS
         return request.gone
     finally:
         for task in asking:
@@ -2816,13 +2816,13 @@ ASSET, DISCOVERY = "asset", "discovery"
 DISCOVERY_PATH = b"/__manifest"
 
 
-def lacking(spare: str, path: bytes, status: int, fields: list[tuple[bytes, bytes]]) -> bool:
-    """Does this answer say that the deployment does not have what was asked for?
+def is_miss(hedge: str, path: bytes, status: int, fields: list[tuple[bytes, bytes]]) -> bool:
+    """Does this answer mean that the deployment does not have what was asked for?
 
-    An asset: a 404, or a page in place of a file, which is what an app with a catch-all route
-    gives. React Router's route discovery (a question for a build's own routes): a 204 that asks
-    for a reload, since the build is another one."""
-    if spare == DISCOVERY:
+    Of an ASSET: a 404, or a page in place of a file, as an app with a catch-all route answers. Of
+    a DISCOVERY (React Router asks a build for its routes): a 204 that demands a reload, as another
+    build answers."""
+    if hedge == DISCOVERY:
         return status == 204 and any(n.lower() == b"x-remix-reload-document" for n, _ in fields)
     if status == 404:
         return True
