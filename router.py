@@ -118,7 +118,7 @@ WRITE_STALL_TIMEOUT = 300.0  # a client takes the next piece of its answer withi
 HEAD_TIMEOUT = 30.0  # a client sends its request head within this
 BODY_AHEAD = 64 * 1024  # of a body is read before the backend has taken what came before it
 BODY_STALL_TIMEOUT = 60.0  # ... and the next piece of its body within this
-LAST_CALL = 0.5  # at the end, a request may be on its way on a connection that looks idle
+IDLE_CLOSE_GRACE = 0.5  # at the end, a request may be on its way on a connection that looks idle
 KEEP_ALIVE = 75.0  # idle client connections; longer than the edge's 60 s, so the edge closes first
 HALF_CLOSED = from_env("PULSE_RAILWAY_ROUTER_HALF_CLOSED_SECONDS", 60.0)
 FLUSH = 30.0  # for what is still to be written to a tunnel's one end when the other has gone
@@ -1308,7 +1308,7 @@ class Metrics:
     requests: int = 0
     errors: int = 0  # answers the router made itself because a backend failed
     stale: int = 0
-    turned_away: int = 0  # connections, at the limit
+    rejected: int = 0  # connections, at the limit
     tunnels_opened: int = 0
     tunnels_open: int = 0
     own: Tally = field(default_factory=Tally)  # answers of the router's own
@@ -1322,7 +1322,7 @@ class Metrics:
             "requests": self.requests,
             "errors": self.errors,
             "stale": self.stale,
-            "turned_away": self.turned_away,
+            "turned_away": self.rejected,
             "clients": len(Client.instances),
             "pooled": idle_connections(),
             "tunnels_open": self.tunnels_open,
@@ -1499,13 +1499,11 @@ HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer"
     b" transfer-encoding upgrade".split()
 )
-# ... but not what frames or addresses the message
-NOT_NAMED_AWAY = frozenset((b"content-length", b"host"))
-# ... of a request: what police() looks at
-POLICED = frozenset((b"host", b"content-length", b"transfer-encoding", b"expect"))
+NOT_NAMED_AWAY = frozenset((b"content-length", b"host"))  # they frame and address the message
+CHECKED_HEADERS = frozenset((b"host", b"content-length", b"transfer-encoding", b"expect"))
 
 
-def plain(status: int, detail: str = "") -> Response:
+def error_response(status: int, detail: str = "") -> Response:
     return JSONResponse({"detail": detail or http.HTTPStatus(status).phrase.lower()}, status)
 
 
@@ -1562,13 +1560,13 @@ class Request:
 
 
 class Client(asyncio.Protocol):
-    """A client's connection: its requests are parsed, policed, and answered one after the other.
+    """A client's connection: its requests are parsed, checked, and answered one after the other.
 
     uvicorn's server makes it, counts it among its `connections`, and calls `shutdown`. Nothing of
     ASGI is between here and a backend: its cycle and task were a third of a small request's cost.
     """
 
-    instances: ClassVar[set[Client]] = set()  # all open ones, for the sweep
+    instances: ClassVar[set[Client]] = set()  # all open ones, for close_overdue
     limit: ClassVar[int] = 1 << 30  # of them and the open tunnels
 
     # what a connection begins with
@@ -1596,7 +1594,7 @@ class Client(asyncio.Protocol):
         self.connections.add(self)
         Client.instances.add(self)
         if (open_now := len(Client.instances) + len(TunnelEnd.open)) > Client.limit:
-            self.turn_away(open_now)
+            self.reject(open_now)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.connections.discard(self)
@@ -1671,17 +1669,17 @@ class Client(asyncio.Protocol):
         arriving = self.arriving
         if arriving and not arriving.answered:
             if arriving.more_body:  # it is the body of this one that is bad
-                self.break_off(arriving, status)
+                self.abort_request(arriving, status)
             else:
                 arriving.keep_alive = False  # the answers before it come first
                 self.pause_reading()
             return
         METRICS.requests += 1
         METRICS.own.answered(b"", status, self.loop.time() - self.touched)
-        self.say(plain(status))
+        self.send_response(error_response(status))
         self.transport.close()
 
-    def break_off(self, arriving: Request, status: int) -> None:
+    def abort_request(self, arriving: Request, status: int) -> None:
         """End a request whose body is bad: its backend must not take what it has for the whole."""
         arriving.gone = True
         arriving.arrived.set()
@@ -1693,18 +1691,18 @@ class Client(asyncio.Protocol):
         if begun or not alone:
             self.transport.close()
         else:
-            self.say(plain(status))
+            self.send_response(error_response(status))
             self.linger()
 
-    def turn_away(self, open_now: int) -> None:
+    def reject(self, open_now: int) -> None:
         """Near the limit of descriptors, newcomers are told so; those who are there go on. Each
         of them may need a second descriptor, to its backend."""
-        METRICS.turned_away += 1
+        METRICS.rejected += 1
         if open_now > Client.limit * 1.05 + 16:  # no descriptors for politeness either
             self.transport.abort()
             return
         self.parser = None
-        self.say(plain(503, "too many connections"))
+        self.send_response(error_response(503, "too many connections"))
         self.linger()
 
     def check_framing(self, received: int) -> None:
@@ -1729,7 +1727,7 @@ class Client(asyncio.Protocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self.in_head:
             # A trailer: dropped, since merged into the headers it could say anything of what was
-            # policed already: a second host, an affinity (RFC 9110 section 6.5.1).
+            # checked already: a second host, an affinity (RFC 9110 section 6.5.1).
             self.framing += len(name) + len(value) + 4
             if self.framing > FRAMING_LIMIT:
                 raise BadRequest("trailers too large", 431)
@@ -1751,7 +1749,7 @@ class Client(asyncio.Protocol):
         self.head_in_read = True
         parser = self.parser
         method, version = parser.get_method(), parser.get_http_version()
-        self.police(method, version)
+        self.check_head(method, version)
         if len(self.waiting) >= PIPELINE_LIMIT:
             raise BadRequest("too many requests at once")
         behind = self.busy or bool(self.waiting)
@@ -1768,14 +1766,14 @@ class Client(asyncio.Protocol):
         if behind or self.handshake:
             self.pause_reading()  # what comes behind a handshake is the tunnel's
 
-    def police(self, method: bytes, version: str) -> None:
+    def check_head(self, method: bytes, version: str) -> None:
         """Refuse what request smugglers use (RFC 9112 sections 3.2, 5 and 6.3).
 
         llhttp has already refused bare CR and LF, bad names, and chunked not being last."""
         lengths = hosts = 0
         coding: bytes | None = None
         for _, name, value in self.fields:
-            if name not in POLICED:
+            if name not in CHECKED_HEADERS:
                 continue
             if name == b"host":
                 hosts += 1
@@ -1859,7 +1857,7 @@ class Client(asyncio.Protocol):
         """An answer of the router's own, or in place of a deployment that gave none."""
         if not self.transport.is_closing():
             close = request.more_body or not request.keep_alive
-            self.say(response, close=close, head_only=request.method == b"HEAD")
+            self.send_response(response, close=close, head_only=request.method == b"HEAD")
         took = self.loop.time() - self.touched
         tally = instead_of.tally if instead_of else METRICS.own
         tally.answered(request.method, response.status_code, took)
@@ -1868,7 +1866,9 @@ class Client(asyncio.Protocol):
             ACCESS_LOG.answered(request, response.status_code, name, len(response.body), took)
         self.finish(request)
 
-    def say(self, response: Response, *, close: bool = True, head_only: bool = False) -> None:
+    def send_response(
+        self, response: Response, *, close: bool = True, head_only: bool = False
+    ) -> None:
         status = http.HTTPStatus(response.status_code)
         head = b"HTTP/1.1 %d %b\r\n" % (status, status.phrase.encode())
         lines = [name + b": " + value + b"\r\n" for name, value in response.raw_headers]
@@ -1914,11 +1914,11 @@ class Client(asyncio.Protocol):
         that waits for a request after a moment: it may have been sent already."""
         self.ending = True
         if self.arriving is None or self.arriving.answered:
-            self.loop.call_later(LAST_CALL, self.last_call)
+            self.loop.call_later(IDLE_CLOSE_GRACE, self.close_if_idle)
         else:
             self.arriving.keep_alive = False
 
-    def last_call(self) -> None:
+    def close_if_idle(self) -> None:
         if self.arriving is None or self.arriving.answered:
             self.transport.close()
 
@@ -1939,7 +1939,7 @@ class Client(asyncio.Protocol):
         return bool(self.stalled_since) and now - self.stalled_since > limit
 
 
-async def sweep() -> None:
+async def close_overdue() -> None:
     """Every second, close the connections whose time is up."""
     loop = asyncio.get_running_loop()
     while True:
@@ -2577,7 +2577,7 @@ def route(request: Request) -> None:
         client.answer(request, JSONResponse({"detail": table.copy}, 503, headers))
         return
     if is_internal(path):
-        client.answer(request, plain(404))
+        client.answer(request, error_response(404))
         return
     if table.closed and not passes(request):
         client.answer(request, closed_response(request, table.closed))
@@ -2738,7 +2738,7 @@ def answer_for(request: Request, target: Deployment, error: UpstreamError) -> No
     """The answer where a backend gave none."""
     METRICS.errors += 1
     target.tally.errors[error.kind] += 1
-    response = plain(error.status, error.detail)
+    response = error_response(error.status, error.detail)
     response.raw_headers.append((SELECTED_HEADER.encode(), target.id.encode()))
     request.client.answer(request, response, instead_of=target)
 
@@ -2787,7 +2787,7 @@ def no_target(request: Request, name: bytes) -> Response:
         why = why if TABLE.loaded else "not loaded yet"
         return JSONResponse({"detail": why}, 503, headers={"retry-after": "1"})
     if not name or TABLE.active is None:
-        return plain(404, "deployment not found")
+        return error_response(404, "deployment not found")
     METRICS.stale += 1
     headers = Headers(raw=[(lower, value) for _, lower, value in request.fields])
     location = headers.get(CLIENT_LOADER_LOCATION_HEADER)
@@ -2861,7 +2861,7 @@ async def lifespan(_: Starlette) -> AsyncIterator[None]:
     work = {
         "routing state": functools.partial(TABLE.follow, store),
         "without state": TABLE.serve_without_state,
-        "timeouts": sweep,
+        "timeouts": close_overdue,
         **app.state.telemetry,
     }
     if TABLE.copy:  # the store may be another environment's

@@ -253,7 +253,7 @@ def collect_metrics(tab_counts: Mapping[str, int], log_dropped: int = 0) -> Metr
         put("pulse.router.websockets.opened", tally.tunnels, deployment=name)
     put("pulse.router.stale", METRICS.stale)
     put("pulse.router.connections", len(Client.instances))
-    put("pulse.router.connections.refused", METRICS.turned_away)
+    put("pulse.router.connections.refused", METRICS.rejected)
     put("pulse.router.log.dropped", log_dropped)
     put("pulse.router.table.age", round(time.monotonic() - router.TABLE.loaded_at, 3))
     states = collections.Counter(entry.state for entry in router.TABLE.deployments.values())
@@ -476,14 +476,14 @@ class MetricsConnection(Client):
         # only the private network: the edge says who it is
         from_outside = any(lower == REQUEST_ID for _, lower, _ in request.fields)
         if from_outside or request.path != b"/metrics":
-            response = router.plain(404)
+            response = router.error_response(404)
         elif request.method not in (b"GET", b"HEAD"):
-            response = router.plain(405)
+            response = router.error_response(405)
         else:
             await self.exporter.count_tabs()
             text = render_prometheus(self.exporter.collect())
             response = Response(text, media_type="text/plain; version=0.0.4")
         if not self.transport.is_closing():
             close = request.more_body or not request.keep_alive
-            self.say(response, close=close, head_only=request.method == b"HEAD")
+            self.send_response(response, close=close, head_only=request.method == b"HEAD")
         self.finish(request)

@@ -170,7 +170,7 @@ def test_only_the_private_network_gets_them(stage: Callable[..., tuple[Process, 
     assert ask(port, "/metrics", method="POST", body=b"x").status == 405
     assert ask(port, "/metrics", method="HEAD").status == 200
     assert ask(router.port, "/metrics").body == b"a"
-    with Connection.to(port) as connection:  # what is policed on the other port is here, too
+    with Connection.to(port) as connection:  # what the other port refuses, this one does
         connection.send(b"GET /metrics HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n")
         assert b" 400 " in connection.head()
 
