@@ -2026,8 +2026,8 @@ class Exchange:
             if self.request.handshake and not self.finished:
                 self.upstream.transport.pause_reading()
                 self.tail = data[upgrade.args[0] :]
-                self.end("switched")
-                self.let_go()
+                self.mark_finished("switched")
+                self.detach()
                 self.then(self)
                 return
             why = "the backend switched protocols unasked"
@@ -2073,7 +2073,7 @@ class Exchange:
             if missed or request.begun or request.gone:  # or another was first
                 self.keep = parser.should_keep_alive()
                 self.hedged = True
-                self.end("missing")
+                self.mark_finished("missing")
                 return
             self.client.exchange = self
         length = coded = False
@@ -2125,7 +2125,7 @@ class Exchange:
         if self.go_ahead:
             self.go_ahead.set()
         if self.head_only:
-            self.end("ok")
+            self.mark_finished("ok")
 
     def informational(self, status: int, reason: bytes) -> None:
         if status == 100:
@@ -2151,7 +2151,7 @@ class Exchange:
             return
         if self.chunked:
             self.out.append(b"0\r\n\r\n")  # trailers, if there were any, end here
-        self.end("ok")
+        self.mark_finished("ok")
 
     def flush(self) -> None:
         """Write what one read brought, in one go."""
@@ -2163,7 +2163,7 @@ class Exchange:
             if self.client.stalled_since and not self.finished:
                 self.upstream.transport.pause_reading()
         if self.finished:
-            self.release()
+            self.return_to_pool()
 
     def upstream_lost(self) -> None:
         if self.finished:
@@ -2171,13 +2171,13 @@ class Exchange:
         if self.started and self.until_close:
             if self.chunked:
                 self.out.append(b"0\r\n\r\n")
-            self.end("ok")
+            self.mark_finished("ok")
             self.flush()
         elif self.started:
             self.broken("the backend broke its answer off")
         else:
-            self.end("reset" if self.upstream.reused else "lost")
-            self.release()
+            self.mark_finished("reset" if self.upstream.reused else "lost")
+            self.return_to_pool()
 
     def broken(self, why: str) -> None:
         """Too late for another answer: what the client has must not look complete."""
@@ -2193,11 +2193,11 @@ class Exchange:
                 reset(self.client.transport)
             else:
                 self.client.transport.close()
-            self.end("broken")
+            self.mark_finished("broken")
         else:
-            self.end("lost")
+            self.mark_finished("lost")
         self.keep = False
-        self.release()
+        self.return_to_pool()
 
     def check_time(self) -> None:
         """Give up on a backend that does not begin to answer, or falls silent in its answer."""
@@ -2211,17 +2211,17 @@ class Exchange:
 
     def give_up(self) -> None:
         if not self.started and not self.finished:
-            self.end("timeout")
+            self.mark_finished("timeout")
             self.keep = False
-            self.release()
+            self.return_to_pool()
 
     # -- from the client -----------------------------------------------------------------------
 
     def client_lost(self) -> None:
         if not self.finished:
-            self.end("gone")
+            self.mark_finished("gone")
             self.keep = False
-            self.release()
+            self.return_to_pool()
 
     def client_writable(self) -> None:
         if not self.finished and not self.upstream.transport.is_closing():
@@ -2229,22 +2229,22 @@ class Exchange:
 
     # -- the end -------------------------------------------------------------------------------
 
-    def end(self, outcome: str) -> None:
+    def mark_finished(self, outcome: str) -> None:
         self.finished = True
         self.outcome = outcome
 
-    def let_go(self) -> None:
+    def detach(self) -> None:
         self.upstream.exchange = None
         if self.client.exchange is self:
             self.client.exchange = None
         del self.parser  # the two hold each other
 
-    def release(self) -> None:
+    def return_to_pool(self) -> None:
         """Part the two connections. The upstream goes back to the pool or is closed."""
         upstream, client = self.upstream, self.client
         if upstream.exchange is not self:
             return
-        self.let_go()
+        self.detach()
         if self.go_ahead:
             self.go_ahead.set()
         if self.writable:
@@ -2385,24 +2385,24 @@ async def forward(
                 done.set_result(None)
 
         exchange = Exchange(request, upstream, ended, hedge)
-        pump = exchange.send(request_head(request, target))
-        timer = loop.call_later(timeout, exchange.give_up) if timeout else None
+        body_task = exchange.send(request_head(request, target))
+        response_timer = loop.call_later(timeout, exchange.give_up) if timeout else None
         try:
             await done
         except asyncio.CancelledError:
             exchange.client_lost()
             raise
         finally:
-            if pump:
-                pump.cancel()
-            if timer:
-                timer.cancel()
+            if body_task:
+                body_task.cancel()
+            if response_timer:
+                response_timer.cancel()
         if not (exchange.outcome == "reset" and again):
-            return conclude(exchange)
+            return record_outcome(exchange)
         upstream = None  # it had died in the pool: once more, on a new connection
 
 
-def conclude(exchange: Exchange) -> str:
+def record_outcome(exchange: Exchange) -> str:
     """Do what is to be done when an exchange has ended. Returns and raises as `forward`."""
     request, deployment = exchange.request, exchange.upstream.deployment
     outcome = exchange.outcome
@@ -2588,13 +2588,13 @@ def route(request: Request) -> None:
         target = table.active if table.canary is None else chosen(request)
     simple = target and not request.more_body and not hedge_for(request, name)
     if target and simple and (upstream := from_pool(request, target)):
-        exchange = Exchange(request, upstream, functools.partial(at_end, name))
+        exchange = Exchange(request, upstream, functools.partial(on_done, name))
         exchange.send(request_head(request, target))
     else:
         client.spawn(handle(request, name))
 
 
-def at_end(name: bytes, exchange: Exchange) -> None:
+def on_done(name: bytes, exchange: Exchange) -> None:
     """What was sent on its way at once has ended."""
     request = exchange.request
     if exchange.outcome == "reset" and repeatable(request):
@@ -2602,7 +2602,7 @@ def at_end(name: bytes, exchange: Exchange) -> None:
         return
     target = exchange.upstream.deployment
     try:
-        conclude(exchange)
+        record_outcome(exchange)
     except UpstreamError as error:
         answer_for(request, target, error)
 
