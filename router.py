@@ -73,6 +73,7 @@ if TYPE_CHECKING:
     from sqlite_store import SqliteStore
 
     type Store = RedisStore | SqliteStore
+    type Then = Callable[[Exchange], None]
 
 VERSION = "0.4.0"  # of the package that this belongs to
 
@@ -995,7 +996,7 @@ class Table:
     """All known deployments, in memory. A request never waits for the store to use it."""
 
     def __init__(self, env: Mapping[str, str] = os.environ) -> None:
-        self.intent = promotion_from_env(env)
+        self.last_promoted = promotion_from_env(env)
         self.me = self.copy = None  # this stack's stamp; what to say where it is a copy of another
         if env.get("RAILWAY_ENVIRONMENT_ID"):
             import ownership
@@ -1024,7 +1025,7 @@ class Table:
     @property
     def lost(self) -> bool:
         """Has the store lost its data, and did this router not know them?"""
-        return self.loaded and self.routing.active is None and self.intent is not None
+        return self.loaded and self.routing.active is None and self.last_promoted is not None
 
     @property
     def empty(self) -> bool:
@@ -1195,8 +1196,8 @@ class Table:
         """While there is no state, serve what Railway says was active, where that answers."""
         loop = asyncio.get_running_loop()
         while True:
-            if self.intent and self.active is None and (self.lost or not self.loaded):
-                record = Record(self.intent.deployment_id, "active")
+            if self.last_promoted and self.active is None and (self.lost or not self.loaded):
+                record = Record(self.last_promoted.deployment_id, "active")
                 record = replace(record, service_name=SERVICE_PREFIX + record.deployment_id)
                 said = await loop.run_in_executor(None, look, record)
                 if said == "answers" and self.active is None:
@@ -1209,10 +1210,10 @@ class Table:
 
     # -- what a request needs ------------------------------------------------------------------
 
-    async def find(self, name: bytes) -> Deployment | None:
+    async def find(self, affinity_id: bytes) -> Deployment | None:
         """The deployment of that id. An unknown one is worth one refresh, now and then."""
-        known = self.deployments.get(name)
-        text = name.decode("latin-1")
+        known = self.deployments.get(affinity_id)
+        text = affinity_id.decode("latin-1")
         if known or not DEPLOYMENT_ID.fullmatch(text):
             return known
         now = asyncio.get_running_loop().time()
@@ -1224,7 +1225,7 @@ class Table:
             async with asyncio.timeout(1.0):
                 while text in self.pending_lookups:  # by this request or by another
                     await self.changed.wait()
-        return self.deployments.get(name)
+        return self.deployments.get(affinity_id)
 
     def others(self, asked: Deployment, path: bytes) -> list[Deployment]:
         """The deployments to ask for what `asked` lacks: first the one that had this path lately,
@@ -1973,9 +1974,6 @@ async def close_overdue() -> None:
 # == One request and its answer =================================================================
 
 
-Then = Callable[["Exchange"], None]
-
-
 class Exchange:
     """Copies one answer from an upstream to a client, chunk by chunk as it comes.
 
@@ -2078,8 +2076,7 @@ class Exchange:
             self.client.exchange = self
         length = coded = False
         drop = HOP_BY_HOP
-        version = b"1.1"
-        out = [b"HTTP/%b %d %b\r\n" % (version, status, reason)]
+        out = [b"HTTP/1.1 %d %b\r\n" % (status, reason)]
         append = out.append
         for name, value in self.fields:
             lower = name.lower()
@@ -2579,26 +2576,26 @@ def route(request: Request) -> None:
     if is_internal(path):
         client.answer(request, error_response(404))
         return
-    if table.closed and not passes(request):
+    if table.closed and not bypasses_maintenance(request):
         client.answer(request, closed_response(request, table.closed))
         return
-    if name := affinity(request):
-        target = table.deployments.get(name)
+    if affinity_id := affinity(request):
+        target = table.deployments.get(affinity_id)
     else:
-        target = table.active if table.canary is None else chosen(request)
-    simple = target and not request.more_body and not hedge_for(request, name)
+        target = table.active if table.canary is None else pick_default(request)
+    simple = target and not request.more_body and not hedge_for(request, affinity_id)
     if target and simple and (upstream := from_pool(request, target)):
-        exchange = Exchange(request, upstream, functools.partial(on_done, name))
+        exchange = Exchange(request, upstream, functools.partial(on_done, affinity_id))
         exchange.send(request_head(request, target))
     else:
-        client.spawn(handle(request, name))
+        client.spawn(handle(request, affinity_id))
 
 
-def on_done(name: bytes, exchange: Exchange) -> None:
+def on_done(affinity_id: bytes, exchange: Exchange) -> None:
     """What was sent on its way at once has ended."""
     request = exchange.request
     if exchange.outcome == "reset" and repeatable(request):
-        request.client.spawn(handle(request, name, fresh=True))
+        request.client.spawn(handle(request, affinity_id, fresh=True))
         return
     target = exchange.upstream.deployment
     try:
@@ -2610,7 +2607,7 @@ def on_done(name: bytes, exchange: Exchange) -> None:
 # -- without affinity: the active deployment, or the canary ------------------------------------
 
 
-def chosen(request: Request) -> Deployment | None:
+def pick_default(request: Request) -> Deployment | None:
     """The deployment of a request that names none. During a canary its visitor is drawn for, with
     the same outcome in every router: a page, its assets, `fetch` calls and socket get the same."""
     if TABLE.canary is None:
@@ -2618,10 +2615,11 @@ def chosen(request: Request) -> Deployment | None:
     known, visitor = visitor_of(request)
     if not known:
         request.visitor = visitor
-    return TABLE.canary if drawn(visitor, TABLE.canary.id, TABLE.weight) else TABLE.active
+    drawn = in_canary_bucket(visitor, TABLE.canary.id, TABLE.weight)
+    return TABLE.canary if drawn else TABLE.active
 
 
-def drawn(visitor: bytes, deployment_id: str, weight: float) -> bool:
+def in_canary_bucket(visitor: bytes, deployment_id: str, weight: float) -> bool:
     """Is this visitor among the `weight` percent that get the canary? If so, at larger ones too."""
     digest = hashlib.blake2b(visitor, digest_size=8, key=deployment_id.encode()).digest()
     return int.from_bytes(digest) < weight / 100 * (1 << 64)
@@ -2689,7 +2687,7 @@ def closed_response(request: Request, closed: Maintenance) -> Response:
     return JSONResponse({"detail": "maintenance"}, 503, headers)
 
 
-def passes(request: Request) -> bool:
+def bypasses_maintenance(request: Request) -> bool:
     """Does this get to the app in maintenance too? Its health check does, and who shows the
     internal token: `deploy` looks at the version that it brings up."""
     shown = [v for _, name, v in request.fields if name == b"x-pulse-railway-internal-token"]
@@ -2700,35 +2698,37 @@ def passes(request: Request) -> bool:
 # -- a request that has to wait ----------------------------------------------------------------
 
 
-async def handle(request: Request, name: bytes, *, fresh: bool = False) -> None:
-    """Answer a request that something has to be waited for: a name, a connection, another one."""
-    target = await TABLE.find(name) if name else chosen(request)
+async def handle(request: Request, affinity_id: bytes, *, fresh: bool = False) -> None:
+    """Answer a request that has to wait: for a lookup, for a connection, for other deployments."""
+    target = await TABLE.find(affinity_id) if affinity_id else pick_default(request)
     reloads = request.handshake and QUERY_RELOAD.search(request.query)
     if target is None and reloads and not TABLE.provisional:  # which does not know who is gone
         METRICS.stale += 1
         target = TABLE.active  # which tells the tab to reload
     if target is None:
-        request.client.answer(request, no_target(request, name))
+        request.client.answer(request, stale_response(request, affinity_id))
         return
     try:
-        await answer_by(request, target, name, fresh)
+        await answer_by(request, target, affinity_id, fresh)
     except UpstreamError as error:
         active = TABLE.active
-        drawn = not name and target is not active and not request.begun
-        if drawn and active and (not error.sent or (error.status == 502 and repeatable(request))):
+        unsent = not error.sent or (error.status == 502 and repeatable(request))
+        if active and unsent and not (affinity_id or target is active or request.begun):
             target.tally.failed += 1  # a canary that is down costs no visitor anything
             target.tally.errors[error.kind] += 1
             try:
-                await answer_by(request, active, name)
+                await answer_by(request, active, affinity_id)
             except UpstreamError as also:
                 answer_for(request, active, also)
         else:
             answer_for(request, target, error)
 
 
-async def answer_by(request: Request, target: Deployment, name: bytes, fresh: bool = False) -> None:
+async def answer_by(
+    request: Request, target: Deployment, affinity_id: bytes, fresh: bool = False
+) -> None:
     """Answer from a deployment, or from others what it lacks. Raises as `forward`."""
-    hedge = hedge_for(request, name)
+    hedge = hedge_for(request, affinity_id)
     missed = await forward(request, target, hedge, fresh=fresh) == "missing"
     if missed and not await fetch_from_others(request, target, hedge):
         await forward(request, target)
@@ -2743,10 +2743,10 @@ def answer_for(request: Request, target: Deployment, error: UpstreamError) -> No
     request.client.answer(request, response, instead_of=target)
 
 
-def hedge_for(request: Request, name: bytes) -> str:
+def hedge_for(request: Request, affinity_id: bytes) -> str:
     """ASSET or DISCOVERY for a request that other deployments may answer where its own cannot."""
     unsafe = request.method not in (b"GET", b"HEAD") or request.more_body or request.body
-    if name or len(TABLE.deployments) < 2 or unsafe:
+    if affinity_id or len(TABLE.deployments) < 2 or unsafe:
         return ""
     if request.path.startswith(ASSET_PREFIXES):
         return ASSET
@@ -2780,13 +2780,13 @@ async def fetch_from_others(request: Request, asked: Deployment, hedge: str) -> 
             task.cancel()
 
 
-def no_target(request: Request, name: bytes) -> Response:
+def stale_response(request: Request, affinity_id: bytes) -> Response:
     """What a request gets whose deployment is not known."""
     if not TABLE.loaded or TABLE.empty or TABLE.provisional:
         why = "nothing is deployed, or the routing state is lost"
         why = why if TABLE.loaded else "not loaded yet"
         return JSONResponse({"detail": why}, 503, headers={"retry-after": "1"})
-    if not name or TABLE.active is None:
+    if not affinity_id or TABLE.active is None:
         return error_response(404, "deployment not found")
     METRICS.stale += 1
     headers = Headers(raw=[(lower, value) for _, lower, value in request.fields])
