@@ -108,11 +108,11 @@ def register(
     deployment_id: str,
     service_name: str,
     address: str | None = None,
-    held: bool = False,
+    pinned: bool = False,
     service_id: str | None = None,
     about: Json | None = None,
 ) -> Routing:
-    """A deployment that runs but is not yet chosen: reachable by affinity only. `held`: it is
+    """A deployment that runs but is not yet chosen: reachable by affinity only. `pinned`: it is
     meant to stay so, and the janitor does not take it for a deploy that died. `about`: its commit,
     author and message, and who deployed it.
 
@@ -140,7 +140,7 @@ def register(
         service_name=service_name,
         drain_started_at=None,
         registered_at=routing.now,
-        held=held,
+        pinned=pinned,
         service_id=service_id or record.service_id,
         address=address.rstrip("/") if address else record.address,
         about=about or record.about,
@@ -233,7 +233,7 @@ def set_active(
         hint = hints.get(str(routing.active), {})
         old = new.records.get(str(routing.active)) or Record(str(routing.active))
         old = replace(
-            old.drains(routing.now),
+            old.as_draining(routing.now),
             service_name=old.service_name or hint.get("service_name") or routing.active,
             rejected_at=routing.now if rolls_back else old.rejected_at,
         )
@@ -271,7 +271,7 @@ def set_canary_weight(
         service_name=service_name,
         drain_started_at=None,
         rejected_at=None,
-        held=True,
+        pinned=True,
         weight=weight,
         canary_at=routing.now,
         bake=routing.now + bake if bake else until,
@@ -285,7 +285,7 @@ def abort_canary(routing: Routing, deployment_id: str) -> Routing:
     record = routing.records.get(deployment_id)
     if record is None or not record.is_canary:
         raise StateError(f"{deployment_id} is no canary (any more)", "changed")
-    record = replace(record.drains(routing.now), held=False, rejected_at=routing.now)
+    record = replace(record.as_draining(routing.now), pinned=False, rejected_at=routing.now)
     return with_records(routing, record)
 
 
@@ -382,7 +382,7 @@ def mark_draining(routing: Routing, deployment_id: str, judged: Record) -> Routi
     """A record that says active and is not the active one drains from now on."""
     if routing.records.get(deployment_id) != judged or routing.active == deployment_id:
         return routing
-    return with_records(routing, judged.drains(routing.now))
+    return with_records(routing, judged.as_draining(routing.now))
 
 
 def adopt_orphan(routing: Routing, record: Record) -> Routing:
@@ -391,7 +391,7 @@ def adopt_orphan(routing: Routing, record: Record) -> Routing:
         return routing
     if routing.active == record.deployment_id:
         return with_records(routing, replace(record, state="active"))
-    return with_records(routing, record.drains(routing.now))
+    return with_records(routing, record.as_draining(routing.now))
 
 
 def restore(
@@ -424,7 +424,7 @@ def restore(
         if name in records:
             records[name] = completed(records[name], made)
         elif not ((grave := routing.tombstones.get(name)) and grave.buries(made)):
-            records[name] = made if name == active else made.drains(routing.now)
+            records[name] = made if name == active else made.as_draining(routing.now)
     if active not in records:
         removed = active in routing.tombstones
         why = "is being removed: restore another one" if removed else "does not run on Railway"
@@ -437,7 +437,7 @@ def restore(
             record = replace(record, state="active", drain_started_at=None, promoted_at=at)
             records[name] = replace(record, weight=None, rejected_at=None, bake=None)
         elif record.state == "active":
-            records[name] = record.drains(routing.now)
+            records[name] = record.as_draining(routing.now)
     maintenance = routing.maintenance or (router.Maintenance(closed) if closed else None)
     return replace(
         routing, active=active, promoted=promoted, records=records, maintenance=maintenance
@@ -936,7 +936,7 @@ def step_of(args: argparse.Namespace) -> Step:
                 deployment_id=name,
                 service_name=args.service_name,
                 address=args.address,
-                held=args.hold,
+                pinned=args.hold,
                 service_id=args.service_id,
                 about=args.about,
             )

@@ -666,7 +666,7 @@ class Run:
         return f"keep: {under_way} requests under way" if under_way else "drained"
 
     def judge_pending(self, record: Record, service: Service | None) -> str:
-        if record.held:
+        if record.pinned:
             return "keep: held"
         age = service.age if service else 0.0
         if record.registered_at:

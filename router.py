@@ -261,9 +261,9 @@ def an_address(value: Any) -> str:
     return str(value).rstrip("/")
 
 
-def stored(parser: Callable[[Any], Any], default: Any = None) -> Any:
-    """A field of a record, and what it may hold."""
-    return field(default=default, metadata={"parser": parser})
+def stored(parser: Callable[[Any], Any], default: Any = None, key: str = "") -> Any:
+    """A field of a record: what it may hold, and its name in the store where that is another."""
+    return field(default=default, metadata={"parser": parser, "key": key})
 
 
 # What no step of ours takes away: where it is missing, 0.3.x's janitor has written the record anew.
@@ -286,7 +286,7 @@ class Record:
     rejected_at: float | None = stored(a_time)  # rolled back from, or a canary that was ended
     canary_at: float | None = stored(a_time)  # its weight was set, or taken
     retiring_at: float | None = stored(a_time)  # being removed: not routed to, never promoted
-    held: bool = stored(a_flag, False)  # pinned: it is meant to stay pending
+    pinned: bool = stored(a_flag, False, "held")  # it is meant to stay pending
     weight: float | None = stored(a_percentage)  # of the new visitors: it is the canary
     bake: float | None = stored(lambda v: a_time(an_object(v).get("until")))
     about: Mapping[str, Any] | None = stored(an_object)  # commit, message, who
@@ -310,14 +310,14 @@ class Record:
         """When something was last done to it."""
         return max(getattr(self, name) or 0.0 for name in FIELDS if name.endswith("_at"))
 
-    def drains(self, since: float) -> Record:
+    def as_draining(self, since: float) -> Record:
         return replace(self, state="draining", drain_started_at=since, weight=None, bake=None)
 
     def json(self) -> Json:
         """In 0.3.x's shape, and with the fields of ours. A field that is ignored stays as it is."""
         found = {**self.raw, "deployment_id": self.deployment_id}
-        for name in FIELDS:
-            value = getattr(self, name)
+        for name, stored_field in FIELDS.items():
+            value = getattr(self, stored_field.name)
             if name == "bake" and value is not None:
                 value = {"until": value}
             if not (value is None or value is False or value == ""):
@@ -330,9 +330,8 @@ class Record:
         return found
 
 
-FIELDS: dict[str, Callable[[Any], Any]] = {
-    f.name: f.metadata["parser"] for f in fields(Record) if f.metadata
-}
+# name in the store -> field of Record
+FIELDS = {f.metadata["key"] or f.name: f for f in fields(Record) if f.metadata}
 
 
 def parse_record(deployment_id: str, text: str, latest: float = math.inf) -> Record:
@@ -345,17 +344,17 @@ def parse_record(deployment_id: str, text: str, latest: float = math.inf) -> Rec
     ignored = []
     if raw.get("deployment_id") not in (None, deployment_id):
         ignored.append("deployment_id")
-    for name, parse in FIELDS.items():
+    for name, stored_field in FIELDS.items():
         if raw.get(name) is not None:
             try:
-                value = parse(raw[name])
+                value = stored_field.metadata["parser"](raw[name])
             except ValueError:
                 ignored.append(name)
                 continue
             if name.endswith("_at") and value > latest:
                 ignored.append(name)
             else:
-                found[name] = value
+                found[stored_field.name] = value
     return Record(deployment_id, **found, raw=raw, ignored=tuple(ignored))
 
 
@@ -675,10 +674,10 @@ def _filled(record: Record, known: Record | None, untouched: bool) -> Record:
     names: tuple[str, ...] = LASTING
     if untouched and record.state == known.state:
         names = (*LASTING, "rejected_at", "retiring_at", "weight", "bake", "held")
-    there = {n for n in names if not (getattr(record, n) is None or getattr(record, n) is False)}
-    lost = [n for n in names if n not in there and n not in record.ignored]  # a weight of 0 is not
-    back = {name: getattr(known, name) for name in lost}
-    return replace(record, **back)
+    attributes = [FIELDS[name].name for name in names if name not in record.ignored]
+    values = {name: getattr(record, name) for name in attributes}
+    lost = [n for n, value in values.items() if value is None or value is False]  # not 0, a weight
+    return replace(record, **{name: getattr(known, name) for name in lost})
 
 
 def _recovered(store: Routing, known: Routing) -> Routing:
@@ -733,7 +732,7 @@ def _with_one_active(
                 record, state="active", drain_started_at=None, weight=None, retiring_at=None
             )
         elif record.state == "active" and name in before:
-            found[name] = record.drains(routing.now)
+            found[name] = record.as_draining(routing.now)
     canaries = sorted((r for r in found.values() if r.is_canary), key=lambda r: r.changed_at)
     for record in canaries[:-1]:
         found[record.deployment_id] = replace(record, weight=None, bake=None)

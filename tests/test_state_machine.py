@@ -473,7 +473,7 @@ class Life(RuleBasedStateMachine):
         promoted = {e["deployment_id"] for e in state.history if e["what"] != "remove"}
         for name in self.services:
             record = records.get(name)
-            stays = record and (record.held or record.promoted_at or name in promoted)
+            stays = record and (record.pinned or record.promoted_at or name in promoted)
             assert name == self.active or stays or not self.active, (name, record)
         if self.active:
             assert set(records) == set(self.services)
