@@ -638,8 +638,8 @@ def repaired(store: Routing, known: Routing, new_id: str, alive: Collection[str]
         new = replace(new, promoted=Promotion(str(store.active), next_time(store, known)))
     records = dict(new.records)
     for name, record in known.records.items():
-        wanted = name in alive or name == new.active
-        if wanted and name not in records and not new.buries(record):
+        returns = name in alive or name == new.active
+        if returns and name not in records and not new.buries(record):
             records[name] = record
     if lost or new.active != store.active:
         records = _with_one_active(records, new, {known.active, store.active})
@@ -1040,15 +1040,15 @@ class Table:
         return bool(self.copy) or self.active is not None or (self.loaded and not self.lost)
 
     def health(self) -> Response:
-        said: Json = {"ok": self.ready}
+        answer: Json = {"ok": self.ready}
         if self.copy:
-            said["detail"] = self.copy
+            answer["detail"] = self.copy
         if self.provisional:
-            said["without_state"] = True
+            answer["without_state"] = True
         age = time.monotonic() - self.loaded_at
         if self.loaded and age > 3 * REFRESH_SECONDS:
-            said["stale_seconds"] = round(age)
-        return JSONResponse(said, 200 if self.ready else 503)
+            answer["stale_seconds"] = round(age)
+        return JSONResponse(answer, 200 if self.ready else 503)
 
     # -- what the store holds ------------------------------------------------------------------
 
@@ -1116,11 +1116,11 @@ class Table:
 
         async def look_once(record: Record) -> None:
             async with gate:
-                said = await loop.run_in_executor(None, look, record)
+                at_address = await loop.run_in_executor(None, look, record)
             if missing := self.missing.get(record.deployment_id):
-                missing.answers = said == "answers"
+                missing.answers = at_address == "answers"
                 failing_since = missing.failing_since or time.monotonic()
-                missing.failing_since = failing_since if said == "unreachable" else None
+                missing.failing_since = failing_since if at_address == "unreachable" else None
 
         await asyncio.gather(*map(look_once, records))
 
@@ -1128,8 +1128,8 @@ class Table:
         self.loaded_at = now = time.monotonic()
         other = self.other(found)
         if other != self.other_owner:
-            said = f"of {other}: it is served, nothing is written" if other else "no longer so"
-            log.error("another stack's routing state: %s", said)
+            change = f"of {other}: it is served, nothing is written" if other else "no longer so"
+            log.error("another stack's routing state: %s", change)
             self.other_owner = other
         if self.active and not self.provisional and self.keeps(found):
             found = self.routing
@@ -1198,8 +1198,8 @@ class Table:
             if self.last_promoted and self.active is None and (self.lost or not self.loaded):
                 record = Record(self.last_promoted.deployment_id, "active")
                 record = replace(record, service_name=SERVICE_PREFIX + record.deployment_id)
-                said = await loop.run_in_executor(None, look, record)
-                if said == "answers" and self.active is None:
+                at_address = await loop.run_in_executor(None, look, record)
+                if at_address == "answers" and self.active is None:
                     log.error("no routing state: serving %s, as Railway says", record.deployment_id)
                     self.active, self.provisional = self._entry(record), True
                     self.deployments = {record.deployment_id.encode(): cast(Any, self.active)}
@@ -1226,12 +1226,12 @@ class Table:
                     await self.changed.wait()
         return self.deployments.get(affinity_id)
 
-    def others(self, asked: Deployment, path: bytes) -> list[Deployment]:
-        """The deployments to ask for what `asked` lacks: first the one that had this path lately,
+    def others(self, first: Deployment, path: bytes) -> list[Deployment]:
+        """The deployments to ask for what `first` lacks: first the one that had this path lately,
         then the newest. Those that gave no answer lately (`ejected_until`) are left out."""
         now = time.monotonic()
         had_by, until = self.asset_locations.get(path, ("", 0.0))
-        found = [d for d in self.deployments.values() if d is not asked and d.ejected_until < now]
+        found = [d for d in self.deployments.values() if d is not first and d.ejected_until < now]
         return sorted(found, key=lambda d: d.id != had_by) if until > now else found
 
     def cache_asset_location(self, path: bytes, deployment: Deployment) -> None:
@@ -1481,15 +1481,15 @@ async def connect(deployment: Deployment, timeout: float = CONNECT_TIMEOUT) -> U
 # == The client's side of a connection ==========================================================
 
 
-def client_limit(wanted: int | None) -> int:
+def client_limit(configured: int | None) -> int:
     """How many clients may be connected at once, after this process has got as many descriptors as
-    it may: half of them, or what is wanted where that is fewer."""
+    it may: half of them, or what is configured where that is fewer."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # above the kernel's own limit
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     room = (soft - DESCRIPTORS_KEPT) // 2 if soft != resource.RLIM_INFINITY else 1 << 30
-    return max(8, min(room, wanted or room))
+    return max(8, min(room, configured or room))
 
 
 CHUNKED = b"transfer-encoding: chunked\r\n"
@@ -1811,13 +1811,13 @@ class Client(asyncio.Protocol):
 
     def is_handshake(self) -> bool:
         """Does it open a WebSocket (RFC 6455 section 4.1)?"""
-        wanted = False
+        upgrades = False
         for _, name, value in self.fields:
             if name == b"upgrade":
-                wanted = value.lower() == b"websocket"
+                upgrades = value.lower() == b"websocket"
             elif name == b"transfer-encoding" or (name == b"content-length" and value.strip(b"0")):
                 return False
-        return wanted and bool(self.parser.get_method() == b"GET")
+        return upgrades and bool(self.parser.get_method() == b"GET")
 
     def on_body(self, body: bytes) -> None:
         self.body_bytes += len(body)
@@ -2299,8 +2299,8 @@ def request_head(request: Request, deployment: Deployment) -> list[bytes]:
     the hop-by-hop ones, plus the forwarding headers that the edge has not set."""
     url = request.url
     if not url.startswith(b"/"):  # absolute-form and `*`
-        asked = b"?" in url.partition(b"#")[0]
-        url = request.path + (b"?" + request.query if asked else b"")
+        has_query = b"?" in url.partition(b"#")[0]
+        url = request.path + (b"?" + request.query if has_query else b"")
     out = [request.method, b" ", url, b" HTTP/1.1\r\n"]
     drop = HOP_BY_HOP
     seen: dict[bytes, bytes] = {}
@@ -2752,19 +2752,19 @@ def hedge_for(request: Request, affinity_id: bytes) -> str:
     return DISCOVERY if request.path.endswith(DISCOVERY_PATH) else ""
 
 
-async def fetch_from_others(request: Request, asked: Deployment, hedge: str) -> bool:
-    """Send hedged requests for what `asked` lacks: to the next deployment as soon as one lacks it
+async def fetch_from_others(request: Request, first: Deployment, hedge: str) -> bool:
+    """Send hedged requests for what `first` lacks: to the next deployment as soon as one lacks it
     too, or HEDGE_DELAY after the one before. The first that has it answers. Returns: did one?"""
     loop, path = request.client.loop, request.url
-    others = collections.deque(TABLE.others(asked, path))
+    others = collections.deque(TABLE.others(first, path))
     asking: dict[asyncio.Task[str], Deployment] = {}
     try:
         while asking or (others and not request.gone):
             if others and not request.begun:
                 other = others.popleft()
                 asking[loop.create_task(forward(request, other, hedge, HEDGE_TIMEOUT))] = other
-            pause, first = HEDGE_DELAY if others else None, asyncio.FIRST_COMPLETED
-            done, _ = await asyncio.wait(asking, timeout=pause, return_when=first)
+            pause, when = HEDGE_DELAY if others else None, asyncio.FIRST_COMPLETED
+            done, _ = await asyncio.wait(asking, timeout=pause, return_when=when)
             for task in done:
                 other = asking.pop(task)
                 try:
@@ -2802,11 +2802,11 @@ def stale_response(request: Request, affinity_id: bytes) -> Response:
             "access-control-expose-headers": STALE_HEADER,
             "vary": "Origin",
         }
-    wanted = headers.get("access-control-request-method")
-    if request.method == b"OPTIONS" and wanted:
-        answer["access-control-allow-methods"] = wanted
-        if asked := headers.get("access-control-request-headers"):
-            answer["access-control-allow-headers"] = asked
+    methods = headers.get("access-control-request-method")
+    if request.method == b"OPTIONS" and methods:
+        answer["access-control-allow-methods"] = methods
+        if names := headers.get("access-control-request-headers"):
+            answer["access-control-allow-headers"] = names
         return Response(status_code=204, headers=answer)
     return JSONResponse({"detail": "stale affinity"}, 409, headers=answer)
 
@@ -2961,13 +2961,13 @@ def look(record: Record) -> str:
     with contextlib.closing(connection):
         try:
             connection.request("GET", META_PATH)
-            said = connection.getresponse().read(ANSWER_HEAD_LIMIT)
+            body = connection.getresponse().read(ANSWER_HEAD_LIMIT)
         except (OSError, http.client.HTTPException):
             return "silent"
-    named = None
+    deployment_id = None
     with contextlib.suppress(ValueError):
-        named = json_object(said).get("deployment_id")
-    return "answers" if named in (None, record.deployment_id) else "other"
+        deployment_id = json_object(body).get("deployment_id")
+    return "answers" if deployment_id in (None, record.deployment_id) else "other"
 
 
 SCRIPTS = "router.py control.py janitor.py telemetry.py sqlite_store.py ownership.py".split()
