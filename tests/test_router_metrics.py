@@ -470,7 +470,7 @@ def test_a_flood_is_sampled_and_errors_are_not() -> None:
     log = telemetry.AccessLog(rate=400)
 
     def add(line: dict[str, Any], error: bool = False) -> None:
-        if log.takes(error):
+        if log.admits(error):
             log.add(line, error)
 
     for second in range(4):
