@@ -325,7 +325,7 @@ class Life(RuleBasedStateMachine):
             self.intent = router.promotion_from_env(values)
 
         railway = types.SimpleNamespace(delete=delete, remember=remember)
-        limits = janitor.Limits(DAY, 900.0, keep)
+        limits = janitor.Retention(DAY, 900.0, keep)
         with self.store.killed_after(steps), contextlib.suppress(janitor.Contradiction):
             report = janitor.clean_up(self.store, railway, state, inventory, "", limits)
         assert report is None or not report.failed

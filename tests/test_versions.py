@@ -369,7 +369,7 @@ class Rails:
 
     def todays_janitor(self) -> Any:
         """A run after it; nothing live is deleted by it."""
-        limits = janitor.Limits(86_400.0, 900.0, 0)
+        limits = janitor.Retention(86_400.0, 900.0, 0)
         found = self.inspect(janitor)
         return janitor.clean_up(self.site.store, self, self.site.state, found, "t", limits)
 
