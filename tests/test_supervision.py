@@ -55,7 +55,7 @@ def test_one_that_returns_has_ended_too(
 ) -> None:
     with Backend(ok(b"a")) as a:
         redis_server.deployment("a", a.address)
-        router = run(start, router_python, redis_server, "sweep", 1, "return")
+        router = run(start, router_python, redis_server, "close_overdue", 1, "return")
         eventually(lambda: ask(router.port).body == b"a")
         eventually(lambda: "the task `timeouts` has ended" in router.output())
         assert "it returned" in router.output()
