@@ -74,7 +74,7 @@ def test_three_times_in_a_minute_ends_the_process(
 
     with Backend(handle=slow) as a:
         redis_server.deployment("a", a.address)
-        router = run(start, router_python, redis_server, "sweep", 3)
+        router = run(start, router_python, redis_server, "close_overdue", 3)
         eventually(lambda: ask(router.port, "/healthz").status == 200)
         answer = ask(router.port)
         assert (answer.status, answer.body) == (200, b"abcd")
