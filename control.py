@@ -55,7 +55,7 @@ SILENT_SECONDS = 60.0  # a router that has not reported for so long holds up no 
 LATE_SECONDS = 3600.0  # in which a command may still arrive that was sent before another
 OTHER_VERSION_SECONDS = 30.0  # in which a router that reports no epoch has read the state
 JANITOR_LOCK = ":janitor:lock"
-LOCK_MARK = "steps-"  # begins a holder's name whose every change is one transaction
+OUR_LOCK_PREFIX = "steps-"  # begins a holder's name whose every change is one transaction
 COMMAND_LOCK_SECONDS = 30  # longer than a command takes
 LEASE_AT_MOST = 3600.0  # seconds: longer than any version's router or janitor asks for
 JANITOR_WAIT = 15.0  # seconds that a command waits for an older janitor to end
@@ -108,11 +108,11 @@ def register(
     deployment_id: str,
     service_name: str,
     address: str | None = None,
-    held: bool = False,
+    pinned: bool = False,
     service_id: str | None = None,
     about: Json | None = None,
 ) -> Routing:
-    """A deployment that runs but is not yet chosen: reachable by affinity only. `held`: it is
+    """A deployment that runs but is not yet chosen: reachable by affinity only. `pinned`: it is
     meant to stay so, and the janitor does not take it for a deploy that died. `about`: its commit,
     author and message, and who deployed it.
 
@@ -140,7 +140,7 @@ def register(
         service_name=service_name,
         drain_started_at=None,
         registered_at=routing.now,
-        held=held,
+        pinned=pinned,
         service_id=service_id or record.service_id,
         address=address.rstrip("/") if address else record.address,
         about=about or record.about,
@@ -157,9 +157,9 @@ def require_address(record: Record) -> None:
         )
 
 
-def refuse_unless_active(routing: Routing, wanted: str | None) -> None:
-    if wanted and routing.active != wanted:
-        raise StateError(f"{routing.active or 'none'} is active by now, not {wanted}", "changed")
+def refuse_unless_active(routing: Routing, expected: str | None) -> None:
+    if expected and routing.active != expected:
+        raise StateError(f"{routing.active or 'none'} is active by now, not {expected}", "changed")
 
 
 def promotable(routing: Routing, deployment_id: str, service_id: str | None = None) -> Record:
@@ -233,7 +233,7 @@ def set_active(
         hint = hints.get(str(routing.active), {})
         old = new.records.get(str(routing.active)) or Record(str(routing.active))
         old = replace(
-            old.drains(routing.now),
+            old.as_draining(routing.now),
             service_name=old.service_name or hint.get("service_name") or routing.active,
             rejected_at=routing.now if rolls_back else old.rejected_at,
         )
@@ -271,7 +271,7 @@ def set_canary_weight(
         service_name=service_name,
         drain_started_at=None,
         rejected_at=None,
-        held=True,
+        pinned=True,
         weight=weight,
         canary_at=routing.now,
         bake=routing.now + bake if bake else until,
@@ -285,7 +285,7 @@ def abort_canary(routing: Routing, deployment_id: str) -> Routing:
     record = routing.records.get(deployment_id)
     if record is None or not record.is_canary:
         raise StateError(f"{deployment_id} is no canary (any more)", "changed")
-    record = replace(record.drains(routing.now), held=False, rejected_at=routing.now)
+    record = replace(record.as_draining(routing.now), pinned=False, rejected_at=routing.now)
     return with_records(routing, record)
 
 
@@ -324,7 +324,7 @@ def unlock(routing: Routing, holder: str | None) -> Routing:
     return routing
 
 
-def claim(routing: Routing, owner: str, instead_of: str | None = None) -> Routing:
+def set_owner(routing: Routing, owner: str, instead_of: str | None = None) -> Routing:
     """Make the state this owner's. Raises StateError where another one has it, who is not the one
     that this is claimed from."""
     if routing.owner not in (None, owner, instead_of):
@@ -382,7 +382,7 @@ def mark_draining(routing: Routing, deployment_id: str, judged: Record) -> Routi
     """A record that says active and is not the active one drains from now on."""
     if routing.records.get(deployment_id) != judged or routing.active == deployment_id:
         return routing
-    return with_records(routing, judged.drains(routing.now))
+    return with_records(routing, judged.as_draining(routing.now))
 
 
 def adopt_orphan(routing: Routing, record: Record) -> Routing:
@@ -391,12 +391,12 @@ def adopt_orphan(routing: Routing, record: Record) -> Routing:
         return routing
     if routing.active == record.deployment_id:
         return with_records(routing, replace(record, state="active"))
-    return with_records(routing, record.drains(routing.now))
+    return with_records(routing, record.as_draining(routing.now))
 
 
-def restore(
+def rebuild_records(
     routing: Routing,
-    wanted: list[Record],
+    running: list[Record],
     active: str,
     chosen: bool = False,
     at: float | None = None,
@@ -419,12 +419,12 @@ def restore(
     elif chosen or promoted is None:
         promoted = Promotion(active, router.next_time(routing))
     records = dict(routing.records)
-    for made in wanted:
+    for made in running:
         name = made.deployment_id
         if name in records:
-            records[name] = completed(records[name], made)
+            records[name] = fill_from(records[name], made)
         elif not ((grave := routing.tombstones.get(name)) and grave.buries(made)):
-            records[name] = made if name == active else made.drains(routing.now)
+            records[name] = made if name == active else made.as_draining(routing.now)
     if active not in records:
         removed = active in routing.tombstones
         why = "is being removed: restore another one" if removed else "does not run on Railway"
@@ -437,14 +437,14 @@ def restore(
             record = replace(record, state="active", drain_started_at=None, promoted_at=at)
             records[name] = replace(record, weight=None, rejected_at=None, bake=None)
         elif record.state == "active":
-            records[name] = record.drains(routing.now)
+            records[name] = record.as_draining(routing.now)
     maintenance = routing.maintenance or (router.Maintenance(closed) if closed else None)
     return replace(
         routing, active=active, promoted=promoted, records=records, maintenance=maintenance
     )
 
 
-def completed(record: Record, made: Record) -> Record:
+def fill_from(record: Record, made: Record) -> Record:
     """A record of the store, with what it lacks of one that was made of what runs on Railway."""
     names = ("service_name", "address", "service_id", "registered_at")
     return replace(record, **{n: getattr(made, n) for n in names if getattr(record, n) is None})
@@ -453,14 +453,14 @@ def completed(record: Record, made: Record) -> Record:
 # -- around a step -----------------------------------------------------------------------------
 
 
-def refuse_if_lost(step: Step, intent: Promotion | None) -> Step:
+def refuse_if_lost(step: Step, last_promoted: Promotion | None) -> Step:
     """`step`, refused where the store has lost its data: it would take what is left for all."""
 
     def inner(routing: Routing) -> Routing:
-        if intent and is_lost(routing, intent):
+        if last_promoted and is_lost(routing, last_promoted):
             raise StateError(
-                f"the routing state is lost, or an older one ({intent.deployment_id} was promoted"
-                " last): run `pulse-railway restore`",
+                f"the routing state is lost, or an older one ({last_promoted.deployment_id} was"
+                " promoted last): run `pulse-railway restore`",
                 "lost",
             )
         return step(routing)
@@ -619,7 +619,7 @@ def read_reports(store: router.RedisStore, keys: list[str]) -> list[Json]:
             name = key.removeprefix(store.prefix + router.REPORT)
             with contextlib.suppress(ValueError):
                 report = {**router.json_object(text), "router": name, "age": round(age, 1)}
-                found.append(report | understood(report))
+                found.append(report | checked_report(report))
     return found
 
 
@@ -638,7 +638,7 @@ def reports_without_lease(store: router.Store) -> list[str]:
     return [k for k in keys if (left := store.client.pttl(k)) != gone and not is_lease(left)]
 
 
-def understood(report: Json) -> Json:
+def checked_report(report: Json) -> Json:
     """What others read in a report, as it has to be, whatever was there."""
     counters = ("requests", "errors", "tunnels_open", "uptime_seconds")
     kept: Json = {n: report[n] if type(report.get(n)) is int else 0 for n in counters}
@@ -696,8 +696,11 @@ def keep_while_routers_report(store: router.RedisStore, routing: Routing) -> Non
 # -- the commands --------------------------------------------------------------------------------
 
 
-def status(
-    store: router.Store, token: str, intent: Promotion | None, env: Mapping[str, str] | None = None
+def status_answer(
+    store: router.Store,
+    token: str,
+    last_promoted: Promotion | None,
+    env: Mapping[str, str] | None = None,
 ) -> Json:
     routing, me = store.read(), ownership.name(env or {})
     problems = list(routing.problems)
@@ -718,19 +721,21 @@ def status(
         "canary": canary and {"deployment_id": canary.deployment_id, "weight": canary.weight},
         "maintenance": closed,
         "lock": lock and {"by": lock.by, "since": lock.since, "until": lock.until},
-        "lost": is_lost(routing, intent),
+        "lost": is_lost(routing, last_promoted),
         "epoch": routing.epoch,
         "owner": routing.owner,
         "identity": me,
         "copy_of": ownership.copied_from(env or {}),
         "problems": problems,
-        "deployments": [{**shown(r), "sessions": n} for r, n in zip(found, counts, strict=True)],
+        "deployments": [
+            {**record_answer(r), "sessions": n} for r, n in zip(found, counts, strict=True)
+        ],
         "routers": reports(store),
         "reports_without_lease": reports_without_lease(store),
     }
 
 
-def shown(record: Record) -> Json:
+def record_answer(record: Record) -> Json:
     """A record without what could not be understood of it."""
     fields = {k: v for k, v in record.json().items() if k not in record.ignored}
     names = {"deployment_id": record.deployment_id, "state": record.state or "unknown"}
@@ -748,7 +753,7 @@ def probe(store: router.Store, deployment_id: str, path: str | None) -> Json:
         raise StateError(f"{deployment_id} is not registered with the router", "unknown")
     served = wait_for_routers(store, routing.epoch, 0.0, deletes=False)
     at = router.look(record) if record.url else "unreachable"
-    answer: Json = {"at": at, "active": routing.active, **told(served)}
+    answer: Json = {"at": at, "active": routing.active, **serving_answer(served)}
     if path and at == "answers":
         answer["status"] = page_status(record, path)
     return answer
@@ -762,7 +767,7 @@ def page_status(record: Record, path: str) -> int | None:
         return None
 
 
-def told(served: Served) -> Json:
+def serving_answer(served: Served) -> Json:
     """Who serves it, for an answer."""
     names = ("router", "version", "epoch", "age")
     routers = [{name: report.get(name) for name in names} for report in served.reports]
@@ -936,7 +941,7 @@ def step_of(args: argparse.Namespace) -> Step:
                 deployment_id=name,
                 service_name=args.service_name,
                 address=args.address,
-                held=args.hold,
+                pinned=args.hold,
                 service_id=args.service_id,
                 about=args.about,
             )
@@ -984,12 +989,12 @@ def step_of(args: argparse.Namespace) -> Step:
         case "unlock":
             return functools.partial(unlock, holder=args.holder)
         case "claim":
-            return functools.partial(claim, owner=args.owner, instead_of=args.instead_of)
+            return functools.partial(set_owner, owner=args.owner, instead_of=args.instead_of)
         case _:
             name = args.active_deployment_id
             step = functools.partial(
-                restore,
-                wanted=args.records_json,
+                rebuild_records,
+                running=args.records_json,
                 active=name,
                 chosen=args.chosen,
                 at=time_of(args.promoted, name),
@@ -1004,12 +1009,12 @@ def time_of(promoted: Promotion | None, deployment_id: str) -> float | None:
 
 
 # What needs no complete state, or is what mends it.
-NEVER_LOST = ("restore", "lock", "unlock", "maintenance", "claim")
-READS = ("active", "status", "history", "probe")
+ALLOWED_WHEN_LOST = ("restore", "lock", "unlock", "maintenance", "claim")
+READ_ONLY = ("active", "status", "history", "probe")
 # What an older janitor would undo, or delete.
-CHOOSES = ("promote", "restore")
+EXCLUDES_OLD_JANITORS = ("promote", "restore")
 # What the routers are waited for: who gets which deployment changes.
-WAITED_FOR = ("promote", "withdraw", "retire", "maintenance", "restore")
+WAITS_FOR_ROUTERS = ("promote", "withdraw", "retire", "maintenance", "restore")
 
 
 @contextlib.contextmanager
@@ -1024,10 +1029,10 @@ def older_janitors_kept_out(store: router.Store) -> Iterator[None]:
     if not isinstance(store, router.RedisStore):
         yield
         return
-    key, holder = f"{store.prefix}{JANITOR_LOCK}", LOCK_MARK + secrets.token_hex(8)
+    key, holder = f"{store.prefix}{JANITOR_LOCK}", OUR_LOCK_PREFIX + secrets.token_hex(8)
     deadline = time.monotonic() + JANITOR_WAIT
     while not take_lock(store, holder, COMMAND_LOCK_SECONDS):
-        ours = str(store.client.mget([key])[0]).startswith(LOCK_MARK)
+        ours = str(store.client.mget([key])[0]).startswith(OUR_LOCK_PREFIX)
         if ours or time.monotonic() > deadline:
             break
         time.sleep(REPORT_POLL)
@@ -1079,10 +1084,12 @@ def change_state(store: router.Store, args: argparse.Namespace, me: str | None =
         return store.apply(step)
     if args.unlock:
         step = with_unlock(step, args.unlock)
-    if args.command not in NEVER_LOST:
+    if args.command not in ALLOWED_WHEN_LOST:
         step = refuse_if_lost(step, args.promoted)
     step = owned(step, me)
-    if args.command in CHOOSES and me is not None:  # before another owner's janitor is kept out
+    if (
+        args.command in EXCLUDES_OLD_JANITORS and me is not None
+    ):  # before another owner's janitor is kept out
         before = store.read()
         if args.nonce not in before.processed:
             refuse_foreign(before, me)
@@ -1090,7 +1097,7 @@ def change_state(store: router.Store, args: argparse.Namespace, me: str | None =
         wait_for_healing(store, args.promoted)
     if args.nonce:
         step = idempotent(step, args.nonce)
-    apart = older_janitors_kept_out(store) if args.command in CHOOSES else None
+    apart = older_janitors_kept_out(store) if args.command in EXCLUDES_OLD_JANITORS else None
     with apart or contextlib.nullcontext():
         deadline = time.monotonic() + HEAL_WAIT
         while True:
@@ -1130,14 +1137,14 @@ def carry_out(argv: list[str], env: Mapping[str, str]) -> Json:
     answer: Json = {}
     copy = ownership.copy_refusal(env)
     try:
-        if copy and args.command not in READS:
+        if copy and args.command not in READ_ONLY:
             raise StateError(copy, "copy")
         store = router.store_from_env(env)
         match args.command:
             case "active":
                 answer = {"ok": True, "deployment_id": store.read().active}
             case "status":
-                answer = {"ok": True, **status(store, token, args.promoted, env)}
+                answer = {"ok": True, **status_answer(store, token, args.promoted, env)}
             case "history":
                 answer = {"ok": True, "history": list(store.read().history)}
             case "probe":
@@ -1148,8 +1155,8 @@ def carry_out(argv: list[str], env: Mapping[str, str]) -> Json:
         answer = {"ok": False, "error": str(error), "reason": error.reason}
     except (redis.RedisError, sqlite3.Error, OSError) as error:
         # The class only: the message of a Redis error can carry its URL.
-        said = f"the router's Redis does not answer ({type(error).__name__})"
-        answer = {"ok": False, "error": said, "reason": "store"}
+        message = f"the router's Redis does not answer ({type(error).__name__})"
+        answer = {"ok": False, "error": message, "reason": "store"}
     version = router.runtime_version()
     if copy:
         answer["copy_of"] = ownership.copied_from(env)
@@ -1172,10 +1179,10 @@ def changed(
         answer["at"] = routing.now
     if args.command == "lock":
         answer |= {"active": routing.active, "lost": is_lost(routing, args.promoted)}
-    if args.command in WAITED_FOR:
+    if args.command in WAITS_FOR_ROUTERS:
         deletes = args.command == "retire"
         since = retired_for(routing, args.deployment_id) if deletes else 0.0
-        answer |= told(wait_for_routers(store, routing.epoch, since, deletes))
+        answer |= serving_answer(wait_for_routers(store, routing.epoch, since, deletes))
     if args.command == "retire" and record:
         answer["reloaded"] = reload_tabs(record, token)
     return answer

@@ -153,7 +153,7 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Limits:
+class Retention:
     """For how long what is kept."""
 
     drain_ttl: float = 86_400.0  # seconds
@@ -319,7 +319,7 @@ class Railway:
             for node in nodes
             if services[node["serviceId"]].is_backend and not services[node["serviceId"]].is_empty
         ]
-        named = {router_id: {b.id for b in backends if names(routing, b)}}
+        named = {router_id: {b.id for b in backends if routing_names(routing, b)}}
         owners = ownership.owners(self.environment, list(services.values()), named)
         mine, others = [], {}
         for found in backends:
@@ -327,7 +327,7 @@ class Railway:
             if whose == ownership.Owner("stack", router_id):
                 mine.append(found)
             else:
-                others[found.deployment] = not_touched(whose.kind, found)
+                others[found.deployment] = why_untouched(whose.kind, found)
         for found in mine:
             others.pop(found.deployment, None)
         return mine, others
@@ -362,7 +362,7 @@ def backend(node: dict[str, Any], service: ownership.Service) -> Service:
     )
 
 
-def names(routing: Routing, service: Service) -> bool:
+def routing_names(routing: Routing, service: Service) -> bool:
     """Does the routing state name this service: in a record, or as what is being removed?"""
     name = service.deployment
     record = routing.record_of_active() if name == routing.active else routing.records.get(name)
@@ -374,7 +374,7 @@ def names(routing: Routing, service: Service) -> bool:
     return record.service_name in (None, service.name)
 
 
-def not_touched(kind: str, service: Service) -> str:
+def why_untouched(kind: str, service: Service) -> str:
     """Why the janitor leaves a service alone, and who may do what with it."""
     if kind == "stack":
         return OTHER_STACK
@@ -406,7 +406,7 @@ def run_lock(store: router.RedisStore) -> Iterator[bool]:
     Yields False where another run holds it.
     """
     key = f"{store.prefix}{control.JANITOR_LOCK}"
-    token = control.LOCK_MARK + secrets.token_hex(8)
+    token = control.OUR_LOCK_PREFIX + secrets.token_hex(8)
     done = threading.Event()
 
     def renew() -> None:
@@ -431,7 +431,7 @@ def clean_up(
     routing: Routing,
     found: Inventory,
     token: str,
-    limits: Limits,
+    retention: Retention,
 ) -> Report:
     """One run on what was read: the routing state first, then what stands on Railway. Raises
     Contradiction, and whatever Railway or Redis raise while the state is mended."""
@@ -442,14 +442,14 @@ def clean_up(
         return report  # what it means for the others, the next run sees
     check(routing, found)
     by_id = {service.deployment: service for service in found.backends}
-    ways_back = limits.ways_back(routing, by_id.keys())
+    ways_back = retention.ways_back(routing, by_id.keys())
     run = Run(store, railway, routing, found, token, report)
     for name, record in routing.records.items():
         service = by_id.get(name)
         if name in found.others:
             continue
         with run.failing_alone(name):
-            verdict = run.judge(record, service, limits.drain_ttl)
+            verdict = run.judge(record, service, retention.drain_ttl)
             if verdict == "stray":  # of 0.3.x, which could be cut off between two writes
                 step = functools.partial(control.mark_draining, deployment_id=name, judged=record)
                 store.apply(step)
@@ -484,7 +484,7 @@ def claim_unowned(
         bare = routing.active is None and not routing.records
         if router.OWNER in routing.keys or not (bare or found.owns_state):
             return routing
-        return control.claim(routing, me)
+        return control.set_owner(routing, me)
 
     owner = store.apply(step).owner
     report.claimed = me if owner == me else None
@@ -496,7 +496,7 @@ def stamp_backends(railway: Railway, routing: Routing, found: Inventory) -> None
     if not found.stamped or found.identity is None or routing.owner != found.identity:
         return
     for service in found.backends:
-        if not service.stamped and names(routing, service):
+        if not service.stamped and routing_names(routing, service):
             railway.remember(service.id, {ownership.STACK: found.identity})
 
 
@@ -511,7 +511,7 @@ def mend(
     if routing.active is None or control.is_lost(routing, last):
         routing = control.wait_for_healing(store, last)
         if routing.active is None or control.is_older_than(routing, last):
-            report.restored = restore(store, routing, found, report)
+            report.restored = rebuild_from_railway(store, routing, found, report)
             return True
         healed = True
     if routing.promoted_by_other:  # it is given the time at which we learn of it
@@ -535,7 +535,7 @@ def mend(
     return differs or healed
 
 
-def restore(
+def rebuild_from_railway(
     store: router.RedisStore, routing: Routing, found: Inventory, report: Report
 ) -> str | None:
     """Rebuild the routing state that Redis has lost, or bring it to what was promoted last.
@@ -556,8 +556,8 @@ def restore(
         )
         return None
     step = functools.partial(
-        control.restore,
-        wanted=[service.record() for service in found.backends],
+        control.rebuild_records,
+        running=[service.record() for service in found.backends],
         active=last.deployment_id,
         at=last.at,
         closed=found.closed,
@@ -666,7 +666,7 @@ class Run:
         return f"keep: {under_way} requests under way" if under_way else "drained"
 
     def judge_pending(self, record: Record, service: Service | None) -> str:
-        if record.held:
+        if record.pinned:
             return "keep: held"
         age = service.age if service else 0.0
         if record.registered_at:
@@ -728,8 +728,8 @@ class Run:
             self.report.kept[name] = str(error)
             return
         since = control.retired_for(routing, name)
-        patience = 0.0 if self.routers_behind else control.REPORT_WAIT
-        served = control.wait_for_routers(self.store, routing.epoch, since, True, patience)
+        timeout = 0.0 if self.routers_behind else control.REPORT_WAIT
+        served = control.wait_for_routers(self.store, routing.epoch, since, True, timeout)
         if served.behind:
             self.routers_behind = True
             self.report.kept[name] = f"{', '.join(served.behind)} may still route to it"
@@ -768,8 +768,8 @@ def carry_out_request(found: Inventory, env: Mapping[str, str]) -> Json | None:
     try:
         return control.carry_out([*words, "--nonce", str(nonce)], env)
     except SystemExit:
-        said = "the janitor runs another version of pulse-railway: run `pulse-railway ensure`"
-        return {"ok": False, "reason": "version", "error": said, "command": name, "nonce": nonce}
+        message = "the janitor runs another version of pulse-railway: run `pulse-railway ensure`"
+        return {"ok": False, "reason": "version", "error": message, "command": name, "nonce": nonce}
 
 
 def notify(env: dict[str, str], report: Report) -> None:
@@ -808,8 +808,8 @@ def options(argv: list[str]) -> dict[str, str]:
     }
     for flag, variable in flags.items():
         parser.add_argument(flag, dest=variable, metavar="VALUE", help=f"default: ${variable}")
-    given = vars(parser.parse_args(argv))
-    return {name: given[name] for name in flags.values() if given[name] is not None}
+    values = vars(parser.parse_args(argv))
+    return {name: values[name] for name in flags.values() if values[name] is not None}
 
 
 def main(argv: list[str]) -> int:
@@ -832,7 +832,7 @@ def main(argv: list[str]) -> int:
     assert isinstance(base, router.RedisStore)
     store = control.OwnedStore(base.url, base.prefix, ownership.name(env), base.ttl)
     token = env.get(INTERNAL_TOKEN, "")
-    limits = Limits(
+    retention = Retention(
         router.from_env("PULSE_RAILWAY_DRAIN_TTL_SECONDS", 86_400.0, env=env),
         router.from_env("PULSE_RAILWAY_ROLLBACK_WINDOW_SECONDS", 900.0, env=env),
         int(router.from_env("PULSE_RAILWAY_KEEP", 0.0, env=env)),
@@ -859,7 +859,7 @@ def main(argv: list[str]) -> int:
                 print(json.dumps({"skipped": "another run holds the lock"}))
                 return 0
             control.keep_while_routers_report(store, routing)
-            report = clean_up(store, railway, routing, found, token, limits)
+            report = clean_up(store, railway, routing, found, token, retention)
         notify(env, report)
     except (Contradiction, control.StateError, RuntimeError) as error:
         print(f"refused: {error}", file=sys.stderr)

@@ -179,9 +179,9 @@ def _owner(
         return Owner("stack" if stamp.router_id in names else "gone", stamp.router_id)
     if service.id in names:
         return Owner("stack", service.id)
-    said = service.variables.get(STACK)
-    reference = REFERENCE.fullmatch(said or "")  # 0.3.x's deploy refers to all that pulse-env has
-    if said and not (reference and reference[2] == STACK):  # not understood
+    stack = service.variables.get(STACK)
+    reference = REFERENCE.fullmatch(stack or "")  # 0.3.x's deploy refers to all that pulse-env has
+    if stack and not (reference and reference[2] == STACK):  # not understood
         return NOBODY
     for router_id, ids in named.items():
         if service.id in ids:
@@ -345,7 +345,7 @@ class Deletion:
         call: sends a document with its variables, which may be repeated, and returns its data.
         refused: what `call` raises where Railway says no.
         for_one_environment: is the token a project's?
-        patience: seconds in which patches are to show, for all deletions together.
+        timeout: seconds in which patches are to show, for all deletions together.
     """
 
     call: Callable[..., Any]
@@ -353,7 +353,7 @@ class Deletion:
     project_id: str
     environment_id: str
     for_one_environment: Callable[[], bool]
-    patience: float = field(default_factory=lambda: READ_BACK_SECONDS)
+    timeout: float = field(default_factory=lambda: READ_BACK_SECONDS)
 
     def delete(self, service_id: str) -> bool:
         """True: the service is not in this environment any more. False: it is empty, and marked.
@@ -427,14 +427,14 @@ class Deletion:
         """Delete by a patch of this environment, and look whether it had an effect."""
         patch = {"services": {service_id: {"isDeleted": True}}}
         began = time.monotonic()
-        deadline, pause = began + max(self.patience, LEAST_SECONDS), 1.0
+        deadline, pause = began + max(self.timeout, LEAST_SECONDS), 1.0
         try:
             self.call(TAKE_OUT, environment=self.environment_id, patch=patch)
         except self.refused:
             deadline = began  # it may be gone already
         while self._is_here(service_id):
             if time.monotonic() + pause > deadline:
-                self.patience = max(0.0, self.patience - (time.monotonic() - began))
+                self.timeout = max(0.0, self.timeout - (time.monotonic() - began))
                 return False
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)

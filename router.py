@@ -73,6 +73,7 @@ if TYPE_CHECKING:
     from sqlite_store import SqliteStore
 
     type Store = RedisStore | SqliteStore
+    type Then = Callable[[Exchange], None]
 
 VERSION = "0.4.0"  # of the package that this belongs to
 
@@ -118,7 +119,7 @@ WRITE_STALL_TIMEOUT = 300.0  # a client takes the next piece of its answer withi
 HEAD_TIMEOUT = 30.0  # a client sends its request head within this
 BODY_AHEAD = 64 * 1024  # of a body is read before the backend has taken what came before it
 BODY_STALL_TIMEOUT = 60.0  # ... and the next piece of its body within this
-LAST_CALL = 0.5  # at the end, a request may be on its way on a connection that looks idle
+IDLE_CLOSE_GRACE = 0.5  # at the end, a request may be on its way on a connection that looks idle
 KEEP_ALIVE = 75.0  # idle client connections; longer than the edge's 60 s, so the edge closes first
 HALF_CLOSED = from_env("PULSE_RAILWAY_ROUTER_HALF_CLOSED_SECONDS", 60.0)
 FLUSH = 30.0  # for what is still to be written to a tunnel's one end when the other has gone
@@ -127,12 +128,12 @@ LINGER_AT_MOST = 30.0
 CONNECT_TIMEOUT = 5.0
 DESCRIPTORS_KEPT = 64  # for the store, the listening socket, files
 HANDSHAKE_TIMEOUT = 30.0  # for a backend's answer to a WebSocket handshake
-SPARE_TIMEOUT = 1.5  # for another deployment to say whether it has what the one asked lacks
-SPARE_PAUSE = 0.2  # then the next one is asked beside it
-UNWELL_SECONDS = 30.0  # one that did not say is not asked again for so long
-HAD_SECONDS = 300.0  # who had an asset is remembered for
-HAD_AT_MOST = 2000  # assets ...
-HAD_PATH = 512  # ... with paths of at most so many bytes
+HEDGE_TIMEOUT = 1.5  # for the answer of another deployment to what the first one lacks
+HEDGE_DELAY = 0.2  # before the next deployment is asked too
+EJECTION_SECONDS = 30.0  # a deployment that gave no answer is asked for no asset
+ASSET_LOCATION_SECONDS = 300.0  # that the deployment which had an asset is remembered
+ASSET_LOCATIONS_AT_MOST = 2000
+ASSET_LOCATION_PATH_LIMIT = 512  # bytes; a longer path is not remembered
 RESOLVED_SECONDS = 5.0  # an address is remembered for
 RESOLVERS = 64  # names that can be looked up at once; a bad one may take many seconds
 RESPONSE_TIMEOUT = from_env("PULSE_RAILWAY_ROUTER_RESPONSE_TIMEOUT", 900.0)
@@ -260,9 +261,9 @@ def an_address(value: Any) -> str:
     return str(value).rstrip("/")
 
 
-def stored(parser: Callable[[Any], Any], default: Any = None) -> Any:
-    """A field of a record, and what it may hold."""
-    return field(default=default, metadata={"parser": parser})
+def stored(parser: Callable[[Any], Any], default: Any = None, key: str = "") -> Any:
+    """A field of a record: what it may hold, and its name in the store where that is another."""
+    return field(default=default, metadata={"parser": parser, "key": key})
 
 
 # What no step of ours takes away: where it is missing, 0.3.x's janitor has written the record anew.
@@ -285,7 +286,7 @@ class Record:
     rejected_at: float | None = stored(a_time)  # rolled back from, or a canary that was ended
     canary_at: float | None = stored(a_time)  # its weight was set, or taken
     retiring_at: float | None = stored(a_time)  # being removed: not routed to, never promoted
-    held: bool = stored(a_flag, False)  # pinned: it is meant to stay pending
+    pinned: bool = stored(a_flag, False, "held")  # it is meant to stay pending
     weight: float | None = stored(a_percentage)  # of the new visitors: it is the canary
     bake: float | None = stored(lambda v: a_time(an_object(v).get("until")))
     about: Mapping[str, Any] | None = stored(an_object)  # commit, message, who
@@ -309,14 +310,14 @@ class Record:
         """When something was last done to it."""
         return max(getattr(self, name) or 0.0 for name in FIELDS if name.endswith("_at"))
 
-    def drains(self, since: float) -> Record:
+    def as_draining(self, since: float) -> Record:
         return replace(self, state="draining", drain_started_at=since, weight=None, bake=None)
 
     def json(self) -> Json:
         """In 0.3.x's shape, and with the fields of ours. A field that is ignored stays as it is."""
         found = {**self.raw, "deployment_id": self.deployment_id}
-        for name in FIELDS:
-            value = getattr(self, name)
+        for name, stored_field in FIELDS.items():
+            value = getattr(self, stored_field.name)
             if name == "bake" and value is not None:
                 value = {"until": value}
             if not (value is None or value is False or value == ""):
@@ -329,9 +330,8 @@ class Record:
         return found
 
 
-FIELDS: dict[str, Callable[[Any], Any]] = {
-    f.name: f.metadata["parser"] for f in fields(Record) if f.metadata
-}
+# name in the store -> field of Record
+FIELDS = {f.metadata["key"] or f.name: f for f in fields(Record) if f.metadata}
 
 
 def parse_record(deployment_id: str, text: str, latest: float = math.inf) -> Record:
@@ -344,17 +344,17 @@ def parse_record(deployment_id: str, text: str, latest: float = math.inf) -> Rec
     ignored = []
     if raw.get("deployment_id") not in (None, deployment_id):
         ignored.append("deployment_id")
-    for name, parse in FIELDS.items():
+    for name, stored_field in FIELDS.items():
         if raw.get(name) is not None:
             try:
-                value = parse(raw[name])
+                value = stored_field.metadata["parser"](raw[name])
             except ValueError:
                 ignored.append(name)
                 continue
             if name.endswith("_at") and value > latest:
                 ignored.append(name)
             else:
-                found[name] = value
+                found[stored_field.name] = value
     return Record(deployment_id, **found, raw=raw, ignored=tuple(ignored))
 
 
@@ -638,8 +638,8 @@ def repaired(store: Routing, known: Routing, new_id: str, alive: Collection[str]
         new = replace(new, promoted=Promotion(str(store.active), next_time(store, known)))
     records = dict(new.records)
     for name, record in known.records.items():
-        wanted = name in alive or name == new.active
-        if wanted and name not in records and not new.buries(record):
+        returns = name in alive or name == new.active
+        if returns and name not in records and not new.buries(record):
             records[name] = record
     if lost or new.active != store.active:
         records = _with_one_active(records, new, {known.active, store.active})
@@ -674,10 +674,10 @@ def _filled(record: Record, known: Record | None, untouched: bool) -> Record:
     names: tuple[str, ...] = LASTING
     if untouched and record.state == known.state:
         names = (*LASTING, "rejected_at", "retiring_at", "weight", "bake", "held")
-    there = {n for n in names if not (getattr(record, n) is None or getattr(record, n) is False)}
-    lost = [n for n in names if n not in there and n not in record.ignored]  # a weight of 0 is not
-    back = {name: getattr(known, name) for name in lost}
-    return replace(record, **back)
+    attributes = [FIELDS[name].name for name in names if name not in record.ignored]
+    values = {name: getattr(record, name) for name in attributes}
+    lost = [n for n, value in values.items() if value is None or value is False]  # not 0, a weight
+    return replace(record, **{name: getattr(known, name) for name in lost})
 
 
 def _recovered(store: Routing, known: Routing) -> Routing:
@@ -732,7 +732,7 @@ def _with_one_active(
                 record, state="active", drain_started_at=None, weight=None, retiring_at=None
             )
         elif record.state == "active" and name in before:
-            found[name] = record.drains(routing.now)
+            found[name] = record.as_draining(routing.now)
     canaries = sorted((r for r in found.values() if r.is_canary), key=lambda r: r.changed_at)
     for record in canaries[:-1]:
         found[record.deployment_id] = replace(record, weight=None, bake=None)
@@ -979,7 +979,7 @@ class Deployment:
     header: bytes
     tally: Tally = field(default_factory=lambda: Tally())
     idle: collections.deque[Upstream] = field(default_factory=collections.deque)
-    unwell: float = 0.0  # until then (monotonic) it is not asked for what others lack
+    ejected_until: float = 0.0  # monotonic; until then it is asked for no other's assets
 
 
 @dataclass
@@ -995,7 +995,7 @@ class Table:
     """All known deployments, in memory. A request never waits for the store to use it."""
 
     def __init__(self, env: Mapping[str, str] = os.environ) -> None:
-        self.intent = promotion_from_env(env)
+        self.last_promoted = promotion_from_env(env)
         self.me = self.copy = None  # this stack's stamp; what to say where it is a copy of another
         if env.get("RAILWAY_ENVIRONMENT_ID"):
             import ownership
@@ -1018,13 +1018,13 @@ class Table:
         self.refresh_event = asyncio.Event()  # asks for a load
         self.pending_lookups: set[str] = set()  # ids that the next load should look for
         self.looked_at = 0.0
-        # path -> who had it, and until when we say so
-        self.had: dict[bytes, tuple[str, float]] = {}
+        # path -> the deployment that had it, and until when (monotonic) that is believed
+        self.asset_locations: dict[bytes, tuple[str, float]] = {}
 
     @property
     def lost(self) -> bool:
         """Has the store lost its data, and did this router not know them?"""
-        return self.loaded and self.routing.active is None and self.intent is not None
+        return self.loaded and self.routing.active is None and self.last_promoted is not None
 
     @property
     def empty(self) -> bool:
@@ -1040,15 +1040,15 @@ class Table:
         return bool(self.copy) or self.active is not None or (self.loaded and not self.lost)
 
     def health(self) -> Response:
-        said: Json = {"ok": self.ready}
+        answer: Json = {"ok": self.ready}
         if self.copy:
-            said["detail"] = self.copy
+            answer["detail"] = self.copy
         if self.provisional:
-            said["without_state"] = True
+            answer["without_state"] = True
         age = time.monotonic() - self.loaded_at
         if self.loaded and age > 3 * REFRESH_SECONDS:
-            said["stale_seconds"] = round(age)
-        return JSONResponse(said, 200 if self.ready else 503)
+            answer["stale_seconds"] = round(age)
+        return JSONResponse(answer, 200 if self.ready else 503)
 
     # -- what the store holds ------------------------------------------------------------------
 
@@ -1116,11 +1116,11 @@ class Table:
 
         async def look_once(record: Record) -> None:
             async with gate:
-                said = await loop.run_in_executor(None, look, record)
+                at_address = await loop.run_in_executor(None, look, record)
             if missing := self.missing.get(record.deployment_id):
-                missing.answers = said == "answers"
+                missing.answers = at_address == "answers"
                 failing_since = missing.failing_since or time.monotonic()
-                missing.failing_since = failing_since if said == "unreachable" else None
+                missing.failing_since = failing_since if at_address == "unreachable" else None
 
         await asyncio.gather(*map(look_once, records))
 
@@ -1128,8 +1128,8 @@ class Table:
         self.loaded_at = now = time.monotonic()
         other = self.other(found)
         if other != self.other_owner:
-            said = f"of {other}: it is served, nothing is written" if other else "no longer so"
-            log.error("another stack's routing state: %s", said)
+            change = f"of {other}: it is served, nothing is written" if other else "no longer so"
+            log.error("another stack's routing state: %s", change)
             self.other_owner = other
         if self.active and not self.provisional and self.keeps(found):
             found = self.routing
@@ -1195,11 +1195,11 @@ class Table:
         """While there is no state, serve what Railway says was active, where that answers."""
         loop = asyncio.get_running_loop()
         while True:
-            if self.intent and self.active is None and (self.lost or not self.loaded):
-                record = Record(self.intent.deployment_id, "active")
+            if self.last_promoted and self.active is None and (self.lost or not self.loaded):
+                record = Record(self.last_promoted.deployment_id, "active")
                 record = replace(record, service_name=SERVICE_PREFIX + record.deployment_id)
-                said = await loop.run_in_executor(None, look, record)
-                if said == "answers" and self.active is None:
+                at_address = await loop.run_in_executor(None, look, record)
+                if at_address == "answers" and self.active is None:
                     log.error("no routing state: serving %s, as Railway says", record.deployment_id)
                     self.active, self.provisional = self._entry(record), True
                     self.deployments = {record.deployment_id.encode(): cast(Any, self.active)}
@@ -1209,10 +1209,10 @@ class Table:
 
     # -- what a request needs ------------------------------------------------------------------
 
-    async def find(self, name: bytes) -> Deployment | None:
+    async def find(self, affinity_id: bytes) -> Deployment | None:
         """The deployment of that id. An unknown one is worth one refresh, now and then."""
-        known = self.deployments.get(name)
-        text = name.decode("latin-1")
+        known = self.deployments.get(affinity_id)
+        text = affinity_id.decode("latin-1")
         if known or not DEPLOYMENT_ID.fullmatch(text):
             return known
         now = asyncio.get_running_loop().time()
@@ -1224,22 +1224,22 @@ class Table:
             async with asyncio.timeout(1.0):
                 while text in self.pending_lookups:  # by this request or by another
                     await self.changed.wait()
-        return self.deployments.get(name)
+        return self.deployments.get(affinity_id)
 
-    def others(self, asked: Deployment, path: bytes) -> list[Deployment]:
-        """Live deployments besides the one that was asked, newest first, before them the one that
-        had this path a while ago. One that did not answer lately is left out."""
+    def others(self, first: Deployment, path: bytes) -> list[Deployment]:
+        """The deployments to ask for what `first` lacks: first the one that had this path lately,
+        then the newest. Those that gave no answer lately (`ejected_until`) are left out."""
         now = time.monotonic()
-        had, until = self.had.get(path, ("", 0.0))
-        found = [d for d in self.deployments.values() if d is not asked and d.unwell < now]
-        return sorted(found, key=lambda d: d.id != had) if until > now else found
+        had_by, until = self.asset_locations.get(path, ("", 0.0))
+        found = [d for d in self.deployments.values() if d is not first and d.ejected_until < now]
+        return sorted(found, key=lambda d: d.id != had_by) if until > now else found
 
-    def remember(self, path: bytes, deployment: Deployment) -> None:
-        if len(path) > HAD_PATH:
+    def cache_asset_location(self, path: bytes, deployment: Deployment) -> None:
+        if len(path) > ASSET_LOCATION_PATH_LIMIT:
             return
-        self.had[path] = deployment.id, time.monotonic() + HAD_SECONDS
-        while len(self.had) > HAD_AT_MOST:
-            del self.had[next(iter(self.had))]
+        self.asset_locations[path] = deployment.id, time.monotonic() + ASSET_LOCATION_SECONDS
+        while len(self.asset_locations) > ASSET_LOCATIONS_AT_MOST:
+            del self.asset_locations[next(iter(self.asset_locations))]
 
     async def follow(self, store: Store) -> None:
         pause = 0.1
@@ -1308,7 +1308,7 @@ class Metrics:
     requests: int = 0
     errors: int = 0  # answers the router made itself because a backend failed
     stale: int = 0
-    turned_away: int = 0  # connections, at the limit
+    rejected: int = 0  # connections, at the limit
     tunnels_opened: int = 0
     tunnels_open: int = 0
     own: Tally = field(default_factory=Tally)  # answers of the router's own
@@ -1322,7 +1322,7 @@ class Metrics:
             "requests": self.requests,
             "errors": self.errors,
             "stale": self.stale,
-            "turned_away": self.turned_away,
+            "turned_away": self.rejected,
             "clients": len(Client.instances),
             "pooled": idle_connections(),
             "tunnels_open": self.tunnels_open,
@@ -1481,15 +1481,15 @@ async def connect(deployment: Deployment, timeout: float = CONNECT_TIMEOUT) -> U
 # == The client's side of a connection ==========================================================
 
 
-def client_limit(wanted: int | None) -> int:
+def client_limit(configured: int | None) -> int:
     """How many clients may be connected at once, after this process has got as many descriptors as
-    it may: half of them, or what is wanted where that is fewer."""
+    it may: half of them, or what is configured where that is fewer."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # above the kernel's own limit
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     room = (soft - DESCRIPTORS_KEPT) // 2 if soft != resource.RLIM_INFINITY else 1 << 30
-    return max(8, min(room, wanted or room))
+    return max(8, min(room, configured or room))
 
 
 CHUNKED = b"transfer-encoding: chunked\r\n"
@@ -1499,13 +1499,11 @@ HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer"
     b" transfer-encoding upgrade".split()
 )
-# ... but not what frames or addresses the message
-NOT_NAMED_AWAY = frozenset((b"content-length", b"host"))
-# ... of a request: what police() looks at
-POLICED = frozenset((b"host", b"content-length", b"transfer-encoding", b"expect"))
+NOT_NAMED_AWAY = frozenset((b"content-length", b"host"))  # they frame and address the message
+CHECKED_HEADERS = frozenset((b"host", b"content-length", b"transfer-encoding", b"expect"))
 
 
-def plain(status: int, detail: str = "") -> Response:
+def error_response(status: int, detail: str = "") -> Response:
     return JSONResponse({"detail": detail or http.HTTPStatus(status).phrase.lower()}, status)
 
 
@@ -1562,13 +1560,13 @@ class Request:
 
 
 class Client(asyncio.Protocol):
-    """A client's connection: its requests are parsed, policed, and answered one after the other.
+    """A client's connection: its requests are parsed, checked, and answered one after the other.
 
     uvicorn's server makes it, counts it among its `connections`, and calls `shutdown`. Nothing of
     ASGI is between here and a backend: its cycle and task were a third of a small request's cost.
     """
 
-    instances: ClassVar[set[Client]] = set()  # all open ones, for the sweep
+    instances: ClassVar[set[Client]] = set()  # all open ones, for close_overdue
     limit: ClassVar[int] = 1 << 30  # of them and the open tunnels
 
     # what a connection begins with
@@ -1596,7 +1594,7 @@ class Client(asyncio.Protocol):
         self.connections.add(self)
         Client.instances.add(self)
         if (open_now := len(Client.instances) + len(TunnelEnd.open)) > Client.limit:
-            self.turn_away(open_now)
+            self.reject(open_now)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.connections.discard(self)
@@ -1671,17 +1669,17 @@ class Client(asyncio.Protocol):
         arriving = self.arriving
         if arriving and not arriving.answered:
             if arriving.more_body:  # it is the body of this one that is bad
-                self.break_off(arriving, status)
+                self.abort_request(arriving, status)
             else:
                 arriving.keep_alive = False  # the answers before it come first
                 self.pause_reading()
             return
         METRICS.requests += 1
         METRICS.own.answered(b"", status, self.loop.time() - self.touched)
-        self.say(plain(status))
+        self.send_response(error_response(status))
         self.transport.close()
 
-    def break_off(self, arriving: Request, status: int) -> None:
+    def abort_request(self, arriving: Request, status: int) -> None:
         """End a request whose body is bad: its backend must not take what it has for the whole."""
         arriving.gone = True
         arriving.arrived.set()
@@ -1693,18 +1691,18 @@ class Client(asyncio.Protocol):
         if begun or not alone:
             self.transport.close()
         else:
-            self.say(plain(status))
+            self.send_response(error_response(status))
             self.linger()
 
-    def turn_away(self, open_now: int) -> None:
+    def reject(self, open_now: int) -> None:
         """Near the limit of descriptors, newcomers are told so; those who are there go on. Each
         of them may need a second descriptor, to its backend."""
-        METRICS.turned_away += 1
+        METRICS.rejected += 1
         if open_now > Client.limit * 1.05 + 16:  # no descriptors for politeness either
             self.transport.abort()
             return
         self.parser = None
-        self.say(plain(503, "too many connections"))
+        self.send_response(error_response(503, "too many connections"))
         self.linger()
 
     def check_framing(self, received: int) -> None:
@@ -1729,7 +1727,7 @@ class Client(asyncio.Protocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self.in_head:
             # A trailer: dropped, since merged into the headers it could say anything of what was
-            # policed already: a second host, an affinity (RFC 9110 section 6.5.1).
+            # checked already: a second host, an affinity (RFC 9110 section 6.5.1).
             self.framing += len(name) + len(value) + 4
             if self.framing > FRAMING_LIMIT:
                 raise BadRequest("trailers too large", 431)
@@ -1751,7 +1749,7 @@ class Client(asyncio.Protocol):
         self.head_in_read = True
         parser = self.parser
         method, version = parser.get_method(), parser.get_http_version()
-        self.police(method, version)
+        self.check_head(method, version)
         if len(self.waiting) >= PIPELINE_LIMIT:
             raise BadRequest("too many requests at once")
         behind = self.busy or bool(self.waiting)
@@ -1768,14 +1766,14 @@ class Client(asyncio.Protocol):
         if behind or self.handshake:
             self.pause_reading()  # what comes behind a handshake is the tunnel's
 
-    def police(self, method: bytes, version: str) -> None:
+    def check_head(self, method: bytes, version: str) -> None:
         """Refuse what request smugglers use (RFC 9112 sections 3.2, 5 and 6.3).
 
         llhttp has already refused bare CR and LF, bad names, and chunked not being last."""
         lengths = hosts = 0
         coding: bytes | None = None
         for _, name, value in self.fields:
-            if name not in POLICED:
+            if name not in CHECKED_HEADERS:
                 continue
             if name == b"host":
                 hosts += 1
@@ -1813,13 +1811,13 @@ class Client(asyncio.Protocol):
 
     def is_handshake(self) -> bool:
         """Does it open a WebSocket (RFC 6455 section 4.1)?"""
-        wanted = False
+        upgrades = False
         for _, name, value in self.fields:
             if name == b"upgrade":
-                wanted = value.lower() == b"websocket"
+                upgrades = value.lower() == b"websocket"
             elif name == b"transfer-encoding" or (name == b"content-length" and value.strip(b"0")):
                 return False
-        return wanted and bool(self.parser.get_method() == b"GET")
+        return upgrades and bool(self.parser.get_method() == b"GET")
 
     def on_body(self, body: bytes) -> None:
         self.body_bytes += len(body)
@@ -1859,7 +1857,7 @@ class Client(asyncio.Protocol):
         """An answer of the router's own, or in place of a deployment that gave none."""
         if not self.transport.is_closing():
             close = request.more_body or not request.keep_alive
-            self.say(response, close=close, head_only=request.method == b"HEAD")
+            self.send_response(response, close=close, head_only=request.method == b"HEAD")
         took = self.loop.time() - self.touched
         tally = instead_of.tally if instead_of else METRICS.own
         tally.answered(request.method, response.status_code, took)
@@ -1868,7 +1866,9 @@ class Client(asyncio.Protocol):
             ACCESS_LOG.answered(request, response.status_code, name, len(response.body), took)
         self.finish(request)
 
-    def say(self, response: Response, *, close: bool = True, head_only: bool = False) -> None:
+    def send_response(
+        self, response: Response, *, close: bool = True, head_only: bool = False
+    ) -> None:
         status = http.HTTPStatus(response.status_code)
         head = b"HTTP/1.1 %d %b\r\n" % (status, status.phrase.encode())
         lines = [name + b": " + value + b"\r\n" for name, value in response.raw_headers]
@@ -1914,11 +1914,11 @@ class Client(asyncio.Protocol):
         that waits for a request after a moment: it may have been sent already."""
         self.ending = True
         if self.arriving is None or self.arriving.answered:
-            self.loop.call_later(LAST_CALL, self.last_call)
+            self.loop.call_later(IDLE_CLOSE_GRACE, self.close_if_idle)
         else:
             self.arriving.keep_alive = False
 
-    def last_call(self) -> None:
+    def close_if_idle(self) -> None:
         if self.arriving is None or self.arriving.answered:
             self.transport.close()
 
@@ -1939,7 +1939,7 @@ class Client(asyncio.Protocol):
         return bool(self.stalled_since) and now - self.stalled_since > limit
 
 
-async def sweep() -> None:
+async def close_overdue() -> None:
     """Every second, close the connections whose time is up."""
     loop = asyncio.get_running_loop()
     while True:
@@ -1973,9 +1973,6 @@ async def sweep() -> None:
 # == One request and its answer =================================================================
 
 
-Then = Callable[["Exchange"], None]
-
-
 class Exchange:
     """Copies one answer from an upstream to a client, chunk by chunk as it comes.
 
@@ -1987,7 +1984,7 @@ class Exchange:
     A client that reads slowly pauses the upstream, so memory stays flat."""
 
     # what an exchange begins with
-    spared = False
+    hedged = False
     writable: asyncio.Event | None = None  # for the task that sends the body
     go_ahead: asyncio.Event | None = None
     reason = tail = b""  # tail: what came behind a 101
@@ -1998,11 +1995,11 @@ class Exchange:
     keep = True
     outcome = ""
 
-    def __init__(self, request: Request, upstream: Upstream, then: Then, spare: str = "") -> None:
+    def __init__(self, request: Request, upstream: Upstream, then: Then, hedge: str = "") -> None:
         client = self.client = request.client
         self.request, self.upstream, self.then = request, upstream, then
         self.parser = httptools.HttpResponseParser(self)
-        self.spare = spare  # an answer that says "not here" is swallowed: see `lacking`
+        self.hedge = hedge  # an answer that says "not here" is swallowed: see `is_miss`
         self.began = time.monotonic()  # loop.time() stands still within one turn of the loop
         self.fields: list[tuple[bytes, bytes]] = []
         self.out: list[bytes] = []
@@ -2026,8 +2023,8 @@ class Exchange:
             if self.request.handshake and not self.finished:
                 self.upstream.transport.pause_reading()
                 self.tail = data[upgrade.args[0] :]
-                self.end("switched")
-                self.let_go()
+                self.mark_finished("switched")
+                self.detach()
                 self.then(self)
                 return
             why = "the backend switched protocols unasked"
@@ -2068,18 +2065,17 @@ class Exchange:
         if status < 200:
             self.informational(status, reason)
             return
-        if self.spare:
-            lacks = lacking(self.spare, request.path, status, self.fields)
-            if lacks or request.begun or request.gone:  # or another was first
+        if self.hedge:
+            missed = is_miss(self.hedge, request.path, status, self.fields)
+            if missed or request.begun or request.gone:  # or another was first
                 self.keep = parser.should_keep_alive()
-                self.spared = True
-                self.end("missing")
+                self.hedged = True
+                self.mark_finished("missing")
                 return
             self.client.exchange = self
         length = coded = False
         drop = HOP_BY_HOP
-        version = b"1.1"
-        out = [b"HTTP/%b %d %b\r\n" % (version, status, reason)]
+        out = [b"HTTP/1.1 %d %b\r\n" % (status, reason)]
         append = out.append
         for name, value in self.fields:
             lower = name.lower()
@@ -2125,7 +2121,7 @@ class Exchange:
         if self.go_ahead:
             self.go_ahead.set()
         if self.head_only:
-            self.end("ok")
+            self.mark_finished("ok")
 
     def informational(self, status: int, reason: bytes) -> None:
         if status == 100:
@@ -2151,7 +2147,7 @@ class Exchange:
             return
         if self.chunked:
             self.out.append(b"0\r\n\r\n")  # trailers, if there were any, end here
-        self.end("ok")
+        self.mark_finished("ok")
 
     def flush(self) -> None:
         """Write what one read brought, in one go."""
@@ -2163,7 +2159,7 @@ class Exchange:
             if self.client.stalled_since and not self.finished:
                 self.upstream.transport.pause_reading()
         if self.finished:
-            self.release()
+            self.return_to_pool()
 
     def upstream_lost(self) -> None:
         if self.finished:
@@ -2171,13 +2167,13 @@ class Exchange:
         if self.started and self.until_close:
             if self.chunked:
                 self.out.append(b"0\r\n\r\n")
-            self.end("ok")
+            self.mark_finished("ok")
             self.flush()
         elif self.started:
             self.broken("the backend broke its answer off")
         else:
-            self.end("reset" if self.upstream.reused else "lost")
-            self.release()
+            self.mark_finished("reset" if self.upstream.reused else "lost")
+            self.return_to_pool()
 
     def broken(self, why: str) -> None:
         """Too late for another answer: what the client has must not look complete."""
@@ -2193,11 +2189,11 @@ class Exchange:
                 reset(self.client.transport)
             else:
                 self.client.transport.close()
-            self.end("broken")
+            self.mark_finished("broken")
         else:
-            self.end("lost")
+            self.mark_finished("lost")
         self.keep = False
-        self.release()
+        self.return_to_pool()
 
     def check_time(self) -> None:
         """Give up on a backend that does not begin to answer, or falls silent in its answer."""
@@ -2211,17 +2207,17 @@ class Exchange:
 
     def give_up(self) -> None:
         if not self.started and not self.finished:
-            self.end("timeout")
+            self.mark_finished("timeout")
             self.keep = False
-            self.release()
+            self.return_to_pool()
 
     # -- from the client -----------------------------------------------------------------------
 
     def client_lost(self) -> None:
         if not self.finished:
-            self.end("gone")
+            self.mark_finished("gone")
             self.keep = False
-            self.release()
+            self.return_to_pool()
 
     def client_writable(self) -> None:
         if not self.finished and not self.upstream.transport.is_closing():
@@ -2229,29 +2225,29 @@ class Exchange:
 
     # -- the end -------------------------------------------------------------------------------
 
-    def end(self, outcome: str) -> None:
+    def mark_finished(self, outcome: str) -> None:
         self.finished = True
         self.outcome = outcome
 
-    def let_go(self) -> None:
+    def detach(self) -> None:
         self.upstream.exchange = None
         if self.client.exchange is self:
             self.client.exchange = None
         del self.parser  # the two hold each other
 
-    def release(self) -> None:
+    def return_to_pool(self) -> None:
         """Part the two connections. The upstream goes back to the pool or is closed."""
         upstream, client = self.upstream, self.client
         if upstream.exchange is not self:
             return
-        self.let_go()
+        self.detach()
         if self.go_ahead:
             self.go_ahead.set()
         if self.writable:
             self.writable.set()
         sending = self.request.more_body or self.request.body
         # the body of an answer that was held back is still on its way
-        unread = self.spared and not self.head_only
+        unread = self.hedged and not self.head_only
         pool = upstream.deployment.idle
         reusable = self.keep and not (sending or unread or upstream.transport.is_closing())
         if reusable and len(pool) < UPSTREAM_IDLE_LIMIT:
@@ -2303,8 +2299,8 @@ def request_head(request: Request, deployment: Deployment) -> list[bytes]:
     the hop-by-hop ones, plus the forwarding headers that the edge has not set."""
     url = request.url
     if not url.startswith(b"/"):  # absolute-form and `*`
-        asked = b"?" in url.partition(b"#")[0]
-        url = request.path + (b"?" + request.query if asked else b"")
+        has_query = b"?" in url.partition(b"#")[0]
+        url = request.path + (b"?" + request.query if has_query else b"")
     out = [request.method, b" ", url, b" HTTP/1.1\r\n"]
     drop = HOP_BY_HOP
     seen: dict[bytes, bytes] = {}
@@ -2365,7 +2361,7 @@ def from_pool(request: Request, deployment: Deployment) -> Upstream | None:
 
 
 async def forward(
-    request: Request, target: Deployment, spare: str = "", timeout: float = 0, fresh: bool = False
+    request: Request, target: Deployment, hedge: str = "", timeout: float = 0, fresh: bool = False
 ) -> str:
     """Send the client's request to a deployment and its answer back, on a `fresh` connection or a
     pooled one, within `timeout` seconds. Returns how it ended, as `Exchange` has it; raises
@@ -2384,25 +2380,25 @@ async def forward(
             if not done.done():
                 done.set_result(None)
 
-        exchange = Exchange(request, upstream, ended, spare)
-        pump = exchange.send(request_head(request, target))
-        timer = loop.call_later(timeout, exchange.give_up) if timeout else None
+        exchange = Exchange(request, upstream, ended, hedge)
+        body_task = exchange.send(request_head(request, target))
+        response_timer = loop.call_later(timeout, exchange.give_up) if timeout else None
         try:
             await done
         except asyncio.CancelledError:
             exchange.client_lost()
             raise
         finally:
-            if pump:
-                pump.cancel()
-            if timer:
-                timer.cancel()
+            if body_task:
+                body_task.cancel()
+            if response_timer:
+                response_timer.cancel()
         if not (exchange.outcome == "reset" and again):
-            return conclude(exchange)
+            return record_outcome(exchange)
         upstream = None  # it had died in the pool: once more, on a new connection
 
 
-def conclude(exchange: Exchange) -> str:
+def record_outcome(exchange: Exchange) -> str:
     """Do what is to be done when an exchange has ended. Returns and raises as `forward`."""
     request, deployment = exchange.request, exchange.upstream.deployment
     outcome = exchange.outcome
@@ -2577,32 +2573,32 @@ def route(request: Request) -> None:
         client.answer(request, JSONResponse({"detail": table.copy}, 503, headers))
         return
     if is_internal(path):
-        client.answer(request, plain(404))
+        client.answer(request, error_response(404))
         return
-    if table.closed and not passes(request):
+    if table.closed and not bypasses_maintenance(request):
         client.answer(request, closed_response(request, table.closed))
         return
-    if name := affinity(request):
-        target = table.deployments.get(name)
+    if affinity_id := affinity(request):
+        target = table.deployments.get(affinity_id)
     else:
-        target = table.active if table.canary is None else chosen(request)
-    simple = target and not request.more_body and not spare_for(request, name)
+        target = table.active if table.canary is None else pick_default(request)
+    simple = target and not request.more_body and not hedge_for(request, affinity_id)
     if target and simple and (upstream := from_pool(request, target)):
-        exchange = Exchange(request, upstream, functools.partial(at_end, name))
+        exchange = Exchange(request, upstream, functools.partial(on_done, affinity_id))
         exchange.send(request_head(request, target))
     else:
-        client.spawn(handle(request, name))
+        client.spawn(handle(request, affinity_id))
 
 
-def at_end(name: bytes, exchange: Exchange) -> None:
+def on_done(affinity_id: bytes, exchange: Exchange) -> None:
     """What was sent on its way at once has ended."""
     request = exchange.request
     if exchange.outcome == "reset" and repeatable(request):
-        request.client.spawn(handle(request, name, fresh=True))
+        request.client.spawn(handle(request, affinity_id, fresh=True))
         return
     target = exchange.upstream.deployment
     try:
-        conclude(exchange)
+        record_outcome(exchange)
     except UpstreamError as error:
         answer_for(request, target, error)
 
@@ -2610,7 +2606,7 @@ def at_end(name: bytes, exchange: Exchange) -> None:
 # -- without affinity: the active deployment, or the canary ------------------------------------
 
 
-def chosen(request: Request) -> Deployment | None:
+def pick_default(request: Request) -> Deployment | None:
     """The deployment of a request that names none. During a canary its visitor is drawn for, with
     the same outcome in every router: a page, its assets, `fetch` calls and socket get the same."""
     if TABLE.canary is None:
@@ -2618,10 +2614,11 @@ def chosen(request: Request) -> Deployment | None:
     known, visitor = visitor_of(request)
     if not known:
         request.visitor = visitor
-    return TABLE.canary if drawn(visitor, TABLE.canary.id, TABLE.weight) else TABLE.active
+    drawn = in_canary_bucket(visitor, TABLE.canary.id, TABLE.weight)
+    return TABLE.canary if drawn else TABLE.active
 
 
-def drawn(visitor: bytes, deployment_id: str, weight: float) -> bool:
+def in_canary_bucket(visitor: bytes, deployment_id: str, weight: float) -> bool:
     """Is this visitor among the `weight` percent that get the canary? If so, at larger ones too."""
     digest = hashlib.blake2b(visitor, digest_size=8, key=deployment_id.encode()).digest()
     return int.from_bytes(digest) < weight / 100 * (1 << 64)
@@ -2689,7 +2686,7 @@ def closed_response(request: Request, closed: Maintenance) -> Response:
     return JSONResponse({"detail": "maintenance"}, 503, headers)
 
 
-def passes(request: Request) -> bool:
+def bypasses_maintenance(request: Request) -> bool:
     """Does this get to the app in maintenance too? Its health check does, and who shows the
     internal token: `deploy` looks at the version that it brings up."""
     shown = [v for _, name, v in request.fields if name == b"x-pulse-railway-internal-token"]
@@ -2700,37 +2697,39 @@ def passes(request: Request) -> bool:
 # -- a request that has to wait ----------------------------------------------------------------
 
 
-async def handle(request: Request, name: bytes, *, fresh: bool = False) -> None:
-    """Answer a request that something has to be waited for: a name, a connection, another one."""
-    target = await TABLE.find(name) if name else chosen(request)
+async def handle(request: Request, affinity_id: bytes, *, fresh: bool = False) -> None:
+    """Answer a request that has to wait: for a lookup, for a connection, for other deployments."""
+    target = await TABLE.find(affinity_id) if affinity_id else pick_default(request)
     reloads = request.handshake and QUERY_RELOAD.search(request.query)
     if target is None and reloads and not TABLE.provisional:  # which does not know who is gone
         METRICS.stale += 1
         target = TABLE.active  # which tells the tab to reload
     if target is None:
-        request.client.answer(request, no_target(request, name))
+        request.client.answer(request, stale_response(request, affinity_id))
         return
     try:
-        await answer_by(request, target, name, fresh)
+        await answer_by(request, target, affinity_id, fresh)
     except UpstreamError as error:
         active = TABLE.active
-        drawn = not name and target is not active and not request.begun
-        if drawn and active and (not error.sent or (error.status == 502 and repeatable(request))):
+        unsent = not error.sent or (error.status == 502 and repeatable(request))
+        if active and unsent and not (affinity_id or target is active or request.begun):
             target.tally.failed += 1  # a canary that is down costs no visitor anything
             target.tally.errors[error.kind] += 1
             try:
-                await answer_by(request, active, name)
+                await answer_by(request, active, affinity_id)
             except UpstreamError as also:
                 answer_for(request, active, also)
         else:
             answer_for(request, target, error)
 
 
-async def answer_by(request: Request, target: Deployment, name: bytes, fresh: bool = False) -> None:
-    """Have a deployment answer, or another one what it lacks. Raises as `forward`."""
-    spare = spare_for(request, name)
-    lacks = await forward(request, target, spare, fresh=fresh) == "missing"
-    if lacks and not await elsewhere(request, target, spare):
+async def answer_by(
+    request: Request, target: Deployment, affinity_id: bytes, fresh: bool = False
+) -> None:
+    """Answer from a deployment, or from others what it lacks. Raises as `forward`."""
+    hedge = hedge_for(request, affinity_id)
+    missed = await forward(request, target, hedge, fresh=fresh) == "missing"
+    if missed and not await fetch_from_others(request, target, hedge):
         await forward(request, target)
 
 
@@ -2738,56 +2737,56 @@ def answer_for(request: Request, target: Deployment, error: UpstreamError) -> No
     """The answer where a backend gave none."""
     METRICS.errors += 1
     target.tally.errors[error.kind] += 1
-    response = plain(error.status, error.detail)
+    response = error_response(error.status, error.detail)
     response.raw_headers.append((SELECTED_HEADER.encode(), target.id.encode()))
     request.client.answer(request, response, instead_of=target)
 
 
-def spare_for(request: Request, name: bytes) -> str:
-    """Is this something that another deployment may have where the one asked has not?"""
-    once_only = request.method not in (b"GET", b"HEAD") or request.more_body or request.body
-    if name or len(TABLE.deployments) < 2 or once_only:
+def hedge_for(request: Request, affinity_id: bytes) -> str:
+    """ASSET or DISCOVERY for a request that other deployments may answer where its own cannot."""
+    unsafe = request.method not in (b"GET", b"HEAD") or request.more_body or request.body
+    if affinity_id or len(TABLE.deployments) < 2 or unsafe:
         return ""
     if request.path.startswith(ASSET_PREFIXES):
         return ASSET
     return DISCOVERY if request.path.endswith(DISCOVERY_PATH) else ""
 
 
-async def elsewhere(request: Request, asked: Deployment, spare: str) -> bool:
-    """Ask the other live deployments for what the one asked lacks: the next one as soon as one
-    says no, or beside one that takes its time. The first that has it answers. Did one?"""
+async def fetch_from_others(request: Request, first: Deployment, hedge: str) -> bool:
+    """Send hedged requests for what `first` lacks: to the next deployment as soon as one lacks it
+    too, or HEDGE_DELAY after the one before. The first that has it answers. Returns: did one?"""
     loop, path = request.client.loop, request.url
-    others = collections.deque(TABLE.others(asked, path))
+    others = collections.deque(TABLE.others(first, path))
     asking: dict[asyncio.Task[str], Deployment] = {}
     try:
         while asking or (others and not request.gone):
             if others and not request.begun:
                 other = others.popleft()
-                asking[loop.create_task(forward(request, other, spare, SPARE_TIMEOUT))] = other
-            pause, first = SPARE_PAUSE if others else None, asyncio.FIRST_COMPLETED
-            done, _ = await asyncio.wait(asking, timeout=pause, return_when=first)
+                asking[loop.create_task(forward(request, other, hedge, HEDGE_TIMEOUT))] = other
+            pause, when = HEDGE_DELAY if others else None, asyncio.FIRST_COMPLETED
+            done, _ = await asyncio.wait(asking, timeout=pause, return_when=when)
             for task in done:
                 other = asking.pop(task)
                 try:
                     if task.result() != "missing":
-                        TABLE.remember(path, other)
+                        TABLE.cache_asset_location(path, other)
                         return True
                 except UpstreamError:  # down or frozen: not every asset of a page waits for it
-                    other.unwell = time.monotonic() + UNWELL_SECONDS
+                    other.ejected_until = time.monotonic() + EJECTION_SECONDS
         return request.gone
     finally:
         for task in asking:
             task.cancel()
 
 
-def no_target(request: Request, name: bytes) -> Response:
+def stale_response(request: Request, affinity_id: bytes) -> Response:
     """What a request gets whose deployment is not known."""
     if not TABLE.loaded or TABLE.empty or TABLE.provisional:
         why = "nothing is deployed, or the routing state is lost"
         why = why if TABLE.loaded else "not loaded yet"
         return JSONResponse({"detail": why}, 503, headers={"retry-after": "1"})
-    if not name or TABLE.active is None:
-        return plain(404, "deployment not found")
+    if not affinity_id or TABLE.active is None:
+        return error_response(404, "deployment not found")
     METRICS.stale += 1
     headers = Headers(raw=[(lower, value) for _, lower, value in request.fields])
     location = headers.get(CLIENT_LOADER_LOCATION_HEADER)
@@ -2803,11 +2802,11 @@ def no_target(request: Request, name: bytes) -> Response:
             "access-control-expose-headers": STALE_HEADER,
             "vary": "Origin",
         }
-    wanted = headers.get("access-control-request-method")
-    if request.method == b"OPTIONS" and wanted:
-        answer["access-control-allow-methods"] = wanted
-        if asked := headers.get("access-control-request-headers"):
-            answer["access-control-allow-headers"] = asked
+    methods = headers.get("access-control-request-method")
+    if request.method == b"OPTIONS" and methods:
+        answer["access-control-allow-methods"] = methods
+        if names := headers.get("access-control-request-headers"):
+            answer["access-control-allow-headers"] = names
         return Response(status_code=204, headers=answer)
     return JSONResponse({"detail": "stale affinity"}, 409, headers=answer)
 
@@ -2816,13 +2815,13 @@ ASSET, DISCOVERY = "asset", "discovery"
 DISCOVERY_PATH = b"/__manifest"
 
 
-def lacking(spare: str, path: bytes, status: int, fields: list[tuple[bytes, bytes]]) -> bool:
-    """Does this answer say that the deployment does not have what was asked for?
+def is_miss(hedge: str, path: bytes, status: int, fields: list[tuple[bytes, bytes]]) -> bool:
+    """Does this answer mean that the deployment does not have what was asked for?
 
-    An asset: a 404, or a page in place of a file, which is what an app with a catch-all route
-    gives. React Router's route discovery (a question for a build's own routes): a 204 that asks
-    for a reload, since the build is another one."""
-    if spare == DISCOVERY:
+    Of an ASSET: a 404, or a page in place of a file, as an app with a catch-all route answers. Of
+    a DISCOVERY (React Router asks a build for its routes): a 204 that demands a reload, as another
+    build answers."""
+    if hedge == DISCOVERY:
         return status == 204 and any(n.lower() == b"x-remix-reload-document" for n, _ in fields)
     if status == 404:
         return True
@@ -2861,7 +2860,7 @@ async def lifespan(_: Starlette) -> AsyncIterator[None]:
     work = {
         "routing state": functools.partial(TABLE.follow, store),
         "without state": TABLE.serve_without_state,
-        "timeouts": sweep,
+        "timeouts": close_overdue,
         **app.state.telemetry,
     }
     if TABLE.copy:  # the store may be another environment's
@@ -2962,13 +2961,13 @@ def look(record: Record) -> str:
     with contextlib.closing(connection):
         try:
             connection.request("GET", META_PATH)
-            said = connection.getresponse().read(ANSWER_HEAD_LIMIT)
+            body = connection.getresponse().read(ANSWER_HEAD_LIMIT)
         except (OSError, http.client.HTTPException):
             return "silent"
-    named = None
+    deployment_id = None
     with contextlib.suppress(ValueError):
-        named = json_object(said).get("deployment_id")
-    return "answers" if named in (None, record.deployment_id) else "other"
+        deployment_id = json_object(body).get("deployment_id")
+    return "answers" if deployment_id in (None, record.deployment_id) else "other"
 
 
 SCRIPTS = "router.py control.py janitor.py telemetry.py sqlite_store.py ownership.py".split()

@@ -102,7 +102,7 @@ class AccessLog:
         self.idle = threading.Event()  # nothing is being written
         self.idle.set()
 
-    def takes(self, error: bool) -> bool:
+    def admits(self, error: bool) -> bool:
         """Is the next line to be written? Asked before it is made."""
         self.seen += 1
         too_many = not error and (self.seen % self.sample or self.kept >= self.rate)
@@ -122,7 +122,7 @@ class AccessLog:
     ) -> None:
         """Log one answer; status 0 is none, the client had gone. Paths only: a query can carry a
         secret."""
-        if not self.takes(status >= 500):
+        if not self.admits(status >= 500):
             return
         path = urllib.parse.unquote(request.path.decode("latin-1"))
         method = request.method.decode()
@@ -188,7 +188,7 @@ Metrics = dict[tuple[str, Labels], Value]
 class Family:
     kind: str  # counter, gauge, histogram
     unit: str
-    says: str
+    description: str
 
     def prometheus(self, name: str) -> str:
         suffix = {"s": "_seconds", "By": "_bytes"}.get(self.unit, "")
@@ -253,7 +253,7 @@ def collect_metrics(tab_counts: Mapping[str, int], log_dropped: int = 0) -> Metr
         put("pulse.router.websockets.opened", tally.tunnels, deployment=name)
     put("pulse.router.stale", METRICS.stale)
     put("pulse.router.connections", len(Client.instances))
-    put("pulse.router.connections.refused", METRICS.turned_away)
+    put("pulse.router.connections.refused", METRICS.rejected)
     put("pulse.router.log.dropped", log_dropped)
     put("pulse.router.table.age", round(time.monotonic() - router.TABLE.loaded_at, 3))
     states = collections.Counter(entry.state for entry in router.TABLE.deployments.values())
@@ -291,9 +291,9 @@ def render_prometheus(found: Metrics) -> str:
         title = family.prometheus(name)
         points = [(labels, v) for (other, labels), v in found.items() if other == name]
         if points:
-            lines += [f"# HELP {title} {family.says}", f"# TYPE {title} {family.kind}"]
+            lines += [f"# HELP {title} {family.description}", f"# TYPE {title} {family.kind}"]
         for labels, value in points:
-            pairs = [f'{label}="{said}"' for label, said in labels]
+            pairs = [f'{label}="{text}"' for label, text in labels]
             braces = "{" + ",".join(pairs) + "}" if pairs else ""
             if not isinstance(value, list):
                 lines.append(f"{title}{braces} {value}")
@@ -315,12 +315,12 @@ def encode_otlp(found: Metrics, resource_attributes: Mapping[str, str]) -> Json:
         return [{"key": key, "value": {"stringValue": value}} for key, value in labels]
 
     def point(labels: Labels, value: Value) -> Json:
-        dotted = ((DOTTED.get(key, key), said) for key, said in labels)
+        dotted = ((DOTTED.get(key, key), text) for key, text in labels)
         at = {"attributes": attributes(dotted), "startTimeUnixNano": began, "timeUnixNano": now}
         if isinstance(value, list):
             *counts, total = value
-            said = {"count": str(sum(counts)), "sum": total, "explicitBounds": list(BUCKETS)}
-            return {**at, **said, "bucketCounts": [str(count) for count in counts]}
+            histogram = {"count": str(sum(counts)), "sum": total, "explicitBounds": list(BUCKETS)}
+            return {**at, **histogram, "bucketCounts": [str(count) for count in counts]}
         return {**at, **({"asDouble": value} if value % 1 else {"asInt": str(int(value))})}
 
     metrics: list[Json] = []
@@ -334,7 +334,9 @@ def encode_otlp(found: Metrics, resource_attributes: Mapping[str, str]) -> Json:
         else:
             data = {"gauge": {"dataPoints": points}}
         if points:
-            metrics.append({"name": name, "unit": family.unit, "description": family.says, **data})
+            metrics.append(
+                {"name": name, "unit": family.unit, "description": family.description, **data}
+            )
     return {
         "resourceMetrics": [
             {
@@ -378,9 +380,9 @@ def push_target(env: Mapping[str, str]) -> tuple[str, dict[str, str]] | None:
 def resource_attributes(env: Mapping[str, str] = os.environ) -> dict[str, str]:
     """OTLP's."""
     pairs = (pair.partition("=") for pair in (env.get("OTEL_RESOURCE_ATTRIBUTES") or "").split(","))
-    given = {name.strip(): urllib.parse.unquote(value) for name, mark, value in pairs if mark}
+    configured = {name.strip(): urllib.parse.unquote(value) for name, mark, value in pairs if mark}
     name = env.get("OTEL_SERVICE_NAME") or env.get("RAILWAY_SERVICE_NAME") or "pulse-router"
-    return {"service.name": name, "service.instance.id": METRICS.name, **given}
+    return {"service.name": name, "service.instance.id": METRICS.name, **configured}
 
 
 class Exporter:
@@ -397,7 +399,7 @@ class Exporter:
         self.tab_counts: dict[str, int] = {}
         self.tabs_asked = 0.0
         self.asking: asyncio.Task[None] | None = None
-        self.unsaid = True  # that the receiver does not answer
+        self.reports_failure = True  # that the receiver does not answer
 
     def collect(self) -> Metrics:
         return collect_metrics(self.tab_counts, self.access_log.dropped if self.access_log else 0)
@@ -416,8 +418,8 @@ class Exporter:
         with concurrent.futures.ThreadPoolExecutor(16) as pool:
             token = router.INTERNAL_TOKEN.decode("latin-1")
             counts = [loop.run_in_executor(pool, control.sessions, r, token) for r in found]
-            said = zip(found, await asyncio.gather(*counts), strict=True)
-        self.tab_counts = {r.deployment_id: count for r, count in said if count is not None}
+            answers = zip(found, await asyncio.gather(*counts), strict=True)
+        self.tab_counts = {r.deployment_id: count for r, count in answers if count is not None}
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -453,13 +455,15 @@ class Exporter:
         try:
             request = urllib.request.Request(endpoint, body, headers)
             with urllib.request.urlopen(request, timeout=10):
-                self.unsaid = True
+                self.reports_failure = True
         except (OSError, ValueError, http.client.HTTPException) as error:
-            if self.unsaid:  # once, until it has answered again; its address may hold a secret
+            if (
+                self.reports_failure
+            ):  # once, until it has answered again; its address may hold a secret
                 log.error(
                     "metrics cannot be pushed (%s)", getattr(error, "code", type(error).__name__)
                 )
-            self.unsaid = False
+            self.reports_failure = False
 
 
 class MetricsConnection(Client):
@@ -473,17 +477,17 @@ class MetricsConnection(Client):
         self.spawn(self.scrape(request))
 
     async def scrape(self, request: Request) -> None:
-        # only the private network: the edge says who it is
+        # only the private network: the edge adds REQUEST_ID
         from_outside = any(lower == REQUEST_ID for _, lower, _ in request.fields)
         if from_outside or request.path != b"/metrics":
-            response = router.plain(404)
+            response = router.error_response(404)
         elif request.method not in (b"GET", b"HEAD"):
-            response = router.plain(405)
+            response = router.error_response(405)
         else:
             await self.exporter.count_tabs()
             text = render_prometheus(self.exporter.collect())
             response = Response(text, media_type="text/plain; version=0.0.4")
         if not self.transport.is_closing():
             close = request.more_body or not request.keep_alive
-            self.say(response, close=close, head_only=request.method == b"HEAD")
+            self.send_response(response, close=close, head_only=request.method == b"HEAD")
         self.finish(request)

@@ -147,7 +147,7 @@ def variables() -> list[str]:
         lines += ["", f"### {where}", "", "| variable | |", "| --- | --- |"]
         for names, says in known.items():
             shown = ", ".join(f"`{name}`" for name in names.split(", "))
-            lines.append(f"| {shown} | {says} |")
+            lines.append(f"| {shown} | {description} |")
     return lines
 
 
@@ -159,8 +159,8 @@ def metrics() -> list[str]:
         "| --- | --- | --- | --- |",
     ]
     for name, family in load("telemetry").FAMILIES.items():
-        title, says = family.prometheus(name), family.says
-        lines.append(f"| `{title}` | `{name}` | {family.kind} | {says} |")
+        title, description = family.prometheus(name), family.description
+        lines.append(f"| `{title}` | `{name}` | {family.kind} | {description} |")
     return lines
 
 

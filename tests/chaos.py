@@ -573,7 +573,7 @@ def janitor(services: str, gone: str, intent: str) -> None:
     store = router.store_from_env(dict(os.environ))
     with script.run_lock(store) as held:
         if held:
-            limits = script.Limits(DRAIN_TTL, 10.0, 0)
+            limits = script.Retention(DRAIN_TTL, 10.0, 0)
             with contextlib.suppress(script.Contradiction):
                 script.clean_up(store, railway, store.read(), found, TOKEN, limits)
 

@@ -30,7 +30,7 @@ def visitor(n: int) -> bytes:
 
 @pytest.mark.parametrize("weight", [0, 1, 5, 10, 25, 50, 90, 100])
 def test_the_share_is_within_a_point(weight: float) -> None:
-    drawn = sum(router.drawn(visitor(n), "prod-1", weight) for n in range(10_000))
+    drawn = sum(router.in_canary_bucket(visitor(n), "prod-1", weight) for n in range(10_000))
     assert abs(drawn / 100 - weight) <= (1 if 0 < weight < 100 else 0)
 
 
@@ -42,15 +42,16 @@ def test_nobody_flips_back_as_the_share_grows(
     who: bytes, name: str, some: float, more: float
 ) -> None:
     some, more = sorted((some, more))
-    assert router.drawn(who, name, some) <= router.drawn(who, name, more)
-    assert not router.drawn(who, name, 0)
-    assert router.drawn(who, name, 100)
+    assert router.in_canary_bucket(who, name, some) <= router.in_canary_bucket(who, name, more)
+    assert not router.in_canary_bucket(who, name, 0)
+    assert router.in_canary_bucket(who, name, 100)
 
 
 def test_another_canary_draws_anew() -> None:
     """Not always the same people."""
     both = sum(
-        router.drawn(visitor(n), "a", 10) and router.drawn(visitor(n), "b", 10)
+        router.in_canary_bucket(visitor(n), "a", 10)
+        and router.in_canary_bucket(visitor(n), "b", 10)
         for n in range(10_000)
     )
     assert 50 < both < 150

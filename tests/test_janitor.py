@@ -72,7 +72,7 @@ def service(name: str, age: float = 7200, status: str | None = None, **more: Any
 
 
 def clean_up(store: Any, railway: Railway, limits: Any = None) -> Any:
-    limits = limits or janitor.Limits(60)
+    limits = limits or janitor.Retention(60)
     return janitor.clean_up(store, railway, store.read(), railway.inspect(), "token", limits)
 
 
@@ -107,7 +107,7 @@ class Room:
         **railway: Any,
     ) -> tuple[Any, list[str]]:
         on_railway = Railway(service("active"), *services, **railway)
-        limits = janitor.Limits(ttl, window, keep)
+        limits = janitor.Retention(ttl, window, keep)
         return clean_up(self.store, on_railway, limits), on_railway.deleted
 
 

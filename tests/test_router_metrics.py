@@ -170,7 +170,7 @@ def test_only_the_private_network_gets_them(stage: Callable[..., tuple[Process, 
     assert ask(port, "/metrics", method="POST", body=b"x").status == 405
     assert ask(port, "/metrics", method="HEAD").status == 200
     assert ask(router.port, "/metrics").body == b"a"
-    with Connection.to(port) as connection:  # what is policed on the other port is here, too
+    with Connection.to(port) as connection:  # what the other port refuses, this one does
         connection.send(b"GET /metrics HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n")
         assert b" 400 " in connection.head()
 
@@ -470,7 +470,7 @@ def test_a_flood_is_sampled_and_errors_are_not() -> None:
     log = telemetry.AccessLog(rate=400)
 
     def add(line: dict[str, Any], error: bool = False) -> None:
-        if log.takes(error):
+        if log.admits(error):
             log.add(line, error)
 
     for second in range(4):

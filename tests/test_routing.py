@@ -107,7 +107,7 @@ ADDRESS = "http://a.railway.internal:8000"
 )
 def test_a_field_of_a_record(field: str, stored: object, value: object) -> None:
     found = record(**{field: stored})
-    assert (getattr(found, field), found.ignored) == (value, ())
+    assert (getattr(found, router.FIELDS[field].name), found.ignored) == (value, ())
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,9 @@ def test_a_field_that_holds_what_it_may_not(field: str, stored: object) -> None:
     """It is ignored, named, and kept as it is when another is written."""
     found = record(**{field: stored, "x-foreign": 1})
     assert found.ignored == (field,)
-    assert getattr(found, field) == getattr(router.Record("a"), field)
+    assert getattr(found, router.FIELDS[field].name) == getattr(
+        router.Record("a"), router.FIELDS[field].name
+    )
     routing = parse({":deployment:a": found.raw})
     assert routing.problems[0] == f"a: {field} not understood"
     (text,) = (
@@ -329,7 +331,7 @@ def test_the_shape_of_0_3_x() -> None:
         "drain_started_at": None,
     }
     assert record(**OLD).json() == OLD
-    canary = router.Record("a", "pending", "s", weight=0.0, bake=5.0, held=True).json()
+    canary = router.Record("a", "pending", "s", weight=0.0, bake=5.0, pinned=True).json()
     assert (canary["weight"], canary["bake"], canary["held"]) == (0.0, {"until": 5.0}, True)
 
 
@@ -338,7 +340,7 @@ def test_fields_and_keys_that_we_do_not_know_are_kept() -> None:
     routing = parse({":active": "a", ":deployment:a": OLD | foreign, ":x": "1"})
     change = router.changes(routing, control.set_maintenance(routing, None, 30, None))
     assert set(change) == {":maintenance", ":store", ":epoch", ":promoted"}
-    drained = routing.records["a"].drains(NOW)
+    drained = routing.records["a"].as_draining(NOW)
     text = router.changes(routing, control.with_records(routing, drained))[":deployment:a"]
     expected = OLD | foreign | {"state": "draining", "drain_started_at": NOW}
     assert json.loads(text) == expected

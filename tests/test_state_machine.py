@@ -325,7 +325,7 @@ class Life(RuleBasedStateMachine):
             self.intent = router.promotion_from_env(values)
 
         railway = types.SimpleNamespace(delete=delete, remember=remember)
-        limits = janitor.Limits(DAY, 900.0, keep)
+        limits = janitor.Retention(DAY, 900.0, keep)
         with self.store.killed_after(steps), contextlib.suppress(janitor.Contradiction):
             report = janitor.clean_up(self.store, railway, state, inventory, "", limits)
         assert report is None or not report.failed
@@ -473,7 +473,7 @@ class Life(RuleBasedStateMachine):
         promoted = {e["deployment_id"] for e in state.history if e["what"] != "remove"}
         for name in self.services:
             record = records.get(name)
-            stays = record and (record.held or record.promoted_at or name in promoted)
+            stays = record and (record.pinned or record.promoted_at or name in promoted)
             assert name == self.active or stays or not self.active, (name, record)
         if self.active:
             assert set(records) == set(self.services)

@@ -324,8 +324,8 @@ def test_nothing_that_is_stored_is_a_traceback(
     noted = [{"at": 5, "what": "promote", **e} if isinstance(e, dict) else e for e in entries]
     store = Holds({k: json.dumps(v) for k, v in {**found, ":history": noted}.items()})
     monkeypatch.setattr(control, "sessions", lambda *_: 1)
-    state = asked("status", control.status(cast(Any, store), "", None))
-    state["routers"] = [{"router": "r", "tallies": tallies, **control.understood({})}]
+    state = asked("status", control.status_answer(cast(Any, store), "", None))
+    state["routers"] = [{"router": "r", "tallies": tallies, **control.checked_report({})}]
     monkeypatch.setattr(router_commands, "read_state", lambda *_, **__: state)
     shown = status(cast(Any, None), stack(A))
     looks = History()

@@ -55,7 +55,7 @@ def test_one_that_returns_has_ended_too(
 ) -> None:
     with Backend(ok(b"a")) as a:
         redis_server.deployment("a", a.address)
-        router = run(start, router_python, redis_server, "sweep", 1, "return")
+        router = run(start, router_python, redis_server, "close_overdue", 1, "return")
         eventually(lambda: ask(router.port).body == b"a")
         eventually(lambda: "the task `timeouts` has ended" in router.output())
         assert "it returned" in router.output()
@@ -74,7 +74,7 @@ def test_three_times_in_a_minute_ends_the_process(
 
     with Backend(handle=slow) as a:
         redis_server.deployment("a", a.address)
-        router = run(start, router_python, redis_server, "sweep", 3)
+        router = run(start, router_python, redis_server, "close_overdue", 3)
         eventually(lambda: ask(router.port, "/healthz").status == 200)
         answer = ask(router.port)
         assert (answer.status, answer.body) == (200, b"abcd")

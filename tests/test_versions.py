@@ -369,7 +369,7 @@ class Rails:
 
     def todays_janitor(self) -> Any:
         """A run after it; nothing live is deleted by it."""
-        limits = janitor.Limits(86_400.0, 900.0, 0)
+        limits = janitor.Retention(86_400.0, 900.0, 0)
         found = self.inspect(janitor)
         return janitor.clean_up(self.site.store, self, self.site.state, found, "t", limits)
 
@@ -501,7 +501,7 @@ def test_a_canary_is_ended_at_every_step_of_an_older_janitor(
         assert (found.active, found.promoted, found.canary) == ("a", promoted, None)
         assert rails.services.keys() == {"a", "b", "c"}
         b = found.records["b"]
-        assert (b.state, b.held, b.weight, b.bake) == ("draining", False, None, None)
+        assert (b.state, b.pinned, b.weight, b.bake) == ("draining", False, None, None)
         assert b.rejected_at
         report = rails.todays_janitor()
         assert (report.deleted, report.failed) == ([], {})
@@ -671,7 +671,7 @@ def life(call: Callable[..., Any], site: Site, warned: dict[str, Any]) -> None:
     assert site.state.lock is None
     assert call("active_deployment") == "a"
     register("b", held=True)
-    assert site.state.records["b"].held
+    assert site.state.records["b"].pinned
     call("promote", "b", "b", weight=10.0, bake=60, instead_of="a", why="a try", **warned)
     assert site.state.canary.weight == 10
     assert call("state")["canary"] == {"deployment_id": "b", "weight": 10.0}

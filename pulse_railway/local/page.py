@@ -179,7 +179,7 @@ def read(
         )
         routing = load("control").with_records(routing, *here)
         store.read = lambda: routing
-        return dict(load("control").status(store, token, None))
+        return dict(load("control").status_answer(store, token, None))
     finally:
         store.client.close()
 
