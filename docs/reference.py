@@ -147,7 +147,7 @@ def variables() -> list[str]:
         lines += ["", f"### {where}", "", "| variable | |", "| --- | --- |"]
         for names, says in known.items():
             shown = ", ".join(f"`{name}`" for name in names.split(", "))
-            lines.append(f"| {shown} | {description} |")
+            lines.append(f"| {shown} | {says} |")
     return lines
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 
 from pulse_railway import contract, provenance
 from pulse_railway.config import AppConfig
@@ -85,9 +85,18 @@ def check(stack: Stack, app: AppIdentity, replace: bool, output: Output) -> None
             return
 
 
-def remember(api: Api, stack: Stack, app: AppIdentity, output: Output) -> None:
-    """Note it, where it is not noted yet. A failure is no reason to fail."""
+def with_known(stack: Stack, app: AppIdentity) -> AppIdentity:
+    """`app`, and what it does not say as the stack knows it: a deploy of an app without a name does
+    not take the stack's."""
+    known = remembered(stack)
+    return AppIdentity(*(new or old for new, old in zip(astuple(app), astuple(known), strict=True)))
+
+
+def remember(api: Api, stack: Stack, app: AppIdentity, replace: bool, output: Output) -> None:
+    """Note it, where it is not noted yet; with `replace`, nothing is left of the app before. A
+    failure is no reason to fail."""
     assert stack.router is not None
+    app = app if replace else with_known(stack, app)
     if stack.router.variables.get(contract.APP) == variable(app):
         return
     try:

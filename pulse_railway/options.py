@@ -63,6 +63,11 @@ class StatusOptions(StackOptions):
 
 
 @dataclass(frozen=True)
+class HistoryOptions(StackOptions):
+    lines: int = 100
+
+
+@dataclass(frozen=True)
 class LogsOptions(StackOptions):
     service: str | None = None  # a stable service; else a deployment's
     build: bool = False
@@ -195,6 +200,10 @@ def logs(flags: Flags, output: Output) -> LogsOptions:
         follow=bool(flags.get("follow")),
         lines=number(flags, "lines", 100),
     )
+
+
+def history(flags: Flags, output: Output) -> HistoryOptions:
+    return HistoryOptions(**vars(stack(flags, output)), lines=number(flags, "lines", 100))
 
 
 def baseline(flags: Flags, output: Output) -> BaselineOptions:

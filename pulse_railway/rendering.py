@@ -145,9 +145,9 @@ def status_parts(result: dict[str, Any], history: History | None = None) -> list
     parts += [Text.assemble(("○ ", "red"), n, (" missing", "red")) for n in result["missing"]]
     parts += [Text(line, "yellow") for line in activity(result)]
     parts += [Text(f"problem: {problem}", "red") for problem in result["problems"]]
-    if not result["deployments"]:
+    if not result["deployments"] and not result["problems"]:
         parts.append(Text("no deployments: run pulse-railway deploy"))
-    else:
+    elif result["deployments"]:
         parts += [Text(), deployments(result["deployments"], history)]
     parts += [
         Text(

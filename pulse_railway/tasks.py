@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         BaselineOptions,
         DeployOptions,
         Flags,
+        HistoryOptions,
         ImageOptions,
         LogsOptions,
         MaintenanceOptions,
@@ -177,8 +178,8 @@ def maintenance(wanted: MaintenanceOptions, output: Output) -> None:
     output.result(result, [f"maintenance is {word} at {stack.address}"])
 
 
-@verb([*STACK, "lines"], parser="logs")
-def history(wanted: LogsOptions, output: Output) -> None:
+@verb([*STACK, "lines"], parser="history")
+def history(wanted: HistoryOptions, output: Output) -> None:
     """Show what was promoted, rolled back and removed, when, by whom and why."""
     from pulse_railway import rendering, router_commands
 

@@ -213,7 +213,7 @@ def with_defaults(context: Context, given: Mapping[str, Any]) -> dict[str, Any]:
         )
     known = {key.replace("-", "_"): value for key, value in dict(configured).items()}
     return {
-        name: value if value not in (None, [], False) else known.get(name, value)
+        name: known.get(name, value) if value is None or value is False or value == [] else value
         for name, value in given.items()
     }
 

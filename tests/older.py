@@ -140,7 +140,7 @@ control.by_ssh, control.settle, control.PAUSES = by_ssh, lambda *_: None, ()
 for line in sys.stdin:
     asked = json.loads(line)
     stack = SimpleNamespace(
-        intent=asked["intent"], target=SimpleNamespace(control_route=SimpleNamespace(kind="ssh"))
+        intent=asked["intent"], target=SimpleNamespace(way=SimpleNamespace(kind="ssh"))
     )
     try:
         done = getattr(control, asked["call"])(None, stack, *asked["words"], **asked["named"])

@@ -119,7 +119,14 @@ def test_another_app_does_not_take_its_place(base: Project, tmp_path: Path) -> N
     router = base.latest("pulse-router")["id"]
     assert base.run("ensure", "main.py", cwd=shop).code == 0
     assert base.latest("pulse-router")["id"] == router  # it is noted, and nothing is deployed
-    assert json.loads(base.variables("pulse-router")[contract.APP]) == {"name": "shop"}
+    before = json.loads(base.variables("pulse-router")[contract.APP])
+    assert before["name"] == "shop"
+    # an app without a name takes nobody's
+    done = base.run("deploy", "main.py", "--no-promote", "--deployment-id", "unnamed")
+    assert done.code == 0, done.err
+    assert json.loads(base.variables("pulse-router")[contract.APP])["name"] == "shop"
+    refusal = "pulse-router serves the app 'shop', and this one is 'blog'"
+    assert refusal in base.run("doctor", "main.py", cwd=blog).out
     for verb in ("deploy", "ensure"):
         refused = base.run(verb, "main.py", cwd=blog)
         assert refused.code == 1

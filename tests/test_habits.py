@@ -197,3 +197,12 @@ def test_help_is_about_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "pulse-railway maintenance on|off [flags]" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="did you mean deploy"):
         cli.main(["help", "deplot"])
+
+
+def test_a_zero_that_was_given_wins_over_the_file() -> None:
+    """0 == False, so `keep=0` in a task file counted as not given."""
+    from pulse_railway import verbs
+
+    context = Context(Config(overrides={"pulse_railway": {"keep": 5, "json": True}}))
+    given = {"keep": 0, "json": False, "build_arg": []}
+    assert verbs.with_defaults(context, given) == {"keep": 0, "json": True, "build_arg": []}

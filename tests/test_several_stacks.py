@@ -109,3 +109,5 @@ def step_04_one_redis(reader: Reader) -> None:
     assert "a-1" not in status
     assert reader.redis.client.get("team-a:active") == "a-1"
     assert reader.redis.client.get("team-b:active") is None
+    # each has an owner before anything is deployed, so that a third one is refused
+    assert {reader.redis.client.get(f"team-{t}:owner") is not None for t in "ab"} == {True}

@@ -116,6 +116,9 @@ def they_live_apart(project: Project, shop: Path) -> None:
             refused = project.run(verb, "--app", "main.py", "--deployment-id", other, cwd=cwd)
             assert refused.code == 1
             assert f"there is no deployment {other}" in refused.err
+        history = project.run("history", "--service", router).out  # before, the usual router's
+        assert own in history
+        assert other not in history
         page = shown(project, router)
         assert [row["deployment_id"] for row in page["routing"]["deployments"]] == [own]
         whose = {s["deployment_id"]: (s["own"], s["owner"]) for s in page["services"]}

@@ -146,6 +146,16 @@ UP = {"active": "a", "lost": False, "epoch": 7, "deployments": [RECORD], "router
             ["no deployment is active", "promote", "rest"],
         ),
         (stack(intent=""), UP | {"active": None}, []),  # nothing was deployed yet
+        (  # before, commands for what is another stack's
+            stack(A),
+            UP | {"owner": "elsewhere/router", "lost": True},
+            ["belongs to another stack (elsewhere/router,", "`pulse-railway ensure` says"],
+        ),
+        (
+            replace(stack(A), copied_from="production"),
+            UP | {"lost": True, "problems": ["this environment is a copy"]},
+            ["a copy of production", "ensure`"],
+        ),
         (stack(), UP, ["a has no service", "`pulse-railway rollback` goes back"]),
         (stack(service("a", "CRASHED", PULSE_DEPLOYMENT_ID="a")), UP, ["is CRASHED", "rollback`"]),
         (

@@ -618,8 +618,19 @@ def parsed(carry_out: Callable[..., Any], words: list[str], env: dict[str, str])
     return subprocess.CompletedProcess(words, 0 if answer["ok"] else 1, json.dumps(answer), "")
 
 
+# today's functions of router_commands that are not called send_...
+TODAYS = {
+    "active_deployment": "read_active",
+    "state": "read_state",
+    "history": "read_history",
+    "baked": "send_finish_bake",
+    "withdraw": "send_abort_canary",
+}
+
+
 class Cli:
-    """Today's router_commands, which reach a router of another version by ssh."""
+    """Today's router_commands, called by their names before; they reach a router of another version
+    by ssh."""
 
     def __init__(
         self, site: Site, carry_out: Callable[..., Any], patch: pytest.MonkeyPatch
@@ -649,7 +660,8 @@ class Cli:
         if state.active:  # as it is noted after each promotion
             at = state.promoted.at if state.promoted else time.time()
             self.stack.intent = f"{state.active}@{at!r}"
-        return getattr(router_commands, name)(None, self.stack, *words, **named)
+        function = getattr(router_commands, TODAYS.get(name, f"send_{name}"))
+        return function(None, self.stack, *words, **named)
 
 
 def life(call: Callable[..., Any], site: Site, warned: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import httpx
 
-from pulse_railway import config, contract, options, router_commands, runtime_image
+from pulse_railway import app_identity, config, contract, options, router_commands, runtime_image
 from pulse_railway.errors import Failure
 from pulse_railway.flows import deploy, status
 from pulse_railway.options import DeployOptions
@@ -174,6 +174,19 @@ def check_clock(url: str) -> str:
     return ""
 
 
+def check_identity(found: Checkup, plan: deploy.Plan, stack: Stack) -> None:
+    said = Warnings()
+
+    def look() -> str:
+        app = app_identity.of_app(plan.app)
+        app_identity.check(stack, app, plan.wanted.replace_app, said)
+        return app.name or app.place
+
+    if found.tried("which app the stack serves", look):
+        for line in said.kept:
+            found.note("which app the stack serves", "warning", line)
+
+
 def check_stack(
     found: Checkup,
     flags: dict[str, Any],
@@ -201,6 +214,7 @@ def check_stack(
     check_versions(found, stack)
     if plan:
         found.tried("PULSE_SECRET", lambda: deploy.check_secret(plan, stack))
+        check_identity(found, plan, stack)
 
     def tell(state: dict[str, Any] | None) -> None:
         for problem in status.problems(stack, state, None):

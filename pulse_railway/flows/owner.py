@@ -1,7 +1,8 @@
 """`ensure` on an external Redis: whose the routing state is that it holds.
 
-A Redis in the project, and an empty one, is the stack's own, and the janitor claims it. Another one
-may hold the state of a stack elsewhere, which only a person knows.
+A Redis in the project is the stack's own, and the janitor claims it; an empty state is, too, and is
+claimed at once, before another stack's deploy is in it. Another one may hold the state of a stack
+elsewhere, which only a person knows.
 """
 
 from __future__ import annotations
@@ -55,9 +56,8 @@ def claim(
     owns_state: bool,
 ) -> None:
     if owner is None:
-        if not state.get("active"):
-            return  # the janitor's next run does it
-        if owns_state or is_ours(api, stack, str(state["active"]), output, ask):
+        empty = not state.get("active") and not state["deployments"]
+        if empty or owns_state or is_ours(api, stack, str(state["active"]), output, ask):
             router_commands.send_claim(api, stack)
     elif is_gone(stack, owner):
         router_commands.send_claim(api, stack, instead_of=owner)

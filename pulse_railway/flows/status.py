@@ -11,7 +11,7 @@ from pulse_railway.errors import Failure
 from pulse_railway.flows import baseline
 from pulse_railway.railway.api import Api
 from pulse_railway.services import left_empty, scaled
-from pulse_railway.stack import Stack, require_baseline
+from pulse_railway.stack import Stack, ownership, require_baseline
 from pulse_railway.waiting import FAILED_STATES
 
 
@@ -62,7 +62,7 @@ def status(api: Api, stack: Stack) -> dict[str, Any]:
             }
             for s in stack.baseline
         ],
-        "missing": stack.missing,
+        "missing": [] if stack.no_such_router else stack.missing,
         "deployments": rows,
         "routers": state["routers"] if state else [],
         "problem": found[0] if found else None,
@@ -274,8 +274,10 @@ def problems(stack: Stack, state: dict[str, Any] | None, silence: str | None) ->
             f"the router does not answer: {silence}. See `pulse-railway logs --service"
             f" {stack.names.router}`"
         )
-    if state is None:
+    if state is None or stack.copied_from:  # of a copy, `ensure` comes before all else
         return found
+    if (owner := state.get("owner")) not in (None, stack.stamp):
+        return [*found, ownership.foreign_words(owner)]
     active = state["active"]
     found += of_memories(state, stack)
     found += of_active(state)
