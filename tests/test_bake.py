@@ -108,8 +108,12 @@ class Stage:
         monkeypatch.setattr(bake, "PAUSE", 0.0)
         monkeypatch.setattr(time, "sleep", lambda _: None)
         monkeypatch.setattr(router_commands, "read_state", self.state)
-        for name in ("withdraw", "baked", "promote"):
-            monkeypatch.setattr(router_commands, name, self.note(name))
+        for name, function in (
+            ("withdraw", "send_abort_canary"),
+            ("baked", "send_finish_bake"),
+            ("promote", "send_promote"),
+        ):
+            monkeypatch.setattr(router_commands, function, self.note(name))
         monkeypatch.setattr(bake, "remember_active", self.note("remember"))
         env: Any = ["e", "i", "prod-old", "", None, {}, [], None, None, {}]
         self.stack = Stack(config.Target("p", "e"), config.Names(), {"prod-old": Service(*env)})

@@ -158,7 +158,7 @@ def test_a_copy_may_be_staged(web: Service) -> None:
     commit = "mutation ($e: String!) { environmentPatchCommitStaged(environmentId: $e) }"
     project.railway.graphql(commit, e=other.environment)
     second = in_environment(web, other)
-    eventually(lambda: second.status == "SUCCESS", 20)
+    eventually(second.get, 20)
     assert second.get()["probe"] == "of its deployment"
     assert second.get()["pid"] != web.get()["pid"]
 

@@ -62,7 +62,7 @@ def test_any_answer_of_the_apps_own_will_do(status: str) -> None:
 def test_a_page_that_does_not_come_up(
     answer: bytes, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reachability, "probe", lambda *_: {"at": "answers", "status": 502})
+    monkeypatch.setattr(reachability, "send_probe", lambda *_: {"at": "answers", "status": 502})
     with Backend(answer) as backend:
         with pytest.raises(errors.Failure, match=rf"the page / took longer .* {said}"):
             wait(backend)
@@ -71,7 +71,7 @@ def test_a_page_that_does_not_come_up(
 @pytest.mark.usefixtures("quick")
 def test_a_page_that_only_the_edge_stands_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own error page says nothing of the version: that is asked from inside."""
-    monkeypatch.setattr(reachability, "probe", lambda *_: {"at": "answers", "status": 200})
+    monkeypatch.setattr(reachability, "send_probe", lambda *_: {"at": "answers", "status": 200})
     with Backend(ok(b"Application failed to respond", status="502 Bad Gateway")) as backend:
         assert wait(backend)[0].startswith("Railway's edge answers in place of the router at ")
 
