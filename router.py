@@ -707,8 +707,9 @@ def _recovered(store: Routing, known: Routing) -> Routing:
     history = tuple(sorted(noted.values(), key=lambda e: float(e["at"])))[-HISTORY_AT_MOST:]
     closed = known.maintenance if earlier else store.maintenance or known.maintenance
     switches = [e["what"] for e in history if str(e["what"]).startswith("maintenance ")]
-    if switches and switches[-1] == "maintenance off":  # later than who still knows it closed
-        closed = None
+    if switches:  # the last one is right, whoever still knows what was before
+        on = switches[-1] == "maintenance on"
+        closed = (store.maintenance or known.maintenance) if on else None
     return replace(
         store,
         epoch=max(store.epoch, known.epoch),

@@ -815,6 +815,19 @@ def test_a_site_that_was_opened_later_stays_open() -> None:
     assert router.repaired(store, known, "z").maintenance is None
 
 
+def test_a_site_that_was_closed_where_the_epoch_is_lost_stays_closed() -> None:
+    """The store counts from 1 again, and a router took it for an earlier one: `maintenance on` said
+    that it was done, and the site stayed open."""
+    on = {"at": 2.0, "what": "maintenance on"}
+    known = router.Routing(store_id="x", epoch=3, active="a")
+    closed = router.Maintenance(2.0)
+    store = replace(known, epoch=1, history=(on,), maintenance=closed)
+    assert router.repaired(store, known, "z").maintenance == closed
+    earlier = replace(store, history=(), maintenance=None)  # a copy from before it was closed
+    knows = replace(known, history=(on,), maintenance=closed)
+    assert router.repaired(earlier, knows, "z").maintenance == closed
+
+
 def test_a_name_that_cannot_be_looked_up_is_no_address() -> None:
     """Before, each request to it was dropped, with a traceback."""
     record = {"state": "pending", "service_name": "b", "address": "http://a..b:80"}
