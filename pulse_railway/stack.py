@@ -216,12 +216,21 @@ def own_stack(read: Stack) -> Stack:
     return found
 
 
+def check_prefix(flag: str, given: str | None, stored: str | None) -> None:
+    """What a stack was set up with stays: its keys and its services are called by it. Raises
+    Failure for another one, with which another stack may be meant."""
+    if given and given.rstrip(":-") != (stored or "").rstrip(":-"):
+        was = f"with {flag} {stored}" if stored else f"without {flag}"
+        raise Failure(f"this stack was set up {was}, and keeps its names: leave the flag out")
+
+
 def stack_of(read: Stack, router: Any, every: list[Any], owners: dict[str, Any]) -> Stack:
     """The stack of a router, with the names that its services have."""
     names, environment = read.names, read.target.environment_id
     said = ownership.names_of(router, every)
     free = {s.name for s in every if owners[s.id].kind == "nobody" and not s.is_backend}
     of_copy = router.stamp is not None and router.stamp.environment_id != environment
+    check_prefix("--service-prefix", names.prefix, router.variables.get(contract.SERVICE_PREFIX))
     names = replace(
         names,
         router=router.name,

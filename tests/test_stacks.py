@@ -14,7 +14,7 @@ import pytest
 from pulse_railway import contract
 from pulse_railway.config import Names, Target, Where
 from pulse_railway.errors import Failure
-from pulse_railway.flows.baseline import check_prefixes, wanted_redis_prefix
+from pulse_railway.flows.baseline import check_redis_prefix, wanted_redis_prefix
 from pulse_railway.options import BaselineOptions
 from pulse_railway.services import scaled
 from pulse_railway.stack import Service, Stack, partial
@@ -167,9 +167,14 @@ def test_names_that_a_stack_was_set_up_with_stay(base: Project) -> None:
         ("--redis-prefix", "other", "with --redis-prefix pulse:railway"),
         ("--service-prefix", "x", "without --service-prefix"),
     ):
-        refused = base.run("ensure", "main.py", flag, value)
-        assert refused.code == 1
-        assert f"this stack was set up {was}" in refused.err
+        verbs = (
+            ["ensure"] if flag == "--redis-prefix" else ["ensure", "deploy", "status", "rollback"]
+        )
+        for verb in verbs:  # before, a deploy replaced the site of the stack that is there
+            app = ["main.py"] if verb in ("ensure", "deploy") else []
+            refused = base.run(verb, *app, flag, value)
+            assert refused.code == 1, verb
+            assert f"this stack was set up {was}" in refused.err
 
 
 def test_a_prefix_that_is_in_a_file_holds_for_a_copy_too() -> None:
@@ -177,10 +182,10 @@ def test_a_prefix_that_is_in_a_file_holds_for_a_copy_too() -> None:
     of_router = {contract.REDIS_PREFIX: "shop:e-copy"}
     router = Service("r", "", "pulse-router", "", None, {}, [], None, None, of_router)
     own = Stack(Target("p", "e-copy"), Names(), {"pulse-router": router})
-    check_prefixes(own, wanted)
+    check_redis_prefix(own, wanted)
     assert wanted_redis_prefix(own, wanted) == "shop:e-copy"
     with pytest.raises(Failure, match="set up with --redis-prefix shop:e-copy"):
-        check_prefixes(Stack(Target("p", "other"), Names(), {"pulse-router": router}), wanted)
+        check_redis_prefix(Stack(Target("p", "other"), Names(), {"pulse-router": router}), wanted)
 
 
 def test_a_copied_environment(base: Project) -> None:

@@ -34,6 +34,7 @@ from pulse_railway.services import (
 from pulse_railway.stack import (
     Service,
     Stack,
+    check_prefix,
     goes_with,
     inspect,
     joined,
@@ -111,7 +112,7 @@ def ensure(
     if stack.missing:
         raise Failure(partial(stack))
     check_redis_mode(stack, wanted)
-    check_prefixes(stack, wanted)
+    check_redis_prefix(stack, wanted)
     if wanted.app:
         app_identity.check(stack, app_identity.of_app(wanted.app), wanted.replace_app, output)
     assert stack.router is not None
@@ -148,19 +149,12 @@ def check_redis_mode(stack: Stack, wanted: BaselineOptions) -> None:
         )
 
 
-def check_prefixes(stack: Stack, wanted: BaselineOptions) -> None:
-    """What a stack was set up with stays: its keys and its services are called by it. A copy's own
-    prefix follows the original's, which invoke.yaml may hold."""
+def check_redis_prefix(stack: Stack, wanted: BaselineOptions) -> None:
+    """A copy's own prefix follows the original's, which invoke.yaml may hold."""
     assert stack.router is not None
+    stored = stack.router.variables.get(contract.REDIS_PREFIX) or ""
     own = f":{stack.target.environment_id}"
-    of_router = stack.router.variables
-    for flag, given, stored in (
-        ("--redis-prefix", wanted.redis_prefix, of_router.get(contract.REDIS_PREFIX)),
-        ("--service-prefix", wanted.names.prefix, of_router.get(contract.SERVICE_PREFIX)),
-    ):
-        if given and given.rstrip(":-") != (stored or "").removesuffix(own).rstrip(":-"):
-            was = f"with {flag} {stored}" if stored else f"without {flag}"
-            raise Failure(f"this stack was set up {was}, and keeps its names: leave the flag out")
+    check_prefix("--redis-prefix", wanted.redis_prefix, stored.removesuffix(own))
 
 
 def tell_of_copy(stack: Stack, output: Output) -> None:
