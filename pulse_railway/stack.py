@@ -12,7 +12,7 @@ from pulse_railway import contract, runtime_image
 from pulse_railway.config import Names, Target
 from pulse_railway.errors import Failure, keep_secret
 from pulse_railway.railway import documents
-from pulse_railway.railway.api import Api
+from pulse_railway.railway.api import Api, GraphqlError
 
 ownership: Any = runtime_image.load("ownership")
 
@@ -165,7 +165,13 @@ def inspect(api: Api, target: Target, names: Names) -> Stack:
     Variables that cannot be all there are, are read once more; `stack.doubt` says so then.
     """
     read = read_services(api, target, names)
-    read_variables(api, read)
+    try:
+        read_variables(api, read)
+    except GraphqlError as error:
+        if "not found" not in str(error).lower():
+            raise
+        read = read_services(api, target, names)  # a janitor deleted one between the two
+        read_variables(api, read)
     stack = own_stack(read)
     if doubt(stack):
         time.sleep(READ_AGAIN)

@@ -6,16 +6,18 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
 
 from pulse_railway import contract
+from pulse_railway import stack as stack_module
 from pulse_railway.config import Names, Target, Where
 from pulse_railway.errors import Failure
 from pulse_railway.flows.baseline import check_redis_prefix, wanted_redis_prefix
 from pulse_railway.options import BaselineOptions
+from pulse_railway.railway.api import GraphqlError
 from pulse_railway.services import scaled
 from pulse_railway.stack import Service, Stack, partial
 from tests.conftest import TINY, Project
@@ -316,6 +318,20 @@ def test_so_many_replicas_in_the_regions_that_they_are_in(
     regions: dict[str, int], replicas: int, then: dict[str, int]
 ) -> None:
     assert scaled(regions, replicas) == then
+
+
+def test_a_service_that_is_deleted_while_the_stack_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its janitor deletes whenever it likes. Before, any verb ended with "Service not found"."""
+    says = iter([GraphqlError("Service not found"), None])
+
+    def variables(*_: Any) -> None:
+        if error := next(says):
+            raise error
+
+    monkeypatch.setattr(stack_module, "read_services", lambda _, to, n: Stack(to, n, {}))
+    monkeypatch.setattr(stack_module, "read_variables", variables)
+    assert stack_module.inspect(cast(Any, None), Target("p", "e"), Names()).services == {}
+    assert next(says, "both were read") == "both were read"
 
 
 BASELINE = ("pulse-env", "pulse-redis", "pulse-janitor")
