@@ -1087,9 +1087,8 @@ def change_state(store: router.Store, args: argparse.Namespace, me: str | None =
     if args.command not in ALLOWED_WHEN_LOST:
         step = refuse_if_lost(step, args.promoted)
     step = owned(step, me)
-    if (
-        args.command in EXCLUDES_OLD_JANITORS and me is not None
-    ):  # before another owner's janitor is kept out
+    # before another owner's janitor is kept out
+    if args.command in EXCLUDES_OLD_JANITORS and me is not None:
         before = store.read()
         if args.nonce not in before.processed:
             refuse_foreign(before, me)

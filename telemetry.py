@@ -457,9 +457,7 @@ class Exporter:
             with urllib.request.urlopen(request, timeout=10):
                 self.reports_failure = True
         except (OSError, ValueError, http.client.HTTPException) as error:
-            if (
-                self.reports_failure
-            ):  # once, until it has answered again; its address may hold a secret
+            if self.reports_failure:  # until it has answered again; its address may hold a secret
                 log.error(
                     "metrics cannot be pushed (%s)", getattr(error, "code", type(error).__name__)
                 )

@@ -85,18 +85,17 @@ def check(stack: Stack, app: AppIdentity, replace: bool, output: Output) -> None
             return
 
 
-def with_known(stack: Stack, app: AppIdentity) -> AppIdentity:
+def with_known(stack: Stack, app: AppIdentity, replace: bool) -> AppIdentity:
     """`app`, and what it does not say as the stack knows it: a deploy of an app without a name does
-    not take the stack's."""
-    known = remembered(stack)
+    not take the stack's. With `replace`, nothing is left of the app before."""
+    known = AppIdentity() if replace else remembered(stack)
     return AppIdentity(*(new or old for new, old in zip(astuple(app), astuple(known), strict=True)))
 
 
 def remember(api: Api, stack: Stack, app: AppIdentity, replace: bool, output: Output) -> None:
-    """Note it, where it is not noted yet; with `replace`, nothing is left of the app before. A
-    failure is no reason to fail."""
+    """Note it, as `with_known` has it, where it is new. A failure is no reason to fail."""
     assert stack.router is not None
-    app = app if replace else with_known(stack, app)
+    app = with_known(stack, app, replace)
     if stack.router.variables.get(contract.APP) == variable(app):
         return
     try:

@@ -47,6 +47,11 @@ def serve(path: str) -> None:
     import pulse  # noqa: F401
     import uvloop  # noqa: F401
 
+    import pulse_railway.app.plugin
+    import pulse_railway.cli
+    import pulse_railway.flows.baseline
+    import pulse_railway.flows.deploy
+    import pulse_railway.options  # noqa: F401
     from pulse_railway import runtime_image
 
     runtime_image.load("control")  # for what it imports

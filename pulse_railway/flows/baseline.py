@@ -365,8 +365,7 @@ def plan(
     name = wanted.app.plugin.name if wanted.app else None
     if name and app_identity.remembered(stack).name != name:
         app = app_identity.AppIdentity(name)
-        if not wanted.replace_app:
-            app = app_identity.with_known(stack, app)
+        app = app_identity.with_known(stack, app, wanted.replace_app)
         changes[stack.names.router].variables[contract.APP] = app_identity.variable(app)
     for change in changes.values():  # none of these deploys anything
         if router.group_id and change.service.group_id != router.group_id:

@@ -57,7 +57,7 @@ def claim(
 ) -> None:
     if owner is None:
         empty = not state.get("active") and not state["deployments"]
-        if empty or owns_state or is_ours(api, stack, str(state["active"]), output, ask):
+        if empty or owns_state or is_ours(api, stack, state.get("active") or "none", output, ask):
             router_commands.send_claim(api, stack)
     elif is_gone(stack, owner):
         router_commands.send_claim(api, stack, instead_of=owner)

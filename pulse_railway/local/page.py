@@ -64,9 +64,8 @@ class Page:
         named = request.query_params.get("environment")
         here = project.environments
         environment = next((e for e in here if e.id == named), here[0])
-        every = [
-            ownership.Service(s.id, s.name, i.variables) for s, i in state.instances(environment.id)
-        ]
+        instances = list(state.instances(environment.id))
+        every = [ownership.Service(s.id, s.name, i.variables) for s, i in instances]
         stacks = {router.id: router.name for router in ownership.routers(every)}
         named = request.query_params.get("stack")
         stack = named if named in stacks else next(iter(stacks), None)
@@ -74,7 +73,7 @@ class Page:
         services = [
             self.service(s, i)
             | {"owner": words(owners[s.id], stacks), "own": owners[s.id].router_id == stack}
-            for s, i in state.instances(environment.id)
+            for s, i in instances
         ]
         routed = await self.routed(environment, stacks.get(stack or ""))
         return JSONResponse(
