@@ -292,7 +292,9 @@ def abort_canary(routing: Routing, deployment_id: str) -> Routing:
 def finish_bake(routing: Routing, deployment_id: str) -> Routing:
     """The bake of a deployment is over, and it stays."""
     record = routing.records.get(deployment_id)
-    return with_records(routing, replace(record, bake=None)) if record else routing
+    if record is None:
+        return routing
+    return with_records(routing, replace(record, bake=None, bake_ended_at=routing.now))
 
 
 def set_maintenance(
@@ -413,7 +415,7 @@ def rebuild_records(
     """
     promoted = Promotion(active, at) if at else None
     if not chosen and routing.active and not is_older_than(routing, promoted):
-        if routing.active in routing.records:
+        if not any(lacks(routing, made) for made in running) and routing.active in routing.records:
             raise StateError(f"{routing.active} is active: there is nothing to restore", "active")
         active, promoted = routing.active, routing.promoted
     elif chosen or promoted is None:
@@ -423,7 +425,7 @@ def rebuild_records(
         name = made.deployment_id
         if name in records:
             records[name] = fill_from(records[name], made)
-        elif not ((grave := routing.tombstones.get(name)) and grave.buries(made)):
+        elif lacks(routing, made):
             records[name] = made if name == active else made.as_draining(routing.now)
     if active not in records:
         removed = active in routing.tombstones
@@ -442,6 +444,11 @@ def rebuild_records(
     return replace(
         routing, active=active, promoted=promoted, records=records, maintenance=maintenance
     )
+
+
+def lacks(routing: Routing, made: Record) -> bool:
+    """Has the state lost the record of this one, which runs?"""
+    return made.deployment_id not in routing.records and not routing.buries(made)
 
 
 def fill_from(record: Record, made: Record) -> Record:

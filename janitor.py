@@ -44,6 +44,7 @@ import contextlib
 import functools
 import json
 import logging
+import math
 import os
 import re
 import secrets
@@ -82,8 +83,9 @@ CONTROL_ANSWER = "PULSE_RAILWAY_CONTROL_ANSWER"  # the control command's own ans
 SERVICES = """
 query Services($project: String!, $environment: String!) {
   environment(id: $environment, projectId: $project) {
+    config
     serviceInstances {
-      edges { node { serviceId serviceName createdAt latestDeployment { status } } }
+      edges { node { serviceId serviceName createdAt numReplicas latestDeployment { status } } }
     }
   }
 }
@@ -109,6 +111,7 @@ class Service:
     status: str | None = None  # of its latest deployment
     ours: bool = False  # a deploy has made it
     stamped: bool = True  # it says itself whose it is
+    replicas: int = 1
 
     def record(self) -> Record:
         """The record of a deployment of which no more is known than what runs."""
@@ -251,7 +254,11 @@ class Railway:
             routing: the state, which names backends that do not say themselves whose they are.
         """
         data = self.call(SERVICES, project=self.project, environment=self.environment)
+        config = data["environment"]["config"]
         nodes = [edge["node"] for edge in data["environment"]["serviceInstances"]["edges"]]
+        for node in nodes:
+            in_regions = ownership.regions(config, node["serviceId"])
+            node["numReplicas"] = sum(in_regions.values()) or node["numReplicas"]
         if not nodes:
             return Inventory([], identity=str(self.me) if self.me else None)
         parameters = ", ".join(f"$s{i}: String!" for i in range(len(nodes)))
@@ -359,6 +366,7 @@ def backend(node: dict[str, Any], service: ownership.Service) -> Service:
         (node["latestDeployment"] or {}).get("status"),
         ours=bool(service.variables.get(RUN)),
         stamped=bool(service.variables.get(ownership.STACK)),
+        replicas=node["numReplicas"] or 1,
     )
 
 
@@ -662,6 +670,8 @@ class Run:
             return "keep: not answering"
         if count:
             return f"keep: {count} sessions"
+        if service and service.replicas != 1:
+            return f"keep: {service.replicas} replicas, of which one said that it has no session"
         under_way = self.under_way(name)
         return f"keep: {under_way} requests under way" if under_way else "drained"
 
@@ -683,14 +693,19 @@ class Run:
         promoted = (
             record.promoted_at is not None
             or (self.found.promoted and self.found.promoted.deployment_id == name)
-            or any(
-                entry.get("deployment_id") == name
-                and entry["what"] in ("promote", "rollback", "restore")
-                for entry in self.routing.history
-            )
+            or self.was_promoted(name)
         )
         runs = service is not None and service.status not in NEVER_RAN
         return promoted or runs or router.look(record) != "unreachable"
+
+    def was_promoted(self, name: str, lately: float = math.inf) -> bool:
+        """Does the history say so, in so many seconds?"""
+        return any(
+            entry.get("deployment_id") == name
+            and entry["what"] in ("promote", "rollback", "restore")
+            and self.routing.now - entry["at"] < lately
+            for entry in self.routing.history
+        )
 
     def under_way(self, name: str) -> int:
         """Requests and sockets, as the routers last said."""
@@ -698,7 +713,8 @@ class Run:
 
     def unregistered(self, service: Service) -> None:
         """A service without a record: its deploy died before it was registered, or Redis has lost
-        its record. After an hour it is adopted where it may run, else removed."""
+        its record. It is adopted where it may run, else removed; after an hour, since it may be
+        on its way, unless it was promoted already."""
         name, record = service.deployment, service.record()
         if name == self.routing.active:
             self.store.apply(functools.partial(control.adopt_orphan, record=record))
@@ -706,7 +722,7 @@ class Run:
         if not service.ours:
             self.report.kept[name] = "no record names its service, and no deploy of this stack did"
             return
-        if service.age <= DEAD_DEPLOY_SECONDS:
+        if service.age <= DEAD_DEPLOY_SECONDS and not self.was_promoted(name, service.age):
             return
         grave = self.routing.tombstones.get(name)
         removed = grave is not None and grave.service_id == service.id

@@ -244,6 +244,15 @@ def foreign_words(owner: str) -> str:
     )
 
 
+def regions(config: Any, service_id: str) -> dict[str, int]:
+    """The replicas of a service in each region, of an environment's `config`; empty where it does
+    not say. They decide: `numReplicas` follows them."""
+    of_service = ((config or {}).get("services") or {}).get(service_id) or {}
+    given = (of_service.get("deploy") or {}).get("multiRegionConfig") or {}
+    counts = {region: (r or {}).get("numReplicas") or 0 for region, r in given.items()}
+    return {region: count for region, count in counts.items() if count}
+
+
 def is_managed(redis_url: str) -> bool:
     """Does this router variable, as it is written down, name a Redis of the same environment?"""
     if any(found[1] != "shared" for found in REFERENCE.finditer(redis_url)):

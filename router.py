@@ -286,6 +286,7 @@ class Record:
     rejected_at: float | None = stored(a_time)  # rolled back from, or a canary that was ended
     canary_at: float | None = stored(a_time)  # its weight was set, or taken
     retiring_at: float | None = stored(a_time)  # being removed: not routed to, never promoted
+    bake_ended_at: float | None = stored(a_time)
     pinned: bool = stored(a_flag, False, "held")  # it is meant to stay pending
     weight: float | None = stored(a_percentage)  # of the new visitors: it is the canary
     bake: float | None = stored(lambda v: a_time(an_object(v).get("until")))
@@ -342,8 +343,10 @@ def parse_record(deployment_id: str, text: str, latest: float = math.inf) -> Rec
         return Record(deployment_id, ignored=("record",))
     found: Json = {}
     ignored = []
-    if raw.get("deployment_id") not in (None, deployment_id):
+    if (named := raw.get("deployment_id")) not in (None, deployment_id):
         ignored.append("deployment_id")
+        if isinstance(named, str) and DEPLOYMENT_ID.fullmatch(named):  # a copy of another's
+            return Record(deployment_id, raw=raw, ignored=tuple(ignored))
     for name, stored_field in FIELDS.items():
         if raw.get(name) is not None:
             try:
@@ -653,8 +656,7 @@ def next_time(*routings: Routing) -> float:
 
 
 def _completed(store: Routing, known: Routing, untouched: bool) -> Routing:
-    """A store that has lost single keys, or fields of ours in a record. `untouched`: since it was
-    known, nobody has written who raises the epoch."""
+    """A store that lost single keys or fields. `untouched`: nobody raised the epoch meanwhile."""
     lost = [key for key in FIXED if key not in store.keys and key in known.keys]
     if not untouched:
         lost = [PROMOTED] if PROMOTED in lost and store.active == known.active else []
@@ -683,7 +685,7 @@ def _filled(record: Record, known: Record | None, untouched: bool) -> Record:
 def _recovered(store: Routing, known: Routing) -> Routing:
     """A store that is empty, another one, or a copy of an earlier moment: with all that is known.
     Of a record that both have, the version is right that was changed last."""
-    earlier = store.store_id == known.store_id
+    earlier = store.store_id == known.store_id and EPOCH in store.keys  # else a key was lost
     graves = dict(store.tombstones)
     for name, grave in known.tombstones.items():
         graves[name] = max(grave, graves.get(name, grave), key=lambda g: g.at)
@@ -718,7 +720,7 @@ def _recovered(store: Routing, known: Routing) -> Routing:
         processed={**known.processed, **store.processed},
         history=history,
         maintenance=closed,
-        lock=known.lock if earlier else store.lock or known.lock,
+        lock=max(store.lock, known.lock, key=lambda lock: lock.until if lock else 0.0),
     )
 
 
@@ -1029,10 +1031,8 @@ class Table:
 
     @property
     def empty(self) -> bool:
-        """Does the store hold nothing: before the first deployment, or after it has lost its data?
-        A router whose deployment is older than the first promotion cannot tell the two."""
-        bare = self.routing.active is None and self.routing.store_id is None
-        return self.lost or (bare and not self.routing.records)
+        """Is nothing deployed, or has the store lost it? Not every router can tell the two."""
+        return self.lost or (self.routing.active is None and not self.routing.records)
 
     @property
     def ready(self) -> bool:

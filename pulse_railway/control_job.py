@@ -84,7 +84,7 @@ def _variables(api: Api, stack: Stack, janitor: Service) -> dict[str, str]:
 def _nonce(text: str) -> str | None:
     try:
         return str(json.loads(text)["nonce"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -95,7 +95,7 @@ def _waits(seen: dict[str, str]) -> bool:
         return False
     try:
         return time.time() < float(json.loads(order)["until"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return False
 
 

@@ -51,13 +51,14 @@ def activity(result: dict[str, Any]) -> list[str]:
     found = []
     now = time.time()
     if down := result["maintenance"]:
-        lasted = age(now - down["since"])
+        lasted, who = age(now - down["since"]), down.get("by") or "somebody"
         found.append(
-            f"maintenance for {lasted}, by {down.get('by')}: nobody gets the app. `pulse-railway"
+            f"maintenance for {lasted}, by {who}: nobody gets the app. `pulse-railway"
             " maintenance off` ends it"
         )
     if lock := result["lock"]:
-        found.append(f"{lock.get('by')} has been deploying for {age(now - lock['since'])}")
+        who = lock.get("by") or "somebody"
+        found.append(f"{who} has been deploying for {age(now - lock['since'])}")
     if canary := result["canary"]:
         name = canary["deployment_id"]
         found.append(

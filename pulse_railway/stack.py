@@ -312,9 +312,7 @@ def read_services(api: Api, target: Target, names: Names) -> Stack:
         latest = node["latestDeployment"]
         of_config = config.get(node["serviceId"]) or {}
         settings = {name: node[name] for name in _SETTINGS}
-        given = (of_config.get("deploy") or {}).get("multiRegionConfig") or {}
-        counts = {region: (r or {}).get("numReplicas") or 0 for region, r in given.items()}
-        regions = {region: count for region, count in counts.items() if count}
+        regions = ownership.regions(data["config"], node["serviceId"])
         if regions:  # which decide
             settings["numReplicas"] = sum(regions.values())
         services[node["serviceName"]] = Service(

@@ -149,6 +149,22 @@ def test_a_deployment_whose_record_is_lost_is_not_taken_for_one(room: Room) -> N
     assert room.record("lost") is None
 
 
+def test_what_was_promoted_and_has_lost_its_record_is_adopted_at_once(room: Room) -> None:
+    """Its tabs meet 409 meanwhile; a deploy that is on its way was never promoted."""
+    room.sessions(2)
+    ago = {"young": 100, "again": 900}  # the id was used before
+    noted = [
+        {"at": time.time() - at, "what": "promote", "deployment_id": name}
+        for name, at in ago.items()
+    ]
+    room.server.client.set("pulse:railway:history", json.dumps(noted))
+    report, deleted = room.run(service("young", 300), service("again", 300))
+    assert deleted == []
+    assert report.kept == {"young": "no record named it: draining from now on"}
+    assert (room.record("young") or {})["state"] == "draining"
+    assert room.record("again") is None
+
+
 def test_what_runs_and_does_not_answer_is_not_taken_for_dead(room: Room) -> None:
     """Its record is lost, and for a moment it is silent, or nobody here reaches anything."""
     silent, crashed = service("silent", status="SUCCESS"), service("crashed", status="CRASHED")
@@ -270,6 +286,16 @@ def test_draining_deployments(room: Room) -> None:
     assert (report.expired, deleted) == (["old"], ["old"])
     assert room.backend.heads[-1].startswith(b"POST /_pulse/internal/railway/reload ")
     assert header(room.backend.heads[-1], "x-pulse-railway-internal-token") == "token"
+
+
+def test_one_replica_does_not_speak_for_the_others(room: Room) -> None:
+    """Somebody has scaled it on Railway: which replica answers is not known."""
+    room.draining("old")
+    room.sessions(0)
+    report, deleted = room.run(service("old", replicas=2))
+    assert (list(report.kept), deleted) == (["old"], [])
+    assert report.kept["old"].startswith("2 replicas")
+    assert room.run(service("old", replicas=2), ttl=0)[1] == ["old"]
 
 
 def test_contradictions_delete_nothing(room: Room) -> None:
@@ -706,7 +732,7 @@ def test_an_answer_that_is_not_understood_ends_the_run(
 def test_a_run_that_cannot_begin(
     on_railway: Callable[..., tuple[int, str]], redis_server: Redis
 ) -> None:
-    empty = ok(b'{"data": {"environment": {"serviceInstances": {"edges": []}}}}')
+    empty = ok(b'{"data": {"environment": {"config": {}, "serviceInstances": {"edges": []}}}}')
     assert on_railway(empty, REDIS_URL="redis://:secret@127.0.0.1:9")[1].startswith("gave up: Conn")
     code, said = on_railway(empty, RAILWAY_TOKEN="", REDIS_URL="")
     assert (code, said) == (1, "missing RAILWAY_TOKEN, REDIS_URL: run `pulse-railway ensure`\n")

@@ -138,6 +138,19 @@ def test_a_router_that_starts_on_an_emptied_store(
     assert ask(process.port, "/healthz").json == {"ok": True}
 
 
+def test_a_router_that_starts_on_a_store_that_only_a_switch_has_written_to(
+    site: Site, run_router: Run
+) -> None:
+    """Before, 404: the store had an id again, and no deployment."""
+    site.server.client.flushall()
+    assert site.control("maintenance", "off") == 0
+    assert site.control("maintenance", "on") == 0
+    assert site.control("maintenance", "off") == 0
+    assert site.state.get(":store")
+    process = up(run_router(site.server))
+    assert page(process)[0] == 503
+
+
 def test_a_router_that_starts_while_redis_is_away(
     redis_server: Redis, run_router: Run, tmp_path: Path
 ) -> None:

@@ -789,11 +789,38 @@ def test_times_to_come_are_none() -> None:
 
 
 def test_a_record_of_another_deployment_is_reported() -> None:
-    """Before, `{"deployment_id": 5}` came back as a pending one."""
+    """Before, `{"deployment_id": 5}` came back as a pending one, and a copy of another's record as
+    a second deployment on the same service."""
     for stored in (5, "b", None):
         found = parse({":deployment:a": {"deployment_id": stored, "service_name": "a"}})
         expected = () if stored is None else ("deployment_id",)
         assert found.records["a"].ignored == expected
+        assert (found.records["a"].url is None) == (stored == "b")
+
+
+def test_a_lock_that_only_the_store_knows_stays_where_the_epoch_is_lost() -> None:
+    """Before, the router that had not read it took it for gone, and two deploys went on at once."""
+    unlocked = {key: value for key, value in STATE.items() if key != ":deploy:lock"}
+    known = parse(unlocked)
+    lock = {"holder": "h", "since": NOW, "until": NOW + 60}
+    lost = parse({**unlocked, ":epoch": "1", ":deploy:lock": lock})
+    assert (known.store_id, known.lock) == (lost.store_id, None)
+    assert repair(lost, known).lock == lost.lock
+    later = replace(known, lock=router.DeployLock("h", None, NOW, NOW + 90))
+    assert repair(lost, later).lock == later.lock
+
+
+def test_a_bake_that_is_over_does_not_come_back() -> None:
+    """After FLUSHALL, whoever writes first: it has a time."""
+    new = {"deployment_id": "b", "service_name": "b", "state": "pending", "registered_at": 5}
+    routing = parse({**STATE, ":deployment:b": new})
+    baked = control.set_active(replace(routing, now=NOW + 1), "b", "b", [], bake=60)
+    over = control.finish_bake(replace(baked, now=NOW + 2), "b")
+    for known in ((baked, over), (over, baked)):
+        found = parse({})
+        for memory in known:
+            found = repair(found, memory)
+        assert found.records["b"].bake is None
 
 
 def test_the_active_one_is_not_being_removed() -> None:

@@ -117,7 +117,27 @@ UP = {"active": "a", "lost": False, "epoch": 7, "deployments": [RECORD], "router
         (
             stack(A),
             UP | {"problems": [":promoted is not understood"]},
-            [":promoted is not understood", "the next change writes it anew"],
+            [":promoted is not understood", "the next promotion writes it anew"],
+        ),
+        (
+            stack(A),
+            UP | {"problems": [":maintenance is not understood"]},
+            [":maintenance is not understood", "the site is closed", "maintenance off`"],
+        ),
+        (
+            stack(A),
+            UP | {"problems": [":owner is not understood"]},
+            [":owner is not understood", "`pulse-railway ensure` writes it anew"],
+        ),
+        (  # before, its tabs were told to reload, and nothing was wrong
+            stack(A, service("b", PULSE_DEPLOYMENT_ID="b")),
+            UP,
+            ["b runs without a record", "`pulse-railway restore`", "delete --deployment-id b`"],
+        ),
+        (
+            stack(A, service("b", PULSE_DEPLOYMENT_ID="b")),
+            UP | {"lock": {"until": time.time() + 60}},
+            [],
         ),
         (
             stack(A),

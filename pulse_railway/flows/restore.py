@@ -20,8 +20,8 @@ def restore(api: Api, stack: Stack, wanted: str | None, output: Output) -> dict[
 
     Args:
         wanted: active then, whatever the store says. Without it, what was promoted last as Railway
-            says; where the store is not older, what it says itself, whose record alone may be
-            lost. Never the newest, which may be the version that was rolled back from.
+            says; where the store is not older, what it says itself, and records alone are lost.
+            Never the newest, which may be the version that was rolled back from.
 
     Raises Failure where nobody knows, or nothing is lost.
     """
@@ -75,7 +75,8 @@ def what_was_active(stack: Stack, state: dict[str, Any]) -> str:
     """What `restore` makes active, if nobody names it."""
     active = state["active"]
     if active and not state["lost"]:
-        if any(r["deployment_id"] == active for r in state["deployments"]):
+        known = {r["deployment_id"] for r in state["deployments"]}
+        if known >= {active, *(s.deployment_id for s in stack.backends)}:
             raise Failure(
                 f"{active} is active, and nothing is lost: there is nothing to restore;"
                 " --deployment-id makes another one active"

@@ -70,6 +70,16 @@ def status(api: Api, stack: Stack) -> dict[str, Any]:
     }
 
 
+# what comes of a key that is not understood
+OF_KEYS = {
+    ":maintenance": "the site is closed, until `pulse-railway maintenance off`",
+    ":owner": "it is ignored: `pulse-railway ensure` writes it anew",
+    ":removed": "it is ignored, and the next removal writes it anew",
+    ":deploy:lock": "it is ignored, and the next deploy writes it anew",
+    ":promoted": "it is ignored, and the next promotion writes it anew",
+}
+
+
 def of_memories(state: dict[str, Any], stack: Stack) -> list[str]:
     """What the routing state lacks, and where it is not what Railway says was promoted last."""
     active, last = state["active"], stack.last_promoted
@@ -96,6 +106,15 @@ def of_memories(state: dict[str, Any], stack: Stack) -> list[str]:
     known_ids = {r["deployment_id"] for r in state["deployments"]}
     if active and active not in known_ids and stack.backend(active):
         found.append(f"the record of {active} is lost: `pulse-railway restore` makes it anew")
+    deploying = float((state.get("lock") or {}).get("until") or 0) > time.time()
+    if active and not state["lost"] and not deploying:
+        found += [
+            f"{s.deployment_id} runs without a record, and its tabs are sent to {active}: unless it"
+            " is being deployed, `pulse-railway restore` makes its record anew, and `pulse-railway"
+            f" delete --deployment-id {s.deployment_id}` removes it"
+            for s in stack.backends
+            if s.deployment_id not in {active, *known_ids} and s.age > JUST_MADE_SECONDS
+        ]
     for problem in state.get("problems") or []:
         named = (n for n in known_ids if str(problem).startswith(f"{n}: "))
         name = next(named, active)
@@ -107,7 +126,8 @@ def of_memories(state: dict[str, Any], stack: Stack) -> list[str]:
         elif str(problem).startswith(f"{name}: "):
             run = "it is ignored, and goes with that deployment"
         else:
-            run = "it is ignored, and the next change writes it anew"
+            key = str(problem).split()[0]
+            run = OF_KEYS.get(key, "it is ignored, and the next change writes it anew")
         found.append(f"in the routing state, {problem}: {run}")
     return found
 
