@@ -128,6 +128,12 @@ class Version:
                 del session.data[drop]
             await self._saved(session)
 
+    async def open(self, session: Any) -> None:
+        """What the plugin does when a page is opened."""
+        with PulseContext(app=self.app):
+            await self.store.refresh("sid", session.data)
+            await self._saved(session)
+
     async def _saved(self, session: Any) -> None:
         for _ in range(3):
             await asyncio.sleep(0)
@@ -209,6 +215,162 @@ def test_many_saves_at_once_lose_nothing(redis_server: Redis) -> None:
     assert set(stored(redis_server)) == {"0", "1", "2", "3"}
 
 
+class HeldAnswers:
+    """A relay before a Redis. While `hold` is set, the answer to an EXEC waits for `release`."""
+
+    def __init__(self, port: int) -> None:
+        self.redis_port = port
+        self.hold, self.release = False, asyncio.Event()
+
+    async def __aenter__(self) -> HeldAnswers:
+        self.server = await asyncio.start_server(self.connected, "127.0.0.1", 0)
+        self.url = f"redis://127.0.0.1:{self.server.sockets[0].getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.server.close()
+
+    async def connected(self, reader: Any, writer: Any) -> None:
+        from_redis, to_redis = await asyncio.open_connection("127.0.0.1", self.redis_port)
+        held = False
+
+        async def questions() -> None:
+            nonlocal held
+            while data := await reader.read(65536):
+                held = self.hold and b"EXEC" in data
+                to_redis.write(data)
+            to_redis.close()
+
+        async def answers() -> None:
+            while data := await from_redis.read(65536):
+                if held:
+                    await self.release.wait()
+                writer.write(data)
+            writer.close()
+
+        await asyncio.gather(questions(), answers())
+
+
+def test_a_save_that_pulse_cancels_was_carried_out_all_the_same(redis_server: Redis) -> None:
+    """Before, it was taken for unsaved: of `busy` on, and off again, `on` stayed for good."""
+
+    async def play() -> None:
+        async with HeldAnswers(redis_server.port) as relay:
+            store = RailwaySessionStore(relay.url)
+            await store.save("sid", {"busy": False, "a": 1})
+            relay.hold = True
+            cancelled = asyncio.create_task(store.save("sid", {"busy": True, "a": 1}))
+            while not stored(redis_server)["busy"]:
+                await asyncio.sleep(0.005)
+            cancelled.cancel()
+            relay.hold = False
+            asyncio.get_running_loop().call_later(0.05, relay.release.set)
+            await store.save("sid", {"busy": False, "a": 1})
+            assert stored(redis_server) == {"busy": False, "a": 1}
+            await store.close()
+
+    asyncio.run(play())
+
+
+def test_who_is_logged_out_stays_so(redis_server: Redis) -> None:
+    """Before, the other version's next save brought a deleted session back."""
+
+    async def play() -> None:
+        old, new = Version(redis_server), Version(redis_server)
+        on_old = await old.session("sid")
+        await old.change(on_old, user="ada", cart=["a"])
+        on_new = await new.session("sid")
+        await new.store.delete("sid")
+        await new.change(on_new, page=2)  # what is still open there brings nothing else back
+        assert stored(redis_server) == {"page": 2}
+        await new.open(on_new)
+        assert dict(on_new.data) == {"page": 2}
+        await new.change(on_new, drop="page")
+        redis_server.client.delete(KEY)
+        await old.change(on_old, cart=["a", "b"])
+        assert redis_server.client.get(KEY) is None
+        await old.open(on_old)
+        assert dict(on_old.data) == {}
+        await new.change(on_new, user="bob")
+        assert stored(redis_server) == {"user": "bob"}
+        await old.change(on_old, theme="dark")
+        assert stored(redis_server) == {"user": "bob", "theme": "dark"}
+        await old.open(on_old)
+        assert dict(on_old.data) == {"user": "bob", "theme": "dark"}
+        third = Version(redis_server)  # read after all that
+        on_third = await third.session("sid")
+        await third.change(on_third, drop="theme")
+        assert stored(redis_server) == {"user": "bob"}
+        assert 3500 < redis_server.client.ttl(f"{KEY}:deleted") <= 3600
+        for version in (old, new, third):
+            await version.close()
+
+    asyncio.run(play())
+
+
+def test_a_session_that_redis_lost_is_written_back(redis_server: Redis) -> None:
+    """Nobody has deleted it: before, only what was changed next was there again."""
+
+    async def play() -> None:
+        version = Version(redis_server)
+        session = await version.session("sid")
+        await version.change(session, user="ada", cart=["a"])
+        redis_server.client.flushall()
+        await version.store.refresh("sid", session.data)
+        await version.change(session, cart=["b"])
+        assert stored(redis_server) == {"user": "ada", "cart": ["b"]}
+        await version.close()
+
+    asyncio.run(play())
+
+
+def test_what_a_tab_holds_is_compared_with_what_it_was_read_as(
+    redis_server: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, a session pushed out of the remembered ones was written whole."""
+    monkeypatch.setattr("pulse_railway.app.session.REMEMBERED", 3)
+
+    async def play() -> None:
+        old, new = Version(redis_server), Version(redis_server)
+        on_old = await old.session("sid")
+        await old.change(on_old, user="ada", cart=["a"])
+        for number in range(5):
+            await old.store.save(f"other-{number}", {"n": number})
+        assert "sid" not in old.store._known
+        await new.change(await new.session("sid"), drop="user")
+        await old.change(on_old, cart=["a", "b"])
+        assert stored(redis_server) == {"cart": ["a", "b"]}
+        await old.close()
+        await new.close()
+
+    asyncio.run(play())
+
+
+def test_a_session_of_pulse_s_own_serializer_is_read(
+    redis_server: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another Pulse's, in a format that ours is not."""
+
+    def deserialize(found: Any) -> Any:
+        return dict(found["v5"])
+
+    monkeypatch.setattr("pulse_railway.app.session.deserialize", deserialize)
+    redis_server.client.set(KEY, '{"v5": [["user", "ada"]]}')
+
+    async def play() -> None:
+        version = Version(redis_server)
+        session = await version.session("sid")
+        assert dict(session.data) == {"user": "ada"}
+        await version.change(session, theme="dark")
+        await version.close()
+
+    asyncio.run(play())
+    assert json.loads(str(redis_server.client.get(KEY))) == [
+        [[], [], [], []],
+        {"user": "ada", "theme": "dark"},
+    ]
+
+
 def test_an_unknown_wire_format_is_a_new_session(
     redis_server: Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -252,7 +414,9 @@ def test_what_happens_meanwhile_is_kept_and_written(
     lasting: Redis, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.WARNING)
-    monkeypatch.setattr("pulse_railway.app.session.PATIENCE", 0.0)  # it has been away for long
+    monkeypatch.setattr(
+        "pulse_railway.app.session.UNKNOWN_TIMEOUT", 0.0
+    )  # it has been away for long
 
     async def story() -> None:
         here, there = (RailwaySessionStore(lasting.url) for _ in range(2))
@@ -337,7 +501,7 @@ def test_a_frozen_redis_is_not_waited_for(redis_server: Redis) -> None:
 def test_no_more_is_kept_than_a_process_can_bear(
     lasting: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pulse_railway.app.session.KNOWN", 10)
+    monkeypatch.setattr("pulse_railway.app.session.REMEMBERED", 10)
 
     async def story() -> None:
         store = RailwaySessionStore(lasting.url)
@@ -348,6 +512,7 @@ def test_no_more_is_kept_than_a_process_can_bear(
         for i in range(15):
             await store.save(f"t{i}", {"i": i})
         assert list(store._unwritten) == [f"t{i}" for i in range(5, 15)]
+        assert store._unwritten.size == sum(len(f"i[[[],[],[],[]],{i}]") for i in range(5, 15))
         lasting.start()
         await store.close()
 

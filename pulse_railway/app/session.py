@@ -5,56 +5,116 @@ login on the new one would be undone by an old tab on the other. So what is writ
 process has changed since it read: each save is a difference, applied to what Redis holds in one
 atomic step. When a page is opened, what the other one has written since is taken over (`refresh`).
 
+A delete leaves a tombstone beside the session's key, whose value is new each time. Whoever read the
+session before that writes nothing to it any more. A key that is missing without one was lost by
+Redis, and is written back.
+
+Pulse cancels a save that is under way when the next one begins, and Redis may carry it out all the
+same. So a save is a task of its own, one at a time for a session, which Pulse does not cancel.
+
 Redis may be away. Sessions that this process knows are then served from memory, new ones live
-there, and all that was not written is written when Redis is back, again as differences. Nothing
-waits for it for longer than a moment, but for a visitor whose session Redis alone has: those wait
-for a few seconds.
+there, and all that was not written is written when Redis is back, again as differences. A request
+waits for Redis for at most a second, and where only Redis knows the session for a few seconds.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import logging
 import os
+import secrets
 import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from typing import Any, TypeVar, override
+from dataclasses import dataclass
+from typing import Any, override
 
 import pulse as ps
 import redis
 import redis.asyncio
 from pulse.reactive_extensions import ReactiveDict
-from pulse.serializer import deserialize, serialize
+from pulse.serializer import deserialize
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from pulse_railway import contract
+from pulse_railway.app import session_format
 
 DEFAULT_PREFIX = "pulse:session"
 TIMEOUT = 1.0  # seconds, for one answer of Redis
 PAUSE = 1.0  # seconds, between one attempt to reach it and the next
-PATIENCE = 6.0  # seconds that a visitor whom only Redis knows waits for it, from when it went away
-KNOWN = 20_000  # sessions that a process remembers; the one that was used longest ago goes first
+UNKNOWN_TIMEOUT = 6.0  # seconds from when Redis went away that a session only it has is waited for
+REMEMBERED = 20_000  # sessions in memory that no tab needs; the least recently used goes first
+REMEMBERED_BYTES = 64 << 20  # the same, of their stored text
+TOMBSTONE_TTL = 3600  # seconds, where a session's own life is not known
 
 log = logging.getLogger("pulse.railway")
 
 
+Fields = dict[str, str]  # a session: field to its value, as session_format has it
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What Redis holds of a session, as far as this process knows."""
+
+    fields: Fields | None = None  # None: nothing
+    tombstone: str | None = None  # of the last delete
+
+
 class Shared(ReactiveDict[str, Any]):
-    """A session's data, which Pulse holds as it is given.
+    """A session's data, which Pulse holds as it is given, and what it was read as.
 
     Pulse makes a session object for each of two requests that come at once, as when a browser
     reloads its tabs; without the same data in both, a page that was rendered with one would never
     show what is written to the other.
     """
 
-    __slots__ = ("__weakref__",)
+    __slots__ = ("__weakref__", "base")
+
+    def __init__(self, session: dict[str, Any], base: Stored) -> None:
+        super().__init__(session)
+        self.base = base
 
 
-Fields = dict[str, str]  # a session: field to its value in Pulse's wire format
-T = TypeVar("T")
+class Remembered[V: Fields | Stored | None](OrderedDict[str, V]):
+    """By session id, within REMEMBERED and REMEMBERED_BYTES: the oldest goes first."""
+
+    size = 0  # bytes
+
+    @override
+    def __setitem__(self, sid: str, value: V) -> None:
+        self.pop(sid, None)
+        super().__setitem__(sid, value)
+        self.size += size_of(value)
+
+    @override
+    def __delitem__(self, sid: str) -> None:
+        self.size -= size_of(self[sid])
+        super().__delitem__(sid)
+
+    @override
+    def pop(self, sid: str, default: Any = None) -> Any:
+        if sid not in self:
+            return default
+        value = self[sid]
+        del self[sid]
+        return value
+
+    def shrink(self) -> bool:
+        """Drop what is too much, but never the newest. Says whether there was anything."""
+        before = len(self)
+        while len(self) > 1 and (len(self) > REMEMBERED or self.size > REMEMBERED_BYTES):
+            del self[next(iter(self))]
+        return len(self) < before
+
+
+def size_of(value: Fields | Stored | None) -> int:
+    fields = value.fields if isinstance(value, Stored) else value
+    return sum(len(name) + len(text) for name, text in (fields or {}).items())
 
 
 class RailwaySessionStore(ps.SessionStore):
@@ -90,9 +150,10 @@ class RailwaySessionStore(ps.SessionStore):
         self.prefix = prefix.rstrip(":") + (f":{scope}" if scope else "")
         self.longest = int(longest) if scope and longest.isdecimal() else None  # seconds
         self.ttl = ttl
-        self._known: OrderedDict[str, Fields] = OrderedDict()  # as Redis has it, or will have
+        self._known: Remembered[Stored] = Remembered()  # served while Redis is away
         self._held: weakref.WeakValueDictionary[str, Shared] = weakref.WeakValueDictionary()
-        self._unwritten: OrderedDict[str, Fields | None] = OrderedDict()  # None: to be deleted
+        self._unwritten: Remembered[Fields | None] = Remembered()  # None: to be deleted
+        self._writing: dict[str, asyncio.Task[None]] = {}
         self._away_until = self._away_since = 0.0
         self._writer: asyncio.Task[None] | None = None
 
@@ -132,8 +193,9 @@ class RailwaySessionStore(ps.SessionStore):
         """In how many seconds a key ends."""
         return min(filter(None, (self.ttl, self.longest)), default=None)
 
-    def _key(self, sid: str) -> str:
-        return f"{self.prefix}:{sid}"
+    def _keys(self, sid: str) -> tuple[str, str]:
+        """Of a session, and of its tombstone."""
+        return f"{self.prefix}:{sid}", f"{self.prefix}:{sid}:deleted"
 
     # -- Pulse's side --------------------------------------------------------------------------
 
@@ -143,12 +205,11 @@ class RailwaySessionStore(ps.SessionStore):
 
     @override
     async def close(self) -> None:
-        writer, self._writer = self._writer, None
-        if writer:
-            writer.cancel()
-        if self._unwritten:
-            self._away_until = 0.0
-            await self._ask(self._write_all)
+        await asyncio.gather(*self._writing.values())
+        self._away_until = 0.0
+        await self._write_all()
+        if self._writer:
+            self._writer.cancel()
         if self._client is not None and self._owns_client:
             client, self._client = self._client, None
             await client.aclose()
@@ -158,57 +219,62 @@ class RailwaySessionStore(ps.SessionStore):
         held = self._held.get(sid)
         if held is not None:
             await self.refresh(sid, held)
-            return held
+            return held or None
         if sid in self._unwritten:
             fields = self._unwritten[sid]
+            return None if fields is None else self._share(sid, fields)
+        found = await self._ask(lambda: self._read(sid))
+        if found is None and sid not in self._known:
+            found = await self._wait_for(sid)
+        if found is None:
+            found = self._known.get(sid, Stored())
         else:
-            reached, fields = await self._ask(lambda: self._read(sid))
-            if not reached and sid not in self._known:
-                reached, fields = await self._wait_for(sid)
-            if not reached:
-                fields = self._known.get(sid)
-            elif fields is None:
-                self._known.pop(sid, None)
-            else:
-                self._remember(sid, fields)
-        return self._share(sid, session_of(fields)) if fields is not None else None
+            self._remember(sid, found)
+        return None if found.fields is None else self._share(sid, found.fields)
 
-    def _share(self, sid: str, session: dict[str, Any]) -> Shared:
+    def _share(self, sid: str, fields: Fields) -> Shared:
         """What is held of this session already, or else this one from now on."""
-        return self._held.setdefault(sid, Shared(session))
+        held = self._held.get(sid)
+        if held is None:
+            base = self._known.get(sid, Stored())
+            self._held[sid] = held = Shared(session_of(fields), base)
+        return held
 
-    async def _wait_for(self, sid: str) -> tuple[bool, Fields | None]:
+    async def _wait_for(self, sid: str) -> Stored | None:
         """Somebody's session that this process has never held, while Redis is away: an empty one
         in its place would log them out, and be written over theirs later."""
-        while time.monotonic() < self._away_since + PATIENCE:
+        while time.monotonic() < self._away_since + UNKNOWN_TIMEOUT:
             await asyncio.sleep(PAUSE / 4)
-            reached, fields = await self._ask(lambda: self._read(sid))
-            if reached:
-                return reached, fields
-        return False, None
+            if found := await self._ask(lambda: self._read(sid)):
+                return found
+        return None
 
     async def refresh(self, sid: str, session: MutableMapping[str, Any]) -> None:
         """Take over what others have changed in a session that this process holds in memory.
 
         Pulse holds it for as long as a tab is open and a minute longer, and reads it once. Who
         comes back within that minute, after a rollback for example, would see it as it was, and
-        set the others' values back. What was changed here and is not written yet stays.
+        set the others' values back. What was changed here and is not written yet stays. A session
+        that was deleted since is empty.
         """
-        if sid in self._unwritten:
+        found = None if sid in self._unwritten else await self._ask(lambda: self._read(sid))
+        if found is None or sid in self._writing:  # or saved meanwhile
             return
-        reached, held = await self._ask(lambda: self._read(sid))
-        if not reached or held is None:
+        base = self._base(sid)
+        was_deleted = found.tombstone not in (None, base.tombstone)
+        if found.fields is None and found.tombstone is None:  # Redis has lost it
             return
-        base, mine = self._known.get(sid, {}), fields_of(ps.unwrap(session))
-        for name in base.keys() | held.keys():
-            theirs = held.get(name)
-            if theirs == base.get(name) or mine.get(name) != base.get(name):
+        before, mine = base.fields or {}, fields_of(ps.unwrap(session))
+        theirs = found.fields or {}
+        for name in before.keys() | theirs.keys() | (mine.keys() if was_deleted else set()):
+            changed_here = mine.get(name) != before.get(name) and not was_deleted
+            if theirs.get(name) == mine.get(name) or changed_here:
                 continue
-            if theirs is None:
-                session.pop(name, None)
+            if name in theirs:
+                session[name] = value_of(theirs[name])
             else:
-                session[name] = deserialize(json.loads(theirs))
-        self._remember(sid, held)
+                session.pop(name, None)
+        self._remember(sid, found)
 
     @override
     async def create(self, sid: str) -> dict[str, Any]:
@@ -223,36 +289,29 @@ class RailwaySessionStore(ps.SessionStore):
         held = self._held.get(sid)
         if held is not None and ps.unwrap(held) != session:  # it is not what Pulse holds
             del self._held[sid]
-        fields = fields_of(session)
-        if sid in self._unwritten:  # what it is compared with stays what Redis had
-            self._put_aside(sid, fields)
-            return
-        reached, _ = await self._ask(lambda: self._write(sid, fields))
-        if not reached:
-            self._put_aside(sid, fields)
+            self._known[sid] = held.base
+        if session or self._unwritten.get(sid, {}) is not None:  # else the delete comes first
+            self._unwritten[sid] = fields_of(session)
+        await self._write_out(sid)
 
     @override
     async def delete(self, sid: str) -> None:
-        self._known.pop(sid, None)
-        self._held.pop(sid, None)
-        self._unwritten.pop(sid, None)
-        reached, _ = await self._ask(lambda: self.client.delete(self._key(sid)))
-        if not reached:
-            self._put_aside(sid, None)
+        self._unwritten[sid] = None
+        await self._write_out(sid)
 
     # -- Redis's side --------------------------------------------------------------------------
 
-    async def _ask(self, question: Callable[[], Awaitable[T]]) -> tuple[bool, T | None]:
-        """Whether Redis was reached, and what it said. One that was away a moment ago is not
+    async def _ask[T](self, question: Callable[[], Awaitable[T]]) -> T | None:
+        """What Redis says; None where it was not reached. One that was away a moment ago is not
         asked: a page is not to wait for it."""
         if time.monotonic() < self._away_until:
-            return False, None
+            return None
         try:
             answer = await question()
             if self._away_until:
                 self._away_until = 0.0
                 log.warning("sessions: Redis is back")
-            return True, answer
+            return answer
         except (redis.RedisError, OSError, TimeoutError) as error:
             if not self._away_until:
                 self._away_since = time.monotonic()
@@ -261,55 +320,83 @@ class RailwaySessionStore(ps.SessionStore):
                     "sessions: Redis is away (%s); they are kept in memory", type(error).__name__
                 )
             self._away_until = time.monotonic() + PAUSE
-            return False, None
+            return None
 
-    async def _read(self, sid: str) -> Fields | None:
+    async def _read(self, sid: str) -> Stored:
+        key, tombstone = self._keys(sid)
         async with self.client.pipeline(transaction=False) as pipe:
-            pipe.get(self._key(sid))
+            pipe.mget(key, tombstone)
             if self._ends:  # Pulse renews the cookie whenever it loads a session
-                pipe.expire(self._key(sid), self._ends)
-            payload = (await pipe.execute())[0]
-        return decode(payload, sid)
+                pipe.expire(key, self._ends)
+            (payload, deleted), *_ = await pipe.execute()
+        return Stored(decode(payload, sid), deleted)
 
-    async def _write(self, sid: str, fields: Fields) -> None:
-        """Apply what has changed since `sid` was read to what Redis holds."""
-        base = self._known.get(sid, {})
-        changed = {name: value for name, value in fields.items() if base.get(name) != value}
-        gone = base.keys() - fields.keys()
-        key = self._key(sid)
+    def _base(self, sid: str) -> Stored:
+        """What a session was read as, or written as last."""
+        held = self._held.get(sid)
+        return held.base if held is not None else self._known.get(sid, Stored())
+
+    async def _write(self, sid: str, fields: Fields | None) -> bool:
+        """Apply what has changed since `sid` was read to what Redis holds, or delete it (None)."""
+        base, (key, grave) = self._base(sid), self._keys(sid)
+        before = base.fields or {}
         async with self.client.pipeline() as pipe:
             while True:
-                await pipe.watch(key)
-                held = await pipe.get(key)
-                before = decode(str(held) if held is not None else None, sid)
-                after = {**(before or {}), **changed}
-                after = {name: value for name, value in after.items() if name not in gone}
+                await pipe.watch(key, grave)
+                payload, deleted = await pipe.mget(key, grave)
+                there = decode(None if payload is None else str(payload), sid)
                 pipe.multi()  # type: ignore[no-untyped-call]
-                if after != (before or {}):  # an empty one need not be there: bots leave nothing
-                    pipe.set(key, encode(after), ex=self._ends)
-                elif self._ends:
-                    pipe.expire(key, self._ends)
+                if fields is None:
+                    found = Stored(None, secrets.token_hex(8))
+                    pipe.delete(key)
+                    pipe.set(grave, str(found.tombstone), ex=self._ends or TOMBSTONE_TTL)
+                elif deleted not in (None, base.tombstone):
+                    self._known.pop(sid)
+                    return True  # deleted since it was read, by another process
+                else:
+                    lost = there is None and deleted is None
+                    found = Stored(fields if lost else merged(before, fields, there or {}), deleted)
+                    if found.fields != (there or {}):  # an empty one need not be there: bots
+                        pipe.set(key, encode(found.fields or {}), ex=self._ends)
+                    elif self._ends:
+                        pipe.expire(key, self._ends)
                 try:
                     await pipe.execute()
                     break
                 except redis.WatchError:
                     continue  # another process has saved it in between
-        self._remember(sid, fields)
+        if fields is None and (held := self._held.get(sid)) is not None:
+            fields = fields_of(ps.unwrap(held))  # Pulse may go on with it: that is no change
+        self._remember(sid, Stored(fields, found.tombstone))
+        return True
 
-    def _remember(self, sid: str, fields: Fields) -> None:
-        self._known[sid] = fields
-        self._known.move_to_end(sid)
-        while len(self._known) > KNOWN:
-            self._known.popitem(last=False)
+    def _remember(self, sid: str, found: Stored) -> None:
+        if (held := self._held.get(sid)) is not None:
+            held.base = found
+        self._known[sid] = found
+        self._known.shrink()
 
-    # -- while Redis is away -------------------------------------------------------------------
+    # -- writing, now or when Redis is back ----------------------------------------------------
 
-    def _put_aside(self, sid: str, fields: Fields | None) -> None:
-        """Keep what could not be written, within a bound, until Redis is back."""
-        self._unwritten[sid] = fields
-        self._unwritten.move_to_end(sid)
-        if len(self._unwritten) > KNOWN:
-            self._unwritten.popitem(last=False)
+    async def _write_out(self, sid: str) -> None:
+        """Write what is not written of a session; where Redis is away, when it is back."""
+        task = self._writing.get(sid)
+        if task is None:
+            task = self._writing[sid] = asyncio.create_task(self._write_newest(sid))
+            task.add_done_callback(lambda _: self._writing.pop(sid))
+        await asyncio.shield(task)
+
+    async def _write_newest(self, sid: str) -> None:
+        while sid in self._unwritten:
+            fields = self._unwritten[sid]
+            if not await self._ask(functools.partial(self._write, sid, fields)):
+                self._keep_for_later()
+                return
+            if sid in self._unwritten and self._unwritten[sid] is fields:  # not saved meanwhile
+                del self._unwritten[sid]
+
+    def _keep_for_later(self) -> None:
+        if self._unwritten.shrink():
             log.warning("sessions: Redis is away for too long, the oldest one was not written")
         if self._writer is None or self._writer.done():
             self._writer = asyncio.create_task(self._keep_writing())
@@ -317,46 +404,56 @@ class RailwaySessionStore(ps.SessionStore):
     async def _keep_writing(self) -> None:
         while self._unwritten:
             await asyncio.sleep(PAUSE)
-            await self._ask(self._write_all)
+            await self._write_all()
 
     async def _write_all(self) -> None:
-        while self._unwritten:
-            sid, fields = next(iter(self._unwritten.items()))
-            if fields is None:
-                await self.client.delete(self._key(sid))
-            else:
-                await self._write(sid, fields)
-            if self._unwritten.get(sid) is fields:  # and was not saved again meanwhile
-                del self._unwritten[sid]
+        for sid in list(self._unwritten):
+            if time.monotonic() >= self._away_until:
+                await self._write_out(sid)
 
 
 RailwayRedisSessionStore = RailwaySessionStore  # its older name
 
 
+def merged(before: Fields, mine: Fields, theirs: Fields) -> Fields:
+    """`theirs` with what was changed from `before` to `mine`."""
+    changed = {name: value for name, value in mine.items() if before.get(name) != value}
+    gone = before.keys() - mine.keys()
+    return {name: value for name, value in {**theirs, **changed}.items() if name not in gone}
+
+
 def fields_of(session: Mapping[str, Any]) -> Fields:
     """A session field by field, so that two of them can be compared."""
     return {
-        str(name): json.dumps(serialize(value), separators=(",", ":"))
+        str(name): json.dumps(session_format.dump(value), separators=(",", ":"))
         for name, value in dict(session).items()
     }
 
 
+def value_of(text: str) -> Any:
+    return session_format.load(json.loads(text))
+
+
 def session_of(fields: Fields) -> dict[str, Any]:
-    return {name: deserialize(json.loads(value)) for name, value in fields.items()}
+    return {name: value_of(text) for name, text in fields.items()}
 
 
 def encode(fields: Fields) -> str:
-    """A session as Redis holds it, as 0.3.x does."""
-    return json.dumps(serialize(session_of(fields)), separators=(",", ":"))
+    """A session as Redis holds it."""
+    return json.dumps(session_format.dump(session_of(fields)), separators=(",", ":"))
 
 
 def decode(payload: str | None, sid: str) -> Fields | None:
-    """What Redis holds of a session. One that this version of Pulse cannot read is a new one, and
-    a line in the log: another wire format beside this one is no error on every request."""
+    """What Redis holds of a session: in our format, or in that of this process's Pulse, which
+    pulse-railway 0.3.x writes. One that neither can read is a new one, and a line in the log."""
     if payload is None:
         return None
     try:
-        session = deserialize(json.loads(payload))
+        found = json.loads(payload)
+        try:
+            session = session_format.load(found)
+        except ValueError:
+            session = deserialize(found)
         if not isinstance(session, dict):
             raise TypeError(type(session).__name__)
         return fields_of(session)
