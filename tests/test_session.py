@@ -82,6 +82,9 @@ def test_a_store_without_an_address_says_what_it_needs(monkeypatch: pytest.Monke
     monkeypatch.delenv("PULSE_RAILWAY_REDIS_URL", raising=False)
     with pytest.raises(RuntimeError, match="PULSE_RAILWAY_REDIS_URL"):
         asyncio.run(use(RailwaySessionStore(), lambda s: s.init()))
+    app = ps.App(routes=[], session_store=RailwaySessionStore())
+    with pytest.raises(RuntimeError, match="PULSE_RAILWAY_REDIS_URL"):  # Pulse goes on after `init`
+        RailwayPlugin().on_startup(app)
     assert "secret" not in repr(RailwaySessionStore("redis://:secret@host"))
 
 

@@ -103,9 +103,14 @@ class RailwayPlugin(ps.Plugin):
 
     @override
     def on_startup(self, app: ps.App) -> None:
+        """Raises RuntimeError where the session store has no address: Pulse logs that error of the
+        store's own `init` alone, and every request would be a 500 until somebody acts. This ends the
+        process, so that Railway starts it again, with an address."""
         store = app.session_store
-        if isinstance(store, RailwaySessionStore) and store.ttl is None:
-            store.ttl = app.cookie.max_age_seconds
+        if isinstance(store, RailwaySessionStore):
+            _ = store.client
+            if store.ttl is None:
+                store.ttl = app.cookie.max_age_seconds
         self.deployment_id = os.environ.get(contract.DEPLOYMENT_ID, "")
         self._internal_token = os.environ.get(contract.INTERNAL_TOKEN, "")
 
