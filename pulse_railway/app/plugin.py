@@ -103,9 +103,9 @@ class RailwayPlugin(ps.Plugin):
 
     @override
     def on_startup(self, app: ps.App) -> None:
-        """Raises RuntimeError where the session store has no address: Pulse logs that error of the
-        store's own `init` alone, and every request would be a 500 until somebody acts. This ends the
-        process, so that Railway starts it again, with an address."""
+        """Raises RuntimeError where the session store has no address. Pulse only logs what the
+        store's own `init` raises, and every request would be a 500 until somebody acts; this ends
+        the process, so that Railway starts it again."""
         store = app.session_store
         if isinstance(store, RailwaySessionStore):
             _ = store.client
