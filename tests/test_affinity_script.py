@@ -40,13 +40,21 @@ def backend(name: str) -> Backend:
                 )
             elif path.startswith((b"/data", b"/old.data")):
                 told = header(head, "x-pulse-deployment")
-                said = {"from": name, "told": told, "body": body.decode()}
-                connection.send(ok(json.dumps(said).encode(), "content-type: application/json"))
+                answer = {"from": name, "told": told, "body": body.decode()}
+                answers.append((path, answer))
+                if b"text/event-stream" in head:
+                    event = f"data: {json.dumps(answer)}\n\n".encode()
+                    connection.send(ok(event, "content-type: text/event-stream"))
+                else:
+                    text = json.dumps(answer).encode()
+                    connection.send(ok(text, "content-type: application/json"))
             else:
                 page = PAGE.replace(b"NAME", name.encode())
                 connection.send(ok(page, "content-type: text/html"))
 
-    return Backend(handle=handle)
+    found = Backend(handle=handle)
+    found.answers = answers = []
+    return found
 
 
 @pytest.fixture
@@ -93,6 +101,139 @@ def test_an_old_tabs_own_calls_reach_its_deployment(
         page.goto(f"http://127.0.0.1:{port}/next")
         assert page.evaluate("before") is None
         assert call("'/data'")["from"] == "b"
+
+
+XHR = """(told) => new Promise((done) => {
+  const request = new XMLHttpRequest();
+  request.open("POST", "/data");
+  if (told) request.setRequestHeader("X-Pulse-Deployment", told);
+  request.onload = () => done(JSON.parse(request.responseText));
+  request.send("z");
+})"""
+EVENTS = """(address) => new Promise((done) => {
+  const source = new EventSource(address);
+  source.onmessage = ({ data }) => { source.close(); done(JSON.parse(data)); };
+})"""
+FORM = """({ method, attributes, submit, prevent }) => {
+  document.body.innerHTML = `<form method="${method}" action="/data"><input name="action" value="1">
+    <button ${attributes}>send</button></form>`;
+  const form = document.forms[0];
+  if (prevent) {
+    form.addEventListener("submit", (event) => event.preventDefault());
+  }
+  if (submit) HTMLFormElement.prototype.submit.call(form);
+  else form.querySelector("button").click();
+}"""
+
+
+@pytest.fixture
+def two(
+    redis_server: Redis, run_router: Callable[..., Process], page: Page
+) -> Iterator[tuple[str, Any, Any]]:
+    """A page of `a`, with `b` active since."""
+    with backend("a") as a, backend("b") as b:
+        redis_server.deployment("a", a.address, "active", registered_at=1)
+        port = run_router(redis_server).port
+        eventually(lambda: ask(port, "/").status == 200)
+        home = f"http://127.0.0.1:{port}"
+        page.goto(f"{home}/")
+        redis_server.deployment("a", a.address, "draining", registered_at=1)
+        redis_server.deployment("b", b.address, "active", registered_at=2)
+        eventually(lambda: b"b" in ask(port, "/data").body.split(b'"')[3:4])
+        yield home, a, b
+
+
+def test_other_requests_of_an_old_page_reach_its_deployment(
+    two: tuple[str, Any, Any], page: Page
+) -> None:
+    _, a, _ = two
+    assert page.evaluate(XHR, "")["from"] == "a"
+    assert page.evaluate(XHR, "b") == {"from": "b", "told": "b", "body": "z"}
+    assert page.evaluate(EVENTS, "/data")["from"] == "a"
+    assert page.evaluate(EVENTS, "/data?pulse_deployment=b")["from"] == "b"
+    a.answers.clear()
+    page.evaluate("fetch('/data/1', { mode: 'no-cors' })")
+    page.evaluate("fetch(new Request('/data/2', { method: 'POST', body: 'x', mode: 'no-cors' }))")
+    assert a.answers == [
+        (b"/data/1?pulse_deployment=a", {"from": "a", "told": None, "body": ""}),
+        (b"/data/2?pulse_deployment=a", {"from": "a", "told": None, "body": "x"}),
+    ]
+    with pytest.raises(Exception, match="valid URL"):
+        page.evaluate("new XMLHttpRequest().open('GET', 'http://')")
+
+
+@pytest.mark.parametrize(
+    ("attributes", "submit", "path"),
+    [
+        ("", False, b"/data?pulse_deployment=a"),
+        ("", True, b"/data?pulse_deployment=a"),
+        ("formaction='/data/other?q=1'", False, b"/data/other?q=1&pulse_deployment=a"),
+        ("formaction='/data?pulse_deployment=b'", False, b"/data?pulse_deployment=b"),
+    ],
+)
+def test_a_form_that_is_posted_reaches_the_deployment_of_its_page(
+    two: tuple[str, Any, Any], page: Page, attributes: str, submit: bool, path: bytes
+) -> None:
+    """Before, Pulse's own example of a form lost its input after a promotion: 410."""
+    _, a, b = two
+    given = {"method": "post", "attributes": attributes, "submit": submit, "prevent": False}
+    with page.expect_navigation():
+        page.evaluate(FORM, given)
+    (answers,) = [d.answers for d in (a, b) if (path, d.answers[-1][1]) in d.answers]
+    assert answers[-1][1]["body"] == "action=1"
+    assert (answers is a.answers) == (b"=a" in path)
+
+
+def test_forms_that_are_left_alone(two: tuple[str, Any, Any], page: Page) -> None:
+    """An address that is shared would keep strangers on an old version."""
+    home, _, b = two
+    given = {"method": "post", "attributes": "", "submit": False, "prevent": True}
+    page.evaluate(FORM, given)
+    assert page.evaluate("document.forms[0].getAttribute('action')") == "/data"
+    for more in ({"attributes": ""}, {"attributes": "formmethod='get'", "method": "post"}):
+        page.goto(f"{home}/?pulse_deployment=a")
+        with page.expect_navigation():
+            page.evaluate(FORM, given | {"method": "get", "prevent": False} | more)
+        assert b.answers[-1][0] == b"/data?action=1"
+
+
+def test_a_page_that_comes_back_is_of_the_version_that_it_was(
+    two: tuple[str, Any, Any], page: Page
+) -> None:
+    """After Back the next click went to the other version, and its state was lost."""
+    home, _, _ = two
+    page.evaluate("window.kept = 1")
+    page.goto(f"{home}/next")
+    assert "b" in page.evaluate("sessionStorage.getItem('__PULSE_DIRECTIVES')")
+    page.go_back()
+    if page.evaluate("window.kept") != 1:
+        pytest.skip("this browser keeps no pages")
+    assert page.evaluate("JSON.parse(sessionStorage.getItem('__PULSE_DIRECTIVES')).query") == {
+        "pulse_deployment": "a"
+    }
+    assert page.evaluate("ask('/data')")["from"] == "a"
+
+
+def test_what_is_loaded_in_the_background_takes_no_page_away(
+    two: tuple[str, Any, Any], page: Page
+) -> None:
+    """Ten stale fetches gave ten `location.assign`."""
+    home, _, _ = two
+    page.evaluate(f"sessionStorage.setItem('__PULSE_DIRECTIVES', '{DIRECTIVES}'); window.here = 1")
+    navigation = {"state": "idle"}
+    page.evaluate(
+        "(n) => window.__reactRouterDataRouter = { state: { navigation: n } }", navigation
+    )
+    asked = "Promise.all(Array.from({ length: 10 }, () => fetch('/old.data?_routes=x')))"
+    assert page.evaluate(f"{asked}.then((all) => all.map((a) => a.status))") == [409] * 10
+    assert page.evaluate("window.here") == 1
+    target = {"state": "loading", "location": {"pathname": "/old"}}
+    page.evaluate("(n) => { window.__reactRouterDataRouter.state.navigation = n }", target)
+    navigations = []
+    page.on("request", lambda r: r.is_navigation_request() and navigations.append(r.url))
+    page.evaluate(f"void {asked}")
+    page.wait_for_url(f"{home}/old")
+    assert navigations == [f"{home}/old"]
 
 
 def test_a_loader_whose_deployment_is_gone_takes_the_page_there_anew(
