@@ -13,21 +13,12 @@ from typing import TYPE_CHECKING, Any
 from invoke.collection import Collection
 from invoke.tasks import task
 
-from pulse_railway.verbs import BASELINE, DEPLOY, STACK, ask, confirm, verb
+from pulse_railway.flags import BASELINE, DEPLOY, STACK
+from pulse_railway.verbs import ask, confirm, verb
 
 if TYPE_CHECKING:
-    from pulse_railway.options import (
-        BaselineOptions,
-        DeployOptions,
-        Flags,
-        HistoryOptions,
-        ImageOptions,
-        LogsOptions,
-        MaintenanceOptions,
-        PromoteOptions,
-        StackOptions,
-        StatusOptions,
-    )
+    from pulse_railway import options
+    from pulse_railway.flags import Flags
     from pulse_railway.output import Output
     from pulse_railway.railway.api import Api
     from pulse_railway.stack import Stack
@@ -61,7 +52,7 @@ def doctor(given: Flags, output: Output) -> None:
 
 
 @verb([*BASELINE], parser="baseline")
-def scaffold(wanted: BaselineOptions, output: Output) -> None:
+def scaffold(wanted: options.BaselineOptions, output: Output) -> None:
     """Create router, env, Redis and janitor in an environment that has none of them."""
     from pulse_railway import config
     from pulse_railway.flows import baseline
@@ -77,7 +68,7 @@ def scaffold(wanted: BaselineOptions, output: Output) -> None:
 
 
 @verb([*BASELINE, "owns_state", "replace_app", "plan"], parser="baseline")
-def ensure(wanted: BaselineOptions, output: Output) -> None:
+def ensure(wanted: options.BaselineOptions, output: Output) -> None:
     """Create the baseline in an empty environment, or reconcile a complete one."""
     from pulse_railway import config
     from pulse_railway.flows import baseline
@@ -99,7 +90,7 @@ def ensure(wanted: BaselineOptions, output: Output) -> None:
 
 
 @verb([*DEPLOY], parser="deploy")
-def deploy(wanted: DeployOptions, output: Output) -> None:
+def deploy(wanted: options.DeployOptions, output: Output) -> None:
     """Bring up the app as a new deployment and make it the active one."""
     from pulse_railway import config
     from pulse_railway.flows import deploy as flow
@@ -124,7 +115,7 @@ def deploy(wanted: DeployOptions, output: Output) -> None:
 
 
 @verb([*STACK, "deployment_id"], parser="stack")
-def redeploy(wanted: StackOptions, output: Output) -> None:
+def redeploy(wanted: options.StackOptions, output: Output) -> None:
     """Build and start the active deployment anew, or the one named."""
     from pulse_railway.flows import redeploy as flow
 
@@ -134,7 +125,7 @@ def redeploy(wanted: StackOptions, output: Output) -> None:
 
 
 @verb([*STACK, "deployment_id", "weight", "bake", "force", "message", "notify"], parser="promote")
-def promote(wanted: PromoteOptions, output: Output) -> None:
+def promote(wanted: options.PromoteOptions, output: Output) -> None:
     """Make a running deployment the active one, or with --weight the canary."""
     from pulse_railway.flows import promote as flow
     from pulse_railway.notify import notifying
@@ -151,7 +142,7 @@ def promote(wanted: PromoteOptions, output: Output) -> None:
 
 
 @verb([*STACK, "message", "notify"], parser="stack")
-def rollback(wanted: StackOptions, output: Output) -> None:
+def rollback(wanted: options.StackOptions, output: Output) -> None:
     """End the canary; without one, promote the deployment that was active before."""
     from pulse_railway.flows import promote as flow
     from pulse_railway.notify import notifying
@@ -168,7 +159,7 @@ def rollback(wanted: StackOptions, output: Output) -> None:
 
 
 @verb(["switch", *STACK, "page", "retry_after", "message"], parser="maintenance")
-def maintenance(wanted: MaintenanceOptions, output: Output) -> None:
+def maintenance(wanted: options.MaintenanceOptions, output: Output) -> None:
     """Answer everybody with a page (on), or with the app again (off); open sockets stay."""
     from pulse_railway.flows import maintenance as flow
 
@@ -179,7 +170,7 @@ def maintenance(wanted: MaintenanceOptions, output: Output) -> None:
 
 
 @verb([*STACK, "lines"], parser="history")
-def history(wanted: HistoryOptions, output: Output) -> None:
+def history(wanted: options.HistoryOptions, output: Output) -> None:
     """Show what was promoted, rolled back and removed, when, by whom and why."""
     from pulse_railway import rendering, router_commands
 
@@ -192,7 +183,7 @@ def history(wanted: HistoryOptions, output: Output) -> None:
 
 
 @verb([*STACK, "yes"], parser="stack")
-def unlock(wanted: StackOptions, output: Output) -> None:
+def unlock(wanted: options.StackOptions, output: Output) -> None:
     """Take the deploy lock from a run that is dead."""
     from pulse_railway import router_commands
 
@@ -206,7 +197,7 @@ def unlock(wanted: StackOptions, output: Output) -> None:
 
 
 @verb([*STACK, "deployment_id", "redis_url", "redis_prefix", "yes"], parser="one_deployment")
-def delete(wanted: StackOptions, output: Output) -> None:
+def delete(wanted: options.StackOptions, output: Output) -> None:
     """Remove a deployment that is not active, with its tabs' state."""
     from pulse_railway.flows import remove as flow
 
@@ -218,7 +209,7 @@ def delete(wanted: StackOptions, output: Output) -> None:
 
 
 @verb([*STACK, "deployment_name", "redis_url", "redis_prefix", "yes"], parser="one_name")
-def remove(wanted: StackOptions, output: Output) -> None:
+def remove(wanted: options.StackOptions, output: Output) -> None:
     """Remove the one deployment whose id was generated from a name."""
     from pulse_railway.flows import remove as flow
 
@@ -230,7 +221,7 @@ def remove(wanted: StackOptions, output: Output) -> None:
 
 
 @verb([*STACK, "watch", "every"], parser="status")
-def status(wanted: StatusOptions, output: Output) -> None:
+def status(wanted: options.StatusOptions, output: Output) -> None:
     """Show the baseline, and each deployment with its state, age and sessions."""
     from pulse_railway import rendering
     from pulse_railway.flows import status as flow
@@ -248,7 +239,7 @@ def status(wanted: StatusOptions, output: Output) -> None:
 
 
 @verb([*STACK, "deployment_id", "build", "follow", "lines"], parser="logs")
-def logs(wanted: LogsOptions, output: Output) -> None:
+def logs(wanted: options.LogsOptions, output: Output) -> None:
     """Show a deployment's log (default: the active one's), or with --service a stable service's."""
     from pulse_railway.flows import logs as flow
 
@@ -257,7 +248,7 @@ def logs(wanted: LogsOptions, output: Output) -> None:
 
 
 @verb([*STACK, "deployment_id"], parser="stack")
-def restore(wanted: StackOptions, output: Output) -> None:
+def restore(wanted: options.StackOptions, output: Output) -> None:
     """Rebuild the routing state from Railway's services, where Redis has lost it."""
     from pulse_railway.flows import restore as flow
 
@@ -268,7 +259,7 @@ def restore(wanted: StackOptions, output: Output) -> None:
 
 
 @verb(["repository", "tag", "json"], parser="image")
-def image(wanted: ImageOptions, output: Output) -> None:
+def image(wanted: options.ImageOptions, output: Output) -> None:
     """Build the runtime image (router and janitor) and push it."""
     from pulse_railway.flows import image as flow
 
@@ -330,7 +321,9 @@ def local(_: Any, dir: str = ".local-railway", env: bool = False) -> None:
 # -- what the verbs share ----------------------------------------------------------------------
 
 
-def _stack(wanted: StackOptions, output: Output, *, require: bool = True) -> tuple[Api, Stack]:
+def _stack(
+    wanted: options.StackOptions, output: Output, *, require: bool = True
+) -> tuple[Api, Stack]:
     from pulse_railway import config
     from pulse_railway.stack import inspect, require_baseline
 
@@ -355,8 +348,14 @@ def _stack_result(
     }
 
 
-ns = Collection(
-    init, doctor, scaffold, ensure, deploy, redeploy, promote, rollback, delete, remove, status,
-    history, logs, maintenance, unlock, restore, image, control, local,
-)  # fmt: skip
+# the verbs, as `pulse-railway --help` groups them
+GROUPS = {
+    "begin": (init, doctor, local),
+    "the baseline": (ensure, scaffold, image),
+    "deploy": (deploy, redeploy, promote, rollback, delete, remove),
+    "look": (status, history, logs),
+    "when something is wrong": (maintenance, unlock, restore),
+    "inside the containers": (control,),
+}
+ns = Collection(*(task for group in GROUPS.values() for task in group))
 ns.add_collection(Collection("janitor", janitor_run))

@@ -20,17 +20,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pulse_railway import contract
 from pulse_railway.errors import Failure, keep_secret, redact
 from pulse_railway.railway.api import Api
 from pulse_railway.railway.program import need, need_railway, run, version
 
 TIMEOUT = 60.0  # seconds
-KEY_VARIABLE = "PULSE_RAILWAY_SSH_KEY"
 USES_KEYS = (4, 43)  # the CLI's version from which it does
 NO_KEY = (
     "`railway ssh` needs an SSH key that Railway knows: `ssh-keygen -t ed25519` if there is none,"
     " then `railway ssh keys add`, once; in CI give the private key as --ssh-key or"
-    f" {KEY_VARIABLE}, or pass --control job"
+    f" {contract.SSH_KEY}, or pass --control job"
 )
 UNKNOWN_KEY = (
     "Railway does not know the SSH key: register it once, with `railway ssh keys add` as the"
@@ -138,11 +138,11 @@ def identity(given: str) -> Path:
     """
     if "PRIVATE KEY-----" in given:
         keep_secret(given)
-        return _usable(_written(given), "the private key in " + KEY_VARIABLE)
+        return _usable(_written(given), "the private key in " + contract.SSH_KEY)
     path = Path(given).expanduser()
     if not path.is_file():
         raise Failure(
-            f"there is no SSH key at {path}: --ssh-key and {KEY_VARIABLE} take the path of a"
+            f"there is no SSH key at {path}: --ssh-key and {contract.SSH_KEY} take the path of a"
             " private key, or the private key itself"
         )
     if path.suffix == ".pub":
