@@ -17,7 +17,7 @@ from pulse_railway.config import AppConfig, Names, Where
 from pulse_railway.errors import Failure, keep_secret
 from pulse_railway.flags import FLAGS, NOTHING, Flags, value
 from pulse_railway.output import Output
-from pulse_railway.railway.ssh import identity
+from pulse_railway.railway.ssh import private_key_file
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -135,27 +135,27 @@ def from_flags[T: DataclassInstance](
 
 
 def of_stack[T: StackOptions](kind: type[T], flags: Flags, output: Output, **known: Any) -> T:
-    app = load_app(flags, output) if flags.get("app") else None
+    app = app_from_flags(flags, output) if flags.get("app") else None
     known = {
         "where": where(flags, app.plugin if app else None),
         "names": router_named(flags, app.names) if app else names(flags),
-        "deployment_id": deployment_id(flags),
-        "notify": notify(flags),
+        "deployment_id": parse_deployment_id(flags),
+        "notify": notify_url(flags),
         **known,
     }
     return from_flags(kind, flags, **known)
 
 
-def stack(flags: Flags, output: Output) -> StackOptions:
+def parse_stack(flags: Flags, output: Output) -> StackOptions:
     return of_stack(StackOptions, flags, output)
 
 
-def promote(flags: Flags, output: Output) -> PromoteOptions:
+def parse_promote(flags: Flags, output: Output) -> PromoteOptions:
     need_deployment_id(flags)
     return of_stack(PromoteOptions, flags, output)
 
 
-def maintenance(flags: Flags, output: Output) -> MaintenanceOptions:
+def parse_maintenance(flags: Flags, output: Output) -> MaintenanceOptions:
     if flags.get("switch") not in ("on", "off"):
         raise Failure("maintenance on, or maintenance off?")
     on = flags["switch"] == "on"
@@ -170,40 +170,40 @@ def maintenance(flags: Flags, output: Output) -> MaintenanceOptions:
     return of_stack(MaintenanceOptions, flags, output, on=on, page=page)
 
 
-def one_deployment(flags: Flags, output: Output) -> StackOptions:
-    """As `stack`, with the deployment that it is about."""
+def parse_one_deployment(flags: Flags, output: Output) -> StackOptions:
+    """As `parse_stack`, with the deployment that it is about."""
     need_deployment_id(flags)
-    return stack(flags, output)
+    return parse_stack(flags, output)
 
 
-def one_name(flags: Flags, output: Output) -> StackOptions:
+def parse_one_name(flags: Flags, output: Output) -> StackOptions:
     if not flags.get("deployment_name"):
         raise Failure("which deployment? pass --deployment-name")
     try:
         naming.deployment_slug(flags["deployment_name"])
     except ValueError as error:
         raise Failure(str(error)) from None
-    return stack(flags, output)
+    return parse_stack(flags, output)
 
 
-def status(flags: Flags, output: Output) -> StatusOptions:
+def parse_status(flags: Flags, output: Output) -> StatusOptions:
     if flags.get("watch") and flags.get("json"):
         raise Failure("--watch is for people: for a program, call status --json again and again")
     return of_stack(StatusOptions, flags, output)
 
 
-def logs(flags: Flags, output: Output) -> LogsOptions:
+def parse_logs(flags: Flags, output: Output) -> LogsOptions:
     # here --service is what to read, not the router's name
     others = {**flags, "service": None}
     return of_stack(LogsOptions, others, output, service=value(flags, "service"))
 
 
-def history(flags: Flags, output: Output) -> HistoryOptions:
+def parse_history(flags: Flags, output: Output) -> HistoryOptions:
     return of_stack(HistoryOptions, flags, output)
 
 
-def baseline(flags: Flags, output: Output) -> BaselineOptions:
-    app = load_app(flags, output)
+def parse_baseline(flags: Flags, output: Output) -> BaselineOptions:
+    app = app_from_flags(flags, output)
     cron = value(flags, "janitor_cron_schedule")
     check_cron(cron)
     redis_url = flags.get("redis_url")
@@ -220,13 +220,13 @@ def baseline(flags: Flags, output: Output) -> BaselineOptions:
         cron=cron,
         drain_ttl=value(flags, "drain_ttl_seconds"),
         rollback_window=value(flags, "rollback_window_seconds"),
-        notify=notify(flags),
+        notify=notify_url(flags),
         plan_only=value(flags, "plan"),
     )
 
 
-def deploy(flags: Flags, output: Output) -> DeployOptions:
-    app = load_app(flags, output)
+def parse_deploy(flags: Flags, output: Output) -> DeployOptions:
+    app = app_from_flags(flags, output)
     repository = value(flags, "image_repository", app.plugin)
     if repository and flags.get("no_gitignore"):
         raise Failure("--no-gitignore is for source deploys: leave it or --image-repository out")
@@ -244,12 +244,12 @@ def deploy(flags: Flags, output: Output) -> DeployOptions:
         app.plugin,
         where=where(flags, app.plugin),
         app=app,
-        deployment_id=deployment_id(flags),
+        deployment_id=parse_deployment_id(flags),
         server_address=value(flags, "server_address") or app.server_address,
         build_args=build_args,
         replicas=value(flags, "backend_replicas"),
         promote=not flags.get("no_promote"),
-        notify=notify(flags),
+        notify=notify_url(flags),
     )
 
 
@@ -258,7 +258,7 @@ def as_given(flags: Flags, output: Output) -> Flags:
     return flags
 
 
-def image(flags: Flags, output: Output) -> ImageOptions:
+def parse_image(flags: Flags, output: Output) -> ImageOptions:
     if not flags.get("repository"):
         raise Failure("where to? pass --repository, e.g. registry/org/pulse-railway")
     return from_flags(ImageOptions, flags)
@@ -267,7 +267,7 @@ def image(flags: Flags, output: Output) -> ImageOptions:
 # -- what they share ---------------------------------------------------------------------------
 
 
-def load_app(flags: Flags, output: Output) -> AppConfig:
+def app_from_flags(flags: Flags, output: Output) -> AppConfig:
     with output.step(f"load {flags.get('app') or 'the app'}"):
         app = config.load_app(flags.get("app"), Path(flags.get("context") or ".").resolve())
     if not flags.get("service_prefix"):
@@ -307,7 +307,7 @@ def where(flags: Flags, plugin: RailwayPlugin | None = None) -> Where:
         flags,
         project=value(flags, "project", None if flags.get("project_id") else plugin),
         environment=value(flags, "environment", None if flags.get("environment_id") else plugin),
-        ssh_key=identity(key) if key and way != "job" else None,
+        ssh_key=private_key_file(key) if key and way != "job" else None,
     )
 
 
@@ -345,7 +345,7 @@ def need_deployment_id(flags: Flags) -> None:
         raise Failure("which deployment? pass --deployment-id; `status` lists them")
 
 
-def deployment_id(flags: Flags) -> str | None:
+def parse_deployment_id(flags: Flags) -> str | None:
     given = flags.get("deployment_id")
     try:
         return naming.deployment_id(given) if given else None
@@ -364,7 +364,7 @@ def check_cron(schedule: str) -> None:
         raise Failure(f"cron schedule {schedule!r}: Railway runs nothing more often than */5")
 
 
-def notify(flags: Flags) -> str | None:
+def notify_url(flags: Flags) -> str | None:
     """The address to tell, a secret. Raises Failure for what is none."""
     url = value(flags, "notify")
     keep_secret(url)

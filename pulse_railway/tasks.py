@@ -51,7 +51,7 @@ def doctor(given: Flags, output: Output) -> None:
     output.result(result, [])
 
 
-@verb([*BASELINE], parser="baseline")
+@verb([*BASELINE], parser="parse_baseline")
 def scaffold(wanted: options.BaselineOptions, output: Output) -> None:
     """Create router, env, Redis and janitor in an environment that has none of them."""
     from pulse_railway import config
@@ -67,7 +67,7 @@ def scaffold(wanted: options.BaselineOptions, output: Output) -> None:
     )
 
 
-@verb([*BASELINE, "owns_state", "replace_app", "plan"], parser="baseline")
+@verb([*BASELINE, "owns_state", "replace_app", "plan"], parser="parse_baseline")
 def ensure(wanted: options.BaselineOptions, output: Output) -> None:
     """Create the baseline in an empty environment, or reconcile a complete one."""
     from pulse_railway import config
@@ -89,7 +89,7 @@ def ensure(wanted: options.BaselineOptions, output: Output) -> None:
     output.result(_stack_result(stack, done, api, planned=wanted.plan_only), summary)
 
 
-@verb([*DEPLOY], parser="deploy")
+@verb([*DEPLOY], parser="parse_deploy")
 def deploy(wanted: options.DeployOptions, output: Output) -> None:
     """Bring up the app as a new deployment and make it the active one."""
     from pulse_railway import config
@@ -114,7 +114,7 @@ def deploy(wanted: options.DeployOptions, output: Output) -> None:
     output.result(result, [news.text, f"next: {following}"])
 
 
-@verb([*STACK, "deployment_id"], parser="stack")
+@verb([*STACK, "deployment_id"], parser="parse_stack")
 def redeploy(wanted: options.StackOptions, output: Output) -> None:
     """Build and start the active deployment anew, or the one named."""
     from pulse_railway.flows import redeploy as flow
@@ -124,7 +124,10 @@ def redeploy(wanted: options.StackOptions, output: Output) -> None:
     output.result(result, [f"{result['deployment_id']} runs anew"])
 
 
-@verb([*STACK, "deployment_id", "weight", "bake", "force", "message", "notify"], parser="promote")
+@verb(
+    [*STACK, "deployment_id", "weight", "bake", "force", "message", "notify"],
+    parser="parse_promote",
+)
 def promote(wanted: options.PromoteOptions, output: Output) -> None:
     """Make a running deployment the active one, or with --weight the canary."""
     from pulse_railway.flows import promote as flow
@@ -141,7 +144,7 @@ def promote(wanted: options.PromoteOptions, output: Output) -> None:
     output.result(result, [news.text])
 
 
-@verb([*STACK, "message", "notify"], parser="stack")
+@verb([*STACK, "message", "notify"], parser="parse_stack")
 def rollback(wanted: options.StackOptions, output: Output) -> None:
     """End the canary; without one, promote the deployment that was active before."""
     from pulse_railway.flows import promote as flow
@@ -158,7 +161,7 @@ def rollback(wanted: options.StackOptions, output: Output) -> None:
     output.result(result, [news.text])
 
 
-@verb(["switch", *STACK, "page", "retry_after", "message"], parser="maintenance")
+@verb(["switch", *STACK, "page", "retry_after", "message"], parser="parse_maintenance")
 def maintenance(wanted: options.MaintenanceOptions, output: Output) -> None:
     """Answer everybody with a page (on), or with the app again (off); open sockets stay."""
     from pulse_railway.flows import maintenance as flow
@@ -169,7 +172,7 @@ def maintenance(wanted: options.MaintenanceOptions, output: Output) -> None:
     output.result(result, [f"maintenance is {word} at {stack.address}"])
 
 
-@verb([*STACK, "lines"], parser="history")
+@verb([*STACK, "lines"], parser="parse_history")
 def history(wanted: options.HistoryOptions, output: Output) -> None:
     """Show what was promoted, rolled back and removed, when, by whom and why."""
     from pulse_railway import rendering, router_commands
@@ -182,7 +185,7 @@ def history(wanted: options.HistoryOptions, output: Output) -> None:
         rendering.show_history(entries)
 
 
-@verb([*STACK, "yes"], parser="stack")
+@verb([*STACK, "yes"], parser="parse_stack")
 def unlock(wanted: options.StackOptions, output: Output) -> None:
     """Take the deploy lock from a run that is dead."""
     from pulse_railway import router_commands
@@ -196,7 +199,7 @@ def unlock(wanted: options.StackOptions, output: Output) -> None:
     output.result({"lock": held}, ["the deploy lock is free" if held else "nobody deploys"])
 
 
-@verb([*STACK, "deployment_id", "redis_url", "redis_prefix", "yes"], parser="one_deployment")
+@verb([*STACK, "deployment_id", "redis_url", "redis_prefix", "yes"], parser="parse_one_deployment")
 def delete(wanted: options.StackOptions, output: Output) -> None:
     """Remove a deployment that is not active, with its tabs' state."""
     from pulse_railway.flows import remove as flow
@@ -208,7 +211,7 @@ def delete(wanted: options.StackOptions, output: Output) -> None:
     output.result(result, [f"{chosen} is gone"])
 
 
-@verb([*STACK, "deployment_name", "redis_url", "redis_prefix", "yes"], parser="one_name")
+@verb([*STACK, "deployment_name", "redis_url", "redis_prefix", "yes"], parser="parse_one_name")
 def remove(wanted: options.StackOptions, output: Output) -> None:
     """Remove the one deployment whose id was generated from a name."""
     from pulse_railway.flows import remove as flow
@@ -220,7 +223,7 @@ def remove(wanted: options.StackOptions, output: Output) -> None:
     output.result(result, [f"{chosen} is gone"])
 
 
-@verb([*STACK, "watch", "every"], parser="status")
+@verb([*STACK, "watch", "every"], parser="parse_status")
 def status(wanted: options.StatusOptions, output: Output) -> None:
     """Show the baseline, and each deployment with its state, age and sessions."""
     from pulse_railway import rendering
@@ -238,7 +241,7 @@ def status(wanted: options.StatusOptions, output: Output) -> None:
         rendering.show_status(result)
 
 
-@verb([*STACK, "deployment_id", "build", "follow", "lines"], parser="logs")
+@verb([*STACK, "deployment_id", "build", "follow", "lines"], parser="parse_logs")
 def logs(wanted: options.LogsOptions, output: Output) -> None:
     """Show a deployment's log (default: the active one's), or with --service a stable service's."""
     from pulse_railway.flows import logs as flow
@@ -247,7 +250,7 @@ def logs(wanted: options.LogsOptions, output: Output) -> None:
     output.result(flow.logs(api, stack, wanted, output), [])
 
 
-@verb([*STACK, "deployment_id"], parser="stack")
+@verb([*STACK, "deployment_id"], parser="parse_stack")
 def restore(wanted: options.StackOptions, output: Output) -> None:
     """Rebuild the routing state from Railway's services, where Redis has lost it."""
     from pulse_railway.flows import restore as flow
@@ -258,7 +261,7 @@ def restore(wanted: options.StackOptions, output: Output) -> None:
     output.result(result, [f"restored {restored}; {result['active']} is active"])
 
 
-@verb(["repository", "tag", "json"], parser="image")
+@verb(["repository", "tag", "json"], parser="parse_image")
 def image(wanted: options.ImageOptions, output: Output) -> None:
     """Build the runtime image (router and janitor) and push it."""
     from pulse_railway.flows import image as flow

@@ -40,7 +40,7 @@ def verb(flags: list[str], parser: str) -> Callable[[Callable[..., None]], Task[
             bound = signature.bind(*args, **given)  # TypeError for what it does not take
             bound.apply_defaults()
             context = bound.arguments.pop("c")
-            return run(function, parser, with_defaults(context, bound.arguments))
+            return run_verb(function, parser, with_defaults(context, bound.arguments))
 
         parameter = inspect.Parameter
         kind = parameter.POSITIONAL_OR_KEYWORD
@@ -76,7 +76,9 @@ def with_defaults(context: Context, given: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def run(function: Callable[..., None], parser: str, flags: Mapping[str, Any]) -> dict[str, Any]:
+def run_verb(
+    function: Callable[..., None], parser: str, flags: Mapping[str, Any]
+) -> dict[str, Any]:
     """Call a verb; returns its result, what it says with --json. Whatever a user can do something
     about becomes one line and a status of 1; with --json, one object on stdout too."""
     import httpx

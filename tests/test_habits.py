@@ -124,7 +124,7 @@ def test_a_verb_called_from_another_task(
 
     from pulse_railway import verbs
 
-    made = verbs.verb(["repository", "json"], parser="image")(image)
+    made = verbs.verb(["repository", "json"], parser="parse_image")(image)
     assert made(configured(repository="r/x")) == {"image": "r/x:1"}
     assert "pushed" in capsys.readouterr().err
 
