@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import subprocess
@@ -98,6 +99,33 @@ def test_every_command_exists(page: Path) -> None:
 def test_every_flag_is_taken_by_a_verb() -> None:
     taken = {flag.name for verb in railway.ns.tasks for flag in help.flags(verb)}
     assert taken == set(FLAGS)
+
+
+def defined(path: Path) -> set[str]:
+    """What a file defines: constants, functions, classes, and methods as `Class.method`."""
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        match node:
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
+                names.add(name)
+            case ast.ClassDef(name=name, body=body):
+                names |= {name, *(f"{name}.{m}" for n in body if (m := getattr(n, "name", None)))}
+            case ast.Assign(targets=[ast.Name(id=name)]) | ast.AnnAssign(target=ast.Name(id=name)):
+                names.add(name)
+    return names
+
+
+def test_what_contributing_points_to_exists() -> None:
+    """Each place is `file` and the names behind it: `router.py` `affinity`."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    map_of_it = text[text.index("## Where is it?") :]
+    questions = re.findall(r"^\| [A-Z].*\? \| (.*) \|$", map_of_it, re.M)
+    assert len(questions) >= 20
+    for place in questions:
+        assert re.fullmatch(r"(`[\w/]+\.py`( `[\w.]+`)+(; )?)+", place), place
+    for file, names in re.findall(r"`([\w/]+\.py)`((?:\s`[\w.]+`)*)", map_of_it):
+        wanted = set(re.findall(r"`([\w.]+)`", names))
+        assert wanted - defined(ROOT / file) == set(), file
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
