@@ -434,7 +434,7 @@ def test_nothing_that_serves_is_lost(way: str, plan: list[Any]) -> None:
 
 def test_the_stand_in_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """The names that the test above replaces are there: it would pass without them."""
-    for module, name in ((ssh, "run"), (deploy, "up"), (deploy, "wait_until_routed")):
+    for module, name in ((ssh, "run_railway"), (deploy, "up"), (deploy, "wait_until_routed")):
         assert callable(getattr(module, name))
     assert config.Names().router == "pulse-router"
     assert isinstance(Stack(Target("p", "e"), Names(), {}).missing, list)
