@@ -124,10 +124,7 @@ def redeploy(wanted: options.StackOptions, output: Output) -> None:
     output.result(result, [f"{result['deployment_id']} runs anew"])
 
 
-@verb(
-    [*STACK, "deployment_id", "weight", "bake", "force", "message", "notify"],
-    parser="parse_promote",
-)
+@verb([*STACK, *"deployment_id weight bake force message notify".split()], parser="parse_promote")
 def promote(wanted: options.PromoteOptions, output: Output) -> None:
     """Make a running deployment the active one, or with --weight the canary."""
     from pulse_railway.flows import promote as flow

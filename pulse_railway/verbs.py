@@ -76,9 +76,7 @@ def with_defaults(context: Context, given: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def run_verb(
-    function: Callable[..., None], parser: str, flags: Mapping[str, Any]
-) -> dict[str, Any]:
+def run_verb(verb: Callable[..., None], parser: str, flags: Mapping[str, Any]) -> dict[str, Any]:
     """Call a verb; returns its result, what it says with --json. Whatever a user can do something
     about becomes one line and a status of 1; with --json, one object on stdout too."""
     import httpx
@@ -97,7 +95,7 @@ def run_verb(
         return Exit(f"error: {why}" if code == 1 else why, code)
 
     try:
-        function(getattr(options, parser)(flags, output), output)
+        verb(getattr(options, parser)(flags, output), output)
     except Failure as failure:
         raise end(redact(str(failure)), 1) from None
     except KeyboardInterrupt:

@@ -114,9 +114,8 @@ def ensure(
     check_redis_mode(stack, wanted)
     check_redis_prefix(stack, wanted)
     if wanted.app:
-        app_identity.check_same_app(
-            stack, app_identity.of_app(wanted.app), wanted.replace_app, output
-        )
+        app = app_identity.of_app(wanted.app)
+        app_identity.check_same_app(stack, app, wanted.replace_app, output)
     assert stack.router is not None
     if stack.copied_from:
         tell_of_copy(stack, output)

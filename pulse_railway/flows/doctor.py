@@ -243,10 +243,8 @@ def check_stack(
 def check_versions(found: Checkup, stack: Stack) -> None:
     for service in (stack.router, stack.janitor):
         assert service is not None
-        runs, here = (
-            service.variables.get(contract.RUNTIME_VERSION),
-            runtime_image.runtime_version(),
-        )
+        runs = service.variables.get(contract.RUNTIME_VERSION)
+        here = runtime_image.runtime_version()
         if runs == here or (service.image and runs == service.image):
             found.note(service.name, "good", str(runs))
         else:
