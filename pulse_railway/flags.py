@@ -65,13 +65,8 @@ class Flag:
 
     def parse(self, given: Any) -> Any:
         """A value of this kind. Raises Failure for what is none."""
-        if self.kind is bool:
-            return bool(given)
-        if self.kind is int:
-            return self._number(given)
-        if self.kind is float:
-            return self._percentage(given)
-        return self._pairs(given) if self.kind is dict else given
+        parsers: Any = {bool: bool, int: self._number, float: self._percentage, dict: self._pairs}
+        return parsers[self.kind](given) if self.kind in parsers else given
 
     def _number(self, given: Any) -> int:
         try:
