@@ -9,8 +9,8 @@ from pathlib import Path
 
 from pulse_railway import help
 from pulse_railway.app.plugin import RailwayPlugin
+from pulse_railway.flags import FLAGS
 from pulse_railway.runtime_image import load
-from pulse_railway.verbs import FLAGS
 
 PAGE = Path(__file__).with_suffix(".md")
 
@@ -21,8 +21,11 @@ VARIABLES = {
         "RAILWAY_API_TOKEN": "an account's or a workspace's token",
         "RAILWAY_PROJECT_ID, RAILWAY_ENVIRONMENT_ID": "which ones, where neither flags nor the"
         " plugin nor a project token say so",
-        "PULSE_RAILWAY_SSH_KEY": "a private key, or a path to one, for `railway ssh`",
-        "PULSE_RAILWAY_NOTIFY_URL": "who is told, as by `--notify`",
+        **{
+            flag.variable: f"`{flag.option}`: {flag.help}"
+            for flag in FLAGS.values()
+            if flag.variable
+        },
         "PULSE_RAILWAY_API_URL": "another address of Railway's API: the local Railway's",
         "RAILWAY_HTTP_TIMEOUT": "of Railway's CLI: for its uploads it is set to 1800 (seconds)",
         "RAILWAY_ENV, RAILWAY_OAUTH_CLIENT_ID": "as Railway's CLI has them, for its login",
@@ -113,17 +116,16 @@ def verbs() -> list[str]:
         taken = help.flags(verb)
         lines += ["", f"### {verb}", "", help.summary(verb)]
         if taken:
-            flags = ", ".join(f"`{help.spelled(name)}`" for name in taken)
-            lines += ["", f"`{help.usage(verb)}`", "", flags.replace("`--switch on|off`, ", "")]
+            shown = ", ".join(f"`{flag.usage}`" for flag in taken if not flag.positional)
+            lines += ["", f"`{help.usage(verb)}`", "", shown]
     return lines
 
 
 def flags() -> list[str]:
     lines = ["## Flags", "", "Every one of them may stand in `invoke.yaml`.", ""]
     lines += ["| flag | |", "| --- | --- |"]
-    for name in FLAGS:
-        if FLAGS[name].default != "?":
-            lines.append(f"| `{help.spelled(name)}` | {FLAGS[name].help} |")
+    shown = [flag for flag in FLAGS.values() if not flag.positional]
+    lines += [f"| `{flag.usage}` | {flag.text} |" for flag in shown]
     return lines
 
 

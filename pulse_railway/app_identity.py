@@ -62,7 +62,7 @@ def variable(app: AppIdentity) -> str:
     return json.dumps({k: v for k, v in asdict(app).items() if v})
 
 
-def check(stack: Stack, app: AppIdentity, replace: bool, output: Output) -> None:
+def check_same_app(stack: Stack, app: AppIdentity, replace: bool, output: Output) -> None:
     """Warn where another repository or file was deployed to this stack last.
 
     Raises Failure where the stack serves an app of another name, unless it is to be replaced."""

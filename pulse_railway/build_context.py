@@ -31,10 +31,10 @@ def instructions(dockerfile: Path) -> list[tuple[str, str]]:
     return joined
 
 
-def exposed(context: Path, dockerfile: Path) -> list[str]:
+def secrets_in_image(context: Path, dockerfile: Path) -> list[str]:
     """Files and folders of `context` that the Dockerfile would copy into an image although they
     can hold secrets, or are this machine's own; relative to `context`."""
-    sources = copied(dockerfile)
+    sources = copy_sources(dockerfile)
     ignore = ignored(context, dockerfile)
     found = []
     for folder, folders, files in os.walk(context):
@@ -58,7 +58,7 @@ def _any(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch(name, pattern) for pattern in patterns)
 
 
-def copied(dockerfile: Path) -> list[str]:
+def copy_sources(dockerfile: Path) -> list[str]:
     """What COPY and ADD take from the context, not from another stage or image."""
     sources: list[str] = []
     for name, rest in instructions(dockerfile):

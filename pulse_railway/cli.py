@@ -16,7 +16,7 @@ from invoke.program import Program
 from invoke.vendor import yaml
 
 from pulse_railway import __version__, tasks
-from pulse_railway.verbs import FLAGS
+from pulse_railway.flags import FLAGS
 
 
 class Settings(Config):
@@ -73,8 +73,12 @@ def rewrite(arguments: list[str]) -> list[str]:
     if "--help" in rest or "-h" in rest:
         return ["--help", verb]
     positional = tasks.ns[verb].positional  # then a bare word is that, not an app
-    known = [name.replace("_", "-") for name in FLAGS] + ["arguments", "dir"]
-    switches = {name.replace("_", "-") for name, flag in FLAGS.items() if flag.default is False}
+    # what any verb takes; of a flag that two take differently, what this one does
+    takes_value = {
+        argument.name.replace("_", "-"): argument.takes_value
+        for task in [*tasks.ns.tasks, verb]
+        for argument in tasks.ns[task].get_arguments()
+    }
     out, i = [verb], 0
     while i < len(rest):
         word = rest[i]
@@ -82,11 +86,10 @@ def rewrite(arguments: list[str]) -> list[str]:
             out += [word] if positional else ["--app", word]
         else:
             name, equals, _ = word[2:].partition("=")
-            if name not in known:
-                _unknown(word, [f"--{k}" for k in known], "flag")
+            if name not in takes_value:
+                _unknown(word, [f"--{known}" for known in takes_value], "flag")
             out.append(word)
-            takes_value = name not in switches and not (verb == "local" and name == "env")
-            if takes_value and not equals and i + 1 < len(rest):
+            if takes_value[name] and not equals and i + 1 < len(rest):
                 i += 1
                 out[-1] = f"{word}={rest[i]}"  # a value may start with a dash
         i += 1

@@ -6,10 +6,9 @@ import contextlib
 import difflib
 import io
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from pulse_railway import contract
@@ -22,9 +21,6 @@ if TYPE_CHECKING:
     import pulse as ps
 
     from pulse_railway.app.plugin import RailwayPlugin
-
-
-NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,7 @@ ROUTER_SERVICE: Final = "PULSE_RAILWAY_SERVICE"
 JANITOR_SERVICE: Final = "PULSE_RAILWAY_JANITOR_SERVICE"
 REDIS_SERVICE: Final = "PULSE_RAILWAY_REDIS_SERVICE"
 NOTIFY_URL: Final = "PULSE_RAILWAY_NOTIFY_URL"  # ours, on the janitor: who is told
+SSH_KEY: Final = "PULSE_RAILWAY_SSH_KEY"  # ours, where a verb runs: the key of `railway ssh`
 LAST_PROMOTED: Final = "PULSE_RAILWAY_ACTIVE"  # ours, on the router: which deployment was last
 LAST_PROMOTED_AT: Final = "PULSE_RAILWAY_ACTIVE_AT"  # ... and when, in seconds by Redis' clock
 MAINTENANCE: Final = "PULSE_RAILWAY_MAINTENANCE"  # ours, on the router: closed since then

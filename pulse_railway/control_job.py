@@ -29,7 +29,7 @@ RUN_AGAIN = 20.0  # seconds; Railway skips a run while the last is alive
 BY_SCHEDULE = 420.0  # seconds: Railway's shortest schedule is five minutes
 
 
-def run(api: Api, stack: Stack, words: list[str], nonce: str) -> Outcome:
+def run_command(api: Api, stack: Stack, words: list[str], nonce: str) -> Outcome:
     """Have the janitor carry out a control command, once for its nonce; its answer is the same as
     by ssh. Where none comes the command is withdrawn: nobody is to be surprised by it later."""
     janitor = stack.janitor

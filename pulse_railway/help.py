@@ -7,20 +7,14 @@ import shutil
 import textwrap
 
 from pulse_railway import tasks
-from pulse_railway.verbs import FLAGS
+from pulse_railway.flags import FLAGS, Flag
 
-GROUPS = {
-    "begin": ("init", "doctor", "local"),
-    "the baseline": ("ensure", "scaffold", "image"),
-    "deploy": ("deploy", "redeploy", "promote", "rollback", "delete", "remove"),
-    "look": ("status", "history", "logs"),
-    "when something is wrong": ("maintenance", "unlock", "restore"),
-    "inside the containers": ("serve", "control", "janitor"),
-}
 NOT_TASKS = {
     "serve": "Run the app as its container's first process.",
     "janitor": "`janitor run`: remove drained deployments.",
 }
+GROUPS = {group: [task.name for task in verbs] for group, verbs in tasks.GROUPS.items()}
+GROUPS["inside the containers"] += NOT_TASKS
 
 
 def summary(verb: str) -> str:
@@ -30,26 +24,20 @@ def summary(verb: str) -> str:
     return (inspect.getdoc(tasks.ns[verb]) or "").splitlines()[0]
 
 
-def flags(verb: str) -> list[str]:
-    """The flags that a verb takes, as FLAGS has them."""
+def flags(verb: str) -> list[Flag]:
+    """The flags that a verb takes."""
     if verb in NOT_TASKS:
         return []
-    return list(getattr(tasks.ns[verb].body, "flags", ()))
+    return [FLAGS[name] for name in getattr(tasks.ns[verb].body, "flags", ())]
 
 
 def usage(verb: str) -> str:
     """`pulse-railway deploy [FILE] [flags]`."""
     taken = flags(verb)
-    positional = [FLAGS[name].value for name in taken if FLAGS[name].default == "?"]
-    if not positional and "app" in taken:
+    positional = [flag.value for flag in taken if flag.positional]
+    if not positional and FLAGS["app"] in taken:
         positional = ["[FILE]"]
     return " ".join(["pulse-railway", verb, *positional, "[flags]"])
-
-
-def spelled(name: str) -> str:
-    """`--bake SECONDS`."""
-    flag = FLAGS[name]
-    return f"--{name.replace('_', '-')}" + ("" if flag.switch else f" {flag.value}")
 
 
 def overview() -> str:
@@ -68,10 +56,9 @@ def overview() -> str:
 
 def of_verb(verb: str) -> str:
     lines = [f"Usage: {usage(verb)}", "", inspect.getdoc(tasks.ns[verb]) or "", ""]
-    taken = [name for name in flags(verb) if FLAGS[name].default != "?"]
     if "[FILE]" in usage(verb):
         lines.append("FILE by itself is --app.")
-    lines += [_entry(spelled(name), FLAGS[name].help, 34) for name in taken]
+    lines += [_entry(flag.usage, flag.text, 34) for flag in flags(verb) if not flag.positional]
     return "\n".join(lines)
 
 

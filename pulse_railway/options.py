@@ -1,31 +1,29 @@
 """The parsers: what a verb was asked for, settled once and checked here.
 
 In come flags (with the defaults of Invoke's configuration, see verbs.py); over the plugin, over
-the environment, they become a typed value, which is all that a flow sees of them.
+the environment, they become a typed value, which is all that a flow sees of them. A field that is
+called as a flag of flags.py has that flag's value, kind and default.
 """
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pulse_railway import config, contract, naming
 from pulse_railway.config import AppConfig, Names, Where
 from pulse_railway.errors import Failure, keep_secret
+from pulse_railway.flags import FLAGS, NOTHING, Flags, value
 from pulse_railway.output import Output
-from pulse_railway.railway.ssh import KEY_VARIABLE, identity
+from pulse_railway.railway.ssh import private_key_file
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     from pulse_railway.app.plugin import RailwayPlugin
 
-Flags = Mapping[str, Any]
-
-VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-MOST = 10**9  # of a flag's whole number
 PAGE_LIMIT = 24 * 1024  # bytes: it goes as one word of a control command
 
 
@@ -36,7 +34,7 @@ class StackOptions:
     where: Where
     names: Names
     deployment_id: str | None = None
-    deployment_name: str | None = None
+    deployment_name: str = FLAGS["deployment_name"].default
     yes: bool = False
     notify: str | None = field(default=None, repr=False)
     message: str | None = None
@@ -45,7 +43,7 @@ class StackOptions:
 @dataclass(frozen=True)
 class PromoteOptions(StackOptions):
     weight: float | None = None  # percent of new visitors; None: all, it becomes the active one
-    bake: int = 0  # seconds
+    bake: int = FLAGS["bake"].default  # seconds
     force: bool = False  # also where it does not answer now
 
 
@@ -53,18 +51,18 @@ class PromoteOptions(StackOptions):
 class MaintenanceOptions(StackOptions):
     on: bool = True
     page: str | None = None  # HTML
-    retry_after: int = 30  # seconds
+    retry_after: int = FLAGS["retry_after"].default  # seconds
 
 
 @dataclass(frozen=True)
 class StatusOptions(StackOptions):
     watch: bool = False
-    every: int = 15  # seconds
+    every: int = FLAGS["every"].default  # seconds
 
 
 @dataclass(frozen=True)
 class HistoryOptions(StackOptions):
-    lines: int = 100
+    lines: int = FLAGS["lines"].default
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ class LogsOptions(StackOptions):
     service: str | None = None  # a stable service; else a deployment's
     build: bool = False
     follow: bool = False
-    lines: int = 100
+    lines: int = FLAGS["lines"].default
 
 
 @dataclass(frozen=True)
@@ -83,11 +81,11 @@ class BaselineOptions:
     names: Names
     redis_url: str | None = None
     redis_prefix: str | None = None  # None: the stack's, else the usual one
-    cron: str = contract.DEFAULT_CRON
-    drain_ttl: int = contract.DEFAULT_DRAIN_TTL_SECONDS  # seconds
-    rollback_window: int = contract.DEFAULT_ROLLBACK_WINDOW_SECONDS  # seconds; 0: none
-    keep: int = 0  # deployments
-    router_replicas: int = 1
+    cron: str = FLAGS["janitor_cron_schedule"].default
+    drain_ttl: int = FLAGS["drain_ttl_seconds"].default  # seconds
+    rollback_window: int = FLAGS["rollback_window_seconds"].default  # seconds; 0: none
+    keep: int = FLAGS["keep"].default  # deployments
+    router_replicas: int = FLAGS["router_replicas"].default
     runtime_image: str | None = None
     app: AppConfig | None = None
     replace_app: bool = False
@@ -101,19 +99,19 @@ class DeployOptions:
     where: Where
     app: AppConfig
     deployment_id: str | None = None
-    deployment_name: str = contract.DEFAULT_DEPLOYMENT_NAME
+    deployment_name: str = FLAGS["deployment_name"].default
     server_address: str | None = None
     web_root: str | None = None
     image_repository: str | None = None
-    build_args: Mapping[str, str] = config.NOTHING
-    env: Mapping[str, str] = config.NOTHING
+    build_args: Mapping[str, str] = NOTHING
+    env: Mapping[str, str] = NOTHING
     no_gitignore: bool = False
-    replicas: int = 1
+    replicas: int = FLAGS["backend_replicas"].default
     promote: bool = True
     replace_app: bool = False
     keep_failed: bool = False
     canary: float | None = None  # percent of new visitors, instead of a promotion
-    bake: int = 0  # seconds
+    bake: int = FLAGS["bake"].default  # seconds
     lock_wait: int | None = None  # seconds; None: does not wait for another deploy
     message: str | None = None
     notify: str | None = field(default=None, repr=False)
@@ -125,30 +123,39 @@ class ImageOptions:
     tag: str | None = None
 
 
+def from_flags[T: DataclassInstance](
+    kind: type[T], flags: Flags, plugin: RailwayPlugin | None = None, **known: Any
+) -> T:
+    """A value of `kind`: a field has what is `known`, else the value of the flag of its name."""
+    taken = {f.name for f in fields(kind)} & FLAGS.keys() - known.keys()
+    return kind(**known, **{name: value(flags, name, plugin) for name in sorted(taken)})
+
+
 # -- a verb's flags to its value: one function a kind ------------------------------------------
 
 
-def stack(flags: Flags, output: Output) -> StackOptions:
-    app = load_app(flags, output) if flags.get("app") else None
-    return StackOptions(
-        where=where(flags, app.plugin if app else None),
-        names=router_named(flags, app.names) if app else names(flags),
-        deployment_id=deployment_id(flags),
-        deployment_name=flags.get("deployment_name"),
-        yes=bool(flags.get("yes")),
-        notify=notify(flags),
-        message=flags.get("message"),
-    )
+def of_stack[T: StackOptions](kind: type[T], flags: Flags, output: Output, **known: Any) -> T:
+    app = app_from_flags(flags, output) if flags.get("app") else None
+    known = {
+        "where": where(flags, app.plugin if app else None),
+        "names": router_named(flags, app.names) if app else names(flags),
+        "deployment_id": parse_deployment_id(flags),
+        "notify": notify_url(flags),
+        **known,
+    }
+    return from_flags(kind, flags, **known)
 
 
-def promote(flags: Flags, output: Output) -> PromoteOptions:
-    common = one_deployment(flags, output)
-    weight = percent(flags, "weight")
-    bake, force = number(flags, "bake", 0, 0), bool(flags.get("force"))
-    return PromoteOptions(**vars(common), weight=weight, bake=bake, force=force)
+def parse_stack(flags: Flags, output: Output) -> StackOptions:
+    return of_stack(StackOptions, flags, output)
 
 
-def maintenance(flags: Flags, output: Output) -> MaintenanceOptions:
+def parse_promote(flags: Flags, output: Output) -> PromoteOptions:
+    need_deployment_id(flags)
+    return of_stack(PromoteOptions, flags, output)
+
+
+def parse_maintenance(flags: Flags, output: Output) -> MaintenanceOptions:
     if flags.get("switch") not in ("on", "off"):
         raise Failure("maintenance on, or maintenance off?")
     on = flags["switch"] == "on"
@@ -160,116 +167,89 @@ def maintenance(flags: Flags, output: Output) -> MaintenanceOptions:
         page = path.read_text(errors="replace")
         if len(page.encode()) > PAGE_LIMIT:
             raise Failure(f"{path} is larger than {PAGE_LIMIT // 1024} KB: link what it shows")
-    common = stack(flags, output)
-    after = number(flags, "retry_after", 30)
-    return MaintenanceOptions(**vars(common), on=on, page=page, retry_after=after)
+    return of_stack(MaintenanceOptions, flags, output, on=on, page=page)
 
 
-def one_deployment(flags: Flags, output: Output) -> StackOptions:
-    """As `stack`, with the deployment that it is about."""
-    if not flags.get("deployment_id"):
-        raise Failure("which deployment? pass --deployment-id; `status` lists them")
-    return stack(flags, output)
+def parse_one_deployment(flags: Flags, output: Output) -> StackOptions:
+    """As `parse_stack`, with the deployment that it is about."""
+    need_deployment_id(flags)
+    return parse_stack(flags, output)
 
 
-def one_name(flags: Flags, output: Output) -> StackOptions:
+def parse_one_name(flags: Flags, output: Output) -> StackOptions:
     if not flags.get("deployment_name"):
         raise Failure("which deployment? pass --deployment-name")
     try:
         naming.deployment_slug(flags["deployment_name"])
     except ValueError as error:
         raise Failure(str(error)) from None
-    return stack(flags, output)
+    return parse_stack(flags, output)
 
 
-def status(flags: Flags, output: Output) -> StatusOptions:
+def parse_status(flags: Flags, output: Output) -> StatusOptions:
     if flags.get("watch") and flags.get("json"):
         raise Failure("--watch is for people: for a program, call status --json again and again")
-    common = stack(flags, output)
-    every = number(flags, "every", 15)
-    return StatusOptions(**vars(common), watch=bool(flags.get("watch")), every=every)
+    return of_stack(StatusOptions, flags, output)
 
 
-def logs(flags: Flags, output: Output) -> LogsOptions:
+def parse_logs(flags: Flags, output: Output) -> LogsOptions:
     # here --service is what to read, not the router's name
-    common = stack({**flags, "service": None}, output)
-    return LogsOptions(
-        **vars(common),
-        service=flags.get("service"),
-        build=bool(flags.get("build")),
-        follow=bool(flags.get("follow")),
-        lines=number(flags, "lines", 100),
-    )
+    others = {**flags, "service": None}
+    return of_stack(LogsOptions, others, output, service=value(flags, "service"))
 
 
-def history(flags: Flags, output: Output) -> HistoryOptions:
-    return HistoryOptions(**vars(stack(flags, output)), lines=number(flags, "lines", 100))
+def parse_history(flags: Flags, output: Output) -> HistoryOptions:
+    return of_stack(HistoryOptions, flags, output)
 
 
-def baseline(flags: Flags, output: Output) -> BaselineOptions:
-    app = load_app(flags, output)
-    cron = flags.get("janitor_cron_schedule") or contract.DEFAULT_CRON
+def parse_baseline(flags: Flags, output: Output) -> BaselineOptions:
+    app = app_from_flags(flags, output)
+    cron = value(flags, "janitor_cron_schedule")
     check_cron(cron)
     redis_url = flags.get("redis_url")
     keep_secret(redis_url)
     if redis_url and not redis_url.startswith(("redis://", "rediss://")):
         raise Failure("--redis-url must start with redis:// or rediss://")
-    return BaselineOptions(
+    return from_flags(
+        BaselineOptions,
+        flags,
+        app.plugin,
         where=where(flags, app.plugin),
         names=app.names,
-        redis_url=redis_url,
-        redis_prefix=flags.get("redis_prefix"),
-        cron=cron,
-        drain_ttl=number(flags, "drain_ttl_seconds", contract.DEFAULT_DRAIN_TTL_SECONDS, 0),
-        rollback_window=number(
-            flags, "rollback_window_seconds", contract.DEFAULT_ROLLBACK_WINDOW_SECONDS, 0
-        ),
-        keep=number(flags, "keep", 0, 0),
-        router_replicas=number(flags, "router_replicas", 1),
-        runtime_image=flags.get("runtime_image") or app.plugin.runtime_image,
         app=app,
-        replace_app=bool(flags.get("replace_app")),
-        notify=notify(flags),
-        owns_state=bool(flags.get("owns_state")),
-        plan_only=bool(flags.get("plan")),
+        cron=cron,
+        drain_ttl=value(flags, "drain_ttl_seconds"),
+        rollback_window=value(flags, "rollback_window_seconds"),
+        notify=notify_url(flags),
+        plan_only=value(flags, "plan"),
     )
 
 
-def deploy(flags: Flags, output: Output) -> DeployOptions:
-    app = load_app(flags, output)
-    repository = flags.get("image_repository") or app.plugin.image_repository
+def parse_deploy(flags: Flags, output: Output) -> DeployOptions:
+    app = app_from_flags(flags, output)
+    repository = value(flags, "image_repository", app.plugin)
     if repository and flags.get("no_gitignore"):
         raise Failure("--no-gitignore is for source deploys: leave it or --image-repository out")
-    build_args = pairs(flags.get("build_arg"), "--build-arg")
-    env = pairs(flags.get("env"), "--env")
+    build_args, env = value(flags, "build_arg"), value(flags, "env")
     for flag, given in (("--env", env), ("--build-arg", {} if repository else build_args)):
         if taken := sorted(contract.RESERVED & given.keys()):
             raise Failure(f"{flag} cannot set {', '.join(taken)}: pulse-railway manages it")
     keep_secret(*env.values(), *build_args.values())
-    canary, bake = percent(flags, "canary"), number(flags, "bake", 0, 0)
-    if flags.get("no_promote") and (canary is not None or bake):
+    watched = value(flags, "canary") is not None or value(flags, "bake")
+    if flags.get("no_promote") and watched:
         raise Failure("--no-promote leaves nobody to watch: leave it or --canary and --bake out")
-    name = flags.get("deployment_name") or app.plugin.deployment_name
-    return DeployOptions(
+    return from_flags(
+        DeployOptions,
+        flags,
+        app.plugin,
         where=where(flags, app.plugin),
         app=app,
-        deployment_id=deployment_id(flags),
-        deployment_name=name or contract.DEFAULT_DEPLOYMENT_NAME,
-        server_address=flags.get("server_address") or app.server_address,
-        web_root=flags.get("web_root"),
-        image_repository=repository,
+        deployment_id=parse_deployment_id(flags),
+        server_address=value(flags, "server_address") or app.server_address,
         build_args=build_args,
-        env=env,
-        no_gitignore=bool(flags.get("no_gitignore")),
-        replicas=number(flags, "backend_replicas", 1),
+        replicas=value(flags, "backend_replicas"),
         promote=not flags.get("no_promote"),
-        replace_app=bool(flags.get("replace_app")),
-        keep_failed=bool(flags.get("keep_failed")),
-        canary=canary,
-        bake=bake,
-        lock_wait=number(flags, "lock_wait", 0, 0) if flags.get("lock_wait") is not None else None,
-        message=flags.get("message"),
-        notify=notify(flags),
+        notify=notify_url(flags),
     )
 
 
@@ -278,16 +258,16 @@ def as_given(flags: Flags, output: Output) -> Flags:
     return flags
 
 
-def image(flags: Flags, output: Output) -> ImageOptions:
+def parse_image(flags: Flags, output: Output) -> ImageOptions:
     if not flags.get("repository"):
         raise Failure("where to? pass --repository, e.g. registry/org/pulse-railway")
-    return ImageOptions(flags["repository"], flags.get("tag"))
+    return from_flags(ImageOptions, flags)
 
 
 # -- what they share ---------------------------------------------------------------------------
 
 
-def load_app(flags: Flags, output: Output) -> AppConfig:
+def app_from_flags(flags: Flags, output: Output) -> AppConfig:
     with output.step(f"load {flags.get('app') or 'the app'}"):
         app = config.load_app(flags.get("app"), Path(flags.get("context") or ".").resolve())
     if not flags.get("service_prefix"):
@@ -319,25 +299,15 @@ def where(flags: Flags, plugin: RailwayPlugin | None = None) -> Where:
     for what in ("workspace", "project", "environment"):
         if flags.get(what) and flags.get(f"{what}_id"):
             raise Failure(f"pass --{what} or --{what}-id, not both")
-    way = flags.get("control")
+    way, key = value(flags, "control"), value(flags, "ssh_key")
     if way not in (None, "ssh", "job"):
         raise Failure(f"--control takes ssh or job, not {way!r}")
-    key = flags["ssh_key"] or os.environ.get(KEY_VARIABLE) if "ssh_key" in flags else None
-    project, environment = flags.get("project"), flags.get("environment")
-    if plugin and not flags.get("project_id"):
-        project = project or plugin.project
-    if plugin and not flags.get("environment_id"):
-        environment = environment or plugin.environment
-    return Where(
-        token=flags.get("token"),
-        workspace=flags.get("workspace"),
-        workspace_id=flags.get("workspace_id"),
-        project=project,
-        project_id=flags.get("project_id"),
-        environment=environment,
-        environment_id=flags.get("environment_id"),
-        control=way,
-        ssh_key=identity(key) if key and way != "job" else None,
+    return from_flags(
+        Where,
+        flags,
+        project=value(flags, "project", None if flags.get("project_id") else plugin),
+        environment=value(flags, "environment", None if flags.get("environment_id") else plugin),
+        ssh_key=private_key_file(key) if key and way != "job" else None,
     )
 
 
@@ -370,7 +340,12 @@ def router_named(flags: Flags, of_app: Names) -> Names:
     return replace(of_app, router=asked.router, asked=True)
 
 
-def deployment_id(flags: Flags) -> str | None:
+def need_deployment_id(flags: Flags) -> None:
+    if not flags.get("deployment_id"):
+        raise Failure("which deployment? pass --deployment-id; `status` lists them")
+
+
+def parse_deployment_id(flags: Flags) -> str | None:
     given = flags.get("deployment_id")
     try:
         return naming.deployment_id(given) if given else None
@@ -389,50 +364,10 @@ def check_cron(schedule: str) -> None:
         raise Failure(f"cron schedule {schedule!r}: Railway runs nothing more often than */5")
 
 
-def pairs(items: list[str] | None, flag: str) -> dict[str, str]:
-    """`KEY=VALUE` items as a dict. Raises Failure for one that is not."""
-    found = {}
-    for item in items or []:
-        key, equals, value = item.partition("=")
-        if not equals or not VARIABLE_NAME.fullmatch(key):
-            raise Failure(f"{flag} takes KEY=VALUE, not {key!r}: a name has letters, digits, _")
-        found[key] = value
-    return found
-
-
-def notify(flags: Flags) -> str | None:
+def notify_url(flags: Flags) -> str | None:
     """The address to tell, a secret. Raises Failure for what is none."""
-    url = flags.get("notify") or os.environ.get(contract.NOTIFY_URL)
+    url = value(flags, "notify")
     keep_secret(url)
     if url and not str(url).startswith(("https://", "http://")):
         raise Failure(f"--notify and {contract.NOTIFY_URL} take an http(s) address")
     return str(url) if url else None
-
-
-def percent(flags: Flags, name: str) -> float | None:
-    """A flag that holds a percentage. Raises Failure for anything else."""
-    value = flags.get(name)
-    if value in (None, ""):
-        return None
-    try:
-        found = float(str(value).removesuffix("%"))
-    except ValueError:
-        found = -1.0
-    if not 0 <= found <= 100:
-        raise Failure(f"--{name} takes a number from 0 to 100, not {value!r}")
-    return found
-
-
-def number(flags: Flags, name: str, default: int, least: int = 1) -> int:
-    """A flag that holds a whole number. Raises Failure for anything else."""
-    value = flags.get(name)
-    if value in (None, ""):
-        return default
-    try:
-        found = int(str(value))
-    except ValueError:
-        found = least - 1
-    if not least <= found <= MOST:
-        flag = f"--{name.replace('_', '-')}"
-        raise Failure(f"{flag} takes a whole number from {least} to {MOST}, not {value!r}")
-    return found

@@ -149,7 +149,7 @@ def status_parts(result: dict[str, Any], history: History | None = None) -> list
     if not result["deployments"] and not result["problems"]:
         parts.append(Text("no deployments: run pulse-railway deploy"))
     elif result["deployments"]:
-        parts += [Text(), deployments(result["deployments"], history)]
+        parts += [Text(), deployments_table(result["deployments"], history)]
     parts += [
         Text(
             f"router {router['router']}: {router['requests']} requests, {router['errors']}"
@@ -163,7 +163,7 @@ def status_parts(result: dict[str, Any], history: History | None = None) -> list
     return parts
 
 
-def deployments(rows: list[dict[str, Any]], history: History | None) -> Table:
+def deployments_table(rows: list[dict[str, Any]], history: History | None) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     for title in ("deployment", "state", "railway", "age"):
         table.add_column(title)

@@ -29,7 +29,7 @@ Answer = dict[str, Any]
 Heard = Callable[[str], None]  # is told what the user should hear, though nothing failed
 
 
-def control(
+def send_command(
     api: Api, stack: Stack, command: str, *arguments: str, pauses: tuple[float, ...] = PAUSES
 ) -> Answer:
     """Have the router carry out one control command, and return its answer.
@@ -47,12 +47,12 @@ def control(
     deadline = time.monotonic() + PATIENCE
     for pause in (*pauses, None):
         if stack.target.control_route.kind == "job":
-            outcome = control_job.run(api, stack, words, nonce)
+            outcome = control_job.run_command(api, stack, words, nonce)
         else:
             outcome = by_ssh(api, stack, [*words, "--nonce", nonce])
             if outcome.no_key and stack.target.control_route.kind is None:
                 fall_back_to_job(stack, outcome.said)
-                outcome = control_job.run(api, stack, words, nonce)
+                outcome = control_job.run_command(api, stack, words, nonce)
         why = outcome.said
         answer = parse_answer(outcome.stdout, command, nonce)
         if answer is not None:
@@ -79,7 +79,7 @@ def choose_route(api: Api, stack: Stack) -> None:
     if route.checked or route.kind == "job":
         return
     try:
-        route.key = ssh.check(api, route.key)
+        route.key = ssh.need_ssh(api, route.key)
         route.checked = True
     except ssh.NoKey as failure:
         if route.kind == "ssh":
@@ -137,14 +137,14 @@ def printable(value: Any) -> Any:
 
 
 def read_active(api: Api, stack: Stack) -> str | None:
-    found = control(api, stack, "active").get("deployment_id")
+    found = send_command(api, stack, "active").get("deployment_id")
     return str(found) if found else None
 
 
 def read_state(api: Api, stack: Stack, *, pauses: tuple[float, ...] = PAUSES) -> Answer:
     """`active`, `canary`, `maintenance`, `lock`, `lost`, `deployments` with their sessions,
     `routers`."""
-    return control(api, stack, "status", pauses=pauses)
+    return send_command(api, stack, "status", pauses=pauses)
 
 
 def send_register(
@@ -161,7 +161,7 @@ def send_register(
     words = ["--deployment-id", deployment_id, "--service-name", service_name]
     words += ["--service-id", service_id, "--address", address]
     words += ["--about", json.dumps(about, separators=(",", ":"))]
-    control(api, stack, "register", *words, *(["--hold"] if held else []))
+    send_command(api, stack, "register", *words, *(["--hold"] if held else []))
 
 
 def send_promote(
@@ -198,11 +198,11 @@ def send_promote(
     words += _noted(why)
     service = stack.backend(deployment_id)
     try:
-        answer = control(api, stack, "promote", *words)
+        answer = send_command(api, stack, "promote", *words)
     except Refused as refused:
         if refused.reason != "unknown" or service is None:
             raise
-        answer = control(api, stack, "promote", *words, "--service-id", service.id)
+        answer = send_command(api, stack, "promote", *words, "--service-id", service.id)
     tell_of_late_routers(answer, warn)
     return promotion(answer)
 
@@ -238,12 +238,12 @@ def send_abort_canary(
     warn: Heard = lambda _: None,
 ) -> None:
     """End a canary: it drains."""
-    answer = control(api, stack, "withdraw", "--deployment-id", deployment_id, *_noted(why))
+    answer = send_command(api, stack, "withdraw", "--deployment-id", deployment_id, *_noted(why))
     tell_of_late_routers(answer, warn)
 
 
 def send_finish_bake(api: Api, stack: Stack, deployment_id: str) -> None:
-    control(api, stack, "baked", "--deployment-id", deployment_id)
+    send_command(api, stack, "baked", "--deployment-id", deployment_id)
 
 
 def _noted(why: str | None) -> list[str]:
@@ -254,7 +254,7 @@ def send_lock(api: Api, stack: Stack, holder: str, lease: int) -> tuple[str | No
     """Hold the deploy lock for `lease` seconds; returns the active deployment, and whether the
     routing state is lost. Raises Refused, with the reason `locked`, where somebody else has it."""
     words = ["--holder", holder, "--lease", str(lease)]
-    answer = control(api, stack, "lock", *words)
+    answer = send_command(api, stack, "lock", *words)
     found = answer.get("active")
     return str(found) if found else None, answer.get("lost") is True
 
@@ -264,7 +264,7 @@ def send_unlock(
 ) -> None:
     """Give the deploy lock back; without a holder, take it from whoever has it."""
     words = ["--holder", holder] if holder else []
-    control(api, stack, "unlock", *words, pauses=pauses)
+    send_command(api, stack, "unlock", *words, pauses=pauses)
 
 
 def send_maintenance(
@@ -279,7 +279,7 @@ def send_maintenance(
     """Returns since when the site is closed, or since when it is open; None where the router is of
     an earlier version."""
     words = ["on" if on else "off", "--retry-after", str(retry_after), *_noted(why)]
-    answer = control(api, stack, "maintenance", *words, *(["--page", page] if page else []))
+    answer = send_command(api, stack, "maintenance", *words, *(["--page", page] if page else []))
     tell_of_late_routers(answer, warn)
     since, at = (
         float(value) if isinstance(value := answer.get(name), int | float) else None
@@ -292,12 +292,12 @@ def send_probe(api: Api, stack: Stack, deployment_id: str, path: str | None = No
     """What a deployment answers from inside the private network: `at` (answers, other, silent,
     unreachable), `active`, `behind`, and with a path `status`."""
     words = ["--deployment-id", deployment_id, *(["--path", path] if path else [])]
-    return control(api, stack, "probe", *words, pauses=(1.0,))
+    return send_command(api, stack, "probe", *words, pauses=(1.0,))
 
 
 def read_history(api: Api, stack: Stack) -> list[dict[str, Any]]:
     """What was done, the oldest first."""
-    return list(control(api, stack, "history")["history"])
+    return list(send_command(api, stack, "history")["history"])
 
 
 def send_retire(api: Api, stack: Stack, deployment_id: str, service_id: str | None) -> None:
@@ -305,7 +305,7 @@ def send_retire(api: Api, stack: Stack, deployment_id: str, service_id: str | No
     Refused, with the reason `behind`, while a router may still route to it."""
     words = ["--deployment-id", deployment_id]
     words += ["--service-id", service_id] if service_id else []
-    if behind := control(api, stack, "retire", *words).get("behind"):
+    if behind := send_command(api, stack, "retire", *words).get("behind"):
         raise Refused(
             f"{deployment_id} is retired, and its service stays for now: the router"
             f" {', '.join(map(str, behind))} has not said that it serves that. The janitor removes"
@@ -315,13 +315,13 @@ def send_retire(api: Api, stack: Stack, deployment_id: str, service_id: str | No
 
 
 def send_forget(api: Api, stack: Stack, deployment_id: str) -> None:
-    control(api, stack, "delete", "--deployment-id", deployment_id)
+    send_command(api, stack, "delete", "--deployment-id", deployment_id)
 
 
 def send_claim(api: Api, stack: Stack, instead_of: str | None = None) -> None:
     """Make the routing state this stack's; where another owner has it, instead of that one."""
     words = ["--owner", str(stack.stamp), *(["--instead-of", instead_of] if instead_of else [])]
-    control(api, stack, "claim", *words)
+    send_command(api, stack, "claim", *words)
 
 
 def send_restore(
@@ -333,4 +333,4 @@ def send_restore(
     words += ["--chosen"] if chosen else []
     closed = stack.router.variables.get(contract.MAINTENANCE) if stack.router else None
     words += ["--maintenance-since", closed] if closed else []
-    return promotion(control(api, stack, "restore", *words))
+    return promotion(send_command(api, stack, "restore", *words))

@@ -25,7 +25,7 @@ def sources() -> Path:
 
 
 @cache
-def version() -> str:
+def runtime_version() -> str:
     """What the router and janitor services are marked with: our version and the files' digest."""
     digest = hashlib.sha256()
     for name in FILES:

@@ -435,7 +435,10 @@ def require_baseline(stack: Stack) -> None:
     if stack.no_such_router:
         raise Failure(f"no router is called {stack.names.router}; there is: {stack.no_such_router}")
     if stack.copied_from:
-        raise Failure(copied(stack))
+        raise Failure(
+            f"this environment is a copy of {stack.copied_from}, with its tokens and its routing"
+            " state: run `pulse-railway ensure`, which makes a stack of its own of it"
+        )
     if not stack.baseline:
         raise Failure("there is no baseline in this environment: run `pulse-railway ensure` first")
     if stack.missing:
@@ -454,13 +457,6 @@ def require_baseline(stack: Stack) -> None:
             " over"
         )
     _ = stack.address
-
-
-def copied(stack: Stack) -> str:
-    return (
-        f"this environment is a copy of {stack.copied_from}, with its tokens and its routing state:"
-        " run `pulse-railway ensure`, which makes a stack of its own of it"
-    )
 
 
 def find_backend(stack: Stack, deployment_id: str) -> Service:

@@ -13,21 +13,12 @@ from typing import TYPE_CHECKING, Any
 from invoke.collection import Collection
 from invoke.tasks import task
 
-from pulse_railway.verbs import BASELINE, DEPLOY, STACK, ask, confirm, verb
+from pulse_railway.flags import BASELINE, DEPLOY, STACK
+from pulse_railway.verbs import ask, confirm, verb
 
 if TYPE_CHECKING:
-    from pulse_railway.options import (
-        BaselineOptions,
-        DeployOptions,
-        Flags,
-        HistoryOptions,
-        ImageOptions,
-        LogsOptions,
-        MaintenanceOptions,
-        PromoteOptions,
-        StackOptions,
-        StatusOptions,
-    )
+    from pulse_railway import options
+    from pulse_railway.flags import Flags
     from pulse_railway.output import Output
     from pulse_railway.railway.api import Api
     from pulse_railway.stack import Stack
@@ -60,8 +51,8 @@ def doctor(given: Flags, output: Output) -> None:
     output.result(result, [])
 
 
-@verb([*BASELINE], parser="baseline")
-def scaffold(wanted: BaselineOptions, output: Output) -> None:
+@verb([*BASELINE], parser="parse_baseline")
+def scaffold(wanted: options.BaselineOptions, output: Output) -> None:
     """Create router, env, Redis and janitor in an environment that has none of them."""
     from pulse_railway import config
     from pulse_railway.flows import baseline
@@ -76,8 +67,8 @@ def scaffold(wanted: BaselineOptions, output: Output) -> None:
     )
 
 
-@verb([*BASELINE, "owns_state", "replace_app", "plan"], parser="baseline")
-def ensure(wanted: BaselineOptions, output: Output) -> None:
+@verb([*BASELINE, "owns_state", "replace_app", "plan"], parser="parse_baseline")
+def ensure(wanted: options.BaselineOptions, output: Output) -> None:
     """Create the baseline in an empty environment, or reconcile a complete one."""
     from pulse_railway import config
     from pulse_railway.flows import baseline
@@ -98,8 +89,8 @@ def ensure(wanted: BaselineOptions, output: Output) -> None:
     output.result(_stack_result(stack, done, api, planned=wanted.plan_only), summary)
 
 
-@verb([*DEPLOY], parser="deploy")
-def deploy(wanted: DeployOptions, output: Output) -> None:
+@verb([*DEPLOY], parser="parse_deploy")
+def deploy(wanted: options.DeployOptions, output: Output) -> None:
     """Bring up the app as a new deployment and make it the active one."""
     from pulse_railway import config
     from pulse_railway.flows import deploy as flow
@@ -123,8 +114,8 @@ def deploy(wanted: DeployOptions, output: Output) -> None:
     output.result(result, [news.text, f"next: {following}"])
 
 
-@verb([*STACK, "deployment_id"], parser="stack")
-def redeploy(wanted: StackOptions, output: Output) -> None:
+@verb([*STACK, "deployment_id"], parser="parse_stack")
+def redeploy(wanted: options.StackOptions, output: Output) -> None:
     """Build and start the active deployment anew, or the one named."""
     from pulse_railway.flows import redeploy as flow
 
@@ -133,8 +124,8 @@ def redeploy(wanted: StackOptions, output: Output) -> None:
     output.result(result, [f"{result['deployment_id']} runs anew"])
 
 
-@verb([*STACK, "deployment_id", "weight", "bake", "force", "message", "notify"], parser="promote")
-def promote(wanted: PromoteOptions, output: Output) -> None:
+@verb([*STACK, *"deployment_id weight bake force message notify".split()], parser="parse_promote")
+def promote(wanted: options.PromoteOptions, output: Output) -> None:
     """Make a running deployment the active one, or with --weight the canary."""
     from pulse_railway.flows import promote as flow
     from pulse_railway.notify import notifying
@@ -150,8 +141,8 @@ def promote(wanted: PromoteOptions, output: Output) -> None:
     output.result(result, [news.text])
 
 
-@verb([*STACK, "message", "notify"], parser="stack")
-def rollback(wanted: StackOptions, output: Output) -> None:
+@verb([*STACK, "message", "notify"], parser="parse_stack")
+def rollback(wanted: options.StackOptions, output: Output) -> None:
     """End the canary; without one, promote the deployment that was active before."""
     from pulse_railway.flows import promote as flow
     from pulse_railway.notify import notifying
@@ -167,8 +158,8 @@ def rollback(wanted: StackOptions, output: Output) -> None:
     output.result(result, [news.text])
 
 
-@verb(["switch", *STACK, "page", "retry_after", "message"], parser="maintenance")
-def maintenance(wanted: MaintenanceOptions, output: Output) -> None:
+@verb(["switch", *STACK, "page", "retry_after", "message"], parser="parse_maintenance")
+def maintenance(wanted: options.MaintenanceOptions, output: Output) -> None:
     """Answer everybody with a page (on), or with the app again (off); open sockets stay."""
     from pulse_railway.flows import maintenance as flow
 
@@ -178,8 +169,8 @@ def maintenance(wanted: MaintenanceOptions, output: Output) -> None:
     output.result(result, [f"maintenance is {word} at {stack.address}"])
 
 
-@verb([*STACK, "lines"], parser="history")
-def history(wanted: HistoryOptions, output: Output) -> None:
+@verb([*STACK, "lines"], parser="parse_history")
+def history(wanted: options.HistoryOptions, output: Output) -> None:
     """Show what was promoted, rolled back and removed, when, by whom and why."""
     from pulse_railway import rendering, router_commands
 
@@ -191,8 +182,8 @@ def history(wanted: HistoryOptions, output: Output) -> None:
         rendering.show_history(entries)
 
 
-@verb([*STACK, "yes"], parser="stack")
-def unlock(wanted: StackOptions, output: Output) -> None:
+@verb([*STACK, "yes"], parser="parse_stack")
+def unlock(wanted: options.StackOptions, output: Output) -> None:
     """Take the deploy lock from a run that is dead."""
     from pulse_railway import router_commands
 
@@ -205,8 +196,8 @@ def unlock(wanted: StackOptions, output: Output) -> None:
     output.result({"lock": held}, ["the deploy lock is free" if held else "nobody deploys"])
 
 
-@verb([*STACK, "deployment_id", "redis_url", "redis_prefix", "yes"], parser="one_deployment")
-def delete(wanted: StackOptions, output: Output) -> None:
+@verb([*STACK, "deployment_id", "redis_url", "redis_prefix", "yes"], parser="parse_one_deployment")
+def delete(wanted: options.StackOptions, output: Output) -> None:
     """Remove a deployment that is not active, with its tabs' state."""
     from pulse_railway.flows import remove as flow
 
@@ -217,8 +208,8 @@ def delete(wanted: StackOptions, output: Output) -> None:
     output.result(result, [f"{chosen} is gone"])
 
 
-@verb([*STACK, "deployment_name", "redis_url", "redis_prefix", "yes"], parser="one_name")
-def remove(wanted: StackOptions, output: Output) -> None:
+@verb([*STACK, "deployment_name", "redis_url", "redis_prefix", "yes"], parser="parse_one_name")
+def remove(wanted: options.StackOptions, output: Output) -> None:
     """Remove the one deployment whose id was generated from a name."""
     from pulse_railway.flows import remove as flow
 
@@ -229,8 +220,8 @@ def remove(wanted: StackOptions, output: Output) -> None:
     output.result(result, [f"{chosen} is gone"])
 
 
-@verb([*STACK, "watch", "every"], parser="status")
-def status(wanted: StatusOptions, output: Output) -> None:
+@verb([*STACK, "watch", "every"], parser="parse_status")
+def status(wanted: options.StatusOptions, output: Output) -> None:
     """Show the baseline, and each deployment with its state, age and sessions."""
     from pulse_railway import rendering
     from pulse_railway.flows import status as flow
@@ -247,8 +238,8 @@ def status(wanted: StatusOptions, output: Output) -> None:
         rendering.show_status(result)
 
 
-@verb([*STACK, "deployment_id", "build", "follow", "lines"], parser="logs")
-def logs(wanted: LogsOptions, output: Output) -> None:
+@verb([*STACK, "deployment_id", "build", "follow", "lines"], parser="parse_logs")
+def logs(wanted: options.LogsOptions, output: Output) -> None:
     """Show a deployment's log (default: the active one's), or with --service a stable service's."""
     from pulse_railway.flows import logs as flow
 
@@ -256,8 +247,8 @@ def logs(wanted: LogsOptions, output: Output) -> None:
     output.result(flow.logs(api, stack, wanted, output), [])
 
 
-@verb([*STACK, "deployment_id"], parser="stack")
-def restore(wanted: StackOptions, output: Output) -> None:
+@verb([*STACK, "deployment_id"], parser="parse_stack")
+def restore(wanted: options.StackOptions, output: Output) -> None:
     """Rebuild the routing state from Railway's services, where Redis has lost it."""
     from pulse_railway.flows import restore as flow
 
@@ -267,8 +258,8 @@ def restore(wanted: StackOptions, output: Output) -> None:
     output.result(result, [f"restored {restored}; {result['active']} is active"])
 
 
-@verb(["repository", "tag", "json"], parser="image")
-def image(wanted: ImageOptions, output: Output) -> None:
+@verb(["repository", "tag", "json"], parser="parse_image")
+def image(wanted: options.ImageOptions, output: Output) -> None:
     """Build the runtime image (router and janitor) and push it."""
     from pulse_railway.flows import image as flow
 
@@ -330,7 +321,9 @@ def local(_: Any, dir: str = ".local-railway", env: bool = False) -> None:
 # -- what the verbs share ----------------------------------------------------------------------
 
 
-def _stack(wanted: StackOptions, output: Output, *, require: bool = True) -> tuple[Api, Stack]:
+def _stack(
+    wanted: options.StackOptions, output: Output, *, require: bool = True
+) -> tuple[Api, Stack]:
     from pulse_railway import config
     from pulse_railway.stack import inspect, require_baseline
 
@@ -355,8 +348,14 @@ def _stack_result(
     }
 
 
-ns = Collection(
-    init, doctor, scaffold, ensure, deploy, redeploy, promote, rollback, delete, remove, status,
-    history, logs, maintenance, unlock, restore, image, control, local,
-)  # fmt: skip
+# the verbs, as `pulse-railway --help` groups them
+GROUPS = {
+    "begin": (init, doctor, local),
+    "the baseline": (ensure, scaffold, image),
+    "deploy": (deploy, redeploy, promote, rollback, delete, remove),
+    "look": (status, history, logs),
+    "when something is wrong": (maintenance, unlock, restore),
+    "inside the containers": (control,),
+}
+ns = Collection(*(task for group in GROUPS.values() for task in group))
 ns.add_collection(Collection("janitor", janitor_run))

@@ -32,7 +32,7 @@ from typing import Any
 
 from pulse_railway import runtime_image
 from pulse_railway.local.supervisor import free_port
-from tests.chaos_clients import Client, Connection, Tab
+from tests.chaos_clients import Client, ClientConnection, Tab
 from tests.conftest import ROOT, Process, Redis, router_command
 
 router: Any = runtime_image.load("router")
@@ -47,7 +47,7 @@ QUICK = {"REFRESH_SECONDS": 3.0}
 
 
 @dataclass
-class Backend:
+class BackendProcess:
     """One deployment's process."""
 
     name: str
@@ -77,7 +77,7 @@ class World:
     ports: list[int] = field(default_factory=list)  # of the routers that get new connections
     routers: list[Process] = field(default_factory=list)
     retired: set[int] = field(default_factory=set)  # ports of routers that were stopped
-    running: dict[str, Backend] = field(default_factory=dict)
+    running: dict[str, BackendProcess] = field(default_factory=dict)
     ended: set[str] = field(default_factory=set)
     down: list[tuple[str, float, float]] = field(default_factory=list)  # on purpose: from, until
     chosen: list[tuple[float, set[str]]] = field(default_factory=list)  # who may answer newcomers
@@ -151,9 +151,9 @@ class World:
         command += ["--port", str(port), "--ws", "websockets", "--no-access-log"]
         return Process(command, port, env | {"PYTHONPATH": str(ROOT)}, home)
 
-    async def start_backend(self, pulse: bool) -> Backend:
+    async def start_backend(self, pulse: bool) -> BackendProcess:
         name, port = f"d{len(self.ended) + len(self.running)}", free_port()
-        backend = Backend(name, port, pulse, self.spawn(name, port, pulse))
+        backend = BackendProcess(name, port, pulse, self.spawn(name, port, pulse))
         await asyncio.to_thread(backend.process.wait, 90)
         await self.until_status(port, "/_pulse/health", 200)
         self.running[name] = backend
@@ -178,7 +178,7 @@ class World:
 
     async def look(self, port: int, path: str) -> Any:
         """One request of ours, which is not judged."""
-        connection = Connection(port)
+        connection = ClientConnection(port)
         try:
             async with asyncio.timeout(10):
                 await connection.open()

@@ -30,7 +30,7 @@ class Ended(Exception):
     """The life is over: its deployment has gone, or the answer was not to be had."""
 
 
-class Answer:
+class ClientAnswer:
     def __init__(self, head: bytes, body: bytes) -> None:
         self.status = int(head.split(b" ", 2)[1])
         lines = head.decode("latin-1").split("\r\n")[1:-2]
@@ -42,7 +42,7 @@ class Answer:
         return self.fields.get("x-pulse-selected-deployment", "")
 
 
-class Connection:
+class ClientConnection:
     """One client connection to a router. Raises OSError or EOFError where it breaks."""
 
     def __init__(self, port: int) -> None:
@@ -56,7 +56,7 @@ class Connection:
     def close(self) -> None:
         self.writer.close()
 
-    async def ask(self, head: bytes, body: bytes = b"") -> Answer:
+    async def ask(self, head: bytes, body: bytes = b"") -> ClientAnswer:
         """Raises ConnectionResetError where it had died before, and this one may be repeated."""
         self.chosen = ""
         try:
@@ -68,7 +68,7 @@ class Connection:
                 raise ConnectionResetError from None
             raise
         self.used = True
-        self.chosen = Answer(said, b"").deployment
+        self.chosen = ClientAnswer(said, b"").deployment
         if b"\r\ntransfer-encoding: chunked" in said.lower():
             content = b""
             while size := int((await self.reader.readuntil(b"\r\n")).split(b";")[0], 16):
@@ -76,12 +76,12 @@ class Connection:
                 await self.reader.readexactly(2)
             await self.reader.readexactly(2)
         else:
-            length = Answer(said, b"").fields.get("content-length", "0")
+            length = ClientAnswer(said, b"").fields.get("content-length", "0")
             content = await self.reader.readexactly(int(length))
         if b"\r\nconnection: close" in said.lower():
             self.close()
             self.used = False
-        return Answer(said, content)
+        return ClientAnswer(said, content)
 
     async def frame(self) -> bytes:
         """The next short frame of a WebSocket; a ping is answered (RFC 6455 section 5.5)."""
@@ -103,7 +103,7 @@ class Client:
         self.rng = random.Random(f"{world.seed}-client-{number}")
         self.life = 0
         self.cookie = ""
-        self.connection: Connection | None = None
+        self.connection: ClientConnection | None = None
 
     async def run(self) -> None:
         while not self.world.over:
@@ -159,7 +159,7 @@ class Client:
 
     async def get(
         self, path: str, affinity: str = "", body: bytes | None = None, of: str = ""
-    ) -> Answer:
+    ) -> ClientAnswer:
         """One request and what came of it, judged. `of`: the deployment whose asset it is."""
         world, began = self.world, time.monotonic()
         head = self.head(path, affinity, length=None if body is None else len(body))
@@ -170,7 +170,7 @@ class Client:
                     self.connection.close()
                     self.connection = None
                 if self.connection is None or self.connection.writer.is_closing():
-                    self.connection = Connection(self.rng.choice(world.ports))
+                    self.connection = ClientConnection(self.rng.choice(world.ports))
                     await self.connection.open()
                 async with asyncio.timeout(PATIENCE):
                     answer = await self.connection.ask(head, body or b"")
@@ -222,7 +222,7 @@ class Client:
         """Hold a WebSocket, and talk now and then."""
         world, began = self.world, time.monotonic()
         port = self.rng.choice(world.ports)
-        connection = Connection(port)
+        connection = ClientConnection(port)
         lines = ["upgrade: websocket", "connection: Upgrade", "sec-websocket-version: 13"]
         lines.append("sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==")
         until = began + self.rng.uniform(2, 45)

@@ -16,13 +16,13 @@ from pulse_railway.stack import inspect
 from tests.conftest import Project, play
 from tests.net import eventually
 from tests.test_failures import InProcess
-from tests.users import DEPLOY, Site
+from tests.users import DEPLOY, LiveSite
 
 
 @pytest.fixture(scope="module")
-def site(base: Project) -> Site:
+def site(base: Project) -> LiveSite:
     """`first` drains, `second` is active and takes a variable of pulse-env's."""
-    found = Site(base)
+    found = LiveSite(base)
     base.stage.set_variables("pulse-env", {"SECRET_KEY": "a secret"})
     found.deploy("second")
     return found
@@ -51,7 +51,7 @@ ENSURE = ["ensure", "main.py"]
 DEPLOY_ONE = ["deploy", "main.py", "--deployment-id", "no"]
 
 
-def step_01_variables_that_read_empty(site: Site) -> None:
+def step_01_variables_that_read_empty(site: LiveSite) -> None:
     """Nothing goes on: not with another internal token, nor without the users' variables."""
     project = site.project
     before = written(project)
@@ -72,7 +72,7 @@ def step_01_variables_that_read_empty(site: Site) -> None:
     assert written(project) == before
 
 
-def step_02_variables_that_read_empty_once(site: Site) -> None:
+def step_02_variables_that_read_empty_once(site: LiveSite) -> None:
     """They are read again."""
     project = site.project
     once = [empty("pulse-router"), empty("pulse-env")]
@@ -89,7 +89,7 @@ def step_02_variables_that_read_empty_once(site: Site) -> None:
 
 
 def step_03_the_edge_answers_in_place_of_the_router(
-    site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    site: LiveSite, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Users are served inside all the while: a healthy version is kept, and chosen."""
     project = site.project
@@ -117,7 +117,7 @@ def step_03_the_edge_answers_in_place_of_the_router(
 
 
 def step_04_an_answer_that_is_well_formed_and_odd(
-    site: Site, monkeypatch: pytest.MonkeyPatch
+    site: LiveSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a deploy has made goes, and one line is said."""
     project = site.project
@@ -143,7 +143,7 @@ def step_04_an_answer_that_is_well_formed_and_odd(
     assert site.visited == "fourth"
 
 
-def step_05_a_version_that_does_not_answer(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def step_05_a_version_that_does_not_answer(site: LiveSite, monkeypatch: pytest.MonkeyPatch) -> None:
     project = site.project
     gone = project.latest("second")["id"]
     project.railway.graphql("mutation ($d: String!) { deploymentRemove(id: $d) }", d=gone)
@@ -166,7 +166,7 @@ def step_05_a_version_that_does_not_answer(site: Site, monkeypatch: pytest.Monke
     assert site.visited == "fourth"
 
 
-def step_06_a_router_that_has_failed(site: Site) -> None:
+def step_06_a_router_that_has_failed(site: LiveSite) -> None:
     project = site.project
     router = project.stage.services()["pulse-router"]["serviceId"]
     project.faults(crash_at="DEPLOYING")
@@ -185,7 +185,7 @@ def step_06_a_router_that_has_failed(site: Site) -> None:
     assert site.visited == "fourth"
 
 
-def step_07_a_service_that_railway_refuses_to_delete(site: Site) -> None:
+def step_07_a_service_that_railway_refuses_to_delete(site: LiveSite) -> None:
     """The others have their turn in the same run, and it has its own in the next."""
     project = site.project
     (site.tabs / "third").write_text("0")
@@ -205,7 +205,7 @@ def step_07_a_service_that_railway_refuses_to_delete(site: Site) -> None:
     assert site.visited == "fifth"
 
 
-def step_08_a_janitor_in_the_router(site: Site) -> None:
+def step_08_a_janitor_in_the_router(site: LiveSite) -> None:
     """It has not the limits that `ensure` has set on the janitor's own service."""
     before = site.project.services
     done = site.inside("pulse-router", "pulse-railway janitor run")

@@ -85,10 +85,10 @@ def test_two_names_are_refused_and_another_place_is_a_warning(
     output = Output()
     if said == "refused":
         with pytest.raises(Failure, match="serves the app 'shop', and this one is 'blog'"):
-            app_identity.check(stack, deployed, False, output)
-        app_identity.check(stack, deployed, True, output)
+            app_identity.check_same_app(stack, deployed, False, output)
+        app_identity.check_same_app(stack, deployed, True, output)
     else:
-        app_identity.check(stack, deployed, False, output)
+        app_identity.check_same_app(stack, deployed, False, output)
     warned = capsys.readouterr().err
     assert (said in warned) if said and said != "refused" else warned == ""
 

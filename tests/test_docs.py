@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import subprocess
@@ -14,8 +15,8 @@ import tasks
 from docs import reference
 from pulse_railway import help
 from pulse_railway import tasks as railway
+from pulse_railway.flags import FLAGS
 from pulse_railway.runtime_image import SCRIPTS
-from pulse_railway.verbs import FLAGS
 from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -62,10 +63,10 @@ def test_every_variable_is_in_the_reference() -> None:
 
 def test_every_verb_of_a_project_takes_the_way_to_its_router() -> None:
     """`ensure` asks it too, and without the flags it did so by the janitor."""
-    flags = {verb: set(help.flags(verb)) for verb in railway.ns.tasks}
-    assert {
-        v for v, taken in flags.items() if "project" in taken and "ssh_key" not in taken
-    } == set()
+    project, key = FLAGS["project"], FLAGS["ssh_key"]
+    verbs = [verb for verb in railway.ns.tasks if project in help.flags(verb)]
+    assert len(verbs) > 10
+    assert [verb for verb in verbs if key not in help.flags(verb)] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -87,11 +88,8 @@ def test_every_command_exists(page: Path) -> None:
             words = shlex.split(said.split(";")[0].rstrip(").,:"))
         except ValueError:  # the end of a sentence
             continue
-        taken = (
-            {f"--{name.replace('_', '-')}" for name in help.flags(verb)}
-            if (verb in railway.ns.tasks)
-            else set()
-        )
+        ours = verb in railway.ns.tasks
+        taken = {flag.option for flag in help.flags(verb)} if ours else set()
         for word in words:
             flag = word.split("=")[0].rstrip(".,)]")
             if flag.startswith("--") and taken and flag != "--help":
@@ -99,8 +97,35 @@ def test_every_command_exists(page: Path) -> None:
 
 
 def test_every_flag_is_taken_by_a_verb() -> None:
-    taken = {name for verb in railway.ns.tasks for name in help.flags(verb)}
+    taken = {flag.name for verb in railway.ns.tasks for flag in help.flags(verb)}
     assert taken == set(FLAGS)
+
+
+def defined(path: Path) -> set[str]:
+    """What a file defines: constants, functions, classes, and methods as `Class.method`."""
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        match node:
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
+                names.add(name)
+            case ast.ClassDef(name=name, body=body):
+                names |= {name, *(f"{name}.{m}" for n in body if (m := getattr(n, "name", None)))}
+            case ast.Assign(targets=[ast.Name(id=name)]) | ast.AnnAssign(target=ast.Name(id=name)):
+                names.add(name)
+    return names
+
+
+def test_what_contributing_points_to_exists() -> None:
+    """Each place is `file` and the names behind it: `router.py` `affinity`."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    map_of_it = text[text.index("## Where is it?") :]
+    questions = re.findall(r"^\| [A-Z].*\? \| (.*) \|$", map_of_it, re.M)
+    assert len(questions) >= 20
+    for place in questions:
+        assert re.fullmatch(r"(`[\w/]+\.py`( `[\w.]+`)+(; )?)+", place), place
+    for file, names in re.findall(r"`([\w/]+\.py)`((?:\s`[\w.]+`)*)", map_of_it):
+        wanted = set(re.findall(r"`([\w.]+)`", names))
+        assert wanted - defined(ROOT / file) == set(), file
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:

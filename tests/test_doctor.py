@@ -41,7 +41,9 @@ def test_a_stack_in_order(base: Project, app: Path) -> None:
     code, found = looked(base, "main.py", cwd=app)
     assert code == 0
     assert {name: said[0] for name, said in found.items() if said[0] == "bad"} == {}
-    assert found["pulse-router"] == found["pulse-janitor"] == ("good", runtime_image.version())
+    assert (
+        found["pulse-router"] == found["pulse-janitor"] == ("good", runtime_image.runtime_version())
+    )
     assert found["the router"][1].endswith("first is active")
 
 
@@ -100,7 +102,7 @@ def test_a_web_app_that_is_none(base: Project, app: Path, text: str | None) -> N
     package.unlink(missing_ok=True)
     if text is not None:
         package.write_text(text)
-    wanted = options.deploy({"app": "main.py", "context": str(app)}, doctor.Warnings())
+    wanted = options.parse_deploy({"app": "main.py", "context": str(app)}, doctor.Warnings())
     found = Checkup()
     doctor.check_react(found, wanted)
     assert [check.verdict for check in found.checks] == ["warning"]
@@ -122,7 +124,7 @@ def test_a_router_of_another_version() -> None:
     args: Any = ["i", "i", "pulse-router", "", None, {}, [], None, None]
     args.append({contract.RUNTIME_VERSION: "another"})
     of_router = Service(*args)
-    ours = {contract.RUNTIME_VERSION: runtime_image.version()}
+    ours = {contract.RUNTIME_VERSION: runtime_image.runtime_version()}
     of_janitor = replace(of_router, name="pulse-janitor", variables=ours)
     services = {s.name: s for s in (of_router, of_janitor)}
     found = Checkup()

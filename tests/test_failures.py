@@ -95,11 +95,11 @@ class InProcess:
     def deploy(self, deployment_id: str, **flags: Any) -> dict[str, Any]:
         output = Output(as_json=True)
         flags = {"app": "main.py", "context": TINY, "deployment_id": deployment_id, **flags}
-        plan = deploy.prepare(options.deploy(flags, output), output)
+        plan = deploy.prepare(options.parse_deploy(flags, output), output)
         return deploy.deploy(self.api(), self.target, plan, output)
 
     def ensure(self, **flags: Any) -> list[str]:
-        wanted = options.baseline({"app": "main.py", "context": TINY, **flags}, Output())
+        wanted = options.parse_baseline({"app": "main.py", "context": TINY, **flags}, Output())
         return baseline.ensure(self.api(), self.target, wanted, Output())[1]
 
     def delete(self, deployment_id: str) -> None:
@@ -259,7 +259,7 @@ def test_what_an_undoing_that_fails_says(
         raise error
 
     monkeypatch.setattr(cleanup, "undo", undo)
-    wanted = options.deploy({"app": "main.py", "context": TINY}, Output())
+    wanted = options.parse_deploy({"app": "main.py", "context": TINY}, Output())
     attempt = cleanup.Attempt("x", "prod-x", step="build and start", creating=True)
     api: Any = None
     why = Failure("the build failed")
@@ -270,14 +270,16 @@ def test_what_an_undoing_that_fails_says(
 
 def test_a_generated_name_that_is_taken_steps_on(here: InProcess) -> None:
     flags = {"app": "main.py", "context": TINY}
-    plan = deploy.prepare(options.deploy(flags, Output()), Output())
+    plan = deploy.prepare(options.parse_deploy(flags, Output()), Output())
     stack = inspect(here.api(), here.target, here.names)
     assert stack.router
     stack.taken |= {plan.service_name}
     free = deploy.free_name(plan, stack)
     assert free.service_name not in stack.taken
     assert free.deployment_id.rsplit("-", 2)[0] == plan.deployment_id.rsplit("-", 2)[0] == "prod"
-    given = deploy.prepare(options.deploy({**flags, "deployment_id": "first"}, Output()), Output())
+    given = deploy.prepare(
+        options.parse_deploy({**flags, "deployment_id": "first"}, Output()), Output()
+    )
     with pytest.raises(Failure, match="deployment first exists already: choose another"):
         deploy.free_name(given, stack)
 

@@ -6,21 +6,22 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from invoke.config import Config
 from invoke.context import Context
 from invoke.exceptions import Exit
+from invoke.tasks import Task
 
-from pulse_railway import cli, contract, help, naming, tasks
+from pulse_railway import cli, contract, help, naming, options, tasks
 from pulse_railway.config import Names, Target
 from pulse_railway.errors import Failure
+from pulse_railway.flags import FLAGS, value
 from pulse_railway.flows import remove
-from pulse_railway.options import pairs
 from pulse_railway.stack import Service, Stack
-from pulse_railway.verbs import FLAGS
 from tests.conftest import ROOT, Project
 from tests.net import eventually
 
@@ -79,8 +80,8 @@ def test_a_name_is_kept_with_its_service(base: Project) -> None:
 @pytest.mark.parametrize("item", ["A B=c", "=x", "1A=x", "NOVALUE", "A-B=c"])
 def test_a_variable_has_a_name(item: str) -> None:
     with pytest.raises(Failure, match="--env takes KEY=VALUE"):
-        pairs([item], "--env")
-    assert pairs(["A_1=b=c d"], "--env") == {"A_1": "b=c d"}
+        FLAGS["env"].parse([item])
+    assert FLAGS["env"].parse(["A_1=b=c d"]) == {"A_1": "b=c d"}
 
 
 def test_the_console_script_reads_invoke_yaml(tmp_path: Path) -> None:
@@ -123,7 +124,7 @@ def test_a_verb_called_from_another_task(
 
     from pulse_railway import verbs
 
-    made = verbs.verb(["repository", "json"], parser="image")(image)
+    made = verbs.verb(["repository", "json"], parser="parse_image")(image)
     assert made(configured(repository="r/x")) == {"image": "r/x:1"}
     assert "pushed" in capsys.readouterr().err
 
@@ -188,11 +189,8 @@ def test_help_is_about_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
         assert said.startswith(f"Usage: pulse-railway {verb}")
         assert "core-opts" not in said
         assert max(map(len, said.splitlines())) <= 100
-        for name in help.flags(verb):
-            flag = f"--{name.replace('_', '-')}"
-            shown = FLAGS[name].value if FLAGS[name].default == "?" else f"  {flag}"
-            assert shown in said
-            assert FLAGS[name].switch or FLAGS[name].value != flag
+        for flag in help.flags(verb):
+            assert (flag.value if flag.positional else f"  {flag.option}") in said
     cli.main(["help", "maintenance"])
     assert "pulse-railway maintenance on|off [flags]" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="did you mean deploy"):
@@ -206,3 +204,23 @@ def test_a_zero_that_was_given_wins_over_the_file() -> None:
     context = Context(Config(overrides={"pulse_railway": {"keep": 5, "json": True}}))
     given = {"keep": 0, "json": False, "build_arg": []}
     assert verbs.with_defaults(context, given) == {"keep": 0, "json": True, "build_arg": []}
+
+
+def test_an_option_has_its_flag_s_kind_and_default() -> None:
+    """mypy needs the types of the options' fields, which is why they are written a second time."""
+    compared = set()
+    for kind in vars(options).values():
+        if isinstance(kind, type) and is_dataclass(kind) and kind.__module__ == options.__name__:
+            types = get_type_hints(kind)
+            for option in fields(kind):
+                if (flag := FLAGS.get(option.name)) and flag.name != "app":  # that is loaded
+                    accepted = get_args(types[flag.name]) or (types[flag.name],)
+                    assert flag.kind in accepted or (flag.kind is dict and str in accepted)
+                    assert option.default in (value({}, flag.name), MISSING)
+                    compared.add(flag.name)
+    assert len(compared) > 20
+
+
+def test_a_verb_is_in_the_help_as_soon_as_it_is_a_task() -> None:
+    made = {name for name, value in vars(tasks).items() if isinstance(value, Task)}
+    assert made - {"janitor_run"} == set(tasks.ns.tasks)

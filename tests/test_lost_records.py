@@ -12,12 +12,12 @@ import pytest
 
 from tests.conftest import Project, play
 from tests.net import eventually
-from tests.users import DEPLOY, PREFIX, Site
+from tests.users import DEPLOY, PREFIX, LiveSite
 
 
 @pytest.fixture(scope="module")
-def site(base: Project) -> Site:
-    found = Site(base)
+def site(base: Project) -> LiveSite:
+    found = LiveSite(base)
     found.deploy("old")
     base.ok("delete", "--deployment-id", "first")
     found.deploy("new")
@@ -30,7 +30,7 @@ def test_nothing_that_serves_is_lost(request: pytest.FixtureRequest) -> None:
     play(globals(), request)
 
 
-def step_01_the_record_of_the_active_version_is_lost(site: Site) -> None:
+def step_01_the_record_of_the_active_version_is_lost(site: LiveSite) -> None:
     """Every verb makes it anew, and no visitor notices."""
     project = site.project
     said = "the record of new is lost: `pulse-railway restore` makes it anew"
@@ -67,7 +67,7 @@ def step_01_the_record_of_the_active_version_is_lost(site: Site) -> None:
     site.settles("new")
 
 
-def step_02_records_that_cannot_be_understood(site: Site) -> None:
+def step_02_records_that_cannot_be_understood(site: LiveSite) -> None:
     """A router goes on, a person is told which they are, and nothing removes them by itself."""
     project = site.project
     site.deploy("next", "--no-promote")
@@ -91,7 +91,7 @@ def step_02_records_that_cannot_be_understood(site: Site) -> None:
     site.settles("next")
 
 
-def step_03_a_router_that_starts_while_redis_is_away(site: Site) -> None:
+def step_03_a_router_that_starts_while_redis_is_away(site: LiveSite) -> None:
     """It serves what Railway said was active when it was deployed, and then what Redis says."""
     project = site.project
     router = project.stage.services()["pulse-router"]["serviceId"]
@@ -111,7 +111,7 @@ def step_03_a_router_that_starts_while_redis_is_away(site: Site) -> None:
     assert site.get(pulse_deployment="new").json()["deployment_id"] == "new"
 
 
-def step_04_a_closed_site_and_an_emptied_redis(site: Site) -> None:
+def step_04_a_closed_site_and_an_emptied_redis(site: LiveSite) -> None:
     """Between the router's restart and the janitor's run nobody knows that it was closed: the
     router has the variables of its deployment, and only the janitor reads them anew."""
     project = site.project

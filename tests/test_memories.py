@@ -13,12 +13,12 @@ import pytest
 
 from tests.conftest import Project, play
 from tests.net import eventually
-from tests.users import DELETE, Site
+from tests.users import DELETE, LiveSite
 
 
 @pytest.fixture(scope="module")
-def site(base: Project) -> Site:
-    found = Site(base)
+def site(base: Project) -> LiveSite:
+    found = LiveSite(base)
     found.deploy("good")
     base.ok("delete", "--deployment-id", "first")
     return found
@@ -33,7 +33,7 @@ def test_what_was_promoted_last_is_active(request: pytest.FixtureRequest) -> Non
 SNAPSHOTS: dict[str, Path] = {}
 
 
-def step_01_an_older_snapshot_and_a_router_that_lives(site: Site) -> None:
+def step_01_an_older_snapshot_and_a_router_that_lives(site: LiveSite) -> None:
     """In the snapshot the version that is right is a pending one, as old as a deploy that died."""
     project = site.project
     site.deploy("new", "--no-promote", tabs=0)
@@ -48,7 +48,7 @@ def step_01_an_older_snapshot_and_a_router_that_lives(site: Site) -> None:
     site.settles("new")
 
 
-def step_02_an_older_snapshot_and_a_router_that_restarts(site: Site) -> None:
+def step_02_an_older_snapshot_and_a_router_that_restarts(site: LiveSite) -> None:
     """Only Railway's variable knows."""
     project = site.project
     site.lose(SNAPSHOTS["good"], restart=True)
@@ -65,7 +65,7 @@ def step_02_an_older_snapshot_and_a_router_that_restarts(site: Site) -> None:
     site.settles("new")
 
 
-def step_03_an_older_snapshot_after_a_rollback(site: Site) -> None:
+def step_03_an_older_snapshot_after_a_rollback(site: LiveSite) -> None:
     """It holds the version that was rolled back from, which does not come back."""
     project = site.project
     site.deploy("bad")
@@ -82,7 +82,7 @@ def step_03_an_older_snapshot_after_a_rollback(site: Site) -> None:
     site.settles("new")
 
 
-def step_04_the_service_of_what_was_promoted_last_is_gone(site: Site) -> None:
+def step_04_the_service_of_what_was_promoted_last_is_gone(site: LiveSite) -> None:
     """The other one stays, and a person makes that final."""
     project = site.project
     snapshot = site.snapshot()

@@ -78,7 +78,7 @@ def test_where_a_name_comes_from(tmp_path: Path) -> None:
 
     def name(app: str, **given: object) -> str:
         wanted = flags(app=app, context=str(tmp_path), **given)
-        return options.deploy(wanted, Output()).deployment_name
+        return options.parse_deploy(wanted, Output()).deployment_name
 
     assert name("main.py") == "prod"
     assert name("named.py") == "shop"
@@ -86,5 +86,5 @@ def test_where_a_name_comes_from(tmp_path: Path) -> None:
 
 
 def test_one_backend_replica() -> None:
-    assert options.deploy(flags(), Output()).replicas == 1
-    assert options.deploy(flags(backend_replicas="3"), Output()).replicas == 3
+    assert options.parse_deploy(flags(), Output()).replicas == 1
+    assert options.parse_deploy(flags(backend_replicas="3"), Output()).replicas == 3

@@ -400,7 +400,7 @@ def test_nothing_that_serves_is_lost(way: str, plan: list[Any]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         holder: list[World] = []
         patch.setattr(router, "store_from_env", lambda _: holder[0].store)
-        patch.setattr(ssh, "run", lambda *a, **k: holder[0].ssh(*a, **k))
+        patch.setattr(ssh, "run_railway", lambda *a, **k: holder[0].ssh(*a, **k))
         patch.setattr(deploy, "up", lambda *_, **__: "d")
         patch.setattr(deploy, "wait_until_rendered", lambda *_: None)
         for module in (deploy, promote, redeploy, restore, reachability):
@@ -434,7 +434,7 @@ def test_nothing_that_serves_is_lost(way: str, plan: list[Any]) -> None:
 
 def test_the_stand_in_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """The names that the test above replaces are there: it would pass without them."""
-    for module, name in ((ssh, "run"), (deploy, "up"), (deploy, "wait_until_routed")):
+    for module, name in ((ssh, "run_railway"), (deploy, "up"), (deploy, "wait_until_routed")):
         assert callable(getattr(module, name))
     assert config.Names().router == "pulse-router"
     assert isinstance(Stack(Target("p", "e"), Names(), {}).missing, list)

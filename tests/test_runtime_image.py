@@ -49,8 +49,8 @@ def wrapper(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_version_covers_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def version() -> str:
-        runtime_image.version.cache_clear()
-        return runtime_image.version()
+        runtime_image.runtime_version.cache_clear()
+        return runtime_image.runtime_version()
 
     before = version()
     assert runtime_image.load("router").runtime_version() == before  # what a router says it runs
@@ -61,7 +61,7 @@ def test_the_version_covers_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with (tmp_path / "runtime.lock").open("a") as file:
         file.write("# another\n")
     assert version() != before
-    runtime_image.version.cache_clear()
+    runtime_image.runtime_version.cache_clear()
 
 
 def test_the_router_starts_on_it(image: tuple[Path, Path], redis_server: Redis) -> None:

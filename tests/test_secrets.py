@@ -110,7 +110,7 @@ def test_an_unexpected_failure_shows_no_secret(tmp_path: Path) -> None:
         "from pulse_railway import errors, verbs\n"
         "errors.keep_secret('s3cret-token-value')\n"
         "def fails(*_): raise RuntimeError('with s3cret-token-value')\n"
-        "verbs.run(fails, 'image', {'repository': 'r'})\n"
+        "verbs.run_verb(fails, 'parse_image', {'repository': 'r'})\n"
     )
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -138,7 +138,7 @@ def exposed(root: Path, dockerfile: str, ignore: str | None = None) -> list[str]
     (root / "Dockerfile").write_text(dockerfile)
     if ignore is not None:
         (root / ".dockerignore").write_text(ignore)
-    return build_context.exposed(root, root / "Dockerfile")
+    return build_context.secrets_in_image(root, root / "Dockerfile")
 
 
 def test_what_a_dockerfile_would_take_in(app: Path) -> None:
@@ -173,4 +173,4 @@ def test_the_example_leaves_them_out(tmp_path: Path) -> None:
     (root / ".git").mkdir()
     (root / ".venv").mkdir()
     (root / "examples" / "railway" / ".env").write_text("x")
-    assert build_context.exposed(root, root / "examples" / "railway" / "Dockerfile") == []
+    assert build_context.secrets_in_image(root, root / "examples" / "railway" / "Dockerfile") == []

@@ -379,7 +379,7 @@ def test_a_line_that_has_no_encoding_is_printed(monkeypatch: pytest.MonkeyPatch)
     """As `logs` prints a service's."""
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii"))
-    verbs.run(lambda *_: print("\u25cf \ud800", flush=True), "as_given", {})
+    verbs.run_verb(lambda *_: print("\u25cf \ud800", flush=True), "as_given", {})
     assert written.getvalue() == b"\\u25cf \\ud800\n"
 
 

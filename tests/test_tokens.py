@@ -305,9 +305,9 @@ def test_the_cli_gets_one_variable(railway: demo.Stage, monkeypatch: pytest.Monk
     monkeypatch.setenv("RAILWAY_TOKEN", "x")
     monkeypatch.setenv("RAILWAY_API_TOKEN", "y")
     known = kinds(railway)
-    env = program.environment(api_with(known["project"]))
+    env = program.cli_environment(api_with(known["project"]))
     assert env["RAILWAY_TOKEN"] == known["project"]
     assert "RAILWAY_API_TOKEN" not in env
-    env = program.environment(api_with(known["account"]))
+    env = program.cli_environment(api_with(known["account"]))
     assert env["RAILWAY_API_TOKEN"] == known["account"]
     assert "RAILWAY_TOKEN" not in env

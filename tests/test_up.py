@@ -196,7 +196,7 @@ def test_the_local_cli_follows_links_and_names_what_fails(tmp_path: Path) -> Non
     assert {"./a b/é\n.txt", "./link/real", "./empty"} <= set(found)
     assert not any(member.issym() for member in found.values())
     (root / "dangling").symlink_to("nowhere")
-    with pytest.raises(local_cli.Failure, match="dangling: No such file"):
+    with pytest.raises(local_cli.CliFailure, match="dangling: No such file"):
         local_cli.archive(root, root, gitignore=True)
 
 

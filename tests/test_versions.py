@@ -652,7 +652,7 @@ class Cli:
             self.asked.append(words)
             return parsed(carry_out, words, site.env)
 
-        patch.setattr(ssh, "run", run)
+        patch.setattr(ssh, "run_railway", run)
         patch.setattr(router_commands, "PAUSES", ())
 
     def __call__(self, name: str, *words: Any, **named: Any) -> Any:

@@ -46,7 +46,7 @@ def new_key(path: Path, passphrase: str = "") -> Path:
 
 
 def test_a_key_is_a_path_or_the_key_itself(key: Path) -> None:
-    assert ssh.identity(str(key)) == key
+    assert ssh.private_key_file(str(key)) == key
     text = key.read_text()
     for given in (
         text,
@@ -54,7 +54,7 @@ def test_a_key_is_a_path_or_the_key_itself(key: Path) -> None:
         text.replace("\n", "\r\n"),
         text.strip().replace("\n", "\\n"),
     ):
-        path = ssh.identity(given)
+        path = ssh.private_key_file(given)
         assert path.read_text() == text
         assert path.stat().st_mode & 0o777 == 0o600
         assert given not in errors.redact(f"it was {given}")
@@ -62,7 +62,8 @@ def test_a_key_is_a_path_or_the_key_itself(key: Path) -> None:
 
 def test_a_key_that_was_written_goes_with_the_process(key: Path, tmp_path: Path) -> None:
     code = (
-        "import sys; from pulse_railway.railway import ssh; print(ssh.identity(sys.stdin.read()))"
+        "import sys; from pulse_railway.railway.ssh import private_key_file\n"
+        "print(private_key_file(sys.stdin.read()))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], input=key.read_text(), capture_output=True, text=True
@@ -81,10 +82,10 @@ def test_a_key_that_cannot_be_used(key: Path, tmp_path: Path) -> None:
         ("-----BEGIN OPENSSH PRIVATE KEY-----\nx\n", "no SSH private key"),
     ):
         with pytest.raises(errors.Failure, match=said):
-            ssh.identity(given)
+            ssh.private_key_file(given)
     key.chmod(0o644)
     with pytest.raises(errors.Failure, match="chmod 600"):
-        ssh.identity(str(key))
+        ssh.private_key_file(str(key))
 
 
 # -- which way, and what it needs --------------------------------------------------------------

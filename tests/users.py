@@ -24,7 +24,7 @@ mutation ($s: String!, $e: String!) { serviceInstanceDeployV2(serviceId: $s, env
 """
 
 
-class Site:
+class LiveSite:
     """What users see of a project, and what can be done to it behind everybody's back."""
 
     def __init__(self, project: Project) -> None:

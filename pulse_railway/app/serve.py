@@ -105,7 +105,7 @@ def patience() -> float:
     return max(given - MARGIN, 0.5)
 
 
-def serve(argv: list[str]) -> int:
+def run_app(argv: list[str]) -> int:
     """Run until the app ends or SIGTERM; its exit status, 0 after an orderly end."""
     asked: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):  # before anything else: it may come at once
@@ -144,7 +144,7 @@ def main(argv: list[str]) -> int:
     if argv[:1] in (["-h"], ["--help"]):
         print(f"{main.__doc__}\n\n{__doc__}")
         return 0
-    return serve(argv[1:] if argv[:1] == ["--"] else command())
+    return run_app(argv[1:] if argv[:1] == ["--"] else command())
 
 
 if __name__ == "__main__":

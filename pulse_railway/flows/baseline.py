@@ -114,7 +114,8 @@ def ensure(
     check_redis_mode(stack, wanted)
     check_redis_prefix(stack, wanted)
     if wanted.app:
-        app_identity.check(stack, app_identity.of_app(wanted.app), wanted.replace_app, output)
+        app = app_identity.of_app(wanted.app)
+        app_identity.check_same_app(stack, app, wanted.replace_app, output)
     assert stack.router is not None
     if stack.copied_from:
         tell_of_copy(stack, output)
@@ -296,7 +297,7 @@ def desired(
         contract.REDIS_URL: redis_url,
         contract.REDIS_PREFIX: wanted_redis_prefix(stack, wanted),
         contract.DRAIN_TTL: str(wanted.drain_ttl),
-        contract.RUNTIME_VERSION: wanted.runtime_image or runtime_image.version(),
+        contract.RUNTIME_VERSION: wanted.runtime_image or runtime_image.runtime_version(),
     }
     if shared[contract.REDIS_PREFIX].endswith(f":{stack.target.environment_id}"):  # a copy's own
         shared[contract.KEY_TTL] = str(max(wanted.drain_ttl, contract.LEAST_KEY_TTL_SECONDS))
@@ -413,7 +414,7 @@ def apply(
 def finish(api: Api, stack: Stack, changes: list[Change], wanted: BaselineOptions) -> None:
     """Note the version that runs now, and take the mark of an unfinished creation off."""
     target = stack.target
-    value = {contract.RUNTIME_VERSION: wanted.runtime_image or runtime_image.version()}
+    value = {contract.RUNTIME_VERSION: wanted.runtime_image or runtime_image.runtime_version()}
     versions = [c.service for c in changes if contract.RUNTIME_VERSION in c.variables]
     marked = [s for s in stack.baseline if UNFINISHED in s.variables]
     inputs = {f"v{i}": variable_input(target, s.id, value) for i, s in enumerate(versions)}

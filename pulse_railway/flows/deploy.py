@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pulse_railway import app_identity, contract, naming, provenance, router_commands
-from pulse_railway.build_context import exposed
+from pulse_railway.build_context import secrets_in_image
 from pulse_railway.config import AppConfig, Target, inside
 from pulse_railway.errors import Failure, Refused
 from pulse_railway.flows.bake import bake
@@ -88,7 +88,7 @@ def check(wanted: DeployOptions, output: Output) -> Plan:
     except ValueError as error:
         raise Failure(str(error)) from None
     if wanted.image_repository:
-        if bad := exposed(context, context / dockerfile):
+        if bad := secrets_in_image(context, context / dockerfile):
             raise Failure(
                 f"the image would hold {', '.join(bad)}: name them in"
                 f" {context / '.dockerignore'}, or copy less in {dockerfile}"
@@ -130,7 +130,7 @@ def check_upload(wanted: DeployOptions, dockerfile: Path, web_root: Path, output
     for what, path in (("Dockerfile", dockerfile), ("app", app), ("web root", web_root)):
         if why := upload.left_out(context, path, gitignore=gitignore):
             raise Failure(f"the {what} {path} would not be uploaded: {why}")
-    if found := upload.exposed(context, gitignore=gitignore):
+    if found := upload.secrets_in_upload(context, gitignore=gitignore):
         output.warn(
             f"the upload holds {', '.join(found[:5])}{' and more' if len(found) > 5 else ''}: name"
             f" them in {context / '.railwayignore'}"
@@ -232,7 +232,7 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
             attempt.stack = stack
             check_secret(plan, stack)
             identity = app_identity.of_app(plan.app)
-            app_identity.check(stack, identity, plan.wanted.replace_app, output)
+            app_identity.check_same_app(stack, identity, plan.wanted.replace_app, output)
             app = replace(plan.app, names=stack.names)  # as they were when it was set up
             plan = free_name(replace(plan, wanted=replace(plan.wanted, app=app)), stack)
             attempt.deployment_id, attempt.service_name = (

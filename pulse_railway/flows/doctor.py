@@ -96,7 +96,7 @@ def check_app(found: Checkup, flags: dict[str, Any]) -> deploy.Plan | None:
     made: list[DeployOptions] = []
 
     def load() -> str:
-        made.append(options.deploy(flags, quiet))
+        made.append(options.parse_deploy(flags, quiet))
         return f"{made[0].app.file}, with its RailwayPlugin"
 
     if not found.tried("the app", load):
@@ -141,7 +141,7 @@ def check_programs(found: Checkup, plan: deploy.Plan | None, api: Api) -> bool:
 
     def look() -> str:
         program.need_railway(api)
-        return ".".join(map(str, program.version("railway")))
+        return ".".join(map(str, program.program_version("railway")))
 
     return found.tried("Railway's CLI", look)
 
@@ -179,7 +179,7 @@ def check_identity(found: Checkup, plan: deploy.Plan, stack: Stack) -> None:
 
     def look() -> str:
         app = app_identity.of_app(plan.app)
-        app_identity.check(stack, app, plan.wanted.replace_app, said)
+        app_identity.check_same_app(stack, app, plan.wanted.replace_app, said)
         return app.name or app.place
 
     if found.tried("which app the stack serves", look):
@@ -243,7 +243,8 @@ def check_stack(
 def check_versions(found: Checkup, stack: Stack) -> None:
     for service in (stack.router, stack.janitor):
         assert service is not None
-        runs, here = service.variables.get(contract.RUNTIME_VERSION), runtime_image.version()
+        runs = service.variables.get(contract.RUNTIME_VERSION)
+        here = runtime_image.runtime_version()
         if runs == here or (service.image and runs == service.image):
             found.note(service.name, "good", str(runs))
         else:

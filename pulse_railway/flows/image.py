@@ -11,7 +11,7 @@ from pulse_railway.railway import docker, program
 def image(wanted: ImageOptions, output: Output) -> str:
     """Returns the reference of the image that was pushed. Raises Failure."""
     program.need("docker")
-    tag = wanted.tag or runtime_image.version().replace("+", "-")
+    tag = wanted.tag or runtime_image.runtime_version().replace("+", "-")
     reference = f"{wanted.repository}:{tag}"
     folder = runtime_image.sources()
     with output.step(f"build and push {reference}"):

@@ -57,7 +57,7 @@ NO_REGISTERED_KEY = (
 )
 
 
-class Failure(Exception):
+class CliFailure(Exception):
     """What the CLI says, and the `code` and `hint` that it adds to it with `--json`."""
 
     def __init__(self, message: str, code: str = "UNKNOWN_ERROR", hint: str | None = None) -> None:
@@ -65,17 +65,17 @@ class Failure(Exception):
         self.code, self.hint = code, hint
 
 
-class Railway:
+class LocalApi:
     """The local Railway's address, and the token of this run."""
 
     def __init__(self) -> None:
         project = os.environ.get("RAILWAY_TOKEN")
         account = os.environ.get("RAILWAY_API_TOKEN")
         if not project and not account:
-            raise Failure(UNAUTHORIZED, "UNAUTHORIZED", "Run `railway login`")
+            raise CliFailure(UNAUTHORIZED, "UNAUTHORIZED", "Run `railway login`")
         url = os.environ.get("PULSE_RAILWAY_API_URL")
         if not url:
-            raise Failure("PULSE_RAILWAY_API_URL is not set: this `railway` is the local one's")
+            raise CliFailure("PULSE_RAILWAY_API_URL is not set: this `railway` is the local one's")
         self.headers = (
             {"Project-Access-Token": project} if project else {"Authorization": f"Bearer {account}"}
         )
@@ -89,7 +89,7 @@ class Railway:
             answer = connection.getresponse()
             return answer.status, answer.read()
         except (OSError, http.client.HTTPException) as error:
-            raise Failure(f"error sending request for url (http://{self.host}{path})") from error
+            raise CliFailure(f"error sending request for url (http://{self.host}{path})") from error
         finally:
             connection.close()
 
@@ -97,17 +97,17 @@ class Railway:
         body = json.dumps({"query": document, "variables": variables}).encode()
         status, answer = self.post("/graphql/v2", body, "application/json")
         if status == 429:
-            raise Failure(
+            raise CliFailure(
                 "You are being ratelimited. Try again in 1 seconds", "RATE_LIMITED", "Wait a moment"
             )
         if status != 200:
-            raise Failure(f"Failed to fetch: status code {status}")
+            raise CliFailure(f"Failed to fetch: status code {status}")
         found = json.loads(answer)
         if found.get("errors"):
             message = found["errors"][0]["message"]
             if message == "Not Authorized":
-                raise Failure(UNAUTHORIZED, "UNAUTHORIZED", "Run `railway login`")
-            raise Failure(message)
+                raise CliFailure(UNAUTHORIZED, "UNAUTHORIZED", "Run `railway login`")
+            raise CliFailure(message)
         return found["data"]
 
     def resolve(self, args: argparse.Namespace) -> tuple[str, str]:
@@ -124,7 +124,7 @@ def _one(connection: Any, wanted: str, what: str) -> str:
         node = edge["node"]
         if wanted == node["id"] or wanted.lower() == node["name"].lower():
             return str(node["id"])
-    raise Failure(f"{what} '{wanted}' not found", f"{what.upper()}_NOT_FOUND")
+    raise CliFailure(f"{what} '{wanted}' not found", f"{what.upper()}_NOT_FOUND")
 
 
 # -- up ----------------------------------------------------------------------------------------
@@ -147,15 +147,15 @@ def archive(folder: Path, root: Path, *, gitignore: bool) -> bytes:
                 try:
                     tar.add(path, arcname=f"./{path.relative_to(root)}", recursive=False)
                 except OSError as error:
-                    raise Failure(f"{path}: {error.strerror} (os error {error.errno})") from None
+                    raise CliFailure(f"{path}: {error.strerror} (os error {error.errno})") from None
     return buffer.getvalue()
 
 
 def up(args: argparse.Namespace) -> int:
     folder = Path(args.path).resolve()
     if not folder.is_dir():
-        raise Failure(f"{folder} is not a folder")
-    railway = Railway()
+        raise CliFailure(f"{folder} is not a folder")
+    railway = LocalApi()
     environment, service = railway.resolve(args)
     root = folder if args.path_as_root else Path.cwd()
     query = urlencode({"serviceId": service, **({"message": args.message} if args.message else {})})
@@ -167,9 +167,9 @@ def up(args: argparse.Namespace) -> int:
         timeout,
     )
     if status == 400:
-        raise Failure(json.loads(answer)["message"], "FAILED_TO_UPLOAD")
+        raise CliFailure(json.loads(answer)["message"], "FAILED_TO_UPLOAD")
     if status != 200:
-        raise Failure(f"Failed to upload code with status code {status}", "FAILED_TO_UPLOAD")
+        raise CliFailure(f"Failed to upload code with status code {status}", "FAILED_TO_UPLOAD")
     body = json.loads(answer)
     if args.json:
         print(json.dumps({k: body[k] for k in ("deploymentId", "logsUrl")}))
@@ -178,7 +178,7 @@ def up(args: argparse.Namespace) -> int:
     return 0 if args.detach else follow(railway, body["deploymentId"])
 
 
-def follow(railway: Railway, deployment: str) -> int:
+def follow(railway: LocalApi, deployment: str) -> int:
     seen = 0
     while True:
         data = railway.call(STATUS, deployment=deployment, since=None)
@@ -195,13 +195,13 @@ def follow(railway: Railway, deployment: str) -> int:
 
 
 def ssh(args: argparse.Namespace) -> int:
-    railway = Railway()
+    railway = LocalApi()
     identity = args.identity_file or registered_key(railway)
     environment, service = railway.resolve(args)
     found = railway.call(INSTANCE, environment=environment, service=service)["serviceInstance"]
     status, answer = railway.post("/local/relay", b"{}", "application/json")
     if status != 200:
-        raise Failure(f"the local Railway's relay cannot be reached: {status}")
+        raise CliFailure(f"the local Railway's relay cannot be reached: {status}")
     relay = json.loads(answer)
     # The real one says neither: a loopback relay is nobody's business in ~/.ssh
     command = ["ssh", "-F", "/dev/null", "-o", f"UserKnownHostsFile={relay['knownHosts']}"]
@@ -216,12 +216,12 @@ def ssh(args: argparse.Namespace) -> int:
     return subprocess.run(command).returncode
 
 
-def registered_key(railway: Railway) -> Path | None:
+def registered_key(railway: LocalApi) -> Path | None:
     """The first key of the agent or of ~/.ssh/*.pub that Railway knows; None is the agent's."""
     local: list[tuple[Path | None, str]] = [(None, line) for line in _agent()]
     local += [(path, path.read_text()) for path in sorted((Path.home() / ".ssh").glob("*.pub"))]
     if not local:
-        raise Failure(NO_LOCAL_KEY)
+        raise CliFailure(NO_LOCAL_KEY)
     known = {
         edge["node"]["publicKey"].split()[1]: edge["node"]["name"]
         for edge in railway.call(KEYS)["sshPublicKeys"]["edges"]
@@ -233,7 +233,7 @@ def registered_key(railway: Railway) -> Path | None:
             source = f"file {path}" if path else "agent"
             print(f"Using SSH key from {source}: {name}", file=sys.stderr)
             return path.with_suffix("") if path else None
-    raise Failure(NO_REGISTERED_KEY)
+    raise CliFailure(NO_REGISTERED_KEY)
 
 
 def _agent() -> list[str]:
@@ -273,7 +273,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     try:
         return int(args.run(args))
-    except Failure as failure:
+    except CliFailure as failure:
         if args.json:
             said = {"error": str(failure), "code": failure.code, "hint": failure.hint}
             print(json.dumps(said))

@@ -89,7 +89,7 @@ def failed() -> JSONResponse:
     return JSONResponse(said, 502)
 
 
-class Server(router.Server):  # type: ignore[misc]
+class EdgeServer(router.Server):  # type: ignore[misc]
     """A server among several in one process: signals are not its own."""
 
     def capture_signals(self) -> contextlib.AbstractContextManager[None]:
@@ -145,7 +145,7 @@ class Edge:
             sockets.append(
                 socket.create_server(("::1", self.port), family=socket.AF_INET6, backlog=512)
             )
-        self.server = Server(config)
+        self.server = EdgeServer(config)
         self.task = asyncio.create_task(self.server.serve(sockets))
         while not self.server.started and not self.task.done():
             await asyncio.sleep(0.01)

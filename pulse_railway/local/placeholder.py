@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 PAGE = b"<!doctype html><p>The local Railway does not build React: a page would be here.</p>\n"
 
 
-class Page(BaseHTTPRequestHandler):
+class PlaceholderPage(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
@@ -34,13 +34,13 @@ class Page(BaseHTTPRequestHandler):
         pass
 
 
-def serve(sock: socket.socket, parent: int) -> None:
+def serve_page(sock: socket.socket, parent: int) -> None:
     delay = os.environ.get("RAILWAY_LOCAL_REACT_DELAY") or "0"
     if delay == "never":
         return
     time.sleep(float(delay))
     sock.listen(64)
-    server = ThreadingHTTPServer(sock.getsockname(), Page, bind_and_activate=False)
+    server = ThreadingHTTPServer(sock.getsockname(), PlaceholderPage, bind_and_activate=False)
     server.socket.close()
     server.socket = sock
     server.timeout = 1.0
@@ -53,7 +53,7 @@ def main(command: list[str]) -> None:
     sock.bind(("127.0.0.1", 0))
     parent = os.getpid()
     if os.fork() == 0:
-        serve(sock, parent)
+        serve_page(sock, parent)
         os._exit(0)
     address = f"http://127.0.0.1:{sock.getsockname()[1]}"
     os.execvp(command[0], [*command, "--server-only", "--react-server-address", address])

@@ -74,7 +74,7 @@ class Relay:
                 process.stderr.write(f"No target found for '{instance_id}'\n".encode())
                 process.channel.get_connection().abort()
                 return
-            out, err, code = await finish(child)
+            out, err, code = await output_of(child)
         if fault and fault.drop:
             process.channel.get_connection().abort()
             return
@@ -104,7 +104,7 @@ class Gate(asyncssh.SSHServer):
         return any(k.fingerprint == fingerprint for k in self.state.ssh_keys)
 
 
-async def finish(child: asyncio.subprocess.Process) -> tuple[bytes, bytes, int]:
+async def output_of(child: asyncio.subprocess.Process) -> tuple[bytes, bytes, int]:
     """A child's output and status; it ends with us, with all it has started."""
     try:
         async with asyncio.timeout(COMMAND_SECONDS):

@@ -376,7 +376,7 @@ def rendered(state: State, service: Service, instance: Instance) -> dict[str, st
 SECRET = re.compile(r"\$\{\{\s*secret\((\d+)\)\s*\}\}")
 
 
-def template() -> dict[str, Any]:
+def baseline_template() -> dict[str, Any]:
     """What `template(code: "pulse-baseline")` answers in `serializedConfig`."""
     group = "3d9d3c8e-5a55-4a0c-9f53-3f2a7f0d6a10"
 

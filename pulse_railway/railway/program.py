@@ -55,7 +55,7 @@ def need(program: str) -> None:
         raise Failure(f"`{program}` is not on PATH: {how.get(program, 'install it')}")
 
 
-def version(program: str) -> tuple[int, ...]:
+def program_version(program: str) -> tuple[int, ...]:
     """What `<program> --version` says, as numbers; empty where it says nothing like one."""
     return _version(shutil.which(program) or program)
 
@@ -79,7 +79,7 @@ def _version(path: str) -> tuple[int, ...]:
 def need_railway(api: Api) -> None:
     """Raises Failure where Railway's CLI is missing, or is one that cannot do what we need."""
     need("railway")
-    found = version("railway")
+    found = program_version("railway")
     shown = ".".join(map(str, found))
     if found and found < OLDEST_CLI:
         oldest = ".".join(map(str, OLDEST_CLI))
@@ -93,7 +93,7 @@ def need_railway(api: Api) -> None:
         )
 
 
-def environment(api: Api) -> dict[str, str]:
+def cli_environment(api: Api) -> dict[str, str]:
     """The process's, with the token in the one variable that the CLI expects for its kind."""
     env = dict(os.environ)
     env.pop(contract.RAILWAY_TOKEN, None)
@@ -103,7 +103,7 @@ def environment(api: Api) -> dict[str, str]:
     return env
 
 
-def run(
+def run_railway(
     command: list[str],
     api: Api,
     timeout: float,
@@ -117,7 +117,7 @@ def run(
     """
     process = subprocess.Popen(
         command,
-        env={**(more or {}), **environment(api)},
+        env={**(more or {}), **cli_environment(api)},
         stdin=subprocess.DEVNULL,  # a question could not be seen
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -20,17 +20,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pulse_railway import contract
 from pulse_railway.errors import Failure, keep_secret, redact
 from pulse_railway.railway.api import Api
-from pulse_railway.railway.program import need, need_railway, run, version
+from pulse_railway.railway.program import need, need_railway, program_version, run_railway
 
 TIMEOUT = 60.0  # seconds
-KEY_VARIABLE = "PULSE_RAILWAY_SSH_KEY"
 USES_KEYS = (4, 43)  # the CLI's version from which it does
 NO_KEY = (
     "`railway ssh` needs an SSH key that Railway knows: `ssh-keygen -t ed25519` if there is none,"
     " then `railway ssh keys add`, once; in CI give the private key as --ssh-key or"
-    f" {KEY_VARIABLE}, or pass --control job"
+    f" {contract.SSH_KEY}, or pass --control job"
 )
 UNKNOWN_KEY = (
     "Railway does not know the SSH key: register it once, with `railway ssh keys add` as the"
@@ -85,7 +85,7 @@ def ssh(
     # One shell-quoted word: every version of the CLI passes that on alike.
     command = ["railway", "ssh", "--project", project, "--environment", environment]
     command += ["--service", service, *(["-i", str(key)] if key else []), "--", shlex.join(words)]
-    done = run(command, api, TIMEOUT)
+    done = run_railway(command, api, TIMEOUT)
     # CLI 5 says on every run which key it uses
     lines = [x for x in done.stderr.splitlines() if not x.strip().startswith("Using SSH key")]
     said = redact("\n".join(lines).strip() or done.stdout.strip())[-2000:]
@@ -101,11 +101,11 @@ def ssh(
 # -- the key -----------------------------------------------------------------------------------
 
 
-def check(api: Api, key: Path | None) -> Path | None:
+def need_ssh(api: Api, key: Path | None) -> Path | None:
     """See that `railway ssh` can be run, and return the key to pass on, None to leave the choice
     to the CLI. Raises NoKey, or Failure where a program is missing or too old."""
     need_railway(api)
-    found = version("railway")
+    found = program_version("railway")
     if found and found < USES_KEYS:
         return None
     need("ssh")
@@ -130,7 +130,7 @@ def _agent_has_keys() -> bool:
     return False
 
 
-def identity(given: str) -> Path:
+def private_key_file(given: str) -> Path:
     """The file of a private key: `given` is its path, or the key itself, as CI secrets hold it.
     That is written to a file that only we can read, and that ends with this process.
 
@@ -138,11 +138,11 @@ def identity(given: str) -> Path:
     """
     if "PRIVATE KEY-----" in given:
         keep_secret(given)
-        return _usable(_written(given), "the private key in " + KEY_VARIABLE)
+        return _usable(_written(given), "the private key in " + contract.SSH_KEY)
     path = Path(given).expanduser()
     if not path.is_file():
         raise Failure(
-            f"there is no SSH key at {path}: --ssh-key and {KEY_VARIABLE} take the path of a"
+            f"there is no SSH key at {path}: --ssh-key and {contract.SSH_KEY} take the path of a"
             " private key, or the private key itself"
         )
     if path.suffix == ".pub":

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pulse_railway.errors import Failure, redact
 from pulse_railway.railway.api import Api
-from pulse_railway.railway.program import run, transient
+from pulse_railway.railway.program import run_railway, transient
 
 PAUSES = (1.0, 5.0, 15.0)  # seconds, between one attempt and the next
 TIMEOUT = 1800.0  # seconds
@@ -38,7 +38,7 @@ def up(
     if no_gitignore:
         command.append("--no-gitignore")
     for pause in (*PAUSES, None):
-        done = run(command, api, TIMEOUT, context, {HTTP_TIMEOUT: f"{TIMEOUT:.0f}"})
+        done = run_railway(command, api, TIMEOUT, context, {HTTP_TIMEOUT: f"{TIMEOUT:.0f}"})
         if done.returncode == 0:
             return _deployment_id(done.stdout)
         said = what_it_said(done.stdout, done.stderr)

@@ -36,7 +36,7 @@ def left_out(context: Path, path: Path, *, gitignore: bool = True) -> str | None
     return None
 
 
-def exposed(context: Path, *, gitignore: bool = True) -> list[str]:
+def secrets_in_upload(context: Path, *, gitignore: bool = True) -> list[str]:
     """Files that can hold secrets and that the upload would hold; relative to `context`."""
     found = []
     for folder, folders, files in os.walk(context):

@@ -14,7 +14,7 @@ from pulse_railway.local.api.access import (
     refuse,
 )
 from pulse_railway.local.api.mutations import mutation
-from pulse_railway.local.api.patch import apply, config_of
+from pulse_railway.local.api.patch import apply_patch, config_of
 from pulse_railway.local.api.views import environment_view, staged_view
 from pulse_railway.local.state import Environment
 
@@ -39,7 +39,7 @@ async def environmentCreate(caller: Caller, input: dict[str, Any]) -> Any:
         if input.get("stageInitialChanges"):
             created.staged = patch
         else:
-            await apply(caller, created, patch, deploys=not input.get("skipInitialDeploys"))
+            await apply_patch(caller, created, patch, deploys=not input.get("skipInitialDeploys"))
     return environment_view(caller, owner, created)
 
 
@@ -82,7 +82,7 @@ async def environmentPatchCommit(
     commitMessage: str | None = None,
 ) -> str:
     _, where = need_environment(caller, environmentId)
-    await apply(caller, where, patch or {})
+    await apply_patch(caller, where, patch or {})
     return model.new_id()
 
 
@@ -103,7 +103,7 @@ async def environmentPatchCommitStaged(
     skipDeploys: bool | None = None,
 ) -> str:
     _, where = need_environment(caller, environmentId)
-    await apply(caller, where, where.staged, deploys=not skipDeploys)
+    await apply_patch(caller, where, where.staged, deploys=not skipDeploys)
     where.staged = {}
     return model.new_id()
 

@@ -135,7 +135,7 @@ def _config(service: Service, instance: Instance) -> dict[str, Any]:
 # -- changing ----------------------------------------------------------------------------------
 
 
-async def apply(
+async def apply_patch(
     caller: Caller, environment: Environment, patch: dict[str, Any], *, deploys: bool = True
 ) -> None:
     """Carry a patch out: all of it, or nothing where something in it is refused.

@@ -228,7 +228,7 @@ def template(caller: Caller, code: str | None = None, **_: Any) -> Any:
         "id": "local-pulse-baseline",
         "code": code,
         "name": "Pulse baseline",
-        "serializedConfig": model.template(),
+        "serializedConfig": model.baseline_template(),
         "status": "PUBLISHED",
         "category": "Other",
         "createdAt": model.now(),

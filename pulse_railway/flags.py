@@ -1,0 +1,218 @@
+"""The flags of the verbs. What a flag is called, takes and means is written here, and only here.
+
+From FLAGS come the tasks' signatures (verbs.py), the console script's command line (cli.py),
+`--help` (help.py), the keys of invoke.yaml, the options' values and defaults (options.py) and
+docs/reference.md. A verb in tasks.py lists the names of the flags that it takes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from pulse_railway import contract
+from pulse_railway.errors import Failure
+
+if TYPE_CHECKING:
+    from pulse_railway.app.plugin import RailwayPlugin
+
+Flags = Mapping[str, Any]  # what was given, by a flag's name; see UNSET
+
+NOTHING: Mapping[str, str] = MappingProxyType({})
+UNSET: tuple[Any, ...] = (None, "", [])
+VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+MOST = 10**9  # of a whole number
+
+
+@dataclass(frozen=True)
+class Flag:
+    name: str  # as a keyword of the task and as a key in invoke.yaml
+    help: str
+    value: str = "NAME"  # stands for its value in the help
+    kind: type = str  # bool: a switch; int; float: a percentage; dict: KEY=VALUE, may be repeated
+    default: Any = None  # of a text or a number: its value where nothing gives one
+    words: str = ""  # the default, where another part of the code has it
+    least: int = 1  # of a whole number
+    variable: str = ""  # the environment variable that is read where nothing else gives a value
+    plugin: bool = False  # RailwayPlugin has an argument of this name, which is read before that
+    positional: bool = False
+
+    @property
+    def option(self) -> str:
+        """`--bake`."""
+        return f"--{self.name.replace('_', '-')}"
+
+    @property
+    def usage(self) -> str:
+        """`--bake SECONDS`."""
+        return self.option if self.kind is bool else f"{self.option} {self.value}"
+
+    @property
+    def text(self) -> str:
+        """The help, with the default."""
+        words = self.words if self.default is None else str(self.default)
+        words = words or (self.variable and f"${self.variable}")
+        return f"{self.help} (default: {words})" if words else self.help
+
+    @property
+    def unset(self) -> Any:
+        """What a task's parameter has where the flag is not given."""
+        return {bool: False, dict: []}.get(self.kind)
+
+    def parse(self, given: Any) -> Any:
+        """A value of this kind. Raises Failure for what is none."""
+        parsers: Any = {bool: bool, int: self._number, float: self._percentage, dict: self._pairs}
+        return parsers[self.kind](given) if self.kind in parsers else given
+
+    def _number(self, given: Any) -> int:
+        try:
+            number = int(str(given))
+        except ValueError:
+            number = self.least - 1
+        if not self.least <= number <= MOST:
+            raise Failure(
+                f"{self.option} takes a whole number from {self.least} to {MOST}, not {given!r}"
+            )
+        return number
+
+    def _percentage(self, given: Any) -> float:
+        try:
+            percentage = float(str(given).removesuffix("%"))
+        except ValueError:
+            percentage = -1.0
+        if not 0 <= percentage <= 100:
+            raise Failure(f"{self.option} takes a number from 0 to 100, not {given!r}")
+        return percentage
+
+    def _pairs(self, given: Iterable[str]) -> dict[str, str]:
+        pairs = {}
+        for item in given:
+            key, equals, value = item.partition("=")
+            if not equals or not VARIABLE_NAME.fullmatch(key):
+                raise Failure(
+                    f"{self.option} takes KEY=VALUE, not {key!r}: a name has letters, digits, _"
+                )
+            pairs[key] = value
+        return pairs
+
+
+def value(flags: Flags, name: str, plugin: RailwayPlugin | None = None) -> Any:
+    """A flag's value: as given, else the plugin's, else the environment variable's, else the
+    default. Raises Failure for a value that is not of the flag's kind."""
+    flag = FLAGS[name]
+    given = flags.get(name)
+    if given in UNSET and plugin and flag.plugin:
+        given = getattr(plugin, name)
+    if given in UNSET and flag.variable:
+        given = os.environ.get(flag.variable)
+    if given in UNSET:
+        return {bool: False, dict: NOTHING}.get(flag.kind, flag.default)
+    return flag.parse(given)
+
+
+# fmt: off
+_ALL = (
+    # the app
+    Flag("app", "the app's file, path/to/main.py[:variable], relative to the context", "FILE"),
+    Flag("context", "the folder to build and upload", "FOLDER", words="this one"),
+    # the target
+    Flag("workspace", "Railway workspace, by name; narrows --project"),
+    Flag("workspace_id", "Railway workspace, by id", "ID"),
+    Flag("project", "Railway project, by name", plugin=True),
+    Flag("project_id", "Railway project, by id", "ID"),
+    Flag("environment", "Railway environment, by name", words=contract.DEFAULT_ENVIRONMENT,
+         plugin=True),
+    Flag("environment_id", "Railway environment, by id", "ID"),
+    Flag("token", "Railway token; better in RAILWAY_TOKEN or RAILWAY_API_TOKEN", "TOKEN"),
+    # the way to the router
+    Flag("control", "how control commands get to the router: ssh, or job, by the janitor", "WAY"),
+    Flag("ssh_key", "private key for `railway ssh`, or its file", "FILE",
+         variable=contract.SSH_KEY),
+    Flag("service", "the router's service name", words=contract.DEFAULT_ROUTER),
+    Flag("service_prefix", "what every service name starts with; at most 8 characters", "PREFIX"),
+    Flag("redis_service", "the Redis service's name", words=contract.DEFAULT_REDIS),
+    # the baseline
+    Flag("redis_url", "use this Redis instead of one in the project", "URL"),
+    Flag("redis_prefix", "what the state's Redis keys start with", "PREFIX",
+         words=contract.DEFAULT_REDIS_PREFIX),
+    Flag("janitor_cron_schedule", "when the janitor runs, in UTC", "CRON",
+         default=contract.DEFAULT_CRON),
+    Flag("drain_ttl_seconds", "keep a draining deployment at most so long", "SECONDS", int,
+         contract.DEFAULT_DRAIN_TTL_SECONDS, least=0),
+    Flag("rollback_window_seconds",
+         "keep the deployment that was active last for so long, tabs or not", "SECONDS", int,
+         contract.DEFAULT_ROLLBACK_WINDOW_SECONDS, least=0),
+    Flag("keep", "keep the last so many deployments, until the drain TTL", "NUMBER", int, 0,
+         least=0),
+    Flag("router_replicas", "router replicas", "NUMBER", int, 1),
+    Flag("runtime_image", "a published image of router and janitor", "IMAGE",
+         words="built on Railway", plugin=True),
+    Flag("owns_state", "a routing state in an external Redis that is nobody's is this stack's",
+         kind=bool),
+    Flag("plan", "print what would be done, and do nothing", kind=bool),
+    # a deployment
+    Flag("deployment_name", "prefix of the generated deployment id",
+         default=contract.DEFAULT_DEPLOYMENT_NAME, plugin=True),
+    Flag("deployment_id", "a deployment's id", "ID"),
+    Flag("server_address", "the app's public address", "URL", words="the app's, then the router's"),
+    Flag("web_root", "the React project, relative to the context", "FOLDER", words="the app's"),
+    Flag("image_repository", "build here and push to this repository, e.g. registry/org/name",
+         "REPOSITORY", plugin=True),
+    Flag("build_arg", "build argument KEY=VALUE; may be repeated", "KEY=VALUE", dict),
+    Flag("no_gitignore", "upload what .gitignore names, too", kind=bool),
+    Flag("env", "variable KEY=VALUE of this deployment; may be repeated", "KEY=VALUE", dict),
+    Flag("backend_replicas", "backend replicas; 1 is the safe number", "NUMBER", int, 1),
+    Flag("no_promote", "leave the new deployment pending", kind=bool),
+    Flag("replace_app", "go on where the stack serves an app of another name", kind=bool),
+    Flag("keep_failed", "do not remove the service when the deploy fails", kind=bool),
+    # its life
+    Flag("canary", "give it this percentage of the new visitors, and promote it later", "PERCENT",
+         float),
+    Flag("weight", "only this percentage of the new visitors: it is the canary", "PERCENT", float),
+    Flag("bake", "watch it for so many seconds after the switch, and go back if it does worse",
+         "SECONDS", int, 0, least=0),
+    Flag("lock_wait", "wait so many seconds for another deploy", "SECONDS", int,
+         words="does not wait", least=0),
+    Flag("message", "what is deployed, or why", "TEXT", words="the commit's"),
+    Flag("notify", "tell this URL (Slack-compatible JSON), a secret", "URL",
+         variable=contract.NOTIFY_URL),
+    Flag("switch", "on or off", "on|off", positional=True),
+    Flag("page", "an HTML file to show instead of the router's own page", "FILE"),
+    Flag("retry_after", "seconds after which a browser may try again", "SECONDS", int, 30),
+    # the rest
+    Flag("repository", "where to push the runtime image, e.g. registry/org/pulse-railway",
+         "REPOSITORY"),
+    Flag("tag", "the image's tag", "TAG", words="the version"),
+    Flag("build", "the build log instead of the running service's", kind=bool),
+    Flag("follow", "go on until interrupted", kind=bool),
+    Flag("watch", "go on until interrupted, with what happened in between", kind=bool),
+    Flag("every", "seconds between two looks; Railway limits API calls", "SECONDS", int, 15),
+    Flag("lines", "how many lines", "NUMBER", int, 100),
+    Flag("force", "promote it even where it does not answer", kind=bool),
+    Flag("yes", "do not ask", kind=bool),
+    Flag("json", "one JSON object on stdout", kind=bool),
+)
+# fmt: on
+FLAGS: Mapping[str, Flag] = {flag.name: flag for flag in _ALL}
+
+# what several verbs take
+WHERE = [
+    *"app context workspace workspace_id project project_id environment environment_id".split(),
+    *"token control ssh_key".split(),
+]
+STACK = [*WHERE, "service", "service_prefix", "redis_service", "json"]
+BASELINE = [
+    *WHERE,
+    *"service_prefix redis_url redis_prefix janitor_cron_schedule drain_ttl_seconds".split(),
+    *"rollback_window_seconds keep router_replicas runtime_image notify json".split(),
+]
+DEPLOY = [
+    *WHERE,
+    *"deployment_name deployment_id service_prefix server_address web_root".split(),
+    *"image_repository build_arg no_gitignore env backend_replicas no_promote".split(),
+    *"replace_app keep_failed canary bake lock_wait message notify json".split(),
+]
