@@ -80,7 +80,7 @@ class AppConfig:
     server_address: str | None  # that the app has of its own; None: what `deploy` tells it
     has_address: bool  # Pulse does not start in production without one
     web_root: Path
-    internal_address: str | None
+    internal_address: str
     uses_session_store: bool
     needs_secret: bool  # its sessions are in cookies, signed with PULSE_SECRET
     plugin: RailwayPlugin
@@ -146,7 +146,8 @@ def load_app(app: str | None, context: Path) -> AppConfig:
         server_address=None if address == _TOLD_LATER else address,
         has_address=bool(address),
         web_root=web_root(loaded),
-        internal_address=getattr(loaded, "internal_server_address", LOOPBACK),  # as this does
+        # RailwayPlugin sets it where the app does not
+        internal_address=getattr(loaded, "internal_server_address", None) or LOOPBACK,
         uses_session_store=isinstance(loaded.session_store, RailwaySessionStore),
         needs_secret=getattr(loaded.session_store, "secret", None) == _NO_SECRET.encode(),
         plugin=plugin,

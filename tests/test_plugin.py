@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -60,6 +62,48 @@ def test_a_pulse_that_lacks_what_it_needs_is_named() -> None:
     later: Any = Later()
     with pytest.raises(RailwayPluginError, match="no render_sessions, reload_connected_clients"):
         RailwayPlugin().on_setup(later)
+
+
+def generated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, env: str, **more: Any) -> str:
+    """The layout that Pulse writes for React's build."""
+    monkeypatch.setenv("PULSE_ENV", env)
+    config = ps.CodegenConfig(web_dir=str(tmp_path), base_dir=tmp_path)
+    app = ps.App(routes=[], codegen=config, **{"plugins": [RailwayPlugin()], **more})
+    app.run_codegen("https://public.example")
+    return next(tmp_path.rglob("_layout.tsx")).read_text()
+
+
+def test_a_page_is_rendered_by_the_process_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, an app that passed no address, such as Pulse's own example, had its pages rendered by
+    whichever version was active."""
+    here = 'internalServerAddress = "http://127.0.0.1:8000"'
+    assert here in generated(tmp_path, monkeypatch, "ci")
+    assert here not in generated(tmp_path, monkeypatch, "dev")
+    assert here not in generated(tmp_path, monkeypatch, "ci", plugins=[])
+    chosen = generated(tmp_path, monkeypatch, "ci", internal_server_address="http://own:1")
+    assert 'internalServerAddress = "http://own:1"' in chosen
+
+
+def test_a_browser_is_told_by_query_and_header(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(contract.DEPLOYMENT_ID, "prod-1")
+    plugin = RailwayPlugin()
+    app = ps.App(routes=[], plugins=[plugin], session_store=ps.InMemorySessionStore())
+    plugin.on_startup(app)
+    (middleware,) = plugin.middleware()
+    directives: Any = {"headers": {}, "query": {}, "socketio": {"headers": {}, "query": {}}}
+
+    async def rendered() -> Any:
+        return ps.Ok({"views": {}, "directives": directives})
+
+    given: Any = {"payload": {}, "request": None, "session": {}}
+    with ps.PulseContext(app=app):
+        asyncio.run(middleware.prerender(**given, next=rendered))
+    assert directives["query"] == {"pulse_deployment": "prod-1"}
+    assert directives["headers"] == {"x-pulse-deployment": "prod-1"}
+    expected = {"pulse_deployment": "prod-1", "pulse_reload_on_stale_affinity": "1"}
+    assert directives["socketio"]["query"] == expected
 
 
 def test_the_script_for_the_browser_is_served(client: Any) -> None:

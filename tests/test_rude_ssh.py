@@ -357,7 +357,7 @@ class _Plugin:
 
 
 plugin: Any = _Plugin()
-APP = AppConfig("main.py", Path(), Names(), None, True, Path("web"), None, False, False, plugin)
+APP = AppConfig("main.py", Path(), Names(), None, True, Path("web"), "", False, False, plugin)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hmac
 import os
 from collections.abc import Awaitable, Callable
@@ -95,6 +96,7 @@ class RailwayPlugin(ps.Plugin):
         self.env_service = naming.baseline_name(self.service_prefix, env_service)
         self.deployment_id = ""
         self._internal_token = ""
+        render_pages_here()
 
     @property
     def enabled(self) -> bool:
@@ -206,6 +208,8 @@ class _Affinity(ps.PulseMiddleware):
             directives = response.payload["directives"]
             deployment = self._plugin.deployment_id
             directives["query"][contract.AFFINITY_QUERY] = deployment
+            # a coming Pulse navigates over its socket, and sends headers alone where it has none
+            directives["headers"][contract.AFFINITY_HEADER] = deployment
             socket_query = directives["socketio"]["query"]
             socket_query[contract.AFFINITY_QUERY] = deployment
             socket_query[contract.RELOAD_QUERY] = "1"
@@ -231,13 +235,31 @@ async def _as_others_left_it(session: dict[str, Any]) -> None:
 
 
 def internal_server_address() -> str:
-    """What to give `ps.App(internal_server_address=...)`, so that React's server renders a page
-    by asking the Python process beside it.
+    """The address of the Python process beside React's server, which a page is rendered by.
 
     Pulse's default is the public address; then a page of one deployment would be rendered by
     whichever deployment is active.
     """
     return f"http://127.0.0.1:{os.environ.get(contract.PORT) or contract.DEFAULT_PORT}"
+
+
+def render_pages_here() -> None:
+    """Have a build that passes no `internal_server_address` to `ps.App` get ours. Pulse writes the
+    address into the generated routes, and has no hook for a plugin before that."""
+    generate: Any = getattr(ps.App, "run_codegen", None)
+    if generate is None or hasattr(generate, "__wrapped__"):
+        return
+
+    @functools.wraps(generate)
+    def run_codegen(
+        app: ps.App, address: str | None = None, internal_address: str | None = None
+    ) -> None:
+        has_plugin = any(isinstance(plugin, RailwayPlugin) for plugin in app.plugins)
+        if has_plugin and app.env in ("prod", "ci") and not app.internal_server_address:
+            internal_address = internal_server_address()
+        generate(app, address, internal_address)
+
+    setattr(ps.App, "run_codegen", run_codegen)  # noqa: B010
 
 
 def plugin_of(app: ps.App) -> RailwayPlugin:

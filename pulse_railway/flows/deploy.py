@@ -107,11 +107,10 @@ def check(wanted: DeployOptions, output: Output) -> Plan:
         )
     if wanted.replicas > 1:
         output.warn("with several replicas a tab can reach one that does not know it: use 1")
-    if app.internal_address is None or "127.0.0.1" not in app.internal_address:
+    if "127.0.0.1" not in app.internal_address:
         output.warn(
-            "the app renders its pages through its public address, so a page of one deployment"
-            " can be rendered by another: pass internal_server_address=internal_server_address()"
-            " to ps.App (from pulse_railway)"
+            f"the app renders its pages through {app.internal_address}, so a page of one deployment"
+            " can be rendered by another: leave internal_server_address out of ps.App"
         )
     return Plan(
         wanted=wanted,

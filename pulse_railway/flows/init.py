@@ -16,14 +16,13 @@ from pulse_railway.railway import config_files
 PLUGIN = """\
 import os
 
-from pulse_railway import RailwayPlugin, RailwaySessionStore, internal_server_address
+from pulse_railway import RailwayPlugin, RailwaySessionStore
 
 app = ps.App(
     ...,
     plugins=[RailwayPlugin(dockerfile="Dockerfile")],
     session_store=RailwaySessionStore(),
     server_address=os.environ.get("PULSE_SERVER_ADDRESS"),
-    internal_server_address=internal_server_address(),
 )
 """
 
@@ -201,8 +200,6 @@ def todo(app: str, source: str, folder: Path) -> list[str]:
         left.append(
             f'pass server_address=os.environ.get("PULSE_SERVER_ADDRESS") to ps.App in {app}'
         )
-    elif "internal_server_address" not in source:
-        left.append(f"pass internal_server_address=internal_server_address() to ps.App in {app}")
     web = next((p.parent for p in sorted(folder.glob("*/package.json"))), None)
     if web is None:
         left.append(
