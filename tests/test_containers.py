@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -69,6 +70,14 @@ def container(folder: Path, *command: str, **env: str) -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
     )
+
+
+def answers(url: str, body: str = "") -> bool:
+    try:
+        answer = httpx.get(url)
+    except httpx.HTTPError:
+        return False
+    return answer.status_code == 200 and body in answer.text
 
 
 def first_process(container: subprocess.Popen[str]) -> int:
@@ -155,17 +164,90 @@ def test_a_real_pulse_app_closes_in_order(tmp_path: Path) -> None:
     env = {"PULSE_SECRET": "x", "PATH": f"{Path(PYTHON).parent}:{os.environ['PATH']}"}
     running = container(tmp_path, "--", *command, **env)
 
-    def healthy() -> bool:
-        try:
-            return httpx.get(f"http://127.0.0.1:{port}/_pulse/health").status_code == 200
-        except httpx.HTTPError:
-            return False
-
-    eventually(healthy, 40)
+    eventually(lambda: answers(f"http://127.0.0.1:{port}/_pulse/health"), 40)
     os.kill(first_process(running), signal.SIGTERM)
     code = running.wait(20)
     assert (tmp_path / "closed").exists(), running.communicate()[0]
     assert code == 0
+
+
+SITE = {
+    "main.py": "import pulse as ps\n"
+    "app = ps.App(routes=[], session_store=ps.InMemorySessionStore(),\n"
+    "             server_address='https://x.example')\n",
+    "web/build/server/index.js": "",
+    "web/node_modules/@react-router/serve/dist/cli.js": "const answer = (_, to) => to.end('page');"
+    "require('http').createServer(answer).listen(Number(process.env.PORT), '127.0.0.1')",
+}
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+def test_serve_starts_what_pulse_run_starts(tmp_path: Path) -> None:
+    """The same programs, in the same folders, with the same variables, whatever Pulse's version;
+    and no `pulse run` beside them, which holds the whole app once more."""
+    for name, text in SITE.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    port = free_port()
+    env = {"PULSE_SECRET": "x", "PATH": f"{Path(PYTHON).parent}:{os.environ['PATH']}"}
+    env |= {"PULSE_APP_FILE": "main.py", "PORT": str(port)}
+    itself = shlex.split(f"pulse run main.py --prod --address '' --port {port} --no-find-port")
+    started = []
+    for command in ([], ["--", *itself]):
+        running = container(tmp_path, *command, **env)
+        try:
+            eventually(lambda: answers(f"http://127.0.0.1:{port}/", "page"), 40)
+            programs = {}
+            pulse_run = 0
+            for pid, line in serve.descendants(first_process(running)).items():
+                home = Path(f"/proc/{pid}")
+                if "uvicorn" in line or line.startswith("node"):
+                    variables = (home / "environ").read_bytes().split(b"\0")
+                    programs[line] = os.readlink(home / "cwd"), sorted(variables)
+                pulse_run += "pulse run" in line.replace("bin/pulse", "pulse")
+            started.append((programs, pulse_run))
+        finally:
+            os.kill(first_process(running), signal.SIGTERM)
+            assert running.wait(20) == 0, running.communicate()[0]
+    (ours, none), (theirs, one) = started
+    assert len(ours) == 2
+    assert ours == theirs
+    assert (none, one) == (0, 1)
+
+
+def test_an_app_that_cannot_be_imported_says_so(tmp_path: Path) -> None:
+    (tmp_path / "main.py").write_text("import nothing_of_this_name\n")
+    env = {"PATH": f"{Path(PYTHON).parent}:{os.environ['PATH']}", "PULSE_APP_FILE": "main.py"}
+    running = container(tmp_path, **env)
+    assert running.wait(30) == 1
+    assert "No module named 'nothing_of_this_name'" in running.communicate()[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["--"], 1, "error: serve takes no arguments, or -- COMMAND ..."),
+        (["pulse", "run"], 1, "error: serve takes no arguments, or -- COMMAND ..."),
+        (["--", "no-such-program"], 127, "error: no-such-program: No such file or directory"),
+        (["--", "/dev/null"], 127, "error: /dev/null: Permission denied"),
+    ],
+)
+def test_what_cannot_be_started_is_one_line(
+    tmp_path: Path, words: list[str], code: int, says: str
+) -> None:
+    running = container(tmp_path, *words)
+    assert (running.wait(10), running.communicate()[0]) == (code, f"{says}\n")
+
+
+@pytest.mark.parametrize("given", ["soon", "-5", "nan", "inf", "1e9"])
+def test_odd_draining_seconds_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], given: str
+) -> None:
+    monkeypatch.setenv("RAILWAY_DEPLOYMENT_DRAINING_SECONDS", given)
+    assert serve.patience() == 9.0
+    expected = "RAILWAY_DEPLOYMENT_DRAINING_SECONDS is no number of seconds: 10 is taken\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_the_start_command_falls_back_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,26 +9,35 @@ as the first process it would have to reap what its children leave. This does al
 - on SIGTERM, uvicorn is told to finish (its requests, then the app's shutdown hooks), React's
   server once uvicorn has ended, and what is left within the draining seconds is killed;
 - every child that ends is waited for.
+
+uvicorn and React's server are children of this process, not of a `pulse run` that has the app in
+memory too: `pulse_run` asks Pulse what they are.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from pulse_railway import contract
 
 LOCK = Path(".pulse") / "lock"  # in the web root
 DRAINING_VARIABLE = "RAILWAY_DEPLOYMENT_DRAINING_SECONDS"
 DRAINING_SECONDS = 10.0  # what `deploy` sets on a backend
+LONGEST_DRAINING = 86_400.0
 POLL = 0.1  # seconds
 MARGIN = 1.0  # seconds before Railway's own SIGKILL
 PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
+NOT_STARTED = 127  # the exit status of a shell for a command that it does not find
 
 
 def command() -> list[str]:
@@ -101,21 +110,55 @@ def patience() -> float:
     try:
         given = float(os.environ.get(DRAINING_VARIABLE) or DRAINING_SECONDS)
     except ValueError:
+        given = math.nan
+    if not 0 <= given <= LONGEST_DRAINING:
+        message = f"{DRAINING_VARIABLE} is no number of seconds: {DRAINING_SECONDS:g} is taken"
+        print(message, file=sys.stderr)
         given = DRAINING_SECONDS
     return max(given - MARGIN, 0.5)
 
 
-def run_app(argv: list[str]) -> int:
-    """Run until the app ends or SIGTERM; its exit status, 0 after an orderly end."""
+def children_of_pulse_run(words: list[str]) -> list[dict[str, Any]]:
+    """What `pulse run` would start, as pulse_run.py has it; that command itself where it does not
+    say so (its own error is what shows then), or where another `pulse` is on PATH."""
+    itself = [{"args": words}]
+    beside = Path(sys.executable).with_name(words[0])
+    if shutil.which(words[0]) != str(beside):
+        return itself
+    asked = [sys.executable, "-m", "pulse_railway.app.pulse_run", *words[2:]]
+    answer = subprocess.run(asked, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    return (json.loads(answer.stdout) if answer.returncode == 0 else []) or itself
+
+
+def start(command: dict[str, Any]) -> int:
+    """Start a child in a process group of its own; its process id. Raises OSError."""
+    return subprocess.Popen(
+        command["args"], cwd=command.get("cwd"), env=command.get("env"), process_group=0
+    ).pid
+
+
+def run_app(argv: list[str] | None = None) -> int:
+    """Run a command, by default the app's, until it or a part of it ends, or until SIGTERM. Its
+    exit status, 0 after an orderly end; 127 where it cannot be started."""
     asked: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):  # before anything else: it may come at once
         signal.signal(number, lambda n, _: asked.append(n))
     adopt_orphans()
     remove_lock()
-    child = os.posix_spawnp(argv[0], argv, os.environ, setpgroup=0)
+    commands = [{"args": argv}] if argv else children_of_pulse_run(command())
+    children = set()
+    for child in commands:
+        if asked:
+            break
+        try:
+            children.add(start(child))
+        except OSError as error:
+            print(f"error: {child['args'][0]}: {error.strerror}", file=sys.stderr)
+            tell(list(descendants(os.getpid())), signal.SIGKILL)
+            return NOT_STARTED
     while not asked:
         time.sleep(POLL)
-        if (status := reap().get(child)) is not None:
+        for status in [status for pid, status in reap().items() if pid in children]:
             tell(list(descendants(os.getpid())), signal.SIGKILL)
             return status if status >= 0 else 128 - status
     return stop(time.monotonic() + patience())
@@ -144,7 +187,10 @@ def main(argv: list[str]) -> int:
     if argv[:1] in (["-h"], ["--help"]):
         print(f"{main.__doc__}\n\n{__doc__}")
         return 0
-    return run_app(argv[1:] if argv[:1] == ["--"] else command())
+    if argv and (argv[0] != "--" or len(argv) == 1):
+        print("error: serve takes no arguments, or -- COMMAND ...", file=sys.stderr)
+        return 1
+    return run_app(argv[1:])
 
 
 if __name__ == "__main__":
