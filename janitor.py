@@ -321,13 +321,16 @@ class Railway:
         ]
         named = {router_id: {b.id for b in backends if routing_names(routing, b)}}
         owners = ownership.owners(self.environment, list(services.values()), named)
+        own = services.get(router_id) or ownership.Service("", self.router, {})
+        names = ownership.names_of(own, list(services.values()))
         mine, others = [], {}
         for found in backends:
-            whose = owners[found.id]
+            whose, service = owners[found.id], services[found.id]
             if whose == ownership.Owner("stack", router_id):
                 mine.append(found)
             else:
-                others[found.deployment] = why_untouched(whose.kind, found)
+                left = ownership.unowned(service, whose, names, router_id)
+                others[found.deployment] = left.words() if left else OTHER_STACK
         for found in mine:
             others.pop(found.deployment, None)
         return mine, others
@@ -372,26 +375,6 @@ def routing_names(routing: Routing, service: Service) -> bool:
     if record.service_id:
         return record.service_id == service.id
     return record.service_name in (None, service.name)
-
-
-def why_untouched(kind: str, service: Service) -> str:
-    """Why the janitor leaves a service alone, and who may do what with it."""
-    if kind == "stack":
-        return OTHER_STACK
-    if kind == "copy":
-        why = f"{service.name} was copied from another environment"
-    elif kind == "gone":
-        why = f"{service.name} belongs to a router that is gone"
-    else:
-        why = (
-            f"{service.name} does not say whose it is, and no routing state of this stack names it"
-        )
-    name = service.deployment
-    return (
-        f"{why}: `pulse-railway restore --deployment-id {name}` or `pulse-railway promote"
-        f" --deployment-id {name}` takes it over, `pulse-railway delete --deployment-id {name}`"
-        " removes it"
-    )
 
 
 def time_in(variables: Mapping[str, str], name: str) -> float | None:

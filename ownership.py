@@ -196,6 +196,65 @@ def _owner(
     return Owner("stack", of[0]) if len(of) == 1 else NOBODY
 
 
+@dataclass(frozen=True)
+class Unowned:
+    """A backend that no stack of this environment owns, as one of its stacks sees it."""
+
+    name: str
+    deployment_id: str
+    kind: str  # of Owner: copy, gone, nobody
+    related: bool  # it came with this stack's copy, was its former router's, or is nobody's
+
+    @property
+    def can_be_restored(self) -> bool:
+        """A copied one has the original's address, and with an external Redis its sessions."""
+        return self.related and self.kind != "copy"
+
+    def words(self) -> str:
+        """Why it is left alone, and what can be done with it."""
+        name = self.deployment_id
+        delete = f"`pulse-railway delete --deployment-id {name}` removes it"
+        restore = (
+            f"`pulse-railway restore --deployment-id {name}` makes it this stack's, and active"
+        )
+        if not self.related:
+            which = "was copied with" if self.kind == "copy" else "ran under"
+            return (
+                f"{name} {which} another router, which is not set up here: `pulse-railway ensure`"
+                " with its app sets it up. If nobody needs it, delete its service"
+                f" {self.name} on Railway"
+            )
+        if self.kind == "copy":
+            return (
+                f"{name} was copied from another environment, with that one's address: nothing"
+                f" routes to it. Deploy anew; {delete} from this environment alone"
+            )
+        if self.kind == "gone":
+            return f"{name} ran under a router that is gone: {restore}; {delete}"
+        return (
+            f"{name} does not say whose it is, and no routing state of this stack names it:"
+            f" {restore}; {delete}"
+        )
+
+
+def unowned(service: Service, owner: Owner, names: Names, router_id: str) -> Unowned | None:
+    """A backend as a stack sees it that does not own it; None where another stack does.
+
+    Args:
+        names: of the stack's services, as router_id is its router's.
+    """
+    if owner.kind == "stack" or not service.is_backend or service.is_empty:
+        return None
+    match owner.kind:
+        case "copy":
+            related = owner.router_id == router_id
+        case "gone":
+            related = bool(service.refers_to() & {names.router, names.env})
+        case _:
+            related = True
+    return Unowned(service.name, service.variables[DEPLOYMENT_ID], owner.kind, related)
+
+
 def identity(env: Mapping[str, str]) -> Stamp | None:
     """The owner that a router's or janitor's container works for; None outside Railway, and in the
     janitor of a stack that was never stamped."""

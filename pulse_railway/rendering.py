@@ -64,6 +64,7 @@ def activity(result: dict[str, Any]) -> list[str]:
             f"{name} gets {canary['weight']:g} % of the new visitors: `pulse-railway promote"
             f" --deployment-id {name}` finishes, `pulse-railway rollback` ends it"
         )
+    found += result["copied"]
     return found
 
 

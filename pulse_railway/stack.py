@@ -58,7 +58,7 @@ class Stack:
     names: Names
     services: dict[str, Service]  # its own
     others: list[Service] = field(default_factory=list)  # the environment's other services
-    orphans: list[Service] = field(default_factory=list)  # of those, what its former router ran
+    unowned: dict[str, Any] = field(default_factory=dict)  # of those, by name: ownership.Unowned
     empty: list[Service] = field(default_factory=list)  # its own that could not be deleted
     taken: frozenset[str] = frozenset()  # what services of the project are called
     no_such_router: str | None = None  # that was asked for by its name: what there is instead
@@ -114,6 +114,13 @@ class Stack:
         """Deployments, newest first."""
         found = [s for s in self.services.values() if s.deployment_id]
         return sorted(found, key=lambda s: s.created_at, reverse=True)
+
+    def unowned_backend(self, deployment_id: str) -> Service | None:
+        """One that belongs to no stack, and that a verb of this one may take over or delete."""
+        named = {
+            u.name for u in self.unowned.values() if u.related and u.deployment_id == deployment_id
+        }
+        return next((s for s in self.others if s.name in named), None)
 
     def backend(self, deployment_id: str) -> Service | None:
         return next((s for s in self.backends if s.deployment_id == deployment_id), None)
@@ -252,15 +259,14 @@ def stack_of(read: Stack, router: Any, every: list[Any], owners: dict[str, Any])
         for s in every
         if owners[s.id] == mine or s.name == router.name or s.name in baseline
     }
-    orphans = [
-        read.services[s.name]
+    called = ownership.Names(names.router, names.janitor, names.redis, names.env)
+    unowned = {
+        s.name: found
         for s in every
-        if s.is_backend
-        and owners[s.id].kind == "gone"
-        and s.refers_to() & {names.router, names.env}
-    ]
+        if s.name not in own and (found := ownership.unowned(s, owners[s.id], called, router.id))
+    }
     copied = router.stamp.environment_id if of_copy else None
-    return replace(read, names=names, services=own, orphans=orphans, copied_from=copied)
+    return replace(read, names=names, services=own, unowned=unowned, copied_from=copied)
 
 
 def doubt(stack: Stack) -> str | None:
@@ -469,6 +475,9 @@ def find_backend(stack: Stack, deployment_id: str) -> Service:
     """The service of a deployment. Raises Failure that says which deployments there are."""
     found = stack.backend(deployment_id)
     if found is None:
+        for unowned in stack.unowned.values():
+            if unowned.deployment_id == deployment_id:
+                raise Failure(unowned.words())
         there = joined(str(s.deployment_id) for s in stack.backends) or "none"
         raise Failure(f"there is no deployment {deployment_id}; there are: {there}")
     return found

@@ -297,9 +297,13 @@ def test_services_of_others_are_not_touched(
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     kept = report["kept"]
     assert kept.keys() & {*stamps, "unnamed", "emptied"} == {"copied", "left", "junk", "unnamed"}
-    assert "was copied from another environment" in kept["copied"]
-    assert "belongs to a router that is gone" in kept["left"]
+    assert "copied was copied with another router" in kept["copied"]
+    assert "left ran under another router" in kept["left"]
+    for name in ("copied", "left"):
+        assert "`pulse-railway ensure` with its app" in kept[name]
+        assert "restore" not in kept[name]
     assert "does not say whose it is" in kept["unnamed"]
+    assert "`pulse-railway restore --deployment-id unnamed`" in kept["unnamed"]
     assert report["deleted"] == []
     touched = [v["input"]["serviceId"] for _, v in rails.written if "input" in v]
     assert {"s-new", "s-old"} <= set(touched) <= {"s-new", "s-old", "s-pulse-router"}

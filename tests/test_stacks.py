@@ -22,6 +22,7 @@ from pulse_railway.services import scaled
 from pulse_railway.stack import Service, Stack, partial
 from tests.conftest import TINY, Project
 from tests.net import eventually
+from tests.test_local_environments import create
 
 DELETE_VARIABLE = "mutation ($i: VariableDeleteInput!) { variableDelete(input: $i) }"
 
@@ -222,12 +223,32 @@ def test_a_copied_environment(base: Project) -> None:
     copy.deploy("fresh")
     assert copy.ok("status")["active"] == "fresh"
     assert copy.get("/_pulse/meta")["deployment_id"] == "fresh"
+    what_was_copied_can_be_deleted(copy)
     # the original has noticed nothing
     assert {name: base.variables(name) for name in original} == original
     assert deployment_ids(base) == before
     assert base.get("/_pulse/meta")["deployment_id"] == "first"
     copy.delete_environment()
     assert base.get("/_pulse/meta")["deployment_id"] == "first"
+
+
+def what_was_copied_can_be_deleted(copy: Project) -> None:
+    """Before, it was in no list, and no verb that the janitor named found it."""
+    said = "first was copied from another environment"
+    status = copy.ok("status")
+    states = {row["deployment_id"]: row["state"] for row in status["deployments"]}
+    assert states == {"first": "copied", "fresh": "active"}
+    assert status["problems"] == []
+    assert said in copy.run("status").out
+    kept = copy.janitor()["kept"]["first"]
+    assert said in kept
+    assert "restore" not in kept
+    for verb in ("promote", "restore", "redeploy"):
+        assert said in copy.run(verb, "--deployment-id", "first").error
+    assert "`pulse-railway delete --deployment-id first`" in kept
+    copy.ok("delete", "--deployment-id", "first", "--yes")
+    assert "first" not in copy.services
+    assert [row["deployment_id"] for row in copy.ok("status")["deployments"]] == ["fresh"]
 
 
 def test_a_stack_with_names_of_its_own_is_found(
@@ -262,6 +283,24 @@ def test_what_a_router_that_was_deleted_ran_is_taken_over(base: Project, shop: P
     assert restored["active"] == "late"
     assert json_of(base, "status", "--app", "main.py", cwd=shop)["active"] == "late"
     assert base.active == "first"
+    what_is_nobodys_can_be_taken_or_deleted(base, shop)
+
+
+def what_is_nobodys_can_be_taken_or_deleted(base: Project, shop: Path) -> None:
+    """Before, the commands that were named for it found nothing."""
+    create(base, "stray")
+    base.stage.set_variables("stray", {contract.DEPLOYMENT_ID: "stray"})
+    words = ("--service", "pulse-router")
+    said = str(json_of(base, "status", *words)["problems"])
+    assert "`pulse-railway delete --deployment-id stray` removes it" in said
+    assert json_of(base, "delete", "--deployment-id", "stray", "--yes", *words)["deleted"]
+    assert "stray" not in base.services
+    base.stage.set_variables("late", {contract.STACK: "junk"})
+    said = str(json_of(base, "status", "--app", "main.py", cwd=shop)["problems"])
+    assert "`pulse-railway restore --deployment-id late` makes it this stack's" in said
+    json_of(base, "restore", "--app", "main.py", "--deployment-id", "late", cwd=shop)
+    router = base.stage.services()["shop-router"]["serviceId"]
+    assert base.variables("late")[contract.STACK] == f"{base.environment}/{router}"
 
 
 def test_what_other_hands_have_changed_is_said_and_mended(base: Project) -> None:

@@ -222,7 +222,15 @@ def row(name: str, sessions: int | None = 1, state: str = "active") -> dict[str,
 def result(*rows: dict[str, Any], routers: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
     baseline = [{"service": "pulse-redis", "railway": "SUCCESS", "version": None}]
     empty = dict.fromkeys(("address", "canary", "maintenance", "lock"))
-    found = {"active": "a", "baseline": baseline, "missing": [], "problems": [], **empty, **more}
+    found = {
+        "active": "a",
+        "baseline": baseline,
+        "missing": [],
+        "problems": [],
+        "copied": [],
+        **empty,
+        **more,
+    }
     return {**found, "deployments": list(rows), "routers": routers}
 
 

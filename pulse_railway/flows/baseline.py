@@ -171,7 +171,8 @@ def tell_of_copy(stack: Stack, output: Output) -> None:
     if copied := joined(str(s.deployment_id) for s in stack.backends):
         output.warn(
             f"the deployments that were copied ({copied}) stay as they are, and nothing routes to"
-            " them: deploy here, then delete them on Railway in this environment"
+            " them: deploy here, then remove each from this environment with `pulse-railway delete"
+            " --deployment-id ...`"
         )
 
 

@@ -25,16 +25,21 @@ def status(api: Api, stack: Stack) -> dict[str, Any]:
         except Failure as failure:
             silence = str(failure)
     known = {r["deployment_id"]: r for r in state["deployments"]} if state else {}
-    ids = {str(s.deployment_id): s for s in stack.backends}
+    copies = [u for u in stack.unowned.values() if u.related and u.kind == "copy"]
+    copied = [s for s in stack.others if s.name in {u.name for u in copies}]
+    ids = {str(s.deployment_id): s for s in (*copied, *stack.backends)}
     rows = []
     for name in sorted(
         {*known, *ids}, key=lambda n: ids[n].created_at if n in ids else "", reverse=True
     ):
         record, service = known.get(name, {}), ids.get(name)
+        unrecorded = "unregistered" if state else "unknown"
+        if service and service.name in stack.unowned:
+            unrecorded = "copied"
         rows.append(
             {
                 "deployment_id": name,
-                "state": record.get("state") or ("unregistered" if state else "unknown"),
+                "state": record.get("state") or unrecorded,
                 "service": service.name if service else None,
                 "railway": service.status if service else "GONE",
                 "age_seconds": round(service.age) if service else None,
@@ -64,6 +69,7 @@ def status(api: Api, stack: Stack) -> dict[str, Any]:
         ],
         "missing": [] if stack.no_such_router else stack.missing,
         "deployments": rows,
+        "copied": [u.words() for u in copies],
         "routers": state["routers"] if state else [],
         "problem": found[0] if found else None,
         "problems": found,
@@ -259,11 +265,7 @@ def problems(stack: Stack, state: dict[str, Any] | None, silence: str | None) ->
     ]
     found += by_other_hands(stack, state)
     found += [left_empty(s.name, s.deployment_id) for s in stack.empty]
-    found += [
-        f"{s.deployment_id} ran under a router that is gone: `pulse-railway restore --deployment-id"
-        f" {s.deployment_id}` makes it this stack's, and active"
-        for s in stack.orphans
-    ]
+    found += [u.words() for u in stack.unowned.values() if u.can_be_restored]
     if silence and REDIS_IS_SILENT in silence:
         found.append(
             f"Redis does not answer: the routers serve what they know, and nothing can be promoted."
