@@ -143,7 +143,7 @@ def names_of(router: Service, services: Sequence[Service]) -> Names:
     backends = (s.refers_to() for s in services if s.is_backend)
     referred = {name for names in backends if router.name in names for name in names}
     candidates = [
-        *(s.name for s in stamped),
+        *(s.name for s in stamped if JANITOR_SERVICE not in s.variables),
         *sorted(referred & there),
         *({f"{router.name.removesuffix('-router')}-env"} & there),
     ]

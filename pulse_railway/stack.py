@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from pulse_railway import contract, runtime_image
+from pulse_railway import contract, naming, runtime_image
 from pulse_railway.config import Names, Target
 from pulse_railway.errors import Failure, keep_secret
 from pulse_railway.railway import documents
@@ -247,9 +247,9 @@ def stack_of(read: Stack, router: Any, every: list[Any], owners: dict[str, Any])
     names = replace(
         names,
         router=router.name,
-        env=said.env or names.env,
-        redis=said.redis or names.redis,
-        janitor=said.janitor or names.janitor,
+        env=said.env or named_after(router.name, names, "env", absent_env(router, every)),
+        redis=said.redis or named_after(router.name, names, "redis"),
+        janitor=said.janitor or named_after(router.name, names, "janitor"),
         prefix=router.variables.get(contract.SERVICE_PREFIX) or "",
     )
     baseline = {names.env, names.redis, names.janitor} & free
@@ -269,6 +269,24 @@ def stack_of(read: Stack, router: Any, every: list[Any], owners: dict[str, Any])
     return replace(read, names=names, services=own, unowned=unowned, copied_from=copied)
 
 
+def absent_env(router: Any, every: list[Any]) -> str | None:
+    """What the env service was called that the router's deployments refer to, and that is gone."""
+    backends = [s for s in every if s.is_backend and router.name in s.refers_to()]
+    gone = {name for s in backends for name in s.refers_to()} - {s.name for s in every}
+    return gone.pop() if len(gone) == 1 else None
+
+
+def named_after(router: str, wanted: Names, role: str, was: str | None = None) -> str:
+    """The name of a service that is not there: the one that the app gives it, else what it was
+    called, else after the router, as `scaffold` names them with a prefix."""
+    given, usual = str(getattr(wanted, role)), f"pulse-{role}"
+    if given != naming.baseline_name(wanted.prefix, usual):
+        return given
+    if was or not router.endswith("-router"):
+        return was or given
+    return f"{router.removesuffix('-router')}-{role}"
+
+
 def doubt(stack: Stack) -> str | None:
     """Why the variables that Railway shows are not to be believed: what follows from them would
     replace secrets that backends hold, or leave out what the app needs."""
@@ -279,16 +297,19 @@ def doubt(stack: Stack) -> str | None:
     if not stack.backends:
         return None
     version = stack.backend(stack.last_promoted or "") or stack.backends[0]
-    named = {
-        found[2]
-        for value in version.variables.values()
-        for found in ownership.REFERENCE.finditer(value)
-        if found[1] == stack.names.env
-    }
-    if stack.env and named and not named & stack.env.variables.keys():
+    named = references(version, stack.names.env)
+    shown = stack.env.variables.keys() if stack.env else named
+    if named and stack.env and contract.STACK not in shown and not named & shown:
         there = joined(sorted(named)[:3])
         return f"{version.name} refers to {there} of {stack.env.name}, and Railway shows none of it"
     return None
+
+
+def references(service: Service, to: str) -> set[str]:
+    """The variables of another service that this one's refer to."""
+    values = service.variables.values()
+    found = (match for value in values for match in ownership.REFERENCE.finditer(value))
+    return {match[2] for match in found if match[1] == to}
 
 
 def _own(service: Service) -> dict[str, str]:
@@ -358,11 +379,43 @@ def read_variables(api: Api, stack: Stack) -> None:
         keep_secret(*(value for value in given if "${{" not in value))
 
 
+def can_be_made(stack: Stack) -> bool:
+    """May `ensure` create what is missing? Where the router, and a Redis in the project, are there
+    and say that they are this stack's, and no service says so of which nothing is known: one that
+    was renamed."""
+    if stack.router is None or not stack.missing or stack.copied_from:
+        return False
+    known = {s.id for s in (*of_router(stack), *stack.backends)}
+    return (
+        stack.router.variables.get(contract.STACK) == stack.stamp
+        and set(stack.missing) <= {stack.names.env, stack.names.janitor}
+        and all(s.id in known for s in stack.services.values())
+    )
+
+
+def lost_with_env(stack: Stack) -> str:
+    """What is said of the variables of an env service that is gone; empty where it is there."""
+    if stack.env:
+        return ""
+    named = {name for s in stack.backends for name in references(s, stack.names.env)}
+    known = f"; deployments refer to {joined(named)}" if named else ", and nothing says which"
+    return (
+        f"the variables of {stack.names.env} are lost{known}. Set them again before the next"
+        " deploy; what runs keeps their values until it is deployed anew"
+    )
+
+
 def partial(stack: Stack) -> str:
     """What to do about a baseline of which a part is missing, and what goes with the rest. To
     delete is said of those services alone of which Railway shows that they are this stack's, or
     that their router is gone."""
     found, missing = joined(s.name for s in stack.baseline), joined(stack.missing)
+    if can_be_made(stack):
+        are, it = ("are", "them") if len(stack.missing) > 1 else ("is", "it")
+        lost = f"; {said}" if (said := lost_with_env(stack)) else ""
+        return (
+            f"{missing} of this stack {are} missing: `pulse-railway ensure` makes {it} anew{lost}"
+        )
     if stack.router is None:
         there = f" (there is: {stack.no_such_router})" if stack.no_such_router else ""
         said = (
@@ -375,11 +428,12 @@ def partial(stack: Stack) -> str:
             f"the baseline is partial: {found} found, {missing} missing. If what is missing has"
             " another name, pass --app or the flag for it"
         )
-        sure, why = of_router(stack), "is this stack's. If the rest was deleted, "
+        sure = of_router(stack)
+        why = f"{'are' if len(sure) > 1 else 'is'} this stack's. If the rest was deleted, "
     unknown = joined(s.name for s in stack.baseline if s not in sure)
     if unknown:
         said += (
-            f". Nothing says whose {unknown} is, so it is not for deletion: --service-prefix"
+            f". Nothing says whose {unknown} is, so that is not for deletion: --service-prefix"
             " gives a new stack names of its own"
         )
     if sure:

@@ -34,10 +34,12 @@ from pulse_railway.services import (
 from pulse_railway.stack import (
     Service,
     Stack,
+    can_be_made,
     check_prefix,
     goes_with,
     inspect,
     joined,
+    lost_with_env,
     of_router,
     own_stack,
     partial,
@@ -97,8 +99,10 @@ def ensure(
 ) -> tuple[Stack, list[str]]:
     """Create the baseline in an empty environment, or reconcile a complete one.
 
+    An env service or a janitor that was deleted is made anew, where the rest says whose it is.
     Returns the stack and what was (or, with `wanted.plan_only`, would be) done; nothing on the
-    second run. Raises Failure for a partial baseline, or one with another Redis than `--redis-url`.
+    second run. Raises Failure for another partial baseline, or one with another Redis than
+    `--redis-url`.
     """
     tell_of_danger(wanted, output)
     with output.step("inspect the project"):
@@ -109,7 +113,7 @@ def ensure(
             return stack, ["create router, env, janitor" + ("" if wanted.redis_url else ", Redis")]
         return create(api, stack, wanted, output), ["created the baseline"]
     require_believable(stack)
-    if stack.missing:
+    if stack.missing and not can_be_made(stack):
         raise Failure(partial(stack))
     check_redis_mode(stack, wanted)
     check_redis_prefix(stack, wanted)
@@ -124,13 +128,42 @@ def ensure(
     else:
         token, shared = runtime_token(api, stack), internal_token(stack)
     made = bool(stack.copied_from) and not api.scope()
+    missing = make_missing(api, stack, wanted.plan_only, output)
     changes = plan(stack, wanted, token, shared, made)
-    lines = [line for change in changes for line in change.lines()]
+    lines = [f"{name}: create" for name in missing]
+    lines += [line for change in changes for line in change.lines()]
     if not wanted.plan_only:
         if any(change.deploy for change in changes) and not wanted.runtime_image:
             program.need("railway")
         apply(api, stack, changes, wanted, output)
     return stack, lines
+
+
+def make_missing(api: Api, stack: Stack, plan_only: bool, output: Output) -> list[str]:
+    """Create the env service and the janitor where they are missing; returns their names. Each
+    carries from its first moment what it is known by: a run that is cut off is taken up by the
+    next, which writes the rest."""
+    missing = stack.missing
+    if not missing:
+        return []
+    assert stack.router is not None
+    check_names(stack, set(missing))
+    if lost := lost_with_env(stack):
+        output.warn(lost)
+    for name in missing:
+        known_by = {contract.STACK: str(stack.stamp)}
+        if name == stack.names.janitor:
+            known_by |= {
+                contract.ROUTER_SERVICE: stack.names.router,
+                contract.JANITOR_SERVICE: name,
+            }
+        group, service_id = stack.router.group_id, ""
+        if not plan_only:
+            with output.step(f"create {name}"):
+                service_id = create_service(api, stack.target, name, known_by, group_id=group)
+        made = Service(service_id, "", name, "", None, {}, [], group, None, known_by)
+        stack.services[name] = made
+    return missing
 
 
 def unfinished(stack: Stack) -> bool:
@@ -494,7 +527,14 @@ def check_names(stack: Stack, needed: set[str]) -> None:
     """Raises Failure where another environment of the project has services of these names: Railway
     takes each name once, and would say so in the middle."""
     here = stack.services.keys() | {service.name for service in stack.others}
-    if elsewhere := needed & stack.taken - here:
+    elsewhere = needed & stack.taken - here
+    if elsewhere and stack.router:  # which keeps its prefix
+        raise Failure(
+            f"{joined(elsewhere)}: other environments of this project have services of these names,"
+            " and Railway takes each once. Name others, RailwayPlugin(env_service=...) and"
+            " janitor_service, and run `pulse-railway ensure` again"
+        )
+    if elsewhere:
         raise Failure(
             f"{joined(elsewhere)}: other environments of this project have services of these names."
             " Duplicate one of them on Railway and run `pulse-railway ensure` there, or give this"
