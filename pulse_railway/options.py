@@ -35,6 +35,9 @@ class StackOptions:
 
     where: Where
     names: Names
+    redis_service: str | None = None
+    redis_url: str | None = field(default=None, repr=False)
+    redis_prefix: str | None = None
     deployment_id: str | None = None
     deployment_name: str | None = None
     yes: bool = False
@@ -130,9 +133,13 @@ class ImageOptions:
 
 def stack(flags: Flags, output: Output) -> StackOptions:
     app = load_app(flags, output) if flags.get("app") else None
+    keep_secret(flags.get("redis_url"))
     return StackOptions(
         where=where(flags, app.plugin if app else None),
         names=router_named(flags, app.names) if app else names(flags),
+        redis_service=flags.get("redis_service"),
+        redis_url=flags.get("redis_url"),
+        redis_prefix=flags.get("redis_prefix"),
         deployment_id=deployment_id(flags),
         deployment_name=flags.get("deployment_name"),
         yes=bool(flags.get("yes")),
@@ -191,6 +198,8 @@ def status(flags: Flags, output: Output) -> StatusOptions:
 
 
 def logs(flags: Flags, output: Output) -> LogsOptions:
+    if flags.get("service") and flags.get("deployment_id"):
+        raise Failure("pass --service or --deployment-id, not both: whose log?")
     # here --service is what to read, not the router's name
     common = stack({**flags, "service": None}, output)
     return LogsOptions(

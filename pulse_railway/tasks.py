@@ -332,13 +332,14 @@ def local(_: Any, dir: str = ".local-railway", env: bool = False) -> None:
 
 def _stack(wanted: StackOptions, output: Output, *, require: bool = True) -> tuple[Api, Stack]:
     from pulse_railway import config
-    from pulse_railway.stack import inspect, require_baseline
+    from pulse_railway.stack import check_redis, inspect, require_baseline
 
     api, target = config.connect(wanted.where, output)
     with output.step("inspect the project"):
         stack = inspect(api, target, wanted.names)
         if require:
             require_baseline(stack)
+        check_redis(stack, wanted.redis_service, wanted.redis_url, wanted.redis_prefix)
     return api, stack
 
 

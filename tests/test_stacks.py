@@ -15,11 +15,11 @@ from pulse_railway import contract
 from pulse_railway import stack as stack_module
 from pulse_railway.config import Names, Target, Where
 from pulse_railway.errors import Failure
-from pulse_railway.flows.baseline import check_redis_prefix, wanted_redis_prefix
+from pulse_railway.flows.baseline import wanted_redis_prefix
 from pulse_railway.options import BaselineOptions
 from pulse_railway.railway.api import GraphqlError
 from pulse_railway.services import scaled
-from pulse_railway.stack import Service, Stack, partial
+from pulse_railway.stack import Service, Stack, check_redis, check_redis_prefix, partial
 from tests.conftest import TINY, Project
 from tests.net import eventually
 from tests.test_local_environments import create
@@ -178,6 +178,43 @@ def test_names_that_a_stack_was_set_up_with_stay(base: Project) -> None:
             refused = base.run(verb, *app, flag, value)
             assert refused.code == 1, verb
             assert f"this stack was set up {was}" in refused.err
+    delete = ("delete", "--deployment-id", "first", "--yes")
+    url = "redis://u:of-another@h:1"  # before, these were ignored
+    for flag, value, said in (
+        ("--redis-service", "other", "this stack's Redis is pulse-redis, not --redis-service oth"),
+        ("--redis-url", url, "--redis-url is not the address of this stack's Redis"),
+        ("--redis-prefix", "other", "this stack was set up with --redis-prefix pulse:railway"),
+    ):
+        refused = base.run(*delete, flag, value)
+        assert said in refused.error
+        assert "of-another" not in refused.err
+    assert base.active == "first"
+
+
+@pytest.mark.parametrize(
+    ("stored", "given", "said"),
+    [
+        ("${{pulse-redis.REDIS_URL}}", {"service": "pulse-redis"}, None),
+        ("${{pulse-redis.REDIS_URL}}", {"service": "x"}, "is pulse-redis, not --redis-service x"),
+        ("${{pulse-redis.REDIS_URL}}", {"url": "redis://u:p%2F@proxy:1/0"}, None),
+        ("${{pulse-redis.REDIS_URL}}", {"url": "redis://u:q@proxy:1"}, "is not the address"),
+        ("${{pulse-redis.REDIS_URL}}", {"url": "redis://[u"}, "is not the address"),
+        ("redis://h:1", {"url": "redis://h:1/"}, None),
+        ("redis://h:1", {"url": "redis://h:2"}, "is not the address"),
+        ("redis://h:1", {"service": "pulse-redis"}, "is outside of the project"),
+    ],
+)
+def test_flags_name_no_other_redis(stored: str, given: dict[str, str], said: str | None) -> None:
+    redis = Service("m", "", "pulse-redis", "", None, {}, [], None, None, {"REDIS_PASSWORD": "p/"})
+    router = Service("r", "", "pulse-router", "", None, {}, [], None, None, {"REDIS_URL": stored})
+    there = [router, redis] if "$" in stored else [router]
+    stack = Stack(Target("p", "e"), Names(), {s.name: s for s in there})
+    flags = {"service": None, "url": None, "prefix": None, **given}
+    if said is None:
+        check_redis(stack, **flags)
+    else:
+        with pytest.raises(Failure, match=said):
+            check_redis(stack, **flags)
 
 
 def test_a_prefix_that_is_in_a_file_holds_for_a_copy_too() -> None:
@@ -185,10 +222,11 @@ def test_a_prefix_that_is_in_a_file_holds_for_a_copy_too() -> None:
     of_router = {contract.REDIS_PREFIX: "shop:e-copy"}
     router = Service("r", "", "pulse-router", "", None, {}, [], None, None, of_router)
     own = Stack(Target("p", "e-copy"), Names(), {"pulse-router": router})
-    check_redis_prefix(own, wanted)
+    check_redis_prefix(own, wanted.redis_prefix)
     assert wanted_redis_prefix(own, wanted) == "shop:e-copy"
     with pytest.raises(Failure, match="set up with --redis-prefix shop:e-copy"):
-        check_redis_prefix(Stack(Target("p", "other"), Names(), {"pulse-router": router}), wanted)
+        other = Stack(Target("p", "other"), Names(), {"pulse-router": router})
+        check_redis_prefix(other, wanted.redis_prefix)
 
 
 def test_a_copied_environment(base: Project) -> None:

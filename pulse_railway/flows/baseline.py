@@ -35,7 +35,7 @@ from pulse_railway.stack import (
     Service,
     Stack,
     can_be_made,
-    check_prefix,
+    check_redis_prefix,
     goes_with,
     inspect,
     joined,
@@ -116,7 +116,7 @@ def ensure(
     if stack.missing and not can_be_made(stack):
         raise Failure(partial(stack))
     check_redis_mode(stack, wanted)
-    check_redis_prefix(stack, wanted)
+    check_redis_prefix(stack, wanted.redis_prefix)
     if wanted.app:
         app_identity.check(stack, app_identity.of_app(wanted.app), wanted.replace_app, output)
     assert stack.router is not None
@@ -180,14 +180,6 @@ def check_redis_mode(stack: Stack, wanted: BaselineOptions) -> None:
             " baseline and run `pulse-railway scaffold --redis-url ...`, or leave --redis-url out"
             + goes_with(stack)
         )
-
-
-def check_redis_prefix(stack: Stack, wanted: BaselineOptions) -> None:
-    """A copy's own prefix follows the original's, which invoke.yaml may hold."""
-    assert stack.router is not None
-    stored = stack.router.variables.get(contract.REDIS_PREFIX) or ""
-    own = f":{stack.target.environment_id}"
-    check_prefix("--redis-prefix", wanted.redis_prefix, stored.removesuffix(own))
 
 
 def tell_of_copy(stack: Stack, output: Output) -> None:
