@@ -123,6 +123,26 @@ def test_a_foreign_state_is_served_and_not_written_to(site: Site, run_router: Ru
     assert "another stack's routing state: no longer so" in process.output()
 
 
+def test_a_router_whose_state_becomes_anothers_takes_its_report_back(
+    site: Site, run_router: Run
+) -> None:
+    """Before, `status` showed it there, and who deletes a deployment waited for it, for 120 s."""
+    for name in ("one", "two"):  # on a state that is nobody's
+        up(run_router(site.server, FAST, **on_railway(name)))
+
+    def reporting() -> list[str]:
+        found = command(site, on_railway("one"), "status")["routers"]
+        return sorted(router["identity"] for router in found)
+
+    eventually(lambda: reporting() == ["e/one", "e/two"])
+    site.control("claim", "--owner", "e/one")
+    eventually(lambda: reporting() == ["e/one"], 5)
+    assert command(site, on_railway("two"), "claim", "--owner", "e/two", "--instead-of", "e/one")[
+        "ok"
+    ]
+    eventually(lambda: reporting() == ["e/two"], 5)
+
+
 def test_a_lost_owner_comes_back(site: Site, run_router: Run) -> None:
     site.control("claim", "--owner", "e/one")
     up(run_router(site.server, FAST, **on_railway("one")))

@@ -121,6 +121,21 @@ UP = {"active": "a", "lost": False, "epoch": 7, "deployments": [RECORD], "router
         ),
         (
             stack(A),
+            UP | {"routers": [{"router": "r", "identity": "e/s-pulse-router"}] * 2},
+            [],
+        ),
+        (
+            stack(A),
+            UP | {"routers": [{"router": "r", "identity": i} for i in ("e/s-pulse-router", "o/x")]},
+            ["routers of other stacks serve it too (o/x,", "`pulse-railway ensure --owns-state`"],
+        ),
+        (  # which is foreign by now, and takes its report back
+            stack(A),
+            UP | {"owner": "e/s-pulse-router", "routers": [{"router": "r", "identity": "o/x"}]},
+            [],
+        ),
+        (
+            stack(A),
             UP | {"routers": [{"router": "r1", "epoch": 6, "age": 30}]},
             [
                 "the router r1 said 30 s ago that it serves an older",

@@ -11,7 +11,7 @@ from pulse_railway.errors import Failure
 from pulse_railway.flows import baseline
 from pulse_railway.railway.api import Api
 from pulse_railway.services import left_empty, scaled
-from pulse_railway.stack import Stack, ownership, require_baseline
+from pulse_railway.stack import Stack, joined, ownership, require_baseline
 from pulse_railway.waiting import FAILED_STATES
 
 
@@ -128,6 +128,19 @@ def of_active(state: dict[str, Any]) -> list[str]:
         if (name := record["deployment_id"]) == state["active"]
         and "sessions" in record
         and record["sessions"] is None
+    ]
+
+
+def of_sharing(state: dict[str, Any], stack: Stack) -> list[str]:
+    """Routers of several stacks on a state that does not say whose it is."""
+    others = {str(r["identity"]) for r in state["routers"] if r.get("identity")} - {stack.stamp}
+    if state.get("owner") or not others:
+        return []
+    return [
+        f"the routing state does not say whose it is, and routers of other stacks serve it too"
+        f" ({joined(others)}, as environment and router): what one stack promotes, all serve."
+        " `pulse-railway ensure --owns-state` makes it this stack's, if it is; for the others"
+        " `pulse-railway scaffold` with another --redis-prefix"
     ]
 
 
@@ -281,6 +294,7 @@ def problems(stack: Stack, state: dict[str, Any] | None, silence: str | None) ->
     if (owner := state.get("owner")) not in (None, stack.stamp):
         return [*found, ownership.foreign_words(owner)]
     active = state["active"]
+    found += of_sharing(state, stack)
     found += of_memories(state, stack)
     found += of_active(state)
     found += of_routers(state, stack)
