@@ -79,8 +79,9 @@ def step_01_the_janitor(edge: Project) -> None:
     status = edge.ok("status")
     said = "edge-janitor of this stack is missing: `pulse-railway ensure` makes it anew"
     assert (status["problem"], status["missing"]) == (said, ["edge-janitor"])
-    assert said in edge.run("deploy", "main.py").error
-    assert said in edge.run("scaffold", "main.py").error
+    with_app = said.replace("ensure`", "ensure --app main.py`")
+    assert with_app in edge.run("deploy", "main.py").error
+    assert with_app in edge.run("scaffold", "main.py").error
     plan = edge.ok("ensure", "main.py", "--plan")["planned"]
     assert plan[0] == "edge-janitor: create"
     assert "edge-janitor" not in edge.services

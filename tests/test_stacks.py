@@ -315,7 +315,7 @@ def test_what_a_router_that_was_deleted_ran_is_taken_over(base: Project, shop: P
     status = json_of(base, "status", "--app", "main.py", cwd=shop)
     assert status["deployments"] == []
     (said,) = (line for line in status["problems"] if "late" in line)
-    assert "`pulse-railway restore --deployment-id late`" in said
+    assert "`pulse-railway restore --deployment-id late --app main.py`" in said
     assert "late" not in str(json_of(base, "status", "--service", "pulse-router"))
     restored = json_of(base, "restore", "--app", "main.py", "--deployment-id", "late", cwd=shop)
     assert restored["active"] == "late"
@@ -330,12 +330,12 @@ def what_is_nobodys_can_be_taken_or_deleted(base: Project, shop: Path) -> None:
     base.stage.set_variables("stray", {contract.DEPLOYMENT_ID: "stray"})
     words = ("--service", "pulse-router")
     said = str(json_of(base, "status", *words)["problems"])
-    assert "`pulse-railway delete --deployment-id stray` removes it" in said
+    assert "`pulse-railway delete --deployment-id stray --service pulse-router` removes it" in said
     assert json_of(base, "delete", "--deployment-id", "stray", "--yes", *words)["deleted"]
     assert "stray" not in base.services
     base.stage.set_variables("late", {contract.STACK: "junk"})
     said = str(json_of(base, "status", "--app", "main.py", cwd=shop)["problems"])
-    assert "`pulse-railway restore --deployment-id late` makes it this stack's" in said
+    assert "`pulse-railway restore --deployment-id late --app main.py` makes it" in said
     json_of(base, "restore", "--app", "main.py", "--deployment-id", "late", cwd=shop)
     router = base.stage.services()["shop-router"]["serviceId"]
     assert base.variables("late")[contract.STACK] == f"{base.environment}/{router}"

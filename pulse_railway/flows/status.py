@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from pulse_railway import contract, router_commands
+from pulse_railway.advice import pasteable
 from pulse_railway.errors import Failure
 from pulse_railway.flows import baseline
 from pulse_railway.railway.api import Api
@@ -51,7 +52,7 @@ def status(api: Api, stack: Stack) -> dict[str, Any]:
             }
         )
     has_address = stack.router and stack.router.domains
-    found = problems(stack, state, silence)
+    found = [pasteable(problem) for problem in problems(stack, state, silence)]
     return {
         "address": stack.address if has_address else None,
         "active": state["active"] if state else None,
@@ -69,7 +70,7 @@ def status(api: Api, stack: Stack) -> dict[str, Any]:
         ],
         "missing": [] if stack.no_such_router else stack.missing,
         "deployments": rows,
-        "copied": [u.words() for u in copies],
+        "copied": [pasteable(u.words()) for u in copies],
         "routers": state["routers"] if state else [],
         "problem": found[0] if found else None,
         "problems": found,
@@ -182,7 +183,8 @@ def of_record(record: dict[str, Any], stack: Stack) -> list[str]:
     if left and name != stack.last_promoted:  # else the state is an older one
         found.append(
             f"{name} has been pending for {age / 3600:.1f} h, and runs: its deploy did not get"
-            f" to its end; `pulse-railway promote --deployment-id {name}`, or `delete` it"
+            f" to its end; `pulse-railway promote --deployment-id {name}`, or `pulse-railway delete"
+            f" --deployment-id {name}`"
         )
     until = (record.get("bake") or {}).get("until")
     weight = record.get("weight")
