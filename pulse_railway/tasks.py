@@ -250,10 +250,13 @@ def status(wanted: StatusOptions, output: Output) -> None:
 @verb([*STACK, "deployment_id", "build", "follow", "lines"], parser="logs")
 def logs(wanted: LogsOptions, output: Output) -> None:
     """Show a deployment's log (default: the active one's), or with --service a stable service's."""
+    from pulse_railway import config
     from pulse_railway.flows import logs as flow
 
-    api, stack = _stack(wanted, output, require=False)
-    output.result(flow.logs(api, stack, wanted, output), [])
+    api, target = config.connect(wanted.where, output)
+    with output.step("find the service"):
+        service = flow.find(api, target, wanted)
+    output.result(flow.logs(api, target, service, wanted, output), [])
 
 
 @verb([*STACK, "deployment_id"], parser="stack")

@@ -95,6 +95,11 @@ def test_two_stacks_in_one_environment(base: Project, shop: Path) -> None:
     # where no app says which of the two: the one that is called as usual
     assert json_of(base, "status")["active"] == "first"
     assert json_of(base, "status", "--service", "shop-router")["active"] == "sold"
+    # a log is read wherever it is
+    for service in ("pulse-router", "shop-router"):
+        read = base.run("logs", "--service", service, "--json")
+        assert read.code == 0, read.err
+    assert json_of(base, "logs", "--deployment-id", "sold")["service"] == "sold"
     # as an earlier version has set them up
     unstamp(base)
     they_live_apart(base, shop)

@@ -446,7 +446,7 @@ def test_a_service_that_has_said_nothing(
     api.call.return_value = {"deploymentLogs": []}
     monkeypatch.setattr(flows_logs, "latest", lambda *_: {"s-a": {"id": "d"}})
     wanted = LogsOptions(Where(), Names(), deployment_id="a")
-    flows_logs.logs(api, stack(A), wanted, Output())
+    flows_logs.logs(api, stack(A).target, A, wanted, Output())
     assert capsys.readouterr().err.strip() == "a has said nothing yet"
 
 
