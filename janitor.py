@@ -464,8 +464,7 @@ def claim_unowned(
         return routing
 
     def step(routing: Routing) -> Routing:
-        bare = routing.active is None and not routing.records
-        if router.OWNER in routing.keys or not (bare or found.owns_state):
+        if router.OWNER in routing.keys or not (control.is_bare(routing) or found.owns_state):
             return routing
         return control.set_owner(routing, me)
 

@@ -91,6 +91,19 @@ def test_a_state_is_claimed_by_one_of_many(site: Site) -> None:
     ]
 
 
+def test_a_deploys_lock_claims_a_state_that_holds_nothing(site: Site) -> None:
+    """Where `ensure` did not reach it. Before, two first deploys met in it."""
+    lock = ("lock", "--holder", "h", "--by", "me", "--lease", "60")
+    assert command(site, on_railway("one"), *lock)["ok"]
+    assert ":owner" not in site.state, "what it holds may be another stack's"
+    site.server.client.flushall()
+    assert command(site, {}, *lock)["ok"]
+    assert ":owner" not in site.state, "outside Railway there is none"
+    assert command(site, on_railway("one"), *lock)["ok"]
+    assert site.state[":owner"] == "e/one"
+    assert command(site, on_railway("two"), *lock)["reason"] == "owner"
+
+
 def test_a_router_in_a_copy_says_so_and_asks_no_store(site: Site, run_router: Run) -> None:
     before = everything(site)
     process = run_router(site.server, FAST, **on_railway("one", PULSE_RAILWAY_STACK="other/one"))
