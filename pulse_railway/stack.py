@@ -380,9 +380,9 @@ def read_services(api: Api, target: Target, names: Names) -> Stack:
         of_config = config.get(node["serviceId"]) or {}
         settings = {name: node[name] for name in _SETTINGS}
         given = (of_config.get("deploy") or {}).get("multiRegionConfig") or {}
-        counts = {region: (r or {}).get("numReplicas") or 0 for region, r in given.items()}
+        counts = {region: r.get("numReplicas") if r else 0 for region, r in given.items()}
         regions = {region: count for region, count in counts.items() if count}
-        if regions:  # which decide
+        if counts and None not in counts.values():  # they decide
             settings["numReplicas"] = sum(regions.values())
         services[node["serviceName"]] = Service(
             id=node["serviceId"],

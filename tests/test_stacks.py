@@ -16,8 +16,10 @@ from pulse_railway import stack as stack_module
 from pulse_railway.config import Names, Target, Where
 from pulse_railway.errors import Failure
 from pulse_railway.flows.baseline import wanted_redis_prefix
+from pulse_railway.flows.status import of_regions
 from pulse_railway.options import BaselineOptions
-from pulse_railway.railway.api import GraphqlError
+from pulse_railway.railway.api import Api, GraphqlError
+from pulse_railway.railway.tokens import Token
 from pulse_railway.services import scaled
 from pulse_railway.stack import Service, Stack, check_redis, check_redis_prefix, partial
 from tests.conftest import TINY, Project
@@ -384,6 +386,44 @@ def test_what_other_hands_have_changed_is_said_and_mended(base: Project) -> None
     one = {ids["first"]: {"deploy": {"multiRegionConfig": {"us-west2": {"numReplicas": 1}}}}}
     base.railway.graphql(document, e=base.environment, p={"services": one})
     eventually(lambda: json_of(base, "status", "--service", "pulse-router")["problems"] == [], 60)
+
+
+def test_services_in_no_region(base: Project) -> None:
+    """Before, nothing was wrong with them."""
+    ids = {name: at["serviceId"] for name, at in base.stage.services().items()}
+    none = {"deploy": {"multiRegionConfig": {"us-west2": {"numReplicas": 0}}}}
+    patch = {ids["pulse-router"]: none, ids["pulse-redis"]: none}
+    document = (
+        "mutation ($e: String!, $p: EnvironmentConfig)"
+        " { environmentPatchCommit(environmentId: $e, patch: $p) }"
+    )
+    base.railway.graphql(document, e=base.environment, p={"services": patch})
+    words = ("--service", "pulse-router")
+    problems = str(json_of(base, "status", *words)["problems"])
+    assert "numReplicas of pulse-router was changed on Railway: `pulse-railway ensure`" in problems
+    assert "`railway scale REGION=1 --service pulse-redis` gives it one" in problems
+    json_of(base, "ensure", "main.py")
+    one = {ids["pulse-redis"]: {"deploy": {"multiRegionConfig": {"us-west2": {"numReplicas": 1}}}}}
+    base.railway.graphql(document, e=base.environment, p={"services": one})
+    assert json_of(base, "ensure", "main.py")["changed"] == []
+    eventually(lambda: json_of(base, "status", *words)["problems"] == [], 60)
+
+
+def test_a_region_that_does_not_exist(base: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Railway is asked only where it may not exist."""
+    monkeypatch.setenv(contract.API_URL_VARIABLE, base.railway.api)
+    api = Api(Token(base.env["RAILWAY_API_TOKEN"], "RAILWAY_API_TOKEN"))
+    router = Service("r", "", "pulse-router", "", None, {}, [], None, None)
+    stack = Stack(Target(base.id, base.environment), Names(), {"pulse-router": router})
+    for regions, said in (
+        ({"us-west2": 2}, ""),
+        ({"moon": 2}, "`railway scale moon=0 us-west2=2 --service pulse-router`"),
+        ({"moon": 1, "us-west2": 1}, "`railway scale moon=0 us-west2=2 --service pulse-router`"),
+    ):
+        router.regions = dict(regions)
+        found = of_regions(api, stack)
+        assert said in str(found) if said else not found
+        assert bool(api.calls) == bool(said)
 
 
 @pytest.mark.parametrize(

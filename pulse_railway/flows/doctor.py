@@ -219,7 +219,7 @@ def check_stack(
         check_identity(found, plan, stack)
 
     def tell(state: dict[str, Any] | None) -> None:
-        for problem in status.problems(stack, state, None):
+        for problem in [*status.problems(stack, state, None), *status.of_regions(api, stack)]:
             found.note("the deployments" if state else "on Railway", "bad", problem)
 
     if not has_cli and where.control != "job":

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import shlex
 import time
+from collections.abc import Collection
 from typing import Any
 
 from pulse_railway import contract, router_commands
 from pulse_railway.advice import pasteable
 from pulse_railway.errors import Failure
 from pulse_railway.flows import baseline
-from pulse_railway.railway.api import Api
+from pulse_railway.railway import documents
+from pulse_railway.railway.api import Api, GraphqlError
 from pulse_railway.services import left_empty, scaled
-from pulse_railway.stack import Stack, joined, ownership, require_baseline
+from pulse_railway.stack import Service, Stack, joined, ownership, require_baseline
 from pulse_railway.waiting import FAILED_STATES
 
 
@@ -53,6 +55,7 @@ def status(api: Api, stack: Stack) -> dict[str, Any]:
         )
     has_address = stack.router and stack.router.domains
     found = [pasteable(problem) for problem in problems(stack, state, silence)]
+    found += of_regions(api, stack)
     return {
         "address": stack.address if has_address else None,
         "active": state["active"] if state else None,
@@ -215,6 +218,37 @@ def of_record(record: dict[str, Any], stack: Stack) -> list[str]:
     return found
 
 
+# Railway's of November 2026; of others it is asked
+REGIONS = {"us-west2", "us-east4-eqdc4a", "europe-west4-drams3a", "asia-southeast1-eqsg3a"}
+
+
+def of_regions(api: Api, stack: Stack) -> list[str]:
+    """Baseline services that are to run in a region that Railway does not have."""
+    doubtful = [s for s in stack.baseline if s.regions.keys() - REGIONS]
+    if not doubtful:
+        return []
+    try:
+        answer = api.call(documents.REGIONS, project=stack.target.project_id)["regions"]
+    except GraphqlError:  # what is not known is no fault
+        return []
+    there = {str(region["name"]) for region in answer}
+    said = [in_no_region(service, there) for service in doubtful] if there else []
+    return [line for line in said if line]
+
+
+def in_no_region(service: Service, there: Collection[str]) -> str | None:
+    bad = sorted(service.regions.keys() - there)
+    if not bad:
+        return None
+    good = next((r for r in (*service.regions, "us-west2") if r in there), min(there))
+    count = service.regions.get(good, 0) + sum(service.regions[r] for r in bad)
+    leaves = " ".join(f"{region}=0" for region in bad)
+    return (
+        f"{service.name} is to run in {joined(bad)}, and Railway has no such region: `railway scale"
+        f" {leaves} {good}={count} --service {service.name}` moves it ({joined(there)})"
+    )
+
+
 def by_other_hands(stack: Stack, state: dict[str, Any] | None) -> list[str]:
     """What somebody has changed on Railway so that the stack does not work as it should."""
     found = []
@@ -229,11 +263,19 @@ def by_other_hands(stack: Stack, state: dict[str, Any] | None) -> list[str]:
         ]
         if service is stack.janitor and not service.settings.get("cronSchedule", True):
             changed.append("cronSchedule")
+        if service is stack.router and service.settings.get("numReplicas") == 0:
+            changed.append("numReplicas")
         if changed:
             found.append(
                 f"{', '.join(changed)} of {service.name} was changed on Railway: `pulse-railway"
                 " ensure` sets it as it has to be"
             )
+    if stack.redis and stack.redis.settings.get("numReplicas") == 0:
+        name = stack.redis.name
+        found.append(
+            f"{name} has a replica in no region: `railway scale REGION=1 --service {name}` gives it"
+            " one"
+        )
     found += [
         f"{s.name} was stopped on Railway: `railway redeploy --service {s.name}` starts it"
         for s in (stack.router, stack.redis)

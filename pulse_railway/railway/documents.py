@@ -48,6 +48,12 @@ query Projects($workspace: String) {
 }
 """
 
+REGIONS = """
+query Regions($project: String) {
+  regions(projectId: $project) { name }
+}
+"""
+
 EXECUTE = """
 mutation Execute($instance: String!) {
   deploymentInstanceExecutionCreate(input: { serviceInstanceId: $instance })
