@@ -226,6 +226,11 @@ class Railway:
             if unknown and "not authorized" in message.lower():
                 self.headers = {"Authorization": f"Bearer {self.token}"}
                 return self.call(document, **variables)
+            if not self.token_is_known and "not authorized" in message.lower():
+                message = (
+                    f"its RAILWAY_TOKEN does not open this environment: run `pulse-railway ensure`"
+                    f" with one that does ({message})"
+                )
             raise GraphqlError(message)
         if errors or not data or not isinstance(data, dict):
             raise RuntimeError("Railway's answer is not one of its API")

@@ -19,7 +19,7 @@ from pulse_railway.errors import Failure, keep_secret
 from pulse_railway.options import BaselineOptions
 from pulse_railway.output import Output
 from pulse_railway.railway import config_files, documents, program
-from pulse_railway.railway.api import Api
+from pulse_railway.railway.api import Api, GraphqlError
 from pulse_railway.railway.up import up
 from pulse_railway.services import (
     Change,
@@ -122,11 +122,12 @@ def ensure(
     assert stack.router is not None
     if stack.copied_from:
         tell_of_copy(stack, output)
-        token = own_project_token(api, stack, wanted.plan_only)
+        token = own_project_token(api, stack, wanted.plan_only, output)
         shared = secrets.token_urlsafe(32)
         keep_secret(token, shared)
     else:
-        token, shared = runtime_token(api, stack), internal_token(stack)
+        token = runtime_token(api, stack, wanted.plan_only, output)
+        shared = internal_token(stack)
     made = bool(stack.copied_from) and not api.scope()
     missing = make_missing(api, stack, wanted.plan_only, output)
     changes = plan(stack, wanted, token, shared, made)
@@ -201,22 +202,39 @@ def tell_of_copy(stack: Stack, output: Output) -> None:
         )
 
 
-def own_project_token(api: Api, stack: Stack, plan_only: bool) -> str:
+def own_project_token(api: Api, stack: Stack, plan_only: bool, output: Output) -> str:
     """The token of a copy's router and janitor: never the one that came with the copy."""
     target = stack.target
     if api.scope():
         return api.token.value
     if plan_only:
         return "made by ensure"
+    name = f"pulse-railway {stack.names.router}"
+    delete_unused_tokens(api, target, name, output)
     made = api.call(
         documents.PROJECT_TOKEN_CREATE,
         input={
             "projectId": target.project_id,
             "environmentId": target.environment_id,
-            "name": f"pulse-railway {stack.names.router}",
+            "name": name,
         },
     )
     return str(made["projectTokenCreate"])
+
+
+def delete_unused_tokens(api: Api, target: Target, name: str, output: Output) -> None:
+    """Delete the project tokens of this name and environment. None is in use while the router
+    has none that opens it: a run has made them that was cut off before it wrote its token."""
+    try:
+        found = api.call(documents.PROJECT_TOKENS, project=target.project_id)["projectTokens"]
+        for token in (edge["node"] for edge in found["edges"]):
+            if (token["name"], token["environmentId"]) == (name, target.environment_id):
+                api.call(documents.PROJECT_TOKEN_DELETE, id=token["id"])
+    except GraphqlError as error:
+        output.warn(
+            f"Railway does not show or delete this project's tokens ({error}): if an `ensure` was"
+            f" cut off here, older ones named {name} are not needed"
+        )
 
 
 def wanted_redis_prefix(stack: Stack, wanted: BaselineOptions) -> str:
@@ -240,12 +258,15 @@ ORIGINALS = (
 )
 
 
-def runtime_token(api: Api, stack: Stack) -> str:
-    """The token that router and janitor get. Raises Failure for a login where they have none."""
+def runtime_token(api: Api, stack: Stack, plan_only: bool, output: Output) -> str:
+    """The token that router and janitor get; one that was made for them is made anew where it opens
+    this environment no more. Raises Failure for a login where they have none."""
     of_router = stack.router.variables if stack.router else {}
     present = of_router.get(contract.RAILWAY_TOKEN)
     if present and of_router.get(contract.TOKEN_MADE) and not api.scope():
-        return present
+        if api.environment_of(present) == stack.target.environment_id:
+            return present
+        return own_project_token(api, stack, plan_only, output)
     if api.token.durable:
         return api.token.value
     if not present:
@@ -386,7 +407,8 @@ def plan(
         elif not wanted.runtime_image and service.image:
             change.disconnect = True
         stopped = service.stopped and goal.name == stack.names.router  # a cron run's end is one
-        change.deploy = bool(change) or service.status != "SUCCESS" or stopped
+        waits = stopped or bool(service.variables.get(contract.UNDEPLOYED))
+        change.deploy = bool(change) or service.status != "SUCCESS" or waits
         change.domain = goal.name == stack.names.router and not service.domains
     name = wanted.app.plugin.name if wanted.app else None
     if name and app_identity.remembered(stack).name != name:
@@ -411,14 +433,17 @@ def apply(
     output: Output,
     started: dict[str, str | None] | None = None,
 ) -> None:
-    """Carry a plan out. Killed anywhere, the next run's plan holds what is left: the version
-    variable is written last.
+    """Carry a plan out. Killed anywhere, the next run's plan holds what is left: what is written
+    and not deployed yet is marked, and the version variable is written last.
 
     Args:
         started: services that are starting already, by id, with the deployment to wait for.
     """
     target = stack.target
     waiting = dict(started or {})
+    for change in changes:
+        if change.deploy and not change.service.variables.get(contract.UNDEPLOYED):
+            change.variables[contract.UNDEPLOYED] = "1"
     if changes:
         with output.step("write variables and settings"):
             write(api, target, changes)
@@ -437,12 +462,18 @@ def apply(
 
 
 def finish(api: Api, stack: Stack, changes: list[Change], wanted: BaselineOptions) -> None:
-    """Note the version that runs now, and take the mark of an unfinished creation off."""
+    """Note the version that runs now, and that all is deployed; take the mark of an unfinished
+    creation off."""
     target = stack.target
-    value = {contract.RUNTIME_VERSION: wanted.runtime_image or runtime_image.version()}
-    versions = [c.service for c in changes if contract.RUNTIME_VERSION in c.variables]
+    version = {contract.RUNTIME_VERSION: wanted.runtime_image or runtime_image.version()}
+    deployed = [change for change in changes if change.deploy]
     marked = [s for s in stack.baseline if UNFINISHED in s.variables]
-    inputs = {f"v{i}": variable_input(target, s.id, value) for i, s in enumerate(versions)}
+    inputs = {}
+    for i, change in enumerate(deployed):
+        values = {contract.UNDEPLOYED: ""}
+        if contract.RUNTIME_VERSION in change.variables:
+            values |= version
+        inputs[f"v{i}"] = variable_input(target, change.service.id, values)
     for i, service in enumerate(marked):
         inputs[f"x{i}"] = {
             "projectId": target.project_id,
@@ -451,7 +482,7 @@ def finish(api: Api, stack: Stack, changes: list[Change], wanted: BaselineOption
             "name": UNFINISHED,
         }
     if inputs:
-        document = documents.configure(variables=len(versions), deletions=len(marked))
+        document = documents.configure(variables=len(deployed), deletions=len(marked))
         api.call(document, repeatable=True, **inputs)
 
 
@@ -485,7 +516,7 @@ def create(api: Api, stack: Stack, wanted: BaselineOptions, output: Output) -> S
     target, names = stack.target, stack.names
     expected = [names.router, names.janitor] + ([] if wanted.redis_url else [names.redis])
     check_names(stack, {*expected, names.env})
-    token = runtime_token(api, stack)
+    token = runtime_token(api, stack, False, output)
     if not wanted.runtime_image:
         program.need("railway")
     if not all(name in stack.services for name in expected):

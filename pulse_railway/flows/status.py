@@ -270,11 +270,16 @@ def by_other_hands(stack: Stack, state: dict[str, Any] | None) -> list[str]:
                 f"{', '.join(changed)} of {service.name} was changed on Railway: `pulse-railway"
                 " ensure` sets it as it has to be"
             )
+    found += [
+        f"an `ensure` that writes to {s.name} is under way, or was cut off: then `pulse-railway"
+        " ensure` ends it"
+        for s in (stack.router, stack.janitor)
+        if s and s.variables.get(contract.UNDEPLOYED)
+    ]
     if stack.redis and stack.redis.settings.get("numReplicas") == 0:
-        name = stack.redis.name
         found.append(
-            f"{name} has a replica in no region: `railway scale REGION=1 --service {name}` gives it"
-            " one"
+            f"{stack.redis.name} has a replica in no region: `railway scale REGION=1 --service"
+            f" {stack.redis.name}` gives it one"
         )
     found += [
         f"{s.name} was stopped on Railway: `railway redeploy --service {s.name}` starts it"

@@ -155,6 +155,20 @@ query BuildLogs($deployment: String!, $since: DateTime, $limit: Int) {
 }
 """
 
+PROJECT_TOKENS = """
+query ProjectTokens($project: String!) {
+  projectTokens(projectId: $project, first: 500) {
+    edges { node { id name environmentId } }
+  }
+}
+"""
+
+PROJECT_TOKEN_DELETE = """
+mutation ProjectTokenDelete($id: String!) {
+  projectTokenDelete(id: $id)
+}
+"""
+
 PROJECT_TOKEN_CREATE = """
 mutation ProjectTokenCreate($input: ProjectTokenCreateInput!) {
   projectTokenCreate(input: $input)
