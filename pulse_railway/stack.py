@@ -211,6 +211,8 @@ def own_stack(read: Stack) -> Stack:
         (router,) = there.values()
     owners = ownership.owners(read.target.environment_id, every)
     if router is None:
+        if not there:
+            names = names_of_lost(names, every, owners)
         usual = {names.router, names.env, names.redis, names.janitor}
         own = [
             service
@@ -220,7 +222,8 @@ def own_stack(read: Stack) -> Stack:
             and not (there and service.deployment_id)
         ]
         instead = joined(there) if there and names.asked else None
-        found = replace(read, services={s.name: s for s in own}, no_such_router=instead)
+        own_services = {s.name: s for s in own}
+        found = replace(read, names=names, services=own_services, no_such_router=instead)
     else:
         found = stack_of(read, router, every, owners)
     found.others = [s for s in services.values() if s.name not in found.services]
@@ -228,6 +231,26 @@ def own_stack(read: Stack) -> Stack:
     for service in found.empty:
         del found.services[service.name]
     return found
+
+
+def names_of_lost(names: Names, every: list[Any], owners: dict[str, Any]) -> Names:
+    """The names of a stack whose router is gone, as its janitor has them; else those wanted."""
+    gone = [s for s in every if ownership.is_janitor(s) and owners[s.id].kind == "gone"]
+    router = gone[0].variables.get(contract.ROUTER_SERVICE) if gone else None
+    if not router or (names.asked and router != names.router):
+        return names
+    janitor = gone[0]
+    said = ownership.names_of(
+        ownership.Service(janitor.stamp.router_id, router, janitor.variables), every
+    )
+    return replace(
+        names,
+        router=router,
+        env=said.env or named_after(router, names, "env"),
+        redis=said.redis or named_after(router, names, "redis"),
+        janitor=janitor.name,
+        prefix=janitor.variables.get(contract.SERVICE_PREFIX) or "",
+    )
 
 
 def check_prefix(flag: str, given: str | None, stored: str | None) -> None:
@@ -478,7 +501,10 @@ def partial(stack: Stack) -> str:
         )
     if sure:
         names = joined(s.name for s in sure)
-        said += f". {names} {why}delete {names} on Railway and run `pulse-railway scaffold`"
+        prefix = (
+            f" --service-prefix {named.removesuffix('-')}" if (named := stack.names.prefix) else ""
+        )
+        said += f". {names} {why}delete {names} on Railway and run `pulse-railway scaffold{prefix}`"
         said += goes_with(replace(stack, services={s.name: s for s in sure}))
     return said
 

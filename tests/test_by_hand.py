@@ -134,6 +134,26 @@ def step_03_killed_after_each_write(edge: Project) -> None:
     eventually(lambda: edge.janitor("edge-janitor")["exit"] == 0)
 
 
+def step_04_the_router(edge: Project) -> None:
+    """Before: there is no baseline, and `ensure` made one with the usual names beside the rest."""
+    remove(edge, "edge-router")
+    rest = ("edge-env", "edge-janitor", "edge-redis")
+    said = f"{', '.join(rest)} belonged to a router that is gone: delete {', '.join(rest)}"
+    run = "`pulse-railway scaffold --service-prefix edge`"
+    problem = edge.ok("status")["problem"]
+    assert f"{said} on Railway and run {run}" in problem
+    assert "all sessions and the routing state; 1 variables of edge-env" in problem
+    assert f"{said} on Railway and run `pulse-railway scaffold" in ensure(edge).error
+    remove(edge, *rest)
+    made = edge.run(
+        "scaffold", "main.py", "--service-prefix", "edge", "--rollback-window-seconds", "0"
+    )
+    assert "third ran under a baseline that is gone" in made.err
+    assert "`pulse-railway restore --deployment-id ...`" in edge.ok("status")["problem"]
+    assert edge.ok("restore", "--deployment-id", "third")["active"] == "third"
+    assert edge.get("/_pulse/meta")["deployment_id"] == "third"
+
+
 # -- without a Railway -----------------------------------------------------------------------------
 
 
