@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -152,6 +154,19 @@ def step_04_the_router(edge: Project) -> None:
     assert "`pulse-railway restore --deployment-id ...`" in edge.ok("status")["problem"]
     assert edge.ok("restore", "--deployment-id", "third")["active"] == "third"
     assert edge.get("/_pulse/meta")["deployment_id"] == "third"
+
+
+def step_05_railways_own_file_in_a_folder_above(edge: Project, tmp_path: Path) -> None:
+    """Its next apply would delete what `ensure` makes."""
+    folder = tmp_path / "services" / "site"
+    shutil.copytree(TINY, folder)
+    file = tmp_path / ".railway" / "railway.ts"
+    file.parent.mkdir()
+    for text, warns in (("export default x", True), ('export const partial = "site"', False)):
+        file.write_text(text)
+        for verb in (["ensure", "main.py", "--plan"], ["doctor", "main.py"]):
+            run = edge.run(*verb, cwd=folder)
+            assert (f"{file} lists the whole project" in run.out + run.err) == warns
 
 
 # -- without a Railway -----------------------------------------------------------------------------

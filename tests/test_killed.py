@@ -95,16 +95,30 @@ def step_02_a_token_that_somebody_deletes(site: Site) -> None:
         " { edges { node { id environmentId } } } }",
         p=copy.id,
     )["projectTokens"]["edges"]
-    for node in (edge["node"] for edge in found):
+    for node in (edge["node"] for edge in found):  # its own
         if node["environmentId"] == copy.environment:
             document = "mutation ($i: String!) { projectTokenDelete(id: $i) }"
             site.project.railway.graphql(document, i=node["id"])
+    a_token_of_the_wrong_environment(site.project, copy)
     refused = copy.janitor()["refused"]
     assert "RAILWAY_TOKEN does not open this environment: run `pulse-railway ensure`" in refused
     assert copy.ok("ensure", "main.py")["changed"]
     assert copy.janitor()["exit"] == 0
-    assert site.tokens(copy.environment) == ["pulse-railway pulse-router"]
+    assert sorted(site.tokens(copy.environment)) == ["ci", "pulse-railway pulse-router"]
     copy.delete_environment()
+
+
+def a_token_of_the_wrong_environment(project: Project, copy: Project) -> None:
+    given = {"projectId": project.id, "environmentId": copy.environment, "name": "ci"}
+    document = "mutation ($i: ProjectTokenCreateInput!) { projectTokenCreate(input: $i) }"
+    token = project.railway.graphql(document, i=given)["projectTokenCreate"]
+    for verb in (["ensure", "main.py"], ["deploy", "main.py"], ["status"], ["rollback"]):
+        refused = project.run(*verb, "--environment", "production", RAILWAY_TOKEN=token)
+        said = "error: the project token is for environment copy, not production"
+        assert (refused.code, refused.error) == (1, said)
+    # where its environment's variable alone says so: it is Railway's own in a container
+    warned = project.run("status", RAILWAY_TOKEN=token)
+    assert "for environment copy, which is worked on; RAILWAY_ENVIRONMENT_ID" in warned.err
 
 
 def environments(project: Project) -> list[str]:
