@@ -334,6 +334,20 @@ def set_owner(routing: Routing, owner: str, instead_of: str | None = None) -> Ro
     return replace(routing, owner=owner)
 
 
+def is_bare(routing: Routing) -> bool:
+    """Does the state hold nothing that another stack could mean?"""
+    return routing.active is None and not routing.records and router.OWNER not in routing.keys
+
+
+def claiming_bare(step: Step, me: str | None) -> Step:
+    """`step`, which makes a state that is nobody's and holds nothing this owner's."""
+
+    def inner(routing: Routing) -> Routing:
+        return step(set_owner(routing, me) if me and is_bare(routing) else routing)
+
+    return inner
+
+
 def delete(routing: Routing, deployment_id: str) -> Routing:
     """Forget a deployment that is not active. Forgetting an unknown one changes nothing."""
     refuse_active(routing, deployment_id)
@@ -1089,6 +1103,8 @@ def change_state(store: router.Store, args: argparse.Namespace, me: str | None =
         if me not in (None, args.owner):
             raise StateError(f"this is {me}, and claims nothing for {args.owner}", "owner")
         return store.apply(step)
+    if args.command == "lock":  # a deploy's first, where `ensure` did not reach the state
+        step = claiming_bare(step, me)
     if args.unlock:
         step = with_unlock(step, args.unlock)
     if args.command not in ALLOWED_WHEN_LOST:

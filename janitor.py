@@ -229,6 +229,11 @@ class Railway:
             if unknown and "not authorized" in message.lower():
                 self.headers = {"Authorization": f"Bearer {self.token}"}
                 return self.call(document, **variables)
+            if not self.token_is_known and "not authorized" in message.lower():
+                message = (
+                    f"its RAILWAY_TOKEN does not open this environment: run `pulse-railway ensure`"
+                    f" with one that does ({message})"
+                )
             raise GraphqlError(message)
         if errors or not data or not isinstance(data, dict):
             raise RuntimeError("Railway's answer is not one of its API")
@@ -257,8 +262,9 @@ class Railway:
         config = data["environment"]["config"]
         nodes = [edge["node"] for edge in data["environment"]["serviceInstances"]["edges"]]
         for node in nodes:
-            in_regions = ownership.regions(config, node["serviceId"])
-            node["numReplicas"] = sum(in_regions.values()) or node["numReplicas"]
+            counts = list(ownership.replicas(config, node["serviceId"]).values())
+            if counts and None not in counts:
+                node["numReplicas"] = sum(count or 0 for count in counts)
         if not nodes:
             return Inventory([], identity=str(self.me) if self.me else None)
         parameters = ", ".join(f"$s{i}: String!" for i in range(len(nodes)))
@@ -328,13 +334,16 @@ class Railway:
         ]
         named = {router_id: {b.id for b in backends if routing_names(routing, b)}}
         owners = ownership.owners(self.environment, list(services.values()), named)
+        own = services.get(router_id) or ownership.Service("", self.router, {})
+        names = ownership.names_of(own, list(services.values()))
         mine, others = [], {}
         for found in backends:
-            whose = owners[found.id]
+            whose, service = owners[found.id], services[found.id]
             if whose == ownership.Owner("stack", router_id):
                 mine.append(found)
             else:
-                others[found.deployment] = why_untouched(whose.kind, found)
+                left = ownership.unowned(service, whose, names, router_id)
+                others[found.deployment] = left.words() if left else OTHER_STACK
         for found in mine:
             others.pop(found.deployment, None)
         return mine, others
@@ -366,7 +375,7 @@ def backend(node: dict[str, Any], service: ownership.Service) -> Service:
         (node["latestDeployment"] or {}).get("status"),
         ours=bool(service.variables.get(RUN)),
         stamped=bool(service.variables.get(ownership.STACK)),
-        replicas=node["numReplicas"] or 1,
+        replicas=1 if node["numReplicas"] is None else node["numReplicas"],
     )
 
 
@@ -380,26 +389,6 @@ def routing_names(routing: Routing, service: Service) -> bool:
     if record.service_id:
         return record.service_id == service.id
     return record.service_name in (None, service.name)
-
-
-def why_untouched(kind: str, service: Service) -> str:
-    """Why the janitor leaves a service alone, and who may do what with it."""
-    if kind == "stack":
-        return OTHER_STACK
-    if kind == "copy":
-        why = f"{service.name} was copied from another environment"
-    elif kind == "gone":
-        why = f"{service.name} belongs to a router that is gone"
-    else:
-        why = (
-            f"{service.name} does not say whose it is, and no routing state of this stack names it"
-        )
-    name = service.deployment
-    return (
-        f"{why}: `pulse-railway restore --deployment-id {name}` or `pulse-railway promote"
-        f" --deployment-id {name}` takes it over, `pulse-railway delete --deployment-id {name}`"
-        " removes it"
-    )
 
 
 def time_in(variables: Mapping[str, str], name: str) -> float | None:
@@ -489,8 +478,7 @@ def claim_unowned(
         return routing
 
     def step(routing: Routing) -> Routing:
-        bare = routing.active is None and not routing.records
-        if router.OWNER in routing.keys or not (bare or found.owns_state):
+        if router.OWNER in routing.keys or not (control.is_bare(routing) or found.owns_state):
             return routing
         return control.set_owner(routing, me)
 

@@ -143,7 +143,7 @@ def names_of(router: Service, services: Sequence[Service]) -> Names:
     backends = (s.refers_to() for s in services if s.is_backend)
     referred = {name for names in backends if router.name in names for name in names}
     candidates = [
-        *(s.name for s in stamped),
+        *(s.name for s in stamped if JANITOR_SERVICE not in s.variables),
         *sorted(referred & there),
         *({f"{router.name.removesuffix('-router')}-env"} & there),
     ]
@@ -196,6 +196,65 @@ def _owner(
     return Owner("stack", of[0]) if len(of) == 1 else NOBODY
 
 
+@dataclass(frozen=True)
+class Unowned:
+    """A backend that no stack of this environment owns, as one of its stacks sees it."""
+
+    name: str
+    deployment_id: str
+    kind: str  # of Owner: copy, gone, nobody
+    related: bool  # it came with this stack's copy, was its former router's, or is nobody's
+
+    @property
+    def can_be_restored(self) -> bool:
+        """A copied one has the original's address, and with an external Redis its sessions."""
+        return self.related and self.kind != "copy"
+
+    def words(self) -> str:
+        """Why it is left alone, and what can be done with it."""
+        name = self.deployment_id
+        delete = f"`pulse-railway delete --deployment-id {name}` removes it"
+        restore = (
+            f"`pulse-railway restore --deployment-id {name}` makes it this stack's, and active"
+        )
+        if not self.related:
+            which = "was copied with" if self.kind == "copy" else "ran under"
+            return (
+                f"{name} {which} another router, which is not set up here: `pulse-railway ensure`"
+                " with its app sets it up. If nobody needs it, delete its service"
+                f" {self.name} on Railway"
+            )
+        if self.kind == "copy":
+            return (
+                f"{name} was copied from another environment, with that one's address: nothing"
+                f" routes to it. Deploy anew; {delete} from this environment alone"
+            )
+        if self.kind == "gone":
+            return f"{name} ran under a router that is gone: {restore}; {delete}"
+        return (
+            f"{name} does not say whose it is, and no routing state of this stack names it:"
+            f" {restore}; {delete}"
+        )
+
+
+def unowned(service: Service, owner: Owner, names: Names, router_id: str) -> Unowned | None:
+    """A backend as a stack sees it that does not own it; None where another stack does.
+
+    Args:
+        names: of the stack's services, as router_id is its router's.
+    """
+    if owner.kind == "stack" or not service.is_backend or service.is_empty:
+        return None
+    match owner.kind:
+        case "copy":
+            related = owner.router_id == router_id
+        case "gone":
+            related = bool(service.refers_to() & {names.router, names.env})
+        case _:
+            related = True
+    return Unowned(service.name, service.variables[DEPLOYMENT_ID], owner.kind, related)
+
+
 def identity(env: Mapping[str, str]) -> Stamp | None:
     """The owner that a router's or janitor's container works for; None outside Railway, and in the
     janitor of a stack that was never stamped."""
@@ -244,13 +303,12 @@ def foreign_words(owner: str) -> str:
     )
 
 
-def regions(config: Any, service_id: str) -> dict[str, int]:
-    """The replicas of a service in each region, of an environment's `config`; empty where it does
-    not say. They decide: `numReplicas` follows them."""
+def replicas(config: Any, service_id: str) -> dict[str, int | None]:
+    """How many replicas of a service an environment's `config` gives each region, None where it
+    names the region alone. They decide: `numReplicas` follows them."""
     of_service = ((config or {}).get("services") or {}).get(service_id) or {}
     given = (of_service.get("deploy") or {}).get("multiRegionConfig") or {}
-    counts = {region: (r or {}).get("numReplicas") or 0 for region, r in given.items()}
-    return {region: count for region, count in counts.items() if count}
+    return {region: r.get("numReplicas") if r else 0 for region, r in given.items()}
 
 
 def is_managed(redis_url: str) -> bool:

@@ -847,8 +847,6 @@ class Follower:
                     await asyncio.wait_for(event.wait(), max(pause, 0.0))
             listener.result()  # a lost connection shows here
         except asyncio.CancelledError:
-            if self.table.other_owner:
-                raise
             with contextlib.suppress(redis.RedisError, OSError, TimeoutError):
                 await self.client.delete(self.store.prefix + REPORT + METRICS.name)
             raise
@@ -915,16 +913,18 @@ class Follower:
     async def report(self) -> None:
         """Say what this router serves: at once for a new epoch, soon for new counts."""
         now, table, epoch = time.monotonic(), self.table, self.table.routing.epoch
-        if epoch == self.reported.get("epoch") and now < self.next_report:
+        if not table.other_owner and epoch == self.reported.get("epoch") and now < self.next_report:
             return
         self.next_report = now + REPORT_SECONDS
         if table.other_owner:
+            if self.reported:
+                await self.client.delete(self.store.prefix + REPORT + METRICS.name)
+            self.reported = {}
             return
         served = {"active": table.routing.active, "epoch": epoch, "since": table.since}
-        report = {"version": runtime_version(), **served, **METRICS.counters()}
-        if report != self.reported or now >= self.report_by:
+        report = {"version": runtime_version(), "identity": table.me} | served | METRICS.counters()
+        if report != self.reported or now >= self.report_by:  # not for what changes by itself
             self.reported, self.report_by = report, now + REPORT_IDLE_SECONDS
-            # what changes by itself is no reason to report
             uptime, tasks = round(time.time() - METRICS.started_at), len(asyncio.all_tasks())
             text = compact({**report, "uptime_seconds": uptime, "tasks": tasks})
             await self.client.set(self.store.prefix + REPORT + METRICS.name, text, ex=REPORT_LEASE)

@@ -93,6 +93,8 @@ VARIABLES = {
         "PULSE_RAILWAY_DRAIN_TTL_SECONDS": "as on the janitor: what was removed is remembered for"
         " as long, and at least seven days",
         "PULSE_RAILWAY_SETUP": "while `scaffold` or `ensure` has not come to its end",
+        "PULSE_RAILWAY_UNDEPLOYED": "`1` until what an `ensure` has written is deployed; on the"
+        " janitor, too",
         "PULSE_RAILWAY_RUNTIME_VERSION": "which runtime it runs; on the janitor, too",
     },
     "On the janitor": {

@@ -323,6 +323,12 @@ def connect(where: Where, output: Output) -> tuple[Api, Target]:
     api = Api(tokens.find(where.token), on_wait=output.waiting)
     with output.step("find the project"):
         target = find_target(api, where)
+    said = os.environ.get("RAILWAY_ENVIRONMENT_ID")  # Railway sets it in its containers, too
+    if (scope := api.scope()) and said and said != target.environment_id:
+        output.warn(
+            f"the project token is for environment {scope['environment']['name']}, which is worked"
+            " on; RAILWAY_ENVIRONMENT_ID names another"
+        )
     return api, replace(
         target, control_route=ControlRoute(where.control, where.ssh_key, output.say)
     )

@@ -70,6 +70,7 @@ NAME: Final = "PULSE_RAILWAY_DEPLOYMENT_NAME"  # ours, on a backend: the name it
 RUN: Final = "PULSE_RAILWAY_DEPLOY_RUN"  # ours, on a backend: the run that created it
 CONTROL: Final = "PULSE_RAILWAY_CONTROL"  # ours, on the janitor: a control command to carry out
 CONTROL_ANSWER: Final = "PULSE_RAILWAY_CONTROL_ANSWER"  # ... and its answer
+UNDEPLOYED: Final = "PULSE_RAILWAY_UNDEPLOYED"  # ours: 1 until what `ensure` wrote is deployed
 RUNTIME_VERSION: Final = "PULSE_RAILWAY_RUNTIME_VERSION"  # ours: which runtime a service runs
 
 # Variables that a user's `pulse-env` or `--env` may not set on a backend.

@@ -33,6 +33,9 @@ class StackOptions:
 
     where: Where
     names: Names
+    redis_service: str | None = None
+    redis_url: str | None = field(default=None, repr=False)
+    redis_prefix: str | None = None
     deployment_id: str | None = None
     deployment_name: str = FLAGS["deployment_name"].default
     yes: bool = False
@@ -136,6 +139,7 @@ def from_flags[T: DataclassInstance](
 
 def of_stack[T: StackOptions](kind: type[T], flags: Flags, output: Output, **known: Any) -> T:
     app = app_from_flags(flags, output) if flags.get("app") else None
+    keep_secret(flags.get("redis_url"))
     known = {
         "where": where(flags, app.plugin if app else None),
         "names": router_named(flags, app.names) if app else names(flags),
@@ -193,6 +197,8 @@ def parse_status(flags: Flags, output: Output) -> StatusOptions:
 
 
 def parse_logs(flags: Flags, output: Output) -> LogsOptions:
+    if flags.get("service") and flags.get("deployment_id"):
+        raise Failure("pass --service or --deployment-id, not both: whose log?")
     # here --service is what to read, not the router's name
     others = {**flags, "service": None}
     return of_stack(LogsOptions, others, output, service=value(flags, "service"))

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from pulse_railway.advice import pasteable
 from pulse_railway.errors import redact
 
 if TYPE_CHECKING:
@@ -85,10 +86,11 @@ class Output:
         self.console.print(f"    {redact(line)}", style="dim", soft_wrap=True, markup=False)
 
     def say(self, line: str) -> None:
-        self.console.print(redact(line), soft_wrap=True, markup=False)
+        self.console.print(pasteable(redact(line)), soft_wrap=True, markup=False)
 
     def warn(self, line: str) -> None:
-        self.console.print(f"warning: {redact(line)}", style="yellow", soft_wrap=True, markup=False)
+        text = f"warning: {pasteable(redact(line))}"
+        self.console.print(text, style="yellow", soft_wrap=True, markup=False)
 
     def result(self, value: dict[str, Any], summary: list[str]) -> None:
         """The end of a verb: the whole of it as JSON on stdout, or a summary for people."""

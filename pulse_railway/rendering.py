@@ -12,6 +12,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from pulse_railway.advice import pasteable
+
 if TYPE_CHECKING:
     from pulse_railway.flows.watch import History
 
@@ -65,7 +67,7 @@ def activity(result: dict[str, Any]) -> list[str]:
             f"{name} gets {canary['weight']:g} % of the new visitors: `pulse-railway promote"
             f" --deployment-id {name}` finishes, `pulse-railway rollback` ends it"
         )
-    return found
+    return [*map(pasteable, found), *result["copied"]]
 
 
 def stdout() -> Console:
@@ -147,7 +149,7 @@ def status_parts(result: dict[str, Any], history: History | None = None) -> list
     parts += [Text(line, "yellow") for line in activity(result)]
     parts += [Text(f"problem: {problem}", "red") for problem in result["problems"]]
     if not result["deployments"] and not result["problems"]:
-        parts.append(Text("no deployments: run pulse-railway deploy"))
+        parts.append(Text(pasteable("no deployments: run `pulse-railway deploy`")))
     elif result["deployments"]:
         parts += [Text(), deployments_table(result["deployments"], history)]
     parts += [

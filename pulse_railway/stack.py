@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+import urllib.parse
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from pulse_railway import contract, runtime_image
+from pulse_railway import contract, naming, runtime_image
 from pulse_railway.config import Names, Target
 from pulse_railway.errors import Failure, keep_secret
 from pulse_railway.railway import documents
@@ -58,7 +59,7 @@ class Stack:
     names: Names
     services: dict[str, Service]  # its own
     others: list[Service] = field(default_factory=list)  # the environment's other services
-    orphans: list[Service] = field(default_factory=list)  # of those, what its former router ran
+    unowned: dict[str, Any] = field(default_factory=dict)  # of those, by name: ownership.Unowned
     empty: list[Service] = field(default_factory=list)  # its own that could not be deleted
     taken: frozenset[str] = frozenset()  # what services of the project are called
     no_such_router: str | None = None  # that was asked for by its name: what there is instead
@@ -114,6 +115,13 @@ class Stack:
         """Deployments, newest first."""
         found = [s for s in self.services.values() if s.deployment_id]
         return sorted(found, key=lambda s: s.created_at, reverse=True)
+
+    def unowned_backend(self, deployment_id: str) -> Service | None:
+        """One that belongs to no stack, and that a verb of this one may take over or delete."""
+        named = {
+            u.name for u in self.unowned.values() if u.related and u.deployment_id == deployment_id
+        }
+        return next((s for s in self.others if s.name in named), None)
 
     def backend(self, deployment_id: str) -> Service | None:
         return next((s for s in self.backends if s.deployment_id == deployment_id), None)
@@ -203,6 +211,8 @@ def own_stack(read: Stack) -> Stack:
         (router,) = there.values()
     owners = ownership.owners(read.target.environment_id, every)
     if router is None:
+        if not there:
+            names = names_of_lost(names, every, owners)
         usual = {names.router, names.env, names.redis, names.janitor}
         own = [
             service
@@ -212,7 +222,8 @@ def own_stack(read: Stack) -> Stack:
             and not (there and service.deployment_id)
         ]
         instead = joined(there) if there and names.asked else None
-        found = replace(read, services={s.name: s for s in own}, no_such_router=instead)
+        own_services = {s.name: s for s in own}
+        found = replace(read, names=names, services=own_services, no_such_router=instead)
     else:
         found = stack_of(read, router, every, owners)
     found.others = [s for s in services.values() if s.name not in found.services]
@@ -222,12 +233,71 @@ def own_stack(read: Stack) -> Stack:
     return found
 
 
+def names_of_lost(names: Names, every: list[Any], owners: dict[str, Any]) -> Names:
+    """The names of a stack whose router is gone, as its janitor has them; else those wanted."""
+    gone = [s for s in every if ownership.is_janitor(s) and owners[s.id].kind == "gone"]
+    router = gone[0].variables.get(contract.ROUTER_SERVICE) if gone else None
+    if not router or (names.asked and router != names.router):
+        return names
+    janitor = gone[0]
+    said = ownership.names_of(
+        ownership.Service(janitor.stamp.router_id, router, janitor.variables), every
+    )
+    return replace(
+        names,
+        router=router,
+        env=said.env or named_after(router, names, "env"),
+        redis=said.redis or named_after(router, names, "redis"),
+        janitor=janitor.name,
+        prefix=janitor.variables.get(contract.SERVICE_PREFIX) or "",
+    )
+
+
 def check_prefix(flag: str, given: str | None, stored: str | None) -> None:
     """What a stack was set up with stays: its keys and its services are called by it. Raises
     Failure for another one, with which another stack may be meant."""
     if given and given.rstrip(":-") != (stored or "").rstrip(":-"):
         was = f"with {flag} {stored}" if stored else f"without {flag}"
         raise Failure(f"this stack was set up {was}, and keeps its names: leave the flag out")
+
+
+def check_redis_prefix(stack: Stack, given: str | None) -> None:
+    """A copy's own prefix follows the original's, which invoke.yaml may hold."""
+    of_router = stack.router.variables if stack.router else {}
+    stored = of_router.get(contract.REDIS_PREFIX) or ""
+    check_prefix("--redis-prefix", given, stored.removesuffix(f":{stack.target.environment_id}"))
+
+
+ANOTHER = "leave the flag out, or name the router of the stack that is meant (--service)"
+
+
+def check_redis(stack: Stack, service: str | None, url: str | None, prefix: str | None) -> None:
+    """A stack's Redis is found by its router. Raises Failure for flags that name another one, with
+    which another stack may be meant."""
+    if stack.router is None:
+        return
+    check_redis_prefix(stack, prefix)
+    if service and (stack.external_redis or service != stack.names.redis):
+        is_at = "outside of the project" if stack.external_redis else f"{stack.names.redis}"
+        raise Failure(f"this stack's Redis is {is_at}, not --redis-service {service}: {ANOTHER}")
+    if url and not may_be_redis(stack, url):
+        raise Failure(f"--redis-url is not the address of this stack's Redis: {ANOTHER}")
+
+
+def may_be_redis(stack: Stack, url: str) -> bool:
+    """Can this be the address of the stack's Redis? One in the project has a private and a public
+    one, with the same password."""
+    assert stack.router is not None
+    present = stack.router.variables.get(contract.REDIS_URL, "")
+    if "${{" not in present:
+        return url.rstrip("/") == present.rstrip("/")
+    password = stack.redis.variables.get("REDIS_PASSWORD") if stack.redis else None
+    if not password or "${{" in password:
+        return True
+    try:
+        return urllib.parse.unquote(urllib.parse.urlsplit(url).password or "") == password
+    except ValueError:
+        return False
 
 
 def stack_of(read: Stack, router: Any, every: list[Any], owners: dict[str, Any]) -> Stack:
@@ -240,9 +310,9 @@ def stack_of(read: Stack, router: Any, every: list[Any], owners: dict[str, Any])
     names = replace(
         names,
         router=router.name,
-        env=said.env or names.env,
-        redis=said.redis or names.redis,
-        janitor=said.janitor or names.janitor,
+        env=said.env or named_after(router.name, names, "env", absent_env(router, every)),
+        redis=said.redis or named_after(router.name, names, "redis"),
+        janitor=said.janitor or named_after(router.name, names, "janitor"),
         prefix=router.variables.get(contract.SERVICE_PREFIX) or "",
     )
     baseline = {names.env, names.redis, names.janitor} & free
@@ -252,15 +322,32 @@ def stack_of(read: Stack, router: Any, every: list[Any], owners: dict[str, Any])
         for s in every
         if owners[s.id] == mine or s.name == router.name or s.name in baseline
     }
-    orphans = [
-        read.services[s.name]
+    called = ownership.Names(names.router, names.janitor, names.redis, names.env)
+    unowned = {
+        s.name: found
         for s in every
-        if s.is_backend
-        and owners[s.id].kind == "gone"
-        and s.refers_to() & {names.router, names.env}
-    ]
+        if s.name not in own and (found := ownership.unowned(s, owners[s.id], called, router.id))
+    }
     copied = router.stamp.environment_id if of_copy else None
-    return replace(read, names=names, services=own, orphans=orphans, copied_from=copied)
+    return replace(read, names=names, services=own, unowned=unowned, copied_from=copied)
+
+
+def absent_env(router: Any, every: list[Any]) -> str | None:
+    """What the env service was called that the router's deployments refer to, and that is gone."""
+    backends = [s for s in every if s.is_backend and router.name in s.refers_to()]
+    gone = {name for s in backends for name in s.refers_to()} - {s.name for s in every}
+    return gone.pop() if len(gone) == 1 else None
+
+
+def named_after(router: str, wanted: Names, role: str, was: str | None = None) -> str:
+    """The name of a service that is not there: the one that the app gives it, else what it was
+    called, else after the router, as `scaffold` names them with a prefix."""
+    given, usual = str(getattr(wanted, role)), f"pulse-{role}"
+    if given != naming.baseline_name(wanted.prefix, usual):
+        return given
+    if was or not router.endswith("-router"):
+        return was or given
+    return f"{router.removesuffix('-router')}-{role}"
 
 
 def doubt(stack: Stack) -> str | None:
@@ -273,16 +360,19 @@ def doubt(stack: Stack) -> str | None:
     if not stack.backends:
         return None
     version = stack.backend(stack.last_promoted or "") or stack.backends[0]
-    named = {
-        found[2]
-        for value in version.variables.values()
-        for found in ownership.REFERENCE.finditer(value)
-        if found[1] == stack.names.env
-    }
-    if stack.env and named and not named & stack.env.variables.keys():
+    named = references(version, stack.names.env)
+    shown = stack.env.variables.keys() if stack.env else named
+    if named and stack.env and contract.STACK not in shown and not named & shown:
         there = joined(sorted(named)[:3])
         return f"{version.name} refers to {there} of {stack.env.name}, and Railway shows none of it"
     return None
+
+
+def references(service: Service, to: str) -> set[str]:
+    """The variables of another service that this one's refer to."""
+    values = service.variables.values()
+    found = (match for value in values for match in ownership.REFERENCE.finditer(value))
+    return {match[2] for match in found if match[1] == to}
 
 
 def _own(service: Service) -> dict[str, str]:
@@ -312,8 +402,9 @@ def read_services(api: Api, target: Target, names: Names) -> Stack:
         latest = node["latestDeployment"]
         of_config = config.get(node["serviceId"]) or {}
         settings = {name: node[name] for name in _SETTINGS}
-        regions = ownership.regions(data["config"], node["serviceId"])
-        if regions:  # which decide
+        counts = ownership.replicas(data["config"], node["serviceId"])
+        regions = {region: count for region, count in counts.items() if count}
+        if counts and None not in counts.values():  # they decide
             settings["numReplicas"] = sum(regions.values())
         services[node["serviceName"]] = Service(
             id=node["serviceId"],
@@ -350,11 +441,43 @@ def read_variables(api: Api, stack: Stack) -> None:
         keep_secret(*(value for value in given if "${{" not in value))
 
 
+def can_be_made(stack: Stack) -> bool:
+    """May `ensure` create what is missing? Where the router, and a Redis in the project, are there
+    and say that they are this stack's, and no service says so of which nothing is known: one that
+    was renamed."""
+    if stack.router is None or not stack.missing or stack.copied_from:
+        return False
+    known = {s.id for s in (*of_router(stack), *stack.backends)}
+    return (
+        stack.router.variables.get(contract.STACK) == stack.stamp
+        and set(stack.missing) <= {stack.names.env, stack.names.janitor}
+        and all(s.id in known for s in stack.services.values())
+    )
+
+
+def lost_with_env(stack: Stack) -> str:
+    """What is said of the variables of an env service that is gone; empty where it is there."""
+    if stack.env:
+        return ""
+    named = {name for s in stack.backends for name in references(s, stack.names.env)}
+    known = f"; deployments refer to {joined(named)}" if named else ", and nothing says which"
+    return (
+        f"the variables of {stack.names.env} are lost{known}. Set them again before the next"
+        " deploy; what runs keeps their values until it is deployed anew"
+    )
+
+
 def partial(stack: Stack) -> str:
     """What to do about a baseline of which a part is missing, and what goes with the rest. To
     delete is said of those services alone of which Railway shows that they are this stack's, or
     that their router is gone."""
     found, missing = joined(s.name for s in stack.baseline), joined(stack.missing)
+    if can_be_made(stack):
+        are, it = ("are", "them") if len(stack.missing) > 1 else ("is", "it")
+        lost = f"; {said}" if (said := lost_with_env(stack)) else ""
+        return (
+            f"{missing} of this stack {are} missing: `pulse-railway ensure` makes {it} anew{lost}"
+        )
     if stack.router is None:
         there = f" (there is: {stack.no_such_router})" if stack.no_such_router else ""
         said = (
@@ -367,16 +490,20 @@ def partial(stack: Stack) -> str:
             f"the baseline is partial: {found} found, {missing} missing. If what is missing has"
             " another name, pass --app or the flag for it"
         )
-        sure, why = of_router(stack), "is this stack's. If the rest was deleted, "
+        sure = of_router(stack)
+        why = f"{'are' if len(sure) > 1 else 'is'} this stack's. If the rest was deleted, "
     unknown = joined(s.name for s in stack.baseline if s not in sure)
     if unknown:
         said += (
-            f". Nothing says whose {unknown} is, so it is not for deletion: --service-prefix"
+            f". Nothing says whose {unknown} is, so that is not for deletion: --service-prefix"
             " gives a new stack names of its own"
         )
     if sure:
         names = joined(s.name for s in sure)
-        said += f". {names} {why}delete {names} on Railway and run `pulse-railway scaffold`"
+        prefix = (
+            f" --service-prefix {named.removesuffix('-')}" if (named := stack.names.prefix) else ""
+        )
+        said += f". {names} {why}delete {names} on Railway and run `pulse-railway scaffold{prefix}`"
         said += goes_with(replace(stack, services={s.name: s for s in sure}))
     return said
 
@@ -463,6 +590,9 @@ def find_backend(stack: Stack, deployment_id: str) -> Service:
     """The service of a deployment. Raises Failure that says which deployments there are."""
     found = stack.backend(deployment_id)
     if found is None:
+        for unowned in stack.unowned.values():
+            if unowned.deployment_id == deployment_id:
+                raise Failure(unowned.words())
         there = joined(str(s.deployment_id) for s in stack.backends) or "none"
         raise Failure(f"there is no deployment {deployment_id}; there are: {there}")
     return found

@@ -241,10 +241,13 @@ def status(wanted: options.StatusOptions, output: Output) -> None:
 @verb([*STACK, "deployment_id", "build", "follow", "lines"], parser="parse_logs")
 def logs(wanted: options.LogsOptions, output: Output) -> None:
     """Show a deployment's log (default: the active one's), or with --service a stable service's."""
+    from pulse_railway import config
     from pulse_railway.flows import logs as flow
 
-    api, stack = _stack(wanted, output, require=False)
-    output.result(flow.logs(api, stack, wanted, output), [])
+    api, target = config.connect(wanted.where, output)
+    with output.step("find the service"):
+        service = flow.find(api, target, wanted)
+    output.result(flow.logs(api, target, service, wanted, output), [])
 
 
 @verb([*STACK, "deployment_id"], parser="parse_stack")
@@ -325,13 +328,14 @@ def _stack(
     wanted: options.StackOptions, output: Output, *, require: bool = True
 ) -> tuple[Api, Stack]:
     from pulse_railway import config
-    from pulse_railway.stack import inspect, require_baseline
+    from pulse_railway.stack import check_redis, inspect, require_baseline
 
     api, target = config.connect(wanted.where, output)
     with output.step("inspect the project"):
         stack = inspect(api, target, wanted.names)
         if require:
             require_baseline(stack)
+        check_redis(stack, wanted.redis_service, wanted.redis_url, wanted.redis_prefix)
     return api, stack
 
 

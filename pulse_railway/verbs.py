@@ -23,6 +23,7 @@ from invoke.context import Context
 from invoke.exceptions import Exit
 from invoke.tasks import Task, task
 
+from pulse_railway import advice
 from pulse_railway.flags import FLAGS
 
 
@@ -40,6 +41,7 @@ def verb(flags: list[str], parser: str) -> Callable[[Callable[..., None]], Task[
             bound = signature.bind(*args, **given)  # TypeError for what it does not take
             bound.apply_defaults()
             context = bound.arguments.pop("c")
+            advice.remember(function.__name__, bound.arguments)
             return run_verb(function, parser, with_defaults(context, bound.arguments))
 
         parameter = inspect.Parameter
@@ -82,6 +84,7 @@ def run_verb(verb: Callable[..., None], parser: str, flags: Mapping[str, Any]) -
     import httpx
 
     from pulse_railway import options
+    from pulse_railway.advice import pasteable
     from pulse_railway.errors import Failure, Interrupted, redact
     from pulse_railway.output import Output, reader_has_gone
 
@@ -91,6 +94,7 @@ def run_verb(verb: Callable[..., None], parser: str, flags: Mapping[str, Any]) -
     output = Output(as_json=bool(flags.get("json")))
 
     def end(why: str, code: int) -> Exit:
+        why = pasteable(why)
         output.failure(why)
         return Exit(f"error: {why}" if code == 1 else why, code)
 

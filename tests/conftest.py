@@ -484,10 +484,10 @@ class Project:
         restart = "mutation ($d: String!) { deploymentRestart(id: $d) }"
         self.railway.graphql(restart, d=self.latest(service)["id"])
 
-    def janitor(self) -> dict[str, Any]:
+    def janitor(self, service: str = "pulse-janitor") -> dict[str, Any]:
         """One run of the janitor, to its end: its report. With `exit` and `refused`, what it said
         where it made none."""
-        url = self.railway.api.replace("/graphql/v2", "/local/cron/pulse-janitor")
+        url = self.railway.api.replace("/graphql/v2", f"/local/cron/{service}")
         where = {"project": self.id, "environment": self.environment}
         answers: list[Any] = []
 

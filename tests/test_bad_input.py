@@ -181,7 +181,7 @@ def test_a_baseline_without_deployments(new_project: Callable[[], Project]) -> N
         assert (verb.code, said in verb.error) == (1, True), (words, verb.error)
     status = project.run("status")
     assert status.code == 0
-    assert "no deployments: run pulse-railway deploy" in status.out
+    assert "no deployments: run `pulse-railway deploy`" in status.out
 
 
 @pytest.mark.parametrize(("typed", "code"), [("n\n", 1), ("\n", 1), ("yes\n", 0)])

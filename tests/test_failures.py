@@ -374,17 +374,17 @@ def test_a_run_that_is_taken_up_with_another_redis(
 def test_a_partial_baseline_is_refused(new_project: Callable[[], Project]) -> None:
     project = new_project()
     project.ok("ensure", "main.py")
-    service = project.stage.services()["pulse-janitor"]["serviceId"]
+    service = project.stage.services()["pulse-redis"]["serviceId"]
     project.railway.graphql("mutation D($i: String!) { serviceDelete(id: $i) }", i=service)
     before = project.services
     for verb in (["ensure", "main.py"], ["deploy", "main.py"]):
         failed = project.run(*verb)
         assert failed.code == 1
-        assert "pulse-janitor missing" in failed.error
+        assert "pulse-redis missing" in failed.error
         assert "scaffold" in failed.error
     again = project.run("scaffold", "main.py").error
     assert "exists already" in again
-    assert "pulse-janitor missing" in again
+    assert "pulse-redis missing" in again
     document = "mutation V($i: VariableDeleteInput!) { variableDelete(input: $i) }"
     of_env = {
         "projectId": project.id,
@@ -396,7 +396,7 @@ def test_a_partial_baseline_is_refused(new_project: Callable[[], Project]) -> No
     for name in ("ensure", "scaffold"):
         said = project.run(name, "main.py").error
         assert "Nothing says whose pulse-env is" in said
-        assert "delete pulse-redis, pulse-router on Railway" in said
+        assert "delete pulse-janitor, pulse-router on Railway" in said
     assert project.services == before
 
 
@@ -411,14 +411,15 @@ def test_what_goes_with_a_baseline_is_said_beforehand(new_project: Callable[[], 
     project.stage.set_variables("pulse-env", {"SECRET_KEY": "x", "OTHER": "y"})
     address = project.ok("status")["address"]
     ids = {name: at["serviceId"] for name, at in project.stage.services().items()}
-    project.railway.graphql(DELETE, i=ids["pulse-janitor"])
+    project.railway.graphql(DELETE, i=ids["pulse-redis"])
     for verb in (["ensure", "main.py"], ["scaffold", "main.py"], ["status"]):
         run = project.run(*verb)
         said = run.out if verb == ["status"] else run.error
-        assert "With them go: all sessions and the routing state; 2 variables of pulse-env" in said
+        assert "With them go: 2 variables of pulse-env" in said
+        assert "delete pulse-env, pulse-janitor, pulse-router on Railway" in said
         assert f"the address {address}" in said
 
-    for name in ("pulse-router", "pulse-redis", "pulse-env"):
+    for name in ("pulse-router", "pulse-janitor", "pulse-env"):
         project.railway.graphql(DELETE, i=ids[name])
     planned = project.run("ensure", "main.py", "--plan")
     assert "survivor ran under a baseline that is gone" in planned.err

@@ -715,7 +715,7 @@ NOT_RAILWAY = [
     (ok(b'{"data": {}}'), "refused: Railway's answer is not one of its API"),
     (ok(b'{"errors": true, "data": {"environment": 1}}'), "refused: Railway's answer is not"),
     (ok(b'{"errors": [{"message": "no"}]}'), "refused: no\n"),
-    (ok(b'{"errors": [{"message": "Not Authorized"}]}'), "refused: Not Authorized\n"),
+    (ok(b'{"errors": [{"message": "Not Authorized"}]}'), "run `pulse-railway ensure`"),
     (ok(b"{}", status="503 Busy"), "gave up: HTTPStatusError; the next run goes on"),
 ]
 

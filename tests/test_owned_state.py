@@ -91,6 +91,19 @@ def test_a_state_is_claimed_by_one_of_many(site: Site) -> None:
     ]
 
 
+def test_a_deploys_lock_claims_a_state_that_holds_nothing(site: Site) -> None:
+    """Where `ensure` did not reach it. Before, two first deploys met in it."""
+    lock = ("lock", "--holder", "h", "--by", "me", "--lease", "60")
+    assert command(site, on_railway("one"), *lock)["ok"]
+    assert ":owner" not in site.state, "what it holds may be another stack's"
+    site.server.client.flushall()
+    assert command(site, {}, *lock)["ok"]
+    assert ":owner" not in site.state, "outside Railway there is none"
+    assert command(site, on_railway("one"), *lock)["ok"]
+    assert site.state[":owner"] == "e/one"
+    assert command(site, on_railway("two"), *lock)["reason"] == "owner"
+
+
 def test_a_router_in_a_copy_says_so_and_asks_no_store(site: Site, run_router: Run) -> None:
     before = everything(site)
     process = run_router(site.server, FAST, **on_railway("one", PULSE_RAILWAY_STACK="other/one"))
@@ -121,6 +134,26 @@ def test_a_foreign_state_is_served_and_not_written_to(site: Site, run_router: Ru
     assert command(site, on_railway("two"), "claim", "--owner", "e/two")["ok"]
     eventually(lambda: any(":router:" in key for key in everything(site)))
     assert "another stack's routing state: no longer so" in process.output()
+
+
+def test_a_router_whose_state_becomes_anothers_takes_its_report_back(
+    site: Site, run_router: Run
+) -> None:
+    """Before, `status` showed it there, and who deletes a deployment waited for it, for 120 s."""
+    for name in ("one", "two"):  # on a state that is nobody's
+        up(run_router(site.server, FAST, **on_railway(name)))
+
+    def reporting() -> list[str]:
+        found = command(site, on_railway("one"), "status")["routers"]
+        return sorted(router["identity"] for router in found)
+
+    eventually(lambda: reporting() == ["e/one", "e/two"])
+    site.control("claim", "--owner", "e/one")
+    eventually(lambda: reporting() == ["e/one"], 5)
+    assert command(site, on_railway("two"), "claim", "--owner", "e/two", "--instead-of", "e/one")[
+        "ok"
+    ]
+    eventually(lambda: reporting() == ["e/two"], 5)
 
 
 def test_a_lost_owner_comes_back(site: Site, run_router: Run) -> None:
@@ -297,9 +330,13 @@ def test_services_of_others_are_not_touched(
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     kept = report["kept"]
     assert kept.keys() & {*stamps, "unnamed", "emptied"} == {"copied", "left", "junk", "unnamed"}
-    assert "was copied from another environment" in kept["copied"]
-    assert "belongs to a router that is gone" in kept["left"]
+    assert "copied was copied with another router" in kept["copied"]
+    assert "left ran under another router" in kept["left"]
+    for name in ("copied", "left"):
+        assert "`pulse-railway ensure` with its app" in kept[name]
+        assert "restore" not in kept[name]
     assert "does not say whose it is" in kept["unnamed"]
+    assert "`pulse-railway restore --deployment-id unnamed`" in kept["unnamed"]
     assert report["deleted"] == []
     touched = [v["input"]["serviceId"] for _, v in rails.written if "input" in v]
     assert {"s-new", "s-old"} <= set(touched) <= {"s-new", "s-old", "s-pulse-router"}

@@ -70,7 +70,7 @@ def step_01_a_state_that_is_nobodys_stays_so(shared: Shared) -> None:
     said = shared.ensure("--redis-url", shared.url)
     assert NOBODYS in said.err
     assert "go by the janitor" not in said.err, "though there is a key for ssh"
-    assert "`pulse-railway ensure --owns-state`" in said.err
+    assert "`pulse-railway ensure --owns-state" in said.err
     assert "uses it too" not in said.err
     other = shared.project.duplicate("staging", skipInitialDeploys=True)
     assert f"{NOBODYS}, and staging of this project uses it too" in shared.ensure().err

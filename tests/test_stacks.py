@@ -15,13 +15,16 @@ from pulse_railway import contract
 from pulse_railway import stack as stack_module
 from pulse_railway.config import Names, Target, Where
 from pulse_railway.errors import Failure
-from pulse_railway.flows.baseline import check_redis_prefix, wanted_redis_prefix
+from pulse_railway.flows.baseline import wanted_redis_prefix
+from pulse_railway.flows.status import of_regions
 from pulse_railway.options import BaselineOptions
-from pulse_railway.railway.api import GraphqlError
+from pulse_railway.railway.api import Api, GraphqlError
+from pulse_railway.railway.tokens import Token
 from pulse_railway.services import scaled
-from pulse_railway.stack import Service, Stack, partial
+from pulse_railway.stack import Service, Stack, check_redis, check_redis_prefix, partial
 from tests.conftest import TINY, Project
 from tests.net import eventually
+from tests.test_local_environments import create
 
 DELETE_VARIABLE = "mutation ($i: VariableDeleteInput!) { variableDelete(input: $i) }"
 
@@ -94,6 +97,11 @@ def test_two_stacks_in_one_environment(base: Project, shop: Path) -> None:
     # where no app says which of the two: the one that is called as usual
     assert json_of(base, "status")["active"] == "first"
     assert json_of(base, "status", "--service", "shop-router")["active"] == "sold"
+    # a log is read wherever it is
+    for service in ("pulse-router", "shop-router"):
+        read = base.run("logs", "--service", service, "--json")
+        assert read.code == 0, read.err
+    assert json_of(base, "logs", "--deployment-id", "sold")["service"] == "sold"
     # as an earlier version has set them up
     unstamp(base)
     they_live_apart(base, shop)
@@ -177,6 +185,43 @@ def test_names_that_a_stack_was_set_up_with_stay(base: Project) -> None:
             refused = base.run(verb, *app, flag, value)
             assert refused.code == 1, verb
             assert f"this stack was set up {was}" in refused.err
+    delete = ("delete", "--deployment-id", "first", "--yes")
+    url = "redis://u:of-another@h:1"  # before, these were ignored
+    for flag, value, said in (
+        ("--redis-service", "other", "this stack's Redis is pulse-redis, not --redis-service oth"),
+        ("--redis-url", url, "--redis-url is not the address of this stack's Redis"),
+        ("--redis-prefix", "other", "this stack was set up with --redis-prefix pulse:railway"),
+    ):
+        refused = base.run(*delete, flag, value)
+        assert said in refused.error
+        assert "of-another" not in refused.err
+    assert base.active == "first"
+
+
+@pytest.mark.parametrize(
+    ("stored", "given", "said"),
+    [
+        ("${{pulse-redis.REDIS_URL}}", {"service": "pulse-redis"}, None),
+        ("${{pulse-redis.REDIS_URL}}", {"service": "x"}, "is pulse-redis, not --redis-service x"),
+        ("${{pulse-redis.REDIS_URL}}", {"url": "redis://u:p%2F@proxy:1/0"}, None),
+        ("${{pulse-redis.REDIS_URL}}", {"url": "redis://u:q@proxy:1"}, "is not the address"),
+        ("${{pulse-redis.REDIS_URL}}", {"url": "redis://[u"}, "is not the address"),
+        ("redis://h:1", {"url": "redis://h:1/"}, None),
+        ("redis://h:1", {"url": "redis://h:2"}, "is not the address"),
+        ("redis://h:1", {"service": "pulse-redis"}, "is outside of the project"),
+    ],
+)
+def test_flags_name_no_other_redis(stored: str, given: dict[str, str], said: str | None) -> None:
+    redis = Service("m", "", "pulse-redis", "", None, {}, [], None, None, {"REDIS_PASSWORD": "p/"})
+    router = Service("r", "", "pulse-router", "", None, {}, [], None, None, {"REDIS_URL": stored})
+    there = [router, redis] if "$" in stored else [router]
+    stack = Stack(Target("p", "e"), Names(), {s.name: s for s in there})
+    flags = {"service": None, "url": None, "prefix": None, **given}
+    if said is None:
+        check_redis(stack, **flags)
+    else:
+        with pytest.raises(Failure, match=said):
+            check_redis(stack, **flags)
 
 
 def test_a_prefix_that_is_in_a_file_holds_for_a_copy_too() -> None:
@@ -184,10 +229,11 @@ def test_a_prefix_that_is_in_a_file_holds_for_a_copy_too() -> None:
     of_router = {contract.REDIS_PREFIX: "shop:e-copy"}
     router = Service("r", "", "pulse-router", "", None, {}, [], None, None, of_router)
     own = Stack(Target("p", "e-copy"), Names(), {"pulse-router": router})
-    check_redis_prefix(own, wanted)
+    check_redis_prefix(own, wanted.redis_prefix)
     assert wanted_redis_prefix(own, wanted) == "shop:e-copy"
     with pytest.raises(Failure, match="set up with --redis-prefix shop:e-copy"):
-        check_redis_prefix(Stack(Target("p", "other"), Names(), {"pulse-router": router}), wanted)
+        other = Stack(Target("p", "other"), Names(), {"pulse-router": router})
+        check_redis_prefix(other, wanted.redis_prefix)
 
 
 def test_a_copied_environment(base: Project) -> None:
@@ -222,12 +268,32 @@ def test_a_copied_environment(base: Project) -> None:
     copy.deploy("fresh")
     assert copy.ok("status")["active"] == "fresh"
     assert copy.get("/_pulse/meta")["deployment_id"] == "fresh"
+    what_was_copied_can_be_deleted(copy)
     # the original has noticed nothing
     assert {name: base.variables(name) for name in original} == original
     assert deployment_ids(base) == before
     assert base.get("/_pulse/meta")["deployment_id"] == "first"
     copy.delete_environment()
     assert base.get("/_pulse/meta")["deployment_id"] == "first"
+
+
+def what_was_copied_can_be_deleted(copy: Project) -> None:
+    """Before, it was in no list, and no verb that the janitor named found it."""
+    said = "first was copied from another environment"
+    status = copy.ok("status")
+    states = {row["deployment_id"]: row["state"] for row in status["deployments"]}
+    assert states == {"first": "copied", "fresh": "active"}
+    assert status["problems"] == []
+    assert said in copy.run("status").out
+    kept = copy.janitor()["kept"]["first"]
+    assert said in kept
+    assert "restore" not in kept
+    for verb in ("promote", "restore", "redeploy"):
+        assert said in copy.run(verb, "--deployment-id", "first").error
+    assert "`pulse-railway delete --deployment-id first`" in kept
+    copy.ok("delete", "--deployment-id", "first", "--yes")
+    assert "first" not in copy.services
+    assert [row["deployment_id"] for row in copy.ok("status")["deployments"]] == ["fresh"]
 
 
 def test_a_stack_with_names_of_its_own_is_found(
@@ -256,12 +322,30 @@ def test_what_a_router_that_was_deleted_ran_is_taken_over(base: Project, shop: P
     status = json_of(base, "status", "--app", "main.py", cwd=shop)
     assert status["deployments"] == []
     (said,) = (line for line in status["problems"] if "late" in line)
-    assert "`pulse-railway restore --deployment-id late`" in said
+    assert "`pulse-railway restore --deployment-id late --app main.py`" in said
     assert "late" not in str(json_of(base, "status", "--service", "pulse-router"))
     restored = json_of(base, "restore", "--app", "main.py", "--deployment-id", "late", cwd=shop)
     assert restored["active"] == "late"
     assert json_of(base, "status", "--app", "main.py", cwd=shop)["active"] == "late"
     assert base.active == "first"
+    what_is_nobodys_can_be_taken_or_deleted(base, shop)
+
+
+def what_is_nobodys_can_be_taken_or_deleted(base: Project, shop: Path) -> None:
+    """Before, the commands that were named for it found nothing."""
+    create(base, "stray")
+    base.stage.set_variables("stray", {contract.DEPLOYMENT_ID: "stray"})
+    words = ("--service", "pulse-router")
+    said = str(json_of(base, "status", *words)["problems"])
+    assert "`pulse-railway delete --deployment-id stray --service pulse-router` removes it" in said
+    assert json_of(base, "delete", "--deployment-id", "stray", "--yes", *words)["deleted"]
+    assert "stray" not in base.services
+    base.stage.set_variables("late", {contract.STACK: "junk"})
+    said = str(json_of(base, "status", "--app", "main.py", cwd=shop)["problems"])
+    assert "`pulse-railway restore --deployment-id late --app main.py` makes it" in said
+    json_of(base, "restore", "--app", "main.py", "--deployment-id", "late", cwd=shop)
+    router = base.stage.services()["shop-router"]["serviceId"]
+    assert base.variables("late")[contract.STACK] == f"{base.environment}/{router}"
 
 
 def test_what_other_hands_have_changed_is_said_and_mended(base: Project) -> None:
@@ -302,6 +386,44 @@ def test_what_other_hands_have_changed_is_said_and_mended(base: Project) -> None
     one = {ids["first"]: {"deploy": {"multiRegionConfig": {"us-west2": {"numReplicas": 1}}}}}
     base.railway.graphql(document, e=base.environment, p={"services": one})
     eventually(lambda: json_of(base, "status", "--service", "pulse-router")["problems"] == [], 60)
+
+
+def test_services_in_no_region(base: Project) -> None:
+    """Before, nothing was wrong with them."""
+    ids = {name: at["serviceId"] for name, at in base.stage.services().items()}
+    none = {"deploy": {"multiRegionConfig": {"us-west2": {"numReplicas": 0}}}}
+    patch = {ids["pulse-router"]: none, ids["pulse-redis"]: none}
+    document = (
+        "mutation ($e: String!, $p: EnvironmentConfig)"
+        " { environmentPatchCommit(environmentId: $e, patch: $p) }"
+    )
+    base.railway.graphql(document, e=base.environment, p={"services": patch})
+    words = ("--service", "pulse-router")
+    problems = str(json_of(base, "status", *words)["problems"])
+    assert "numReplicas of pulse-router was changed on Railway: `pulse-railway ensure`" in problems
+    assert "`railway scale REGION=1 --service pulse-redis` gives it one" in problems
+    json_of(base, "ensure", "main.py")
+    one = {ids["pulse-redis"]: {"deploy": {"multiRegionConfig": {"us-west2": {"numReplicas": 1}}}}}
+    base.railway.graphql(document, e=base.environment, p={"services": one})
+    assert json_of(base, "ensure", "main.py")["changed"] == []
+    eventually(lambda: json_of(base, "status", *words)["problems"] == [], 60)
+
+
+def test_a_region_that_does_not_exist(base: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Railway is asked only where it may not exist."""
+    monkeypatch.setenv(contract.API_URL_VARIABLE, base.railway.api)
+    api = Api(Token(base.env["RAILWAY_API_TOKEN"], "RAILWAY_API_TOKEN"))
+    router = Service("r", "", "pulse-router", "", None, {}, [], None, None)
+    stack = Stack(Target(base.id, base.environment), Names(), {"pulse-router": router})
+    for regions, said in (
+        ({"us-west2": 2}, ""),
+        ({"moon": 2}, "`railway scale moon=0 us-west2=2 --service pulse-router`"),
+        ({"moon": 1, "us-west2": 1}, "`railway scale moon=0 us-west2=2 --service pulse-router`"),
+    ):
+        router.regions = dict(regions)
+        found = of_regions(api, stack)
+        assert said in str(found) if said else not found
+        assert bool(api.calls) == bool(said)
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,21 @@ UP = {"active": "a", "lost": False, "epoch": 7, "deployments": [RECORD], "router
         ),
         (
             stack(A),
+            UP | {"routers": [{"router": "r", "identity": "e/s-pulse-router"}] * 2},
+            [],
+        ),
+        (
+            stack(A),
+            UP | {"routers": [{"router": "r", "identity": i} for i in ("e/s-pulse-router", "o/x")]},
+            ["routers of other stacks serve it too (o/x,", "`pulse-railway ensure --owns-state`"],
+        ),
+        (  # which is foreign by now, and takes its report back
+            stack(A),
+            UP | {"owner": "e/s-pulse-router", "routers": [{"router": "r", "identity": "o/x"}]},
+            [],
+        ),
+        (
+            stack(A),
             UP | {"routers": [{"router": "r1", "epoch": 6, "age": 30}]},
             [
                 "the router r1 said 30 s ago that it serves an older",
@@ -242,7 +257,15 @@ def row(name: str, sessions: int | None = 1, state: str = "active") -> dict[str,
 def result(*rows: dict[str, Any], routers: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
     baseline = [{"service": "pulse-redis", "railway": "SUCCESS", "version": None}]
     empty = dict.fromkeys(("address", "canary", "maintenance", "lock"))
-    found = {"active": "a", "baseline": baseline, "missing": [], "problems": [], **empty, **more}
+    found = {
+        "active": "a",
+        "baseline": baseline,
+        "missing": [],
+        "problems": [],
+        "copied": [],
+        **empty,
+        **more,
+    }
     return {**found, "deployments": list(rows), "routers": routers}
 
 
@@ -443,7 +466,7 @@ def test_a_service_that_has_said_nothing(
     api.call.return_value = {"deploymentLogs": []}
     monkeypatch.setattr(flows_logs, "latest", lambda *_: {"s-a": {"id": "d"}})
     wanted = LogsOptions(Where(), Names(), deployment_id="a")
-    flows_logs.logs(api, stack(A), wanted, Output())
+    flows_logs.logs(api, stack(A).target, A, wanted, Output())
     assert capsys.readouterr().err.strip() == "a has said nothing yet"
 
 

@@ -19,7 +19,7 @@ from pulse_railway.errors import Failure, keep_secret
 from pulse_railway.options import BaselineOptions
 from pulse_railway.output import Output
 from pulse_railway.railway import config_files, documents, program
-from pulse_railway.railway.api import Api
+from pulse_railway.railway.api import Api, GraphqlError
 from pulse_railway.railway.up import up
 from pulse_railway.services import (
     Change,
@@ -34,10 +34,12 @@ from pulse_railway.services import (
 from pulse_railway.stack import (
     Service,
     Stack,
-    check_prefix,
+    can_be_made,
+    check_redis_prefix,
     goes_with,
     inspect,
     joined,
+    lost_with_env,
     of_router,
     own_stack,
     partial,
@@ -97,8 +99,10 @@ def ensure(
 ) -> tuple[Stack, list[str]]:
     """Create the baseline in an empty environment, or reconcile a complete one.
 
+    An env service or a janitor that was deleted is made anew, where the rest says whose it is.
     Returns the stack and what was (or, with `wanted.plan_only`, would be) done; nothing on the
-    second run. Raises Failure for a partial baseline, or one with another Redis than `--redis-url`.
+    second run. Raises Failure for another partial baseline, or one with another Redis than
+    `--redis-url`.
     """
     tell_of_danger(wanted, output)
     with output.step("inspect the project"):
@@ -109,29 +113,59 @@ def ensure(
             return stack, ["create router, env, janitor" + ("" if wanted.redis_url else ", Redis")]
         return create(api, stack, wanted, output), ["created the baseline"]
     require_believable(stack)
-    if stack.missing:
+    if stack.missing and not can_be_made(stack):
         raise Failure(partial(stack))
     check_redis_mode(stack, wanted)
-    check_redis_prefix(stack, wanted)
+    check_redis_prefix(stack, wanted.redis_prefix)
     if wanted.app:
         app = app_identity.of_app(wanted.app)
         app_identity.check_same_app(stack, app, wanted.replace_app, output)
     assert stack.router is not None
     if stack.copied_from:
         tell_of_copy(stack, output)
-        token = own_project_token(api, stack, wanted.plan_only)
+        token = own_project_token(api, stack, wanted.plan_only, output)
         shared = secrets.token_urlsafe(32)
         keep_secret(token, shared)
     else:
-        token, shared = runtime_token(api, stack), internal_token(stack)
+        token = runtime_token(api, stack, wanted.plan_only, output)
+        shared = internal_token(stack)
     made = bool(stack.copied_from) and not api.scope()
+    missing = make_missing(api, stack, wanted.plan_only, output)
     changes = plan(stack, wanted, token, shared, made)
-    lines = [line for change in changes for line in change.lines()]
+    lines = [f"{name}: create" for name in missing]
+    lines += [line for change in changes for line in change.lines()]
     if not wanted.plan_only:
         if any(change.deploy for change in changes) and not wanted.runtime_image:
             program.need("railway")
         apply(api, stack, changes, wanted, output)
     return stack, lines
+
+
+def make_missing(api: Api, stack: Stack, plan_only: bool, output: Output) -> list[str]:
+    """Create the env service and the janitor where they are missing; returns their names. Each
+    carries from its first moment what it is known by: a run that is cut off is taken up by the
+    next, which writes the rest."""
+    missing = stack.missing
+    if not missing:
+        return []
+    assert stack.router is not None
+    check_names(stack, set(missing))
+    if lost := lost_with_env(stack):
+        output.warn(lost)
+    for name in missing:
+        known_by = {contract.STACK: str(stack.stamp)}
+        if name == stack.names.janitor:
+            known_by |= {
+                contract.ROUTER_SERVICE: stack.names.router,
+                contract.JANITOR_SERVICE: name,
+            }
+        group, service_id = stack.router.group_id, ""
+        if not plan_only:
+            with output.step(f"create {name}"):
+                service_id = create_service(api, stack.target, name, known_by, group_id=group)
+        made = Service(service_id, "", name, "", None, {}, [], group, None, known_by)
+        stack.services[name] = made
+    return missing
 
 
 def unfinished(stack: Stack) -> bool:
@@ -150,14 +184,6 @@ def check_redis_mode(stack: Stack, wanted: BaselineOptions) -> None:
         )
 
 
-def check_redis_prefix(stack: Stack, wanted: BaselineOptions) -> None:
-    """A copy's own prefix follows the original's, which invoke.yaml may hold."""
-    assert stack.router is not None
-    stored = stack.router.variables.get(contract.REDIS_PREFIX) or ""
-    own = f":{stack.target.environment_id}"
-    check_prefix("--redis-prefix", wanted.redis_prefix, stored.removesuffix(own))
-
-
 def tell_of_copy(stack: Stack, output: Output) -> None:
     output.warn(
         f"this environment is a copy of {stack.copied_from}: its stack gets tokens of its own,"
@@ -172,26 +198,44 @@ def tell_of_copy(stack: Stack, output: Output) -> None:
     if copied := joined(str(s.deployment_id) for s in stack.backends):
         output.warn(
             f"the deployments that were copied ({copied}) stay as they are, and nothing routes to"
-            " them: deploy here, then delete them on Railway in this environment"
+            " them: deploy here, then remove each from this environment with `pulse-railway delete"
+            " --deployment-id ...`"
         )
 
 
-def own_project_token(api: Api, stack: Stack, plan_only: bool) -> str:
+def own_project_token(api: Api, stack: Stack, plan_only: bool, output: Output) -> str:
     """The token of a copy's router and janitor: never the one that came with the copy."""
     target = stack.target
     if api.scope():
         return api.token.value
     if plan_only:
         return "made by ensure"
+    name = f"pulse-railway {stack.names.router}"
+    delete_unused_tokens(api, target, name, output)
     made = api.call(
         documents.PROJECT_TOKEN_CREATE,
         input={
             "projectId": target.project_id,
             "environmentId": target.environment_id,
-            "name": f"pulse-railway {stack.names.router}",
+            "name": name,
         },
     )
     return str(made["projectTokenCreate"])
+
+
+def delete_unused_tokens(api: Api, target: Target, name: str, output: Output) -> None:
+    """Delete the project tokens of this name and environment. None is in use while the router
+    has none that opens it: a run has made them that was cut off before it wrote its token."""
+    try:
+        found = api.call(documents.PROJECT_TOKENS, project=target.project_id)["projectTokens"]
+        for token in (edge["node"] for edge in found["edges"]):
+            if (token["name"], token["environmentId"]) == (name, target.environment_id):
+                api.call(documents.PROJECT_TOKEN_DELETE, id=token["id"])
+    except GraphqlError as error:
+        output.warn(
+            f"Railway does not show or delete this project's tokens ({error}): if an `ensure` was"
+            f" cut off here, older ones named {name} are not needed"
+        )
 
 
 def wanted_redis_prefix(stack: Stack, wanted: BaselineOptions) -> str:
@@ -215,12 +259,15 @@ ORIGINALS = (
 )
 
 
-def runtime_token(api: Api, stack: Stack) -> str:
-    """The token that router and janitor get. Raises Failure for a login where they have none."""
+def runtime_token(api: Api, stack: Stack, plan_only: bool, output: Output) -> str:
+    """The token that router and janitor get; one that was made for them is made anew where it opens
+    this environment no more. Raises Failure for a login where they have none."""
     of_router = stack.router.variables if stack.router else {}
     present = of_router.get(contract.RAILWAY_TOKEN)
     if present and of_router.get(contract.TOKEN_MADE) and not api.scope():
-        return present
+        if api.environment_of(present) == stack.target.environment_id:
+            return present
+        return own_project_token(api, stack, plan_only, output)
     if api.token.durable:
         return api.token.value
     if not present:
@@ -361,7 +408,8 @@ def plan(
         elif not wanted.runtime_image and service.image:
             change.disconnect = True
         stopped = service.stopped and goal.name == stack.names.router  # a cron run's end is one
-        change.deploy = bool(change) or service.status != "SUCCESS" or stopped
+        waits = stopped or bool(service.variables.get(contract.UNDEPLOYED))
+        change.deploy = bool(change) or service.status != "SUCCESS" or waits
         change.domain = goal.name == stack.names.router and not service.domains
     name = wanted.app.plugin.name if wanted.app else None
     if name and app_identity.remembered(stack).name != name:
@@ -386,14 +434,17 @@ def apply(
     output: Output,
     started: dict[str, str | None] | None = None,
 ) -> None:
-    """Carry a plan out. Killed anywhere, the next run's plan holds what is left: the version
-    variable is written last.
+    """Carry a plan out. Killed anywhere, the next run's plan holds what is left: what is written
+    and not deployed yet is marked, and the version variable is written last.
 
     Args:
         started: services that are starting already, by id, with the deployment to wait for.
     """
     target = stack.target
     waiting = dict(started or {})
+    for change in changes:
+        if change.deploy and not change.service.variables.get(contract.UNDEPLOYED):
+            change.variables[contract.UNDEPLOYED] = "1"
     if changes:
         with output.step("write variables and settings"):
             write(api, target, changes)
@@ -412,12 +463,18 @@ def apply(
 
 
 def finish(api: Api, stack: Stack, changes: list[Change], wanted: BaselineOptions) -> None:
-    """Note the version that runs now, and take the mark of an unfinished creation off."""
+    """Note the version that runs now, and that all is deployed; take the mark of an unfinished
+    creation off."""
     target = stack.target
-    value = {contract.RUNTIME_VERSION: wanted.runtime_image or runtime_image.runtime_version()}
-    versions = [c.service for c in changes if contract.RUNTIME_VERSION in c.variables]
+    version = {contract.RUNTIME_VERSION: wanted.runtime_image or runtime_image.runtime_version()}
+    deployed = [change for change in changes if change.deploy]
     marked = [s for s in stack.baseline if UNFINISHED in s.variables]
-    inputs = {f"v{i}": variable_input(target, s.id, value) for i, s in enumerate(versions)}
+    inputs = {}
+    for i, change in enumerate(deployed):
+        values = {contract.UNDEPLOYED: ""}
+        if contract.RUNTIME_VERSION in change.variables:
+            values |= version
+        inputs[f"v{i}"] = variable_input(target, change.service.id, values)
     for i, service in enumerate(marked):
         inputs[f"x{i}"] = {
             "projectId": target.project_id,
@@ -426,7 +483,7 @@ def finish(api: Api, stack: Stack, changes: list[Change], wanted: BaselineOption
             "name": UNFINISHED,
         }
     if inputs:
-        document = documents.configure(variables=len(versions), deletions=len(marked))
+        document = documents.configure(variables=len(deployed), deletions=len(marked))
         api.call(document, repeatable=True, **inputs)
 
 
@@ -460,7 +517,7 @@ def create(api: Api, stack: Stack, wanted: BaselineOptions, output: Output) -> S
     target, names = stack.target, stack.names
     expected = [names.router, names.janitor] + ([] if wanted.redis_url else [names.redis])
     check_names(stack, {*expected, names.env})
-    token = runtime_token(api, stack)
+    token = runtime_token(api, stack, False, output)
     if not wanted.runtime_image:
         program.need("railway")
     if not all(name in stack.services for name in expected):
@@ -494,7 +551,14 @@ def check_names(stack: Stack, needed: set[str]) -> None:
     """Raises Failure where another environment of the project has services of these names: Railway
     takes each name once, and would say so in the middle."""
     here = stack.services.keys() | {service.name for service in stack.others}
-    if elsewhere := needed & stack.taken - here:
+    elsewhere = needed & stack.taken - here
+    if elsewhere and stack.router:  # which keeps its prefix
+        raise Failure(
+            f"{joined(elsewhere)}: other environments of this project have services of these names,"
+            " and Railway takes each once. Name others, RailwayPlugin(env_service=...) and"
+            " janitor_service, and run `pulse-railway ensure` again"
+        )
+    if elsewhere:
         raise Failure(
             f"{joined(elsewhere)}: other environments of this project have services of these names."
             " Duplicate one of them on Railway and run `pulse-railway ensure` there, or give this"

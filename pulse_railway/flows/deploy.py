@@ -34,7 +34,7 @@ from pulse_railway.railway import config_files, docker, program, upload
 from pulse_railway.railway.api import Api
 from pulse_railway.railway.up import up
 from pulse_railway.services import create_service, deploy_service, shell
-from pulse_railway.stack import Stack, inspect, require_baseline
+from pulse_railway.stack import Stack, inspect, joined, references, require_baseline
 from pulse_railway.waiting import latest, poll, runtime_tail, wait_for_build
 
 
@@ -151,6 +151,17 @@ def check_secret(plan: Plan, stack: Stack) -> None:
     )
 
 
+def tell_of_lost_variables(stack: Stack, output: Output) -> None:
+    """Warn of variables that the active version has from the env service, and a new one has not."""
+    active, env = stack.backend(stack.last_promoted or ""), stack.env
+    assert env is not None
+    if active and (gone := references(active, env.name) - env.variables.keys()):
+        output.warn(
+            f"{env.name} has no {joined(gone)}, which {active.deployment_id} refers to: set it"
+            " there if the app needs it"
+        )
+
+
 def free_name(plan: Plan, stack: Stack) -> Plan:
     """A plan whose service name is free in the project. Generated ids step on a second; given ones
     are refused."""
@@ -230,6 +241,7 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
             require_baseline(stack)
             attempt.stack = stack
             check_secret(plan, stack)
+            tell_of_lost_variables(stack, output)
             identity = app_identity.of_app(plan.app)
             app_identity.check_same_app(stack, identity, plan.wanted.replace_app, output)
             app = replace(plan.app, names=stack.names)  # as they were when it was set up

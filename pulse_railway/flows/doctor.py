@@ -16,6 +16,7 @@ from typing import Any, Literal
 import httpx
 
 from pulse_railway import app_identity, config, contract, options, router_commands, runtime_image
+from pulse_railway.advice import pasteable
 from pulse_railway.errors import Failure
 from pulse_railway.flows import deploy, status
 from pulse_railway.options import DeployOptions
@@ -86,8 +87,9 @@ def doctor(flags: dict[str, Any], output: Output) -> dict[str, Any]:
     else:
         has_cli = check_programs(found, plan, api)
         check_stack(found, flags, plan, api, has_cli)
-    bad = any(check.verdict == "bad" for check in found.checks)
-    return {"ok": not bad, "checks": [asdict(check) for check in found.checks]}
+    checks = [replace(check, said=pasteable(check.said)) for check in found.checks]
+    bad = any(check.verdict == "bad" for check in checks)
+    return {"ok": not bad, "checks": [asdict(check) for check in checks]}
 
 
 def check_app(found: Checkup, flags: dict[str, Any]) -> deploy.Plan | None:
@@ -217,7 +219,7 @@ def check_stack(
         check_identity(found, plan, stack)
 
     def tell(state: dict[str, Any] | None) -> None:
-        for problem in status.problems(stack, state, None):
+        for problem in [*status.problems(stack, state, None), *status.of_regions(api, stack)]:
             found.note("the deployments" if state else "on Railway", "bad", problem)
 
     if not has_cli and where.control != "job":

@@ -140,7 +140,8 @@ def rollback(api: Api, stack: Stack, output: Output, why: str | None = None) -> 
             for r in state["deployments"]
             if r.get("rejected_at") and stack.backend(r["deployment_id"])
         ]
-        hint = f"; `promote --deployment-id` takes {joined(left)}, rolled back from" if left else ""
+        run = "`pulse-railway promote --deployment-id ...`"
+        hint = f"; {run} takes {joined(left)}, rolled back from" if left else ""
         raise Failure(
             f"no earlier deployment to go back to runs any more: deploy that version again{hint}"
         )

@@ -22,6 +22,7 @@ def delete(api: Api, stack: Stack, deployment_id: str, output: Output) -> dict[s
     """
     services = [*stack.backends, *stack.empty]
     service = next((s for s in services if s.deployment_id == deployment_id), None)
+    service = service or stack.unowned_backend(deployment_id)
     with output.step(f"claim {deployment_id}"):
         if service is None and not any(
             r["deployment_id"] == deployment_id

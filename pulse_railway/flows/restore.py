@@ -26,7 +26,7 @@ def restore(api: Api, stack: Stack, wanted: str | None, output: Output) -> dict[
     Raises Failure where nobody knows, or nothing is lost.
     """
     require_believable(stack)
-    take_over(api, stack, output)
+    take_over(api, stack, wanted, output)
     if not stack.backends:
         raise Failure("there are no deployments to restore: run `pulse-railway deploy`")
     with output.step("ask the router what it knows"):
@@ -61,14 +61,19 @@ def restore(api: Api, stack: Stack, wanted: str | None, output: Output) -> dict[
     return {"active": chosen, "restored": [r["deployment_id"] for r in records]}
 
 
-def take_over(api: Api, stack: Stack, output: Output) -> None:
-    """Make the deployments of a router that was deleted this stack's: those that refer to services
-    of its names."""
-    for service in stack.orphans:
-        with output.step(f"take {service.deployment_id} over, whose router is gone"):
+def take_over(api: Api, stack: Stack, wanted: str | None, output: Output) -> None:
+    """Make deployments this stack's that belong to none: those of its former router, and the one
+    that is wanted, where nothing says whose it is."""
+    for name, unowned in list(stack.unowned.items()):
+        chosen = unowned.kind == "gone" or unowned.deployment_id == wanted
+        if not (unowned.can_be_restored and chosen):
+            continue
+        service = next(s for s in stack.others if s.name == name)
+        why = "whose router is gone" if unowned.kind == "gone" else "which is nobody's"
+        with output.step(f"take {unowned.deployment_id} over, {why}"):
             write_variables(api, stack.target, service.id, {contract.STACK: str(stack.stamp)})
-        stack.services[service.name] = service
-    stack.orphans = []
+        stack.services[name] = service
+        del stack.unowned[name]
 
 
 def what_was_active(stack: Stack, state: dict[str, Any]) -> str:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import shlex
 import time
+from collections.abc import Collection
 from typing import Any
 
 from pulse_railway import contract, router_commands
+from pulse_railway.advice import pasteable
 from pulse_railway.errors import Failure
 from pulse_railway.flows import baseline
-from pulse_railway.railway.api import Api
+from pulse_railway.railway import documents
+from pulse_railway.railway.api import Api, GraphqlError
 from pulse_railway.services import left_empty, scaled
-from pulse_railway.stack import Stack, ownership, require_baseline
+from pulse_railway.stack import Service, Stack, joined, ownership, require_baseline
 from pulse_railway.waiting import FAILED_STATES
 
 
@@ -25,16 +28,21 @@ def status(api: Api, stack: Stack) -> dict[str, Any]:
         except Failure as failure:
             silence = str(failure)
     known = {r["deployment_id"]: r for r in state["deployments"]} if state else {}
-    ids = {str(s.deployment_id): s for s in stack.backends}
+    copies = [u for u in stack.unowned.values() if u.related and u.kind == "copy"]
+    copied = [s for s in stack.others if s.name in {u.name for u in copies}]
+    ids = {str(s.deployment_id): s for s in (*copied, *stack.backends)}
     rows = []
     for name in sorted(
         {*known, *ids}, key=lambda n: ids[n].created_at if n in ids else "", reverse=True
     ):
         record, service = known.get(name, {}), ids.get(name)
+        unrecorded = "unregistered" if state else "unknown"
+        if service and service.name in stack.unowned:
+            unrecorded = "copied"
         rows.append(
             {
                 "deployment_id": name,
-                "state": record.get("state") or ("unregistered" if state else "unknown"),
+                "state": record.get("state") or unrecorded,
                 "service": service.name if service else None,
                 "railway": service.status if service else "GONE",
                 "age_seconds": round(service.age) if service else None,
@@ -46,7 +54,8 @@ def status(api: Api, stack: Stack) -> dict[str, Any]:
             }
         )
     has_address = stack.router and stack.router.domains
-    found = problems(stack, state, silence)
+    found = [pasteable(problem) for problem in problems(stack, state, silence)]
+    found += of_regions(api, stack)
     return {
         "address": stack.address if has_address else None,
         "active": state["active"] if state else None,
@@ -64,6 +73,7 @@ def status(api: Api, stack: Stack) -> dict[str, Any]:
         ],
         "missing": [] if stack.no_such_router else stack.missing,
         "deployments": rows,
+        "copied": [pasteable(u.words()) for u in copies],
         "routers": state["routers"] if state else [],
         "problem": found[0] if found else None,
         "problems": found,
@@ -145,6 +155,19 @@ def of_active(state: dict[str, Any]) -> list[str]:
     ]
 
 
+def of_sharing(state: dict[str, Any], stack: Stack) -> list[str]:
+    """Routers of several stacks on a state that does not say whose it is."""
+    others = {str(r["identity"]) for r in state["routers"] if r.get("identity")} - {stack.stamp}
+    if state.get("owner") or not others:
+        return []
+    return [
+        f"the routing state does not say whose it is, and routers of other stacks serve it too"
+        f" ({joined(others)}, as environment and router): what one stack promotes, all serve."
+        " `pulse-railway ensure --owns-state` makes it this stack's, if it is; for the others"
+        " `pulse-railway scaffold` with another --redis-prefix"
+    ]
+
+
 REDIS_IS_SILENT = "the router's Redis does not answer"  # as control.py says it
 REPORTED_SECONDS = 15.0  # in which a router has said that it serves a new state
 
@@ -183,7 +206,8 @@ def of_record(record: dict[str, Any], stack: Stack) -> list[str]:
     if left and name != stack.last_promoted:  # else the state is an older one
         found.append(
             f"{name} has been pending for {age / 3600:.1f} h, and runs: its deploy did not get"
-            f" to its end; `pulse-railway promote --deployment-id {name}`, or `delete` it"
+            f" to its end; `pulse-railway promote --deployment-id {name}`, or `pulse-railway delete"
+            f" --deployment-id {name}`"
         )
     until = (record.get("bake") or {}).get("until")
     weight = record.get("weight")
@@ -214,6 +238,37 @@ def of_record(record: dict[str, Any], stack: Stack) -> list[str]:
     return found
 
 
+# Railway's of November 2026; of others it is asked
+REGIONS = {"us-west2", "us-east4-eqdc4a", "europe-west4-drams3a", "asia-southeast1-eqsg3a"}
+
+
+def of_regions(api: Api, stack: Stack) -> list[str]:
+    """Baseline services that are to run in a region that Railway does not have."""
+    doubtful = [s for s in stack.baseline if s.regions.keys() - REGIONS]
+    if not doubtful:
+        return []
+    try:
+        answer = api.call(documents.REGIONS, project=stack.target.project_id)["regions"]
+    except GraphqlError:  # what is not known is no fault
+        return []
+    there = {str(region["name"]) for region in answer}
+    said = [in_no_region(service, there) for service in doubtful] if there else []
+    return [line for line in said if line]
+
+
+def in_no_region(service: Service, there: Collection[str]) -> str | None:
+    bad = sorted(service.regions.keys() - there)
+    if not bad:
+        return None
+    good = next((r for r in (*service.regions, "us-west2") if r in there), min(there))
+    count = service.regions.get(good, 0) + sum(service.regions[r] for r in bad)
+    leaves = " ".join(f"{region}=0" for region in bad)
+    return (
+        f"{service.name} is to run in {joined(bad)}, and Railway has no such region: `railway scale"
+        f" {leaves} {good}={count} --service {service.name}` moves it ({joined(there)})"
+    )
+
+
 def by_other_hands(stack: Stack, state: dict[str, Any] | None) -> list[str]:
     """What somebody has changed on Railway so that the stack does not work as it should."""
     found = []
@@ -228,11 +283,24 @@ def by_other_hands(stack: Stack, state: dict[str, Any] | None) -> list[str]:
         ]
         if service is stack.janitor and not service.settings.get("cronSchedule", True):
             changed.append("cronSchedule")
+        if service is stack.router and service.settings.get("numReplicas") == 0:
+            changed.append("numReplicas")
         if changed:
             found.append(
                 f"{', '.join(changed)} of {service.name} was changed on Railway: `pulse-railway"
                 " ensure` sets it as it has to be"
             )
+    found += [
+        f"an `ensure` that writes to {s.name} is under way, or was cut off: then `pulse-railway"
+        " ensure` ends it"
+        for s in (stack.router, stack.janitor)
+        if s and s.variables.get(contract.UNDEPLOYED)
+    ]
+    if stack.redis and stack.redis.settings.get("numReplicas") == 0:
+        found.append(
+            f"{stack.redis.name} has a replica in no region: `railway scale REGION=1 --service"
+            f" {stack.redis.name}` gives it one"
+        )
     found += [
         f"{s.name} was stopped on Railway: `railway redeploy --service {s.name}` starts it"
         for s in (stack.router, stack.redis)
@@ -279,11 +347,7 @@ def problems(stack: Stack, state: dict[str, Any] | None, silence: str | None) ->
     ]
     found += by_other_hands(stack, state)
     found += [left_empty(s.name, s.deployment_id) for s in stack.empty]
-    found += [
-        f"{s.deployment_id} ran under a router that is gone: `pulse-railway restore --deployment-id"
-        f" {s.deployment_id}` makes it this stack's, and active"
-        for s in stack.orphans
-    ]
+    found += [u.words() for u in stack.unowned.values() if u.can_be_restored]
     if silence and REDIS_IS_SILENT in silence:
         found.append(
             f"Redis does not answer: the routers serve what they know, and nothing can be promoted."
@@ -299,6 +363,7 @@ def problems(stack: Stack, state: dict[str, Any] | None, silence: str | None) ->
     if (owner := state.get("owner")) not in (None, stack.stamp):
         return [*found, ownership.foreign_words(owner)]
     active = state["active"]
+    found += of_sharing(state, stack)
     found += of_memories(state, stack)
     found += of_active(state)
     found += of_routers(state, stack)

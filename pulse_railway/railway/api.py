@@ -91,6 +91,16 @@ class Api:
                     self._scope = None
         return self._scope
 
+    def environment_of(self, project_token: str) -> str | None:
+        """The id of the environment that another token opens; None where Railway knows no such
+        project token. Raises Failure where it does not say."""
+        headers = {"Project-Access-Token": project_token}
+        try:
+            data = self._call(documents.PROJECT_TOKEN, {}, headers, repeatable=True)
+        except GraphqlError:
+            return None
+        return str(data["projectToken"]["environmentId"])
+
     @property
     def is_project_token(self) -> bool:
         return self.scope() is not None

@@ -48,6 +48,12 @@ query Projects($workspace: String) {
 }
 """
 
+REGIONS = """
+query Regions($project: String) {
+  regions(projectId: $project) { name }
+}
+"""
+
 EXECUTE = """
 mutation Execute($instance: String!) {
   deploymentInstanceExecutionCreate(input: { serviceInstanceId: $instance })
@@ -146,6 +152,20 @@ query BuildLogs($deployment: String!, $since: DateTime, $limit: Int) {
     message
     severity
   }
+}
+"""
+
+PROJECT_TOKENS = """
+query ProjectTokens($project: String!) {
+  projectTokens(projectId: $project, first: 500) {
+    edges { node { id name environmentId } }
+  }
+}
+"""
+
+PROJECT_TOKEN_DELETE = """
+mutation ProjectTokenDelete($id: String!) {
+  projectTokenDelete(id: $id)
 }
 """
 

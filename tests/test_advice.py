@@ -1,0 +1,100 @@
+"""A command that a message advises can be pasted: it is one, and works on the same stack."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pulse_railway import advice, help, tasks
+from tests.conftest import TINY, Project, pulse_railway
+from tests.test_messages import FILES, skeleton
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_remembered() -> Iterator[None]:
+    yield
+    advice.remember("init", {})
+
+
+@pytest.mark.parametrize(
+    ("verb", "given", "text", "then"),
+    [
+        ("status", {}, "run `pulse-railway deploy`", "run `pulse-railway deploy`"),
+        (
+            "status",
+            {"environment": "my copy", "service": "edge"},
+            "`pulse-railway rollback` goes back, `pulse-railway deploy` a better one",
+            "`pulse-railway rollback --environment 'my copy' --service edge` goes back,"
+            " `pulse-railway deploy --environment 'my copy'` a better one",
+        ),
+        (
+            "status",
+            {"service": "edge", "app": "main.py"},
+            "`pulse-railway logs --service edge-redis` tells why",
+            "`pulse-railway logs --service edge-redis --app main.py` tells why",
+        ),
+        (
+            "promote",
+            {"app": "main.py", "project_id": "p", "token": "secret", "yes": True},
+            "next: pulse-railway promote --deployment-id a",
+            "next: pulse-railway promote --deployment-id a --app main.py --project-id p",
+        ),
+        ("ensure", {"app": "a.py"}, "`pulse-railway ensure a.py`", "`pulse-railway ensure a.py`"),
+        ("logs", {"service": "redis"}, "`pulse-railway status`", "`pulse-railway status`"),
+        ("init", {"app": "main.py"}, "`pulse-railway deploy`", "`pulse-railway deploy`"),
+        (
+            "status",
+            {"app": "main.py"},
+            "`railway redeploy`, `pulse-railway janitor run`, pulse-railway manages it",
+            "`railway redeploy`, `pulse-railway janitor run`, pulse-railway manages it",
+        ),
+    ],
+)
+def test_what_was_given_is_in_what_is_advised(
+    verb: str, given: dict[str, object], text: str, then: str
+) -> None:
+    advice.remember(verb, given)
+    assert advice.pasteable(text) == then
+
+
+def test_it_is_in_what_a_verb_says(project: Project) -> None:
+    """In its error, on stdout with --json, and in what `status` names."""
+    env = {**project.env, "RAILWAY_PROJECT_ID": "", "RAILWAY_ENVIRONMENT_ID": ""}
+    where = ("--project-id", project.id, "--environment", "production")
+    command = f"`pulse-railway ensure --project-id {project.id} --environment production`"
+    refused = pulse_railway("rollback", *where, "--json", env=env, cwd=TINY)
+    assert command in refused.error
+    assert command in refused.json["error"]
+    found = pulse_railway("status", *where, "--json", env=env, cwd=TINY).json["problems"]
+    assert command in str(found)
+    checks = pulse_railway("doctor", "main.py", *where, "--json", env=env, cwd=TINY).json["checks"]
+    assert command.replace("ensure", "ensure --app main.py") in str(checks)
+
+
+def texts(path: Path) -> list[str]:
+    """What stands in a file, `…` for values, f-strings whole."""
+    return [
+        skeleton(node, {})
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and node.value)
+    ]
+
+
+def test_every_command_that_is_advised_is_one() -> None:
+    found = {c for path in FILES for text in texts(path) for c in commands(text)}
+    assert len(found) > 25
+    for command in found:
+        verb, *words = command.replace("…", " … ").split()
+        taken = ["--help", *(flag.option for flag in help.flags(verb))]
+        assert verb in [*tasks.ns.tasks, *help.NOT_TASKS], command
+        if verb not in help.NOT_TASKS and verb not in ("control", "local"):
+            assert [w for w in words if w.startswith("--") and w not in taken] == [], command
+
+
+def commands(text: str) -> list[str]:
+    """Those that end where the text does are a part of an f-string."""
+    return re.findall(r"`pulse-railway ([a-z][^`]*)`", text)

@@ -1,0 +1,214 @@
+"""Services of a stack that somebody deleted on Railway: what `status` says mends it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pulse_railway import contract
+from pulse_railway.config import Names, Target
+from pulse_railway.stack import Service, Stack, can_be_made, named_after, partial
+from tests.conftest import TINY, Project, play
+from tests.net import eventually
+from tests.test_local_environments import delete
+
+# ends as SIGKILL ends it after the n-th write that Railway has carried out
+KILLED = """
+import os, sys
+from pulse_railway import cli
+from pulse_railway.railway.api import Api
+last, call, writes = int(sys.argv[1]), Api.call, []
+def counted(self, document, **variables):
+    answer = call(self, document, **variables)
+    writes.append(document) if document.lstrip().startswith("mutation") else None
+    if len(writes) == last:
+        os.kill(os.getpid(), 9)
+    return answer
+Api.call = counted
+cli.main(sys.argv[2:])
+"""
+
+
+def killed(project: Project, *words: str, after: int = 1, **env: str) -> bool:
+    """Run a verb that is killed after so many writes. False: it came to its end before."""
+    command = [sys.executable, "-c", KILLED, str(after), *words]
+    done = subprocess.run(
+        command, env={**project.env, **env}, cwd=TINY, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode in (0, -9), done.stderr
+    return done.returncode != 0
+
+
+def remove(project: Project, *names: str) -> None:
+    """As somebody does on Railway's page."""
+    there = project.stage.services()
+    for name in names:
+        delete(project, there[name]["serviceId"])
+
+
+def running(project: Project, *but: str) -> dict[str, str]:
+    """The deployment of each service."""
+    names = project.services - {"edge-env", *but}
+    return {name: project.latest(name)["id"] for name in names}
+
+
+def ensure(project: Project, *words: str) -> Any:
+    return project.run("ensure", "main.py", *words)
+
+
+@pytest.fixture(scope="module")
+def edge(project: Project) -> Project:
+    """A stack whose names have a prefix, with a variable of its user's."""
+    project.ok("ensure", "main.py", "--service-prefix", "edge")
+    project.stage.set_variables("edge-env", {"API_KEY": "k"})
+    project.deploy("first")
+    return project
+
+
+def test_what_was_deleted_by_hand_is_made_anew(edge: Project, request: Any) -> None:
+    play(globals(), request)
+
+
+def step_01_the_janitor(edge: Project) -> None:
+    """Before: delete the router, whose address goes with it, and scaffold."""
+    before, token = running(edge, "edge-janitor"), edge.variables("edge-router")
+    remove(edge, "edge-janitor")
+    status = edge.ok("status")
+    said = "edge-janitor of this stack is missing: `pulse-railway ensure` makes it anew"
+    assert (status["problem"], status["missing"]) == (said, ["edge-janitor"])
+    with_app = said.replace("ensure`", "ensure --app main.py`")
+    assert with_app in edge.run("deploy", "main.py").error
+    assert with_app in edge.run("scaffold", "main.py").error
+    plan = edge.ok("ensure", "main.py", "--plan")["planned"]
+    assert plan[0] == "edge-janitor: create"
+    assert "edge-janitor" not in edge.services
+    done = ensure(edge)
+    assert done.code == 0, done.err
+    assert "edge-janitor: create" in done.err
+    assert running(edge, "edge-janitor") == before
+    assert edge.variables("edge-router") == token
+    assert edge.ok("ensure", "main.py")["changed"] == []
+    assert edge.ok("status")["problems"] == []
+    assert edge.janitor("edge-janitor")["exit"] == 0
+
+
+def step_02_the_env_service(edge: Project) -> None:
+    before, router = running(edge), edge.variables("edge-router")
+    remove(edge, "edge-env")
+    lost = "the variables of edge-env are lost; deployments refer to API_KEY"
+    said = "edge-env of this stack is missing: `pulse-railway ensure` makes it anew; " + lost
+    assert edge.ok("status")["problem"].startswith(said)
+    done = ensure(edge)
+    assert done.code == 0, done.err
+    assert f"warning: {lost}" in done.err
+    assert "API_KEY" not in edge.variables("edge-env")
+    assert (running(edge), edge.variables("edge-router")) == (before, router)
+    assert edge.ok("ensure", "main.py")["changed"] == []
+    # which is not taken for an answer of Railway's that lacks something
+    assert edge.ok("promote", "--deployment-id", "first")["active"]
+    warned = edge.run("deploy", "main.py", "--deployment-id", "second")
+    assert "warning: edge-env has no API_KEY, which first refers to" in warned.err
+    edge.stage.set_variables("edge-env", {"API_KEY": "k"})
+    edge.deploy("third")
+    assert edge.variables("edge-third")["API_KEY"] == "${{edge-env.API_KEY}}"
+    assert edge.ok("status")["problems"] == []
+
+
+def step_03_killed_after_each_write(edge: Project) -> None:
+    before = running(edge, "edge-janitor")
+    remove(edge, "edge-env", "edge-janitor")
+    assert "edge-env, edge-janitor of this stack are missing" in edge.ok("status")["problem"]
+    runs = 0
+    window = ("--rollback-window-seconds", "0")
+    while killed(edge, "ensure", "main.py", *window):
+        runs += 1
+        assert runs < 15
+    assert runs > 3
+    assert edge.ok("ensure", "main.py")["changed"] == []
+    assert running(edge, "edge-janitor") == before
+    edge.stage.set_variables("edge-env", {"API_KEY": "k"})
+    assert edge.ok("status")["problems"] == []
+    eventually(lambda: edge.janitor("edge-janitor")["exit"] == 0)
+
+
+def step_04_the_router(edge: Project) -> None:
+    """Before: there is no baseline, and `ensure` made one with the usual names beside the rest."""
+    remove(edge, "edge-router")
+    rest = ("edge-env", "edge-janitor", "edge-redis")
+    said = f"{', '.join(rest)} belonged to a router that is gone: delete {', '.join(rest)}"
+    run = "`pulse-railway scaffold --service-prefix edge`"
+    problem = edge.ok("status")["problem"]
+    assert f"{said} on Railway and run {run}" in problem
+    assert "all sessions and the routing state; 1 variables of edge-env" in problem
+    assert f"{said} on Railway and run `pulse-railway scaffold" in ensure(edge).error
+    remove(edge, *rest)
+    made = edge.run(
+        "scaffold", "main.py", "--service-prefix", "edge", "--rollback-window-seconds", "0"
+    )
+    assert "third ran under a baseline that is gone" in made.err
+    assert "`pulse-railway restore --deployment-id ...`" in edge.ok("status")["problem"]
+    assert edge.ok("restore", "--deployment-id", "third")["active"] == "third"
+    assert edge.get("/_pulse/meta")["deployment_id"] == "third"
+
+
+def step_05_railways_own_file_in_a_folder_above(edge: Project, tmp_path: Path) -> None:
+    """Its next apply would delete what `ensure` makes."""
+    folder = tmp_path / "services" / "site"
+    shutil.copytree(TINY, folder)
+    file = tmp_path / ".railway" / "railway.ts"
+    file.parent.mkdir()
+    for text, warns in (("export default x", True), ('export const partial = "site"', False)):
+        file.write_text(text)
+        for verb in (["ensure", "main.py", "--plan"], ["doctor", "main.py"]):
+            run = edge.run(*verb, cwd=folder)
+            assert (f"{file} lists the whole project" in run.out + run.err) == warns
+
+
+# -- without a Railway -----------------------------------------------------------------------------
+
+
+def a_stack(without: str, **of_router: str) -> Stack:
+    names = ("pulse-router", "pulse-env", "pulse-redis", "pulse-janitor")
+    services = {n: Service(n, "", n, "", None, {}, [], None, None) for n in names if n != without}
+    for service in services.values():
+        service.variables = {contract.STACK: "e/pulse-router"}
+    services["pulse-router"].variables |= of_router
+    return Stack(Target("p", "e"), Names(), services)
+
+
+def test_only_what_is_certainly_this_stacks_is_made_anew() -> None:
+    assert can_be_made(a_stack("pulse-janitor"))
+    assert can_be_made(a_stack("pulse-env"))
+    assert not can_be_made(a_stack(""))
+    assert not can_be_made(a_stack("pulse-redis"))
+    assert not can_be_made(a_stack("pulse-env", **{contract.STACK: ""}))  # 0.3.x's
+    unstamped = a_stack("pulse-env")
+    unstamped.services["pulse-redis"].variables = {}
+    assert not can_be_made(unstamped)
+    renamed = a_stack("pulse-janitor")
+    renamed.services["sweeper"] = renamed.services["pulse-env"].__class__(
+        "s", "", "sweeper", "", None, {}, [], None, None, {contract.STACK: "e/pulse-router"}
+    )
+    assert not can_be_made(renamed)
+    assert "If what is missing has another name" in partial(renamed)
+
+
+@pytest.mark.parametrize(
+    ("router", "wanted", "was", "name"),
+    [
+        ("pulse-router", Names(), None, "pulse-env"),
+        ("edge-router", Names(), None, "edge-env"),
+        ("edge-router", Names(), "vars", "vars"),
+        ("edge-router", Names(env="own"), "vars", "own"),
+        ("edge", Names(), None, "pulse-env"),
+    ],
+)
+def test_what_is_not_there_has_the_stacks_names(
+    router: str, wanted: Names, was: str | None, name: str
+) -> None:
+    assert named_after(router, wanted, "env", was) == name
