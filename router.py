@@ -68,6 +68,8 @@ from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
 
+from router_limits import DEFAULT_LIMITS, Limits, number_from_env
+
 if TYPE_CHECKING:
     import telemetry
     from sqlite_store import SqliteStore
@@ -76,16 +78,6 @@ if TYPE_CHECKING:
     type Then = Callable[[Exchange], None]
 
 VERSION = "0.4.0"  # of the package that this belongs to
-
-
-def from_env(variable: str, default: Any, kind: type = float, env: Any = os.environ) -> Any:
-    """A variable that holds seconds, or for int a whole number from 1. Raises SystemExit."""
-    text = env.get(variable)
-    if text and kind is int and not re.fullmatch(r"0*[1-9]\d{0,8}", text, re.ASCII):
-        raise SystemExit(f"{variable} takes a whole number from 1, not {text!r}")
-    if text and kind is float and not re.fullmatch(r"\d{1,9}(\.\d*)?", text, re.ASCII):
-        raise SystemExit(f"{variable} takes a number of seconds, not {text!r}")
-    return kind(text) if text else default
 
 
 # == Names shared with pulse_railway/contract.py; a test holds the two together =================
@@ -109,56 +101,10 @@ DEPLOYMENT_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,23}")
 LAST_PROMOTED_VARIABLE = "PULSE_RAILWAY_ACTIVE"  # on Railway: which deployment was promoted last
 LAST_PROMOTED_AT_VARIABLE = "PULSE_RAILWAY_ACTIVE_AT"
 
-# Limits, in seconds and bytes. The edge's own: a 32 KB head, 15 minutes a request, 60 s idle.
-HEAD_LIMIT = 64 * 1024
-HEADER_COUNT_LIMIT = 512
-FRAMING_LIMIT = 16 * 1024  # chunk extensions and trailers of one request, beyond 16 bytes a chunk
-PIPELINE_LIMIT = 64  # requests on one connection that wait for the answers before theirs
-ANSWER_HEAD_LIMIT = 256 * 1024  # of a backend
-WRITE_STALL_TIMEOUT = 300.0  # a client takes the next piece of its answer within this
-HEAD_TIMEOUT = 30.0  # a client sends its request head within this
-BODY_AHEAD = 64 * 1024  # of a body is read before the backend has taken what came before it
-BODY_STALL_TIMEOUT = 60.0  # ... and the next piece of its body within this
-IDLE_CLOSE_GRACE = 0.5  # at the end, a request may be on its way on a connection that looks idle
-KEEP_ALIVE = 75.0  # idle client connections; longer than the edge's 60 s, so the edge closes first
-HALF_CLOSED = from_env("PULSE_RAILWAY_ROUTER_HALF_CLOSED_SECONDS", 60.0)
-FLUSH = 30.0  # for what is still to be written to a tunnel's one end when the other has gone
-LINGER = 5.0  # after an early answer, an upload is read and dropped until it pauses for this long
-LINGER_AT_MOST = 30.0
-CONNECT_TIMEOUT = 5.0
-DESCRIPTORS_KEPT = 64  # for the store, the listening socket, files
-HANDSHAKE_TIMEOUT = 30.0  # for a backend's answer to a WebSocket handshake
-HEDGE_TIMEOUT = 1.5  # for the answer of another deployment to what the first one lacks
-HEDGE_DELAY = 0.2  # before the next deployment is asked too
-EJECTION_SECONDS = 30.0  # a deployment that gave no answer is asked for no asset
-ASSET_LOCATION_SECONDS = 300.0  # that the deployment which had an asset is remembered
-ASSET_LOCATIONS_AT_MOST = 2000
-ASSET_LOCATION_PATH_LIMIT = 512  # bytes; a longer path is not remembered
-RESOLVED_SECONDS = 5.0  # an address is remembered for
-RESOLVERS = 64  # names that can be looked up at once; a bad one may take many seconds
-RESPONSE_TIMEOUT = from_env("PULSE_RAILWAY_ROUTER_RESPONSE_TIMEOUT", 900.0)
-UPSTREAM_IDLE = 4.0  # uvicorn backends close idle connections after 5 s
-UNSAFE_IDLE = 1.0  # a request that may not be repeated only goes onto a fresher one
-UPSTREAM_IDLE_LIMIT = 256  # idle connections kept per deployment
-CONTINUE_TIMEOUT = 1.0  # a backend that ignores `Expect: 100-continue` gets the body after this
-REDIS_TIMEOUT = 3.0
-REFRESH_SECONDS = 15.0  # 0.3.x writers announce nothing
-LOOKUP_SECONDS = 1.0  # between two reads for ids that are not known
-MISSING_SECONDS = 90.0  # that a deployment whose record is gone has to answer, or to fail
-LOOKS_AT_ONCE = 3  # at deployments whose records are gone; the loop has five threads or more
-PROVISIONAL_SECONDS = 1.0  # between two tries to reach what is served for want of a state
-SCAN_STEP_SECONDS = 90.0
-REPORT_SECONDS = 10.0  # between two reports while counters change
-REPORT_IDLE_SECONDS = 45.0
-REPORT_LEASE = 120  # seconds
-RESTARTS = 3  # of a background task in RESTART_SECONDS; then the process ends
-RESTART_SECONDS = 60.0
-SCAN_SHARE = 0.02  # of the time, at most, goes into looking for records that nobody announced
-SCAN_COUNT = 1000  # keys a step
-START_TIMEOUT = 2.0  # wait so long for the first load before serving 503s
-BACKEND_TIMEOUT = 5.0  # for an answer to a question of ours
+REPORT_LEASE = 120  # seconds that a router's report lasts
+SCAN_COUNT = 1000  # keys of Redis a step
 SERVICE_PREFIX = os.environ.get("PULSE_RAILWAY_SERVICE_PREFIX", "")
-SHUTDOWN_GRACE = from_env("PULSE_RAILWAY_ROUTER_SHUTDOWN_SECONDS", 25.0)
+
 
 log = logging.getLogger("pulse.router")
 
@@ -187,7 +133,7 @@ FIXED = {  # key -> attribute of Routing
 }
 STAMP = re.compile(r"[A-Za-z0-9_-]{1,64}/[A-Za-z0-9_-]{1,64}")  # as ownership.parse takes it
 RECORD, REPORT = ":deployment:", ":router:"  # begin a key of one of many
-TOMBSTONE_TTL = max(7 * 86_400.0, from_env("PULSE_RAILWAY_DRAIN_TTL_SECONDS", 0.0))
+TOMBSTONE_TTL = max(7 * 86_400.0, number_from_env("PULSE_RAILWAY_DRAIN_TTL_SECONDS", 0.0))
 TOMBSTONES_AT_MOST = 1000
 CLOCKS_MAY_DIFFER = 86_400.0  # a promotion that is later than that is no promotion
 PROCESSED_TTL = 3600.0
@@ -746,13 +692,15 @@ def _with_one_active(
 class RedisStore:
     """The routing state in Redis, under `prefix`; keys that are written end after `ttl` seconds."""
 
-    def __init__(self, url: str, prefix: str, ttl: int | None = None) -> None:
+    def __init__(
+        self, url: str, prefix: str, ttl: int | None = None, limits: Limits = DEFAULT_LIMITS
+    ) -> None:
         self.url, self.prefix, self.ttl = url, prefix, ttl
         self.options: Json = {
             "decode_responses": True,
             "encoding_errors": "replace",  # what is no UTF-8 is not understood, and no error
-            "socket_timeout": REDIS_TIMEOUT,
-            "socket_connect_timeout": REDIS_TIMEOUT,
+            "socket_timeout": limits.redis_seconds,
+            "socket_connect_timeout": limits.redis_seconds,
         }
         self.client = redis.Redis.from_url(
             url,
@@ -817,7 +765,7 @@ class RedisStore:
 class Follower:
     """A router's connection to the store. The state is read in one MGET (what is fixed, and the
     records that are known, announced or asked for): at the beginning, on every announcement, when
-    the table asks, and every REFRESH_SECONDS.
+    the table asks, and every self.table.limits.refresh_seconds.
 
     Sessions may share this Redis, so going through all of its keys is for the beginning and for
     what is announced without names; after that it is done a step at a time."""
@@ -854,7 +802,7 @@ class Follower:
 
     async def listen(self, pubsub: redis.asyncio.client.PubSub) -> None:
         while True:
-            message = await pubsub.get_message(timeout=REFRESH_SECONDS)
+            message = await pubsub.get_message(timeout=self.table.limits.refresh_seconds)
             if not message:
                 continue
             try:
@@ -868,7 +816,7 @@ class Follower:
 
     async def read(self) -> None:
         table, lookups = self.table, set(self.table.pending_lookups)
-        self.next_read = time.monotonic() + REFRESH_SECONDS
+        self.next_read = time.monotonic() + self.table.limits.refresh_seconds
         await self.scan()
         self.know(*lookups)
         found = await self.read_known()
@@ -892,13 +840,15 @@ class Follower:
             self.scan_all = False
             scan = self.client.scan_iter(self.store.pattern, count=SCAN_COUNT)
             self.keys |= {key async for key in scan}
-            self.next_scan = time.monotonic() + (time.monotonic() - began) / SCAN_SHARE
+            self.next_scan = (
+                time.monotonic() + (time.monotonic() - began) / self.table.limits.scan_share
+            )
         elif began >= self.next_step:
             self.cursor, found = await self.client.scan(self.cursor, self.store.pattern, SCAN_COUNT)
             self.keys |= {str(key) for key in found}
         else:
             return
-        self.next_step = began + SCAN_STEP_SECONDS
+        self.next_step = began + self.table.limits.scan_step_seconds
 
     async def read_known(self) -> Routing:
         keys = [*self.store.fixed, *self.keys]
@@ -914,13 +864,13 @@ class Follower:
         now, table, epoch = time.monotonic(), self.table, self.table.routing.epoch
         if epoch == self.reported.get("epoch") and now < self.next_report:
             return
-        self.next_report = now + REPORT_SECONDS
+        self.next_report = now + self.table.limits.report_seconds
         if table.other_owner:
             return
         served = {"active": table.routing.active, "epoch": epoch, "since": table.since}
         report = {"version": runtime_version(), **served, **METRICS.counters()}
         if report != self.reported or now >= self.report_by:
-            self.reported, self.report_by = report, now + REPORT_IDLE_SECONDS
+            self.reported, self.report_by = report, now + self.table.limits.report_idle_seconds
             # what changes by itself is no reason to report
             uptime, tasks = round(time.time() - METRICS.started_at), len(asyncio.all_tasks())
             text = compact({**report, "uptime_seconds": uptime, "tasks": tasks})
@@ -940,7 +890,7 @@ def written(after: Routing, change: Change) -> Routing:
     )
 
 
-def store_from_env(env: Mapping[str, str]) -> Store:
+def store_from_env(env: Mapping[str, str], limits: Limits = DEFAULT_LIMITS) -> Store:
     """The store that the environment names: REDIS_URL on Railway, PULSE_KV_* elsewhere."""
     prefix = (env.get("PULSE_RAILWAY_REDIS_PREFIX") or DEFAULT_REDIS_PREFIX).rstrip(":")
     kind = env.get("PULSE_KV_KIND") or "redis"
@@ -953,7 +903,8 @@ def store_from_env(env: Mapping[str, str]) -> Store:
     url = env.get("PULSE_KV_URL") or env.get("REDIS_URL")
     if kind != "redis" or not url:
         raise SystemExit("set REDIS_URL, or PULSE_KV_KIND=sqlite and PULSE_KV_PATH")
-    return RedisStore(url, prefix, from_env("PULSE_RAILWAY_KEY_TTL_SECONDS", None, int, env))
+    ttl = number_from_env("PULSE_RAILWAY_KEY_TTL_SECONDS", None, int, env)
+    return RedisStore(url, prefix, ttl, limits)
 
 
 def promotion_from_env(env: Mapping[str, str]) -> Promotion | None:
@@ -994,7 +945,8 @@ class Missing:
 class Table:
     """All known deployments, in memory. A request never waits for the store to use it."""
 
-    def __init__(self, env: Mapping[str, str] = os.environ) -> None:
+    def __init__(self, env: Mapping[str, str], limits: Limits = DEFAULT_LIMITS) -> None:
+        self.limits = limits
         self.last_promoted = promotion_from_env(env)
         self.me = self.copy = None  # this stack's stamp; what to say where it is a copy of another
         if env.get("RAILWAY_ENVIRONMENT_ID"):
@@ -1046,7 +998,7 @@ class Table:
         if self.provisional:
             answer["without_state"] = True
         age = time.monotonic() - self.loaded_at
-        if self.loaded and age > 3 * REFRESH_SECONDS:
+        if self.loaded and age > 3 * self.limits.refresh_seconds:
             answer["stale_seconds"] = round(age)
         return JSONResponse(answer, 200 if self.ready else 503)
 
@@ -1067,7 +1019,7 @@ class Table:
 
     def alive(self) -> set[str]:
         """Those whose record is missing, and that have answered for a while."""
-        before = time.monotonic() - MISSING_SECONDS
+        before = time.monotonic() - self.limits.missing_seconds
         return {name for name, m in self.missing.items() if m.answers and m.since <= before}
 
     async def repair(self, store: Store, found: Routing) -> bool:
@@ -1080,11 +1032,11 @@ class Table:
         mine, other = known.record_of_active(), found.record_of_active()
         refused = None
         if mine and other and mine.deployment_id != other.deployment_id:
-            if await loop.run_in_executor(None, look, mine) == "unreachable":
+            if await loop.run_in_executor(None, look, mine, self.limits) == "unreachable":
                 known = replace(known, active=None, promoted=None)
             elif other.deployment_id not in found.records:  # is there such a deployment at all?
-                unreachable = await loop.run_in_executor(None, look, other) == "unreachable"
-                refused = other.deployment_id if unreachable else None
+                at_other = await loop.run_in_executor(None, look, other, self.limits)
+                refused = other.deployment_id if at_other == "unreachable" else None
         if known.active and (found.store_id, found.active) != (known.store_id, known.active):
             log.error("the store has lost data: writing back what this router knows")
 
@@ -1112,11 +1064,11 @@ class Table:
 
     async def look_at(self, records: list[Record]) -> None:
         """A few at a time: many that are silent would keep `repair` from its thread."""
-        loop, gate = asyncio.get_running_loop(), asyncio.Semaphore(LOOKS_AT_ONCE)
+        loop, gate = asyncio.get_running_loop(), asyncio.Semaphore(self.limits.parallel_looks)
 
         async def look_once(record: Record) -> None:
             async with gate:
-                at_address = await loop.run_in_executor(None, look, record)
+                at_address = await loop.run_in_executor(None, look, record, self.limits)
             if missing := self.missing.get(record.deployment_id):
                 missing.answers = at_address == "answers"
                 failing_since = missing.failing_since or time.monotonic()
@@ -1137,7 +1089,7 @@ class Table:
             name: self.routing.records[name]
             for name, m in self.missing.items()
             if name in self.routing.records
-            and (m.failing_since is None or now - m.failing_since < MISSING_SECONDS)
+            and (m.failing_since is None or now - m.failing_since < self.limits.missing_seconds)
         }
         routing = replace(found, records={**found.records, **kept})
         if routing != self.routing or not self.loaded:
@@ -1198,14 +1150,14 @@ class Table:
             if self.last_promoted and self.active is None and (self.lost or not self.loaded):
                 record = Record(self.last_promoted.deployment_id, "active")
                 record = replace(record, service_name=SERVICE_PREFIX + record.deployment_id)
-                at_address = await loop.run_in_executor(None, look, record)
+                at_address = await loop.run_in_executor(None, look, record, self.limits)
                 if at_address == "answers" and self.active is None:
                     log.error("no routing state: serving %s, as Railway says", record.deployment_id)
                     self.active, self.provisional = self._entry(record), True
                     self.deployments = {record.deployment_id.encode(): cast(Any, self.active)}
                     if os.environ.get("PULSE_RAILWAY_MAINTENANCE"):
                         self.closed = Maintenance(0.0)
-            await asyncio.sleep(PROVISIONAL_SECONDS)
+            await asyncio.sleep(self.limits.provisional_seconds)
 
     # -- what a request needs ------------------------------------------------------------------
 
@@ -1216,7 +1168,7 @@ class Table:
         if known or not DEPLOYMENT_ID.fullmatch(text):
             return known
         now = asyncio.get_running_loop().time()
-        if now - self.looked_at >= LOOKUP_SECONDS:
+        if now - self.looked_at >= self.limits.lookup_seconds:
             self.looked_at = now
             self.pending_lookups = {text}
             self.refresh_event.set()
@@ -1235,10 +1187,11 @@ class Table:
         return sorted(found, key=lambda d: d.id != had_by) if until > now else found
 
     def cache_asset_location(self, path: bytes, deployment: Deployment) -> None:
-        if len(path) > ASSET_LOCATION_PATH_LIMIT:
+        if len(path) > self.limits.asset_location_path_bytes:
             return
-        self.asset_locations[path] = deployment.id, time.monotonic() + ASSET_LOCATION_SECONDS
-        while len(self.asset_locations) > ASSET_LOCATIONS_AT_MOST:
+        until = time.monotonic() + self.limits.asset_location_seconds
+        self.asset_locations[path] = deployment.id, until
+        while len(self.asset_locations) > self.limits.asset_locations:
             del self.asset_locations[next(iter(self.asset_locations))]
 
     async def follow(self, store: Store) -> None:
@@ -1254,7 +1207,7 @@ class Table:
             await asyncio.sleep(pause)
 
 
-TABLE = Table()
+TABLE = Table(os.environ)  # `serve` makes another, with its limits
 ACCESS_LOG: telemetry.AccessLog | None = None  # where it is asked for
 TELEMETRY = ("PULSE_RAILWAY_ACCESS_LOG", "PULSE_RAILWAY_METRICS_PORT", "OTEL_")  # who asks
 
@@ -1413,10 +1366,11 @@ class Resolver:
     """Names to addresses, by Python's own resolver in threads: one question at a time for a name,
     so that a bad one holds one thread, and an answer is good for a few seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits = DEFAULT_LIMITS) -> None:
+        self.limits = limits
         self.known: dict[tuple[str, int], tuple[float, list[Any]]] = {}
         self.asking: dict[tuple[str, int], asyncio.Task[list[Any]]] = {}
-        self.threads = concurrent.futures.ThreadPoolExecutor(RESOLVERS, "resolver")
+        self.threads = concurrent.futures.ThreadPoolExecutor(limits.resolver_threads, "resolver")
 
     async def addresses(self, host: str, port: int) -> tuple[list[Any], bool]:
         """All addresses of a name, and whether they were remembered. Raises OSError."""
@@ -1438,7 +1392,7 @@ class Resolver:
             found = await asyncio.get_running_loop().run_in_executor(self.threads, ask)
             now = time.monotonic()
             self.known = {k: v for k, v in self.known.items() if v[0] > now}
-            self.known[key] = now + RESOLVED_SECONDS, found
+            self.known[key] = now + self.limits.resolved_seconds, found
             return found
         finally:
             del self.asking[key]
@@ -1447,13 +1401,13 @@ class Resolver:
 RESOLVER = Resolver()
 
 
-async def connect(deployment: Deployment, timeout: float = CONNECT_TIMEOUT) -> Upstream:
+async def connect(deployment: Deployment, timeout: float) -> Upstream:
     """A new connection. Every address of the name is tried, a later one 250 ms after the one
     before it (RFC 8305), so that a name with a dead IPv6 address costs little.
 
     Raises UpstreamError: 502 where the backend refuses, 504 where it does not answer in time."""
-    clients = len(Client.instances) + len(TunnelEnd.open)
-    if clients > Client.limit // 2 and clients + idle_connections() > Client.limit:
+    clients, limit = len(Client.instances) + len(TunnelEnd.open), TABLE.limits.connections
+    if clients > limit // 2 and clients + idle_connections() > limit:
         for other in TABLE.deployments.values():
             close_idle(other)  # descriptors are short, and this one is needed
     host, port = deployment.host, deployment.port
@@ -1481,14 +1435,14 @@ async def connect(deployment: Deployment, timeout: float = CONNECT_TIMEOUT) -> U
 # == The client's side of a connection ==========================================================
 
 
-def client_limit(configured: int | None) -> int:
+def client_limit(configured: int | None, limits: Limits) -> int:
     """How many clients may be connected at once, after this process has got as many descriptors as
     it may: half of them, or what is configured where that is fewer."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # above the kernel's own limit
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    room = (soft - DESCRIPTORS_KEPT) // 2 if soft != resource.RLIM_INFINITY else 1 << 30
+    room = (soft - limits.descriptors_kept) // 2 if soft != resource.RLIM_INFINITY else 1 << 30
     return max(8, min(room, configured or room))
 
 
@@ -1567,7 +1521,6 @@ class Client(asyncio.Protocol):
     """
 
     instances: ClassVar[set[Client]] = set()  # all open ones, for close_overdue
-    limit: ClassVar[int] = 1 << 30  # of them and the open tunnels
 
     # what a connection begins with
     handshake = chunked = head_in_read = ending = lingering = reading_paused = False
@@ -1577,7 +1530,8 @@ class Client(asyncio.Protocol):
     chunks = body_bytes = 0  # of the body, in the last read
     lingers_since = stalled_since = 0.0  # stalled: when it stopped taking its answer
 
-    def __init__(self, *, server_state: Any, **_: Any) -> None:
+    def __init__(self, *, server_state: Any, limits: Limits = DEFAULT_LIMITS, **_: Any) -> None:
+        self.limits = limits
         self.connections, self.tasks = server_state.connections, server_state.tasks
         self.loop = asyncio.get_running_loop()
         self.parser: Any = self.new_parser()  # None: nothing more is read
@@ -1593,7 +1547,7 @@ class Client(asyncio.Protocol):
         self.touched = self.loop.time()  # when the client last sent, or was last answered
         self.connections.add(self)
         Client.instances.add(self)
-        if (open_now := len(Client.instances) + len(TunnelEnd.open)) > Client.limit:
+        if (open_now := len(Client.instances) + len(TunnelEnd.open)) > self.limits.connections:
             self.reject(open_now)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -1650,7 +1604,7 @@ class Client(asyncio.Protocol):
         except BadRequest as error:
             self.refuse(error.status)
         else:
-            if self.in_head and self.head_size > HEAD_LIMIT:
+            if self.in_head and self.head_size > self.limits.head_bytes:
                 self.refuse(431)
         if self.waiting and not self.busy:
             self.begin()
@@ -1698,7 +1652,7 @@ class Client(asyncio.Protocol):
         """Near the limit of descriptors, newcomers are told so; those who are there go on. Each
         of them may need a second descriptor, to its backend."""
         METRICS.rejected += 1
-        if open_now > Client.limit * 1.05 + 16:  # no descriptors for politeness either
+        if open_now > self.limits.connections * 1.05 + 16:  # no descriptors for politeness either
             self.transport.abort()
             return
         self.parser = None
@@ -1710,7 +1664,7 @@ class Client(asyncio.Protocol):
         is allowed for each chunk, and as much again as the body has."""
         extra = received - 2 * self.body_bytes - 16 * self.chunks
         self.framing = max(0, self.framing + extra)
-        if self.framing > FRAMING_LIMIT:
+        if self.framing > self.limits.framing_bytes:
             raise BadRequest("too much around the body", 431)
 
     # called by the parser
@@ -1729,11 +1683,11 @@ class Client(asyncio.Protocol):
             # A trailer: dropped, since merged into the headers it could say anything of what was
             # checked already: a second host, an affinity (RFC 9110 section 6.5.1).
             self.framing += len(name) + len(value) + 4
-            if self.framing > FRAMING_LIMIT:
+            if self.framing > self.limits.framing_bytes:
                 raise BadRequest("trailers too large", 431)
             return
         self.fields.append((name, name.lower(), value))
-        if len(self.fields) > HEADER_COUNT_LIMIT:
+        if len(self.fields) > self.limits.header_count:
             raise BadRequest("too many headers", 431)
 
     def on_chunk_header(self) -> None:
@@ -1741,16 +1695,16 @@ class Client(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         self.in_head = False
-        if self.head_size > HEAD_LIMIT:  # with what came behind it
+        if self.head_size > self.limits.head_bytes:  # with what came behind it
             size = sum(len(name) + len(value) + 4 for name, _, value in self.fields)
-            if len(self.url) + size > HEAD_LIMIT:
+            if len(self.url) + size > self.limits.head_bytes:
                 raise BadRequest("head too large", 431)
         self.head_size = self.framing = 0
         self.head_in_read = True
         parser = self.parser
         method, version = parser.get_method(), parser.get_http_version()
         self.check_head(method, version)
-        if len(self.waiting) >= PIPELINE_LIMIT:
+        if len(self.waiting) >= self.limits.pipelined_requests:
             raise BadRequest("too many requests at once")
         behind = self.busy or bool(self.waiting)
         if parser.should_upgrade():
@@ -1826,7 +1780,7 @@ class Client(asyncio.Protocol):
             return
         arriving.body += body
         arriving.arrived.set()
-        if len(arriving.body) > BODY_AHEAD:
+        if len(arriving.body) > self.limits.body_ahead_bytes:
             self.pause_reading()
 
     def on_message_complete(self) -> None:
@@ -1914,7 +1868,7 @@ class Client(asyncio.Protocol):
         that waits for a request after a moment: it may have been sent already."""
         self.ending = True
         if self.arriving is None or self.arriving.answered:
-            self.loop.call_later(IDLE_CLOSE_GRACE, self.close_if_idle)
+            self.loop.call_later(self.limits.idle_close_grace_seconds, self.close_if_idle)
         else:
             self.arriving.keep_alive = False
 
@@ -1931,17 +1885,25 @@ class Client(asyncio.Protocol):
         if not self.transport.is_closing() and self.transport.can_write_eof():
             self.transport.write_eof()  # the client need not wait for the rest to see the end
 
+    @property
+    def awaits_body(self) -> bool:
+        """Is the next piece of a body the client's to send?"""
+        return self.arriving is not None and self.arriving.more_body and not self.reading_paused
+
     def overdue(self, now: float) -> bool:
         """Is this one still there although it has been given all the time that it gets?"""
+        limits = self.limits
         if self.lingering:
-            return now - self.touched > LINGER or now - self.lingers_since > LINGER_AT_MOST
-        limit = FLUSH if self.transport.is_closing() else WRITE_STALL_TIMEOUT
+            paused, lasted = now - self.touched, now - self.lingers_since
+            return paused > limits.linger_pause_seconds or lasted > limits.linger_seconds
+        closing = self.transport.is_closing()
+        limit = limits.flush_seconds if closing else limits.write_stall_seconds
         return bool(self.stalled_since) and now - self.stalled_since > limit
 
 
 async def close_overdue() -> None:
     """Every second, close the connections whose time is up."""
-    loop = asyncio.get_running_loop()
+    loop, limits = asyncio.get_running_loop(), TABLE.limits
     while True:
         await asyncio.sleep(1.0)
         now = loop.time()
@@ -1953,21 +1915,22 @@ async def close_overdue() -> None:
                 continue
             elif arriving is None or arriving.answered:
                 if client.head_size and idle > 0 and client.parser is not None:
-                    if idle > HEAD_TIMEOUT:
+                    if idle > limits.head_seconds:
                         client.refuse(408)
-                elif idle > (KEEP_ALIVE if arriving else HEAD_TIMEOUT):
+                elif idle > (limits.keep_alive_seconds if arriving else limits.head_seconds):
                     closing = client.transport.is_closing()
                     (client.transport.abort if closing else client.transport.close)()
-            elif arriving.more_body and not client.reading_paused and idle > BODY_STALL_TIMEOUT:
+            elif client.awaits_body and idle > limits.body_stall_seconds:
                 client.transport.abort()
             elif client.exchange:
                 client.exchange.check_time()
         monotonic = time.monotonic()
         for end in list(TunnelEnd.open):
-            end.check_time(monotonic)
+            end.check_time(monotonic, limits)
         for deployment in TABLE.deployments.values():
-            while deployment.idle and now - deployment.idle[0].idle_since > UPSTREAM_IDLE:
-                deployment.idle.popleft().transport.close()
+            pool, oldest = deployment.idle, now - limits.upstream_idle_seconds
+            while pool and pool[0].idle_since < oldest:
+                pool.popleft().transport.close()
 
 
 # == One request and its answer =================================================================
@@ -2030,7 +1993,9 @@ class Exchange:
             why = "the backend switched protocols unasked"
         except httptools.HttpParserError:
             why = "the backend's answer is not HTTP"
-        if not self.started and self.head_size > ANSWER_HEAD_LIMIT and not self.finished:
+        if self.head_size > self.client.limits.answer_head_bytes and not (
+            self.started or self.finished
+        ):
             why = "the backend's answer has too large a head"
         if why and not self.finished:
             self.broken(why)
@@ -2197,7 +2162,8 @@ class Exchange:
 
     def check_time(self) -> None:
         """Give up on a backend that does not begin to answer, or falls silent in its answer."""
-        limit = HANDSHAKE_TIMEOUT if self.request.handshake else RESPONSE_TIMEOUT
+        limits = self.client.limits
+        limit = limits.handshake_seconds if self.request.handshake else limits.response_seconds
         if self.finished or time.monotonic() - (self.heard or self.began) <= limit:
             return
         if not self.started:
@@ -2250,7 +2216,7 @@ class Exchange:
         unread = self.hedged and not self.head_only
         pool = upstream.deployment.idle
         reusable = self.keep and not (sending or unread or upstream.transport.is_closing())
-        if reusable and len(pool) < UPSTREAM_IDLE_LIMIT:
+        if reusable and len(pool) < self.client.limits.idle_upstreams:
             upstream.idle_since = client.loop.time()
             pool.append(upstream)
         else:
@@ -2263,7 +2229,7 @@ class Exchange:
         """Send the request: at once where all of it is here, else its body by a task."""
         request, write = self.request, self.upstream.transport.write
         chunked = head[-2] == CHUNKED
-        if request.more_body or len(request.body) > BODY_AHEAD:
+        if request.more_body or len(request.body) > self.client.limits.body_ahead_bytes:
             if request.expects_continue:
                 self.go_ahead = asyncio.Event()
             self.writable = asyncio.Event()
@@ -2281,7 +2247,7 @@ class Exchange:
         request, write = self.request, self.upstream.transport.write
         if self.go_ahead:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.go_ahead.wait(), CONTINUE_TIMEOUT)
+                await asyncio.wait_for(self.go_ahead.wait(), self.client.limits.continue_seconds)
             if self.started:
                 return
         while not self.finished and (piece := await request.read()):
@@ -2347,8 +2313,8 @@ def repeatable(request: Request) -> bool:
 
 def from_pool(request: Request, deployment: Deployment) -> Upstream | None:
     """The idle connection used last, if it has not been idle for too long."""
-    pool, now = deployment.idle, request.client.loop.time()
-    max_idle = UPSTREAM_IDLE if repeatable(request) else UNSAFE_IDLE
+    pool, now, limits = deployment.idle, request.client.loop.time(), request.client.limits
+    max_idle = limits.upstream_idle_seconds if repeatable(request) else limits.unsafe_idle_seconds
     while pool and not request.handshake:
         upstream = pool.pop()
         if now - upstream.idle_since > max_idle:
@@ -2370,7 +2336,7 @@ async def forward(
     upstream = None if fresh else from_pool(request, target)
     while True:
         if upstream is None:
-            upstream = await connect(target, timeout or CONNECT_TIMEOUT)
+            upstream = await connect(target, timeout or request.client.limits.connect_seconds)
         if request.gone:
             upstream.transport.abort()
             return "gone"
@@ -2429,7 +2395,8 @@ class TunnelEnd(asyncio.Protocol):
 
     Each end may say that it has no more to send (a half-close), and the other goes on talking.
     The tunnel is over when both have, when either connection is lost, or when a half-closed one
-    has been silent for HALF_CLOSED seconds. What is still to be written then has FLUSH seconds."""
+    has been silent for `half_closed_seconds`. What is still to be written then has `flush_seconds`
+    (Limits)."""
 
     __slots__ = ("deployment", "ended", "lost", "peer", "since", "transport")
     open: ClassVar[set[TunnelEnd]] = set()  # the clients' ends, until both connections are gone
@@ -2479,9 +2446,9 @@ class TunnelEnd(asyncio.Protocol):
         if not self.peer.ended and not self.peer.transport.is_closing():
             self.peer.transport.resume_reading()
 
-    def check_time(self, now: float) -> None:
+    def check_time(self, now: float, limits: Limits) -> None:
         near, far = self, self.peer
-        limit = FLUSH if near.lost or far.lost else HALF_CLOSED
+        limit = limits.flush_seconds if near.lost or far.lost else limits.half_closed_seconds
         ending = near.lost or far.lost or near.ended or far.ended
         if ending and now - max(near.since, far.since) > limit:
             near.transport.abort()
@@ -2754,16 +2721,18 @@ def hedge_for(request: Request, affinity_id: bytes) -> str:
 
 async def fetch_from_others(request: Request, first: Deployment, hedge: str) -> bool:
     """Send hedged requests for what `first` lacks: to the next deployment as soon as one lacks it
-    too, or HEDGE_DELAY after the one before. The first that has it answers. Returns: did one?"""
-    loop, path = request.client.loop, request.url
+    too, or `hedge_delay_seconds` after the one before. The first that has it answers.
+    Returns: did one?"""
+    loop, path, limits = request.client.loop, request.url, request.client.limits
     others = collections.deque(TABLE.others(first, path))
     asking: dict[asyncio.Task[str], Deployment] = {}
     try:
         while asking or (others and not request.gone):
             if others and not request.begun:
                 other = others.popleft()
-                asking[loop.create_task(forward(request, other, hedge, HEDGE_TIMEOUT))] = other
-            pause, when = HEDGE_DELAY if others else None, asyncio.FIRST_COMPLETED
+                hedged = forward(request, other, hedge, limits.hedge_timeout_seconds)
+                asking[loop.create_task(hedged)] = other
+            pause, when = limits.hedge_delay_seconds if others else None, asyncio.FIRST_COMPLETED
             done, _ = await asyncio.wait(asking, timeout=pause, return_when=when)
             for task in done:
                 other = asking.pop(task)
@@ -2772,7 +2741,7 @@ async def fetch_from_others(request: Request, first: Deployment, hedge: str) -> 
                         TABLE.cache_asset_location(path, other)
                         return True
                 except UpstreamError:  # down or frozen: not every asset of a page waits for it
-                    other.ejected_until = time.monotonic() + EJECTION_SECONDS
+                    other.ejected_until = time.monotonic() + limits.ejection_seconds
         return request.gone
     finally:
         for task in asking:
@@ -2832,9 +2801,10 @@ def is_miss(hedge: str, path: bytes, status: int, fields: list[tuple[bytes, byte
 
 
 async def supervise(name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Keep a background task running. One that ends is started again; after RESTARTS in
-    RESTART_SECONDS the process ends in order, with a status that is not 0."""
-    ends: collections.deque[float] = collections.deque(maxlen=RESTARTS)
+    """Keep a background task running. One that ends is started again; after `restarts` in
+    `restart_seconds` (Limits) the process ends in order, with a status that is not 0."""
+    limits = TABLE.limits
+    ends: collections.deque[float] = collections.deque(maxlen=limits.restarts)
     while True:
         why = "it returned"
         try:
@@ -2845,7 +2815,7 @@ async def supervise(name: str, work: Callable[[], Coroutine[Any, Any, None]]) ->
             why = f"{type(error).__name__}\n{frames}"
         log.error("the task `%s` has ended, and starts again: %s", name, why)
         ends.append(time.monotonic())
-        if len(ends) == RESTARTS and ends[-1] - ends[0] < RESTART_SECONDS:
+        if len(ends) == limits.restarts and ends[-1] - ends[0] < limits.restart_seconds:
             log.critical("the task `%s` cannot be kept running: this router ends", name)
             app.state.failed = app.state.server.should_exit = True
             return
@@ -2856,7 +2826,7 @@ async def supervise(name: str, work: Callable[[], Coroutine[Any, Any, None]]) ->
 async def lifespan(_: Starlette) -> AsyncIterator[None]:
     host = os.environ.get("RAILWAY_REPLICA_ID") or socket.gethostname()
     METRICS.name = f"{host}-{secrets.token_hex(3)}"  # a restarted router begins to count anew
-    store = store_from_env(os.environ)
+    store = store_from_env(os.environ, TABLE.limits)
     work = {
         "routing state": functools.partial(TABLE.follow, store),
         "without state": TABLE.serve_without_state,
@@ -2870,7 +2840,7 @@ async def lifespan(_: Starlette) -> AsyncIterator[None]:
     tasks = [asyncio.create_task(supervise(*item)) for item in work.items()]
     try:
         with contextlib.suppress(TimeoutError):  # connections wait in the backlog meanwhile
-            await asyncio.wait_for(TABLE.changed.wait(), START_TIMEOUT)
+            await asyncio.wait_for(TABLE.changed.wait(), TABLE.limits.start_seconds)
         yield
     finally:
         for task in tasks:
@@ -2907,11 +2877,13 @@ class Server(uvicorn.Server):
             await asyncio.sleep(0.05)
 
 
-def serve() -> None:
-    global ACCESS_LOG
-    port = from_env("PORT", DEFAULT_PORT, int)
+def serve(limits: Limits) -> None:
+    global ACCESS_LOG, RESOLVER, TABLE
+    port = number_from_env("PORT", DEFAULT_PORT, int)
     store_from_env(os.environ)  # a missing variable shows before the port is taken
-    Client.limit = client_limit(from_env("PULSE_RAILWAY_ROUTER_CONNECTION_LIMIT", None, int))
+    configured = number_from_env("PULSE_RAILWAY_ROUTER_CONNECTION_LIMIT", None, int)
+    limits = replace(limits, connections=client_limit(configured, limits))
+    RESOLVER, TABLE = Resolver(limits), Table(os.environ, limits)
     if os.environ.get("PULSE_RAILWAY_ROUTER_WORKERS"):
         log.warning("PULSE_RAILWAY_ROUTER_WORKERS has no effect: give the service replicas")
     sock = listen(os.environ.get("HOST"), port)
@@ -2919,10 +2891,10 @@ def serve() -> None:
     if any(value and name.startswith(TELEMETRY) for name, value in os.environ.items()):
         import telemetry
 
-        ACCESS_LOG, app.state.telemetry = telemetry.start(os.environ)
+        ACCESS_LOG, app.state.telemetry = telemetry.start(os.environ, limits)
     config = uvicorn.Config(
         app,
-        http=Client,
+        http=cast(Any, functools.partial(Client, limits=limits)),
         ws="none",
         loop="uvloop" if sys.platform != "win32" else "asyncio",
         lifespan="on",
@@ -2931,7 +2903,7 @@ def serve() -> None:
         server_header=False,
         date_header=False,
         proxy_headers=False,
-        timeout_graceful_shutdown=int(SHUTDOWN_GRACE),
+        timeout_graceful_shutdown=int(limits.shutdown_seconds),
     )
     app.state.failed, app.state.server = False, Server(config)
     app.state.server.run(sockets=[sock])
@@ -2942,26 +2914,26 @@ def serve() -> None:
 # == The app's internal endpoints, asked by the metrics, the control commands and the janitor ===
 
 
-def connection_to(record: Record) -> http.client.HTTPConnection:
+def connection_to(record: Record, limits: Limits = DEFAULT_LIMITS) -> http.client.HTTPConnection:
     """Plain HTTP, no proxy. Raises OSError, and ValueError for a record without an address."""
     url = urllib.parse.urlsplit(record.url or "")
     if not url.hostname:
         raise ValueError
-    return http.client.HTTPConnection(url.hostname, url.port or 80, timeout=BACKEND_TIMEOUT)
+    return http.client.HTTPConnection(url.hostname, url.port or 80, timeout=limits.backend_seconds)
 
 
-def look(record: Record) -> str:
+def look(record: Record, limits: Limits = DEFAULT_LIMITS) -> str:
     """What is at a deployment's address: `answers` (over HTTP, and as no other deployment),
     `other`, `silent` (it takes connections), `unreachable` (no name, or no connection)."""
     try:
-        connection = connection_to(record)
+        connection = connection_to(record, limits)
         connection.connect()
     except (OSError, ValueError):
         return "unreachable"
     with contextlib.closing(connection):
         try:
             connection.request("GET", META_PATH)
-            body = connection.getresponse().read(ANSWER_HEAD_LIMIT)
+            body = connection.getresponse().read(limits.answer_head_bytes)
         except (OSError, http.client.HTTPException):
             return "silent"
     deployment_id = None
@@ -2970,7 +2942,9 @@ def look(record: Record) -> str:
     return "answers" if deployment_id in (None, record.deployment_id) else "other"
 
 
-SCRIPTS = "router.py control.py janitor.py telemetry.py sqlite_store.py ownership.py".split()
+SCRIPTS = (
+    "router.py router_limits.py control.py janitor.py telemetry.py sqlite_store.py ownership.py"
+).split()
 
 
 @functools.cache
@@ -2986,12 +2960,13 @@ def runtime_version() -> str:
     return f"{VERSION}+{digest.hexdigest()[:12]}"
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str], limits: Limits | None = None) -> int:
+    """Serve until the process is told to end. `limits`: in place of the environment's."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s %(message)s")
     if argv:
         print(__doc__, file=sys.stderr)
         return 2
-    serve()
+    serve(limits or Limits.from_env(os.environ))
     return 0
 
 

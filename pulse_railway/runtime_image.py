@@ -13,7 +13,9 @@ from typing import NoReturn
 
 from pulse_railway import __version__
 
-SCRIPTS = "router.py control.py janitor.py telemetry.py sqlite_store.py ownership.py".split()
+SCRIPTS = (
+    "router.py router_limits.py control.py janitor.py telemetry.py sqlite_store.py ownership.py"
+).split()
 FILES = ("Dockerfile.router", *SCRIPTS, "runtime.lock")
 
 
@@ -51,7 +53,7 @@ def load(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     for other in {
-        "router": ["ownership"],
+        "router": ["router_limits", "ownership"],
         "control": ["router"],
         "janitor": ["router", "control"],
         "telemetry": ["router", "control"],
