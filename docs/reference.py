@@ -159,7 +159,7 @@ def metrics() -> list[str]:
         "| --- | --- | --- | --- |",
     ]
     for name, family in load("telemetry").FAMILIES.items():
-        title, says = family.prometheus(name), family.says
+        title, says = family.prometheus(name), family.description
         lines.append(f"| `{title}` | `{name}` | {family.kind} | {says} |")
     return lines
 
