@@ -69,6 +69,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
 
 from router_limits import DEFAULT_LIMITS, Limits, number_from_env
+from router_states import ExchangeEvent, ExchangeState
 
 if TYPE_CHECKING:
     import telemetry
@@ -1295,7 +1296,7 @@ METRICS = Metrics()
 def requests_under_way() -> list[str]:
     """Their deployments' ids."""
     exchanges = (client.exchange for client in Client.instances)
-    return [e.upstream.deployment.id for e in exchanges if e and not e.finished]
+    return [e.upstream.deployment.id for e in exchanges if e and not e.state.finished]
 
 
 class UpstreamError(Exception):
@@ -1940,23 +1941,19 @@ class Exchange:
     """Copies one answer from an upstream to a client, chunk by chunk as it comes.
 
     Everything runs in the callbacks of the two connections, and `then` is called when the two are
-    parted. `outcome` says how it ended: ok, switched (a tunnel now), missing (an answer that was
-    held back), gone (the client), broken (too late for another answer); where nothing was sent to
-    the client: reset (a pooled connection that had died), lost, timeout.
-
-    A client that reads slowly pauses the upstream, so memory stays flat."""
+    parted. `state` is how far the exchange is, and how it ended: see router_states.EXCHANGE. A
+    client that reads slowly pauses the upstream, so memory stays flat."""
 
     # what an exchange begins with
-    hedged = False
+    state = ExchangeState.WAITING
     writable: asyncio.Event | None = None  # for the task that sends the body
     go_ahead: asyncio.Event | None = None
     reason = tail = b""  # tail: what came behind a 101
     status = bytes_out = head_size = 0
     answered_at = 0.0  # the head of its answer
     heard = 0.0  # the backend, last
-    started = finished = chunked = until_close = close = False
+    chunked = until_close = close = False
     keep = True
-    outcome = ""
 
     def __init__(self, request: Request, upstream: Upstream, then: Then, hedge: str = "") -> None:
         client = self.client = request.client
@@ -1976,28 +1973,27 @@ class Exchange:
 
     def feed(self, data: bytes) -> None:
         why = ""
-        if self.started:
-            self.heard = time.monotonic()
-        else:
+        if self.state is ExchangeState.WAITING:
             self.head_size += len(data)
+        else:
+            self.heard = time.monotonic()
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            if self.request.handshake and not self.finished:
+            if self.request.handshake and self.state is ExchangeState.WAITING:
                 self.upstream.transport.pause_reading()
                 self.tail = data[upgrade.args[0] :]
-                self.mark_finished("switched")
+                self.happens(ExchangeEvent.SWITCH)
                 self.detach()
                 self.then(self)
                 return
             why = "the backend switched protocols unasked"
         except httptools.HttpParserError:
             why = "the backend's answer is not HTTP"
-        if self.head_size > self.client.limits.answer_head_bytes and not (
-            self.started or self.finished
-        ):
+        too_large = self.head_size > self.client.limits.answer_head_bytes
+        if too_large and self.state is ExchangeState.WAITING:
             why = "the backend's answer has too large a head"
-        if why and not self.finished:
+        if why and not self.state.finished:
             self.broken(why)
             return
         if why:  # behind a whole answer
@@ -2008,19 +2004,19 @@ class Exchange:
 
     def on_message_begin(self) -> None:
         self.fields = []
-        if self.finished:
+        if self.state.finished:
             self.keep = False  # a second answer, which nobody asked for
 
     def on_status(self, status: bytes) -> None:
         self.reason += status
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self.started:  # else a trailer
+        if self.state is ExchangeState.WAITING:  # else a trailer
             self.fields.append((name, value))
 
     def on_headers_complete(self) -> None:
         """The head of an answer is in: write the client's."""
-        if self.finished:
+        if self.state is not ExchangeState.WAITING:
             return
         parser, request = self.parser, self.request
         status = self.status = parser.get_status_code()
@@ -2034,8 +2030,7 @@ class Exchange:
             missed = is_miss(self.hedge, request.path, status, self.fields)
             if missed or request.begun or request.gone:  # or another was first
                 self.keep = parser.should_keep_alive()
-                self.hedged = True
-                self.mark_finished("missing")
+                self.happens(ExchangeEvent.MISS)
                 return
             self.client.exchange = self
         length = coded = False
@@ -2081,12 +2076,13 @@ class Exchange:
         append(b"\r\n")
         self.out = out
         self.answered_at = time.monotonic()
-        self.started = request.begun = True
+        self.happens(ExchangeEvent.HEAD)
+        request.begun = True
         request.expects_continue = False
         if self.go_ahead:
             self.go_ahead.set()
         if self.head_only:
-            self.mark_finished("ok")
+            self.happens(ExchangeEvent.END)
 
     def informational(self, status: int, reason: bytes) -> None:
         if status == 100:
@@ -2098,7 +2094,7 @@ class Exchange:
             self.client.transport.write(b"".join([*head, b"\r\n"]))
 
     def on_body(self, chunk: bytes) -> None:
-        if self.finished:
+        if self.state is not ExchangeState.ANSWERING:
             self.keep = False
             return
         self.bytes_out += len(chunk)
@@ -2108,11 +2104,11 @@ class Exchange:
             self.out.append(chunk)
 
     def on_message_complete(self) -> None:
-        if self.finished or self.status < 200:
+        if self.state is not ExchangeState.ANSWERING:
             return
         if self.chunked:
             self.out.append(b"0\r\n\r\n")  # trailers, if there were any, end here
-        self.mark_finished("ok")
+        self.happens(ExchangeEvent.END)
 
     def flush(self) -> None:
         """Write what one read brought, in one go."""
@@ -2121,30 +2117,29 @@ class Exchange:
             self.out = []
             self.client.transport.write(out[0] if len(out) == 1 else b"".join(out))
             self.client.touched = self.client.loop.time()
-            if self.client.stalled_since and not self.finished:
+            if self.client.stalled_since and not self.state.finished:
                 self.upstream.transport.pause_reading()
-        if self.finished:
+        if self.state.finished:
             self.return_to_pool()
 
     def upstream_lost(self) -> None:
-        if self.finished:
-            return
-        if self.started and self.until_close:
+        if self.state is ExchangeState.WAITING:
+            pooled = self.upstream.reused
+            self.happens(ExchangeEvent.POOL_LOST if pooled else ExchangeEvent.LOST)
+            self.return_to_pool()
+        elif self.state is ExchangeState.ANSWERING and self.until_close:
             if self.chunked:
                 self.out.append(b"0\r\n\r\n")
-            self.mark_finished("ok")
+            self.happens(ExchangeEvent.END)
             self.flush()
-        elif self.started:
-            self.broken("the backend broke its answer off")
         else:
-            self.mark_finished("reset" if self.upstream.reused else "lost")
-            self.return_to_pool()
+            self.broken("the backend broke its answer off")
 
     def broken(self, why: str) -> None:
         """Too late for another answer: what the client has must not look complete."""
-        if self.finished:
+        if self.state.finished:
             return
-        if self.started:
+        if self.state is ExchangeState.ANSWERING:
             log.warning("%s: %s", self.upstream.deployment.id, why)
             tally = self.upstream.deployment.tally
             tally.failed += 1
@@ -2154,9 +2149,7 @@ class Exchange:
                 reset(self.client.transport)
             else:
                 self.client.transport.close()
-            self.mark_finished("broken")
-        else:
-            self.mark_finished("lost")
+        self.happens(ExchangeEvent.LOST)
         self.keep = False
         self.return_to_pool()
 
@@ -2164,36 +2157,35 @@ class Exchange:
         """Give up on a backend that does not begin to answer, or falls silent in its answer."""
         limits = self.client.limits
         limit = limits.handshake_seconds if self.request.handshake else limits.response_seconds
-        if self.finished or time.monotonic() - (self.heard or self.began) <= limit:
+        if self.state.finished or time.monotonic() - (self.heard or self.began) <= limit:
             return
-        if not self.started:
+        if self.state is ExchangeState.WAITING:
             self.give_up()
         elif not self.client.stalled_since:  # else it is the client that is slow
             self.broken("the backend fell silent in its answer")
 
     def give_up(self) -> None:
-        if not self.started and not self.finished:
-            self.mark_finished("timeout")
+        if self.state is ExchangeState.WAITING:
+            self.happens(ExchangeEvent.TIMEOUT)
             self.keep = False
             self.return_to_pool()
 
     # -- from the client -----------------------------------------------------------------------
 
     def client_lost(self) -> None:
-        if not self.finished:
-            self.mark_finished("gone")
+        if not self.state.finished:
+            self.happens(ExchangeEvent.CLIENT_LOST)
             self.keep = False
             self.return_to_pool()
 
     def client_writable(self) -> None:
-        if not self.finished and not self.upstream.transport.is_closing():
+        if not self.state.finished and not self.upstream.transport.is_closing():
             self.upstream.transport.resume_reading()
 
     # -- the end -------------------------------------------------------------------------------
 
-    def mark_finished(self, outcome: str) -> None:
-        self.finished = True
-        self.outcome = outcome
+    def happens(self, event: ExchangeEvent) -> None:
+        self.state = self.state.after[event]
 
     def detach(self) -> None:
         self.upstream.exchange = None
@@ -2213,7 +2205,7 @@ class Exchange:
             self.writable.set()
         sending = self.request.more_body or self.request.body
         # the body of an answer that was held back is still on its way
-        unread = self.hedged and not self.head_only
+        unread = self.state is ExchangeState.MISSING and not self.head_only
         pool = upstream.deployment.idle
         reusable = self.keep and not (sending or unread or upstream.transport.is_closing())
         if reusable and len(pool) < self.client.limits.idle_upstreams:
@@ -2248,15 +2240,15 @@ class Exchange:
         if self.go_ahead:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.go_ahead.wait(), self.client.limits.continue_seconds)
-            if self.started:
+            if self.state is not ExchangeState.WAITING:
                 return
-        while not self.finished and (piece := await request.read()):
-            if self.finished:
+        while not self.state.finished and (piece := await request.read()):
+            if self.state.finished:
                 return  # type: ignore[unreachable]  # it changes while we wait
             write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
             if self.writable:
                 await self.writable.wait()
-        if chunked and not (self.finished or request.more_body or request.gone):
+        if chunked and not (self.state.finished or request.more_body or request.gone):
             write(b"0\r\n\r\n")
 
 
@@ -2328,7 +2320,7 @@ def from_pool(request: Request, deployment: Deployment) -> Upstream | None:
 
 async def forward(
     request: Request, target: Deployment, hedge: str = "", timeout: float = 0, fresh: bool = False
-) -> str:
+) -> ExchangeState:
     """Send the client's request to a deployment and its answer back, on a `fresh` connection or a
     pooled one, within `timeout` seconds. Returns how it ended, as `Exchange` has it; raises
     UpstreamError where nothing has been sent to the client yet."""
@@ -2339,7 +2331,7 @@ async def forward(
             upstream = await connect(target, timeout or request.client.limits.connect_seconds)
         if request.gone:
             upstream.transport.abort()
-            return "gone"
+            return ExchangeState.GONE
         done: asyncio.Future[None] = loop.create_future()
 
         def ended(_: Exchange, done: asyncio.Future[None] = done) -> None:
@@ -2359,30 +2351,30 @@ async def forward(
                 body_task.cancel()
             if response_timer:
                 response_timer.cancel()
-        if not (exchange.outcome == "reset" and again):
+        if not (exchange.state is ExchangeState.RESET and again):
             return record_outcome(exchange)
         upstream = None  # it had died in the pool: once more, on a new connection
 
 
-def record_outcome(exchange: Exchange) -> str:
+def record_outcome(exchange: Exchange) -> ExchangeState:
     """Do what is to be done when an exchange has ended. Returns and raises as `forward`."""
     request, deployment = exchange.request, exchange.upstream.deployment
-    outcome = exchange.outcome
-    if outcome in ("reset", "lost"):
+    outcome = exchange.state
+    if outcome in (ExchangeState.RESET, ExchangeState.LOST):
         detail = "the deployment closed the connection without an answer"
         raise UpstreamError(502, detail, sent=True)
-    if outcome == "timeout":
+    if outcome is ExchangeState.TIMED_OUT:
         raise UpstreamError(504, "the deployment did not answer in time", sent=True)
     took = time.monotonic() - exchange.began
     if exchange.status:
         deployment.tally.answered(request.method, exchange.status, took)
-        if exchange.started:
+        if exchange.answered_at:
             deployment.tally.first_byte.add(exchange.answered_at - exchange.began)
     if ACCESS_LOG is not None:
         ACCESS_LOG.answered(request, exchange.status, deployment.id, exchange.bytes_out, took)
-    if outcome == "ok":
+    if outcome is ExchangeState.OK:
         request.client.finish(request, exchange.close)
-    elif outcome == "switched":
+    elif outcome is ExchangeState.SWITCHED:
         join(request.client, exchange)
     return outcome
 
@@ -2560,7 +2552,7 @@ def route(request: Request) -> None:
 def on_done(affinity_id: bytes, exchange: Exchange) -> None:
     """What was sent on its way at once has ended."""
     request = exchange.request
-    if exchange.outcome == "reset" and repeatable(request):
+    if exchange.state is ExchangeState.RESET and repeatable(request):
         request.client.spawn(handle(request, affinity_id, fresh=True))
         return
     target = exchange.upstream.deployment
@@ -2695,8 +2687,8 @@ async def answer_by(
 ) -> None:
     """Answer from a deployment, or from others what it lacks. Raises as `forward`."""
     hedge = hedge_for(request, affinity_id)
-    missed = await forward(request, target, hedge, fresh=fresh) == "missing"
-    if missed and not await fetch_from_others(request, target, hedge):
+    outcome = await forward(request, target, hedge, fresh=fresh)
+    if outcome is ExchangeState.MISSING and not await fetch_from_others(request, target, hedge):
         await forward(request, target)
 
 
@@ -2725,7 +2717,7 @@ async def fetch_from_others(request: Request, first: Deployment, hedge: str) -> 
     Returns: did one?"""
     loop, path, limits = request.client.loop, request.url, request.client.limits
     others = collections.deque(TABLE.others(first, path))
-    asking: dict[asyncio.Task[str], Deployment] = {}
+    asking: dict[asyncio.Task[ExchangeState], Deployment] = {}
     try:
         while asking or (others and not request.gone):
             if others and not request.begun:
@@ -2737,7 +2729,7 @@ async def fetch_from_others(request: Request, first: Deployment, hedge: str) -> 
             for task in done:
                 other = asking.pop(task)
                 try:
-                    if task.result() != "missing":
+                    if task.result() is not ExchangeState.MISSING:
                         TABLE.cache_asset_location(path, other)
                         return True
                 except UpstreamError:  # down or frozen: not every asset of a page waits for it
@@ -2943,7 +2935,8 @@ def look(record: Record, limits: Limits = DEFAULT_LIMITS) -> str:
 
 
 SCRIPTS = (
-    "router.py router_limits.py control.py janitor.py telemetry.py sqlite_store.py ownership.py"
+    "router.py router_limits.py router_states.py control.py janitor.py telemetry.py"
+    " sqlite_store.py ownership.py"
 ).split()
 
 
