@@ -69,7 +69,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
 
 from router_limits import DEFAULT_LIMITS, Limits, number_from_env
-from router_states import ExchangeEvent, ExchangeState
+from router_states import ClientEvent, ClientState, ExchangeEvent, ExchangeState
 
 if TYPE_CHECKING:
     import telemetry
@@ -1487,7 +1487,7 @@ class Request:
         self.keep_alive = keep_alive
         self.url = client.url  # the request target as it was sent
         self.fields = client.fields
-        self.handshake = client.handshake  # of a WebSocket
+        self.handshake = client.state is ClientState.HANDSHAKE
         self.expects_continue = client.expects_continue
         self.body = bytearray()  # what has come of it and has not been taken
         self.arrived = asyncio.Event()  # set when more comes, and at every end
@@ -1505,7 +1505,7 @@ class Request:
             self.expects_continue = False
             client.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         while self.more_body and not (self.body or self.gone or self.answered):
-            client.resume_reading()
+            client.update_reading()
             self.arrived.clear()
             await self.arrived.wait()
         if self.gone or self.answered:
@@ -1517,15 +1517,16 @@ class Request:
 class Client(asyncio.Protocol):
     """A client's connection: its requests are parsed, checked, and answered one after the other.
 
-    uvicorn's server makes it, counts it among its `connections`, and calls `shutdown`. Nothing of
-    ASGI is between here and a backend: its cycle and task were a third of a small request's cost.
+    `state` says how far its reading is, and what may be done: see router_states.CLIENT. uvicorn's
+    server makes a Client, counts it among its `connections`, and calls `shutdown`. Nothing of ASGI
+    is between here and a backend: its cycle and task were a third of a small request's cost.
     """
 
     instances: ClassVar[set[Client]] = set()  # all open ones, for close_overdue
 
     # what a connection begins with
-    handshake = chunked = head_in_read = ending = lingering = reading_paused = False
-    in_head = True
+    state = ClientState.HEAD
+    chunked = head_in_read = ending = reading_paused = False
     early = b""  # what a client sent behind its handshake
     head_size = framing = 0  # framing: bytes of a chunked body that were none of it
     chunks = body_bytes = 0  # of the body, in the last read
@@ -1535,7 +1536,7 @@ class Client(asyncio.Protocol):
         self.limits = limits
         self.connections, self.tasks = server_state.connections, server_state.tasks
         self.loop = asyncio.get_running_loop()
-        self.parser: Any = self.new_parser()  # None: nothing more is read
+        self.parser: Any = self.new_parser()
         self.arriving: Request | None = None  # the request that is read now, or was last
         self.waiting: collections.deque[Request] = collections.deque()  # not begun yet
         self.request: Request | None = None  # being answered, or the last that was
@@ -1554,7 +1555,8 @@ class Client(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.connections.discard(self)
         Client.instances.discard(self)
-        self.parser = None
+        self.happens(ClientEvent.CLOSE)
+        self.parser = None  # the two hold each other
         self.waiting.clear()
         for request in (self.request, self.arriving):
             if request:
@@ -1562,6 +1564,9 @@ class Client(asyncio.Protocol):
                 request.arrived.set()
         if self.exchange:
             self.exchange.client_lost()
+
+    def happens(self, event: ClientEvent) -> None:
+        self.state = self.state.after[event]
 
     @property
     def busy(self) -> bool:
@@ -1578,22 +1583,21 @@ class Client(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.touched = self.loop.time()
-        if not self.parser:  # refused, or a handshake
-            if self.handshake:
+        if not self.state.parses:
+            if self.state is ClientState.HANDSHAKE:
                 self.early += data
             return
-        if self.in_head:
+        if self.state is ClientState.HEAD:
             self.head_size += len(data)
         self.chunks = self.body_bytes = 0
         self.head_in_read = False
         try:
             self.parser.feed_data(data)
-            if self.chunked and not self.in_head and not self.head_in_read:
+            if self.chunked and self.state is not ClientState.HEAD and not self.head_in_read:
                 self.check_framing(len(data))
         except httptools.HttpParserUpgrade as upgrade:
             rest = data[upgrade.args[0] :]
-            if self.handshake:
-                self.parser = None
+            if self.state is ClientState.HANDSHAKE:
                 self.early = rest
             else:
                 head = self.head_without_upgrade()
@@ -1605,10 +1609,11 @@ class Client(asyncio.Protocol):
         except BadRequest as error:
             self.refuse(error.status)
         else:
-            if self.in_head and self.head_size > self.limits.head_bytes:
+            if self.state is ClientState.HEAD and self.head_size > self.limits.head_bytes:
                 self.refuse(431)
-        if self.waiting and not self.busy:
+        if self.waiting and self.state.may_answer and not self.busy:
             self.begin()
+        self.update_reading()
 
     def begin(self) -> None:
         """Send the next request that waits on its way: with as much of its body as has come."""
@@ -1619,20 +1624,19 @@ class Client(asyncio.Protocol):
         route(request)
 
     def refuse(self, status: int) -> None:
-        """Answer a head that cannot be parsed, and hang up."""
-        self.parser = None
+        """Answer what cannot be parsed, after the answers before it, and hang up."""
         arriving = self.arriving
-        if arriving and not arriving.answered:
-            if arriving.more_body:  # it is the body of this one that is bad
-                self.abort_request(arriving, status)
-            else:
-                arriving.keep_alive = False  # the answers before it come first
-                self.pause_reading()
-            return
-        METRICS.requests += 1
-        METRICS.own.answered(b"", status, self.loop.time() - self.touched)
-        self.send_response(error_response(status))
-        self.transport.close()
+        if self.state is ClientState.BODY and arriving:
+            self.abort_request(arriving, status)
+        elif self.state is ClientState.HEAD and arriving and not arriving.answered:
+            arriving.keep_alive = False
+            self.happens(ClientEvent.BAD_HEAD)
+        else:
+            if self.state is ClientState.HEAD:  # else it is answered, and the rest is dropped
+                METRICS.requests += 1
+                METRICS.own.answered(b"", status, self.loop.time() - self.touched)
+                self.send_response(error_response(status))
+            self.close()
 
     def abort_request(self, arriving: Request, status: int) -> None:
         """End a request whose body is bad: its backend must not take what it has for the whole."""
@@ -1644,10 +1648,10 @@ class Client(asyncio.Protocol):
             self.exchange.client_lost()
         self.waiting.clear()
         if begun or not alone:
-            self.transport.close()
+            self.close()
         else:
             self.send_response(error_response(status))
-            self.linger()
+            self.linger(ClientEvent.BAD_BODY)
 
     def reject(self, open_now: int) -> None:
         """Near the limit of descriptors, newcomers are told so; those who are there go on. Each
@@ -1656,9 +1660,8 @@ class Client(asyncio.Protocol):
         if open_now > self.limits.connections * 1.05 + 16:  # no descriptors for politeness either
             self.transport.abort()
             return
-        self.parser = None
         self.send_response(error_response(503, "too many connections"))
-        self.linger()
+        self.linger(ClientEvent.REJECT)
 
     def check_framing(self, received: int) -> None:
         """Bound what a chunked body holds besides its bytes: sizes, extensions, trailers. Some
@@ -1674,13 +1677,12 @@ class Client(asyncio.Protocol):
         self.url = b""
         self.fields: list[tuple[bytes, bytes, bytes]] = []  # name as written, in lower case, value
         self.expects_continue = False
-        self.in_head = True
 
     def on_url(self, url: bytes) -> None:
         self.url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self.in_head:
+        if self.state is not ClientState.HEAD:
             # A trailer: dropped, since merged into the headers it could say anything of what was
             # checked already: a second host, an affinity (RFC 9110 section 6.5.1).
             self.framing += len(name) + len(value) + 4
@@ -1695,7 +1697,8 @@ class Client(asyncio.Protocol):
         self.chunks += 1
 
     def on_headers_complete(self) -> None:
-        self.in_head = False
+        if self.state is not ClientState.HEAD:
+            return  # behind an upload that was answered early
         if self.head_size > self.limits.head_bytes:  # with what came behind it
             size = sum(len(name) + len(value) + 4 for name, _, value in self.fields)
             if len(self.url) + size > self.limits.head_bytes:
@@ -1708,18 +1711,17 @@ class Client(asyncio.Protocol):
         if len(self.waiting) >= self.limits.pipelined_requests:
             raise BadRequest("too many requests at once")
         behind = self.busy or bool(self.waiting)
-        if parser.should_upgrade():
+        handshake = parser.should_upgrade()
+        if handshake:
             if not self.is_handshake():
                 return  # it comes again, as a plain request
             if behind:
                 raise BadRequest("a handshake behind a request")
-            self.handshake = True
-        keep_alive = version != "1.0" and not self.handshake and parser.should_keep_alive()
+        self.happens(ClientEvent.HANDSHAKE if handshake else ClientEvent.REQUEST)
+        keep_alive = version != "1.0" and not handshake and parser.should_keep_alive()
         keep_alive = keep_alive and not self.ending
         self.arriving = Request(self, method, version, keep_alive)
         self.waiting.append(self.arriving)
-        if behind or self.handshake:
-            self.pause_reading()  # what comes behind a handshake is the tunnel's
 
     def check_head(self, method: bytes, version: str) -> None:
         """Refuse what request smugglers use (RFC 9112 sections 3.2, 5 and 6.3).
@@ -1777,18 +1779,19 @@ class Client(asyncio.Protocol):
     def on_body(self, body: bytes) -> None:
         self.body_bytes += len(body)
         arriving = self.arriving
-        if self.lingering or arriving is None or arriving.answered:
-            return
-        arriving.body += body
-        arriving.arrived.set()
-        if len(arriving.body) > self.limits.body_ahead_bytes:
-            self.pause_reading()
+        if self.state is ClientState.BODY and arriving:
+            arriving.body += body
+            arriving.arrived.set()
 
     def on_message_complete(self) -> None:
-        self.in_head, self.head_size = True, 0
-        if self.lingering:
+        self.head_size = 0
+        state = self.state
+        if state is ClientState.HEAD or state is ClientState.CLOSED:
+            return  # a request that comes again without its upgrade; or nobody's
+        self.happens(ClientEvent.WHOLE)
+        if state is ClientState.LINGERING:
             self.transport.close()
-        elif self.arriving and (self.handshake or not self.parser.should_upgrade()):
+        elif self.arriving:
             self.arriving.more_body = False
             self.arriving.arrived.set()
 
@@ -1810,7 +1813,7 @@ class Client(asyncio.Protocol):
         self, request: Request, response: Response, instead_of: Deployment | None = None
     ) -> None:
         """An answer of the router's own, or in place of a deployment that gave none."""
-        if not self.transport.is_closing():
+        if self.state.may_answer and not self.transport.is_closing():
             close = request.more_body or not request.keep_alive
             self.send_response(response, close=close, head_only=request.method == b"HEAD")
         took = self.loop.time() - self.touched
@@ -1837,24 +1840,37 @@ class Client(asyncio.Protocol):
         request.answered = True
         request.arrived.set()
         self.touched = self.loop.time()
+        if not self.state.may_answer:
+            return
         if request.more_body:
-            self.linger()
+            self.linger(ClientEvent.EARLY)
         elif close or not request.keep_alive:
-            self.transport.close()
+            self.close()
         elif not self.transport.is_closing():
-            self.resume_reading()
             if self.waiting:
                 self.begin()
+            self.update_reading()
 
-    def pause_reading(self) -> None:
-        if not self.reading_paused:
-            self.reading_paused = True
-            self.transport.pause_reading()
+    def close(self) -> None:
+        """Close the connection, after what is still to be written."""
+        self.happens(ClientEvent.CLOSE)
+        self.transport.close()
 
-    def resume_reading(self) -> None:
-        if self.reading_paused:
-            self.reading_paused = False
-            self.transport.resume_reading()
+    def update_reading(self) -> None:
+        """Read from the socket, or not: as the state and its requests allow it. One request is
+        parsed ahead of its turn; a body stays `body_ahead_bytes` ahead of the backend."""
+        state, arriving = self.state, self.arriving
+        may_read = state.may_read
+        if state is ClientState.HEAD:
+            may_read = not self.waiting
+        elif state is ClientState.BODY and arriving:
+            ahead = len(arriving.body) > self.limits.body_ahead_bytes
+            may_read = arriving is self.request and not ahead
+        elif state is ClientState.CLOSED or state is ClientState.TUNNEL:
+            return
+        if may_read is self.reading_paused:
+            self.reading_paused = not may_read
+            (self.transport.resume_reading if may_read else self.transport.pause_reading)()
 
     def pause_writing(self) -> None:
         self.stalled_since = self.loop.time()
@@ -1874,17 +1890,22 @@ class Client(asyncio.Protocol):
             self.arriving.keep_alive = False
 
     def close_if_idle(self) -> None:
-        if self.arriving is None or self.arriving.answered:
-            self.transport.close()
+        if self.state.may_answer and (self.arriving is None or self.arriving.answered):
+            self.close()
 
-    def linger(self) -> None:
+    def linger(self, why: ClientEvent) -> None:
         """The answer is out but the upload is not in: a close now would reset the connection and
         lose the answer, so read and drop for a while (RFC 9112 section 9.6)."""
-        self.lingering = True
+        self.happens(why)
         self.touched = self.lingers_since = self.loop.time()
-        self.resume_reading()
+        self.update_reading()
         if not self.transport.is_closing() and self.transport.can_write_eof():
             self.transport.write_eof()  # the client need not wait for the rest to see the end
+
+    @property
+    def lingering(self) -> bool:
+        """Is it answered, and what still comes dropped?"""
+        return self.state is ClientState.LINGERING or self.state is ClientState.DROPPING
 
     @property
     def awaits_body(self) -> bool:
@@ -1915,7 +1936,7 @@ async def close_overdue() -> None:
             elif client.lingering:
                 continue
             elif arriving is None or arriving.answered:
-                if client.head_size and idle > 0 and client.parser is not None:
+                if client.head_size and idle > 0 and client.state is ClientState.HEAD:
                     if idle > limits.head_seconds:
                         client.refuse(408)
                 elif idle > (limits.keep_alive_seconds if arriving else limits.head_seconds):
@@ -2148,7 +2169,7 @@ class Exchange:
             if self.version_10:  # nothing else would tell it from a complete answer
                 reset(self.client.transport)
             else:
-                self.client.transport.close()
+                self.client.close()
         self.happens(ExchangeEvent.LOST)
         self.keep = False
         self.return_to_pool()
@@ -2459,9 +2480,10 @@ def join(client: Client, exchange: Exchange) -> None:
     client.connections.discard(client)
     Client.instances.discard(client)
     if client.transport.is_closing() or upstream.transport.is_closing():
-        client.transport.close()  # one end has gone meanwhile
+        client.close()  # one end has gone meanwhile
         upstream.transport.close()
         return
+    client.happens(ClientEvent.SWITCH)
     name = upstream.deployment.id
     near, far = TunnelEnd(client.transport, name), TunnelEnd(upstream.transport, name)
     near.peer, far.peer = far, near

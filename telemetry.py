@@ -492,7 +492,7 @@ class MetricsConnection(Client):
             await self.exporter.count_tabs()
             text = render_prometheus(self.exporter.collect())
             response = Response(text, media_type="text/plain; version=0.0.4")
-        if not self.transport.is_closing():
+        if self.state.may_answer and not self.transport.is_closing():
             close = request.more_body or not request.keep_alive
             self.send_response(response, close=close, head_only=request.method == b"HEAD")
         self.finish(request)

@@ -10,7 +10,10 @@ from pulse_railway import runtime_image
 from tests.conftest import ROOT
 
 states: Any = runtime_image.load("router_states")
-MACHINES = [(states.ExchangeState, states.ExchangeEvent, states.EXCHANGE)]
+MACHINES = [
+    (states.ClientState, states.ClientEvent, states.CLIENT),
+    (states.ExchangeState, states.ExchangeEvent, states.EXCHANGE),
+]
 
 
 @pytest.mark.parametrize(("state", "event", "table"), MACHINES)
@@ -34,6 +37,23 @@ def test_every_event_in_every_state_leads_where_the_table_says_or_is_a_fault(
 def test_an_exchange_that_has_ended_stays_as_it_ended() -> None:
     for state in states.ExchangeState:
         assert state.finished == (not state.after)
+
+
+def test_what_a_client_s_connection_allows() -> None:
+    may = {s.name: (s.parses, s.may_answer, s.may_read) for s in states.ClientState}
+    assert may == {
+        "HEAD": (True, True, True),
+        "BODY": (True, True, True),
+        "HANDSHAKE": (False, True, False),  # what comes is kept for the tunnel
+        "REFUSED": (False, True, False),
+        "LINGERING": (True, False, True),
+        "DROPPING": (False, False, True),
+        "TUNNEL": (False, False, False),
+        "CLOSED": (False, False, False),
+    }
+    for state in states.ClientState:  # what is answered, or gone, is never answered again
+        if not state.may_answer:
+            assert not any(after.may_answer for after in state.after.values())
 
 
 def picture(state: Any, event: Any) -> str:
