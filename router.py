@@ -1462,6 +1462,15 @@ def error_response(status: int, detail: str = "") -> Response:
     return JSONResponse({"detail": detail or http.HTTPStatus(status).phrase.lower()}, status)
 
 
+# Taken out of their Enums, whose attributes are slow: these are on the path of every request.
+IN_HEAD, IN_BODY, IN_HANDSHAKE = ClientState.HEAD, ClientState.BODY, ClientState.HANDSHAKE
+LINGERING, TUNNEL, CLOSED = ClientState.LINGERING, ClientState.TUNNEL, ClientState.CLOSED
+REQUEST, WHOLE = ClientEvent.REQUEST, ClientEvent.WHOLE
+WAITING, ANSWERING, OK = ExchangeState.WAITING, ExchangeState.ANSWERING, ExchangeState.OK
+RESET, LOST, TIMED_OUT = ExchangeState.RESET, ExchangeState.LOST, ExchangeState.TIMED_OUT
+ANSWER_HEAD, ANSWER_END = ExchangeEvent.HEAD, ExchangeEvent.END
+
+
 class BadRequest(Exception):
     """A request head that this router will not pass on."""
 
@@ -1487,7 +1496,7 @@ class Request:
         self.keep_alive = keep_alive
         self.url = client.url  # the request target as it was sent
         self.fields = client.fields
-        self.handshake = client.state is ClientState.HANDSHAKE
+        self.handshake = client.state is IN_HANDSHAKE
         self.expects_continue = client.expects_continue
         self.body = bytearray()  # what has come of it and has not been taken
         self.arrived = asyncio.Event()  # set when more comes, and at every end
@@ -1525,7 +1534,7 @@ class Client(asyncio.Protocol):
     instances: ClassVar[set[Client]] = set()  # all open ones, for close_overdue
 
     # what a connection begins with
-    state = ClientState.HEAD
+    state = IN_HEAD
     chunked = head_in_read = ending = reading_paused = False
     early = b""  # what a client sent behind its handshake
     head_size = framing = 0  # framing: bytes of a chunked body that were none of it
@@ -1584,20 +1593,20 @@ class Client(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self.touched = self.loop.time()
         if not self.state.parses:
-            if self.state is ClientState.HANDSHAKE:
+            if self.state is IN_HANDSHAKE:
                 self.early += data
             return
-        if self.state is ClientState.HEAD:
+        if self.state is IN_HEAD:
             self.head_size += len(data)
         self.chunks = self.body_bytes = 0
         self.head_in_read = False
         try:
             self.parser.feed_data(data)
-            if self.chunked and self.state is not ClientState.HEAD and not self.head_in_read:
+            if self.chunked and self.state is not IN_HEAD and not self.head_in_read:
                 self.check_framing(len(data))
         except httptools.HttpParserUpgrade as upgrade:
             rest = data[upgrade.args[0] :]
-            if self.state is ClientState.HANDSHAKE:
+            if self.state is IN_HANDSHAKE:
                 self.early = rest
             else:
                 head = self.head_without_upgrade()
@@ -1609,11 +1618,12 @@ class Client(asyncio.Protocol):
         except BadRequest as error:
             self.refuse(error.status)
         else:
-            if self.state is ClientState.HEAD and self.head_size > self.limits.head_bytes:
+            if self.state is IN_HEAD and self.head_size > self.limits.head_bytes:
                 self.refuse(431)
         if self.waiting and self.state.may_answer and not self.busy:
             self.begin()
-        self.update_reading()
+        if self.waiting or self.state is not IN_HEAD:
+            self.update_reading()
 
     def begin(self) -> None:
         """Send the next request that waits on its way: with as much of its body as has come."""
@@ -1626,13 +1636,13 @@ class Client(asyncio.Protocol):
     def refuse(self, status: int) -> None:
         """Answer what cannot be parsed, after the answers before it, and hang up."""
         arriving = self.arriving
-        if self.state is ClientState.BODY and arriving:
+        if self.state is IN_BODY and arriving:
             self.abort_request(arriving, status)
-        elif self.state is ClientState.HEAD and arriving and not arriving.answered:
+        elif self.state is IN_HEAD and arriving and not arriving.answered:
             arriving.keep_alive = False
             self.happens(ClientEvent.BAD_HEAD)
         else:
-            if self.state is ClientState.HEAD:  # else it is answered, and the rest is dropped
+            if self.state is IN_HEAD:  # else it is answered, and the rest is dropped
                 METRICS.requests += 1
                 METRICS.own.answered(b"", status, self.loop.time() - self.touched)
                 self.send_response(error_response(status))
@@ -1682,7 +1692,7 @@ class Client(asyncio.Protocol):
         self.url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self.state is not ClientState.HEAD:
+        if self.state is not IN_HEAD:
             # A trailer: dropped, since merged into the headers it could say anything of what was
             # checked already: a second host, an affinity (RFC 9110 section 6.5.1).
             self.framing += len(name) + len(value) + 4
@@ -1697,7 +1707,7 @@ class Client(asyncio.Protocol):
         self.chunks += 1
 
     def on_headers_complete(self) -> None:
-        if self.state is not ClientState.HEAD:
+        if self.state is not IN_HEAD:
             return  # behind an upload that was answered early
         if self.head_size > self.limits.head_bytes:  # with what came behind it
             size = sum(len(name) + len(value) + 4 for name, _, value in self.fields)
@@ -1717,7 +1727,7 @@ class Client(asyncio.Protocol):
                 return  # it comes again, as a plain request
             if behind:
                 raise BadRequest("a handshake behind a request")
-        self.happens(ClientEvent.HANDSHAKE if handshake else ClientEvent.REQUEST)
+        self.state = self.state.after[ClientEvent.HANDSHAKE if handshake else REQUEST]
         keep_alive = version != "1.0" and not handshake and parser.should_keep_alive()
         keep_alive = keep_alive and not self.ending
         self.arriving = Request(self, method, version, keep_alive)
@@ -1779,17 +1789,17 @@ class Client(asyncio.Protocol):
     def on_body(self, body: bytes) -> None:
         self.body_bytes += len(body)
         arriving = self.arriving
-        if self.state is ClientState.BODY and arriving:
+        if self.state is IN_BODY and arriving:
             arriving.body += body
             arriving.arrived.set()
 
     def on_message_complete(self) -> None:
         self.head_size = 0
         state = self.state
-        if state is ClientState.HEAD or state is ClientState.CLOSED:
+        if state is IN_HEAD or state is CLOSED:
             return  # a request that comes again without its upgrade; or nobody's
-        self.happens(ClientEvent.WHOLE)
-        if state is ClientState.LINGERING:
+        self.state = state.after[WHOLE]
+        if state is LINGERING:
             self.transport.close()
         elif self.arriving:
             self.arriving.more_body = False
@@ -1849,7 +1859,8 @@ class Client(asyncio.Protocol):
         elif not self.transport.is_closing():
             if self.waiting:
                 self.begin()
-            self.update_reading()
+            if self.reading_paused:
+                self.update_reading()
 
     def close(self) -> None:
         """Close the connection, after what is still to be written."""
@@ -1861,12 +1872,12 @@ class Client(asyncio.Protocol):
         parsed ahead of its turn; a body stays `body_ahead_bytes` ahead of the backend."""
         state, arriving = self.state, self.arriving
         may_read = state.may_read
-        if state is ClientState.HEAD:
+        if state is IN_HEAD:
             may_read = not self.waiting
-        elif state is ClientState.BODY and arriving:
+        elif state is IN_BODY and arriving:
             ahead = len(arriving.body) > self.limits.body_ahead_bytes
             may_read = arriving is self.request and not ahead
-        elif state is ClientState.CLOSED or state is ClientState.TUNNEL:
+        elif state is CLOSED or state is TUNNEL:
             return
         if may_read is self.reading_paused:
             self.reading_paused = not may_read
@@ -1905,7 +1916,7 @@ class Client(asyncio.Protocol):
     @property
     def lingering(self) -> bool:
         """Is it answered, and what still comes dropped?"""
-        return self.state is ClientState.LINGERING or self.state is ClientState.DROPPING
+        return self.state is LINGERING or self.state is ClientState.DROPPING
 
     @property
     def awaits_body(self) -> bool:
@@ -1936,7 +1947,7 @@ async def close_overdue() -> None:
             elif client.lingering:
                 continue
             elif arriving is None or arriving.answered:
-                if client.head_size and idle > 0 and client.state is ClientState.HEAD:
+                if client.head_size and idle > 0 and client.state is IN_HEAD:
                     if idle > limits.head_seconds:
                         client.refuse(408)
                 elif idle > (limits.keep_alive_seconds if arriving else limits.head_seconds):
@@ -1966,7 +1977,7 @@ class Exchange:
     client that reads slowly pauses the upstream, so memory stays flat."""
 
     # what an exchange begins with
-    state = ExchangeState.WAITING
+    state = WAITING
     writable: asyncio.Event | None = None  # for the task that sends the body
     go_ahead: asyncio.Event | None = None
     reason = tail = b""  # tail: what came behind a 101
@@ -1994,14 +2005,14 @@ class Exchange:
 
     def feed(self, data: bytes) -> None:
         why = ""
-        if self.state is ExchangeState.WAITING:
+        if self.state is WAITING:
             self.head_size += len(data)
         else:
             self.heard = time.monotonic()
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            if self.request.handshake and self.state is ExchangeState.WAITING:
+            if self.request.handshake and self.state is WAITING:
                 self.upstream.transport.pause_reading()
                 self.tail = data[upgrade.args[0] :]
                 self.happens(ExchangeEvent.SWITCH)
@@ -2012,7 +2023,7 @@ class Exchange:
         except httptools.HttpParserError:
             why = "the backend's answer is not HTTP"
         too_large = self.head_size > self.client.limits.answer_head_bytes
-        if too_large and self.state is ExchangeState.WAITING:
+        if too_large and self.state is WAITING:
             why = "the backend's answer has too large a head"
         if why and not self.state.finished:
             self.broken(why)
@@ -2032,12 +2043,12 @@ class Exchange:
         self.reason += status
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self.state is ExchangeState.WAITING:  # else a trailer
+        if self.state is WAITING:  # else a trailer
             self.fields.append((name, value))
 
     def on_headers_complete(self) -> None:
         """The head of an answer is in: write the client's."""
-        if self.state is not ExchangeState.WAITING:
+        if self.state is not WAITING:
             return
         parser, request = self.parser, self.request
         status = self.status = parser.get_status_code()
@@ -2097,13 +2108,13 @@ class Exchange:
         append(b"\r\n")
         self.out = out
         self.answered_at = time.monotonic()
-        self.happens(ExchangeEvent.HEAD)
+        self.state = self.state.after[ANSWER_HEAD]
         request.begun = True
         request.expects_continue = False
         if self.go_ahead:
             self.go_ahead.set()
         if self.head_only:
-            self.happens(ExchangeEvent.END)
+            self.happens(ANSWER_END)
 
     def informational(self, status: int, reason: bytes) -> None:
         if status == 100:
@@ -2115,7 +2126,7 @@ class Exchange:
             self.client.transport.write(b"".join([*head, b"\r\n"]))
 
     def on_body(self, chunk: bytes) -> None:
-        if self.state is not ExchangeState.ANSWERING:
+        if self.state is not ANSWERING:
             self.keep = False
             return
         self.bytes_out += len(chunk)
@@ -2125,11 +2136,11 @@ class Exchange:
             self.out.append(chunk)
 
     def on_message_complete(self) -> None:
-        if self.state is not ExchangeState.ANSWERING:
+        if self.state is not ANSWERING:
             return
         if self.chunked:
             self.out.append(b"0\r\n\r\n")  # trailers, if there were any, end here
-        self.happens(ExchangeEvent.END)
+        self.happens(ANSWER_END)
 
     def flush(self) -> None:
         """Write what one read brought, in one go."""
@@ -2144,14 +2155,14 @@ class Exchange:
             self.return_to_pool()
 
     def upstream_lost(self) -> None:
-        if self.state is ExchangeState.WAITING:
+        if self.state is WAITING:
             pooled = self.upstream.reused
             self.happens(ExchangeEvent.POOL_LOST if pooled else ExchangeEvent.LOST)
             self.return_to_pool()
-        elif self.state is ExchangeState.ANSWERING and self.until_close:
+        elif self.state is ANSWERING and self.until_close:
             if self.chunked:
                 self.out.append(b"0\r\n\r\n")
-            self.happens(ExchangeEvent.END)
+            self.happens(ANSWER_END)
             self.flush()
         else:
             self.broken("the backend broke its answer off")
@@ -2160,7 +2171,7 @@ class Exchange:
         """Too late for another answer: what the client has must not look complete."""
         if self.state.finished:
             return
-        if self.state is ExchangeState.ANSWERING:
+        if self.state is ANSWERING:
             log.warning("%s: %s", self.upstream.deployment.id, why)
             tally = self.upstream.deployment.tally
             tally.failed += 1
@@ -2180,13 +2191,13 @@ class Exchange:
         limit = limits.handshake_seconds if self.request.handshake else limits.response_seconds
         if self.state.finished or time.monotonic() - (self.heard or self.began) <= limit:
             return
-        if self.state is ExchangeState.WAITING:
+        if self.state is WAITING:
             self.give_up()
         elif not self.client.stalled_since:  # else it is the client that is slow
             self.broken("the backend fell silent in its answer")
 
     def give_up(self) -> None:
-        if self.state is ExchangeState.WAITING:
+        if self.state is WAITING:
             self.happens(ExchangeEvent.TIMEOUT)
             self.keep = False
             self.return_to_pool()
@@ -2261,7 +2272,7 @@ class Exchange:
         if self.go_ahead:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.go_ahead.wait(), self.client.limits.continue_seconds)
-            if self.state is not ExchangeState.WAITING:
+            if self.state is not WAITING:
                 return
         while not self.state.finished and (piece := await request.read()):
             if self.state.finished:
@@ -2372,7 +2383,7 @@ async def forward(
                 body_task.cancel()
             if response_timer:
                 response_timer.cancel()
-        if not (exchange.state is ExchangeState.RESET and again):
+        if not (exchange.state is RESET and again):
             return record_outcome(exchange)
         upstream = None  # it had died in the pool: once more, on a new connection
 
@@ -2381,10 +2392,10 @@ def record_outcome(exchange: Exchange) -> ExchangeState:
     """Do what is to be done when an exchange has ended. Returns and raises as `forward`."""
     request, deployment = exchange.request, exchange.upstream.deployment
     outcome = exchange.state
-    if outcome in (ExchangeState.RESET, ExchangeState.LOST):
+    if outcome is RESET or outcome is LOST:
         detail = "the deployment closed the connection without an answer"
         raise UpstreamError(502, detail, sent=True)
-    if outcome is ExchangeState.TIMED_OUT:
+    if outcome is TIMED_OUT:
         raise UpstreamError(504, "the deployment did not answer in time", sent=True)
     took = time.monotonic() - exchange.began
     if exchange.status:
@@ -2393,7 +2404,7 @@ def record_outcome(exchange: Exchange) -> ExchangeState:
             deployment.tally.first_byte.add(exchange.answered_at - exchange.began)
     if ACCESS_LOG is not None:
         ACCESS_LOG.answered(request, exchange.status, deployment.id, exchange.bytes_out, took)
-    if outcome is ExchangeState.OK:
+    if outcome is OK:
         request.client.finish(request, exchange.close)
     elif outcome is ExchangeState.SWITCHED:
         join(request.client, exchange)
@@ -2574,7 +2585,7 @@ def route(request: Request) -> None:
 def on_done(affinity_id: bytes, exchange: Exchange) -> None:
     """What was sent on its way at once has ended."""
     request = exchange.request
-    if exchange.state is ExchangeState.RESET and repeatable(request):
+    if exchange.state is RESET and repeatable(request):
         request.client.spawn(handle(request, affinity_id, fresh=True))
         return
     target = exchange.upstream.deployment
