@@ -68,6 +68,9 @@ from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
 
+from router_limits import DEFAULT_LIMITS, Limits, number_from_env
+from router_states import ClientEvent, ClientState, ExchangeEvent, ExchangeState
+
 if TYPE_CHECKING:
     import telemetry
     from sqlite_store import SqliteStore
@@ -76,16 +79,6 @@ if TYPE_CHECKING:
     type Then = Callable[[Exchange], None]
 
 VERSION = "0.4.0"  # of the package that this belongs to
-
-
-def from_env(variable: str, default: Any, kind: type = float, env: Any = os.environ) -> Any:
-    """A variable that holds seconds, or for int a whole number from 1. Raises SystemExit."""
-    text = env.get(variable)
-    if text and kind is int and not re.fullmatch(r"0*[1-9]\d{0,8}", text, re.ASCII):
-        raise SystemExit(f"{variable} takes a whole number from 1, not {text!r}")
-    if text and kind is float and not re.fullmatch(r"\d{1,9}(\.\d*)?", text, re.ASCII):
-        raise SystemExit(f"{variable} takes a number of seconds, not {text!r}")
-    return kind(text) if text else default
 
 
 # == Names shared with pulse_railway/contract.py; a test holds the two together =================
@@ -109,56 +102,10 @@ DEPLOYMENT_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,23}")
 LAST_PROMOTED_VARIABLE = "PULSE_RAILWAY_ACTIVE"  # on Railway: which deployment was promoted last
 LAST_PROMOTED_AT_VARIABLE = "PULSE_RAILWAY_ACTIVE_AT"
 
-# Limits, in seconds and bytes. The edge's own: a 32 KB head, 15 minutes a request, 60 s idle.
-HEAD_LIMIT = 64 * 1024
-HEADER_COUNT_LIMIT = 512
-FRAMING_LIMIT = 16 * 1024  # chunk extensions and trailers of one request, beyond 16 bytes a chunk
-PIPELINE_LIMIT = 64  # requests on one connection that wait for the answers before theirs
-ANSWER_HEAD_LIMIT = 256 * 1024  # of a backend
-WRITE_STALL_TIMEOUT = 300.0  # a client takes the next piece of its answer within this
-HEAD_TIMEOUT = 30.0  # a client sends its request head within this
-BODY_AHEAD = 64 * 1024  # of a body is read before the backend has taken what came before it
-BODY_STALL_TIMEOUT = 60.0  # ... and the next piece of its body within this
-IDLE_CLOSE_GRACE = 0.5  # at the end, a request may be on its way on a connection that looks idle
-KEEP_ALIVE = 75.0  # idle client connections; longer than the edge's 60 s, so the edge closes first
-HALF_CLOSED = from_env("PULSE_RAILWAY_ROUTER_HALF_CLOSED_SECONDS", 60.0)
-FLUSH = 30.0  # for what is still to be written to a tunnel's one end when the other has gone
-LINGER = 5.0  # after an early answer, an upload is read and dropped until it pauses for this long
-LINGER_AT_MOST = 30.0
-CONNECT_TIMEOUT = 5.0
-DESCRIPTORS_KEPT = 64  # for the store, the listening socket, files
-HANDSHAKE_TIMEOUT = 30.0  # for a backend's answer to a WebSocket handshake
-HEDGE_TIMEOUT = 1.5  # for the answer of another deployment to what the first one lacks
-HEDGE_DELAY = 0.2  # before the next deployment is asked too
-EJECTION_SECONDS = 30.0  # a deployment that gave no answer is asked for no asset
-ASSET_LOCATION_SECONDS = 300.0  # that the deployment which had an asset is remembered
-ASSET_LOCATIONS_AT_MOST = 2000
-ASSET_LOCATION_PATH_LIMIT = 512  # bytes; a longer path is not remembered
-RESOLVED_SECONDS = 5.0  # an address is remembered for
-RESOLVERS = 64  # names that can be looked up at once; a bad one may take many seconds
-RESPONSE_TIMEOUT = from_env("PULSE_RAILWAY_ROUTER_RESPONSE_TIMEOUT", 900.0)
-UPSTREAM_IDLE = 4.0  # uvicorn backends close idle connections after 5 s
-UNSAFE_IDLE = 1.0  # a request that may not be repeated only goes onto a fresher one
-UPSTREAM_IDLE_LIMIT = 256  # idle connections kept per deployment
-CONTINUE_TIMEOUT = 1.0  # a backend that ignores `Expect: 100-continue` gets the body after this
-REDIS_TIMEOUT = 3.0
-REFRESH_SECONDS = 15.0  # 0.3.x writers announce nothing
-LOOKUP_SECONDS = 1.0  # between two reads for ids that are not known
-MISSING_SECONDS = 90.0  # that a deployment whose record is gone has to answer, or to fail
-LOOKS_AT_ONCE = 3  # at deployments whose records are gone; the loop has five threads or more
-PROVISIONAL_SECONDS = 1.0  # between two tries to reach what is served for want of a state
-SCAN_STEP_SECONDS = 90.0
-REPORT_SECONDS = 10.0  # between two reports while counters change
-REPORT_IDLE_SECONDS = 45.0
-REPORT_LEASE = 120  # seconds
-RESTARTS = 3  # of a background task in RESTART_SECONDS; then the process ends
-RESTART_SECONDS = 60.0
-SCAN_SHARE = 0.02  # of the time, at most, goes into looking for records that nobody announced
-SCAN_COUNT = 1000  # keys a step
-START_TIMEOUT = 2.0  # wait so long for the first load before serving 503s
-BACKEND_TIMEOUT = 5.0  # for an answer to a question of ours
+REPORT_LEASE = 120  # seconds that a router's report lasts
+SCAN_COUNT = 1000  # keys of Redis a step
 SERVICE_PREFIX = os.environ.get("PULSE_RAILWAY_SERVICE_PREFIX", "")
-SHUTDOWN_GRACE = from_env("PULSE_RAILWAY_ROUTER_SHUTDOWN_SECONDS", 25.0)
+
 
 log = logging.getLogger("pulse.router")
 
@@ -187,7 +134,7 @@ FIXED = {  # key -> attribute of Routing
 }
 STAMP = re.compile(r"[A-Za-z0-9_-]{1,64}/[A-Za-z0-9_-]{1,64}")  # as ownership.parse takes it
 RECORD, REPORT = ":deployment:", ":router:"  # begin a key of one of many
-TOMBSTONE_TTL = max(7 * 86_400.0, from_env("PULSE_RAILWAY_DRAIN_TTL_SECONDS", 0.0))
+TOMBSTONE_TTL = max(7 * 86_400.0, number_from_env("PULSE_RAILWAY_DRAIN_TTL_SECONDS", 0.0))
 TOMBSTONES_AT_MOST = 1000
 CLOCKS_MAY_DIFFER = 86_400.0  # a promotion that is later than that is no promotion
 PROCESSED_TTL = 3600.0
@@ -749,13 +696,15 @@ def _with_one_active(
 class RedisStore:
     """The routing state in Redis, under `prefix`; keys that are written end after `ttl` seconds."""
 
-    def __init__(self, url: str, prefix: str, ttl: int | None = None) -> None:
+    def __init__(
+        self, url: str, prefix: str, ttl: int | None = None, limits: Limits = DEFAULT_LIMITS
+    ) -> None:
         self.url, self.prefix, self.ttl = url, prefix, ttl
         self.options: Json = {
             "decode_responses": True,
             "encoding_errors": "replace",  # what is no UTF-8 is not understood, and no error
-            "socket_timeout": REDIS_TIMEOUT,
-            "socket_connect_timeout": REDIS_TIMEOUT,
+            "socket_timeout": limits.redis_seconds,
+            "socket_connect_timeout": limits.redis_seconds,
         }
         self.client = redis.Redis.from_url(
             url,
@@ -820,7 +769,7 @@ class RedisStore:
 class Follower:
     """A router's connection to the store. The state is read in one MGET (what is fixed, and the
     records that are known, announced or asked for): at the beginning, on every announcement, when
-    the table asks, and every REFRESH_SECONDS.
+    the table asks, and every self.table.limits.refresh_seconds.
 
     Sessions may share this Redis, so going through all of its keys is for the beginning and for
     what is announced without names; after that it is done a step at a time."""
@@ -857,7 +806,7 @@ class Follower:
 
     async def listen(self, pubsub: redis.asyncio.client.PubSub) -> None:
         while True:
-            message = await pubsub.get_message(timeout=REFRESH_SECONDS)
+            message = await pubsub.get_message(timeout=self.table.limits.refresh_seconds)
             if not message:
                 continue
             try:
@@ -871,7 +820,7 @@ class Follower:
 
     async def read(self) -> None:
         table, lookups = self.table, set(self.table.pending_lookups)
-        self.next_read = time.monotonic() + REFRESH_SECONDS
+        self.next_read = time.monotonic() + self.table.limits.refresh_seconds
         await self.scan()
         self.know(*lookups)
         found = await self.read_known()
@@ -895,13 +844,15 @@ class Follower:
             self.scan_all = False
             scan = self.client.scan_iter(self.store.pattern, count=SCAN_COUNT)
             self.keys |= {key async for key in scan}
-            self.next_scan = time.monotonic() + (time.monotonic() - began) / SCAN_SHARE
+            self.next_scan = (
+                time.monotonic() + (time.monotonic() - began) / self.table.limits.scan_share
+            )
         elif began >= self.next_step:
             self.cursor, found = await self.client.scan(self.cursor, self.store.pattern, SCAN_COUNT)
             self.keys |= {str(key) for key in found}
         else:
             return
-        self.next_step = began + SCAN_STEP_SECONDS
+        self.next_step = began + self.table.limits.scan_step_seconds
 
     async def read_known(self) -> Routing:
         keys = [*self.store.fixed, *self.keys]
@@ -917,13 +868,13 @@ class Follower:
         now, table, epoch = time.monotonic(), self.table, self.table.routing.epoch
         if epoch == self.reported.get("epoch") and now < self.next_report:
             return
-        self.next_report = now + REPORT_SECONDS
+        self.next_report = now + self.table.limits.report_seconds
         if table.other_owner:
             return
         served = {"active": table.routing.active, "epoch": epoch, "since": table.since}
         report = {"version": runtime_version(), **served, **METRICS.counters()}
         if report != self.reported or now >= self.report_by:
-            self.reported, self.report_by = report, now + REPORT_IDLE_SECONDS
+            self.reported, self.report_by = report, now + self.table.limits.report_idle_seconds
             # what changes by itself is no reason to report
             uptime, tasks = round(time.time() - METRICS.started_at), len(asyncio.all_tasks())
             text = compact({**report, "uptime_seconds": uptime, "tasks": tasks})
@@ -943,7 +894,7 @@ def written(after: Routing, change: Change) -> Routing:
     )
 
 
-def store_from_env(env: Mapping[str, str]) -> Store:
+def store_from_env(env: Mapping[str, str], limits: Limits = DEFAULT_LIMITS) -> Store:
     """The store that the environment names: REDIS_URL on Railway, PULSE_KV_* elsewhere."""
     prefix = (env.get("PULSE_RAILWAY_REDIS_PREFIX") or DEFAULT_REDIS_PREFIX).rstrip(":")
     kind = env.get("PULSE_KV_KIND") or "redis"
@@ -956,7 +907,8 @@ def store_from_env(env: Mapping[str, str]) -> Store:
     url = env.get("PULSE_KV_URL") or env.get("REDIS_URL")
     if kind != "redis" or not url:
         raise SystemExit("set REDIS_URL, or PULSE_KV_KIND=sqlite and PULSE_KV_PATH")
-    return RedisStore(url, prefix, from_env("PULSE_RAILWAY_KEY_TTL_SECONDS", None, int, env))
+    ttl = number_from_env("PULSE_RAILWAY_KEY_TTL_SECONDS", None, int, env)
+    return RedisStore(url, prefix, ttl, limits)
 
 
 def promotion_from_env(env: Mapping[str, str]) -> Promotion | None:
@@ -997,7 +949,8 @@ class Missing:
 class Table:
     """All known deployments, in memory. A request never waits for the store to use it."""
 
-    def __init__(self, env: Mapping[str, str] = os.environ) -> None:
+    def __init__(self, env: Mapping[str, str], limits: Limits = DEFAULT_LIMITS) -> None:
+        self.limits = limits
         self.last_promoted = promotion_from_env(env)
         self.me = self.copy = None  # this stack's stamp; what to say where it is a copy of another
         if env.get("RAILWAY_ENVIRONMENT_ID"):
@@ -1047,7 +1000,7 @@ class Table:
         if self.provisional:
             answer["without_state"] = True
         age = time.monotonic() - self.loaded_at
-        if self.loaded and age > 3 * REFRESH_SECONDS:
+        if self.loaded and age > 3 * self.limits.refresh_seconds:
             answer["stale_seconds"] = round(age)
         return JSONResponse(answer, 200 if self.ready else 503)
 
@@ -1068,7 +1021,7 @@ class Table:
 
     def alive(self) -> set[str]:
         """Those whose record is missing, and that have answered for a while."""
-        before = time.monotonic() - MISSING_SECONDS
+        before = time.monotonic() - self.limits.missing_seconds
         return {name for name, m in self.missing.items() if m.answers and m.since <= before}
 
     async def repair(self, store: Store, found: Routing) -> bool:
@@ -1081,11 +1034,11 @@ class Table:
         mine, other = known.record_of_active(), found.record_of_active()
         refused = None
         if mine and other and mine.deployment_id != other.deployment_id:
-            if await loop.run_in_executor(None, look, mine) == "unreachable":
+            if await loop.run_in_executor(None, look, mine, self.limits) == "unreachable":
                 known = replace(known, active=None, promoted=None)
             elif other.deployment_id not in found.records:  # is there such a deployment at all?
-                unreachable = await loop.run_in_executor(None, look, other) == "unreachable"
-                refused = other.deployment_id if unreachable else None
+                at_other = await loop.run_in_executor(None, look, other, self.limits)
+                refused = other.deployment_id if at_other == "unreachable" else None
         if known.active and (found.store_id, found.active) != (known.store_id, known.active):
             log.error("the store has lost data: writing back what this router knows")
 
@@ -1113,11 +1066,11 @@ class Table:
 
     async def look_at(self, records: list[Record]) -> None:
         """A few at a time: many that are silent would keep `repair` from its thread."""
-        loop, gate = asyncio.get_running_loop(), asyncio.Semaphore(LOOKS_AT_ONCE)
+        loop, gate = asyncio.get_running_loop(), asyncio.Semaphore(self.limits.parallel_looks)
 
         async def look_once(record: Record) -> None:
             async with gate:
-                at_address = await loop.run_in_executor(None, look, record)
+                at_address = await loop.run_in_executor(None, look, record, self.limits)
             if missing := self.missing.get(record.deployment_id):
                 missing.answers = at_address == "answers"
                 failing_since = missing.failing_since or time.monotonic()
@@ -1138,7 +1091,7 @@ class Table:
             name: self.routing.records[name]
             for name, m in self.missing.items()
             if name in self.routing.records
-            and (m.failing_since is None or now - m.failing_since < MISSING_SECONDS)
+            and (m.failing_since is None or now - m.failing_since < self.limits.missing_seconds)
         }
         routing = replace(found, records={**found.records, **kept})
         if routing != self.routing or not self.loaded:
@@ -1199,14 +1152,14 @@ class Table:
             if self.last_promoted and self.active is None and (self.lost or not self.loaded):
                 record = Record(self.last_promoted.deployment_id, "active")
                 record = replace(record, service_name=SERVICE_PREFIX + record.deployment_id)
-                at_address = await loop.run_in_executor(None, look, record)
+                at_address = await loop.run_in_executor(None, look, record, self.limits)
                 if at_address == "answers" and self.active is None:
                     log.error("no routing state: serving %s, as Railway says", record.deployment_id)
                     self.active, self.provisional = self._entry(record), True
                     self.deployments = {record.deployment_id.encode(): cast(Any, self.active)}
                     if os.environ.get("PULSE_RAILWAY_MAINTENANCE"):
                         self.closed = Maintenance(0.0)
-            await asyncio.sleep(PROVISIONAL_SECONDS)
+            await asyncio.sleep(self.limits.provisional_seconds)
 
     # -- what a request needs ------------------------------------------------------------------
 
@@ -1217,7 +1170,7 @@ class Table:
         if known or not DEPLOYMENT_ID.fullmatch(text):
             return known
         now = asyncio.get_running_loop().time()
-        if now - self.looked_at >= LOOKUP_SECONDS:
+        if now - self.looked_at >= self.limits.lookup_seconds:
             self.looked_at = now
             self.pending_lookups = {text}
             self.refresh_event.set()
@@ -1236,10 +1189,11 @@ class Table:
         return sorted(found, key=lambda d: d.id != had_by) if until > now else found
 
     def cache_asset_location(self, path: bytes, deployment: Deployment) -> None:
-        if len(path) > ASSET_LOCATION_PATH_LIMIT:
+        if len(path) > self.limits.asset_location_path_bytes:
             return
-        self.asset_locations[path] = deployment.id, time.monotonic() + ASSET_LOCATION_SECONDS
-        while len(self.asset_locations) > ASSET_LOCATIONS_AT_MOST:
+        until = time.monotonic() + self.limits.asset_location_seconds
+        self.asset_locations[path] = deployment.id, until
+        while len(self.asset_locations) > self.limits.asset_locations:
             del self.asset_locations[next(iter(self.asset_locations))]
 
     async def follow(self, store: Store) -> None:
@@ -1255,7 +1209,7 @@ class Table:
             await asyncio.sleep(pause)
 
 
-TABLE = Table()
+TABLE = Table(os.environ)  # `serve` makes another, with its limits
 ACCESS_LOG: telemetry.AccessLog | None = None  # where it is asked for
 TELEMETRY = ("PULSE_RAILWAY_ACCESS_LOG", "PULSE_RAILWAY_METRICS_PORT", "OTEL_")  # who asks
 
@@ -1343,7 +1297,7 @@ METRICS = Metrics()
 def requests_under_way() -> list[str]:
     """Their deployments' ids."""
     exchanges = (client.exchange for client in Client.instances)
-    return [e.upstream.deployment.id for e in exchanges if e and not e.finished]
+    return [e.upstream.deployment.id for e in exchanges if e and not e.state.finished]
 
 
 class UpstreamError(Exception):
@@ -1414,10 +1368,11 @@ class Resolver:
     """Names to addresses, by Python's own resolver in threads: one question at a time for a name,
     so that a bad one holds one thread, and an answer is good for a few seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits = DEFAULT_LIMITS) -> None:
+        self.limits = limits
         self.known: dict[tuple[str, int], tuple[float, list[Any]]] = {}
         self.asking: dict[tuple[str, int], asyncio.Task[list[Any]]] = {}
-        self.threads = concurrent.futures.ThreadPoolExecutor(RESOLVERS, "resolver")
+        self.threads = concurrent.futures.ThreadPoolExecutor(limits.resolver_threads, "resolver")
 
     async def addresses(self, host: str, port: int) -> tuple[list[Any], bool]:
         """All addresses of a name, and whether they were remembered. Raises OSError."""
@@ -1439,7 +1394,7 @@ class Resolver:
             found = await asyncio.get_running_loop().run_in_executor(self.threads, ask)
             now = time.monotonic()
             self.known = {k: v for k, v in self.known.items() if v[0] > now}
-            self.known[key] = now + RESOLVED_SECONDS, found
+            self.known[key] = now + self.limits.resolved_seconds, found
             return found
         finally:
             del self.asking[key]
@@ -1448,13 +1403,13 @@ class Resolver:
 RESOLVER = Resolver()
 
 
-async def connect(deployment: Deployment, timeout: float = CONNECT_TIMEOUT) -> Upstream:
+async def connect(deployment: Deployment, timeout: float) -> Upstream:
     """A new connection. Every address of the name is tried, a later one 250 ms after the one
     before it (RFC 8305), so that a name with a dead IPv6 address costs little.
 
     Raises UpstreamError: 502 where the backend refuses, 504 where it does not answer in time."""
-    clients = len(Client.instances) + len(TunnelEnd.open)
-    if clients > Client.limit // 2 and clients + idle_connections() > Client.limit:
+    clients, limit = len(Client.instances) + len(TunnelEnd.open), TABLE.limits.connections
+    if clients > limit // 2 and clients + idle_connections() > limit:
         for other in TABLE.deployments.values():
             close_idle(other)  # descriptors are short, and this one is needed
     host, port = deployment.host, deployment.port
@@ -1482,14 +1437,14 @@ async def connect(deployment: Deployment, timeout: float = CONNECT_TIMEOUT) -> U
 # == The client's side of a connection ==========================================================
 
 
-def client_limit(configured: int | None) -> int:
+def client_limit(configured: int | None, limits: Limits) -> int:
     """How many clients may be connected at once, after this process has got as many descriptors as
     it may: half of them, or what is configured where that is fewer."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # above the kernel's own limit
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    room = (soft - DESCRIPTORS_KEPT) // 2 if soft != resource.RLIM_INFINITY else 1 << 30
+    room = (soft - limits.descriptors_kept) // 2 if soft != resource.RLIM_INFINITY else 1 << 30
     return max(8, min(room, configured or room))
 
 
@@ -1506,6 +1461,15 @@ CHECKED_HEADERS = frozenset((b"host", b"content-length", b"transfer-encoding", b
 
 def error_response(status: int, detail: str = "") -> Response:
     return JSONResponse({"detail": detail or http.HTTPStatus(status).phrase.lower()}, status)
+
+
+# Taken out of their Enums, whose attributes are slow: these are on the path of every request.
+IN_HEAD, IN_BODY, IN_HANDSHAKE = ClientState.HEAD, ClientState.BODY, ClientState.HANDSHAKE
+LINGERING, TUNNEL, CLOSED = ClientState.LINGERING, ClientState.TUNNEL, ClientState.CLOSED
+REQUEST, WHOLE = ClientEvent.REQUEST, ClientEvent.WHOLE
+WAITING, ANSWERING, OK = ExchangeState.WAITING, ExchangeState.ANSWERING, ExchangeState.OK
+RESET, LOST, TIMED_OUT = ExchangeState.RESET, ExchangeState.LOST, ExchangeState.TIMED_OUT
+ANSWER_HEAD, ANSWER_END = ExchangeEvent.HEAD, ExchangeEvent.END
 
 
 class BadRequest(Exception):
@@ -1533,7 +1497,7 @@ class Request:
         self.keep_alive = keep_alive
         self.url = client.url  # the request target as it was sent
         self.fields = client.fields
-        self.handshake = client.handshake  # of a WebSocket
+        self.handshake = client.state is IN_HANDSHAKE
         self.expects_continue = client.expects_continue
         self.body = bytearray()  # what has come of it and has not been taken
         self.arrived = asyncio.Event()  # set when more comes, and at every end
@@ -1551,7 +1515,7 @@ class Request:
             self.expects_continue = False
             client.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         while self.more_body and not (self.body or self.gone or self.answered):
-            client.resume_reading()
+            client.update_reading()
             self.arrived.clear()
             await self.arrived.wait()
         if self.gone or self.answered:
@@ -1563,25 +1527,26 @@ class Request:
 class Client(asyncio.Protocol):
     """A client's connection: its requests are parsed, checked, and answered one after the other.
 
-    uvicorn's server makes it, counts it among its `connections`, and calls `shutdown`. Nothing of
-    ASGI is between here and a backend: its cycle and task were a third of a small request's cost.
+    `state` says how far its reading is, and what may be done: see router_states.CLIENT. uvicorn's
+    server makes a Client, counts it among its `connections`, and calls `shutdown`. Nothing of ASGI
+    is between here and a backend: its cycle and task were a third of a small request's cost.
     """
 
     instances: ClassVar[set[Client]] = set()  # all open ones, for close_overdue
-    limit: ClassVar[int] = 1 << 30  # of them and the open tunnels
 
     # what a connection begins with
-    handshake = chunked = head_in_read = ending = lingering = reading_paused = False
-    in_head = True
+    state = IN_HEAD
+    chunked = head_in_read = ending = reading_paused = False
     early = b""  # what a client sent behind its handshake
     head_size = framing = 0  # framing: bytes of a chunked body that were none of it
     chunks = body_bytes = 0  # of the body, in the last read
     lingers_since = stalled_since = 0.0  # stalled: when it stopped taking its answer
 
-    def __init__(self, *, server_state: Any, **_: Any) -> None:
+    def __init__(self, *, server_state: Any, limits: Limits = DEFAULT_LIMITS, **_: Any) -> None:
+        self.limits = limits
         self.connections, self.tasks = server_state.connections, server_state.tasks
         self.loop = asyncio.get_running_loop()
-        self.parser: Any = self.new_parser()  # None: nothing more is read
+        self.parser: Any = self.new_parser()
         self.arriving: Request | None = None  # the request that is read now, or was last
         self.waiting: collections.deque[Request] = collections.deque()  # not begun yet
         self.request: Request | None = None  # being answered, or the last that was
@@ -1594,13 +1559,14 @@ class Client(asyncio.Protocol):
         self.touched = self.loop.time()  # when the client last sent, or was last answered
         self.connections.add(self)
         Client.instances.add(self)
-        if (open_now := len(Client.instances) + len(TunnelEnd.open)) > Client.limit:
+        if (open_now := len(Client.instances) + len(TunnelEnd.open)) > self.limits.connections:
             self.reject(open_now)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.connections.discard(self)
         Client.instances.discard(self)
-        self.parser = None
+        self.happens(ClientEvent.CLOSE)
+        self.parser = None  # the two hold each other
         self.waiting.clear()
         for request in (self.request, self.arriving):
             if request:
@@ -1608,6 +1574,9 @@ class Client(asyncio.Protocol):
                 request.arrived.set()
         if self.exchange:
             self.exchange.client_lost()
+
+    def happens(self, event: ClientEvent) -> None:
+        self.state = self.state.after[event]
 
     @property
     def busy(self) -> bool:
@@ -1624,22 +1593,21 @@ class Client(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.touched = self.loop.time()
-        if not self.parser:  # refused, or a handshake
-            if self.handshake:
+        if not self.state.parses:
+            if self.state is IN_HANDSHAKE:
                 self.early += data
             return
-        if self.in_head:
+        if self.state is IN_HEAD:
             self.head_size += len(data)
         self.chunks = self.body_bytes = 0
         self.head_in_read = False
         try:
             self.parser.feed_data(data)
-            if self.chunked and not self.in_head and not self.head_in_read:
+            if self.chunked and self.state is not IN_HEAD and not self.head_in_read:
                 self.check_framing(len(data))
         except httptools.HttpParserUpgrade as upgrade:
             rest = data[upgrade.args[0] :]
-            if self.handshake:
-                self.parser = None
+            if self.state is IN_HANDSHAKE:
                 self.early = rest
             else:
                 head = self.head_without_upgrade()
@@ -1651,10 +1619,12 @@ class Client(asyncio.Protocol):
         except BadRequest as error:
             self.refuse(error.status)
         else:
-            if self.in_head and self.head_size > HEAD_LIMIT:
+            if self.state is IN_HEAD and self.head_size > self.limits.head_bytes:
                 self.refuse(431)
-        if self.waiting and not self.busy:
+        if self.waiting and self.state.may_answer and not self.busy:
             self.begin()
+        if self.waiting or self.state is not IN_HEAD:
+            self.update_reading()
 
     def begin(self) -> None:
         """Send the next request that waits on its way: with as much of its body as has come."""
@@ -1665,20 +1635,19 @@ class Client(asyncio.Protocol):
         route(request)
 
     def refuse(self, status: int) -> None:
-        """Answer a head that cannot be parsed, and hang up."""
-        self.parser = None
+        """Answer what cannot be parsed, after the answers before it, and hang up."""
         arriving = self.arriving
-        if arriving and not arriving.answered:
-            if arriving.more_body:  # it is the body of this one that is bad
-                self.abort_request(arriving, status)
-            else:
-                arriving.keep_alive = False  # the answers before it come first
-                self.pause_reading()
-            return
-        METRICS.requests += 1
-        METRICS.own.answered(b"", status, self.loop.time() - self.touched)
-        self.send_response(error_response(status))
-        self.transport.close()
+        if self.state is IN_BODY and arriving:
+            self.abort_request(arriving, status)
+        elif self.state is IN_HEAD and arriving and not arriving.answered:
+            arriving.keep_alive = False
+            self.happens(ClientEvent.BAD_HEAD)
+        else:
+            if self.state is IN_HEAD:  # else it is answered, and the rest is dropped
+                METRICS.requests += 1
+                METRICS.own.answered(b"", status, self.loop.time() - self.touched)
+                self.send_response(error_response(status))
+            self.close()
 
     def abort_request(self, arriving: Request, status: int) -> None:
         """End a request whose body is bad: its backend must not take what it has for the whole."""
@@ -1690,28 +1659,27 @@ class Client(asyncio.Protocol):
             self.exchange.client_lost()
         self.waiting.clear()
         if begun or not alone:
-            self.transport.close()
+            self.close()
         else:
             self.send_response(error_response(status))
-            self.linger()
+            self.linger(ClientEvent.BAD_BODY)
 
     def reject(self, open_now: int) -> None:
         """Near the limit of descriptors, newcomers are told so; those who are there go on. Each
         of them may need a second descriptor, to its backend."""
         METRICS.rejected += 1
-        if open_now > Client.limit * 1.05 + 16:  # no descriptors for politeness either
+        if open_now > self.limits.connections * 1.05 + 16:  # no descriptors for politeness either
             self.transport.abort()
             return
-        self.parser = None
         self.send_response(error_response(503, "too many connections"))
-        self.linger()
+        self.linger(ClientEvent.REJECT)
 
     def check_framing(self, received: int) -> None:
         """Bound what a chunked body holds besides its bytes: sizes, extensions, trailers. Some
         is allowed for each chunk, and as much again as the body has."""
         extra = received - 2 * self.body_bytes - 16 * self.chunks
         self.framing = max(0, self.framing + extra)
-        if self.framing > FRAMING_LIMIT:
+        if self.framing > self.limits.framing_bytes:
             raise BadRequest("too much around the body", 431)
 
     # called by the parser
@@ -1720,52 +1688,51 @@ class Client(asyncio.Protocol):
         self.url = b""
         self.fields: list[tuple[bytes, bytes, bytes]] = []  # name as written, in lower case, value
         self.expects_continue = False
-        self.in_head = True
 
     def on_url(self, url: bytes) -> None:
         self.url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self.in_head:
+        if self.state is not IN_HEAD:
             # A trailer: dropped, since merged into the headers it could say anything of what was
             # checked already: a second host, an affinity (RFC 9110 section 6.5.1).
             self.framing += len(name) + len(value) + 4
-            if self.framing > FRAMING_LIMIT:
+            if self.framing > self.limits.framing_bytes:
                 raise BadRequest("trailers too large", 431)
             return
         self.fields.append((name, name.lower(), value))
-        if len(self.fields) > HEADER_COUNT_LIMIT:
+        if len(self.fields) > self.limits.header_count:
             raise BadRequest("too many headers", 431)
 
     def on_chunk_header(self) -> None:
         self.chunks += 1
 
     def on_headers_complete(self) -> None:
-        self.in_head = False
-        if self.head_size > HEAD_LIMIT:  # with what came behind it
+        if self.state is not IN_HEAD:
+            return  # behind an upload that was answered early
+        if self.head_size > self.limits.head_bytes:  # with what came behind it
             size = sum(len(name) + len(value) + 4 for name, _, value in self.fields)
-            if len(self.url) + size > HEAD_LIMIT:
+            if len(self.url) + size > self.limits.head_bytes:
                 raise BadRequest("head too large", 431)
         self.head_size = self.framing = 0
         self.head_in_read = True
         parser = self.parser
         method, version = parser.get_method(), parser.get_http_version()
         self.check_head(method, version)
-        if len(self.waiting) >= PIPELINE_LIMIT:
+        if len(self.waiting) >= self.limits.pipelined_requests:
             raise BadRequest("too many requests at once")
         behind = self.busy or bool(self.waiting)
-        if parser.should_upgrade():
+        handshake = parser.should_upgrade()
+        if handshake:
             if not self.is_handshake():
                 return  # it comes again, as a plain request
             if behind:
                 raise BadRequest("a handshake behind a request")
-            self.handshake = True
-        keep_alive = version != "1.0" and not self.handshake and parser.should_keep_alive()
+        self.state = self.state.after[ClientEvent.HANDSHAKE if handshake else REQUEST]
+        keep_alive = version != "1.0" and not handshake and parser.should_keep_alive()
         keep_alive = keep_alive and not self.ending
         self.arriving = Request(self, method, version, keep_alive)
         self.waiting.append(self.arriving)
-        if behind or self.handshake:
-            self.pause_reading()  # what comes behind a handshake is the tunnel's
 
     def check_head(self, method: bytes, version: str) -> None:
         """Refuse what request smugglers use (RFC 9112 sections 3.2, 5 and 6.3).
@@ -1823,18 +1790,19 @@ class Client(asyncio.Protocol):
     def on_body(self, body: bytes) -> None:
         self.body_bytes += len(body)
         arriving = self.arriving
-        if self.lingering or arriving is None or arriving.answered:
-            return
-        arriving.body += body
-        arriving.arrived.set()
-        if len(arriving.body) > BODY_AHEAD:
-            self.pause_reading()
+        if self.state is IN_BODY and arriving:
+            arriving.body += body
+            arriving.arrived.set()
 
     def on_message_complete(self) -> None:
-        self.in_head, self.head_size = True, 0
-        if self.lingering:
+        self.head_size = 0
+        state = self.state
+        if state is IN_HEAD or state is CLOSED:
+            return  # a request that comes again without its upgrade; or nobody's
+        self.state = state.after[WHOLE]
+        if state is LINGERING:
             self.transport.close()
-        elif self.arriving and (self.handshake or not self.parser.should_upgrade()):
+        elif self.arriving:
             self.arriving.more_body = False
             self.arriving.arrived.set()
 
@@ -1856,7 +1824,7 @@ class Client(asyncio.Protocol):
         self, request: Request, response: Response, instead_of: Deployment | None = None
     ) -> None:
         """An answer of the router's own, or in place of a deployment that gave none."""
-        if not self.transport.is_closing():
+        if self.state.may_answer and not self.transport.is_closing():
             close = request.more_body or not request.keep_alive
             self.send_response(response, close=close, head_only=request.method == b"HEAD")
         took = self.loop.time() - self.touched
@@ -1883,24 +1851,38 @@ class Client(asyncio.Protocol):
         request.answered = True
         request.arrived.set()
         self.touched = self.loop.time()
+        if not self.state.may_answer:
+            return
         if request.more_body:
-            self.linger()
+            self.linger(ClientEvent.EARLY)
         elif close or not request.keep_alive:
-            self.transport.close()
+            self.close()
         elif not self.transport.is_closing():
-            self.resume_reading()
             if self.waiting:
                 self.begin()
+            if self.reading_paused:
+                self.update_reading()
 
-    def pause_reading(self) -> None:
-        if not self.reading_paused:
-            self.reading_paused = True
-            self.transport.pause_reading()
+    def close(self) -> None:
+        """Close the connection, after what is still to be written."""
+        self.happens(ClientEvent.CLOSE)
+        self.transport.close()
 
-    def resume_reading(self) -> None:
-        if self.reading_paused:
-            self.reading_paused = False
-            self.transport.resume_reading()
+    def update_reading(self) -> None:
+        """Read from the socket, or not: as the state and its requests allow it. One request is
+        parsed ahead of its turn; a body stays `body_ahead_bytes` ahead of the backend."""
+        state, arriving = self.state, self.arriving
+        may_read = state.may_read
+        if state is IN_HEAD:
+            may_read = not self.waiting
+        elif state is IN_BODY and arriving:
+            ahead = len(arriving.body) > self.limits.body_ahead_bytes
+            may_read = arriving is self.request and not ahead
+        elif state is CLOSED or state is TUNNEL:
+            return
+        if may_read is self.reading_paused:
+            self.reading_paused = not may_read
+            (self.transport.resume_reading if may_read else self.transport.pause_reading)()
 
     def pause_writing(self) -> None:
         self.stalled_since = self.loop.time()
@@ -1915,34 +1897,47 @@ class Client(asyncio.Protocol):
         that waits for a request after a moment: it may have been sent already."""
         self.ending = True
         if self.arriving is None or self.arriving.answered:
-            self.loop.call_later(IDLE_CLOSE_GRACE, self.close_if_idle)
+            self.loop.call_later(self.limits.idle_close_grace_seconds, self.close_if_idle)
         else:
             self.arriving.keep_alive = False
 
     def close_if_idle(self) -> None:
-        if self.arriving is None or self.arriving.answered:
-            self.transport.close()
+        if self.state.may_answer and (self.arriving is None or self.arriving.answered):
+            self.close()
 
-    def linger(self) -> None:
+    def linger(self, why: ClientEvent) -> None:
         """The answer is out but the upload is not in: a close now would reset the connection and
         lose the answer, so read and drop for a while (RFC 9112 section 9.6)."""
-        self.lingering = True
+        self.happens(why)
         self.touched = self.lingers_since = self.loop.time()
-        self.resume_reading()
+        self.update_reading()
         if not self.transport.is_closing() and self.transport.can_write_eof():
             self.transport.write_eof()  # the client need not wait for the rest to see the end
 
+    @property
+    def lingering(self) -> bool:
+        """Is it answered, and what still comes dropped?"""
+        return self.state is LINGERING or self.state is ClientState.DROPPING
+
+    @property
+    def awaits_body(self) -> bool:
+        """Is the next piece of a body the client's to send?"""
+        return self.arriving is not None and self.arriving.more_body and not self.reading_paused
+
     def overdue(self, now: float) -> bool:
         """Is this one still there although it has been given all the time that it gets?"""
+        limits = self.limits
         if self.lingering:
-            return now - self.touched > LINGER or now - self.lingers_since > LINGER_AT_MOST
-        limit = FLUSH if self.transport.is_closing() else WRITE_STALL_TIMEOUT
+            paused, lasted = now - self.touched, now - self.lingers_since
+            return paused > limits.linger_pause_seconds or lasted > limits.linger_seconds
+        closing = self.transport.is_closing()
+        limit = limits.flush_seconds if closing else limits.write_stall_seconds
         return bool(self.stalled_since) and now - self.stalled_since > limit
 
 
 async def close_overdue() -> None:
     """Every second, close the connections whose time is up."""
-    loop = asyncio.get_running_loop()
+    loop, limits = asyncio.get_running_loop(), TABLE.limits
     while True:
         await asyncio.sleep(1.0)
         now = loop.time()
@@ -1953,22 +1948,23 @@ async def close_overdue() -> None:
             elif client.lingering:
                 continue
             elif arriving is None or arriving.answered:
-                if client.head_size and idle > 0 and client.parser is not None:
-                    if idle > HEAD_TIMEOUT:
+                if client.head_size and idle > 0 and client.state is IN_HEAD:
+                    if idle > limits.head_seconds:
                         client.refuse(408)
-                elif idle > (KEEP_ALIVE if arriving else HEAD_TIMEOUT):
+                elif idle > (limits.keep_alive_seconds if arriving else limits.head_seconds):
                     closing = client.transport.is_closing()
                     (client.transport.abort if closing else client.transport.close)()
-            elif arriving.more_body and not client.reading_paused and idle > BODY_STALL_TIMEOUT:
+            elif client.awaits_body and idle > limits.body_stall_seconds:
                 client.transport.abort()
             elif client.exchange:
                 client.exchange.check_time()
         monotonic = time.monotonic()
         for end in list(TunnelEnd.open):
-            end.check_time(monotonic)
+            end.check_time(monotonic, limits)
         for deployment in TABLE.deployments.values():
-            while deployment.idle and now - deployment.idle[0].idle_since > UPSTREAM_IDLE:
-                deployment.idle.popleft().transport.close()
+            pool, oldest = deployment.idle, now - limits.upstream_idle_seconds
+            while pool and pool[0].idle_since < oldest:
+                pool.popleft().transport.close()
 
 
 # == One request and its answer =================================================================
@@ -1978,23 +1974,19 @@ class Exchange:
     """Copies one answer from an upstream to a client, chunk by chunk as it comes.
 
     Everything runs in the callbacks of the two connections, and `then` is called when the two are
-    parted. `outcome` says how it ended: ok, switched (a tunnel now), missing (an answer that was
-    held back), gone (the client), broken (too late for another answer); where nothing was sent to
-    the client: reset (a pooled connection that had died), lost, timeout.
-
-    A client that reads slowly pauses the upstream, so memory stays flat."""
+    parted. `state` is how far the exchange is, and how it ended: see router_states.EXCHANGE. A
+    client that reads slowly pauses the upstream, so memory stays flat."""
 
     # what an exchange begins with
-    hedged = False
+    state = WAITING
     writable: asyncio.Event | None = None  # for the task that sends the body
     go_ahead: asyncio.Event | None = None
     reason = tail = b""  # tail: what came behind a 101
     status = bytes_out = head_size = 0
     answered_at = 0.0  # the head of its answer
     heard = 0.0  # the backend, last
-    started = finished = chunked = until_close = close = False
+    chunked = until_close = close = False
     keep = True
-    outcome = ""
 
     def __init__(self, request: Request, upstream: Upstream, then: Then, hedge: str = "") -> None:
         client = self.client = request.client
@@ -2014,26 +2006,27 @@ class Exchange:
 
     def feed(self, data: bytes) -> None:
         why = ""
-        if self.started:
-            self.heard = time.monotonic()
-        else:
+        if self.state is WAITING:
             self.head_size += len(data)
+        else:
+            self.heard = time.monotonic()
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            if self.request.handshake and not self.finished:
+            if self.request.handshake and self.state is WAITING:
                 self.upstream.transport.pause_reading()
                 self.tail = data[upgrade.args[0] :]
-                self.mark_finished("switched")
+                self.happens(ExchangeEvent.SWITCH)
                 self.detach()
                 self.then(self)
                 return
             why = "the backend switched protocols unasked"
         except httptools.HttpParserError:
             why = "the backend's answer is not HTTP"
-        if not self.started and self.head_size > ANSWER_HEAD_LIMIT and not self.finished:
+        too_large = self.head_size > self.client.limits.answer_head_bytes
+        if too_large and self.state is WAITING:
             why = "the backend's answer has too large a head"
-        if why and not self.finished:
+        if why and not self.state.finished:
             self.broken(why)
             return
         if why:  # behind a whole answer
@@ -2044,19 +2037,19 @@ class Exchange:
 
     def on_message_begin(self) -> None:
         self.fields = []
-        if self.finished:
+        if self.state.finished:
             self.keep = False  # a second answer, which nobody asked for
 
     def on_status(self, status: bytes) -> None:
         self.reason += status
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self.started:  # else a trailer
+        if self.state is WAITING:  # else a trailer
             self.fields.append((name, value))
 
     def on_headers_complete(self) -> None:
         """The head of an answer is in: write the client's."""
-        if self.finished:
+        if self.state is not WAITING:
             return
         parser, request = self.parser, self.request
         status = self.status = parser.get_status_code()
@@ -2070,8 +2063,7 @@ class Exchange:
             missed = is_miss(self.hedge, request.path, status, self.fields)
             if missed or request.begun or request.gone:  # or another was first
                 self.keep = parser.should_keep_alive()
-                self.hedged = True
-                self.mark_finished("missing")
+                self.happens(ExchangeEvent.MISS)
                 return
             self.client.exchange = self
         length = coded = False
@@ -2117,12 +2109,13 @@ class Exchange:
         append(b"\r\n")
         self.out = out
         self.answered_at = time.monotonic()
-        self.started = request.begun = True
+        self.state = self.state.after[ANSWER_HEAD]
+        request.begun = True
         request.expects_continue = False
         if self.go_ahead:
             self.go_ahead.set()
         if self.head_only:
-            self.mark_finished("ok")
+            self.happens(ANSWER_END)
 
     def informational(self, status: int, reason: bytes) -> None:
         if status == 100:
@@ -2134,7 +2127,7 @@ class Exchange:
             self.client.transport.write(b"".join([*head, b"\r\n"]))
 
     def on_body(self, chunk: bytes) -> None:
-        if self.finished:
+        if self.state is not ANSWERING:
             self.keep = False
             return
         self.bytes_out += len(chunk)
@@ -2144,11 +2137,11 @@ class Exchange:
             self.out.append(chunk)
 
     def on_message_complete(self) -> None:
-        if self.finished or self.status < 200:
+        if self.state is not ANSWERING:
             return
         if self.chunked:
             self.out.append(b"0\r\n\r\n")  # trailers, if there were any, end here
-        self.mark_finished("ok")
+        self.happens(ANSWER_END)
 
     def flush(self) -> None:
         """Write what one read brought, in one go."""
@@ -2157,30 +2150,29 @@ class Exchange:
             self.out = []
             self.client.transport.write(out[0] if len(out) == 1 else b"".join(out))
             self.client.touched = self.client.loop.time()
-            if self.client.stalled_since and not self.finished:
+            if self.client.stalled_since and not self.state.finished:
                 self.upstream.transport.pause_reading()
-        if self.finished:
+        if self.state.finished:
             self.return_to_pool()
 
     def upstream_lost(self) -> None:
-        if self.finished:
-            return
-        if self.started and self.until_close:
+        if self.state is WAITING:
+            pooled = self.upstream.reused
+            self.happens(ExchangeEvent.POOL_LOST if pooled else ExchangeEvent.LOST)
+            self.return_to_pool()
+        elif self.state is ANSWERING and self.until_close:
             if self.chunked:
                 self.out.append(b"0\r\n\r\n")
-            self.mark_finished("ok")
+            self.happens(ANSWER_END)
             self.flush()
-        elif self.started:
-            self.broken("the backend broke its answer off")
         else:
-            self.mark_finished("reset" if self.upstream.reused else "lost")
-            self.return_to_pool()
+            self.broken("the backend broke its answer off")
 
     def broken(self, why: str) -> None:
         """Too late for another answer: what the client has must not look complete."""
-        if self.finished:
+        if self.state.finished:
             return
-        if self.started:
+        if self.state is ANSWERING:
             log.warning("%s: %s", self.upstream.deployment.id, why)
             tally = self.upstream.deployment.tally
             tally.failed += 1
@@ -2189,46 +2181,44 @@ class Exchange:
             if self.version_10:  # nothing else would tell it from a complete answer
                 reset(self.client.transport)
             else:
-                self.client.transport.close()
-            self.mark_finished("broken")
-        else:
-            self.mark_finished("lost")
+                self.client.close()
+        self.happens(ExchangeEvent.LOST)
         self.keep = False
         self.return_to_pool()
 
     def check_time(self) -> None:
         """Give up on a backend that does not begin to answer, or falls silent in its answer."""
-        limit = HANDSHAKE_TIMEOUT if self.request.handshake else RESPONSE_TIMEOUT
-        if self.finished or time.monotonic() - (self.heard or self.began) <= limit:
+        limits = self.client.limits
+        limit = limits.handshake_seconds if self.request.handshake else limits.response_seconds
+        if self.state.finished or time.monotonic() - (self.heard or self.began) <= limit:
             return
-        if not self.started:
+        if self.state is WAITING:
             self.give_up()
         elif not self.client.stalled_since:  # else it is the client that is slow
             self.broken("the backend fell silent in its answer")
 
     def give_up(self) -> None:
-        if not self.started and not self.finished:
-            self.mark_finished("timeout")
+        if self.state is WAITING:
+            self.happens(ExchangeEvent.TIMEOUT)
             self.keep = False
             self.return_to_pool()
 
     # -- from the client -----------------------------------------------------------------------
 
     def client_lost(self) -> None:
-        if not self.finished:
-            self.mark_finished("gone")
+        if not self.state.finished:
+            self.happens(ExchangeEvent.CLIENT_LOST)
             self.keep = False
             self.return_to_pool()
 
     def client_writable(self) -> None:
-        if not self.finished and not self.upstream.transport.is_closing():
+        if not self.state.finished and not self.upstream.transport.is_closing():
             self.upstream.transport.resume_reading()
 
     # -- the end -------------------------------------------------------------------------------
 
-    def mark_finished(self, outcome: str) -> None:
-        self.finished = True
-        self.outcome = outcome
+    def happens(self, event: ExchangeEvent) -> None:
+        self.state = self.state.after[event]
 
     def detach(self) -> None:
         self.upstream.exchange = None
@@ -2248,10 +2238,10 @@ class Exchange:
             self.writable.set()
         sending = self.request.more_body or self.request.body
         # the body of an answer that was held back is still on its way
-        unread = self.hedged and not self.head_only
+        unread = self.state is ExchangeState.MISSING and not self.head_only
         pool = upstream.deployment.idle
         reusable = self.keep and not (sending or unread or upstream.transport.is_closing())
-        if reusable and len(pool) < UPSTREAM_IDLE_LIMIT:
+        if reusable and len(pool) < self.client.limits.idle_upstreams:
             upstream.idle_since = client.loop.time()
             pool.append(upstream)
         else:
@@ -2264,7 +2254,7 @@ class Exchange:
         """Send the request: at once where all of it is here, else its body by a task."""
         request, write = self.request, self.upstream.transport.write
         chunked = head[-2] == CHUNKED
-        if request.more_body or len(request.body) > BODY_AHEAD:
+        if request.more_body or len(request.body) > self.client.limits.body_ahead_bytes:
             if request.expects_continue:
                 self.go_ahead = asyncio.Event()
             self.writable = asyncio.Event()
@@ -2282,16 +2272,16 @@ class Exchange:
         request, write = self.request, self.upstream.transport.write
         if self.go_ahead:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.go_ahead.wait(), CONTINUE_TIMEOUT)
-            if self.started:
+                await asyncio.wait_for(self.go_ahead.wait(), self.client.limits.continue_seconds)
+            if self.state is not WAITING:
                 return
-        while not self.finished and (piece := await request.read()):
-            if self.finished:
+        while not self.state.finished and (piece := await request.read()):
+            if self.state.finished:
                 return  # type: ignore[unreachable]  # it changes while we wait
             write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
             if self.writable:
                 await self.writable.wait()
-        if chunked and not (self.finished or request.more_body or request.gone):
+        if chunked and not (self.state.finished or request.more_body or request.gone):
             write(b"0\r\n\r\n")
 
 
@@ -2348,8 +2338,8 @@ def repeatable(request: Request) -> bool:
 
 def from_pool(request: Request, deployment: Deployment) -> Upstream | None:
     """The idle connection used last, if it has not been idle for too long."""
-    pool, now = deployment.idle, request.client.loop.time()
-    max_idle = UPSTREAM_IDLE if repeatable(request) else UNSAFE_IDLE
+    pool, now, limits = deployment.idle, request.client.loop.time(), request.client.limits
+    max_idle = limits.upstream_idle_seconds if repeatable(request) else limits.unsafe_idle_seconds
     while pool and not request.handshake:
         upstream = pool.pop()
         if now - upstream.idle_since > max_idle:
@@ -2363,7 +2353,7 @@ def from_pool(request: Request, deployment: Deployment) -> Upstream | None:
 
 async def forward(
     request: Request, target: Deployment, hedge: str = "", timeout: float = 0, fresh: bool = False
-) -> str:
+) -> ExchangeState:
     """Send the client's request to a deployment and its answer back, on a `fresh` connection or a
     pooled one, within `timeout` seconds. Returns how it ended, as `Exchange` has it; raises
     UpstreamError where nothing has been sent to the client yet."""
@@ -2371,10 +2361,10 @@ async def forward(
     upstream = None if fresh else from_pool(request, target)
     while True:
         if upstream is None:
-            upstream = await connect(target, timeout or CONNECT_TIMEOUT)
+            upstream = await connect(target, timeout or request.client.limits.connect_seconds)
         if request.gone:
             upstream.transport.abort()
-            return "gone"
+            return ExchangeState.GONE
         done: asyncio.Future[None] = loop.create_future()
 
         def ended(_: Exchange, done: asyncio.Future[None] = done) -> None:
@@ -2394,30 +2384,30 @@ async def forward(
                 body_task.cancel()
             if response_timer:
                 response_timer.cancel()
-        if not (exchange.outcome == "reset" and again):
+        if not (exchange.state is RESET and again):
             return record_outcome(exchange)
         upstream = None  # it had died in the pool: once more, on a new connection
 
 
-def record_outcome(exchange: Exchange) -> str:
+def record_outcome(exchange: Exchange) -> ExchangeState:
     """Do what is to be done when an exchange has ended. Returns and raises as `forward`."""
     request, deployment = exchange.request, exchange.upstream.deployment
-    outcome = exchange.outcome
-    if outcome in ("reset", "lost"):
+    outcome = exchange.state
+    if outcome is RESET or outcome is LOST:
         detail = "the deployment closed the connection without an answer"
         raise UpstreamError(502, detail, sent=True)
-    if outcome == "timeout":
+    if outcome is TIMED_OUT:
         raise UpstreamError(504, "the deployment did not answer in time", sent=True)
     took = time.monotonic() - exchange.began
     if exchange.status:
         deployment.tally.answered(request.method, exchange.status, took)
-        if exchange.started:
+        if exchange.answered_at:
             deployment.tally.first_byte.add(exchange.answered_at - exchange.began)
     if ACCESS_LOG is not None:
         ACCESS_LOG.answered(request, exchange.status, deployment.id, exchange.bytes_out, took)
-    if outcome == "ok":
+    if outcome is OK:
         request.client.finish(request, exchange.close)
-    elif outcome == "switched":
+    elif outcome is ExchangeState.SWITCHED:
         join(request.client, exchange)
     return outcome
 
@@ -2430,7 +2420,8 @@ class TunnelEnd(asyncio.Protocol):
 
     Each end may say that it has no more to send (a half-close), and the other goes on talking.
     The tunnel is over when both have, when either connection is lost, or when a half-closed one
-    has been silent for HALF_CLOSED seconds. What is still to be written then has FLUSH seconds."""
+    has been silent for `half_closed_seconds`. What is still to be written then has `flush_seconds`
+    (Limits)."""
 
     __slots__ = ("deployment", "ended", "lost", "peer", "since", "transport")
     open: ClassVar[set[TunnelEnd]] = set()  # the clients' ends, until both connections are gone
@@ -2480,9 +2471,9 @@ class TunnelEnd(asyncio.Protocol):
         if not self.peer.ended and not self.peer.transport.is_closing():
             self.peer.transport.resume_reading()
 
-    def check_time(self, now: float) -> None:
+    def check_time(self, now: float, limits: Limits) -> None:
         near, far = self, self.peer
-        limit = FLUSH if near.lost or far.lost else HALF_CLOSED
+        limit = limits.flush_seconds if near.lost or far.lost else limits.half_closed_seconds
         ending = near.lost or far.lost or near.ended or far.ended
         if ending and now - max(near.since, far.since) > limit:
             near.transport.abort()
@@ -2501,9 +2492,10 @@ def join(client: Client, exchange: Exchange) -> None:
     client.connections.discard(client)
     Client.instances.discard(client)
     if client.transport.is_closing() or upstream.transport.is_closing():
-        client.transport.close()  # one end has gone meanwhile
+        client.close()  # one end has gone meanwhile
         upstream.transport.close()
         return
+    client.happens(ClientEvent.SWITCH)
     name = upstream.deployment.id
     near, far = TunnelEnd(client.transport, name), TunnelEnd(upstream.transport, name)
     near.peer, far.peer = far, near
@@ -2594,7 +2586,7 @@ def route(request: Request) -> None:
 def on_done(affinity_id: bytes, exchange: Exchange) -> None:
     """What was sent on its way at once has ended."""
     request = exchange.request
-    if exchange.outcome == "reset" and repeatable(request):
+    if exchange.state is RESET and repeatable(request):
         request.client.spawn(handle(request, affinity_id, fresh=True))
         return
     target = exchange.upstream.deployment
@@ -2729,8 +2721,8 @@ async def answer_by(
 ) -> None:
     """Answer from a deployment, or from others what it lacks. Raises as `forward`."""
     hedge = hedge_for(request, affinity_id)
-    missed = await forward(request, target, hedge, fresh=fresh) == "missing"
-    if missed and not await fetch_from_others(request, target, hedge):
+    outcome = await forward(request, target, hedge, fresh=fresh)
+    if outcome is ExchangeState.MISSING and not await fetch_from_others(request, target, hedge):
         await forward(request, target)
 
 
@@ -2755,25 +2747,27 @@ def hedge_for(request: Request, affinity_id: bytes) -> str:
 
 async def fetch_from_others(request: Request, first: Deployment, hedge: str) -> bool:
     """Send hedged requests for what `first` lacks: to the next deployment as soon as one lacks it
-    too, or HEDGE_DELAY after the one before. The first that has it answers. Returns: did one?"""
-    loop, path = request.client.loop, request.url
+    too, or `hedge_delay_seconds` after the one before. The first that has it answers.
+    Returns: did one?"""
+    loop, path, limits = request.client.loop, request.url, request.client.limits
     others = collections.deque(TABLE.others(first, path))
-    asking: dict[asyncio.Task[str], Deployment] = {}
+    asking: dict[asyncio.Task[ExchangeState], Deployment] = {}
     try:
         while asking or (others and not request.gone):
             if others and not request.begun:
                 other = others.popleft()
-                asking[loop.create_task(forward(request, other, hedge, HEDGE_TIMEOUT))] = other
-            pause, when = HEDGE_DELAY if others else None, asyncio.FIRST_COMPLETED
+                hedged = forward(request, other, hedge, limits.hedge_timeout_seconds)
+                asking[loop.create_task(hedged)] = other
+            pause, when = limits.hedge_delay_seconds if others else None, asyncio.FIRST_COMPLETED
             done, _ = await asyncio.wait(asking, timeout=pause, return_when=when)
             for task in done:
                 other = asking.pop(task)
                 try:
-                    if task.result() != "missing":
+                    if task.result() is not ExchangeState.MISSING:
                         TABLE.cache_asset_location(path, other)
                         return True
                 except UpstreamError:  # down or frozen: not every asset of a page waits for it
-                    other.ejected_until = time.monotonic() + EJECTION_SECONDS
+                    other.ejected_until = time.monotonic() + limits.ejection_seconds
         return request.gone
     finally:
         for task in asking:
@@ -2833,9 +2827,10 @@ def is_miss(hedge: str, path: bytes, status: int, fields: list[tuple[bytes, byte
 
 
 async def supervise(name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Keep a background task running. One that ends is started again; after RESTARTS in
-    RESTART_SECONDS the process ends in order, with a status that is not 0."""
-    ends: collections.deque[float] = collections.deque(maxlen=RESTARTS)
+    """Keep a background task running. One that ends is started again; after `restarts` in
+    `restart_seconds` (Limits) the process ends in order, with a status that is not 0."""
+    limits = TABLE.limits
+    ends: collections.deque[float] = collections.deque(maxlen=limits.restarts)
     while True:
         why = "it returned"
         try:
@@ -2846,7 +2841,7 @@ async def supervise(name: str, work: Callable[[], Coroutine[Any, Any, None]]) ->
             why = f"{type(error).__name__}\n{frames}"
         log.error("the task `%s` has ended, and starts again: %s", name, why)
         ends.append(time.monotonic())
-        if len(ends) == RESTARTS and ends[-1] - ends[0] < RESTART_SECONDS:
+        if len(ends) == limits.restarts and ends[-1] - ends[0] < limits.restart_seconds:
             log.critical("the task `%s` cannot be kept running: this router ends", name)
             app.state.failed = app.state.server.should_exit = True
             return
@@ -2857,7 +2852,7 @@ async def supervise(name: str, work: Callable[[], Coroutine[Any, Any, None]]) ->
 async def lifespan(_: Starlette) -> AsyncIterator[None]:
     host = os.environ.get("RAILWAY_REPLICA_ID") or socket.gethostname()
     METRICS.name = f"{host}-{secrets.token_hex(3)}"  # a restarted router begins to count anew
-    store = store_from_env(os.environ)
+    store = store_from_env(os.environ, TABLE.limits)
     work = {
         "routing state": functools.partial(TABLE.follow, store),
         "without state": TABLE.serve_without_state,
@@ -2871,7 +2866,7 @@ async def lifespan(_: Starlette) -> AsyncIterator[None]:
     tasks = [asyncio.create_task(supervise(*item)) for item in work.items()]
     try:
         with contextlib.suppress(TimeoutError):  # connections wait in the backlog meanwhile
-            await asyncio.wait_for(TABLE.changed.wait(), START_TIMEOUT)
+            await asyncio.wait_for(TABLE.changed.wait(), TABLE.limits.start_seconds)
         yield
     finally:
         for task in tasks:
@@ -2908,11 +2903,13 @@ class Server(uvicorn.Server):
             await asyncio.sleep(0.05)
 
 
-def serve() -> None:
-    global ACCESS_LOG
-    port = from_env("PORT", DEFAULT_PORT, int)
+def serve(limits: Limits) -> None:
+    global ACCESS_LOG, RESOLVER, TABLE
+    port = number_from_env("PORT", DEFAULT_PORT, int)
     store_from_env(os.environ)  # a missing variable shows before the port is taken
-    Client.limit = client_limit(from_env("PULSE_RAILWAY_ROUTER_CONNECTION_LIMIT", None, int))
+    configured = number_from_env("PULSE_RAILWAY_ROUTER_CONNECTION_LIMIT", None, int)
+    limits = replace(limits, connections=client_limit(configured, limits))
+    RESOLVER, TABLE = Resolver(limits), Table(os.environ, limits)
     if os.environ.get("PULSE_RAILWAY_ROUTER_WORKERS"):
         log.warning("PULSE_RAILWAY_ROUTER_WORKERS has no effect: give the service replicas")
     sock = listen(os.environ.get("HOST"), port)
@@ -2920,10 +2917,10 @@ def serve() -> None:
     if any(value and name.startswith(TELEMETRY) for name, value in os.environ.items()):
         import telemetry
 
-        ACCESS_LOG, app.state.telemetry = telemetry.start(os.environ)
+        ACCESS_LOG, app.state.telemetry = telemetry.start(os.environ, limits)
     config = uvicorn.Config(
         app,
-        http=Client,
+        http=cast(Any, functools.partial(Client, limits=limits)),
         ws="none",
         loop="uvloop" if sys.platform != "win32" else "asyncio",
         lifespan="on",
@@ -2932,7 +2929,7 @@ def serve() -> None:
         server_header=False,
         date_header=False,
         proxy_headers=False,
-        timeout_graceful_shutdown=int(SHUTDOWN_GRACE),
+        timeout_graceful_shutdown=int(limits.shutdown_seconds),
     )
     app.state.failed, app.state.server = False, Server(config)
     app.state.server.run(sockets=[sock])
@@ -2943,26 +2940,26 @@ def serve() -> None:
 # == The app's internal endpoints, asked by the metrics, the control commands and the janitor ===
 
 
-def connection_to(record: Record) -> http.client.HTTPConnection:
+def connection_to(record: Record, limits: Limits = DEFAULT_LIMITS) -> http.client.HTTPConnection:
     """Plain HTTP, no proxy. Raises OSError, and ValueError for a record without an address."""
     url = urllib.parse.urlsplit(record.url or "")
     if not url.hostname:
         raise ValueError
-    return http.client.HTTPConnection(url.hostname, url.port or 80, timeout=BACKEND_TIMEOUT)
+    return http.client.HTTPConnection(url.hostname, url.port or 80, timeout=limits.backend_seconds)
 
 
-def look(record: Record) -> str:
+def look(record: Record, limits: Limits = DEFAULT_LIMITS) -> str:
     """What is at a deployment's address: `answers` (over HTTP, and as no other deployment),
     `other`, `silent` (it takes connections), `unreachable` (no name, or no connection)."""
     try:
-        connection = connection_to(record)
+        connection = connection_to(record, limits)
         connection.connect()
     except (OSError, ValueError):
         return "unreachable"
     with contextlib.closing(connection):
         try:
             connection.request("GET", META_PATH)
-            body = connection.getresponse().read(ANSWER_HEAD_LIMIT)
+            body = connection.getresponse().read(limits.answer_head_bytes)
         except (OSError, http.client.HTTPException):
             return "silent"
     deployment_id = None
@@ -2971,7 +2968,10 @@ def look(record: Record) -> str:
     return "answers" if deployment_id in (None, record.deployment_id) else "other"
 
 
-SCRIPTS = "router.py control.py janitor.py telemetry.py sqlite_store.py ownership.py".split()
+SCRIPTS = (
+    "router.py router_limits.py router_states.py control.py janitor.py telemetry.py"
+    " sqlite_store.py ownership.py"
+).split()
 
 
 @functools.cache
@@ -2987,12 +2987,13 @@ def runtime_version() -> str:
     return f"{VERSION}+{digest.hexdigest()[:12]}"
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str], limits: Limits | None = None) -> int:
+    """Serve until the process is told to end. `limits`: in place of the environment's."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s %(message)s")
     if argv:
         print(__doc__, file=sys.stderr)
         return 2
-    serve()
+    serve(limits or Limits.from_env(os.environ))
     return 0
 
 

@@ -221,29 +221,32 @@ def router_python() -> Path:
 
 
 def router_command(
-    python: Path | str = sys.executable, constants: Mapping[str, float] | None = None
+    python: Path | str = sys.executable, limits: Mapping[str, float] | None = None
 ) -> list[str]:
-    """What starts a router in whose process these constants of router.py have other values."""
-    if not constants:
+    """What starts a router, with these of its limits in place of the environment's."""
+    if not limits:
         return [str(python), "-m", "router"]
-    lines = [f"assert hasattr(router, {n!r}); router.{n} = {v!r}" for n, v in constants.items()]
-    script = "\n".join(["import router", *lines, "raise SystemExit(router.main([]))"])
+    script = f"""if True:
+        import dataclasses, os, router
+        limits = dataclasses.replace(router.Limits.from_env(os.environ), **{dict(limits)!r})
+        raise SystemExit(router.main([], limits))
+    """
     return [str(python), "-c", script]
 
 
 @pytest.fixture
 def run_router(start: Callable[..., Process], router_python: Path) -> Callable[..., Process]:
     """`run_router(redis, NAME=value, ...)`: router.py with REDIS_URL and PORT, as in its image.
-    `constants`: of router.py, those that have other values in this process."""
+    `limits`: fields of router_limits.Limits that have other values in this process."""
 
     def begin(
-        server: Redis | None, constants: Mapping[str, float] | None = None, **env: str
+        server: Redis | None, limits: Mapping[str, float] | None = None, **env: str
     ) -> Process:
         port = int(env.get("PORT") or free_port())
         given = {"PORT": str(port), "HOST": "127.0.0.1", "PYTHONPATH": str(ROOT), **env}
         if server:
             given["REDIS_URL"] = server.url
-        return start(router_command(router_python, constants), port, given)
+        return start(router_command(router_python, limits), port, given)
 
     return begin
 

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,7 +45,7 @@ def routed(redis_server: Redis, run_router: Run) -> Iterator[Callable[..., Route
     backends: list[Backend] = []
 
     def make(
-        answer: bytes = ok(), handle: Callable[[Connection], None] | None = None, **env: str
+        answer: bytes = ok(), handle: Callable[[Connection], None] | None = None, **env: Any
     ) -> Routed:
         backend = Backend(answer, handle)
         backends.append(backend)
@@ -384,10 +385,12 @@ def test_uploads_stream(routed: Callable[..., Routed]) -> None:
 def test_a_long_poll_is_left_alone(routed: Callable[..., Routed]) -> None:
     def handle(connection: Connection) -> None:
         connection.head()
-        time.sleep(7)
+        time.sleep(2.5)
         connection.send(ok(b"at last"))
 
-    assert ask(routed(handle=handle).port).body == b"at last"
+    short = ("connect", "backend", "resolved", "upstream_idle", "linger_pause", "linger")
+    limits = {f"{name}_seconds": 0.5 for name in short}  # none of them is of this
+    assert ask(routed(handle=handle, limits=limits).port).body == b"at last"
 
 
 @pytest.mark.parametrize("way", ["down", "up"])
