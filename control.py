@@ -44,7 +44,6 @@ import redis
 import ownership
 import router
 from router import Json, Promotion, Record, Routing, Step, Tombstone
-from router_limits import DEFAULT_LIMITS
 
 SESSIONS_PATH = "/_pulse/internal/railway/sessions"
 RELOAD_PATH = "/_pulse/internal/railway/reload"
@@ -555,7 +554,7 @@ def backend_answer(
     with contextlib.closing(router.connection_to(record)) as connection:
         connection.request(method, path, headers=dict(headers))
         answer = connection.getresponse()
-        return answer.status, answer.read(DEFAULT_LIMITS.answer_head_bytes)
+        return answer.status, answer.read(router.DEFAULT_LIMITS.answer_head_bytes)
 
 
 def sessions(record: Record, token: str) -> int | None:

@@ -62,7 +62,6 @@ import control
 import ownership
 import router
 from router import Json, Promotion, Record, Routing
-from router_limits import number_from_env
 
 API_URL = "https://backboard.railway.com/graphql/v2"
 LOCK_SECONDS = 60  # renewed while the run lasts
@@ -850,9 +849,9 @@ def main(argv: list[str]) -> int:
     store = control.OwnedStore(base.url, base.prefix, ownership.name(env), base.ttl)
     token = env.get(INTERNAL_TOKEN, "")
     retention = Retention(
-        number_from_env("PULSE_RAILWAY_DRAIN_TTL_SECONDS", 86_400.0, env=env),
-        number_from_env("PULSE_RAILWAY_ROLLBACK_WINDOW_SECONDS", 900.0, env=env),
-        int(number_from_env("PULSE_RAILWAY_KEEP", 0.0, env=env)),
+        router.number_from_env("PULSE_RAILWAY_DRAIN_TTL_SECONDS", 86_400.0, env=env),
+        router.number_from_env("PULSE_RAILWAY_ROLLBACK_WINDOW_SECONDS", 900.0, env=env),
+        int(router.number_from_env("PULSE_RAILWAY_KEEP", 0.0, env=env)),
     )
     railway = Railway(env)
     try:

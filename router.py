@@ -56,7 +56,8 @@ import urllib.parse
 from bisect import bisect_left
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from enum import Enum
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import httptools
 import redis.asyncio
@@ -67,9 +68,6 @@ from aiohappyeyeballs import start_connection
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
-
-from router_limits import DEFAULT_LIMITS, Limits, number_from_env
-from router_states import ClientEvent, ClientState, ExchangeEvent, ExchangeState
 
 if TYPE_CHECKING:
     import telemetry
@@ -106,8 +104,96 @@ REPORT_LEASE = 120  # seconds that a router's report lasts
 SCAN_COUNT = 1000  # keys of Redis a step
 SERVICE_PREFIX = os.environ.get("PULSE_RAILWAY_SERVICE_PREFIX", "")
 
-
 log = logging.getLogger("pulse.router")
+
+
+# == Limits =====================================================================================
+
+
+def number_from_env(variable: str, default: Any, kind: type = float, env: Any = os.environ) -> Any:
+    """A variable that holds seconds, or for int a whole number from 1. Raises SystemExit."""
+    text = env.get(variable)
+    if text and kind is int and not re.fullmatch(r"0*[1-9]\d{0,8}", text, re.ASCII):
+        raise SystemExit(f"{variable} takes a whole number from 1, not {text!r}")
+    if text and kind is float and not re.fullmatch(r"\d{1,9}(\.\d*)?", text, re.ASCII):
+        raise SystemExit(f"{variable} takes a number of seconds, not {text!r}")
+    return kind(text) if text else default
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long the router waits, and how much it takes: passed to what heeds them. Railway's edge
+    has its own: a head of 32 KB, 15 minutes for a request, 60 s for an idle connection."""
+
+    # a client's connection
+    connections: int = 1 << 30  # clients and tunnels; `serve` bounds them by the descriptors
+    descriptors_kept: int = 64  # for the store, the listening socket, files
+    head_bytes: int = 64 * 1024
+    header_count: int = 512
+    head_seconds: float = 30.0  # until a request's head is in
+    framing_bytes: int = 16 * 1024  # chunk extensions and trailers, beyond 16 bytes a chunk
+    pipelined_requests: int = 64  # that wait for the answers before theirs
+    body_ahead_bytes: int = 64 * 1024  # read before the backend has taken what came earlier
+    body_stall_seconds: float = 60.0  # until the next piece of a body
+    write_stall_seconds: float = 300.0  # until the client takes the next piece of its answer
+    keep_alive_seconds: float = 75.0  # of an idle connection: the edge closes first
+    idle_close_grace_seconds: float = 0.5  # at shutdown: a request may be on its way
+    linger_pause_seconds: float = 5.0  # of an upload that is dropped, after an early answer
+    linger_seconds: float = 30.0  # all of it
+    # a backend's connection
+    connect_seconds: float = 5.0
+    resolved_seconds: float = 5.0  # that an address is remembered
+    resolver_threads: int = 64  # names looked up at once; a bad one may take many seconds
+    response_seconds: float = 900.0  # until an answer begins, and between two pieces of it
+    handshake_seconds: float = 30.0  # until a WebSocket handshake is answered
+    answer_head_bytes: int = 256 * 1024
+    continue_seconds: float = 1.0  # a backend that ignores `Expect` gets the body after this
+    upstream_idle_seconds: float = 4.0  # uvicorn closes idle connections after 5 s
+    unsafe_idle_seconds: float = 1.0  # the same, for a request that may not be repeated
+    idle_upstreams: int = 256  # idle connections of a deployment
+    backend_seconds: float = 5.0  # until a question of the router's own is answered
+    # a tunnel
+    half_closed_seconds: float = 60.0  # of silence
+    flush_seconds: float = 30.0  # to write what is left when the other end has gone
+    # assets that one deployment lacks and another has
+    hedge_delay_seconds: float = 0.2  # until the next deployment is asked too
+    hedge_timeout_seconds: float = 1.5  # until a hedged request is answered
+    ejection_seconds: float = 30.0  # that a deployment which gave no answer is not asked
+    asset_location_seconds: float = 300.0  # that the deployment which had one is remembered
+    asset_locations: int = 2000
+    asset_location_path_bytes: int = 512  # a longer path is not remembered
+    # the routing state
+    start_seconds: float = 2.0  # for the first load; 503 is answered after that
+    redis_seconds: float = 3.0
+    refresh_seconds: float = 15.0  # between two reads: 0.3.x writers announce nothing
+    lookup_seconds: float = 1.0  # between two reads for unknown ids
+    missing_seconds: float = 90.0  # that a deployment without record has to answer, or to fail
+    parallel_looks: int = 3  # at those deployments; the loop has five threads or more
+    provisional_seconds: float = 1.0  # between two tries while there is no state
+    scan_share: float = 0.02  # of the time, for looking for records that nobody announced
+    scan_step_seconds: float = 90.0
+    report_seconds: float = 10.0  # between two reports while counters change
+    report_idle_seconds: float = 45.0
+    # the process
+    restarts: int = 3  # of a background task in `restart_seconds`; then the process ends
+    restart_seconds: float = 60.0
+    shutdown_seconds: float = 25.0
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str]) -> Limits:
+        """The limits, with those that the environment sets. Raises SystemExit."""
+        variables = {
+            "half_closed_seconds": "PULSE_RAILWAY_ROUTER_HALF_CLOSED_SECONDS",
+            "response_seconds": "PULSE_RAILWAY_ROUTER_RESPONSE_TIMEOUT",
+            "shutdown_seconds": "PULSE_RAILWAY_ROUTER_SHUTDOWN_SECONDS",
+        }
+        other, default = {}, cls()
+        for name, variable in variables.items():
+            other[name] = number_from_env(variable, getattr(default, name), env=env)
+        return replace(default, **other)
+
+
+DEFAULT_LIMITS = Limits()
 
 
 # == The routing state: what the store holds, as types ==========================================
@@ -1434,6 +1520,107 @@ async def connect(deployment: Deployment, timeout: float) -> Upstream:
         raise UpstreamError(502, "the deployment refuses connections") from None
 
 
+# == The states of a client's connection and of an exchange ======================================
+# An event that a state's row does not have is a fault of the router's own: KeyError.
+
+type ClientEvent = Literal[
+    "head",
+    "handshake",
+    "end of request",
+    "early answer",
+    "bad head",
+    "bad body",
+    "too many clients",
+    "101",
+    "close",
+]
+type ExchangeEvent = Literal[
+    "head",
+    "end of answer",
+    "101",
+    "not here",
+    "client lost",
+    "pooled connection lost",
+    "connection lost",
+    "timeout",
+]
+
+
+class ClientState(Enum):
+    """How far a client's connection is: its reading side, since several requests can wait.
+
+    parses: what comes goes to the parser.
+    may_answer: a request may be begun, and its answer written.
+    may_read: from the socket, where its requests do not hold it up (`Client.update_reading`)."""
+
+    # what it is; parses, may_answer, may_read
+    HEAD = "between two requests, or in a head", True, True, True
+    BODY = "in the body of a request", True, True, True
+    HANDSHAKE = "a handshake has come: what follows is the tunnel's", False, True, False
+    REFUSED = "nothing more is understood; the answers that are due come first", False, True, False
+    LINGERING = "answered; the rest of the upload is read up to its end", True, False, True
+    DROPPING = "answered; what comes is not understood, and dropped", False, False, True
+    TUNNEL = "the two ends of a tunnel have the connections", False, False, False
+    CLOSED = "closed, or closing", False, False, False
+
+    def __init__(self, about: str, parses: bool, may_answer: bool, may_read: bool) -> None:
+        self.about = about
+        self.parses, self.may_answer, self.may_read = parses, may_answer, may_read
+        self.after: dict[ClientEvent, ClientState] = {}
+
+
+class ExchangeState(Enum):
+    """How far an exchange is. Those that nothing leads on from are how it can end."""
+
+    WAITING = "the request is sent, or being sent"
+    ANSWERING = "the answer's head has gone to the client"
+    OK = "the answer is whole"
+    SWITCHED = "a tunnel now"
+    MISSING = "an answer that was held back: not here"
+    GONE = "the client left"
+    BROKEN = "too late for another answer"
+    RESET = "a pooled connection had died, nothing sent yet"
+    LOST = "no answer, nothing sent yet"
+    TIMED_OUT = "no answer in time, nothing sent yet"
+
+    def __init__(self, about: str) -> None:
+        self.about = about
+        self.after: dict[ExchangeEvent, ExchangeState] = {}
+        self.finished = False
+
+
+HEAD, BODY, HANDSHAKE, REFUSED, LINGERING, DROPPING, TUNNEL, CLOSED = ClientState
+WAITING, ANSWERING, OK, SWITCHED, MISSING, GONE, BROKEN, RESET, LOST, TIMED_OUT = ExchangeState
+
+# event -> state before -> state after
+CLIENT: dict[ClientEvent, dict[ClientState, ClientState]] = {
+    "head": {HEAD: BODY},
+    "handshake": {HEAD: HANDSHAKE},
+    "end of request": {BODY: HEAD, HANDSHAKE: HANDSHAKE, LINGERING: CLOSED},
+    "early answer": {BODY: LINGERING},  # before the end of its request
+    "bad head": {HEAD: REFUSED},  # behind a request that is not answered yet
+    "bad body": {BODY: DROPPING},  # before any answer
+    "too many clients": {HEAD: DROPPING},
+    "101": {HANDSHAKE: TUNNEL},
+    "close": {state: CLOSED for state in ClientState if state is not TUNNEL},
+}
+EXCHANGE: dict[ExchangeEvent, dict[ExchangeState, ExchangeState]] = {
+    "head": {WAITING: ANSWERING},
+    "end of answer": {ANSWERING: OK},
+    "101": {WAITING: SWITCHED},
+    "not here": {WAITING: MISSING},  # a hedged answer
+    "client lost": {WAITING: GONE, ANSWERING: GONE},
+    "pooled connection lost": {WAITING: RESET},
+    "connection lost": {WAITING: LOST, ANSWERING: BROKEN},  # or what comes is no answer
+    "timeout": {WAITING: TIMED_OUT},
+}
+for _state in ClientState:
+    _state.after = {event: steps[_state] for event, steps in CLIENT.items() if _state in steps}
+for _stage in ExchangeState:
+    _stage.after = {event: steps[_stage] for event, steps in EXCHANGE.items() if _stage in steps}
+    _stage.finished = not _stage.after
+
+
 # == The client's side of a connection ==========================================================
 
 
@@ -1463,15 +1650,6 @@ def error_response(status: int, detail: str = "") -> Response:
     return JSONResponse({"detail": detail or http.HTTPStatus(status).phrase.lower()}, status)
 
 
-# Taken out of their Enums, whose attributes are slow: these are on the path of every request.
-IN_HEAD, IN_BODY, IN_HANDSHAKE = ClientState.HEAD, ClientState.BODY, ClientState.HANDSHAKE
-LINGERING, TUNNEL, CLOSED = ClientState.LINGERING, ClientState.TUNNEL, ClientState.CLOSED
-REQUEST, WHOLE = ClientEvent.REQUEST, ClientEvent.WHOLE
-WAITING, ANSWERING, OK = ExchangeState.WAITING, ExchangeState.ANSWERING, ExchangeState.OK
-RESET, LOST, TIMED_OUT = ExchangeState.RESET, ExchangeState.LOST, ExchangeState.TIMED_OUT
-ANSWER_HEAD, ANSWER_END = ExchangeEvent.HEAD, ExchangeEvent.END
-
-
 class BadRequest(Exception):
     """A request head that this router will not pass on."""
 
@@ -1497,7 +1675,7 @@ class Request:
         self.keep_alive = keep_alive
         self.url = client.url  # the request target as it was sent
         self.fields = client.fields
-        self.handshake = client.state is IN_HANDSHAKE
+        self.handshake = client.state is HANDSHAKE
         self.expects_continue = client.expects_continue
         self.body = bytearray()  # what has come of it and has not been taken
         self.arrived = asyncio.Event()  # set when more comes, and at every end
@@ -1527,7 +1705,7 @@ class Request:
 class Client(asyncio.Protocol):
     """A client's connection: its requests are parsed, checked, and answered one after the other.
 
-    `state` says how far its reading is, and what may be done: see router_states.CLIENT. uvicorn's
+    `state` says how far its reading is, and what may be done: see CLIENT. uvicorn's
     server makes a Client, counts it among its `connections`, and calls `shutdown`. Nothing of ASGI
     is between here and a backend: its cycle and task were a third of a small request's cost.
     """
@@ -1535,15 +1713,14 @@ class Client(asyncio.Protocol):
     instances: ClassVar[set[Client]] = set()  # all open ones, for close_overdue
 
     # what a connection begins with
-    state = IN_HEAD
+    state = HEAD
     chunked = head_in_read = ending = reading_paused = False
     early = b""  # what a client sent behind its handshake
     head_size = framing = 0  # framing: bytes of a chunked body that were none of it
     chunks = body_bytes = 0  # of the body, in the last read
     lingers_since = stalled_since = 0.0  # stalled: when it stopped taking its answer
 
-    def __init__(self, *, server_state: Any, limits: Limits = DEFAULT_LIMITS, **_: Any) -> None:
-        self.limits = limits
+    def __init__(self, *, server_state: Any, **_: Any) -> None:
         self.connections, self.tasks = server_state.connections, server_state.tasks
         self.loop = asyncio.get_running_loop()
         self.parser: Any = self.new_parser()
@@ -1559,13 +1736,13 @@ class Client(asyncio.Protocol):
         self.touched = self.loop.time()  # when the client last sent, or was last answered
         self.connections.add(self)
         Client.instances.add(self)
-        if (open_now := len(Client.instances) + len(TunnelEnd.open)) > self.limits.connections:
+        if (open_now := len(Client.instances) + len(TunnelEnd.open)) > TABLE.limits.connections:
             self.reject(open_now)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.connections.discard(self)
         Client.instances.discard(self)
-        self.happens(ClientEvent.CLOSE)
+        self.happens("close")
         self.parser = None  # the two hold each other
         self.waiting.clear()
         for request in (self.request, self.arriving):
@@ -1594,20 +1771,20 @@ class Client(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self.touched = self.loop.time()
         if not self.state.parses:
-            if self.state is IN_HANDSHAKE:
+            if self.state is HANDSHAKE:
                 self.early += data
             return
-        if self.state is IN_HEAD:
+        if self.state is HEAD:
             self.head_size += len(data)
         self.chunks = self.body_bytes = 0
         self.head_in_read = False
         try:
             self.parser.feed_data(data)
-            if self.chunked and self.state is not IN_HEAD and not self.head_in_read:
+            if self.chunked and self.state is not HEAD and not self.head_in_read:
                 self.check_framing(len(data))
         except httptools.HttpParserUpgrade as upgrade:
             rest = data[upgrade.args[0] :]
-            if self.state is IN_HANDSHAKE:
+            if self.state is HANDSHAKE:
                 self.early = rest
             else:
                 head = self.head_without_upgrade()
@@ -1619,11 +1796,11 @@ class Client(asyncio.Protocol):
         except BadRequest as error:
             self.refuse(error.status)
         else:
-            if self.state is IN_HEAD and self.head_size > self.limits.head_bytes:
+            if self.state is HEAD and self.head_size > TABLE.limits.head_bytes:
                 self.refuse(431)
         if self.waiting and self.state.may_answer and not self.busy:
             self.begin()
-        if self.waiting or self.state is not IN_HEAD:
+        if self.waiting or self.state is not HEAD:
             self.update_reading()
 
     def begin(self) -> None:
@@ -1637,13 +1814,13 @@ class Client(asyncio.Protocol):
     def refuse(self, status: int) -> None:
         """Answer what cannot be parsed, after the answers before it, and hang up."""
         arriving = self.arriving
-        if self.state is IN_BODY and arriving:
+        if self.state is BODY and arriving:
             self.abort_request(arriving, status)
-        elif self.state is IN_HEAD and arriving and not arriving.answered:
+        elif self.state is HEAD and arriving and not arriving.answered:
             arriving.keep_alive = False
-            self.happens(ClientEvent.BAD_HEAD)
+            self.happens("bad head")
         else:
-            if self.state is IN_HEAD:  # else it is answered, and the rest is dropped
+            if self.state is HEAD:  # else it is answered, and the rest is dropped
                 METRICS.requests += 1
                 METRICS.own.answered(b"", status, self.loop.time() - self.touched)
                 self.send_response(error_response(status))
@@ -1662,24 +1839,24 @@ class Client(asyncio.Protocol):
             self.close()
         else:
             self.send_response(error_response(status))
-            self.linger(ClientEvent.BAD_BODY)
+            self.linger("bad body")
 
     def reject(self, open_now: int) -> None:
         """Near the limit of descriptors, newcomers are told so; those who are there go on. Each
         of them may need a second descriptor, to its backend."""
         METRICS.rejected += 1
-        if open_now > self.limits.connections * 1.05 + 16:  # no descriptors for politeness either
+        if open_now > TABLE.limits.connections * 1.05 + 16:  # no descriptors for politeness either
             self.transport.abort()
             return
         self.send_response(error_response(503, "too many connections"))
-        self.linger(ClientEvent.REJECT)
+        self.linger("too many clients")
 
     def check_framing(self, received: int) -> None:
         """Bound what a chunked body holds besides its bytes: sizes, extensions, trailers. Some
         is allowed for each chunk, and as much again as the body has."""
         extra = received - 2 * self.body_bytes - 16 * self.chunks
         self.framing = max(0, self.framing + extra)
-        if self.framing > self.limits.framing_bytes:
+        if self.framing > TABLE.limits.framing_bytes:
             raise BadRequest("too much around the body", 431)
 
     # called by the parser
@@ -1693,33 +1870,33 @@ class Client(asyncio.Protocol):
         self.url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self.state is not IN_HEAD:
+        if self.state is not HEAD:
             # A trailer: dropped, since merged into the headers it could say anything of what was
             # checked already: a second host, an affinity (RFC 9110 section 6.5.1).
             self.framing += len(name) + len(value) + 4
-            if self.framing > self.limits.framing_bytes:
+            if self.framing > TABLE.limits.framing_bytes:
                 raise BadRequest("trailers too large", 431)
             return
         self.fields.append((name, name.lower(), value))
-        if len(self.fields) > self.limits.header_count:
+        if len(self.fields) > TABLE.limits.header_count:
             raise BadRequest("too many headers", 431)
 
     def on_chunk_header(self) -> None:
         self.chunks += 1
 
     def on_headers_complete(self) -> None:
-        if self.state is not IN_HEAD:
+        if self.state is not HEAD:
             return  # behind an upload that was answered early
-        if self.head_size > self.limits.head_bytes:  # with what came behind it
+        if self.head_size > TABLE.limits.head_bytes:  # with what came behind it
             size = sum(len(name) + len(value) + 4 for name, _, value in self.fields)
-            if len(self.url) + size > self.limits.head_bytes:
+            if len(self.url) + size > TABLE.limits.head_bytes:
                 raise BadRequest("head too large", 431)
         self.head_size = self.framing = 0
         self.head_in_read = True
         parser = self.parser
         method, version = parser.get_method(), parser.get_http_version()
         self.check_head(method, version)
-        if len(self.waiting) >= self.limits.pipelined_requests:
+        if len(self.waiting) >= TABLE.limits.pipelined_requests:
             raise BadRequest("too many requests at once")
         behind = self.busy or bool(self.waiting)
         handshake = parser.should_upgrade()
@@ -1728,7 +1905,7 @@ class Client(asyncio.Protocol):
                 return  # it comes again, as a plain request
             if behind:
                 raise BadRequest("a handshake behind a request")
-        self.state = self.state.after[ClientEvent.HANDSHAKE if handshake else REQUEST]
+        self.happens("handshake" if handshake else "head")
         keep_alive = version != "1.0" and not handshake and parser.should_keep_alive()
         keep_alive = keep_alive and not self.ending
         self.arriving = Request(self, method, version, keep_alive)
@@ -1790,16 +1967,16 @@ class Client(asyncio.Protocol):
     def on_body(self, body: bytes) -> None:
         self.body_bytes += len(body)
         arriving = self.arriving
-        if self.state is IN_BODY and arriving:
+        if self.state is BODY and arriving:
             arriving.body += body
             arriving.arrived.set()
 
     def on_message_complete(self) -> None:
         self.head_size = 0
         state = self.state
-        if state is IN_HEAD or state is CLOSED:
+        if state is HEAD or state is CLOSED:
             return  # a request that comes again without its upgrade; or nobody's
-        self.state = state.after[WHOLE]
+        self.happens("end of request")
         if state is LINGERING:
             self.transport.close()
         elif self.arriving:
@@ -1824,9 +2001,7 @@ class Client(asyncio.Protocol):
         self, request: Request, response: Response, instead_of: Deployment | None = None
     ) -> None:
         """An answer of the router's own, or in place of a deployment that gave none."""
-        if self.state.may_answer and not self.transport.is_closing():
-            close = request.more_body or not request.keep_alive
-            self.send_response(response, close=close, head_only=request.method == b"HEAD")
+        self.send_response(response, request)
         took = self.loop.time() - self.touched
         tally = instead_of.tally if instead_of else METRICS.own
         tally.answered(request.method, response.status_code, took)
@@ -1835,15 +2010,16 @@ class Client(asyncio.Protocol):
             ACCESS_LOG.answered(request, response.status_code, name, len(response.body), took)
         self.finish(request)
 
-    def send_response(
-        self, response: Response, *, close: bool = True, head_only: bool = False
-    ) -> None:
+    def send_response(self, response: Response, request: Request | None = None) -> None:
+        """Write an answer of the router's own, if one may be. Without a request, it is the last."""
+        if not self.state.may_answer or self.transport.is_closing():
+            return
         status = http.HTTPStatus(response.status_code)
         head = b"HTTP/1.1 %d %b\r\n" % (status, status.phrase.encode())
         lines = [name + b": " + value + b"\r\n" for name, value in response.raw_headers]
-        if close:
+        if request is None or request.more_body or not request.keep_alive:
             lines.append(b"connection: close\r\n")
-        body = b"" if head_only else bytes(response.body)
+        body = b"" if request and request.method == b"HEAD" else bytes(response.body)
         self.transport.write(b"".join([head, *lines, b"\r\n", body]))
 
     def finish(self, request: Request, close: bool = False) -> None:
@@ -1854,7 +2030,7 @@ class Client(asyncio.Protocol):
         if not self.state.may_answer:
             return
         if request.more_body:
-            self.linger(ClientEvent.EARLY)
+            self.linger("early answer")
         elif close or not request.keep_alive:
             self.close()
         elif not self.transport.is_closing():
@@ -1865,7 +2041,7 @@ class Client(asyncio.Protocol):
 
     def close(self) -> None:
         """Close the connection, after what is still to be written."""
-        self.happens(ClientEvent.CLOSE)
+        self.happens("close")
         self.transport.close()
 
     def update_reading(self) -> None:
@@ -1873,10 +2049,10 @@ class Client(asyncio.Protocol):
         parsed ahead of its turn; a body stays `body_ahead_bytes` ahead of the backend."""
         state, arriving = self.state, self.arriving
         may_read = state.may_read
-        if state is IN_HEAD:
+        if state is HEAD:
             may_read = not self.waiting
-        elif state is IN_BODY and arriving:
-            ahead = len(arriving.body) > self.limits.body_ahead_bytes
+        elif state is BODY and arriving:
+            ahead = len(arriving.body) > TABLE.limits.body_ahead_bytes
             may_read = arriving is self.request and not ahead
         elif state is CLOSED or state is TUNNEL:
             return
@@ -1897,7 +2073,7 @@ class Client(asyncio.Protocol):
         that waits for a request after a moment: it may have been sent already."""
         self.ending = True
         if self.arriving is None or self.arriving.answered:
-            self.loop.call_later(self.limits.idle_close_grace_seconds, self.close_if_idle)
+            self.loop.call_later(TABLE.limits.idle_close_grace_seconds, self.close_if_idle)
         else:
             self.arriving.keep_alive = False
 
@@ -1917,7 +2093,7 @@ class Client(asyncio.Protocol):
     @property
     def lingering(self) -> bool:
         """Is it answered, and what still comes dropped?"""
-        return self.state is LINGERING or self.state is ClientState.DROPPING
+        return self.state is LINGERING or self.state is DROPPING
 
     @property
     def awaits_body(self) -> bool:
@@ -1926,7 +2102,7 @@ class Client(asyncio.Protocol):
 
     def overdue(self, now: float) -> bool:
         """Is this one still there although it has been given all the time that it gets?"""
-        limits = self.limits
+        limits = TABLE.limits
         if self.lingering:
             paused, lasted = now - self.touched, now - self.lingers_since
             return paused > limits.linger_pause_seconds or lasted > limits.linger_seconds
@@ -1948,7 +2124,7 @@ async def close_overdue() -> None:
             elif client.lingering:
                 continue
             elif arriving is None or arriving.answered:
-                if client.head_size and idle > 0 and client.state is IN_HEAD:
+                if client.head_size and idle > 0 and client.state is HEAD:
                     if idle > limits.head_seconds:
                         client.refuse(408)
                 elif idle > (limits.keep_alive_seconds if arriving else limits.head_seconds):
@@ -1974,7 +2150,7 @@ class Exchange:
     """Copies one answer from an upstream to a client, chunk by chunk as it comes.
 
     Everything runs in the callbacks of the two connections, and `then` is called when the two are
-    parted. `state` is how far the exchange is, and how it ended: see router_states.EXCHANGE. A
+    parted. `state` is how far the exchange is, and how it ended: see EXCHANGE. A
     client that reads slowly pauses the upstream, so memory stays flat."""
 
     # what an exchange begins with
@@ -2016,14 +2192,14 @@ class Exchange:
             if self.request.handshake and self.state is WAITING:
                 self.upstream.transport.pause_reading()
                 self.tail = data[upgrade.args[0] :]
-                self.happens(ExchangeEvent.SWITCH)
+                self.happens("101")
                 self.detach()
                 self.then(self)
                 return
             why = "the backend switched protocols unasked"
         except httptools.HttpParserError:
             why = "the backend's answer is not HTTP"
-        too_large = self.head_size > self.client.limits.answer_head_bytes
+        too_large = self.head_size > TABLE.limits.answer_head_bytes
         if too_large and self.state is WAITING:
             why = "the backend's answer has too large a head"
         if why and not self.state.finished:
@@ -2063,7 +2239,7 @@ class Exchange:
             missed = is_miss(self.hedge, request.path, status, self.fields)
             if missed or request.begun or request.gone:  # or another was first
                 self.keep = parser.should_keep_alive()
-                self.happens(ExchangeEvent.MISS)
+                self.happens("not here")
                 return
             self.client.exchange = self
         length = coded = False
@@ -2109,13 +2285,13 @@ class Exchange:
         append(b"\r\n")
         self.out = out
         self.answered_at = time.monotonic()
-        self.state = self.state.after[ANSWER_HEAD]
+        self.happens("head")
         request.begun = True
         request.expects_continue = False
         if self.go_ahead:
             self.go_ahead.set()
         if self.head_only:
-            self.happens(ANSWER_END)
+            self.happens("end of answer")
 
     def informational(self, status: int, reason: bytes) -> None:
         if status == 100:
@@ -2141,7 +2317,7 @@ class Exchange:
             return
         if self.chunked:
             self.out.append(b"0\r\n\r\n")  # trailers, if there were any, end here
-        self.happens(ANSWER_END)
+        self.happens("end of answer")
 
     def flush(self) -> None:
         """Write what one read brought, in one go."""
@@ -2158,12 +2334,12 @@ class Exchange:
     def upstream_lost(self) -> None:
         if self.state is WAITING:
             pooled = self.upstream.reused
-            self.happens(ExchangeEvent.POOL_LOST if pooled else ExchangeEvent.LOST)
+            self.happens("pooled connection lost" if pooled else "connection lost")
             self.return_to_pool()
         elif self.state is ANSWERING and self.until_close:
             if self.chunked:
                 self.out.append(b"0\r\n\r\n")
-            self.happens(ANSWER_END)
+            self.happens("end of answer")
             self.flush()
         else:
             self.broken("the backend broke its answer off")
@@ -2182,13 +2358,13 @@ class Exchange:
                 reset(self.client.transport)
             else:
                 self.client.close()
-        self.happens(ExchangeEvent.LOST)
+        self.happens("connection lost")
         self.keep = False
         self.return_to_pool()
 
     def check_time(self) -> None:
         """Give up on a backend that does not begin to answer, or falls silent in its answer."""
-        limits = self.client.limits
+        limits = TABLE.limits
         limit = limits.handshake_seconds if self.request.handshake else limits.response_seconds
         if self.state.finished or time.monotonic() - (self.heard or self.began) <= limit:
             return
@@ -2199,7 +2375,7 @@ class Exchange:
 
     def give_up(self) -> None:
         if self.state is WAITING:
-            self.happens(ExchangeEvent.TIMEOUT)
+            self.happens("timeout")
             self.keep = False
             self.return_to_pool()
 
@@ -2207,7 +2383,7 @@ class Exchange:
 
     def client_lost(self) -> None:
         if not self.state.finished:
-            self.happens(ExchangeEvent.CLIENT_LOST)
+            self.happens("client lost")
             self.keep = False
             self.return_to_pool()
 
@@ -2238,10 +2414,10 @@ class Exchange:
             self.writable.set()
         sending = self.request.more_body or self.request.body
         # the body of an answer that was held back is still on its way
-        unread = self.state is ExchangeState.MISSING and not self.head_only
+        unread = self.state is MISSING and not self.head_only
         pool = upstream.deployment.idle
         reusable = self.keep and not (sending or unread or upstream.transport.is_closing())
-        if reusable and len(pool) < self.client.limits.idle_upstreams:
+        if reusable and len(pool) < TABLE.limits.idle_upstreams:
             upstream.idle_since = client.loop.time()
             pool.append(upstream)
         else:
@@ -2254,7 +2430,7 @@ class Exchange:
         """Send the request: at once where all of it is here, else its body by a task."""
         request, write = self.request, self.upstream.transport.write
         chunked = head[-2] == CHUNKED
-        if request.more_body or len(request.body) > self.client.limits.body_ahead_bytes:
+        if request.more_body or len(request.body) > TABLE.limits.body_ahead_bytes:
             if request.expects_continue:
                 self.go_ahead = asyncio.Event()
             self.writable = asyncio.Event()
@@ -2272,7 +2448,7 @@ class Exchange:
         request, write = self.request, self.upstream.transport.write
         if self.go_ahead:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.go_ahead.wait(), self.client.limits.continue_seconds)
+                await asyncio.wait_for(self.go_ahead.wait(), TABLE.limits.continue_seconds)
             if self.state is not WAITING:
                 return
         while not self.state.finished and (piece := await request.read()):
@@ -2338,7 +2514,7 @@ def repeatable(request: Request) -> bool:
 
 def from_pool(request: Request, deployment: Deployment) -> Upstream | None:
     """The idle connection used last, if it has not been idle for too long."""
-    pool, now, limits = deployment.idle, request.client.loop.time(), request.client.limits
+    pool, now, limits = deployment.idle, request.client.loop.time(), TABLE.limits
     max_idle = limits.upstream_idle_seconds if repeatable(request) else limits.unsafe_idle_seconds
     while pool and not request.handshake:
         upstream = pool.pop()
@@ -2361,10 +2537,10 @@ async def forward(
     upstream = None if fresh else from_pool(request, target)
     while True:
         if upstream is None:
-            upstream = await connect(target, timeout or request.client.limits.connect_seconds)
+            upstream = await connect(target, timeout or TABLE.limits.connect_seconds)
         if request.gone:
             upstream.transport.abort()
-            return ExchangeState.GONE
+            return GONE
         done: asyncio.Future[None] = loop.create_future()
 
         def ended(_: Exchange, done: asyncio.Future[None] = done) -> None:
@@ -2407,7 +2583,7 @@ def record_outcome(exchange: Exchange) -> ExchangeState:
         ACCESS_LOG.answered(request, exchange.status, deployment.id, exchange.bytes_out, took)
     if outcome is OK:
         request.client.finish(request, exchange.close)
-    elif outcome is ExchangeState.SWITCHED:
+    elif outcome is SWITCHED:
         join(request.client, exchange)
     return outcome
 
@@ -2495,7 +2671,7 @@ def join(client: Client, exchange: Exchange) -> None:
         client.close()  # one end has gone meanwhile
         upstream.transport.close()
         return
-    client.happens(ClientEvent.SWITCH)
+    client.happens("101")
     name = upstream.deployment.id
     near, far = TunnelEnd(client.transport, name), TunnelEnd(upstream.transport, name)
     near.peer, far.peer = far, near
@@ -2722,7 +2898,7 @@ async def answer_by(
     """Answer from a deployment, or from others what it lacks. Raises as `forward`."""
     hedge = hedge_for(request, affinity_id)
     outcome = await forward(request, target, hedge, fresh=fresh)
-    if outcome is ExchangeState.MISSING and not await fetch_from_others(request, target, hedge):
+    if outcome is MISSING and not await fetch_from_others(request, target, hedge):
         await forward(request, target)
 
 
@@ -2749,7 +2925,7 @@ async def fetch_from_others(request: Request, first: Deployment, hedge: str) -> 
     """Send hedged requests for what `first` lacks: to the next deployment as soon as one lacks it
     too, or `hedge_delay_seconds` after the one before. The first that has it answers.
     Returns: did one?"""
-    loop, path, limits = request.client.loop, request.url, request.client.limits
+    loop, path, limits = request.client.loop, request.url, TABLE.limits
     others = collections.deque(TABLE.others(first, path))
     asking: dict[asyncio.Task[ExchangeState], Deployment] = {}
     try:
@@ -2763,7 +2939,7 @@ async def fetch_from_others(request: Request, first: Deployment, hedge: str) -> 
             for task in done:
                 other = asking.pop(task)
                 try:
-                    if task.result() is not ExchangeState.MISSING:
+                    if task.result() is not MISSING:
                         TABLE.cache_asset_location(path, other)
                         return True
                 except UpstreamError:  # down or frozen: not every asset of a page waits for it
@@ -2917,18 +3093,15 @@ def serve(limits: Limits) -> None:
     if any(value and name.startswith(TELEMETRY) for name, value in os.environ.items()):
         import telemetry
 
-        ACCESS_LOG, app.state.telemetry = telemetry.start(os.environ, limits)
+        ACCESS_LOG, app.state.telemetry = telemetry.start(os.environ)
     config = uvicorn.Config(
         app,
-        http=cast(Any, functools.partial(Client, limits=limits)),
+        http=Client,
         ws="none",
-        loop="uvloop" if sys.platform != "win32" else "asyncio",
+        loop="uvloop",
         lifespan="on",
         log_level="warning",
         access_log=False,
-        server_header=False,
-        date_header=False,
-        proxy_headers=False,
         timeout_graceful_shutdown=int(limits.shutdown_seconds),
     )
     app.state.failed, app.state.server = False, Server(config)
@@ -2968,10 +3141,7 @@ def look(record: Record, limits: Limits = DEFAULT_LIMITS) -> str:
     return "answers" if deployment_id in (None, record.deployment_id) else "other"
 
 
-SCRIPTS = (
-    "router.py router_limits.py router_states.py control.py janitor.py telemetry.py"
-    " sqlite_store.py ownership.py"
-).split()
+SCRIPTS = "router.py control.py janitor.py telemetry.py sqlite_store.py ownership.py".split()
 
 
 @functools.cache

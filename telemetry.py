@@ -34,7 +34,6 @@ from starlette.responses import Response
 import control
 import router
 from router import BUCKETS, METRICS, Client, Histogram, Json, Request
-from router_limits import Limits, number_from_env
 
 REQUEST_ID = b"x-railway-request-id"  # set by Railway's edge
 LOG_RATE = 400  # lines of the access log a second; Railway keeps 500 of a replica
@@ -50,7 +49,7 @@ log = logging.getLogger("pulse.router")
 Tasks = dict[str, Callable[[], Coroutine[Any, Any, None]]]
 
 
-def start(env: Mapping[str, str], limits: Limits) -> tuple[AccessLog | None, Tasks]:
+def start(env: Mapping[str, str]) -> tuple[AccessLog | None, Tasks]:
     """The access log and the background tasks that the environment asks for."""
     tasks: Tasks = {}
     access_log = None
@@ -59,7 +58,7 @@ def start(env: Mapping[str, str], limits: Limits) -> tuple[AccessLog | None, Tas
         tasks["access log"] = access_log.run
     port, target = metrics_port(env), push_target(env)
     if port or target:
-        tasks["metrics"] = Exporter(port, target, export_interval(env), access_log, limits).run
+        tasks["metrics"] = Exporter(port, target, export_interval(env), access_log).run
     return access_log, tasks
 
 
@@ -69,8 +68,8 @@ def metrics_port(env: Mapping[str, str]) -> socket.socket | None:
     if not text:
         return None
     try:
-        port = number_from_env("PULSE_RAILWAY_METRICS_PORT", None, int)
-        if port == number_from_env("PORT", router.DEFAULT_PORT, int):
+        port = router.number_from_env("PULSE_RAILWAY_METRICS_PORT", None, int)
+        if port == router.number_from_env("PORT", router.DEFAULT_PORT, int):
             raise SystemExit("PULSE_RAILWAY_METRICS_PORT and PORT must be two ports")
         return router.listen(env.get("HOST"), cast(int, port))
     except SystemExit as problem:
@@ -81,7 +80,9 @@ def metrics_port(env: Mapping[str, str]) -> socket.socket | None:
 def export_interval(env: Mapping[str, str]) -> float:
     """Seconds between two pushes."""
     try:
-        return float(number_from_env("OTEL_METRIC_EXPORT_INTERVAL", 60_000.0, env=env)) / 1000
+        return (
+            float(router.number_from_env("OTEL_METRIC_EXPORT_INTERVAL", 60_000.0, env=env)) / 1000
+        )
     except SystemExit as problem:
         log.error("metrics are pushed every 60 s: %s", problem)
         return 60.0
@@ -395,9 +396,7 @@ class Exporter:
         push_to: tuple[str, dict[str, str]] | None,
         every: float,
         access_log: AccessLog | None,
-        limits: Limits,
     ) -> None:
-        self.limits = limits
         self.port, self.push_to, self.every, self.access_log = port, push_to, every, access_log
         self.tab_counts: dict[str, int] = {}
         self.tabs_asked = 0.0
@@ -430,9 +429,7 @@ class Exporter:
         if self.port:
             state = uvicorn.server.ServerState()  # its connections hold up no end of the router's
             server = await loop.create_server(
-                functools.partial(
-                    MetricsConnection, server_state=state, limits=self.limits, exporter=self
-                ),
+                functools.partial(MetricsConnection, server_state=state, exporter=self),
                 sock=self.port,
             )
         try:
@@ -490,7 +487,5 @@ class MetricsConnection(Client):
             await self.exporter.count_tabs()
             text = render_prometheus(self.exporter.collect())
             response = Response(text, media_type="text/plain; version=0.0.4")
-        if self.state.may_answer and not self.transport.is_closing():
-            close = request.more_body or not request.keep_alive
-            self.send_response(response, close=close, head_only=request.method == b"HEAD")
+        self.send_response(response, request)
         self.finish(request)

@@ -13,10 +13,7 @@ from typing import NoReturn
 
 from pulse_railway import __version__
 
-SCRIPTS = (
-    "router.py router_limits.py router_states.py control.py janitor.py telemetry.py"
-    " sqlite_store.py ownership.py"
-).split()
+SCRIPTS = "router.py control.py janitor.py telemetry.py sqlite_store.py ownership.py".split()
 FILES = ("Dockerfile.router", *SCRIPTS, "runtime.lock")
 
 
@@ -54,7 +51,7 @@ def load(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     for other in {
-        "router": ["router_limits", "router_states", "ownership"],
+        "router": ["ownership"],
         "control": ["router"],
         "janitor": ["router", "control"],
         "telemetry": ["router", "control"],

@@ -237,7 +237,7 @@ def router_command(
 @pytest.fixture
 def run_router(start: Callable[..., Process], router_python: Path) -> Callable[..., Process]:
     """`run_router(redis, NAME=value, ...)`: router.py with REDIS_URL and PORT, as in its image.
-    `limits`: fields of router_limits.Limits that have other values in this process."""
+    `limits`: fields of router.Limits that have other values in this process."""
 
     def begin(
         server: Redis | None, limits: Mapping[str, float] | None = None, **env: str
