@@ -840,7 +840,7 @@ def record_list(value: str) -> list[Record]:
 
 def a_length(value: float) -> float:
     """Of time in seconds, from now on."""
-    return router.a_number(1e10)(value)
+    return router.a_number(1e10, value)
 
 
 def a_positive_length(value: float) -> float:

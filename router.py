@@ -37,7 +37,6 @@ import asyncio
 import collections
 import concurrent.futures
 import contextlib
-import functools
 import hashlib
 import hmac
 import http.client
@@ -57,6 +56,7 @@ from bisect import bisect_left
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import httptools
@@ -187,10 +187,9 @@ class Limits:
             "response_seconds": "PULSE_RAILWAY_ROUTER_RESPONSE_TIMEOUT",
             "shutdown_seconds": "PULSE_RAILWAY_ROUTER_SHUTDOWN_SECONDS",
         }
-        other, default = {}, cls()
-        for name, variable in variables.items():
-            other[name] = number_from_env(variable, getattr(default, name), env=env)
-        return replace(default, **other)
+        default = cls()
+        own = {n: number_from_env(v, getattr(default, n), env=env) for n, v in variables.items()}
+        return replace(default, **own)
 
 
 DEFAULT_LIMITS = Limits()
@@ -244,10 +243,7 @@ def from_json(text: str | bytes) -> Any:
 
 def json_object(text: str | bytes | None) -> Json:
     """A JSON object as it is stored. Raises ValueError for anything else."""
-    found = from_json(text or "{}")
-    if not isinstance(found, dict):
-        raise ValueError
-    return found
+    return cast(Json, an_object(from_json(text or "{}")))
 
 
 def compact(value: object) -> str:
@@ -263,26 +259,20 @@ def a_text(value: Any) -> str:
     return value
 
 
-def a_number(below: float) -> Callable[[Any], float]:
-    def parse(value: Any) -> float:
-        if type(value) not in (int, float) or not 0 <= value <= below:
-            raise ValueError
-        return float(value)
-
-    return parse
+def a_number(most: float, value: Any) -> float:
+    if type(value) not in (int, float) or not 0 <= value <= most:
+        raise ValueError
+    return float(value)
 
 
-def an_instance(kind: type) -> Callable[[Any], Any]:
-    def parse(value: Any) -> Any:
-        if type(value) is not kind:
-            raise ValueError
-        return value
-
-    return parse
+def an_instance(kind: type, value: Any) -> Any:
+    if type(value) is not kind:
+        raise ValueError
+    return value
 
 
-a_time, a_percentage = a_number(1e11), a_number(100)  # a time: seconds since 1970
-a_flag, an_object = an_instance(bool), an_instance(dict)
+a_time, a_percentage = partial(a_number, 1e11), partial(a_number, 100)  # seconds since 1970
+a_flag, an_object, a_page = (partial(an_instance, kind) for kind in (bool, dict, str))
 
 
 def an_address(value: Any) -> str:
@@ -292,6 +282,13 @@ def an_address(value: Any) -> str:
         raise ValueError
     url.hostname.encode("idna")  # a name that cannot be looked up: UnicodeError
     return str(value).rstrip("/")
+
+
+def or_none(parse: Callable[[Any], Any], value: Any) -> Any:
+    try:
+        return parse(value)
+    except ValueError:
+        return None
 
 
 def stored(parser: Callable[[Any], Any], default: Any = None, key: str = "") -> Any:
@@ -370,9 +367,8 @@ FIELDS = {f.metadata["key"] or f.name: f for f in fields(Record) if f.metadata}
 
 def parse_record(deployment_id: str, text: str, latest: float = math.inf) -> Record:
     """A record. `ignored` names the fields that hold what they may not, as a time to come."""
-    try:
-        raw = json_object(text)
-    except ValueError:
+    raw = or_none(json_object, text)
+    if raw is None:
         return Record(deployment_id, ignored=("record",))
     found: Json = {}
     ignored = []
@@ -382,12 +378,8 @@ def parse_record(deployment_id: str, text: str, latest: float = math.inf) -> Rec
             return Record(deployment_id, raw=raw, ignored=tuple(ignored))
     for name, stored_field in FIELDS.items():
         if raw.get(name) is not None:
-            try:
-                value = stored_field.metadata["parser"](raw[name])
-            except ValueError:
-                ignored.append(name)
-                continue
-            if name.endswith("_at") and value > latest:
+            value = or_none(stored_field.metadata["parser"], raw[name])
+            if value is None or (name.endswith("_at") and value > latest):
                 ignored.append(name)
             else:
                 found[stored_field.name] = value
@@ -501,6 +493,12 @@ def parse(state: State, now: float) -> Routing:
             problems.append(f"{key} is not understood")
             return None
 
+    def checked(key: str, value: Any, good: Callable[[Any], Any], why: str = "") -> Any:
+        if value is None or good(value):
+            return value
+        problems.append(f"{key} {why or 'is not understood'}")
+        return None
+
     records = {}
     for key, text in state.items():
         if key.startswith(RECORD):
@@ -510,27 +508,17 @@ def parse(state: State, now: float) -> Routing:
                 problems.append(f"{name}: {', '.join(record.ignored)} not understood")
             elif not record.url or not DEPLOYMENT_ID.fullmatch(name):
                 problems.append(f"{name}: no address follows from its record")
-    epoch = state.get(EPOCH, "0")
-    if not (epoch.isascii() and epoch.isdigit() and len(epoch) < 16):
-        problems.append(f"{EPOCH} is not understood")
-        epoch = "0"
     active = state.get(ACTIVE) or None
     own = records.get(active or "")
     if own and own.retiring_at:  # never the active one
         records[own.deployment_id] = replace(own, retiring_at=None)
         problems.append(f"{active}: retiring_at, although it is active")
     newest = sorted(records.values(), key=lambda r: (r.registered_at or 0, r.deployment_id))
-    if active and not DEPLOYMENT_ID.fullmatch(active):
-        problems.append(f"{ACTIVE} is no deployment id")
-        active = None
+    epoch = checked(EPOCH, state.get(EPOCH), re.compile(r"[0-9]{1,15}").fullmatch)
+    active = checked(ACTIVE, active, DEPLOYMENT_ID.fullmatch, "is no deployment id")
+    owner = checked(OWNER, state.get(OWNER), STAMP.fullmatch)
     promoted = read(PROMOTED, lambda f: Promotion(a_text(f["deployment_id"]), a_time(f["at"])))
-    if promoted and promoted.at > latest:
-        problems.append(f"{PROMOTED} is in the future")
-        promoted = None
-    owner = state.get(OWNER)
-    if owner is not None and not STAMP.fullmatch(owner):
-        problems.append(f"{OWNER} is not understood")
-        owner = None
+    promoted = checked(PROMOTED, promoted, lambda p: p.at <= latest, "is in the future")
     graves = read(TOMBSTONES, _tombstones) or {}
     to_come = [name for name, grave in graves.items() if grave.at > latest]
     problems += [f"{TOMBSTONES} of {name} is in the future" for name in to_come]
@@ -541,7 +529,7 @@ def parse(state: State, now: float) -> Routing:
         now,
         active,
         promoted,
-        int(epoch),
+        int(epoch or 0),
         state.get(STORE_ID),
         {record.deployment_id: record for record in reversed(newest)},
         {name: grave for name, grave in graves.items() if name not in to_come},
@@ -560,37 +548,33 @@ def _tombstones(found: Json) -> dict[str, Tombstone]:
     for name, entry in found.items():
         with contextlib.suppress(ValueError):
             at = a_time(an_object(entry).get("at"))
-            kept[name] = Tombstone(at, _or_none(a_text, entry.get("service_id")))
+            kept[name] = Tombstone(at, or_none(a_text, entry.get("service_id")))
     return kept
 
 
-def _or_none(parse: Callable[[Any], Any], value: Any) -> Any:
-    try:
-        return parse(value)
-    except ValueError:
-        return None
-
-
 def _maintenance(found: Json) -> Maintenance:
-    page, by = _or_none(an_instance(str), found.get("page")), _or_none(a_text, found.get("by"))
-    since, again = _or_none(a_time, found.get("since")), _or_none(a_time, found.get("retry_after"))
+    page, by = (
+        or_none(a_page, found.get("page")),
+        or_none(a_text, found.get("by")),
+    )
+    since, again = or_none(a_time, found.get("since")), or_none(a_time, found.get("retry_after"))
     return Maintenance(since or 0.0, page or None, int(again or 30), by)
 
 
 def _lock(found: Json) -> DeployLock:
-    by, since = _or_none(a_text, found.get("by")), a_time(found["since"])
+    by, since = or_none(a_text, found.get("by")), a_time(found["since"])
     return DeployLock(a_text(found["holder"]), by, since, a_time(found["until"]))
 
 
 def _history(state: State, latest: float, problems: list[str]) -> tuple[Json, ...]:
-    try:
-        found = an_instance(list)(from_json(state.get(HISTORY) or "[]"))
-    except ValueError:
+    found = or_none(from_json, state.get(HISTORY) or "[]")
+    if not isinstance(found, list):
         problems.append(f"{HISTORY} is not understood")
         return ()
     entries = (entry for entry in found if isinstance(entry, dict))
-    named = (entry for entry in entries if _or_none(a_text, entry.get("what")))
-    return tuple(e for e in named if (_or_none(a_number(latest), e.get("at"))) is not None)
+    named = (entry for entry in entries if or_none(a_text, entry.get("what")))
+    known_time = partial(a_number, latest)
+    return tuple(entry for entry in named if or_none(known_time, entry.get("at")) is not None)
 
 
 def changes(old: Routing, new: Routing) -> Change:
@@ -801,11 +785,12 @@ class RedisStore:
         self.pattern = f"{prefix}{RECORD}*"
         self.fixed = [prefix + key for key in FIXED]
 
-    def read(self) -> Routing:
+    def read(self, transaction: Any = None) -> Routing:
+        """The state. A transaction ends with an error where somebody writes to it meanwhile."""
+        client = transaction or self.client
         keys = [*self.fixed, *self.client.scan_iter(self.pattern, count=SCAN_COUNT)]
-        return self.read_by(self.client, keys)
-
-    def read_by(self, client: Any, keys: list[str]) -> Routing:
+        if transaction:
+            transaction.watch(*keys)
         now, values = client.time(), client.mget(keys)
         return parse(self.state(keys, values), now[0] + now[1] / 1e6)
 
@@ -814,9 +799,7 @@ class RedisStore:
         holds then. The change raises the epoch, and is announced to the routers."""
 
         def attempt(pipe: Any) -> Routing:
-            keys = [*self.fixed, *self.client.scan_iter(self.pattern, count=SCAN_COUNT)]
-            pipe.watch(*keys)
-            before = self.read_by(pipe, keys)
+            before = self.read(pipe)
             after = step(before)
             change = changes(before, after)
             pipe.multi()
@@ -830,8 +813,8 @@ class RedisStore:
             return written(after, change)
 
         # once more where somebody else has written in between
-        watched = cast(Any, self.client).transaction(attempt, *self.fixed, value_from_callable=True)
-        return cast(Routing, watched)
+        client = cast(Any, self.client)
+        return cast(Routing, client.transaction(attempt, *self.fixed, value_from_callable=True))
 
     def announce(self) -> None:
         """Have every router read the whole state."""
@@ -855,14 +838,14 @@ class RedisStore:
 class Follower:
     """A router's connection to the store. The state is read in one MGET (what is fixed, and the
     records that are known, announced or asked for): at the beginning, on every announcement, when
-    the table asks, and every self.table.limits.refresh_seconds.
+    the table asks, and every `refresh_seconds` (Limits).
 
     Sessions may share this Redis, so going through all of its keys is for the beginning and for
     what is announced without names; after that it is done a step at a time."""
 
     def __init__(self, store: RedisStore, client: redis.asyncio.Redis, table: Table) -> None:
-        self.store, self.client, self.table = store, client, table
-        self.keys: set[str] = set()  # of records
+        self.store, self.client, self.table, self.limits = store, client, table, table.limits
+        self.keys: set[str] = set()  # of records that are announced, or found
         self.next_read = self.next_scan = self.next_step = 0.0
         self.scan_all, self.cursor = True, 0
         self.next_report = self.report_by = 0.0  # if the counters have changed; in any case
@@ -892,7 +875,7 @@ class Follower:
 
     async def listen(self, pubsub: redis.asyncio.client.PubSub) -> None:
         while True:
-            message = await pubsub.get_message(timeout=self.table.limits.refresh_seconds)
+            message = await pubsub.get_message(timeout=self.limits.refresh_seconds)
             if not message:
                 continue
             try:
@@ -906,21 +889,16 @@ class Follower:
 
     async def read(self) -> None:
         table, lookups = self.table, set(self.table.pending_lookups)
-        self.next_read = time.monotonic() + self.table.limits.refresh_seconds
+        self.next_read = time.monotonic() + self.limits.refresh_seconds
         await self.scan()
-        self.know(*lookups)
-        found = await self.read_known()
+        known = {self.store.prefix + RECORD + name for name in {*table.routing.records, *lookups}}
+        keys, self.keys = [*self.store.fixed, *(known | self.keys)], set()
+        found = await self.read_keys(keys)
         if await table.repair(self.store, found):
-            self.know(*table.routing.records)
-            found = await self.read_known()
+            found = await self.read_keys(keys)
         table.note_missing(found)
         table.load(found)
-        self.keys.clear()
-        self.know(*table.routing.records)
         table.pending_lookups -= lookups
-
-    def know(self, *names: str) -> None:
-        self.keys |= {self.store.prefix + RECORD + name for name in names}
 
     async def scan(self) -> None:
         """Look for records that nobody announced: all keys of Redis where that was asked for and
@@ -930,18 +908,16 @@ class Follower:
             self.scan_all = False
             scan = self.client.scan_iter(self.store.pattern, count=SCAN_COUNT)
             self.keys |= {key async for key in scan}
-            self.next_scan = (
-                time.monotonic() + (time.monotonic() - began) / self.table.limits.scan_share
-            )
+            took = time.monotonic() - began
+            self.next_scan = began + took + took / self.limits.scan_share
         elif began >= self.next_step:
             self.cursor, found = await self.client.scan(self.cursor, self.store.pattern, SCAN_COUNT)
             self.keys |= {str(key) for key in found}
         else:
             return
-        self.next_step = began + self.table.limits.scan_step_seconds
+        self.next_step = began + self.limits.scan_step_seconds
 
-    async def read_known(self) -> Routing:
-        keys = [*self.store.fixed, *self.keys]
+    async def read_keys(self, keys: list[str]) -> Routing:
         state = self.store.state(keys, await self.client.mget(keys))
         active = state.get(ACTIVE)
         if active and RECORD + active not in state:
@@ -954,13 +930,13 @@ class Follower:
         now, table, epoch = time.monotonic(), self.table, self.table.routing.epoch
         if epoch == self.reported.get("epoch") and now < self.next_report:
             return
-        self.next_report = now + self.table.limits.report_seconds
+        self.next_report = now + self.limits.report_seconds
         if table.other_owner:
             return
         served = {"active": table.routing.active, "epoch": epoch, "since": table.since}
         report = {"version": runtime_version(), **served, **METRICS.counters()}
         if report != self.reported or now >= self.report_by:
-            self.reported, self.report_by = report, now + self.table.limits.report_idle_seconds
+            self.reported, self.report_by = report, now + self.limits.report_idle_seconds
             # what changes by itself is no reason to report
             uptime, tasks = round(time.time() - METRICS.started_at), len(asyncio.all_tasks())
             text = compact({**report, "uptime_seconds": uptime, "tasks": tasks})
@@ -1002,7 +978,7 @@ def promotion_from_env(env: Mapping[str, str]) -> Promotion | None:
     name = env.get(LAST_PROMOTED_VARIABLE) or ""
     if not DEPLOYMENT_ID.fullmatch(name):
         return None
-    at = _or_none(lambda text: a_time(float(text)), env.get(LAST_PROMOTED_AT_VARIABLE) or 0) or 0.0
+    at = or_none(lambda text: a_time(float(text)), env.get(LAST_PROMOTED_AT_VARIABLE) or 0) or 0.0
     return Promotion(name, at if at < time.time() + CLOCKS_MAY_DIFFER else 0.0)
 
 
@@ -1476,7 +1452,7 @@ class Resolver:
     async def _ask(self, key: tuple[str, int]) -> list[Any]:
         try:
             # not loop.getaddrinfo: uvloop's own would pass by what Python's resolver is told
-            ask = functools.partial(socket.getaddrinfo, *key, type=socket.SOCK_STREAM)
+            ask = partial(socket.getaddrinfo, *key, type=socket.SOCK_STREAM)
             found = await asyncio.get_running_loop().run_in_executor(self.threads, ask)
             now = time.monotonic()
             self.known = {k: v for k, v in self.known.items() if v[0] > now}
@@ -1750,7 +1726,7 @@ class Client(asyncio.Protocol):
                 request.gone = True
                 request.arrived.set()
         if self.exchange:
-            self.exchange.client_lost()
+            self.exchange.end("client lost")
 
     def happens(self, event: ClientEvent) -> None:
         self.state = self.state.after[event]
@@ -1833,7 +1809,7 @@ class Client(asyncio.Protocol):
         alone = arriving is self.request or (not self.busy and self.waiting[0] is arriving)
         begun = arriving.begun or self.exchange is not None
         if self.exchange and self.exchange.request is arriving:
-            self.exchange.client_lost()
+            self.exchange.end("client lost")
         self.waiting.clear()
         if begun or not alone:
             self.close()
@@ -2072,10 +2048,9 @@ class Client(asyncio.Protocol):
         """The server ends: this connection does after the answers that are under way, and one
         that waits for a request after a moment: it may have been sent already."""
         self.ending = True
-        if self.arriving is None or self.arriving.answered:
-            self.loop.call_later(TABLE.limits.idle_close_grace_seconds, self.close_if_idle)
-        else:
+        if self.arriving:
             self.arriving.keep_alive = False
+        self.loop.call_later(TABLE.limits.idle_close_grace_seconds, self.close_if_idle)
 
     def close_if_idle(self) -> None:
         if self.state.may_answer and (self.arriving is None or self.arriving.answered):
@@ -2090,25 +2065,29 @@ class Client(asyncio.Protocol):
         if not self.transport.is_closing() and self.transport.can_write_eof():
             self.transport.write_eof()  # the client need not wait for the rest to see the end
 
-    @property
-    def lingering(self) -> bool:
-        """Is it answered, and what still comes dropped?"""
-        return self.state is LINGERING or self.state is DROPPING
-
-    @property
-    def awaits_body(self) -> bool:
-        """Is the next piece of a body the client's to send?"""
-        return self.arriving is not None and self.arriving.more_body and not self.reading_paused
-
-    def overdue(self, now: float) -> bool:
-        """Is this one still there although it has been given all the time that it gets?"""
-        limits = TABLE.limits
-        if self.lingering:
-            paused, lasted = now - self.touched, now - self.lingers_since
-            return paused > limits.linger_pause_seconds or lasted > limits.linger_seconds
-        closing = self.transport.is_closing()
-        limit = limits.flush_seconds if closing else limits.write_stall_seconds
-        return bool(self.stalled_since) and now - self.stalled_since > limit
+    def check_time(self, now: float) -> None:
+        """End what has been given all the time that it gets."""
+        limits, transport, arriving = TABLE.limits, self.transport, self.arriving
+        idle, closing = now - self.touched, transport.is_closing()
+        stalled = now - self.stalled_since if self.stalled_since else 0.0
+        if self.state in (LINGERING, DROPPING):
+            if (
+                idle > limits.linger_pause_seconds
+                or now - self.lingers_since > limits.linger_seconds
+            ):
+                transport.abort()
+        elif stalled > (limits.flush_seconds if closing else limits.write_stall_seconds):
+            transport.abort()
+        elif arriving is None or arriving.answered:
+            if self.head_size and self.state is HEAD:
+                if idle > limits.head_seconds:
+                    self.refuse(408)
+            elif idle > (limits.keep_alive_seconds if arriving else limits.head_seconds):
+                (transport.abort if closing else self.close)()
+        elif arriving.more_body and not self.reading_paused and idle > limits.body_stall_seconds:
+            transport.abort()
+        elif self.exchange:
+            self.exchange.check_time()
 
 
 async def close_overdue() -> None:
@@ -2118,25 +2097,9 @@ async def close_overdue() -> None:
         await asyncio.sleep(1.0)
         now = loop.time()
         for client in list(Client.instances):
-            arriving, idle = client.arriving, now - client.touched
-            if client.overdue(now):
-                client.transport.abort()
-            elif client.lingering:
-                continue
-            elif arriving is None or arriving.answered:
-                if client.head_size and idle > 0 and client.state is HEAD:
-                    if idle > limits.head_seconds:
-                        client.refuse(408)
-                elif idle > (limits.keep_alive_seconds if arriving else limits.head_seconds):
-                    closing = client.transport.is_closing()
-                    (client.transport.abort if closing else client.transport.close)()
-            elif client.awaits_body and idle > limits.body_stall_seconds:
-                client.transport.abort()
-            elif client.exchange:
-                client.exchange.check_time()
-        monotonic = time.monotonic()
+            client.check_time(now)
         for end in list(TunnelEnd.open):
-            end.check_time(monotonic, limits)
+            end.check_time(time.monotonic(), limits)
         for deployment in TABLE.deployments.values():
             pool, oldest = deployment.idle, now - limits.upstream_idle_seconds
             while pool and pool[0].idle_since < oldest:
@@ -2192,21 +2155,15 @@ class Exchange:
             if self.request.handshake and self.state is WAITING:
                 self.upstream.transport.pause_reading()
                 self.tail = data[upgrade.args[0] :]
-                self.happens("101")
-                self.detach()
-                self.then(self)
+                self.end("101")
                 return
             why = "the backend switched protocols unasked"
         except httptools.HttpParserError:
             why = "the backend's answer is not HTTP"
-        too_large = self.head_size > TABLE.limits.answer_head_bytes
-        if too_large and self.state is WAITING:
+        if self.state is WAITING and self.head_size > TABLE.limits.answer_head_bytes:
             why = "the backend's answer has too large a head"
-        if why and not self.state.finished:
+        if why:
             self.broken(why)
-            return
-        if why:  # behind a whole answer
-            self.keep = False
         self.flush()
 
     # called by the parser
@@ -2333,21 +2290,16 @@ class Exchange:
 
     def upstream_lost(self) -> None:
         if self.state is WAITING:
-            pooled = self.upstream.reused
-            self.happens("pooled connection lost" if pooled else "connection lost")
-            self.return_to_pool()
-        elif self.state is ANSWERING and self.until_close:
-            if self.chunked:
-                self.out.append(b"0\r\n\r\n")
-            self.happens("end of answer")
+            self.end("pooled connection lost" if self.upstream.reused else "connection lost")
+        elif self.until_close:
+            self.on_message_complete()
             self.flush()
         else:
             self.broken("the backend broke its answer off")
 
     def broken(self, why: str) -> None:
         """Too late for another answer: what the client has must not look complete."""
-        if self.state.finished:
-            return
+        self.keep = False
         if self.state is ANSWERING:
             log.warning("%s: %s", self.upstream.deployment.id, why)
             tally = self.upstream.deployment.tally
@@ -2358,9 +2310,7 @@ class Exchange:
                 reset(self.client.transport)
             else:
                 self.client.close()
-        self.happens("connection lost")
-        self.keep = False
-        self.return_to_pool()
+        self.end("connection lost")
 
     def check_time(self) -> None:
         """Give up on a backend that does not begin to answer, or falls silent in its answer."""
@@ -2375,17 +2325,9 @@ class Exchange:
 
     def give_up(self) -> None:
         if self.state is WAITING:
-            self.happens("timeout")
-            self.keep = False
-            self.return_to_pool()
+            self.end("timeout")
 
     # -- from the client -----------------------------------------------------------------------
-
-    def client_lost(self) -> None:
-        if not self.state.finished:
-            self.happens("client lost")
-            self.keep = False
-            self.return_to_pool()
 
     def client_writable(self) -> None:
         if not self.state.finished and not self.upstream.transport.is_closing():
@@ -2396,18 +2338,23 @@ class Exchange:
     def happens(self, event: ExchangeEvent) -> None:
         self.state = self.state.after[event]
 
-    def detach(self) -> None:
-        self.upstream.exchange = None
-        if self.client.exchange is self:
-            self.client.exchange = None
-        del self.parser  # the two hold each other
+    def end(self, event: ExchangeEvent) -> None:
+        """End without a whole answer, where this has not ended yet."""
+        if not self.state.finished:
+            self.happens(event)
+            self.keep = False
+            self.return_to_pool()
 
     def return_to_pool(self) -> None:
-        """Part the two connections. The upstream goes back to the pool or is closed."""
+        """Part the two connections. The upstream's goes back to the pool, or is closed; that of a
+        tunnel stays as it is."""
         upstream, client = self.upstream, self.client
         if upstream.exchange is not self:
             return
-        self.detach()
+        upstream.exchange = None
+        if client.exchange is self:
+            client.exchange = None
+        del self.parser  # the two hold each other
         if self.go_ahead:
             self.go_ahead.set()
         if self.writable:
@@ -2420,7 +2367,7 @@ class Exchange:
         if reusable and len(pool) < TABLE.limits.idle_upstreams:
             upstream.idle_since = client.loop.time()
             pool.append(upstream)
-        else:
+        elif self.state is not SWITCHED:
             upstream.transport.abort()
         self.then(self)
 
@@ -2553,7 +2500,7 @@ async def forward(
         try:
             await done
         except asyncio.CancelledError:
-            exchange.client_lost()
+            exchange.end("client lost")
             raise
         finally:
             if body_task:
@@ -2753,7 +2700,7 @@ def route(request: Request) -> None:
         target = table.active if table.canary is None else pick_default(request)
     simple = target and not request.more_body and not hedge_for(request, affinity_id)
     if target and simple and (upstream := from_pool(request, target)):
-        exchange = Exchange(request, upstream, functools.partial(on_done, affinity_id))
+        exchange = Exchange(request, upstream, partial(on_done, affinity_id))
         exchange.send(request_head(request, target))
     else:
         client.spawn(handle(request, affinity_id))
@@ -3030,7 +2977,7 @@ async def lifespan(_: Starlette) -> AsyncIterator[None]:
     METRICS.name = f"{host}-{secrets.token_hex(3)}"  # a restarted router begins to count anew
     store = store_from_env(os.environ, TABLE.limits)
     work = {
-        "routing state": functools.partial(TABLE.follow, store),
+        "routing state": partial(TABLE.follow, store),
         "without state": TABLE.serve_without_state,
         "timeouts": close_overdue,
         **app.state.telemetry,
@@ -3144,7 +3091,7 @@ def look(record: Record, limits: Limits = DEFAULT_LIMITS) -> str:
 SCRIPTS = "router.py control.py janitor.py telemetry.py sqlite_store.py ownership.py".split()
 
 
-@functools.cache
+@cache
 def runtime_version() -> str:
     """This version, and a digest of what is in its image: as `ensure` notes it on the service."""
     folder, digest = os.path.dirname(os.path.realpath(__file__)), hashlib.sha256()
