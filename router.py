@@ -1499,27 +1499,8 @@ async def connect(deployment: Deployment, timeout: float) -> Upstream:
 # == The states of a client's connection and of an exchange ======================================
 # An event that a state's row does not have is a fault of the router's own: KeyError.
 
-type ClientEvent = Literal[
-    "head",
-    "handshake",
-    "end of request",
-    "early answer",
-    "bad head",
-    "bad body",
-    "too many clients",
-    "101",
-    "close",
-]
-type ExchangeEvent = Literal[
-    "head",
-    "end of answer",
-    "101",
-    "not here",
-    "client lost",
-    "pooled connection lost",
-    "connection lost",
-    "timeout",
-]
+ClientEvent = Literal["head", "handshake", "end", "early", "bad head", "refused", "101", "close"]
+ExchangeEvent = Literal["head", "end", "101", "missing", "client gone", "reset", "lost", "timeout"]
 
 
 class ClientState(Enum):
@@ -1559,10 +1540,8 @@ class ExchangeState(Enum):
     LOST = "no answer, nothing sent yet"
     TIMED_OUT = "no answer in time, nothing sent yet"
 
-    def __init__(self, about: str) -> None:
-        self.about = about
-        self.after: dict[ExchangeEvent, ExchangeState] = {}
-        self.finished = False
+    after: dict[ExchangeEvent, ExchangeState]  # what may happen, and what it is then
+    finished: bool
 
 
 HEAD, BODY, HANDSHAKE, REFUSED, LINGERING, DROPPING, TUNNEL, CLOSED = ClientState
@@ -1572,22 +1551,22 @@ WAITING, ANSWERING, OK, SWITCHED, MISSING, GONE, BROKEN, RESET, LOST, TIMED_OUT 
 CLIENT: dict[ClientEvent, dict[ClientState, ClientState]] = {
     "head": {HEAD: BODY},
     "handshake": {HEAD: HANDSHAKE},
-    "end of request": {BODY: HEAD, HANDSHAKE: HANDSHAKE, LINGERING: CLOSED},
-    "early answer": {BODY: LINGERING},  # before the end of its request
+    # HEAD: of a request that comes again, without its upgrade; CLOSED: of what is dropped
+    "end": {HEAD: HEAD, BODY: HEAD, HANDSHAKE: HANDSHAKE, LINGERING: CLOSED, CLOSED: CLOSED},
+    "early": {BODY: LINGERING},  # an answer before the end of its request
     "bad head": {HEAD: REFUSED},  # behind a request that is not answered yet
-    "bad body": {BODY: DROPPING},  # before any answer
-    "too many clients": {HEAD: DROPPING},
+    "refused": {HEAD: DROPPING, BODY: DROPPING},  # too many clients; a bad body, before any answer
     "101": {HANDSHAKE: TUNNEL},
     "close": {state: CLOSED for state in ClientState if state is not TUNNEL},
 }
 EXCHANGE: dict[ExchangeEvent, dict[ExchangeState, ExchangeState]] = {
     "head": {WAITING: ANSWERING},
-    "end of answer": {ANSWERING: OK},
+    "end": {ANSWERING: OK},
     "101": {WAITING: SWITCHED},
-    "not here": {WAITING: MISSING},  # a hedged answer
-    "client lost": {WAITING: GONE, ANSWERING: GONE},
-    "pooled connection lost": {WAITING: RESET},
-    "connection lost": {WAITING: LOST, ANSWERING: BROKEN},  # or what comes is no answer
+    "missing": {WAITING: MISSING},  # a hedged answer that says: not here
+    "client gone": {WAITING: GONE, ANSWERING: GONE},
+    "reset": {WAITING: RESET},  # a pooled connection is lost
+    "lost": {WAITING: LOST, ANSWERING: BROKEN},  # any other one is, or what comes is no answer
     "timeout": {WAITING: TIMED_OUT},
 }
 for _state in ClientState:
@@ -1645,12 +1624,9 @@ class Request:
     visitor = b""  # who is told so by a cookie, for the time of a canary
 
     def __init__(self, client: Client, method: bytes, version: str, keep_alive: bool) -> None:
-        self.client = client
-        self.method = method
-        self.version = version
+        self.client, self.method, self.version = client, method, version
         self.keep_alive = keep_alive
-        self.url = client.url  # the request target as it was sent
-        self.fields = client.fields
+        self.url, self.fields = client.url, client.fields  # as they were sent
         self.handshake = client.state is HANDSHAKE
         self.expects_continue = client.expects_continue
         self.body = bytearray()  # what has come of it and has not been taken
@@ -1726,7 +1702,7 @@ class Client(asyncio.Protocol):
                 request.gone = True
                 request.arrived.set()
         if self.exchange:
-            self.exchange.end("client lost")
+            self.exchange.end("client gone")
 
     def happens(self, event: ClientEvent) -> None:
         self.state = self.state.after[event]
@@ -1756,8 +1732,6 @@ class Client(asyncio.Protocol):
         self.head_in_read = False
         try:
             self.parser.feed_data(data)
-            if self.chunked and self.state is not HEAD and not self.head_in_read:
-                self.check_framing(len(data))
         except httptools.HttpParserUpgrade as upgrade:
             rest = data[upgrade.args[0] :]
             if self.state is HANDSHAKE:
@@ -1769,10 +1743,10 @@ class Client(asyncio.Protocol):
         except httptools.HttpParserError as error:
             cause = error.__context__
             self.refuse(cause.status if isinstance(cause, BadRequest) else 400)
-        except BadRequest as error:
-            self.refuse(error.status)
         else:
-            if self.state is HEAD and self.head_size > TABLE.limits.head_bytes:
+            if self.state is not HEAD and self.chunked and not self.head_in_read:
+                self.check_framing(len(data))
+            elif self.state is HEAD and self.head_size > TABLE.limits.head_bytes:
                 self.refuse(431)
         if self.waiting and self.state.may_answer and not self.busy:
             self.begin()
@@ -1809,13 +1783,13 @@ class Client(asyncio.Protocol):
         alone = arriving is self.request or (not self.busy and self.waiting[0] is arriving)
         begun = arriving.begun or self.exchange is not None
         if self.exchange and self.exchange.request is arriving:
-            self.exchange.end("client lost")
+            self.exchange.end("client gone")
         self.waiting.clear()
         if begun or not alone:
             self.close()
         else:
             self.send_response(error_response(status))
-            self.linger("bad body")
+            self.linger("refused")
 
     def reject(self, open_now: int) -> None:
         """Near the limit of descriptors, newcomers are told so; those who are there go on. Each
@@ -1825,7 +1799,7 @@ class Client(asyncio.Protocol):
             self.transport.abort()
             return
         self.send_response(error_response(503, "too many connections"))
-        self.linger("too many clients")
+        self.linger("refused")
 
     def check_framing(self, received: int) -> None:
         """Bound what a chunked body holds besides its bytes: sizes, extensions, trailers. Some
@@ -1833,7 +1807,7 @@ class Client(asyncio.Protocol):
         extra = received - 2 * self.body_bytes - 16 * self.chunks
         self.framing = max(0, self.framing + extra)
         if self.framing > TABLE.limits.framing_bytes:
-            raise BadRequest("too much around the body", 431)
+            self.refuse(431)
 
     # called by the parser
 
@@ -1949,15 +1923,12 @@ class Client(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         self.head_size = 0
-        state = self.state
-        if state is HEAD or state is CLOSED:
-            return  # a request that comes again without its upgrade; or nobody's
-        self.happens("end of request")
-        if state is LINGERING:
+        if self.state is LINGERING:
             self.transport.close()
         elif self.arriving:
             self.arriving.more_body = False
             self.arriving.arrived.set()
+        self.happens("end")
 
     # -- answering -----------------------------------------------------------------------------
 
@@ -2006,7 +1977,7 @@ class Client(asyncio.Protocol):
         if not self.state.may_answer:
             return
         if request.more_body:
-            self.linger("early answer")
+            self.linger("early")
         elif close or not request.keep_alive:
             self.close()
         elif not self.transport.is_closing():
@@ -2024,14 +1995,11 @@ class Client(asyncio.Protocol):
         """Read from the socket, or not: as the state and its requests allow it. One request is
         parsed ahead of its turn; a body stays `body_ahead_bytes` ahead of the backend."""
         state, arriving = self.state, self.arriving
-        may_read = state.may_read
-        if state is HEAD:
-            may_read = not self.waiting
-        elif state is BODY and arriving:
-            ahead = len(arriving.body) > TABLE.limits.body_ahead_bytes
-            may_read = arriving is self.request and not ahead
-        elif state is CLOSED or state is TUNNEL:
+        if state is CLOSED or state is TUNNEL:
             return
+        may_read = state.may_read and not self.waiting
+        if state is BODY and arriving and len(arriving.body) > TABLE.limits.body_ahead_bytes:
+            may_read = False
         if may_read is self.reading_paused:
             self.reading_paused = not may_read
             (self.transport.resume_reading if may_read else self.transport.pause_reading)()
@@ -2196,7 +2164,7 @@ class Exchange:
             missed = is_miss(self.hedge, request.path, status, self.fields)
             if missed or request.begun or request.gone:  # or another was first
                 self.keep = parser.should_keep_alive()
-                self.happens("not here")
+                self.happens("missing")
                 return
             self.client.exchange = self
         length = coded = False
@@ -2211,7 +2179,7 @@ class Exchange:
                 elif lower == b"connection":
                     named = value.lower()
                     if named not in (b"close", b"keep-alive"):
-                        drop = drop | {t.strip() for t in named.split(b",")}
+                        drop = drop | ({t.strip() for t in named.split(b",")} - NOT_NAMED_AWAY)
                 continue
             if lower == b"content-length":
                 length = True
@@ -2248,7 +2216,7 @@ class Exchange:
         if self.go_ahead:
             self.go_ahead.set()
         if self.head_only:
-            self.happens("end of answer")
+            self.happens("end")
 
     def informational(self, status: int, reason: bytes) -> None:
         if status == 100:
@@ -2274,7 +2242,7 @@ class Exchange:
             return
         if self.chunked:
             self.out.append(b"0\r\n\r\n")  # trailers, if there were any, end here
-        self.happens("end of answer")
+        self.happens("end")
 
     def flush(self) -> None:
         """Write what one read brought, in one go."""
@@ -2290,7 +2258,7 @@ class Exchange:
 
     def upstream_lost(self) -> None:
         if self.state is WAITING:
-            self.end("pooled connection lost" if self.upstream.reused else "connection lost")
+            self.end("reset" if self.upstream.reused else "lost")
         elif self.until_close:
             self.on_message_complete()
             self.flush()
@@ -2310,7 +2278,7 @@ class Exchange:
                 reset(self.client.transport)
             else:
                 self.client.close()
-        self.end("connection lost")
+        self.end("lost")
 
     def check_time(self) -> None:
         """Give up on a backend that does not begin to answer, or falls silent in its answer."""
@@ -2500,7 +2468,7 @@ async def forward(
         try:
             await done
         except asyncio.CancelledError:
-            exchange.end("client lost")
+            exchange.end("client gone")
             raise
         finally:
             if body_task:

@@ -21,7 +21,7 @@ machines = pytest.mark.parametrize(("states", "events", "table"), MACHINES)
 def test_every_event_in_every_state_leads_where_the_table_says_or_is_a_fault(
     states: Any, events: Any, table: Any
 ) -> None:
-    names = get_args(events.__value__)
+    names = get_args(events)
     assert set(names) == table.keys()
     reached = {next(iter(states))}
     for before in states:
@@ -60,7 +60,11 @@ def picture(states: Any, flags: list[str]) -> str:
     for s in states:
         arrows = ", ".join(f"{event} → `{after.name}`" for event, after in s.after.items())
         may = ["yes" if getattr(s, flag) else "" for flag in flags]
-        lines.append("| " + " | ".join([f"`{s.name}`", s.about, *may, arrows or "nothing"]) + " |")
+        lines.append(
+            "| "
+            + " | ".join([f"`{s.name}`", getattr(s, "about", s.value), *may, arrows or "nothing"])
+            + " |"
+        )
     return "\n".join(lines)
 
 
