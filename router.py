@@ -629,9 +629,7 @@ def repaired(store: Routing, known: Routing, new_id: str, alive: Collection[str]
     back that are gone although no writer of ours was there, who raises the epoch. A record that is
     gone may have been deleted by 0.3.x: it comes back where it is the active one's, or among
     `alive`, those that still answer. What is known of another owner's state is worth nothing.
-
-    Args:
-        new_id: for a store that has none, or that is an earlier copy."""
+    `new_id` is for a store that has none, or that is an earlier copy."""
     other = bool(store.owner and known.owner) and store.owner != known.owner
     if known.store_id is None or other:  # nothing is known yet
         named = store.store_id or (new_id if store.active else None)
@@ -838,10 +836,9 @@ class RedisStore:
 class Follower:
     """A router's connection to the store. The state is read in one MGET (what is fixed, and the
     records that are known, announced or asked for): at the beginning, on every announcement, when
-    the table asks, and every `refresh_seconds` (Limits).
-
-    Sessions may share this Redis, so going through all of its keys is for the beginning and for
-    what is announced without names; after that it is done a step at a time."""
+    the table asks, and every `refresh_seconds`. Sessions may share this Redis, so going through all
+    of its keys is for the beginning and for what is announced without names; after that it is done
+    a step at a time."""
 
     def __init__(self, store: RedisStore, client: redis.asyncio.Redis, table: Table) -> None:
         self.store, self.client, self.table, self.limits = store, client, table, table.limits
@@ -865,10 +862,9 @@ class Follower:
                     await asyncio.wait_for(event.wait(), max(pause, 0.0))
             listener.result()  # a lost connection shows here
         except asyncio.CancelledError:
-            if self.table.other_owner:
-                raise
             with contextlib.suppress(redis.RedisError, OSError, TimeoutError):
-                await self.client.delete(self.store.prefix + REPORT + METRICS.name)
+                if not self.table.other_owner:
+                    await self.client.delete(self.store.prefix + REPORT + METRICS.name)
             raise
         finally:
             listener.cancel()
@@ -1049,14 +1045,11 @@ class Table:
         """Is nothing deployed, or has the store lost it? Not every router can tell the two."""
         return self.lost or (self.routing.active is None and not self.routing.records)
 
-    @property
-    def ready(self) -> bool:
+    def health(self) -> Response:
         """Can anything be served? A store in which nothing was ever deployed is as it should be. A
         copy is ready to say that it is one."""
-        return bool(self.copy) or self.active is not None or (self.loaded and not self.lost)
-
-    def health(self) -> Response:
-        answer: Json = {"ok": self.ready}
+        ready = bool(self.copy) or self.active is not None or (self.loaded and not self.lost)
+        answer: Json = {"ok": ready}
         if self.copy:
             answer["detail"] = self.copy
         if self.provisional:
@@ -1064,7 +1057,7 @@ class Table:
         age = time.monotonic() - self.loaded_at
         if self.loaded and age > 3 * self.limits.refresh_seconds:
             answer["stale_seconds"] = round(age)
-        return JSONResponse(answer, 200 if self.ready else 503)
+        return JSONResponse(answer, 200 if ready else 503)
 
     # -- what the store holds ------------------------------------------------------------------
 
@@ -1081,16 +1074,13 @@ class Table:
         replaced = is_now and not was and found.store_id != self.routing.store_id
         return replaced or ((was or is_now) and found.active is None)
 
-    def alive(self) -> set[str]:
-        """Those whose record is missing, and that have answered for a while."""
-        before = time.monotonic() - self.limits.missing_seconds
-        return {name for name, m in self.missing.items() if m.answers and m.since <= before}
-
     async def repair(self, store: Store, found: Routing) -> bool:
         """Write back what the store has lost: was there anything? Where it names another active one
         than this router knows, that is not given up for one that cannot be connected to."""
         known, loop = self.routing, asyncio.get_running_loop()
-        new_id, alive = secrets.token_hex(8), self.alive()
+        since = time.monotonic() - self.limits.missing_seconds  # they have answered for a while
+        alive = {name for name, m in self.missing.items() if m.answers and m.since <= since}
+        new_id = secrets.token_hex(8)
         if self.other(found) or not changes(found, repaired(found, known, new_id, alive)):
             return False
         mine, other = known.record_of_active(), found.record_of_active()
@@ -1376,12 +1366,12 @@ class UpstreamError(Exception):
 class Upstream(asyncio.Protocol):
     """One connection to a backend. What it brings is for the `Exchange` that holds it."""
 
-    __slots__ = ("deployment", "exchange", "idle_since", "reused", "transport")
+    __slots__ = ("again", "deployment", "exchange", "idle_since", "transport")
 
     def __init__(self, deployment: Deployment) -> None:
         self.deployment = deployment
         self.exchange: Exchange | None = None
-        self.reused = False
+        self.again = False  # from the pool, for a request that may be repeated if this is dead
         self.idle_since = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -1433,7 +1423,7 @@ class Resolver:
     def __init__(self, limits: Limits = DEFAULT_LIMITS) -> None:
         self.limits = limits
         self.known: dict[tuple[str, int], tuple[float, list[Any]]] = {}
-        self.asking: dict[tuple[str, int], asyncio.Task[list[Any]]] = {}
+        self.asking: dict[tuple[str, int], asyncio.Future[list[Any]]] = {}
         self.threads = concurrent.futures.ThreadPoolExecutor(limits.resolver_threads, "resolver")
 
     async def addresses(self, host: str, port: int) -> tuple[list[Any], bool]:
@@ -1442,24 +1432,20 @@ class Resolver:
         until, found = self.known.get(key, (0.0, []))
         if time.monotonic() < until:
             return found, True
-        task = self.asking.get(key)
-        if task is None:
-            task = self.asking[key] = asyncio.get_running_loop().create_task(self._ask(key))
-            # its outcome is for those who wait; nobody may be there any more
-            task.add_done_callback(lambda done: done.cancelled() or done.exception())
-        return await asyncio.shield(task), False
-
-    async def _ask(self, key: tuple[str, int]) -> list[Any]:
-        try:
+        if key not in self.asking:
             # not loop.getaddrinfo: uvloop's own would pass by what Python's resolver is told
-            ask = partial(socket.getaddrinfo, *key, type=socket.SOCK_STREAM)
-            found = await asyncio.get_running_loop().run_in_executor(self.threads, ask)
+            ask = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+            asked = asyncio.get_running_loop().run_in_executor(self.threads, ask)
+            self.asking[key] = asked
+            asked.add_done_callback(partial(self.remember, key))
+        return await asyncio.shield(self.asking[key]), False
+
+    def remember(self, key: tuple[str, int], asked: asyncio.Future[list[Any]]) -> None:
+        del self.asking[key]
+        if not (asked.cancelled() or asked.exception()):
             now = time.monotonic()
             self.known = {k: v for k, v in self.known.items() if v[0] > now}
-            self.known[key] = now + self.limits.resolved_seconds, found
-            return found
-        finally:
-            del self.asking[key]
+            self.known[key] = now + self.limits.resolved_seconds, asked.result()
 
 
 RESOLVER = Resolver()
@@ -1536,7 +1522,7 @@ class ExchangeState(Enum):
     MISSING = "an answer that was held back: not here"
     GONE = "the client left"
     BROKEN = "too late for another answer"
-    RESET = "a pooled connection had died, nothing sent yet"
+    RESET = "its pooled connection had died: once more, on another"
     LOST = "no answer, nothing sent yet"
     TIMED_OUT = "no answer in time, nothing sent yet"
 
@@ -1565,8 +1551,8 @@ EXCHANGE: dict[ExchangeEvent, dict[ExchangeState, ExchangeState]] = {
     "101": {WAITING: SWITCHED},
     "missing": {WAITING: MISSING},  # a hedged answer that says: not here
     "client gone": {WAITING: GONE, ANSWERING: GONE},
-    "reset": {WAITING: RESET},  # a pooled connection is lost
-    "lost": {WAITING: LOST, ANSWERING: BROKEN},  # any other one is, or what comes is no answer
+    "reset": {WAITING: RESET},  # the connection, from the pool, of what may be repeated
+    "lost": {WAITING: LOST, ANSWERING: BROKEN},  # any other, or what comes is no answer
     "timeout": {WAITING: TIMED_OUT},
 }
 for _state in ClientState:
@@ -1625,7 +1611,7 @@ class Request:
 
     def __init__(self, client: Client, method: bytes, version: str, keep_alive: bool) -> None:
         self.client, self.method, self.version = client, method, version
-        self.keep_alive = keep_alive
+        self.keep_alive, self.has_body = keep_alive, client.has_body
         self.url, self.fields = client.url, client.fields  # as they were sent
         self.handshake = client.state is HANDSHAKE
         self.expects_continue = client.expects_continue
@@ -1637,6 +1623,10 @@ class Request:
             parsed = httptools.parse_url(self.url)
             path, query = parsed.path or b"/", parsed.query or b""
         self.path, self.query = path, query
+
+    def values(self, field: bytes) -> list[bytes]:
+        """Of a header field, by its name in lower case."""
+        return [value for _, name, value in self.fields if name == field]
 
     async def read(self) -> bytes:
         """The next piece of the body; nothing at its end, and where nobody waits for an answer."""
@@ -1657,10 +1647,8 @@ class Request:
 class Client(asyncio.Protocol):
     """A client's connection: its requests are parsed, checked, and answered one after the other.
 
-    `state` says how far its reading is, and what may be done: see CLIENT. uvicorn's
-    server makes a Client, counts it among its `connections`, and calls `shutdown`. Nothing of ASGI
-    is between here and a backend: its cycle and task were a third of a small request's cost.
-    """
+    uvicorn's server makes it, counts it among its `connections`, and calls `shutdown`. Nothing of
+    ASGI is between here and a backend: its cycle and task cost a third of a small request."""
 
     instances: ClassVar[set[Client]] = set()  # all open ones, for close_overdue
 
@@ -1678,7 +1666,7 @@ class Client(asyncio.Protocol):
         self.parser: Any = self.new_parser()
         self.arriving: Request | None = None  # the request that is read now, or was last
         self.waiting: collections.deque[Request] = collections.deque()  # not begun yet
-        self.request: Request | None = None  # being answered, or the last that was
+        self.request: Request | None = None  # being answered
         self.exchange: Exchange | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -1706,11 +1694,6 @@ class Client(asyncio.Protocol):
 
     def happens(self, event: ClientEvent) -> None:
         self.state = self.state.after[event]
-
-    @property
-    def busy(self) -> bool:
-        """Is a request being answered?"""
-        return self.request is not None and not self.request.answered
 
     def new_parser(self) -> Any:
         parser = httptools.HttpRequestParser(self)
@@ -1748,7 +1731,7 @@ class Client(asyncio.Protocol):
                 self.check_framing(len(data))
             elif self.state is HEAD and self.head_size > TABLE.limits.head_bytes:
                 self.refuse(431)
-        if self.waiting and self.state.may_answer and not self.busy:
+        if self.waiting and self.state.may_answer and not self.request:
             self.begin()
         if self.waiting or self.state is not HEAD:
             self.update_reading()
@@ -1780,7 +1763,7 @@ class Client(asyncio.Protocol):
         """End a request whose body is bad: its backend must not take what it has for the whole."""
         arriving.gone = True
         arriving.arrived.set()
-        alone = arriving is self.request or (not self.busy and self.waiting[0] is arriving)
+        alone = len(self.waiting) + (self.request is not None) == 1
         begun = arriving.begun or self.exchange is not None
         if self.exchange and self.exchange.request is arriving:
             self.exchange.end("client gone")
@@ -1848,7 +1831,7 @@ class Client(asyncio.Protocol):
         self.check_head(method, version)
         if len(self.waiting) >= TABLE.limits.pipelined_requests:
             raise BadRequest("too many requests at once")
-        behind = self.busy or bool(self.waiting)
+        behind = self.request or self.waiting
         handshake = parser.should_upgrade()
         if handshake:
             if not self.is_handshake():
@@ -1862,11 +1845,10 @@ class Client(asyncio.Protocol):
         self.waiting.append(self.arriving)
 
     def check_head(self, method: bytes, version: str) -> None:
-        """Refuse what request smugglers use (RFC 9112 sections 3.2, 5 and 6.3).
-
-        llhttp has already refused bare CR and LF, bad names, and chunked not being last."""
+        """Refuse what request smugglers use (RFC 9112 sections 3.2, 5 and 6.3). llhttp has already
+        refused bare CR and LF, bad names, and chunked not being last."""
         lengths = hosts = 0
-        coding: bytes | None = None
+        self.chunked = self.has_body = False
         for _, name, value in self.fields:
             if name not in CHECKED_HEADERS:
                 continue
@@ -1876,22 +1858,22 @@ class Client(asyncio.Protocol):
                 lengths += 1
                 if not value.isdigit():
                     raise BadRequest("content-length is not a number")
+                self.has_body = bool(value.strip(b"0"))
             elif name == b"transfer-encoding":
-                if coding is not None or value.lower() != b"chunked":
+                if self.chunked or value.lower() != b"chunked":
                     raise BadRequest("only one transfer coding, chunked, is understood")
-                coding = value
+                self.chunked = self.has_body = True
             elif value.lower() == b"100-continue":
                 self.expects_continue = True
-        if lengths > 1 or (lengths and coding is not None):
+        if lengths > 1 or (lengths and self.chunked):
             raise BadRequest("conflicting message lengths")
         if method == b"CONNECT":
             raise BadRequest("this is no forward proxy")
-        self.chunked = coding is not None
         if version not in ("1.0", "1.1"):  # the parser takes HTTP/0.9 and HTTP/2.0 for it too
             raise BadRequest("HTTP/1.0 or HTTP/1.1, please", 505)
         if hosts > 1 or (hosts == 0 and version == "1.1"):
             raise BadRequest("one host header, please")
-        if coding is not None and version == "1.0":
+        if self.chunked and version == "1.0":
             raise BadRequest("HTTP/1.0 has no transfer codings")
 
     def head_without_upgrade(self) -> bytes:
@@ -1906,12 +1888,8 @@ class Client(asyncio.Protocol):
 
     def is_handshake(self) -> bool:
         """Does it open a WebSocket (RFC 6455 section 4.1)?"""
-        upgrades = False
-        for _, name, value in self.fields:
-            if name == b"upgrade":
-                upgrades = value.lower() == b"websocket"
-            elif name == b"transfer-encoding" or (name == b"content-length" and value.strip(b"0")):
-                return False
+        protocols = [value.lower() for _, name, value in self.fields if name == b"upgrade"]
+        upgrades = protocols[-1:] == [b"websocket"] and not self.has_body
         return upgrades and bool(self.parser.get_method() == b"GET")
 
     def on_body(self, body: bytes) -> None:
@@ -1971,7 +1949,7 @@ class Client(asyncio.Protocol):
 
     def finish(self, request: Request, close: bool = False) -> None:
         """The answer is written: on to the next request, or the connection ends."""
-        request.answered = True
+        request.answered, self.request = True, None
         request.arrived.set()
         self.touched = self.loop.time()
         if not self.state.may_answer:
@@ -2009,8 +1987,8 @@ class Client(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self.stalled_since = 0.0
-        if self.exchange:
-            self.exchange.client_writable()
+        if self.exchange and not self.exchange.upstream.transport.is_closing():
+            self.exchange.upstream.transport.resume_reading()
 
     def shutdown(self) -> None:
         """The server ends: this connection does after the answers that are under way, and one
@@ -2081,8 +2059,7 @@ class Exchange:
     """Copies one answer from an upstream to a client, chunk by chunk as it comes.
 
     Everything runs in the callbacks of the two connections, and `then` is called when the two are
-    parted. `state` is how far the exchange is, and how it ended: see EXCHANGE. A
-    client that reads slowly pauses the upstream, so memory stays flat."""
+    parted. A client that reads slowly pauses the upstream, so memory stays flat."""
 
     # what an exchange begins with
     state = WAITING
@@ -2095,7 +2072,9 @@ class Exchange:
     chunked = until_close = close = False
     keep = True
 
-    def __init__(self, request: Request, upstream: Upstream, then: Then, hedge: str = "") -> None:
+    def __init__(
+        self, request: Request, upstream: Upstream, then: Then, hedge: bool = False
+    ) -> None:
         client = self.client = request.client
         self.request, self.upstream, self.then = request, upstream, then
         self.parser = httptools.HttpResponseParser(self)
@@ -2161,7 +2140,7 @@ class Exchange:
             self.informational(status, reason)
             return
         if self.hedge:
-            missed = is_miss(self.hedge, request.path, status, self.fields)
+            missed = is_miss(request.path, status, self.fields)
             if missed or request.begun or request.gone:  # or another was first
                 self.keep = parser.should_keep_alive()
                 self.happens("missing")
@@ -2258,7 +2237,7 @@ class Exchange:
 
     def upstream_lost(self) -> None:
         if self.state is WAITING:
-            self.end("reset" if self.upstream.reused else "lost")
+            self.end("reset" if self.upstream.again else "lost")
         elif self.until_close:
             self.on_message_complete()
             self.flush()
@@ -2294,12 +2273,6 @@ class Exchange:
     def give_up(self) -> None:
         if self.state is WAITING:
             self.end("timeout")
-
-    # -- from the client -----------------------------------------------------------------------
-
-    def client_writable(self) -> None:
-        if not self.state.finished and not self.upstream.transport.is_closing():
-            self.upstream.transport.resume_reading()
 
     # -- the end -------------------------------------------------------------------------------
 
@@ -2424,67 +2397,65 @@ SAFE_TO_REPEAT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE"))
 
 def repeatable(request: Request) -> bool:
     """May it be sent once more, where a pooled connection had died (RFC 9110 section 9.2.2)?"""
-    return request.method in SAFE_TO_REPEAT and not (request.more_body or request.body)
+    return request.method in SAFE_TO_REPEAT and not request.has_body
 
 
 def from_pool(request: Request, deployment: Deployment) -> Upstream | None:
     """The idle connection used last, if it has not been idle for too long."""
     pool, now, limits = deployment.idle, request.client.loop.time(), TABLE.limits
-    max_idle = limits.upstream_idle_seconds if repeatable(request) else limits.unsafe_idle_seconds
+    again = repeatable(request)
+    max_idle = limits.upstream_idle_seconds if again else limits.unsafe_idle_seconds
     while pool and not request.handshake:
         upstream = pool.pop()
         if now - upstream.idle_since > max_idle:
             pool.append(upstream)
             break
         if not upstream.transport.is_closing():
-            upstream.reused = True
+            upstream.again = again
             return upstream
     return None
 
 
 async def forward(
-    request: Request, target: Deployment, hedge: str = "", timeout: float = 0, fresh: bool = False
+    request: Request,
+    target: Deployment,
+    hedge: bool = False,
+    timeout: float = 0,
+    fresh: bool = False,
 ) -> ExchangeState:
     """Send the client's request to a deployment and its answer back, on a `fresh` connection or a
     pooled one, within `timeout` seconds. Returns how it ended, as `Exchange` has it; raises
     UpstreamError where nothing has been sent to the client yet."""
-    loop, again = request.client.loop, repeatable(request)
     upstream = None if fresh else from_pool(request, target)
-    while True:
-        if upstream is None:
-            upstream = await connect(target, timeout or TABLE.limits.connect_seconds)
-        if request.gone:
-            upstream.transport.abort()
-            return GONE
-        done: asyncio.Future[None] = loop.create_future()
-
-        def ended(_: Exchange, done: asyncio.Future[None] = done) -> None:
-            if not done.done():
-                done.set_result(None)
-
-        exchange = Exchange(request, upstream, ended, hedge)
-        body_task = exchange.send(request_head(request, target))
-        response_timer = loop.call_later(timeout, exchange.give_up) if timeout else None
-        try:
-            await done
-        except asyncio.CancelledError:
-            exchange.end("client gone")
-            raise
-        finally:
-            if body_task:
-                body_task.cancel()
-            if response_timer:
-                response_timer.cancel()
-        if not (exchange.state is RESET and again):
-            return record_outcome(exchange)
-        upstream = None  # it had died in the pool: once more, on a new connection
+    upstream = upstream or await connect(target, timeout or TABLE.limits.connect_seconds)
+    if request.gone:
+        upstream.transport.abort()
+        return GONE
+    done = asyncio.Event()
+    exchange = Exchange(request, upstream, lambda _: done.set(), hedge)
+    body_task = exchange.send(request_head(request, target))
+    loop = request.client.loop
+    response_timer = loop.call_later(timeout, exchange.give_up) if timeout else None
+    try:
+        await done.wait()
+    except asyncio.CancelledError:
+        exchange.end("client gone")
+        raise
+    finally:
+        if body_task:
+            body_task.cancel()
+        if response_timer:
+            response_timer.cancel()
+    if exchange.state is RESET:
+        return await forward(request, target, hedge, timeout, fresh=True)
+    return record_outcome(exchange)
 
 
 def record_outcome(exchange: Exchange) -> ExchangeState:
     """Do what is to be done when an exchange has ended. Returns and raises as `forward`."""
     request, deployment = exchange.request, exchange.upstream.deployment
     outcome = exchange.state
-    if outcome is RESET or outcome is LOST:
+    if outcome is LOST:
         detail = "the deployment closed the connection without an answer"
         raise UpstreamError(502, detail, sent=True)
     if outcome is TIMED_OUT:
@@ -2507,12 +2478,10 @@ def record_outcome(exchange: Exchange) -> ExchangeState:
 
 
 class TunnelEnd(asyncio.Protocol):
-    """One end of a tunnel. What comes in goes out at the other end.
-
-    Each end may say that it has no more to send (a half-close), and the other goes on talking.
-    The tunnel is over when both have, when either connection is lost, or when a half-closed one
-    has been silent for `half_closed_seconds`. What is still to be written then has `flush_seconds`
-    (Limits)."""
+    """One end of a tunnel. What comes in goes out at the other end. Each end may say that it has
+    no more to send (a half-close), and the other goes on talking. The tunnel is over when both
+    have, when either connection is lost, or when a half-closed one has been silent for
+    `half_closed_seconds`. What is still to be written then has `flush_seconds`."""
 
     __slots__ = ("deployment", "ended", "lost", "peer", "since", "transport")
     open: ClassVar[set[TunnelEnd]] = set()  # the clients' ends, until both connections are gone
@@ -2572,9 +2541,8 @@ class TunnelEnd(asyncio.Protocol):
 
 
 def join(client: Client, exchange: Exchange) -> None:
-    """The backend said 101: pass that on and let the bytes run.
-
-    After any other answer a connection ends: what stood behind it may not pass unread."""
+    """The backend said 101: pass that on and let the bytes run. After any other answer a connection
+    ends: what stood behind the handshake may not pass unread."""
     upstream = exchange.upstream
     head = [b"HTTP/1.1 101 Switching Protocols\r\n"]
     head += [n + b": " + v + b"\r\n" for n, v in exchange.fields]
@@ -2617,10 +2585,8 @@ def affinity(request: Request) -> bytes:
     query = request.query
     if query and (found := QUERY_AFFINITY.search(query)) and found[1]:
         return urllib.parse.unquote_to_bytes(found[1])
-    for _, name, value in request.fields:
-        if name == b"x-pulse-deployment":
-            return value.strip()
-    return b""
+    values = request.values(b"x-pulse-deployment")
+    return values[0].strip() if values else b""
 
 
 def is_internal(raw: bytes) -> bool:
@@ -2666,7 +2632,7 @@ def route(request: Request) -> None:
         target = table.deployments.get(affinity_id)
     else:
         target = table.active if table.canary is None else pick_default(request)
-    simple = target and not request.more_body and not hedge_for(request, affinity_id)
+    simple = target and not request.more_body and not may_hedge(request, affinity_id)
     if target and simple and (upstream := from_pool(request, target)):
         exchange = Exchange(request, upstream, partial(on_done, affinity_id))
         exchange.send(request_head(request, target))
@@ -2677,7 +2643,7 @@ def route(request: Request) -> None:
 def on_done(affinity_id: bytes, exchange: Exchange) -> None:
     """What was sent on its way at once has ended."""
     request = exchange.request
-    if exchange.state is RESET and repeatable(request):
+    if exchange.state is RESET:
         request.client.spawn(handle(request, affinity_id, fresh=True))
         return
     target = exchange.upstream.deployment
@@ -2695,10 +2661,7 @@ def pick_default(request: Request) -> Deployment | None:
     the same outcome in every router: a page, its assets, `fetch` calls and socket get the same."""
     if TABLE.canary is None:
         return TABLE.active
-    known, visitor = visitor_of(request)
-    if not known:
-        request.visitor = visitor
-    drawn = in_canary_bucket(visitor, TABLE.canary.id, TABLE.weight)
+    drawn = in_canary_bucket(visitor_of(request), TABLE.canary.id, TABLE.weight)
     return TABLE.canary if drawn else TABLE.active
 
 
@@ -2711,15 +2674,15 @@ def in_canary_bucket(visitor: bytes, deployment_id: str, weight: float) -> bool:
 VISITOR = re.compile(rb"(?:^|;) *" + VISITOR_COOKIE.encode() + rb"=([0-9a-f]{16})(?:;|$)")
 
 
-def visitor_of(request: Request) -> tuple[bool, bytes]:
-    """Who asks, and whether a cookie of ours said so. Without one, it is client address and user
-    agent, which the cookie then fixes: the address may change. An app's own session cookie would
-    not do, since it comes with the first page, and the page's assets would be drawn for anew."""
+def visitor_of(request: Request) -> bytes:
+    """Who asks: a cookie of ours says so. Without one, it is client address and user agent, which
+    the cookie then fixes (`request.visitor`), since the address may change. An app's own session
+    cookie comes with the first page only, and the page's assets would be drawn for anew."""
     address = agent = forwarded = b""
     for _, name, value in request.fields:
         if name == b"cookie":
             if found := VISITOR.search(value):
-                return True, found[1]
+                return found[1]
         elif name == b"user-agent":
             agent = value
         elif name == b"x-real-ip":  # Railway's edge sets it
@@ -2727,15 +2690,16 @@ def visitor_of(request: Request) -> tuple[bool, bytes]:
         elif name == b"x-forwarded-for":
             forwarded = value.partition(b",")[0].strip()
     who = (address or forwarded or request.client.peer) + b"\n" + agent
-    return False, hashlib.blake2b(who, digest_size=8).hexdigest().encode()
+    request.visitor = hashlib.blake2b(who, digest_size=8).hexdigest().encode()
+    return request.visitor
 
 
 def visitor_cookie(request: Request, fields: list[tuple[bytes, bytes]]) -> list[bytes]:
     """The header line that gives a visitor its cookie: with a page, which caches do not share."""
     if not is_html(fields):
         return []
-    schemes = [value for _, name, value in request.fields if name == b"x-forwarded-proto"]
-    secure = b"; Secure" if b"https" in [s.strip().lower() for s in schemes] else b""
+    schemes = [value.strip().lower() for value in request.values(b"x-forwarded-proto")]
+    secure = b"; Secure" if b"https" in schemes else b""
     cookie = VISITOR_COOKIE.encode() + b"=" + request.visitor
     life = b"; Path=/; Max-Age=2592000; HttpOnly; SameSite=Lax"
     return [b"set-cookie: " + cookie + life + secure + b"\r\n"]
@@ -2762,18 +2726,17 @@ INTERNAL_TOKEN = os.environ.get("PULSE_RAILWAY_INTERNAL_TOKEN", "").encode()
 def closed_response(request: Request, closed: Maintenance) -> Response:
     """What everybody gets while the app is not to be used."""
     headers = {"retry-after": str(closed.retry_after), "cache-control": "no-store"}
-    for _, name, value in request.fields:
-        if name == b"accept" and b"text/html" in value:
-            again = f"<meta http-equiv=refresh content={closed.retry_after}>{PAGE}"
-            page = (closed.page or again).encode(errors="replace")
-            return Response(page, 503, headers, "text/html; charset=utf-8")
+    if any(b"text/html" in value for value in request.values(b"accept")):
+        again = f"<meta http-equiv=refresh content={closed.retry_after}>{PAGE}"
+        page = (closed.page or again).encode(errors="replace")
+        return Response(page, 503, headers, "text/html; charset=utf-8")
     return JSONResponse({"detail": "maintenance"}, 503, headers)
 
 
 def bypasses_maintenance(request: Request) -> bool:
     """Does this get to the app in maintenance too? Its health check does, and who shows the
     internal token: `deploy` looks at the version that it brings up."""
-    shown = [v for _, name, v in request.fields if name == b"x-pulse-railway-internal-token"]
+    shown = request.values(INTERNAL_TOKEN_HEADER.encode())
     trusted = INTERNAL_TOKEN and any(hmac.compare_digest(v, INTERNAL_TOKEN) for v in shown)
     return bool(trusted) or request.path == HEALTH_PATH.encode()
 
@@ -2811,7 +2774,7 @@ async def answer_by(
     request: Request, target: Deployment, affinity_id: bytes, fresh: bool = False
 ) -> None:
     """Answer from a deployment, or from others what it lacks. Raises as `forward`."""
-    hedge = hedge_for(request, affinity_id)
+    hedge = may_hedge(request, affinity_id)
     outcome = await forward(request, target, hedge, fresh=fresh)
     if outcome is MISSING and not await fetch_from_others(request, target, hedge):
         await forward(request, target)
@@ -2826,17 +2789,15 @@ def answer_for(request: Request, target: Deployment, error: UpstreamError) -> No
     request.client.answer(request, response, instead_of=target)
 
 
-def hedge_for(request: Request, affinity_id: bytes) -> str:
-    """ASSET or DISCOVERY for a request that other deployments may answer where its own cannot."""
-    unsafe = request.method not in (b"GET", b"HEAD") or request.more_body or request.body
+def may_hedge(request: Request, affinity_id: bytes) -> bool:
+    """May other deployments answer this where its own cannot?"""
+    unsafe = request.method not in (b"GET", b"HEAD") or request.has_body
     if affinity_id or len(TABLE.deployments) < 2 or unsafe:
-        return ""
-    if request.path.startswith(ASSET_PREFIXES):
-        return ASSET
-    return DISCOVERY if request.path.endswith(DISCOVERY_PATH) else ""
+        return False
+    return request.path.startswith(ASSET_PREFIXES) or request.path.endswith(DISCOVERY_PATH)
 
 
-async def fetch_from_others(request: Request, first: Deployment, hedge: str) -> bool:
+async def fetch_from_others(request: Request, first: Deployment, hedge: bool) -> bool:
     """Send hedged requests for what `first` lacks: to the next deployment as soon as one lacks it
     too, or `hedge_delay_seconds` after the one before. The first that has it answers.
     Returns: did one?"""
@@ -2897,17 +2858,14 @@ def stale_response(request: Request, affinity_id: bytes) -> Response:
     return JSONResponse({"detail": "stale affinity"}, 409, headers=answer)
 
 
-ASSET, DISCOVERY = "asset", "discovery"
-DISCOVERY_PATH = b"/__manifest"
+DISCOVERY_PATH = b"/__manifest"  # where React Router asks a build for its routes
 
 
-def is_miss(hedge: str, path: bytes, status: int, fields: list[tuple[bytes, bytes]]) -> bool:
-    """Does this answer mean that the deployment does not have what was asked for?
-
-    Of an ASSET: a 404, or a page in place of a file, as an app with a catch-all route answers. Of
-    a DISCOVERY (React Router asks a build for its routes): a 204 that demands a reload, as another
-    build answers."""
-    if hedge == DISCOVERY:
+def is_miss(path: bytes, status: int, fields: list[tuple[bytes, bytes]]) -> bool:
+    """Does this answer mean that the deployment does not have what was asked for? Of an asset: a
+    404, or a page in place of a file, as an app with a catch-all route answers. Of routes: a 204
+    that demands a reload, as another build answers."""
+    if not path.startswith(ASSET_PREFIXES):
         return status == 204 and any(n.lower() == b"x-remix-reload-document" for n, _ in fields)
     if status == 404:
         return True
@@ -2973,14 +2931,13 @@ app.state.telemetry = {}  # its background tasks
 
 def listen(host: str | None, port: int) -> socket.socket:
     """A listening socket; without a host, on IPv4 and IPv6. Raises SystemExit."""
+    create = partial(socket.create_server, backlog=2048)
     if not host and socket.has_dualstack_ipv6():
         with contextlib.suppress(OSError, OverflowError):
-            return socket.create_server(
-                ("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=2048
-            )
+            return create(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
     family = socket.AF_INET6 if host and ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host or "", port), family=family, backlog=2048)
+        return create((host or "", port), family=family)
     except (OSError, OverflowError) as error:
         why = os.strerror(error.errno or 0) if isinstance(error, OSError) else "there is none"
         raise SystemExit(f"port {port} cannot be listened on: {why}") from None
@@ -3016,7 +2973,6 @@ def serve(limits: Limits) -> None:
         loop="uvloop",
         lifespan="on",
         log_level="warning",
-        access_log=False,
         timeout_graceful_shutdown=int(limits.shutdown_seconds),
     )
     app.state.failed, app.state.server = False, Server(config)
