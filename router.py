@@ -200,23 +200,12 @@ DEFAULT_LIMITS = Limits()
 
 State = dict[str, str]  # store key without the prefix -> value, as it is stored
 Change = dict[str, str | None]  # None deletes the key
+type Step = Callable[[Routing], Routing]
 Json = dict[str, Any]
 
 ACTIVE, PROMOTED, EPOCH, STORE_ID = ":active", ":promoted", ":epoch", ":store"
 TOMBSTONES, PROCESSED, HISTORY = ":removed", ":answers", ":history"
 MAINTENANCE, DEPLOY_LOCK, OWNER = ":maintenance", ":deploy:lock", ":owner"
-FIXED = {  # key -> attribute of Routing
-    ACTIVE: "active",
-    PROMOTED: "promoted",
-    EPOCH: "epoch",
-    STORE_ID: "store_id",
-    TOMBSTONES: "tombstones",
-    PROCESSED: "processed",
-    HISTORY: "history",
-    MAINTENANCE: "maintenance",
-    DEPLOY_LOCK: "lock",
-    OWNER: "owner",
-}
 STAMP = re.compile(r"[A-Za-z0-9_-]{1,64}/[A-Za-z0-9_-]{1,64}")  # as ownership.parse takes it
 RECORD, REPORT = ":deployment:", ":router:"  # begin a key of one of many
 TOMBSTONE_TTL = max(7 * 86_400.0, number_from_env("PULSE_RAILWAY_DRAIN_TTL_SECONDS", 0.0))
@@ -425,17 +414,20 @@ class Routing:
     """The whole routing state. A step is a pure function from one to the next."""
 
     now: float = field(default=0.0, compare=False)  # by the store's clock
-    active: str | None = None  # its id; what else says so is 0.3.x's copy of it
-    promoted: Promotion | None = None  # the last promotion
-    epoch: int = 0  # each of our changes raises it
-    store_id: str | None = None  # which contents these are: another, or none: data was lost
+    active: str | None = field(default=None, metadata={"key": ACTIVE})  # its id
+    promoted: Promotion | None = field(default=None, metadata={"key": PROMOTED})  # the last one
+    epoch: int = field(default=0, metadata={"key": EPOCH})  # each of our changes raises it
+    # which contents these are: another, or none: data was lost
+    store_id: str | None = field(default=None, metadata={"key": STORE_ID})
     records: Mapping[str, Record] = field(default_factory=dict)  # newest registration first
-    tombstones: Mapping[str, Tombstone] = field(default_factory=dict)  # what was removed
-    processed: Mapping[str, float] = field(default_factory=dict)  # nonce -> when it was
-    history: tuple[Json, ...] = ()  # what was done, by whom and why, the oldest first
-    maintenance: Maintenance | None = None
-    lock: DeployLock | None = None
-    owner: str | None = None  # whose it is, as ownership.Stamp is written; None: it says nothing
+    # what was removed; the nonces of commands, and when they were carried out
+    tombstones: Mapping[str, Tombstone] = field(default_factory=dict, metadata={"key": TOMBSTONES})
+    processed: Mapping[str, float] = field(default_factory=dict, metadata={"key": PROCESSED})
+    # what was done, by whom and why, the oldest first
+    history: tuple[Json, ...] = field(default=(), metadata={"key": HISTORY})
+    maintenance: Maintenance | None = field(default=None, metadata={"key": MAINTENANCE})
+    lock: DeployLock | None = field(default=None, metadata={"key": DEPLOY_LOCK})
+    owner: str | None = field(default=None, metadata={"key": OWNER})  # None: it says nothing
     problems: tuple[str, ...] = ()  # what was ignored
     keys: frozenset[str] = frozenset()  # of FIXED, those that are there
 
@@ -457,11 +449,8 @@ class Routing:
     @property
     def promotion(self) -> Promotion | None:
         """The promotion that `active` comes from."""
-        if self.active is None:
-            return None
-        if self.promoted is None:
-            return Promotion(self.active, math.inf if self.promoted_by_other else 0.0)
-        return Promotion(self.active, self.promoted.at)
+        at = self.promoted.at if self.promoted else math.inf if self.promoted_by_other else 0.0
+        return Promotion(self.active, at) if self.active else None
 
     def record_of_active(self) -> Record | None:
         """Where its record is lost or has no address: on the service that is named after it."""
@@ -477,6 +466,9 @@ class Routing:
     def is_foreign(self, me: str | None) -> bool:
         """Is it another stack's? `me` is an owner, None where nobody knows (outside Railway)."""
         return me is not None and self.owner not in (None, me)
+
+
+FIXED = {f.metadata["key"]: f.name for f in fields(Routing) if f.metadata}  # key -> attribute
 
 
 def parse(state: State, now: float) -> Routing:
@@ -553,10 +545,7 @@ def _tombstones(found: Json) -> dict[str, Tombstone]:
 
 
 def _maintenance(found: Json) -> Maintenance:
-    page, by = (
-        or_none(a_page, found.get("page")),
-        or_none(a_text, found.get("by")),
-    )
+    page, by = or_none(a_page, found.get("page")), or_none(a_text, found.get("by"))
     since, again = or_none(a_time, found.get("since")), or_none(a_time, found.get("retry_after"))
     return Maintenance(since or 0.0, page or None, int(again or 30), by)
 
@@ -613,9 +602,6 @@ def changes(old: Routing, new: Routing) -> Change:
             change[PROMOTED] = compact(vars(named))
         change[EPOCH] = str(max(old.epoch, new.epoch) + 1)
     return change
-
-
-Step = Callable[[Routing], Routing]
 
 
 # -- which memory is right ---------------------------------------------------------------------
