@@ -994,8 +994,7 @@ class Table:
     """All known deployments, in memory. A request never waits for the store to use it."""
 
     def __init__(self, env: Mapping[str, str], limits: Limits = DEFAULT_LIMITS) -> None:
-        self.limits = limits
-        self.last_promoted = promotion_from_env(env)
+        self.limits, self.last_promoted = limits, promotion_from_env(env)
         self.me = self.copy = None  # this stack's stamp; what to say where it is a copy of another
         if env.get("RAILWAY_ENVIRONMENT_ID"):
             import ownership
@@ -1421,8 +1420,7 @@ class Resolver:
         if key not in self.asking:
             # not loop.getaddrinfo: uvloop's own would pass by what Python's resolver is told
             ask = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
-            asked = asyncio.get_running_loop().run_in_executor(self.threads, ask)
-            self.asking[key] = asked
+            asked = self.asking[key] = asyncio.get_running_loop().run_in_executor(self.threads, ask)
             asked.add_done_callback(partial(self.remember, key))
         return await asyncio.shield(self.asking[key]), False
 
@@ -1476,11 +1474,9 @@ ExchangeEvent = Literal["head", "end", "101", "missing", "client gone", "reset",
 
 
 class ClientState(Enum):
-    """How far a client's connection is: its reading side, since several requests can wait.
-
-    parses: what comes goes to the parser.
-    may_answer: a request may be begun, and its answer written.
-    may_read: from the socket, where its requests do not hold it up (`Client.update_reading`)."""
+    """How far a client's connection is: its reading side, since several requests can wait. In it,
+    `parses`: what comes goes to the parser; `may_answer`: a request may be begun, and its answer
+    written; `may_read`: from the socket, if its requests allow it (`Client.update_reading`)."""
 
     # what it is; parses, may_answer, may_read
     HEAD = "between two requests, or in a head", True, True, True
@@ -1818,15 +1814,16 @@ class Client(asyncio.Protocol):
         if len(self.waiting) >= TABLE.limits.pipelined_requests:
             raise BadRequest("too many requests at once")
         behind = self.request or self.waiting
-        handshake = parser.should_upgrade()
-        if handshake:
-            if not self.is_handshake():
-                return  # it comes again, as a plain request
+        if handshake := parser.should_upgrade():
+            protocols = [value.lower() for _, name, value in self.fields if name == b"upgrade"]
+            if method != b"GET" or self.has_body or protocols[-1:] != [b"websocket"]:
+                return  # no WebSocket (RFC 6455 section 4.1): it comes again, as a plain request
             if behind:
                 raise BadRequest("a handshake behind a request")
         self.happens("handshake" if handshake else "head")
-        keep_alive = version != "1.0" and not handshake and parser.should_keep_alive()
-        keep_alive = keep_alive and not self.ending
+        keep_alive = parser.should_keep_alive() and not (
+            version == "1.0" or handshake or self.ending
+        )
         self.arriving = Request(self, method, version, keep_alive)
         self.waiting.append(self.arriving)
 
@@ -1872,12 +1869,6 @@ class Client(asyncio.Protocol):
                 head.append(name + b": " + value + b"\r\n")
         return b"".join([*head, b"\r\n"])
 
-    def is_handshake(self) -> bool:
-        """Does it open a WebSocket (RFC 6455 section 4.1)?"""
-        protocols = [value.lower() for _, name, value in self.fields if name == b"upgrade"]
-        upgrades = protocols[-1:] == [b"websocket"] and not self.has_body
-        return upgrades and bool(self.parser.get_method() == b"GET")
-
     def on_body(self, body: bytes) -> None:
         self.body_bytes += len(body)
         arriving = self.arriving
@@ -1914,10 +1905,9 @@ class Client(asyncio.Protocol):
         """An answer of the router's own, or in place of a deployment that gave none."""
         self.send_response(response, request)
         took = self.loop.time() - self.touched
-        tally = instead_of.tally if instead_of else METRICS.own
+        tally, name = (instead_of.tally, instead_of.id) if instead_of else (METRICS.own, None)
         tally.answered(request.method, response.status_code, took)
         if ACCESS_LOG is not None:
-            name = instead_of.id if instead_of else None
             ACCESS_LOG.answered(request, response.status_code, name, len(response.body), took)
         self.finish(request)
 
@@ -2003,10 +1993,8 @@ class Client(asyncio.Protocol):
         idle, closing = now - self.touched, transport.is_closing()
         stalled = now - self.stalled_since if self.stalled_since else 0.0
         if self.state in (LINGERING, DROPPING):
-            if (
-                idle > limits.linger_pause_seconds
-                or now - self.lingers_since > limits.linger_seconds
-            ):
+            lasted = now - self.lingers_since
+            if idle > limits.linger_pause_seconds or lasted > limits.linger_seconds:
                 transport.abort()
         elif stalled > (limits.flush_seconds if closing else limits.write_stall_seconds):
             transport.abort()
@@ -2053,14 +2041,11 @@ class Exchange:
     go_ahead: asyncio.Event | None = None
     reason = tail = b""  # tail: what came behind a 101
     status = bytes_out = head_size = 0
-    answered_at = 0.0  # the head of its answer
-    heard = 0.0  # the backend, last
+    answered_at = heard = 0.0  # when its answer's head came; when the backend was heard last
     chunked = until_close = close = False
     keep = True
 
-    def __init__(
-        self, request: Request, upstream: Upstream, then: Then, hedge: bool = False
-    ) -> None:
+    def __init__(self, request: Request, upstream: Upstream, then: Then, hedge: bool) -> None:
         client = self.client = request.client
         self.request, self.upstream, self.then = request, upstream, then
         self.parser = httptools.HttpResponseParser(self)
@@ -2403,11 +2388,7 @@ def from_pool(request: Request, deployment: Deployment) -> Upstream | None:
 
 
 async def forward(
-    request: Request,
-    target: Deployment,
-    hedge: bool = False,
-    timeout: float = 0,
-    fresh: bool = False,
+    request: Request, target: Deployment, hedge: bool, timeout: float = 0, fresh: bool = False
 ) -> ExchangeState:
     """Send the client's request to a deployment and its answer back, on a `fresh` connection or a
     pooled one, within `timeout` seconds. Returns how it ended, as `Exchange` has it; raises
@@ -2620,7 +2601,7 @@ def route(request: Request) -> None:
         target = table.active if table.canary is None else pick_default(request)
     simple = target and not request.more_body and not may_hedge(request, affinity_id)
     if target and simple and (upstream := from_pool(request, target)):
-        exchange = Exchange(request, upstream, partial(on_done, affinity_id))
+        exchange = Exchange(request, upstream, partial(on_done, affinity_id), hedge=False)
         exchange.send(request_head(request, target))
     else:
         client.spawn(handle(request, affinity_id))
@@ -2692,10 +2673,8 @@ def visitor_cookie(request: Request, fields: list[tuple[bytes, bytes]]) -> list[
 
 
 def is_html(fields: list[tuple[bytes, bytes]]) -> bool:
-    return any(
-        n.lower() == b"content-type" and v.strip().lower().startswith(b"text/html")
-        for n, v in fields
-    )
+    types = [value.strip().lower() for name, value in fields if name.lower() == b"content-type"]
+    return any(media_type.startswith(b"text/html") for media_type in types)
 
 
 # -- maintenance -------------------------------------------------------------------------------
@@ -2760,10 +2739,9 @@ async def answer_by(
     request: Request, target: Deployment, affinity_id: bytes, fresh: bool = False
 ) -> None:
     """Answer from a deployment, or from others what it lacks. Raises as `forward`."""
-    hedge = may_hedge(request, affinity_id)
-    outcome = await forward(request, target, hedge, fresh=fresh)
-    if outcome is MISSING and not await fetch_from_others(request, target, hedge):
-        await forward(request, target)
+    outcome = await forward(request, target, may_hedge(request, affinity_id), fresh=fresh)
+    if outcome is MISSING and not await fetch_from_others(request, target):
+        await forward(request, target, hedge=False)
 
 
 def answer_for(request: Request, target: Deployment, error: UpstreamError) -> None:
@@ -2783,7 +2761,7 @@ def may_hedge(request: Request, affinity_id: bytes) -> bool:
     return request.path.startswith(ASSET_PREFIXES) or request.path.endswith(DISCOVERY_PATH)
 
 
-async def fetch_from_others(request: Request, first: Deployment, hedge: bool) -> bool:
+async def fetch_from_others(request: Request, first: Deployment) -> bool:
     """Send hedged requests for what `first` lacks: to the next deployment as soon as one lacks it
     too, or `hedge_delay_seconds` after the one before. The first that has it answers.
     Returns: did one?"""
@@ -2794,7 +2772,7 @@ async def fetch_from_others(request: Request, first: Deployment, hedge: bool) ->
         while asking or (others and not request.gone):
             if others and not request.begun:
                 other = others.popleft()
-                hedged = forward(request, other, hedge, limits.hedge_timeout_seconds)
+                hedged = forward(request, other, True, limits.hedge_timeout_seconds)
                 asking[loop.create_task(hedged)] = other
             pause, when = limits.hedge_delay_seconds if others else None, asyncio.FIRST_COMPLETED
             done, _ = await asyncio.wait(asking, timeout=pause, return_when=when)
@@ -2853,9 +2831,8 @@ def is_miss(path: bytes, status: int, fields: list[tuple[bytes, bytes]]) -> bool
     that demands a reload, as another build answers."""
     if not path.startswith(ASSET_PREFIXES):
         return status == 204 and any(n.lower() == b"x-remix-reload-document" for n, _ in fields)
-    if status == 404:
-        return True
-    return status == 200 and not path.endswith((b".html", b".htm")) and is_html(fields)
+    a_page = status == 200 and not path.endswith((b".html", b".htm")) and is_html(fields)
+    return status == 404 or a_page
 
 
 # == Serving ====================================================================================
@@ -2953,14 +2930,9 @@ def serve(limits: Limits) -> None:
 
         ACCESS_LOG, app.state.telemetry = telemetry.start(os.environ)
     config = uvicorn.Config(
-        app,
-        http=Client,
-        ws="none",
-        loop="uvloop",
-        lifespan="on",
-        log_level="warning",
-        timeout_graceful_shutdown=int(limits.shutdown_seconds),
+        app, http=Client, ws="none", loop="uvloop", lifespan="on", log_level="warning"
     )
+    config.timeout_graceful_shutdown = int(limits.shutdown_seconds)
     app.state.failed, app.state.server = False, Server(config)
     app.state.server.run(sockets=[sock])
     if app.state.failed:
