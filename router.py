@@ -1437,9 +1437,8 @@ RESOLVER = Resolver()
 
 async def connect(deployment: Deployment, timeout: float) -> Upstream:
     """A new connection. Every address of the name is tried, a later one 250 ms after the one
-    before it (RFC 8305), so that a name with a dead IPv6 address costs little.
-
-    Raises UpstreamError: 502 where the backend refuses, 504 where it does not answer in time."""
+    before it (RFC 8305), so that a name with a dead IPv6 address costs little. Raises
+    UpstreamError: 502 where the backend refuses, 504 where it does not answer in time."""
     clients, limit = len(Client.instances) + len(TunnelEnd.open), TABLE.limits.connections
     if clients > limit // 2 and clients + idle_connections() > limit:
         for other in TABLE.deployments.values():
@@ -1693,8 +1692,7 @@ class Client(asyncio.Protocol):
             return
         if self.state is HEAD:
             self.head_size += len(data)
-        self.chunks = self.body_bytes = 0
-        self.head_in_read = False
+        self.chunks, self.body_bytes, self.head_in_read = 0, 0, False
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
@@ -1806,8 +1804,7 @@ class Client(asyncio.Protocol):
             size = sum(len(name) + len(value) + 4 for name, _, value in self.fields)
             if len(self.url) + size > TABLE.limits.head_bytes:
                 raise BadRequest("head too large", 431)
-        self.head_size = self.framing = 0
-        self.head_in_read = True
+        self.head_size, self.framing, self.head_in_read = 0, 0, True
         parser = self.parser
         method, version = parser.get_method(), parser.get_http_version()
         self.check_head(method, version)
@@ -1821,9 +1818,8 @@ class Client(asyncio.Protocol):
             if behind:
                 raise BadRequest("a handshake behind a request")
         self.happens("handshake" if handshake else "head")
-        keep_alive = parser.should_keep_alive() and not (
-            version == "1.0" or handshake or self.ending
-        )
+        last = version == "1.0" or handshake or self.ending
+        keep_alive = not last and parser.should_keep_alive()
         self.arriving = Request(self, method, version, keep_alive)
         self.waiting.append(self.arriving)
 
@@ -2142,10 +2138,8 @@ class Exchange:
         if request.visitor:
             out += visitor_cookie(request, self.fields)
         empty = self.head_only or status in (204, 304)
-        self.keep = parser.should_keep_alive()
         self.until_close = not (length or coded or empty)
-        if self.until_close:
-            self.keep = False
+        self.keep = parser.should_keep_alive() and not self.until_close
         if not length and not empty:
             if self.version_10:
                 self.close = True  # nothing but the end of the connection can end this body
@@ -2161,8 +2155,7 @@ class Exchange:
         self.out = out
         self.answered_at = time.monotonic()
         self.happens("head")
-        request.begun = True
-        request.expects_continue = False
+        request.begun, request.expects_continue = True, False
         if self.go_ahead:
             self.go_ahead.set()
         if self.head_only:
@@ -2401,8 +2394,7 @@ async def forward(
     done = asyncio.Event()
     exchange = Exchange(request, upstream, lambda _: done.set(), hedge)
     body_task = exchange.send(request_head(request, target))
-    loop = request.client.loop
-    response_timer = loop.call_later(timeout, exchange.give_up) if timeout else None
+    response_timer = request.client.loop.call_later(timeout, exchange.give_up) if timeout else None
     try:
         await done.wait()
     except asyncio.CancelledError:
@@ -2420,8 +2412,7 @@ async def forward(
 
 def record_outcome(exchange: Exchange) -> ExchangeState:
     """Do what is to be done when an exchange has ended. Returns and raises as `forward`."""
-    request, deployment = exchange.request, exchange.upstream.deployment
-    outcome = exchange.state
+    request, deployment, outcome = exchange.request, exchange.upstream.deployment, exchange.state
     if outcome is LOST:
         detail = "the deployment closed the connection without an answer"
         raise UpstreamError(502, detail, sent=True)
@@ -2456,8 +2447,7 @@ class TunnelEnd(asyncio.Protocol):
     def __init__(self, transport: asyncio.Transport, deployment: str) -> None:
         self.transport, self.deployment = transport, deployment
         self.peer: TunnelEnd = self
-        self.ended = False  # it sends no more
-        self.lost = False
+        self.ended = self.lost = False  # it sends no more; its connection is gone
         self.since = 0.0  # of a tunnel that is ending: the last sign of life
 
     def data_received(self, data: bytes) -> None:
@@ -2580,11 +2570,10 @@ def local_location(value: str, host: str) -> str | None:
 def route(request: Request) -> None:
     """Send a request on its way: at once where nothing has to be waited for, else in a task."""
     METRICS.requests += 1
-    client, path = request.client, request.path
+    client, path, table = request.client, request.path, TABLE
     if path == OWN_HEALTH_PATH:
-        client.answer(request, TABLE.health())
+        client.answer(request, table.health())
         return
-    table = TABLE
     if table.copy:
         headers = {"retry-after": "30", "cache-control": "no-store"}
         client.answer(request, JSONResponse({"detail": table.copy}, 503, headers))
@@ -2613,11 +2602,10 @@ def on_done(affinity_id: bytes, exchange: Exchange) -> None:
     if exchange.state is RESET:
         request.client.spawn(handle(request, affinity_id, fresh=True))
         return
-    target = exchange.upstream.deployment
     try:
         record_outcome(exchange)
     except UpstreamError as error:
-        answer_for(request, target, error)
+        answer_for(request, exchange.upstream.deployment, error)
 
 
 # -- without affinity: the active deployment, or the canary ------------------------------------
@@ -2667,9 +2655,8 @@ def visitor_cookie(request: Request, fields: list[tuple[bytes, bytes]]) -> list[
         return []
     schemes = [value.strip().lower() for value in request.values(b"x-forwarded-proto")]
     secure = b"; Secure" if b"https" in schemes else b""
-    cookie = VISITOR_COOKIE.encode() + b"=" + request.visitor
-    life = b"; Path=/; Max-Age=2592000; HttpOnly; SameSite=Lax"
-    return [b"set-cookie: " + cookie + life + secure + b"\r\n"]
+    cookie = b"set-cookie: %b=%b; Path=/; Max-Age=2592000; HttpOnly; SameSite=Lax%b\r\n"
+    return [cookie % (VISITOR_COOKIE.encode(), request.visitor, secure)]
 
 
 def is_html(fields: list[tuple[bytes, bytes]]) -> bool:
@@ -2831,8 +2818,8 @@ def is_miss(path: bytes, status: int, fields: list[tuple[bytes, bytes]]) -> bool
     that demands a reload, as another build answers."""
     if not path.startswith(ASSET_PREFIXES):
         return status == 204 and any(n.lower() == b"x-remix-reload-document" for n, _ in fields)
-    a_page = status == 200 and not path.endswith((b".html", b".htm")) and is_html(fields)
-    return status == 404 or a_page
+    page = status == 200 and not path.endswith((b".html", b".htm")) and is_html(fields)
+    return status == 404 or page
 
 
 # == Serving ====================================================================================
@@ -2964,9 +2951,7 @@ def look(record: Record, limits: Limits = DEFAULT_LIMITS) -> str:
             body = connection.getresponse().read(limits.answer_head_bytes)
         except (OSError, http.client.HTTPException):
             return "silent"
-    deployment_id = None
-    with contextlib.suppress(ValueError):
-        deployment_id = json_object(body).get("deployment_id")
+    deployment_id = (or_none(json_object, body) or {}).get("deployment_id")
     return "answers" if deployment_id in (None, record.deployment_id) else "other"
 
 
