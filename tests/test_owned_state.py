@@ -191,10 +191,10 @@ class Rails(janitor.Railway):  # type: ignore[misc]
 
     def call(self, document: str, **variables: Any) -> Any:
         if "serviceInstances" in document:
-            made = {"createdAt": "2020-01-01T00:00:00Z", "latestDeployment": None}
+            made = {"createdAt": "2020-01-01T00:00:00Z", "latestDeployment": None, "numReplicas": 1}
             nodes = [{"serviceId": f"s-{n}", "serviceName": n, **made} for n in self.services]
             edges = [{"node": node} for node in nodes]
-            return {"environment": {"serviceInstances": {"edges": edges}}}
+            return {"environment": {"config": {}, "serviceInstances": {"edges": edges}}}
         if "query Variables" in document:
             return {f"s{i}": v for i, v in enumerate(self.services.values())}
         self.written.append((document.split()[1].split("(")[0], variables))

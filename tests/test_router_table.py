@@ -461,6 +461,25 @@ def test_one_bad_name_harms_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None
 # -- the table follows the state ---------------------------------------------------------------
 
 
+def test_a_record_that_is_announced_during_a_read_is_in_the_next(redis_server: Redis) -> None:
+    store, table = router.RedisStore(redis_server.url, "pulse:railway"), router.Table({})
+
+    async def story() -> set[str]:
+        client = aioredis.Redis.from_url(store.url, **store.options)
+        follower = router.Follower(store, client, table)
+
+        async def repair(*_: Any) -> bool:
+            follower.keys.add("announced")  # as `listen` does
+            return False
+
+        table.repair = repair
+        async with client:
+            await follower.read()
+        return set(follower.keys)
+
+    assert asyncio.run(story()) == {"announced"}
+
+
 def test_a_promotion_is_seen_within_100_ms(redis_server: Redis, run_router: Run) -> None:
     with Backend(ok(b"a")) as a, Backend(ok(b"b")) as b:
         redis_server.deployment("a", a.address)
