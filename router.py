@@ -1673,7 +1673,7 @@ class Client(asyncio.Protocol):
         if self.exchange:
             self.exchange.end("client gone")
 
-    def happens(self, event: ClientEvent) -> None:
+    def happens(self, event: ClientEvent) -> None:  # each request's own events do it in place
         self.state = self.state.after[event]
 
     def new_parser(self) -> Any:
@@ -1817,7 +1817,7 @@ class Client(asyncio.Protocol):
                 return  # no WebSocket (RFC 6455 section 4.1): it comes again, as a plain request
             if behind:
                 raise BadRequest("a handshake behind a request")
-        self.happens("handshake" if handshake else "head")
+        self.state = self.state.after["handshake" if handshake else "head"]
         last = version == "1.0" or handshake or self.ending
         keep_alive = not last and parser.should_keep_alive()
         self.arriving = Request(self, method, version, keep_alive)
@@ -1879,7 +1879,7 @@ class Client(asyncio.Protocol):
         elif self.arriving:
             self.arriving.more_body = False
             self.arriving.arrived.set()
-        self.happens("end")
+        self.state = self.state.after["end"]
 
     # -- answering -----------------------------------------------------------------------------
 
@@ -2154,7 +2154,7 @@ class Exchange:
         append(b"\r\n")
         self.out = out
         self.answered_at = time.monotonic()
-        self.happens("head")
+        self.state = self.state.after["head"]
         request.begun, request.expects_continue = True, False
         if self.go_ahead:
             self.go_ahead.set()
@@ -2185,7 +2185,7 @@ class Exchange:
             return
         if self.chunked:
             self.out.append(b"0\r\n\r\n")  # trailers, if there were any, end here
-        self.happens("end")
+        self.state = self.state.after["end"]
 
     def flush(self) -> None:
         """Write what one read brought, in one go."""
