@@ -118,6 +118,7 @@ def test_a_request_behind_an_upload_that_was_answered_early_is_not_begun(
             c.send(b"world" + GET % b"/behind")
             assert c.rest() == b""
         assert ask(router.port, "/after").body == b"early"
+        assert backend.connections == 2
     assert seen == [b"/upload", b"/after"]
 
 
@@ -185,7 +186,7 @@ def test_a_tunnel_that_opens_while_the_router_ends_is_left_alone(
             slow.send(GET % b"/slow")
             time.sleep(0.1)
             router.popen.terminate()
-            time.sleep(0.1)
+            time.sleep(0.3)  # uvicorn notices within 0.1 s
             c.send(HANDSHAKE % b"/")
             assert c.head().startswith(b"HTTP/1.1 101 ")
             time.sleep(0.7)
