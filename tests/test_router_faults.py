@@ -32,18 +32,17 @@ def test_a_redis_outage_fails_no_request(redis_server: Redis, run_router: Run) -
         router = run_router(redis_server)
         eventually(lambda: ask(router.port).body == b"a")
         redis_server.stop()
-        until = time.monotonic() + 8
+        until = time.monotonic() + 2.5  # three tries to reach Redis, each twice as late
         while time.monotonic() < until:
             assert ask(router.port).body == b"a"
             assert ask(router.port, "/?pulse_deployment=b").body == b"b"
-            time.sleep(0.02)
+            time.sleep(0.05)
         assert ask(router.port, "/?pulse_deployment=gone").status == 409
         assert ask(router.port, "/healthz").status == 200
         # back again, empty: what was known is served on, and the log says so
         redis_server.start()
-        time.sleep(4)
+        eventually(lambda: "writing back" in router.output())
         assert ask(router.port).body == b"a"
-        assert "writing back" in router.output()
         # and a new state is taken up
         redis_server.deployment("b", b.address)
         eventually(lambda: ask(router.port).body == b"b")
