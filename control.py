@@ -568,7 +568,7 @@ def backend_answer(
     with contextlib.closing(router.connection_to(record)) as connection:
         connection.request(method, path, headers=dict(headers))
         answer = connection.getresponse()
-        return answer.status, answer.read(router.ANSWER_HEAD_LIMIT)
+        return answer.status, answer.read(router.DEFAULT_LIMITS.answer_head_bytes)
 
 
 def sessions(record: Record, token: str) -> int | None:
@@ -854,7 +854,7 @@ def record_list(value: str) -> list[Record]:
 
 def a_length(value: float) -> float:
     """Of time in seconds, from now on."""
-    return router.a_number(1e10)(value)
+    return router.a_number(1e10, value)
 
 
 def a_positive_length(value: float) -> float:

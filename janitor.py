@@ -837,9 +837,9 @@ def main(argv: list[str]) -> int:
     store = control.OwnedStore(base.url, base.prefix, ownership.name(env), base.ttl)
     token = env.get(INTERNAL_TOKEN, "")
     retention = Retention(
-        router.from_env("PULSE_RAILWAY_DRAIN_TTL_SECONDS", 86_400.0, env=env),
-        router.from_env("PULSE_RAILWAY_ROLLBACK_WINDOW_SECONDS", 900.0, env=env),
-        int(router.from_env("PULSE_RAILWAY_KEEP", 0.0, env=env)),
+        router.number_from_env("PULSE_RAILWAY_DRAIN_TTL_SECONDS", 86_400.0, env=env),
+        router.number_from_env("PULSE_RAILWAY_ROLLBACK_WINDOW_SECONDS", 900.0, env=env),
+        int(router.number_from_env("PULSE_RAILWAY_KEEP", 0.0, env=env)),
     )
     railway = Railway(env)
     try:

@@ -37,7 +37,6 @@ import asyncio
 import collections
 import concurrent.futures
 import contextlib
-import functools
 import hashlib
 import hmac
 import http.client
@@ -56,7 +55,9 @@ import urllib.parse
 from bisect import bisect_left
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from enum import Enum
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import httptools
 import redis.asyncio
@@ -76,16 +77,6 @@ if TYPE_CHECKING:
     type Then = Callable[[Exchange], None]
 
 VERSION = "0.4.0"  # of the package that this belongs to
-
-
-def from_env(variable: str, default: Any, kind: type = float, env: Any = os.environ) -> Any:
-    """A variable that holds seconds, or for int a whole number from 1. Raises SystemExit."""
-    text = env.get(variable)
-    if text and kind is int and not re.fullmatch(r"0*[1-9]\d{0,8}", text, re.ASCII):
-        raise SystemExit(f"{variable} takes a whole number from 1, not {text!r}")
-    if text and kind is float and not re.fullmatch(r"\d{1,9}(\.\d*)?", text, re.ASCII):
-        raise SystemExit(f"{variable} takes a number of seconds, not {text!r}")
-    return kind(text) if text else default
 
 
 # == Names shared with pulse_railway/contract.py; a test holds the two together =================
@@ -109,58 +100,99 @@ DEPLOYMENT_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,23}")
 LAST_PROMOTED_VARIABLE = "PULSE_RAILWAY_ACTIVE"  # on Railway: which deployment was promoted last
 LAST_PROMOTED_AT_VARIABLE = "PULSE_RAILWAY_ACTIVE_AT"
 
-# Limits, in seconds and bytes. The edge's own: a 32 KB head, 15 minutes a request, 60 s idle.
-HEAD_LIMIT = 64 * 1024
-HEADER_COUNT_LIMIT = 512
-FRAMING_LIMIT = 16 * 1024  # chunk extensions and trailers of one request, beyond 16 bytes a chunk
-PIPELINE_LIMIT = 64  # requests on one connection that wait for the answers before theirs
-ANSWER_HEAD_LIMIT = 256 * 1024  # of a backend
-WRITE_STALL_TIMEOUT = 300.0  # a client takes the next piece of its answer within this
-HEAD_TIMEOUT = 30.0  # a client sends its request head within this
-BODY_AHEAD = 64 * 1024  # of a body is read before the backend has taken what came before it
-BODY_STALL_TIMEOUT = 60.0  # ... and the next piece of its body within this
-IDLE_CLOSE_GRACE = 0.5  # at the end, a request may be on its way on a connection that looks idle
-KEEP_ALIVE = 75.0  # idle client connections; longer than the edge's 60 s, so the edge closes first
-HALF_CLOSED = from_env("PULSE_RAILWAY_ROUTER_HALF_CLOSED_SECONDS", 60.0)
-FLUSH = 30.0  # for what is still to be written to a tunnel's one end when the other has gone
-LINGER = 5.0  # after an early answer, an upload is read and dropped until it pauses for this long
-LINGER_AT_MOST = 30.0
-CONNECT_TIMEOUT = 5.0
-DESCRIPTORS_KEPT = 64  # for the store, the listening socket, files
-HANDSHAKE_TIMEOUT = 30.0  # for a backend's answer to a WebSocket handshake
-HEDGE_TIMEOUT = 1.5  # for the answer of another deployment to what the first one lacks
-HEDGE_DELAY = 0.2  # before the next deployment is asked too
-EJECTION_SECONDS = 30.0  # a deployment that gave no answer is asked for no asset
-ASSET_LOCATION_SECONDS = 300.0  # that the deployment which had an asset is remembered
-ASSET_LOCATIONS_AT_MOST = 2000
-ASSET_LOCATION_PATH_LIMIT = 512  # bytes; a longer path is not remembered
-RESOLVED_SECONDS = 5.0  # an address is remembered for
-RESOLVERS = 64  # names that can be looked up at once; a bad one may take many seconds
-RESPONSE_TIMEOUT = from_env("PULSE_RAILWAY_ROUTER_RESPONSE_TIMEOUT", 900.0)
-UPSTREAM_IDLE = 4.0  # uvicorn backends close idle connections after 5 s
-UNSAFE_IDLE = 1.0  # a request that may not be repeated only goes onto a fresher one
-UPSTREAM_IDLE_LIMIT = 256  # idle connections kept per deployment
-CONTINUE_TIMEOUT = 1.0  # a backend that ignores `Expect: 100-continue` gets the body after this
-REDIS_TIMEOUT = 3.0
-REFRESH_SECONDS = 15.0  # 0.3.x writers announce nothing
-LOOKUP_SECONDS = 1.0  # between two reads for ids that are not known
-MISSING_SECONDS = 90.0  # that a deployment whose record is gone has to answer, or to fail
-LOOKS_AT_ONCE = 3  # at deployments whose records are gone; the loop has five threads or more
-PROVISIONAL_SECONDS = 1.0  # between two tries to reach what is served for want of a state
-SCAN_STEP_SECONDS = 90.0
-REPORT_SECONDS = 10.0  # between two reports while counters change
-REPORT_IDLE_SECONDS = 45.0
-REPORT_LEASE = 120  # seconds
-RESTARTS = 3  # of a background task in RESTART_SECONDS; then the process ends
-RESTART_SECONDS = 60.0
-SCAN_SHARE = 0.02  # of the time, at most, goes into looking for records that nobody announced
-SCAN_COUNT = 1000  # keys a step
-START_TIMEOUT = 2.0  # wait so long for the first load before serving 503s
-BACKEND_TIMEOUT = 5.0  # for an answer to a question of ours
+REPORT_LEASE = 120  # seconds that a router's report lasts
+SCAN_COUNT = 1000  # keys of Redis a step
 SERVICE_PREFIX = os.environ.get("PULSE_RAILWAY_SERVICE_PREFIX", "")
-SHUTDOWN_GRACE = from_env("PULSE_RAILWAY_ROUTER_SHUTDOWN_SECONDS", 25.0)
 
 log = logging.getLogger("pulse.router")
+
+
+# == Limits =====================================================================================
+
+
+def number_from_env(variable: str, default: Any, kind: type = float, env: Any = os.environ) -> Any:
+    """A variable that holds seconds, or for int a whole number from 1. Raises SystemExit."""
+    text = env.get(variable)
+    if text and kind is int and not re.fullmatch(r"0*[1-9]\d{0,8}", text, re.ASCII):
+        raise SystemExit(f"{variable} takes a whole number from 1, not {text!r}")
+    if text and kind is float and not re.fullmatch(r"\d{1,9}(\.\d*)?", text, re.ASCII):
+        raise SystemExit(f"{variable} takes a number of seconds, not {text!r}")
+    return kind(text) if text else default
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long the router waits, and how much it takes: passed to what heeds them. Railway's edge
+    has its own: a head of 32 KB, 15 minutes for a request, 60 s for an idle connection."""
+
+    # a client's connection
+    connections: int = 1 << 30  # clients and tunnels; `serve` bounds them by the descriptors
+    descriptors_kept: int = 64  # for the store, the listening socket, files
+    head_bytes: int = 64 * 1024
+    header_count: int = 512
+    head_seconds: float = 30.0  # until a request's head is in
+    framing_bytes: int = 16 * 1024  # chunk extensions and trailers, beyond 16 bytes a chunk
+    pipelined_requests: int = 64  # that wait for the answers before theirs
+    body_ahead_bytes: int = 64 * 1024  # read before the backend has taken what came earlier
+    body_stall_seconds: float = 60.0  # until the next piece of a body
+    write_stall_seconds: float = 300.0  # until the client takes the next piece of its answer
+    keep_alive_seconds: float = 75.0  # of an idle connection: the edge closes first
+    idle_close_grace_seconds: float = 0.5  # at shutdown: a request may be on its way
+    linger_pause_seconds: float = 5.0  # of an upload that is dropped, after an early answer
+    linger_seconds: float = 30.0  # all of it
+    # a backend's connection
+    connect_seconds: float = 5.0
+    resolved_seconds: float = 5.0  # that an address is remembered
+    resolver_threads: int = 64  # names looked up at once; a bad one may take many seconds
+    response_seconds: float = 900.0  # until an answer begins, and between two pieces of it
+    handshake_seconds: float = 30.0  # until a WebSocket handshake is answered
+    answer_head_bytes: int = 256 * 1024
+    continue_seconds: float = 1.0  # a backend that ignores `Expect` gets the body after this
+    upstream_idle_seconds: float = 4.0  # uvicorn closes idle connections after 5 s
+    unsafe_idle_seconds: float = 1.0  # the same, for a request that may not be repeated
+    idle_upstreams: int = 256  # idle connections of a deployment
+    backend_seconds: float = 5.0  # until a question of the router's own is answered
+    # a tunnel
+    half_closed_seconds: float = 60.0  # of silence
+    flush_seconds: float = 30.0  # to write what is left when the other end has gone
+    # assets that one deployment lacks and another has
+    hedge_delay_seconds: float = 0.2  # until the next deployment is asked too
+    hedge_timeout_seconds: float = 1.5  # until a hedged request is answered
+    ejection_seconds: float = 30.0  # that a deployment which gave no answer is not asked
+    asset_location_seconds: float = 300.0  # that the deployment which had one is remembered
+    asset_locations: int = 2000
+    asset_location_path_bytes: int = 512  # a longer path is not remembered
+    # the routing state
+    start_seconds: float = 2.0  # for the first load; 503 is answered after that
+    redis_seconds: float = 3.0
+    refresh_seconds: float = 15.0  # between two reads: 0.3.x writers announce nothing
+    lookup_seconds: float = 1.0  # between two reads for unknown ids
+    missing_seconds: float = 90.0  # that a deployment without record has to answer, or to fail
+    parallel_looks: int = 3  # at those deployments; the loop has five threads or more
+    provisional_seconds: float = 1.0  # between two tries while there is no state
+    scan_share: float = 0.02  # of the time, for looking for records that nobody announced
+    scan_step_seconds: float = 90.0
+    report_seconds: float = 10.0  # between two reports while counters change
+    report_idle_seconds: float = 45.0
+    # the process
+    restarts: int = 3  # of a background task in `restart_seconds`; then the process ends
+    restart_seconds: float = 60.0
+    shutdown_seconds: float = 25.0
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str]) -> Limits:
+        """The limits, with those that the environment sets. Raises SystemExit."""
+        variables = {
+            "half_closed_seconds": "PULSE_RAILWAY_ROUTER_HALF_CLOSED_SECONDS",
+            "response_seconds": "PULSE_RAILWAY_ROUTER_RESPONSE_TIMEOUT",
+            "shutdown_seconds": "PULSE_RAILWAY_ROUTER_SHUTDOWN_SECONDS",
+        }
+        default = cls()
+        own = {n: number_from_env(v, getattr(default, n), env=env) for n, v in variables.items()}
+        return replace(default, **own)
+
+
+DEFAULT_LIMITS = Limits()
 
 
 # == The routing state: what the store holds, as types ==========================================
@@ -168,26 +200,15 @@ log = logging.getLogger("pulse.router")
 
 State = dict[str, str]  # store key without the prefix -> value, as it is stored
 Change = dict[str, str | None]  # None deletes the key
+type Step = Callable[[Routing], Routing]
 Json = dict[str, Any]
 
 ACTIVE, PROMOTED, EPOCH, STORE_ID = ":active", ":promoted", ":epoch", ":store"
 TOMBSTONES, PROCESSED, HISTORY = ":removed", ":answers", ":history"
 MAINTENANCE, DEPLOY_LOCK, OWNER = ":maintenance", ":deploy:lock", ":owner"
-FIXED = {  # key -> attribute of Routing
-    ACTIVE: "active",
-    PROMOTED: "promoted",
-    EPOCH: "epoch",
-    STORE_ID: "store_id",
-    TOMBSTONES: "tombstones",
-    PROCESSED: "processed",
-    HISTORY: "history",
-    MAINTENANCE: "maintenance",
-    DEPLOY_LOCK: "lock",
-    OWNER: "owner",
-}
 STAMP = re.compile(r"[A-Za-z0-9_-]{1,64}/[A-Za-z0-9_-]{1,64}")  # as ownership.parse takes it
 RECORD, REPORT = ":deployment:", ":router:"  # begin a key of one of many
-TOMBSTONE_TTL = max(7 * 86_400.0, from_env("PULSE_RAILWAY_DRAIN_TTL_SECONDS", 0.0))
+TOMBSTONE_TTL = max(7 * 86_400.0, number_from_env("PULSE_RAILWAY_DRAIN_TTL_SECONDS", 0.0))
 TOMBSTONES_AT_MOST = 1000
 CLOCKS_MAY_DIFFER = 86_400.0  # a promotion that is later than that is no promotion
 PROCESSED_TTL = 3600.0
@@ -211,10 +232,7 @@ def from_json(text: str | bytes) -> Any:
 
 def json_object(text: str | bytes | None) -> Json:
     """A JSON object as it is stored. Raises ValueError for anything else."""
-    found = from_json(text or "{}")
-    if not isinstance(found, dict):
-        raise ValueError
-    return found
+    return cast(Json, an_object(from_json(text or "{}")))
 
 
 def compact(value: object) -> str:
@@ -230,26 +248,20 @@ def a_text(value: Any) -> str:
     return value
 
 
-def a_number(below: float) -> Callable[[Any], float]:
-    def parse(value: Any) -> float:
-        if type(value) not in (int, float) or not 0 <= value <= below:
-            raise ValueError
-        return float(value)
-
-    return parse
+def a_number(most: float, value: Any) -> float:
+    if type(value) not in (int, float) or not 0 <= value <= most:
+        raise ValueError
+    return float(value)
 
 
-def an_instance(kind: type) -> Callable[[Any], Any]:
-    def parse(value: Any) -> Any:
-        if type(value) is not kind:
-            raise ValueError
-        return value
-
-    return parse
+def an_instance(kind: type, value: Any) -> Any:
+    if type(value) is not kind:
+        raise ValueError
+    return value
 
 
-a_time, a_percentage = a_number(1e11), a_number(100)  # a time: seconds since 1970
-a_flag, an_object = an_instance(bool), an_instance(dict)
+a_time, a_percentage = partial(a_number, 1e11), partial(a_number, 100)  # seconds since 1970
+a_flag, an_object, a_page = (partial(an_instance, kind) for kind in (bool, dict, str))
 
 
 def an_address(value: Any) -> str:
@@ -259,6 +271,13 @@ def an_address(value: Any) -> str:
         raise ValueError
     url.hostname.encode("idna")  # a name that cannot be looked up: UnicodeError
     return str(value).rstrip("/")
+
+
+def or_none(parse: Callable[[Any], Any], value: Any) -> Any:
+    try:
+        return parse(value)
+    except ValueError:
+        return None
 
 
 def stored(parser: Callable[[Any], Any], default: Any = None, key: str = "") -> Any:
@@ -337,9 +356,8 @@ FIELDS = {f.metadata["key"] or f.name: f for f in fields(Record) if f.metadata}
 
 def parse_record(deployment_id: str, text: str, latest: float = math.inf) -> Record:
     """A record. `ignored` names the fields that hold what they may not, as a time to come."""
-    try:
-        raw = json_object(text)
-    except ValueError:
+    raw = or_none(json_object, text)
+    if raw is None:
         return Record(deployment_id, ignored=("record",))
     found: Json = {}
     ignored = []
@@ -349,12 +367,8 @@ def parse_record(deployment_id: str, text: str, latest: float = math.inf) -> Rec
             return Record(deployment_id, raw=raw, ignored=tuple(ignored))
     for name, stored_field in FIELDS.items():
         if raw.get(name) is not None:
-            try:
-                value = stored_field.metadata["parser"](raw[name])
-            except ValueError:
-                ignored.append(name)
-                continue
-            if name.endswith("_at") and value > latest:
+            value = or_none(stored_field.metadata["parser"], raw[name])
+            if value is None or (name.endswith("_at") and value > latest):
                 ignored.append(name)
             else:
                 found[stored_field.name] = value
@@ -400,17 +414,20 @@ class Routing:
     """The whole routing state. A step is a pure function from one to the next."""
 
     now: float = field(default=0.0, compare=False)  # by the store's clock
-    active: str | None = None  # its id; what else says so is 0.3.x's copy of it
-    promoted: Promotion | None = None  # the last promotion
-    epoch: int = 0  # each of our changes raises it
-    store_id: str | None = None  # which contents these are: another, or none: data was lost
+    active: str | None = field(default=None, metadata={"key": ACTIVE})  # its id
+    promoted: Promotion | None = field(default=None, metadata={"key": PROMOTED})  # the last one
+    epoch: int = field(default=0, metadata={"key": EPOCH})  # each of our changes raises it
+    # which contents these are: another, or none: data was lost
+    store_id: str | None = field(default=None, metadata={"key": STORE_ID})
     records: Mapping[str, Record] = field(default_factory=dict)  # newest registration first
-    tombstones: Mapping[str, Tombstone] = field(default_factory=dict)  # what was removed
-    processed: Mapping[str, float] = field(default_factory=dict)  # nonce -> when it was
-    history: tuple[Json, ...] = ()  # what was done, by whom and why, the oldest first
-    maintenance: Maintenance | None = None
-    lock: DeployLock | None = None
-    owner: str | None = None  # whose it is, as ownership.Stamp is written; None: it says nothing
+    # what was removed; the nonces of commands, and when they were carried out
+    tombstones: Mapping[str, Tombstone] = field(default_factory=dict, metadata={"key": TOMBSTONES})
+    processed: Mapping[str, float] = field(default_factory=dict, metadata={"key": PROCESSED})
+    # what was done, by whom and why, the oldest first
+    history: tuple[Json, ...] = field(default=(), metadata={"key": HISTORY})
+    maintenance: Maintenance | None = field(default=None, metadata={"key": MAINTENANCE})
+    lock: DeployLock | None = field(default=None, metadata={"key": DEPLOY_LOCK})
+    owner: str | None = field(default=None, metadata={"key": OWNER})  # None: it says nothing
     problems: tuple[str, ...] = ()  # what was ignored
     keys: frozenset[str] = frozenset()  # of FIXED, those that are there
 
@@ -432,11 +449,8 @@ class Routing:
     @property
     def promotion(self) -> Promotion | None:
         """The promotion that `active` comes from."""
-        if self.active is None:
-            return None
-        if self.promoted is None:
-            return Promotion(self.active, math.inf if self.promoted_by_other else 0.0)
-        return Promotion(self.active, self.promoted.at)
+        at = self.promoted.at if self.promoted else math.inf if self.promoted_by_other else 0.0
+        return Promotion(self.active, at) if self.active else None
 
     def record_of_active(self) -> Record | None:
         """Where its record is lost or has no address: on the service that is named after it."""
@@ -454,6 +468,9 @@ class Routing:
         return me is not None and self.owner not in (None, me)
 
 
+FIXED = {f.metadata["key"]: f.name for f in fields(Routing) if f.metadata}  # key -> attribute
+
+
 def parse(state: State, now: float) -> Routing:
     """The routing state. What cannot be read is ignored, kept as it is, and in `problems`."""
     problems: list[str] = []
@@ -468,6 +485,12 @@ def parse(state: State, now: float) -> Routing:
             problems.append(f"{key} is not understood")
             return None
 
+    def checked(key: str, value: Any, good: Callable[[Any], Any], why: str = "") -> Any:
+        if value is None or good(value):
+            return value
+        problems.append(f"{key} {why or 'is not understood'}")
+        return None
+
     records = {}
     for key, text in state.items():
         if key.startswith(RECORD):
@@ -477,27 +500,17 @@ def parse(state: State, now: float) -> Routing:
                 problems.append(f"{name}: {', '.join(record.ignored)} not understood")
             elif not record.url or not DEPLOYMENT_ID.fullmatch(name):
                 problems.append(f"{name}: no address follows from its record")
-    epoch = state.get(EPOCH, "0")
-    if not (epoch.isascii() and epoch.isdigit() and len(epoch) < 16):
-        problems.append(f"{EPOCH} is not understood")
-        epoch = "0"
     active = state.get(ACTIVE) or None
     own = records.get(active or "")
     if own and own.retiring_at:  # never the active one
         records[own.deployment_id] = replace(own, retiring_at=None)
         problems.append(f"{active}: retiring_at, although it is active")
     newest = sorted(records.values(), key=lambda r: (r.registered_at or 0, r.deployment_id))
-    if active and not DEPLOYMENT_ID.fullmatch(active):
-        problems.append(f"{ACTIVE} is no deployment id")
-        active = None
+    epoch = checked(EPOCH, state.get(EPOCH), re.compile(r"[0-9]{1,15}").fullmatch)
+    active = checked(ACTIVE, active, DEPLOYMENT_ID.fullmatch, "is no deployment id")
+    owner = checked(OWNER, state.get(OWNER), STAMP.fullmatch)
     promoted = read(PROMOTED, lambda f: Promotion(a_text(f["deployment_id"]), a_time(f["at"])))
-    if promoted and promoted.at > latest:
-        problems.append(f"{PROMOTED} is in the future")
-        promoted = None
-    owner = state.get(OWNER)
-    if owner is not None and not STAMP.fullmatch(owner):
-        problems.append(f"{OWNER} is not understood")
-        owner = None
+    promoted = checked(PROMOTED, promoted, lambda p: p.at <= latest, "is in the future")
     graves = read(TOMBSTONES, _tombstones) or {}
     to_come = [name for name, grave in graves.items() if grave.at > latest]
     problems += [f"{TOMBSTONES} of {name} is in the future" for name in to_come]
@@ -508,7 +521,7 @@ def parse(state: State, now: float) -> Routing:
         now,
         active,
         promoted,
-        int(epoch),
+        int(epoch or 0),
         state.get(STORE_ID),
         {record.deployment_id: record for record in reversed(newest)},
         {name: grave for name, grave in graves.items() if name not in to_come},
@@ -527,37 +540,30 @@ def _tombstones(found: Json) -> dict[str, Tombstone]:
     for name, entry in found.items():
         with contextlib.suppress(ValueError):
             at = a_time(an_object(entry).get("at"))
-            kept[name] = Tombstone(at, _or_none(a_text, entry.get("service_id")))
+            kept[name] = Tombstone(at, or_none(a_text, entry.get("service_id")))
     return kept
 
 
-def _or_none(parse: Callable[[Any], Any], value: Any) -> Any:
-    try:
-        return parse(value)
-    except ValueError:
-        return None
-
-
 def _maintenance(found: Json) -> Maintenance:
-    page, by = _or_none(an_instance(str), found.get("page")), _or_none(a_text, found.get("by"))
-    since, again = _or_none(a_time, found.get("since")), _or_none(a_time, found.get("retry_after"))
+    page, by = or_none(a_page, found.get("page")), or_none(a_text, found.get("by"))
+    since, again = or_none(a_time, found.get("since")), or_none(a_time, found.get("retry_after"))
     return Maintenance(since or 0.0, page or None, int(again or 30), by)
 
 
 def _lock(found: Json) -> DeployLock:
-    by, since = _or_none(a_text, found.get("by")), a_time(found["since"])
+    by, since = or_none(a_text, found.get("by")), a_time(found["since"])
     return DeployLock(a_text(found["holder"]), by, since, a_time(found["until"]))
 
 
 def _history(state: State, latest: float, problems: list[str]) -> tuple[Json, ...]:
-    try:
-        found = an_instance(list)(from_json(state.get(HISTORY) or "[]"))
-    except ValueError:
+    found = or_none(from_json, state.get(HISTORY) or "[]")
+    if not isinstance(found, list):
         problems.append(f"{HISTORY} is not understood")
         return ()
     entries = (entry for entry in found if isinstance(entry, dict))
-    named = (entry for entry in entries if _or_none(a_text, entry.get("what")))
-    return tuple(e for e in named if (_or_none(a_number(latest), e.get("at"))) is not None)
+    named = (entry for entry in entries if or_none(a_text, entry.get("what")))
+    known_time = partial(a_number, latest)
+    return tuple(entry for entry in named if or_none(known_time, entry.get("at")) is not None)
 
 
 def changes(old: Routing, new: Routing) -> Change:
@@ -598,9 +604,6 @@ def changes(old: Routing, new: Routing) -> Change:
     return change
 
 
-Step = Callable[[Routing], Routing]
-
-
 # -- which memory is right ---------------------------------------------------------------------
 
 
@@ -612,9 +615,7 @@ def repaired(store: Routing, known: Routing, new_id: str, alive: Collection[str]
     back that are gone although no writer of ours was there, who raises the epoch. A record that is
     gone may have been deleted by 0.3.x: it comes back where it is the active one's, or among
     `alive`, those that still answer. What is known of another owner's state is worth nothing.
-
-    Args:
-        new_id: for a store that has none, or that is an earlier copy."""
+    `new_id` is for a store that has none, or that is an earlier copy."""
     other = bool(store.owner and known.owner) and store.owner != known.owner
     if known.store_id is None or other:  # nothing is known yet
         named = store.store_id or (new_id if store.active else None)
@@ -749,13 +750,15 @@ def _with_one_active(
 class RedisStore:
     """The routing state in Redis, under `prefix`; keys that are written end after `ttl` seconds."""
 
-    def __init__(self, url: str, prefix: str, ttl: int | None = None) -> None:
+    def __init__(
+        self, url: str, prefix: str, ttl: int | None = None, limits: Limits = DEFAULT_LIMITS
+    ) -> None:
         self.url, self.prefix, self.ttl = url, prefix, ttl
         self.options: Json = {
             "decode_responses": True,
             "encoding_errors": "replace",  # what is no UTF-8 is not understood, and no error
-            "socket_timeout": REDIS_TIMEOUT,
-            "socket_connect_timeout": REDIS_TIMEOUT,
+            "socket_timeout": limits.redis_seconds,
+            "socket_connect_timeout": limits.redis_seconds,
         }
         self.client = redis.Redis.from_url(
             url,
@@ -766,11 +769,12 @@ class RedisStore:
         self.pattern = f"{prefix}{RECORD}*"
         self.fixed = [prefix + key for key in FIXED]
 
-    def read(self) -> Routing:
+    def read(self, transaction: Any = None) -> Routing:
+        """The state. A transaction ends with an error where somebody writes to it meanwhile."""
+        client = transaction or self.client
         keys = [*self.fixed, *self.client.scan_iter(self.pattern, count=SCAN_COUNT)]
-        return self.read_by(self.client, keys)
-
-    def read_by(self, client: Any, keys: list[str]) -> Routing:
+        if transaction:
+            transaction.watch(*keys)
         now, values = client.time(), client.mget(keys)
         return parse(self.state(keys, values), now[0] + now[1] / 1e6)
 
@@ -779,9 +783,7 @@ class RedisStore:
         holds then. The change raises the epoch, and is announced to the routers."""
 
         def attempt(pipe: Any) -> Routing:
-            keys = [*self.fixed, *self.client.scan_iter(self.pattern, count=SCAN_COUNT)]
-            pipe.watch(*keys)
-            before = self.read_by(pipe, keys)
+            before = self.read(pipe)
             after = step(before)
             change = changes(before, after)
             pipe.multi()
@@ -795,8 +797,8 @@ class RedisStore:
             return written(after, change)
 
         # once more where somebody else has written in between
-        watched = cast(Any, self.client).transaction(attempt, *self.fixed, value_from_callable=True)
-        return cast(Routing, watched)
+        client = cast(Any, self.client)
+        return cast(Routing, client.transaction(attempt, *self.fixed, value_from_callable=True))
 
     def announce(self) -> None:
         """Have every router read the whole state."""
@@ -820,14 +822,13 @@ class RedisStore:
 class Follower:
     """A router's connection to the store. The state is read in one MGET (what is fixed, and the
     records that are known, announced or asked for): at the beginning, on every announcement, when
-    the table asks, and every REFRESH_SECONDS.
-
-    Sessions may share this Redis, so going through all of its keys is for the beginning and for
-    what is announced without names; after that it is done a step at a time."""
+    the table asks, and every `refresh_seconds`. Sessions may share this Redis, so going through all
+    of its keys is for the beginning and for what is announced without names; after that it is done
+    a step at a time."""
 
     def __init__(self, store: RedisStore, client: redis.asyncio.Redis, table: Table) -> None:
-        self.store, self.client, self.table = store, client, table
-        self.keys: set[str] = set()  # of records
+        self.store, self.client, self.table, self.limits = store, client, table, table.limits
+        self.keys: set[str] = set()  # of records that are announced, or found
         self.next_read = self.next_scan = self.next_step = 0.0
         self.scan_all, self.cursor = True, 0
         self.next_report = self.report_by = 0.0  # if the counters have changed; in any case
@@ -848,14 +849,15 @@ class Follower:
             listener.result()  # a lost connection shows here
         except asyncio.CancelledError:
             with contextlib.suppress(redis.RedisError, OSError, TimeoutError):
-                await self.client.delete(self.store.prefix + REPORT + METRICS.name)
+                if not self.table.other_owner:
+                    await self.client.delete(self.store.prefix + REPORT + METRICS.name)
             raise
         finally:
             listener.cancel()
 
     async def listen(self, pubsub: redis.asyncio.client.PubSub) -> None:
         while True:
-            message = await pubsub.get_message(timeout=REFRESH_SECONDS)
+            message = await pubsub.get_message(timeout=self.limits.refresh_seconds)
             if not message:
                 continue
             try:
@@ -869,21 +871,16 @@ class Follower:
 
     async def read(self) -> None:
         table, lookups = self.table, set(self.table.pending_lookups)
-        self.next_read = time.monotonic() + REFRESH_SECONDS
+        self.next_read = time.monotonic() + self.limits.refresh_seconds
         await self.scan()
-        self.know(*lookups)
-        found = await self.read_known()
+        known = {self.store.prefix + RECORD + name for name in {*table.routing.records, *lookups}}
+        keys, self.keys = [*self.store.fixed, *(known | self.keys)], set()
+        found = await self.read_keys(keys)
         if await table.repair(self.store, found):
-            self.know(*table.routing.records)
-            found = await self.read_known()
+            found = await self.read_keys(keys)
         table.note_missing(found)
         table.load(found)
-        self.keys.clear()
-        self.know(*table.routing.records)
         table.pending_lookups -= lookups
-
-    def know(self, *names: str) -> None:
-        self.keys |= {self.store.prefix + RECORD + name for name in names}
 
     async def scan(self) -> None:
         """Look for records that nobody announced: all keys of Redis where that was asked for and
@@ -893,16 +890,16 @@ class Follower:
             self.scan_all = False
             scan = self.client.scan_iter(self.store.pattern, count=SCAN_COUNT)
             self.keys |= {key async for key in scan}
-            self.next_scan = time.monotonic() + (time.monotonic() - began) / SCAN_SHARE
+            took = time.monotonic() - began
+            self.next_scan = began + took + took / self.limits.scan_share
         elif began >= self.next_step:
             self.cursor, found = await self.client.scan(self.cursor, self.store.pattern, SCAN_COUNT)
             self.keys |= {str(key) for key in found}
         else:
             return
-        self.next_step = began + SCAN_STEP_SECONDS
+        self.next_step = began + self.limits.scan_step_seconds
 
-    async def read_known(self) -> Routing:
-        keys = [*self.store.fixed, *self.keys]
+    async def read_keys(self, keys: list[str]) -> Routing:
         state = self.store.state(keys, await self.client.mget(keys))
         active = state.get(ACTIVE)
         if active and RECORD + active not in state:
@@ -915,7 +912,7 @@ class Follower:
         now, table, epoch = time.monotonic(), self.table, self.table.routing.epoch
         if not table.other_owner and epoch == self.reported.get("epoch") and now < self.next_report:
             return
-        self.next_report = now + REPORT_SECONDS
+        self.next_report = now + self.limits.report_seconds
         if table.other_owner:
             if self.reported:
                 await self.client.delete(self.store.prefix + REPORT + METRICS.name)
@@ -924,7 +921,7 @@ class Follower:
         served = {"active": table.routing.active, "epoch": epoch, "since": table.since}
         report = {"version": runtime_version(), "identity": table.me} | served | METRICS.counters()
         if report != self.reported or now >= self.report_by:  # not for what changes by itself
-            self.reported, self.report_by = report, now + REPORT_IDLE_SECONDS
+            self.reported, self.report_by = report, now + self.limits.report_idle_seconds
             uptime, tasks = round(time.time() - METRICS.started_at), len(asyncio.all_tasks())
             text = compact({**report, "uptime_seconds": uptime, "tasks": tasks})
             await self.client.set(self.store.prefix + REPORT + METRICS.name, text, ex=REPORT_LEASE)
@@ -943,7 +940,7 @@ def written(after: Routing, change: Change) -> Routing:
     )
 
 
-def store_from_env(env: Mapping[str, str]) -> Store:
+def store_from_env(env: Mapping[str, str], limits: Limits = DEFAULT_LIMITS) -> Store:
     """The store that the environment names: REDIS_URL on Railway, PULSE_KV_* elsewhere."""
     prefix = (env.get("PULSE_RAILWAY_REDIS_PREFIX") or DEFAULT_REDIS_PREFIX).rstrip(":")
     kind = env.get("PULSE_KV_KIND") or "redis"
@@ -956,7 +953,8 @@ def store_from_env(env: Mapping[str, str]) -> Store:
     url = env.get("PULSE_KV_URL") or env.get("REDIS_URL")
     if kind != "redis" or not url:
         raise SystemExit("set REDIS_URL, or PULSE_KV_KIND=sqlite and PULSE_KV_PATH")
-    return RedisStore(url, prefix, from_env("PULSE_RAILWAY_KEY_TTL_SECONDS", None, int, env))
+    ttl = number_from_env("PULSE_RAILWAY_KEY_TTL_SECONDS", None, int, env)
+    return RedisStore(url, prefix, ttl, limits)
 
 
 def promotion_from_env(env: Mapping[str, str]) -> Promotion | None:
@@ -964,7 +962,7 @@ def promotion_from_env(env: Mapping[str, str]) -> Promotion | None:
     name = env.get(LAST_PROMOTED_VARIABLE) or ""
     if not DEPLOYMENT_ID.fullmatch(name):
         return None
-    at = _or_none(lambda text: a_time(float(text)), env.get(LAST_PROMOTED_AT_VARIABLE) or 0) or 0.0
+    at = or_none(lambda text: a_time(float(text)), env.get(LAST_PROMOTED_AT_VARIABLE) or 0) or 0.0
     return Promotion(name, at if at < time.time() + CLOCKS_MAY_DIFFER else 0.0)
 
 
@@ -997,8 +995,8 @@ class Missing:
 class Table:
     """All known deployments, in memory. A request never waits for the store to use it."""
 
-    def __init__(self, env: Mapping[str, str] = os.environ) -> None:
-        self.last_promoted = promotion_from_env(env)
+    def __init__(self, env: Mapping[str, str], limits: Limits = DEFAULT_LIMITS) -> None:
+        self.limits, self.last_promoted = limits, promotion_from_env(env)
         self.me = self.copy = None  # this stack's stamp; what to say where it is a copy of another
         if env.get("RAILWAY_ENVIRONMENT_ID"):
             import ownership
@@ -1034,22 +1032,19 @@ class Table:
         """Is nothing deployed, or has the store lost it? Not every router can tell the two."""
         return self.lost or (self.routing.active is None and not self.routing.records)
 
-    @property
-    def ready(self) -> bool:
+    def health(self) -> Response:
         """Can anything be served? A store in which nothing was ever deployed is as it should be. A
         copy is ready to say that it is one."""
-        return bool(self.copy) or self.active is not None or (self.loaded and not self.lost)
-
-    def health(self) -> Response:
-        answer: Json = {"ok": self.ready}
+        ready = bool(self.copy) or self.active is not None or (self.loaded and not self.lost)
+        answer: Json = {"ok": ready}
         if self.copy:
             answer["detail"] = self.copy
         if self.provisional:
             answer["without_state"] = True
         age = time.monotonic() - self.loaded_at
-        if self.loaded and age > 3 * REFRESH_SECONDS:
+        if self.loaded and age > 3 * self.limits.refresh_seconds:
             answer["stale_seconds"] = round(age)
-        return JSONResponse(answer, 200 if self.ready else 503)
+        return JSONResponse(answer, 200 if ready else 503)
 
     # -- what the store holds ------------------------------------------------------------------
 
@@ -1066,26 +1061,23 @@ class Table:
         replaced = is_now and not was and found.store_id != self.routing.store_id
         return replaced or ((was or is_now) and found.active is None)
 
-    def alive(self) -> set[str]:
-        """Those whose record is missing, and that have answered for a while."""
-        before = time.monotonic() - MISSING_SECONDS
-        return {name for name, m in self.missing.items() if m.answers and m.since <= before}
-
     async def repair(self, store: Store, found: Routing) -> bool:
         """Write back what the store has lost: was there anything? Where it names another active one
         than this router knows, that is not given up for one that cannot be connected to."""
         known, loop = self.routing, asyncio.get_running_loop()
-        new_id, alive = secrets.token_hex(8), self.alive()
+        since = time.monotonic() - self.limits.missing_seconds  # they have answered for a while
+        alive = {name for name, m in self.missing.items() if m.answers and m.since <= since}
+        new_id = secrets.token_hex(8)
         if self.other(found) or not changes(found, repaired(found, known, new_id, alive)):
             return False
         mine, other = known.record_of_active(), found.record_of_active()
         refused = None
         if mine and other and mine.deployment_id != other.deployment_id:
-            if await loop.run_in_executor(None, look, mine) == "unreachable":
+            if await loop.run_in_executor(None, look, mine, self.limits) == "unreachable":
                 known = replace(known, active=None, promoted=None)
             elif other.deployment_id not in found.records:  # is there such a deployment at all?
-                unreachable = await loop.run_in_executor(None, look, other) == "unreachable"
-                refused = other.deployment_id if unreachable else None
+                at_other = await loop.run_in_executor(None, look, other, self.limits)
+                refused = other.deployment_id if at_other == "unreachable" else None
         if known.active and (found.store_id, found.active) != (known.store_id, known.active):
             log.error("the store has lost data: writing back what this router knows")
 
@@ -1113,11 +1105,11 @@ class Table:
 
     async def look_at(self, records: list[Record]) -> None:
         """A few at a time: many that are silent would keep `repair` from its thread."""
-        loop, gate = asyncio.get_running_loop(), asyncio.Semaphore(LOOKS_AT_ONCE)
+        loop, gate = asyncio.get_running_loop(), asyncio.Semaphore(self.limits.parallel_looks)
 
         async def look_once(record: Record) -> None:
             async with gate:
-                at_address = await loop.run_in_executor(None, look, record)
+                at_address = await loop.run_in_executor(None, look, record, self.limits)
             if missing := self.missing.get(record.deployment_id):
                 missing.answers = at_address == "answers"
                 failing_since = missing.failing_since or time.monotonic()
@@ -1138,7 +1130,7 @@ class Table:
             name: self.routing.records[name]
             for name, m in self.missing.items()
             if name in self.routing.records
-            and (m.failing_since is None or now - m.failing_since < MISSING_SECONDS)
+            and (m.failing_since is None or now - m.failing_since < self.limits.missing_seconds)
         }
         routing = replace(found, records={**found.records, **kept})
         if routing != self.routing or not self.loaded:
@@ -1199,14 +1191,14 @@ class Table:
             if self.last_promoted and self.active is None and (self.lost or not self.loaded):
                 record = Record(self.last_promoted.deployment_id, "active")
                 record = replace(record, service_name=SERVICE_PREFIX + record.deployment_id)
-                at_address = await loop.run_in_executor(None, look, record)
+                at_address = await loop.run_in_executor(None, look, record, self.limits)
                 if at_address == "answers" and self.active is None:
                     log.error("no routing state: serving %s, as Railway says", record.deployment_id)
                     self.active, self.provisional = self._entry(record), True
                     self.deployments = {record.deployment_id.encode(): cast(Any, self.active)}
                     if os.environ.get("PULSE_RAILWAY_MAINTENANCE"):
                         self.closed = Maintenance(0.0)
-            await asyncio.sleep(PROVISIONAL_SECONDS)
+            await asyncio.sleep(self.limits.provisional_seconds)
 
     # -- what a request needs ------------------------------------------------------------------
 
@@ -1217,7 +1209,7 @@ class Table:
         if known or not DEPLOYMENT_ID.fullmatch(text):
             return known
         now = asyncio.get_running_loop().time()
-        if now - self.looked_at >= LOOKUP_SECONDS:
+        if now - self.looked_at >= self.limits.lookup_seconds:
             self.looked_at = now
             self.pending_lookups = {text}
             self.refresh_event.set()
@@ -1236,10 +1228,11 @@ class Table:
         return sorted(found, key=lambda d: d.id != had_by) if until > now else found
 
     def cache_asset_location(self, path: bytes, deployment: Deployment) -> None:
-        if len(path) > ASSET_LOCATION_PATH_LIMIT:
+        if len(path) > self.limits.asset_location_path_bytes:
             return
-        self.asset_locations[path] = deployment.id, time.monotonic() + ASSET_LOCATION_SECONDS
-        while len(self.asset_locations) > ASSET_LOCATIONS_AT_MOST:
+        until = time.monotonic() + self.limits.asset_location_seconds
+        self.asset_locations[path] = deployment.id, until
+        while len(self.asset_locations) > self.limits.asset_locations:
             del self.asset_locations[next(iter(self.asset_locations))]
 
     async def follow(self, store: Store) -> None:
@@ -1255,7 +1248,7 @@ class Table:
             await asyncio.sleep(pause)
 
 
-TABLE = Table()
+TABLE = Table(os.environ)  # `serve` makes another, with its limits
 ACCESS_LOG: telemetry.AccessLog | None = None  # where it is asked for
 TELEMETRY = ("PULSE_RAILWAY_ACCESS_LOG", "PULSE_RAILWAY_METRICS_PORT", "OTEL_")  # who asks
 
@@ -1343,7 +1336,7 @@ METRICS = Metrics()
 def requests_under_way() -> list[str]:
     """Their deployments' ids."""
     exchanges = (client.exchange for client in Client.instances)
-    return [e.upstream.deployment.id for e in exchanges if e and not e.finished]
+    return [e.upstream.deployment.id for e in exchanges if e and not e.state.finished]
 
 
 class UpstreamError(Exception):
@@ -1360,12 +1353,12 @@ class UpstreamError(Exception):
 class Upstream(asyncio.Protocol):
     """One connection to a backend. What it brings is for the `Exchange` that holds it."""
 
-    __slots__ = ("deployment", "exchange", "idle_since", "reused", "transport")
+    __slots__ = ("again", "deployment", "exchange", "idle_since", "transport")
 
     def __init__(self, deployment: Deployment) -> None:
         self.deployment = deployment
         self.exchange: Exchange | None = None
-        self.reused = False
+        self.again = False  # from the pool, for a request that may be repeated if this is dead
         self.idle_since = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -1414,10 +1407,11 @@ class Resolver:
     """Names to addresses, by Python's own resolver in threads: one question at a time for a name,
     so that a bad one holds one thread, and an answer is good for a few seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits = DEFAULT_LIMITS) -> None:
+        self.limits = limits
         self.known: dict[tuple[str, int], tuple[float, list[Any]]] = {}
-        self.asking: dict[tuple[str, int], asyncio.Task[list[Any]]] = {}
-        self.threads = concurrent.futures.ThreadPoolExecutor(RESOLVERS, "resolver")
+        self.asking: dict[tuple[str, int], asyncio.Future[list[Any]]] = {}
+        self.threads = concurrent.futures.ThreadPoolExecutor(limits.resolver_threads, "resolver")
 
     async def addresses(self, host: str, port: int) -> tuple[list[Any], bool]:
         """All addresses of a name, and whether they were remembered. Raises OSError."""
@@ -1425,36 +1419,30 @@ class Resolver:
         until, found = self.known.get(key, (0.0, []))
         if time.monotonic() < until:
             return found, True
-        task = self.asking.get(key)
-        if task is None:
-            task = self.asking[key] = asyncio.get_running_loop().create_task(self._ask(key))
-            # its outcome is for those who wait; nobody may be there any more
-            task.add_done_callback(lambda done: done.cancelled() or done.exception())
-        return await asyncio.shield(task), False
-
-    async def _ask(self, key: tuple[str, int]) -> list[Any]:
-        try:
+        if key not in self.asking:
             # not loop.getaddrinfo: uvloop's own would pass by what Python's resolver is told
-            ask = functools.partial(socket.getaddrinfo, *key, type=socket.SOCK_STREAM)
-            found = await asyncio.get_running_loop().run_in_executor(self.threads, ask)
+            ask = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+            asked = self.asking[key] = asyncio.get_running_loop().run_in_executor(self.threads, ask)
+            asked.add_done_callback(partial(self.remember, key))
+        return await asyncio.shield(self.asking[key]), False
+
+    def remember(self, key: tuple[str, int], asked: asyncio.Future[list[Any]]) -> None:
+        del self.asking[key]
+        if not (asked.cancelled() or asked.exception()):
             now = time.monotonic()
             self.known = {k: v for k, v in self.known.items() if v[0] > now}
-            self.known[key] = now + RESOLVED_SECONDS, found
-            return found
-        finally:
-            del self.asking[key]
+            self.known[key] = now + self.limits.resolved_seconds, asked.result()
 
 
 RESOLVER = Resolver()
 
 
-async def connect(deployment: Deployment, timeout: float = CONNECT_TIMEOUT) -> Upstream:
+async def connect(deployment: Deployment, timeout: float) -> Upstream:
     """A new connection. Every address of the name is tried, a later one 250 ms after the one
-    before it (RFC 8305), so that a name with a dead IPv6 address costs little.
-
-    Raises UpstreamError: 502 where the backend refuses, 504 where it does not answer in time."""
-    clients = len(Client.instances) + len(TunnelEnd.open)
-    if clients > Client.limit // 2 and clients + idle_connections() > Client.limit:
+    before it (RFC 8305), so that a name with a dead IPv6 address costs little. Raises
+    UpstreamError: 502 where the backend refuses, 504 where it does not answer in time."""
+    clients, limit = len(Client.instances) + len(TunnelEnd.open), TABLE.limits.connections
+    if clients > limit // 2 and clients + idle_connections() > limit:
         for other in TABLE.deployments.values():
             close_idle(other)  # descriptors are short, and this one is needed
     host, port = deployment.host, deployment.port
@@ -1479,17 +1467,95 @@ async def connect(deployment: Deployment, timeout: float = CONNECT_TIMEOUT) -> U
         raise UpstreamError(502, "the deployment refuses connections") from None
 
 
+# == The states of a client's connection and of an exchange ======================================
+# An event that a state's row does not have is a fault of the router's own: KeyError.
+
+ClientEvent = Literal["head", "handshake", "end", "early", "bad head", "refused", "101", "close"]
+ExchangeEvent = Literal["head", "end", "101", "missing", "client gone", "reset", "lost", "timeout"]
+
+
+class ClientState(Enum):
+    """How far a client's connection is: its reading side, since several requests can wait. In it,
+    `parses`: what comes goes to the parser; `may_answer`: a request may be begun, and its answer
+    written; `may_read`: from the socket, if its requests allow it (`Client.update_reading`)."""
+
+    # what it is; parses, may_answer, may_read
+    HEAD = "between two requests, or in a head", True, True, True
+    BODY = "in the body of a request", True, True, True
+    HANDSHAKE = "a handshake has come: what follows is the tunnel's", False, True, False
+    REFUSED = "nothing more is understood; the answers that are due come first", False, True, False
+    LINGERING = "answered; the rest of the upload is read up to its end", True, False, True
+    DROPPING = "answered; what comes is not understood, and dropped", False, False, True
+    TUNNEL = "the two ends of a tunnel have the connections", False, False, False
+    CLOSED = "closed, or closing", False, False, False
+
+    def __init__(self, about: str, parses: bool, may_answer: bool, may_read: bool) -> None:
+        self.about = about
+        self.parses, self.may_answer, self.may_read = parses, may_answer, may_read
+        self.after: dict[ClientEvent, ClientState] = {}
+
+
+class ExchangeState(Enum):
+    """How far an exchange is. Those that nothing leads on from are how it can end."""
+
+    WAITING = "the request is sent, or being sent"
+    ANSWERING = "the answer's head has gone to the client"
+    OK = "the answer is whole"
+    SWITCHED = "a tunnel now"
+    MISSING = "an answer that was held back: not here"
+    GONE = "the client left"
+    BROKEN = "too late for another answer"
+    RESET = "its pooled connection had died: once more, on another"
+    LOST = "no answer, nothing sent yet"
+    TIMED_OUT = "no answer in time, nothing sent yet"
+
+    after: dict[ExchangeEvent, ExchangeState]  # what may happen, and what it is then
+    finished: bool
+
+
+HEAD, BODY, HANDSHAKE, REFUSED, LINGERING, DROPPING, TUNNEL, CLOSED = ClientState
+WAITING, ANSWERING, OK, SWITCHED, MISSING, GONE, BROKEN, RESET, LOST, TIMED_OUT = ExchangeState
+
+# event -> state before -> state after
+CLIENT: dict[ClientEvent, dict[ClientState, ClientState]] = {
+    "head": {HEAD: BODY},
+    "handshake": {HEAD: HANDSHAKE},
+    # HEAD: of a request that comes again, without its upgrade; CLOSED: of what is dropped
+    "end": {HEAD: HEAD, BODY: HEAD, HANDSHAKE: HANDSHAKE, LINGERING: CLOSED, CLOSED: CLOSED},
+    "early": {BODY: LINGERING},  # an answer before the end of its request
+    "bad head": {HEAD: REFUSED},  # behind a request that is not answered yet
+    "refused": {HEAD: DROPPING, BODY: DROPPING},  # too many clients; a bad body, before any answer
+    "101": {HANDSHAKE: TUNNEL},
+    "close": {state: CLOSED for state in ClientState if state is not TUNNEL},
+}
+EXCHANGE: dict[ExchangeEvent, dict[ExchangeState, ExchangeState]] = {
+    "head": {WAITING: ANSWERING},
+    "end": {ANSWERING: OK},
+    "101": {WAITING: SWITCHED},
+    "missing": {WAITING: MISSING},  # a hedged answer that says: not here
+    "client gone": {WAITING: GONE, ANSWERING: GONE},
+    "reset": {WAITING: RESET},  # the connection, from the pool, of what may be repeated
+    "lost": {WAITING: LOST, ANSWERING: BROKEN},  # any other, or what comes is no answer
+    "timeout": {WAITING: TIMED_OUT},
+}
+for _state in ClientState:
+    _state.after = {event: steps[_state] for event, steps in CLIENT.items() if _state in steps}
+for _stage in ExchangeState:
+    _stage.after = {event: steps[_stage] for event, steps in EXCHANGE.items() if _stage in steps}
+    _stage.finished = not _stage.after
+
+
 # == The client's side of a connection ==========================================================
 
 
-def client_limit(configured: int | None) -> int:
+def client_limit(configured: int | None, limits: Limits) -> int:
     """How many clients may be connected at once, after this process has got as many descriptors as
     it may: half of them, or what is configured where that is fewer."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # above the kernel's own limit
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    room = (soft - DESCRIPTORS_KEPT) // 2 if soft != resource.RLIM_INFINITY else 1 << 30
+    room = (soft - limits.descriptors_kept) // 2 if soft != resource.RLIM_INFINITY else 1 << 30
     return max(8, min(room, configured or room))
 
 
@@ -1527,13 +1593,10 @@ class Request:
     visitor = b""  # who is told so by a cookie, for the time of a canary
 
     def __init__(self, client: Client, method: bytes, version: str, keep_alive: bool) -> None:
-        self.client = client
-        self.method = method
-        self.version = version
-        self.keep_alive = keep_alive
-        self.url = client.url  # the request target as it was sent
-        self.fields = client.fields
-        self.handshake = client.handshake  # of a WebSocket
+        self.client, self.method, self.version = client, method, version
+        self.keep_alive, self.has_body = keep_alive, client.has_body
+        self.url, self.fields = client.url, client.fields  # as they were sent
+        self.handshake = client.state is HANDSHAKE
         self.expects_continue = client.expects_continue
         self.body = bytearray()  # what has come of it and has not been taken
         self.arrived = asyncio.Event()  # set when more comes, and at every end
@@ -1544,6 +1607,10 @@ class Request:
             path, query = parsed.path or b"/", parsed.query or b""
         self.path, self.query = path, query
 
+    def values(self, field: bytes) -> list[bytes]:
+        """Of a header field, by its name in lower case."""
+        return [value for _, name, value in self.fields if name == field]
+
     async def read(self) -> bytes:
         """The next piece of the body; nothing at its end, and where nobody waits for an answer."""
         client = self.client
@@ -1551,7 +1618,7 @@ class Request:
             self.expects_continue = False
             client.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         while self.more_body and not (self.body or self.gone or self.answered):
-            client.resume_reading()
+            client.update_reading()
             self.arrived.clear()
             await self.arrived.wait()
         if self.gone or self.answered:
@@ -1564,15 +1631,13 @@ class Client(asyncio.Protocol):
     """A client's connection: its requests are parsed, checked, and answered one after the other.
 
     uvicorn's server makes it, counts it among its `connections`, and calls `shutdown`. Nothing of
-    ASGI is between here and a backend: its cycle and task were a third of a small request's cost.
-    """
+    ASGI is between here and a backend: its cycle and task cost a third of a small request."""
 
     instances: ClassVar[set[Client]] = set()  # all open ones, for close_overdue
-    limit: ClassVar[int] = 1 << 30  # of them and the open tunnels
 
     # what a connection begins with
-    handshake = chunked = head_in_read = ending = lingering = reading_paused = False
-    in_head = True
+    state = HEAD
+    chunked = head_in_read = ending = reading_paused = False
     early = b""  # what a client sent behind its handshake
     head_size = framing = 0  # framing: bytes of a chunked body that were none of it
     chunks = body_bytes = 0  # of the body, in the last read
@@ -1581,10 +1646,10 @@ class Client(asyncio.Protocol):
     def __init__(self, *, server_state: Any, **_: Any) -> None:
         self.connections, self.tasks = server_state.connections, server_state.tasks
         self.loop = asyncio.get_running_loop()
-        self.parser: Any = self.new_parser()  # None: nothing more is read
+        self.parser: Any = self.new_parser()
         self.arriving: Request | None = None  # the request that is read now, or was last
         self.waiting: collections.deque[Request] = collections.deque()  # not begun yet
-        self.request: Request | None = None  # being answered, or the last that was
+        self.request: Request | None = None  # being answered
         self.exchange: Exchange | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -1594,25 +1659,24 @@ class Client(asyncio.Protocol):
         self.touched = self.loop.time()  # when the client last sent, or was last answered
         self.connections.add(self)
         Client.instances.add(self)
-        if (open_now := len(Client.instances) + len(TunnelEnd.open)) > Client.limit:
+        if (open_now := len(Client.instances) + len(TunnelEnd.open)) > TABLE.limits.connections:
             self.reject(open_now)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.connections.discard(self)
         Client.instances.discard(self)
-        self.parser = None
+        self.happens("close")
+        self.parser = None  # the two hold each other
         self.waiting.clear()
         for request in (self.request, self.arriving):
             if request:
                 request.gone = True
                 request.arrived.set()
         if self.exchange:
-            self.exchange.client_lost()
+            self.exchange.end("client gone")
 
-    @property
-    def busy(self) -> bool:
-        """Is a request being answered?"""
-        return self.request is not None and not self.request.answered
+    def happens(self, event: ClientEvent) -> None:  # each request's own events do it in place
+        self.state = self.state.after[event]
 
     def new_parser(self) -> Any:
         parser = httptools.HttpRequestParser(self)
@@ -1624,22 +1688,18 @@ class Client(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.touched = self.loop.time()
-        if not self.parser:  # refused, or a handshake
-            if self.handshake:
+        if not self.state.parses:
+            if self.state is HANDSHAKE:
                 self.early += data
             return
-        if self.in_head:
+        if self.state is HEAD:
             self.head_size += len(data)
-        self.chunks = self.body_bytes = 0
-        self.head_in_read = False
+        self.chunks, self.body_bytes, self.head_in_read = 0, 0, False
         try:
             self.parser.feed_data(data)
-            if self.chunked and not self.in_head and not self.head_in_read:
-                self.check_framing(len(data))
         except httptools.HttpParserUpgrade as upgrade:
             rest = data[upgrade.args[0] :]
-            if self.handshake:
-                self.parser = None
+            if self.state is HANDSHAKE:
                 self.early = rest
             else:
                 head = self.head_without_upgrade()
@@ -1648,13 +1708,15 @@ class Client(asyncio.Protocol):
         except httptools.HttpParserError as error:
             cause = error.__context__
             self.refuse(cause.status if isinstance(cause, BadRequest) else 400)
-        except BadRequest as error:
-            self.refuse(error.status)
         else:
-            if self.in_head and self.head_size > HEAD_LIMIT:
+            if self.state is not HEAD and self.chunked and not self.head_in_read:
+                self.check_framing(len(data))
+            elif self.state is HEAD and self.head_size > TABLE.limits.head_bytes:
                 self.refuse(431)
-        if self.waiting and not self.busy:
+        if self.waiting and self.state.may_answer and not self.request:
             self.begin()
+        if self.waiting or self.state is not HEAD:
+            self.update_reading()
 
     def begin(self) -> None:
         """Send the next request that waits on its way: with as much of its body as has come."""
@@ -1665,54 +1727,52 @@ class Client(asyncio.Protocol):
         route(request)
 
     def refuse(self, status: int) -> None:
-        """Answer a head that cannot be parsed, and hang up."""
-        self.parser = None
+        """Answer what cannot be parsed, after the answers before it, and hang up."""
         arriving = self.arriving
-        if arriving and not arriving.answered:
-            if arriving.more_body:  # it is the body of this one that is bad
-                self.abort_request(arriving, status)
-            else:
-                arriving.keep_alive = False  # the answers before it come first
-                self.pause_reading()
-            return
-        METRICS.requests += 1
-        METRICS.own.answered(b"", status, self.loop.time() - self.touched)
-        self.send_response(error_response(status))
-        self.transport.close()
+        if self.state is BODY and arriving:
+            self.abort_request(arriving, status)
+        elif self.state is HEAD and arriving and not arriving.answered:
+            arriving.keep_alive = False
+            self.happens("bad head")
+        else:
+            if self.state is HEAD:  # else it is answered, and the rest is dropped
+                METRICS.requests += 1
+                METRICS.own.answered(b"", status, self.loop.time() - self.touched)
+                self.send_response(error_response(status))
+            self.close()
 
     def abort_request(self, arriving: Request, status: int) -> None:
         """End a request whose body is bad: its backend must not take what it has for the whole."""
         arriving.gone = True
         arriving.arrived.set()
-        alone = arriving is self.request or (not self.busy and self.waiting[0] is arriving)
+        alone = len(self.waiting) + (self.request is not None) == 1
         begun = arriving.begun or self.exchange is not None
         if self.exchange and self.exchange.request is arriving:
-            self.exchange.client_lost()
+            self.exchange.end("client gone")
         self.waiting.clear()
         if begun or not alone:
-            self.transport.close()
+            self.close()
         else:
             self.send_response(error_response(status))
-            self.linger()
+            self.linger("refused")
 
     def reject(self, open_now: int) -> None:
         """Near the limit of descriptors, newcomers are told so; those who are there go on. Each
         of them may need a second descriptor, to its backend."""
         METRICS.rejected += 1
-        if open_now > Client.limit * 1.05 + 16:  # no descriptors for politeness either
+        if open_now > TABLE.limits.connections * 1.05 + 16:  # no descriptors for politeness either
             self.transport.abort()
             return
-        self.parser = None
         self.send_response(error_response(503, "too many connections"))
-        self.linger()
+        self.linger("refused")
 
     def check_framing(self, received: int) -> None:
         """Bound what a chunked body holds besides its bytes: sizes, extensions, trailers. Some
         is allowed for each chunk, and as much again as the body has."""
         extra = received - 2 * self.body_bytes - 16 * self.chunks
         self.framing = max(0, self.framing + extra)
-        if self.framing > FRAMING_LIMIT:
-            raise BadRequest("too much around the body", 431)
+        if self.framing > TABLE.limits.framing_bytes:
+            self.refuse(431)
 
     # called by the parser
 
@@ -1720,59 +1780,56 @@ class Client(asyncio.Protocol):
         self.url = b""
         self.fields: list[tuple[bytes, bytes, bytes]] = []  # name as written, in lower case, value
         self.expects_continue = False
-        self.in_head = True
 
     def on_url(self, url: bytes) -> None:
         self.url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self.in_head:
+        if self.state is not HEAD:
             # A trailer: dropped, since merged into the headers it could say anything of what was
             # checked already: a second host, an affinity (RFC 9110 section 6.5.1).
             self.framing += len(name) + len(value) + 4
-            if self.framing > FRAMING_LIMIT:
+            if self.framing > TABLE.limits.framing_bytes:
                 raise BadRequest("trailers too large", 431)
             return
         self.fields.append((name, name.lower(), value))
-        if len(self.fields) > HEADER_COUNT_LIMIT:
+        if len(self.fields) > TABLE.limits.header_count:
             raise BadRequest("too many headers", 431)
 
     def on_chunk_header(self) -> None:
         self.chunks += 1
 
     def on_headers_complete(self) -> None:
-        self.in_head = False
-        if self.head_size > HEAD_LIMIT:  # with what came behind it
+        if self.state is not HEAD:
+            return  # behind an upload that was answered early
+        if self.head_size > TABLE.limits.head_bytes:  # with what came behind it
             size = sum(len(name) + len(value) + 4 for name, _, value in self.fields)
-            if len(self.url) + size > HEAD_LIMIT:
+            if len(self.url) + size > TABLE.limits.head_bytes:
                 raise BadRequest("head too large", 431)
-        self.head_size = self.framing = 0
-        self.head_in_read = True
+        self.head_size, self.framing, self.head_in_read = 0, 0, True
         parser = self.parser
         method, version = parser.get_method(), parser.get_http_version()
         self.check_head(method, version)
-        if len(self.waiting) >= PIPELINE_LIMIT:
+        if len(self.waiting) >= TABLE.limits.pipelined_requests:
             raise BadRequest("too many requests at once")
-        behind = self.busy or bool(self.waiting)
-        if parser.should_upgrade():
-            if not self.is_handshake():
-                return  # it comes again, as a plain request
+        behind = self.request or self.waiting
+        if handshake := parser.should_upgrade():
+            protocols = [value.lower() for _, name, value in self.fields if name == b"upgrade"]
+            if method != b"GET" or self.has_body or protocols[-1:] != [b"websocket"]:
+                return  # no WebSocket (RFC 6455 section 4.1): it comes again, as a plain request
             if behind:
                 raise BadRequest("a handshake behind a request")
-            self.handshake = True
-        keep_alive = version != "1.0" and not self.handshake and parser.should_keep_alive()
-        keep_alive = keep_alive and not self.ending
+        self.state = self.state.after["handshake" if handshake else "head"]
+        last = version == "1.0" or handshake or self.ending
+        keep_alive = not last and parser.should_keep_alive()
         self.arriving = Request(self, method, version, keep_alive)
         self.waiting.append(self.arriving)
-        if behind or self.handshake:
-            self.pause_reading()  # what comes behind a handshake is the tunnel's
 
     def check_head(self, method: bytes, version: str) -> None:
-        """Refuse what request smugglers use (RFC 9112 sections 3.2, 5 and 6.3).
-
-        llhttp has already refused bare CR and LF, bad names, and chunked not being last."""
+        """Refuse what request smugglers use (RFC 9112 sections 3.2, 5 and 6.3). llhttp has already
+        refused bare CR and LF, bad names, and chunked not being last."""
         lengths = hosts = 0
-        coding: bytes | None = None
+        self.chunked = self.has_body = False
         for _, name, value in self.fields:
             if name not in CHECKED_HEADERS:
                 continue
@@ -1782,22 +1839,22 @@ class Client(asyncio.Protocol):
                 lengths += 1
                 if not value.isdigit():
                     raise BadRequest("content-length is not a number")
+                self.has_body = bool(value.strip(b"0"))
             elif name == b"transfer-encoding":
-                if coding is not None or value.lower() != b"chunked":
+                if self.chunked or value.lower() != b"chunked":
                     raise BadRequest("only one transfer coding, chunked, is understood")
-                coding = value
+                self.chunked = self.has_body = True
             elif value.lower() == b"100-continue":
                 self.expects_continue = True
-        if lengths > 1 or (lengths and coding is not None):
+        if lengths > 1 or (lengths and self.chunked):
             raise BadRequest("conflicting message lengths")
         if method == b"CONNECT":
             raise BadRequest("this is no forward proxy")
-        self.chunked = coding is not None
         if version not in ("1.0", "1.1"):  # the parser takes HTTP/0.9 and HTTP/2.0 for it too
             raise BadRequest("HTTP/1.0 or HTTP/1.1, please", 505)
         if hosts > 1 or (hosts == 0 and version == "1.1"):
             raise BadRequest("one host header, please")
-        if coding is not None and version == "1.0":
+        if self.chunked and version == "1.0":
             raise BadRequest("HTTP/1.0 has no transfer codings")
 
     def head_without_upgrade(self) -> bytes:
@@ -1810,33 +1867,21 @@ class Client(asyncio.Protocol):
                 head.append(name + b": " + value + b"\r\n")
         return b"".join([*head, b"\r\n"])
 
-    def is_handshake(self) -> bool:
-        """Does it open a WebSocket (RFC 6455 section 4.1)?"""
-        upgrades = False
-        for _, name, value in self.fields:
-            if name == b"upgrade":
-                upgrades = value.lower() == b"websocket"
-            elif name == b"transfer-encoding" or (name == b"content-length" and value.strip(b"0")):
-                return False
-        return upgrades and bool(self.parser.get_method() == b"GET")
-
     def on_body(self, body: bytes) -> None:
         self.body_bytes += len(body)
         arriving = self.arriving
-        if self.lingering or arriving is None or arriving.answered:
-            return
-        arriving.body += body
-        arriving.arrived.set()
-        if len(arriving.body) > BODY_AHEAD:
-            self.pause_reading()
+        if self.state is BODY and arriving:
+            arriving.body += body
+            arriving.arrived.set()
 
     def on_message_complete(self) -> None:
-        self.in_head, self.head_size = True, 0
-        if self.lingering:
+        self.head_size = 0
+        if self.state is LINGERING:
             self.transport.close()
-        elif self.arriving and (self.handshake or not self.parser.should_upgrade()):
+        elif self.arriving:
             self.arriving.more_body = False
             self.arriving.arrived.set()
+        self.state = self.state.after["end"]
 
     # -- answering -----------------------------------------------------------------------------
 
@@ -1856,119 +1901,127 @@ class Client(asyncio.Protocol):
         self, request: Request, response: Response, instead_of: Deployment | None = None
     ) -> None:
         """An answer of the router's own, or in place of a deployment that gave none."""
-        if not self.transport.is_closing():
-            close = request.more_body or not request.keep_alive
-            self.send_response(response, close=close, head_only=request.method == b"HEAD")
+        self.send_response(response, request)
         took = self.loop.time() - self.touched
-        tally = instead_of.tally if instead_of else METRICS.own
+        tally, name = (instead_of.tally, instead_of.id) if instead_of else (METRICS.own, None)
         tally.answered(request.method, response.status_code, took)
         if ACCESS_LOG is not None:
-            name = instead_of.id if instead_of else None
             ACCESS_LOG.answered(request, response.status_code, name, len(response.body), took)
         self.finish(request)
 
-    def send_response(
-        self, response: Response, *, close: bool = True, head_only: bool = False
-    ) -> None:
+    def send_response(self, response: Response, request: Request | None = None) -> None:
+        """Write an answer of the router's own, if one may be. Without a request, it is the last."""
+        if not self.state.may_answer or self.transport.is_closing():
+            return
         status = http.HTTPStatus(response.status_code)
         head = b"HTTP/1.1 %d %b\r\n" % (status, status.phrase.encode())
         lines = [name + b": " + value + b"\r\n" for name, value in response.raw_headers]
-        if close:
+        if request is None or request.more_body or not request.keep_alive:
             lines.append(b"connection: close\r\n")
-        body = b"" if head_only else bytes(response.body)
+        body = b"" if request and request.method == b"HEAD" else bytes(response.body)
         self.transport.write(b"".join([head, *lines, b"\r\n", body]))
 
     def finish(self, request: Request, close: bool = False) -> None:
         """The answer is written: on to the next request, or the connection ends."""
-        request.answered = True
+        request.answered, self.request = True, None
         request.arrived.set()
         self.touched = self.loop.time()
+        if not self.state.may_answer:
+            return
         if request.more_body:
-            self.linger()
+            self.linger("early")
         elif close or not request.keep_alive:
-            self.transport.close()
+            self.close()
         elif not self.transport.is_closing():
-            self.resume_reading()
             if self.waiting:
                 self.begin()
+            if self.reading_paused:
+                self.update_reading()
 
-    def pause_reading(self) -> None:
-        if not self.reading_paused:
-            self.reading_paused = True
-            self.transport.pause_reading()
+    def close(self) -> None:
+        """Close the connection, after what is still to be written."""
+        self.happens("close")
+        self.transport.close()
 
-    def resume_reading(self) -> None:
-        if self.reading_paused:
-            self.reading_paused = False
-            self.transport.resume_reading()
+    def update_reading(self) -> None:
+        """Read from the socket, or not: as the state and its requests allow it. One request is
+        parsed ahead of its turn; a body stays `body_ahead_bytes` ahead of the backend."""
+        state, arriving = self.state, self.arriving
+        if state is CLOSED or state is TUNNEL:
+            return
+        may_read = state.may_read and not self.waiting
+        if state is BODY and arriving and len(arriving.body) > TABLE.limits.body_ahead_bytes:
+            may_read = False
+        if may_read is self.reading_paused:
+            self.reading_paused = not may_read
+            (self.transport.resume_reading if may_read else self.transport.pause_reading)()
 
     def pause_writing(self) -> None:
         self.stalled_since = self.loop.time()
 
     def resume_writing(self) -> None:
         self.stalled_since = 0.0
-        if self.exchange:
-            self.exchange.client_writable()
+        if self.exchange and not self.exchange.upstream.transport.is_closing():
+            self.exchange.upstream.transport.resume_reading()
 
     def shutdown(self) -> None:
         """The server ends: this connection does after the answers that are under way, and one
         that waits for a request after a moment: it may have been sent already."""
         self.ending = True
-        if self.arriving is None or self.arriving.answered:
-            self.loop.call_later(IDLE_CLOSE_GRACE, self.close_if_idle)
-        else:
+        if self.arriving:
             self.arriving.keep_alive = False
+        self.loop.call_later(TABLE.limits.idle_close_grace_seconds, self.close_if_idle)
 
     def close_if_idle(self) -> None:
-        if self.arriving is None or self.arriving.answered:
-            self.transport.close()
+        if self.state.may_answer and (self.arriving is None or self.arriving.answered):
+            self.close()
 
-    def linger(self) -> None:
+    def linger(self, why: ClientEvent) -> None:
         """The answer is out but the upload is not in: a close now would reset the connection and
         lose the answer, so read and drop for a while (RFC 9112 section 9.6)."""
-        self.lingering = True
+        self.happens(why)
         self.touched = self.lingers_since = self.loop.time()
-        self.resume_reading()
+        self.update_reading()
         if not self.transport.is_closing() and self.transport.can_write_eof():
             self.transport.write_eof()  # the client need not wait for the rest to see the end
 
-    def overdue(self, now: float) -> bool:
-        """Is this one still there although it has been given all the time that it gets?"""
-        if self.lingering:
-            return now - self.touched > LINGER or now - self.lingers_since > LINGER_AT_MOST
-        limit = FLUSH if self.transport.is_closing() else WRITE_STALL_TIMEOUT
-        return bool(self.stalled_since) and now - self.stalled_since > limit
+    def check_time(self, now: float) -> None:
+        """End what has been given all the time that it gets."""
+        limits, transport, arriving = TABLE.limits, self.transport, self.arriving
+        idle, closing = now - self.touched, transport.is_closing()
+        stalled = now - self.stalled_since if self.stalled_since else 0.0
+        if self.state in (LINGERING, DROPPING):
+            lasted = now - self.lingers_since
+            if idle > limits.linger_pause_seconds or lasted > limits.linger_seconds:
+                transport.abort()
+        elif stalled > (limits.flush_seconds if closing else limits.write_stall_seconds):
+            transport.abort()
+        elif arriving is None or arriving.answered:
+            if self.head_size and self.state is HEAD:
+                if idle > limits.head_seconds:
+                    self.refuse(408)
+            elif idle > (limits.keep_alive_seconds if arriving else limits.head_seconds):
+                (transport.abort if closing else self.close)()
+        elif arriving.more_body and not self.reading_paused and idle > limits.body_stall_seconds:
+            transport.abort()
+        elif self.exchange:
+            self.exchange.check_time()
 
 
 async def close_overdue() -> None:
     """Every second, close the connections whose time is up."""
-    loop = asyncio.get_running_loop()
+    loop, limits = asyncio.get_running_loop(), TABLE.limits
     while True:
         await asyncio.sleep(1.0)
         now = loop.time()
         for client in list(Client.instances):
-            arriving, idle = client.arriving, now - client.touched
-            if client.overdue(now):
-                client.transport.abort()
-            elif client.lingering:
-                continue
-            elif arriving is None or arriving.answered:
-                if client.head_size and idle > 0 and client.parser is not None:
-                    if idle > HEAD_TIMEOUT:
-                        client.refuse(408)
-                elif idle > (KEEP_ALIVE if arriving else HEAD_TIMEOUT):
-                    closing = client.transport.is_closing()
-                    (client.transport.abort if closing else client.transport.close)()
-            elif arriving.more_body and not client.reading_paused and idle > BODY_STALL_TIMEOUT:
-                client.transport.abort()
-            elif client.exchange:
-                client.exchange.check_time()
-        monotonic = time.monotonic()
+            client.check_time(now)
         for end in list(TunnelEnd.open):
-            end.check_time(monotonic)
+            end.check_time(time.monotonic(), limits)
         for deployment in TABLE.deployments.values():
-            while deployment.idle and now - deployment.idle[0].idle_since > UPSTREAM_IDLE:
-                deployment.idle.popleft().transport.close()
+            pool, oldest = deployment.idle, now - limits.upstream_idle_seconds
+            while pool and pool[0].idle_since < oldest:
+                pool.popleft().transport.close()
 
 
 # == One request and its answer =================================================================
@@ -1978,25 +2031,19 @@ class Exchange:
     """Copies one answer from an upstream to a client, chunk by chunk as it comes.
 
     Everything runs in the callbacks of the two connections, and `then` is called when the two are
-    parted. `outcome` says how it ended: ok, switched (a tunnel now), missing (an answer that was
-    held back), gone (the client), broken (too late for another answer); where nothing was sent to
-    the client: reset (a pooled connection that had died), lost, timeout.
-
-    A client that reads slowly pauses the upstream, so memory stays flat."""
+    parted. A client that reads slowly pauses the upstream, so memory stays flat."""
 
     # what an exchange begins with
-    hedged = False
+    state = WAITING
     writable: asyncio.Event | None = None  # for the task that sends the body
     go_ahead: asyncio.Event | None = None
     reason = tail = b""  # tail: what came behind a 101
     status = bytes_out = head_size = 0
-    answered_at = 0.0  # the head of its answer
-    heard = 0.0  # the backend, last
-    started = finished = chunked = until_close = close = False
+    answered_at = heard = 0.0  # when its answer's head came; when the backend was heard last
+    chunked = until_close = close = False
     keep = True
-    outcome = ""
 
-    def __init__(self, request: Request, upstream: Upstream, then: Then, hedge: str = "") -> None:
+    def __init__(self, request: Request, upstream: Upstream, then: Then, hedge: bool) -> None:
         client = self.client = request.client
         self.request, self.upstream, self.then = request, upstream, then
         self.parser = httptools.HttpResponseParser(self)
@@ -2014,49 +2061,44 @@ class Exchange:
 
     def feed(self, data: bytes) -> None:
         why = ""
-        if self.started:
-            self.heard = time.monotonic()
-        else:
+        if self.state is WAITING:
             self.head_size += len(data)
+        else:
+            self.heard = time.monotonic()
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            if self.request.handshake and not self.finished:
+            if self.request.handshake and self.state is WAITING:
                 self.upstream.transport.pause_reading()
                 self.tail = data[upgrade.args[0] :]
-                self.mark_finished("switched")
-                self.detach()
-                self.then(self)
+                self.end("101")
                 return
             why = "the backend switched protocols unasked"
         except httptools.HttpParserError:
             why = "the backend's answer is not HTTP"
-        if not self.started and self.head_size > ANSWER_HEAD_LIMIT and not self.finished:
+        if self.state is WAITING and self.head_size > TABLE.limits.answer_head_bytes:
             why = "the backend's answer has too large a head"
-        if why and not self.finished:
+        if why:
             self.broken(why)
-            return
-        if why:  # behind a whole answer
-            self.keep = False
         self.flush()
 
     # called by the parser
 
     def on_message_begin(self) -> None:
         self.fields = []
-        if self.finished:
+        if self.state.finished:
             self.keep = False  # a second answer, which nobody asked for
 
     def on_status(self, status: bytes) -> None:
         self.reason += status
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self.started:  # else a trailer
+        if self.state is WAITING:  # else a trailer
             self.fields.append((name, value))
 
     def on_headers_complete(self) -> None:
         """The head of an answer is in: write the client's."""
-        if self.finished:
+        if self.state is not WAITING:
             return
         parser, request = self.parser, self.request
         status = self.status = parser.get_status_code()
@@ -2067,11 +2109,10 @@ class Exchange:
             self.informational(status, reason)
             return
         if self.hedge:
-            missed = is_miss(self.hedge, request.path, status, self.fields)
+            missed = is_miss(request.path, status, self.fields)
             if missed or request.begun or request.gone:  # or another was first
                 self.keep = parser.should_keep_alive()
-                self.hedged = True
-                self.mark_finished("missing")
+                self.happens("missing")
                 return
             self.client.exchange = self
         length = coded = False
@@ -2086,7 +2127,7 @@ class Exchange:
                 elif lower == b"connection":
                     named = value.lower()
                     if named not in (b"close", b"keep-alive"):
-                        drop = drop | {t.strip() for t in named.split(b",")}
+                        drop = drop | ({t.strip() for t in named.split(b",")} - NOT_NAMED_AWAY)
                 continue
             if lower == b"content-length":
                 length = True
@@ -2099,10 +2140,8 @@ class Exchange:
         if request.visitor:
             out += visitor_cookie(request, self.fields)
         empty = self.head_only or status in (204, 304)
-        self.keep = parser.should_keep_alive()
         self.until_close = not (length or coded or empty)
-        if self.until_close:
-            self.keep = False
+        self.keep = parser.should_keep_alive() and not self.until_close
         if not length and not empty:
             if self.version_10:
                 self.close = True  # nothing but the end of the connection can end this body
@@ -2117,12 +2156,12 @@ class Exchange:
         append(b"\r\n")
         self.out = out
         self.answered_at = time.monotonic()
-        self.started = request.begun = True
-        request.expects_continue = False
+        self.state = self.state.after["head"]
+        request.begun, request.expects_continue = True, False
         if self.go_ahead:
             self.go_ahead.set()
         if self.head_only:
-            self.mark_finished("ok")
+            self.happens("end")
 
     def informational(self, status: int, reason: bytes) -> None:
         if status == 100:
@@ -2134,7 +2173,7 @@ class Exchange:
             self.client.transport.write(b"".join([*head, b"\r\n"]))
 
     def on_body(self, chunk: bytes) -> None:
-        if self.finished:
+        if self.state is not ANSWERING:
             self.keep = False
             return
         self.bytes_out += len(chunk)
@@ -2144,11 +2183,11 @@ class Exchange:
             self.out.append(chunk)
 
     def on_message_complete(self) -> None:
-        if self.finished or self.status < 200:
+        if self.state is not ANSWERING:
             return
         if self.chunked:
             self.out.append(b"0\r\n\r\n")  # trailers, if there were any, end here
-        self.mark_finished("ok")
+        self.state = self.state.after["end"]
 
     def flush(self) -> None:
         """Write what one read brought, in one go."""
@@ -2157,30 +2196,24 @@ class Exchange:
             self.out = []
             self.client.transport.write(out[0] if len(out) == 1 else b"".join(out))
             self.client.touched = self.client.loop.time()
-            if self.client.stalled_since and not self.finished:
+            if self.client.stalled_since and not self.state.finished:
                 self.upstream.transport.pause_reading()
-        if self.finished:
+        if self.state.finished:
             self.return_to_pool()
 
     def upstream_lost(self) -> None:
-        if self.finished:
-            return
-        if self.started and self.until_close:
-            if self.chunked:
-                self.out.append(b"0\r\n\r\n")
-            self.mark_finished("ok")
+        if self.state is WAITING:
+            self.end("reset" if self.upstream.again else "lost")
+        elif self.until_close:
+            self.on_message_complete()
             self.flush()
-        elif self.started:
-            self.broken("the backend broke its answer off")
         else:
-            self.mark_finished("reset" if self.upstream.reused else "lost")
-            self.return_to_pool()
+            self.broken("the backend broke its answer off")
 
     def broken(self, why: str) -> None:
         """Too late for another answer: what the client has must not look complete."""
-        if self.finished:
-            return
-        if self.started:
+        self.keep = False
+        if self.state is ANSWERING:
             log.warning("%s: %s", self.upstream.deployment.id, why)
             tally = self.upstream.deployment.tally
             tally.failed += 1
@@ -2189,72 +2222,59 @@ class Exchange:
             if self.version_10:  # nothing else would tell it from a complete answer
                 reset(self.client.transport)
             else:
-                self.client.transport.close()
-            self.mark_finished("broken")
-        else:
-            self.mark_finished("lost")
-        self.keep = False
-        self.return_to_pool()
+                self.client.close()
+        self.end("lost")
 
     def check_time(self) -> None:
         """Give up on a backend that does not begin to answer, or falls silent in its answer."""
-        limit = HANDSHAKE_TIMEOUT if self.request.handshake else RESPONSE_TIMEOUT
-        if self.finished or time.monotonic() - (self.heard or self.began) <= limit:
+        limits = TABLE.limits
+        limit = limits.handshake_seconds if self.request.handshake else limits.response_seconds
+        if self.state.finished or time.monotonic() - (self.heard or self.began) <= limit:
             return
-        if not self.started:
+        if self.state is WAITING:
             self.give_up()
         elif not self.client.stalled_since:  # else it is the client that is slow
             self.broken("the backend fell silent in its answer")
 
     def give_up(self) -> None:
-        if not self.started and not self.finished:
-            self.mark_finished("timeout")
-            self.keep = False
-            self.return_to_pool()
-
-    # -- from the client -----------------------------------------------------------------------
-
-    def client_lost(self) -> None:
-        if not self.finished:
-            self.mark_finished("gone")
-            self.keep = False
-            self.return_to_pool()
-
-    def client_writable(self) -> None:
-        if not self.finished and not self.upstream.transport.is_closing():
-            self.upstream.transport.resume_reading()
+        if self.state is WAITING:
+            self.end("timeout")
 
     # -- the end -------------------------------------------------------------------------------
 
-    def mark_finished(self, outcome: str) -> None:
-        self.finished = True
-        self.outcome = outcome
+    def happens(self, event: ExchangeEvent) -> None:
+        self.state = self.state.after[event]
 
-    def detach(self) -> None:
-        self.upstream.exchange = None
-        if self.client.exchange is self:
-            self.client.exchange = None
-        del self.parser  # the two hold each other
+    def end(self, event: ExchangeEvent) -> None:
+        """End without a whole answer, where this has not ended yet."""
+        if not self.state.finished:
+            self.happens(event)
+            self.keep = False
+            self.return_to_pool()
 
     def return_to_pool(self) -> None:
-        """Part the two connections. The upstream goes back to the pool or is closed."""
+        """Part the two connections. The upstream's goes back to the pool, or is closed; that of a
+        tunnel stays as it is."""
         upstream, client = self.upstream, self.client
         if upstream.exchange is not self:
             return
-        self.detach()
+        upstream.exchange = None
+        if client.exchange is self:
+            client.exchange = None
+        del self.parser  # the two hold each other
         if self.go_ahead:
             self.go_ahead.set()
         if self.writable:
             self.writable.set()
         sending = self.request.more_body or self.request.body
         # the body of an answer that was held back is still on its way
-        unread = self.hedged and not self.head_only
+        unread = self.state is MISSING and not self.head_only
         pool = upstream.deployment.idle
         reusable = self.keep and not (sending or unread or upstream.transport.is_closing())
-        if reusable and len(pool) < UPSTREAM_IDLE_LIMIT:
+        if reusable and len(pool) < TABLE.limits.idle_upstreams:
             upstream.idle_since = client.loop.time()
             pool.append(upstream)
-        else:
+        elif self.state is not SWITCHED:
             upstream.transport.abort()
         self.then(self)
 
@@ -2264,7 +2284,7 @@ class Exchange:
         """Send the request: at once where all of it is here, else its body by a task."""
         request, write = self.request, self.upstream.transport.write
         chunked = head[-2] == CHUNKED
-        if request.more_body or len(request.body) > BODY_AHEAD:
+        if request.more_body or len(request.body) > TABLE.limits.body_ahead_bytes:
             if request.expects_continue:
                 self.go_ahead = asyncio.Event()
             self.writable = asyncio.Event()
@@ -2282,16 +2302,16 @@ class Exchange:
         request, write = self.request, self.upstream.transport.write
         if self.go_ahead:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.go_ahead.wait(), CONTINUE_TIMEOUT)
-            if self.started:
+                await asyncio.wait_for(self.go_ahead.wait(), TABLE.limits.continue_seconds)
+            if self.state is not WAITING:
                 return
-        while not self.finished and (piece := await request.read()):
-            if self.finished:
+        while not self.state.finished and (piece := await request.read()):
+            if self.state.finished:
                 return  # type: ignore[unreachable]  # it changes while we wait
             write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
             if self.writable:
                 await self.writable.wait()
-        if chunked and not (self.finished or request.more_body or request.gone):
+        if chunked and not (self.state.finished or request.more_body or request.gone):
             write(b"0\r\n\r\n")
 
 
@@ -2343,81 +2363,73 @@ SAFE_TO_REPEAT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE"))
 
 def repeatable(request: Request) -> bool:
     """May it be sent once more, where a pooled connection had died (RFC 9110 section 9.2.2)?"""
-    return request.method in SAFE_TO_REPEAT and not (request.more_body or request.body)
+    return request.method in SAFE_TO_REPEAT and not request.has_body
 
 
 def from_pool(request: Request, deployment: Deployment) -> Upstream | None:
     """The idle connection used last, if it has not been idle for too long."""
-    pool, now = deployment.idle, request.client.loop.time()
-    max_idle = UPSTREAM_IDLE if repeatable(request) else UNSAFE_IDLE
+    pool, now, limits = deployment.idle, request.client.loop.time(), TABLE.limits
+    again = repeatable(request)
+    max_idle = limits.upstream_idle_seconds if again else limits.unsafe_idle_seconds
     while pool and not request.handshake:
         upstream = pool.pop()
         if now - upstream.idle_since > max_idle:
             pool.append(upstream)
             break
         if not upstream.transport.is_closing():
-            upstream.reused = True
+            upstream.again = again
             return upstream
     return None
 
 
 async def forward(
-    request: Request, target: Deployment, hedge: str = "", timeout: float = 0, fresh: bool = False
-) -> str:
+    request: Request, target: Deployment, hedge: bool, timeout: float = 0, fresh: bool = False
+) -> ExchangeState:
     """Send the client's request to a deployment and its answer back, on a `fresh` connection or a
     pooled one, within `timeout` seconds. Returns how it ended, as `Exchange` has it; raises
     UpstreamError where nothing has been sent to the client yet."""
-    loop, again = request.client.loop, repeatable(request)
     upstream = None if fresh else from_pool(request, target)
-    while True:
-        if upstream is None:
-            upstream = await connect(target, timeout or CONNECT_TIMEOUT)
-        if request.gone:
-            upstream.transport.abort()
-            return "gone"
-        done: asyncio.Future[None] = loop.create_future()
-
-        def ended(_: Exchange, done: asyncio.Future[None] = done) -> None:
-            if not done.done():
-                done.set_result(None)
-
-        exchange = Exchange(request, upstream, ended, hedge)
-        body_task = exchange.send(request_head(request, target))
-        response_timer = loop.call_later(timeout, exchange.give_up) if timeout else None
-        try:
-            await done
-        except asyncio.CancelledError:
-            exchange.client_lost()
-            raise
-        finally:
-            if body_task:
-                body_task.cancel()
-            if response_timer:
-                response_timer.cancel()
-        if not (exchange.outcome == "reset" and again):
-            return record_outcome(exchange)
-        upstream = None  # it had died in the pool: once more, on a new connection
+    upstream = upstream or await connect(target, timeout or TABLE.limits.connect_seconds)
+    if request.gone:
+        upstream.transport.abort()
+        return GONE
+    done = asyncio.Event()
+    exchange = Exchange(request, upstream, lambda _: done.set(), hedge)
+    body_task = exchange.send(request_head(request, target))
+    response_timer = request.client.loop.call_later(timeout, exchange.give_up) if timeout else None
+    try:
+        await done.wait()
+    except asyncio.CancelledError:
+        exchange.end("client gone")
+        raise
+    finally:
+        if body_task:
+            body_task.cancel()
+        if response_timer:
+            response_timer.cancel()
+    if exchange.state is RESET:
+        return await forward(request, target, hedge, timeout, fresh=True)
+    return record_outcome(exchange)
 
 
-def record_outcome(exchange: Exchange) -> str:
+def record_outcome(exchange: Exchange) -> ExchangeState:
     """Do what is to be done when an exchange has ended. Returns and raises as `forward`."""
-    request, deployment = exchange.request, exchange.upstream.deployment
-    outcome = exchange.outcome
-    if outcome in ("reset", "lost"):
+    request, deployment, outcome = exchange.request, exchange.upstream.deployment, exchange.state
+    if outcome is LOST:
         detail = "the deployment closed the connection without an answer"
         raise UpstreamError(502, detail, sent=True)
-    if outcome == "timeout":
+    if outcome is TIMED_OUT:
         raise UpstreamError(504, "the deployment did not answer in time", sent=True)
     took = time.monotonic() - exchange.began
     if exchange.status:
         deployment.tally.answered(request.method, exchange.status, took)
-        if exchange.started:
+        if exchange.answered_at:
             deployment.tally.first_byte.add(exchange.answered_at - exchange.began)
     if ACCESS_LOG is not None:
         ACCESS_LOG.answered(request, exchange.status, deployment.id, exchange.bytes_out, took)
-    if outcome == "ok":
+    if outcome is OK:
         request.client.finish(request, exchange.close)
-    elif outcome == "switched":
+    elif outcome is SWITCHED:
         join(request.client, exchange)
     return outcome
 
@@ -2426,11 +2438,10 @@ def record_outcome(exchange: Exchange) -> str:
 
 
 class TunnelEnd(asyncio.Protocol):
-    """One end of a tunnel. What comes in goes out at the other end.
-
-    Each end may say that it has no more to send (a half-close), and the other goes on talking.
-    The tunnel is over when both have, when either connection is lost, or when a half-closed one
-    has been silent for HALF_CLOSED seconds. What is still to be written then has FLUSH seconds."""
+    """One end of a tunnel. What comes in goes out at the other end. Each end may say that it has
+    no more to send (a half-close), and the other goes on talking. The tunnel is over when both
+    have, when either connection is lost, or when a half-closed one has been silent for
+    `half_closed_seconds`. What is still to be written then has `flush_seconds`."""
 
     __slots__ = ("deployment", "ended", "lost", "peer", "since", "transport")
     open: ClassVar[set[TunnelEnd]] = set()  # the clients' ends, until both connections are gone
@@ -2438,8 +2449,7 @@ class TunnelEnd(asyncio.Protocol):
     def __init__(self, transport: asyncio.Transport, deployment: str) -> None:
         self.transport, self.deployment = transport, deployment
         self.peer: TunnelEnd = self
-        self.ended = False  # it sends no more
-        self.lost = False
+        self.ended = self.lost = False  # it sends no more; its connection is gone
         self.since = 0.0  # of a tunnel that is ending: the last sign of life
 
     def data_received(self, data: bytes) -> None:
@@ -2480,9 +2490,9 @@ class TunnelEnd(asyncio.Protocol):
         if not self.peer.ended and not self.peer.transport.is_closing():
             self.peer.transport.resume_reading()
 
-    def check_time(self, now: float) -> None:
+    def check_time(self, now: float, limits: Limits) -> None:
         near, far = self, self.peer
-        limit = FLUSH if near.lost or far.lost else HALF_CLOSED
+        limit = limits.flush_seconds if near.lost or far.lost else limits.half_closed_seconds
         ending = near.lost or far.lost or near.ended or far.ended
         if ending and now - max(near.since, far.since) > limit:
             near.transport.abort()
@@ -2490,9 +2500,8 @@ class TunnelEnd(asyncio.Protocol):
 
 
 def join(client: Client, exchange: Exchange) -> None:
-    """The backend said 101: pass that on and let the bytes run.
-
-    After any other answer a connection ends: what stood behind it may not pass unread."""
+    """The backend said 101: pass that on and let the bytes run. After any other answer a connection
+    ends: what stood behind the handshake may not pass unread."""
     upstream = exchange.upstream
     head = [b"HTTP/1.1 101 Switching Protocols\r\n"]
     head += [n + b": " + v + b"\r\n" for n, v in exchange.fields]
@@ -2501,9 +2510,10 @@ def join(client: Client, exchange: Exchange) -> None:
     client.connections.discard(client)
     Client.instances.discard(client)
     if client.transport.is_closing() or upstream.transport.is_closing():
-        client.transport.close()  # one end has gone meanwhile
+        client.close()  # one end has gone meanwhile
         upstream.transport.close()
         return
+    client.happens("101")
     name = upstream.deployment.id
     near, far = TunnelEnd(client.transport, name), TunnelEnd(upstream.transport, name)
     near.peer, far.peer = far, near
@@ -2534,10 +2544,8 @@ def affinity(request: Request) -> bytes:
     query = request.query
     if query and (found := QUERY_AFFINITY.search(query)) and found[1]:
         return urllib.parse.unquote_to_bytes(found[1])
-    for _, name, value in request.fields:
-        if name == b"x-pulse-deployment":
-            return value.strip()
-    return b""
+    values = request.values(b"x-pulse-deployment")
+    return values[0].strip() if values else b""
 
 
 def is_internal(raw: bytes) -> bool:
@@ -2564,11 +2572,10 @@ def local_location(value: str, host: str) -> str | None:
 def route(request: Request) -> None:
     """Send a request on its way: at once where nothing has to be waited for, else in a task."""
     METRICS.requests += 1
-    client, path = request.client, request.path
+    client, path, table = request.client, request.path, TABLE
     if path == OWN_HEALTH_PATH:
-        client.answer(request, TABLE.health())
+        client.answer(request, table.health())
         return
-    table = TABLE
     if table.copy:
         headers = {"retry-after": "30", "cache-control": "no-store"}
         client.answer(request, JSONResponse({"detail": table.copy}, 503, headers))
@@ -2583,9 +2590,9 @@ def route(request: Request) -> None:
         target = table.deployments.get(affinity_id)
     else:
         target = table.active if table.canary is None else pick_default(request)
-    simple = target and not request.more_body and not hedge_for(request, affinity_id)
+    simple = target and not request.more_body and not may_hedge(request, affinity_id)
     if target and simple and (upstream := from_pool(request, target)):
-        exchange = Exchange(request, upstream, functools.partial(on_done, affinity_id))
+        exchange = Exchange(request, upstream, partial(on_done, affinity_id), hedge=False)
         exchange.send(request_head(request, target))
     else:
         client.spawn(handle(request, affinity_id))
@@ -2594,14 +2601,13 @@ def route(request: Request) -> None:
 def on_done(affinity_id: bytes, exchange: Exchange) -> None:
     """What was sent on its way at once has ended."""
     request = exchange.request
-    if exchange.outcome == "reset" and repeatable(request):
+    if exchange.state is RESET:
         request.client.spawn(handle(request, affinity_id, fresh=True))
         return
-    target = exchange.upstream.deployment
     try:
         record_outcome(exchange)
     except UpstreamError as error:
-        answer_for(request, target, error)
+        answer_for(request, exchange.upstream.deployment, error)
 
 
 # -- without affinity: the active deployment, or the canary ------------------------------------
@@ -2612,10 +2618,7 @@ def pick_default(request: Request) -> Deployment | None:
     the same outcome in every router: a page, its assets, `fetch` calls and socket get the same."""
     if TABLE.canary is None:
         return TABLE.active
-    known, visitor = visitor_of(request)
-    if not known:
-        request.visitor = visitor
-    drawn = in_canary_bucket(visitor, TABLE.canary.id, TABLE.weight)
+    drawn = in_canary_bucket(visitor_of(request), TABLE.canary.id, TABLE.weight)
     return TABLE.canary if drawn else TABLE.active
 
 
@@ -2628,15 +2631,15 @@ def in_canary_bucket(visitor: bytes, deployment_id: str, weight: float) -> bool:
 VISITOR = re.compile(rb"(?:^|;) *" + VISITOR_COOKIE.encode() + rb"=([0-9a-f]{16})(?:;|$)")
 
 
-def visitor_of(request: Request) -> tuple[bool, bytes]:
-    """Who asks, and whether a cookie of ours said so. Without one, it is client address and user
-    agent, which the cookie then fixes: the address may change. An app's own session cookie would
-    not do, since it comes with the first page, and the page's assets would be drawn for anew."""
+def visitor_of(request: Request) -> bytes:
+    """Who asks: a cookie of ours says so. Without one, it is client address and user agent, which
+    the cookie then fixes (`request.visitor`), since the address may change. An app's own session
+    cookie comes with the first page only, and the page's assets would be drawn for anew."""
     address = agent = forwarded = b""
     for _, name, value in request.fields:
         if name == b"cookie":
             if found := VISITOR.search(value):
-                return True, found[1]
+                return found[1]
         elif name == b"user-agent":
             agent = value
         elif name == b"x-real-ip":  # Railway's edge sets it
@@ -2644,25 +2647,23 @@ def visitor_of(request: Request) -> tuple[bool, bytes]:
         elif name == b"x-forwarded-for":
             forwarded = value.partition(b",")[0].strip()
     who = (address or forwarded or request.client.peer) + b"\n" + agent
-    return False, hashlib.blake2b(who, digest_size=8).hexdigest().encode()
+    request.visitor = hashlib.blake2b(who, digest_size=8).hexdigest().encode()
+    return request.visitor
 
 
 def visitor_cookie(request: Request, fields: list[tuple[bytes, bytes]]) -> list[bytes]:
     """The header line that gives a visitor its cookie: with a page, which caches do not share."""
     if not is_html(fields):
         return []
-    schemes = [value for _, name, value in request.fields if name == b"x-forwarded-proto"]
-    secure = b"; Secure" if b"https" in [s.strip().lower() for s in schemes] else b""
-    cookie = VISITOR_COOKIE.encode() + b"=" + request.visitor
-    life = b"; Path=/; Max-Age=2592000; HttpOnly; SameSite=Lax"
-    return [b"set-cookie: " + cookie + life + secure + b"\r\n"]
+    schemes = [value.strip().lower() for value in request.values(b"x-forwarded-proto")]
+    secure = b"; Secure" if b"https" in schemes else b""
+    cookie = b"set-cookie: %b=%b; Path=/; Max-Age=2592000; HttpOnly; SameSite=Lax%b\r\n"
+    return [cookie % (VISITOR_COOKIE.encode(), request.visitor, secure)]
 
 
 def is_html(fields: list[tuple[bytes, bytes]]) -> bool:
-    return any(
-        n.lower() == b"content-type" and v.strip().lower().startswith(b"text/html")
-        for n, v in fields
-    )
+    types = [value.strip().lower() for name, value in fields if name.lower() == b"content-type"]
+    return any(media_type.startswith(b"text/html") for media_type in types)
 
 
 # -- maintenance -------------------------------------------------------------------------------
@@ -2679,18 +2680,17 @@ INTERNAL_TOKEN = os.environ.get("PULSE_RAILWAY_INTERNAL_TOKEN", "").encode()
 def closed_response(request: Request, closed: Maintenance) -> Response:
     """What everybody gets while the app is not to be used."""
     headers = {"retry-after": str(closed.retry_after), "cache-control": "no-store"}
-    for _, name, value in request.fields:
-        if name == b"accept" and b"text/html" in value:
-            again = f"<meta http-equiv=refresh content={closed.retry_after}>{PAGE}"
-            page = (closed.page or again).encode(errors="replace")
-            return Response(page, 503, headers, "text/html; charset=utf-8")
+    if any(b"text/html" in value for value in request.values(b"accept")):
+        again = f"<meta http-equiv=refresh content={closed.retry_after}>{PAGE}"
+        page = (closed.page or again).encode(errors="replace")
+        return Response(page, 503, headers, "text/html; charset=utf-8")
     return JSONResponse({"detail": "maintenance"}, 503, headers)
 
 
 def bypasses_maintenance(request: Request) -> bool:
     """Does this get to the app in maintenance too? Its health check does, and who shows the
     internal token: `deploy` looks at the version that it brings up."""
-    shown = [v for _, name, v in request.fields if name == b"x-pulse-railway-internal-token"]
+    shown = request.values(INTERNAL_TOKEN_HEADER.encode())
     trusted = INTERNAL_TOKEN and any(hmac.compare_digest(v, INTERNAL_TOKEN) for v in shown)
     return bool(trusted) or request.path == HEALTH_PATH.encode()
 
@@ -2728,10 +2728,9 @@ async def answer_by(
     request: Request, target: Deployment, affinity_id: bytes, fresh: bool = False
 ) -> None:
     """Answer from a deployment, or from others what it lacks. Raises as `forward`."""
-    hedge = hedge_for(request, affinity_id)
-    missed = await forward(request, target, hedge, fresh=fresh) == "missing"
-    if missed and not await fetch_from_others(request, target, hedge):
-        await forward(request, target)
+    outcome = await forward(request, target, may_hedge(request, affinity_id), fresh=fresh)
+    if outcome is MISSING and not await fetch_from_others(request, target):
+        await forward(request, target, hedge=False)
 
 
 def answer_for(request: Request, target: Deployment, error: UpstreamError) -> None:
@@ -2743,37 +2742,37 @@ def answer_for(request: Request, target: Deployment, error: UpstreamError) -> No
     request.client.answer(request, response, instead_of=target)
 
 
-def hedge_for(request: Request, affinity_id: bytes) -> str:
-    """ASSET or DISCOVERY for a request that other deployments may answer where its own cannot."""
-    unsafe = request.method not in (b"GET", b"HEAD") or request.more_body or request.body
+def may_hedge(request: Request, affinity_id: bytes) -> bool:
+    """May other deployments answer this where its own cannot?"""
+    unsafe = request.method not in (b"GET", b"HEAD") or request.has_body
     if affinity_id or len(TABLE.deployments) < 2 or unsafe:
-        return ""
-    if request.path.startswith(ASSET_PREFIXES):
-        return ASSET
-    return DISCOVERY if request.path.endswith(DISCOVERY_PATH) else ""
+        return False
+    return request.path.startswith(ASSET_PREFIXES) or request.path.endswith(DISCOVERY_PATH)
 
 
-async def fetch_from_others(request: Request, first: Deployment, hedge: str) -> bool:
+async def fetch_from_others(request: Request, first: Deployment) -> bool:
     """Send hedged requests for what `first` lacks: to the next deployment as soon as one lacks it
-    too, or HEDGE_DELAY after the one before. The first that has it answers. Returns: did one?"""
-    loop, path = request.client.loop, request.url
+    too, or `hedge_delay_seconds` after the one before. The first that has it answers.
+    Returns: did one?"""
+    loop, path, limits = request.client.loop, request.url, TABLE.limits
     others = collections.deque(TABLE.others(first, path))
-    asking: dict[asyncio.Task[str], Deployment] = {}
+    asking: dict[asyncio.Task[ExchangeState], Deployment] = {}
     try:
         while asking or (others and not request.gone):
             if others and not request.begun:
                 other = others.popleft()
-                asking[loop.create_task(forward(request, other, hedge, HEDGE_TIMEOUT))] = other
-            pause, when = HEDGE_DELAY if others else None, asyncio.FIRST_COMPLETED
+                hedged = forward(request, other, True, limits.hedge_timeout_seconds)
+                asking[loop.create_task(hedged)] = other
+            pause, when = limits.hedge_delay_seconds if others else None, asyncio.FIRST_COMPLETED
             done, _ = await asyncio.wait(asking, timeout=pause, return_when=when)
             for task in done:
                 other = asking.pop(task)
                 try:
-                    if task.result() != "missing":
+                    if task.result() is not MISSING:
                         TABLE.cache_asset_location(path, other)
                         return True
                 except UpstreamError:  # down or frozen: not every asset of a page waits for it
-                    other.ejected_until = time.monotonic() + EJECTION_SECONDS
+                    other.ejected_until = time.monotonic() + limits.ejection_seconds
         return request.gone
     finally:
         for task in asking:
@@ -2812,30 +2811,27 @@ def stale_response(request: Request, affinity_id: bytes) -> Response:
     return JSONResponse({"detail": "stale affinity"}, 409, headers=answer)
 
 
-ASSET, DISCOVERY = "asset", "discovery"
-DISCOVERY_PATH = b"/__manifest"
+DISCOVERY_PATH = b"/__manifest"  # where React Router asks a build for its routes
 
 
-def is_miss(hedge: str, path: bytes, status: int, fields: list[tuple[bytes, bytes]]) -> bool:
-    """Does this answer mean that the deployment does not have what was asked for?
-
-    Of an ASSET: a 404, or a page in place of a file, as an app with a catch-all route answers. Of
-    a DISCOVERY (React Router asks a build for its routes): a 204 that demands a reload, as another
-    build answers."""
-    if hedge == DISCOVERY:
+def is_miss(path: bytes, status: int, fields: list[tuple[bytes, bytes]]) -> bool:
+    """Does this answer mean that the deployment does not have what was asked for? Of an asset: a
+    404, or a page in place of a file, as an app with a catch-all route answers. Of routes: a 204
+    that demands a reload, as another build answers."""
+    if not path.startswith(ASSET_PREFIXES):
         return status == 204 and any(n.lower() == b"x-remix-reload-document" for n, _ in fields)
-    if status == 404:
-        return True
-    return status == 200 and not path.endswith((b".html", b".htm")) and is_html(fields)
+    page = status == 200 and not path.endswith((b".html", b".htm")) and is_html(fields)
+    return status == 404 or page
 
 
 # == Serving ====================================================================================
 
 
 async def supervise(name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Keep a background task running. One that ends is started again; after RESTARTS in
-    RESTART_SECONDS the process ends in order, with a status that is not 0."""
-    ends: collections.deque[float] = collections.deque(maxlen=RESTARTS)
+    """Keep a background task running. One that ends is started again; after `restarts` in
+    `restart_seconds` (Limits) the process ends in order, with a status that is not 0."""
+    limits = TABLE.limits
+    ends: collections.deque[float] = collections.deque(maxlen=limits.restarts)
     while True:
         why = "it returned"
         try:
@@ -2846,7 +2842,7 @@ async def supervise(name: str, work: Callable[[], Coroutine[Any, Any, None]]) ->
             why = f"{type(error).__name__}\n{frames}"
         log.error("the task `%s` has ended, and starts again: %s", name, why)
         ends.append(time.monotonic())
-        if len(ends) == RESTARTS and ends[-1] - ends[0] < RESTART_SECONDS:
+        if len(ends) == limits.restarts and ends[-1] - ends[0] < limits.restart_seconds:
             log.critical("the task `%s` cannot be kept running: this router ends", name)
             app.state.failed = app.state.server.should_exit = True
             return
@@ -2857,9 +2853,9 @@ async def supervise(name: str, work: Callable[[], Coroutine[Any, Any, None]]) ->
 async def lifespan(_: Starlette) -> AsyncIterator[None]:
     host = os.environ.get("RAILWAY_REPLICA_ID") or socket.gethostname()
     METRICS.name = f"{host}-{secrets.token_hex(3)}"  # a restarted router begins to count anew
-    store = store_from_env(os.environ)
+    store = store_from_env(os.environ, TABLE.limits)
     work = {
-        "routing state": functools.partial(TABLE.follow, store),
+        "routing state": partial(TABLE.follow, store),
         "without state": TABLE.serve_without_state,
         "timeouts": close_overdue,
         **app.state.telemetry,
@@ -2871,7 +2867,7 @@ async def lifespan(_: Starlette) -> AsyncIterator[None]:
     tasks = [asyncio.create_task(supervise(*item)) for item in work.items()]
     try:
         with contextlib.suppress(TimeoutError):  # connections wait in the backlog meanwhile
-            await asyncio.wait_for(TABLE.changed.wait(), START_TIMEOUT)
+            await asyncio.wait_for(TABLE.changed.wait(), TABLE.limits.start_seconds)
         yield
     finally:
         for task in tasks:
@@ -2887,14 +2883,13 @@ app.state.telemetry = {}  # its background tasks
 
 def listen(host: str | None, port: int) -> socket.socket:
     """A listening socket; without a host, on IPv4 and IPv6. Raises SystemExit."""
+    create = partial(socket.create_server, backlog=2048)
     if not host and socket.has_dualstack_ipv6():
         with contextlib.suppress(OSError, OverflowError):
-            return socket.create_server(
-                ("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=2048
-            )
+            return create(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
     family = socket.AF_INET6 if host and ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host or "", port), family=family, backlog=2048)
+        return create((host or "", port), family=family)
     except (OSError, OverflowError) as error:
         why = os.strerror(error.errno or 0) if isinstance(error, OSError) else "there is none"
         raise SystemExit(f"port {port} cannot be listened on: {why}") from None
@@ -2908,11 +2903,13 @@ class Server(uvicorn.Server):
             await asyncio.sleep(0.05)
 
 
-def serve() -> None:
-    global ACCESS_LOG
-    port = from_env("PORT", DEFAULT_PORT, int)
+def serve(limits: Limits) -> None:
+    global ACCESS_LOG, RESOLVER, TABLE
+    port = number_from_env("PORT", DEFAULT_PORT, int)
     store_from_env(os.environ)  # a missing variable shows before the port is taken
-    Client.limit = client_limit(from_env("PULSE_RAILWAY_ROUTER_CONNECTION_LIMIT", None, int))
+    configured = number_from_env("PULSE_RAILWAY_ROUTER_CONNECTION_LIMIT", None, int)
+    limits = replace(limits, connections=client_limit(configured, limits))
+    RESOLVER, TABLE = Resolver(limits), Table(os.environ, limits)
     if os.environ.get("PULSE_RAILWAY_ROUTER_WORKERS"):
         log.warning("PULSE_RAILWAY_ROUTER_WORKERS has no effect: give the service replicas")
     sock = listen(os.environ.get("HOST"), port)
@@ -2922,18 +2919,9 @@ def serve() -> None:
 
         ACCESS_LOG, app.state.telemetry = telemetry.start(os.environ)
     config = uvicorn.Config(
-        app,
-        http=Client,
-        ws="none",
-        loop="uvloop" if sys.platform != "win32" else "asyncio",
-        lifespan="on",
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        date_header=False,
-        proxy_headers=False,
-        timeout_graceful_shutdown=int(SHUTDOWN_GRACE),
+        app, http=Client, ws="none", loop="uvloop", lifespan="on", log_level="warning"
     )
+    config.timeout_graceful_shutdown = int(limits.shutdown_seconds)
     app.state.failed, app.state.server = False, Server(config)
     app.state.server.run(sockets=[sock])
     if app.state.failed:
@@ -2943,38 +2931,36 @@ def serve() -> None:
 # == The app's internal endpoints, asked by the metrics, the control commands and the janitor ===
 
 
-def connection_to(record: Record) -> http.client.HTTPConnection:
+def connection_to(record: Record, limits: Limits = DEFAULT_LIMITS) -> http.client.HTTPConnection:
     """Plain HTTP, no proxy. Raises OSError, and ValueError for a record without an address."""
     url = urllib.parse.urlsplit(record.url or "")
     if not url.hostname:
         raise ValueError
-    return http.client.HTTPConnection(url.hostname, url.port or 80, timeout=BACKEND_TIMEOUT)
+    return http.client.HTTPConnection(url.hostname, url.port or 80, timeout=limits.backend_seconds)
 
 
-def look(record: Record) -> str:
+def look(record: Record, limits: Limits = DEFAULT_LIMITS) -> str:
     """What is at a deployment's address: `answers` (over HTTP, and as no other deployment),
     `other`, `silent` (it takes connections), `unreachable` (no name, or no connection)."""
     try:
-        connection = connection_to(record)
+        connection = connection_to(record, limits)
         connection.connect()
     except (OSError, ValueError):
         return "unreachable"
     with contextlib.closing(connection):
         try:
             connection.request("GET", META_PATH)
-            body = connection.getresponse().read(ANSWER_HEAD_LIMIT)
+            body = connection.getresponse().read(limits.answer_head_bytes)
         except (OSError, http.client.HTTPException):
             return "silent"
-    deployment_id = None
-    with contextlib.suppress(ValueError):
-        deployment_id = json_object(body).get("deployment_id")
+    deployment_id = (or_none(json_object, body) or {}).get("deployment_id")
     return "answers" if deployment_id in (None, record.deployment_id) else "other"
 
 
 SCRIPTS = "router.py control.py janitor.py telemetry.py sqlite_store.py ownership.py".split()
 
 
-@functools.cache
+@cache
 def runtime_version() -> str:
     """This version, and a digest of what is in its image: as `ensure` notes it on the service."""
     folder, digest = os.path.dirname(os.path.realpath(__file__)), hashlib.sha256()
@@ -2987,12 +2973,13 @@ def runtime_version() -> str:
     return f"{VERSION}+{digest.hexdigest()[:12]}"
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str], limits: Limits | None = None) -> int:
+    """Serve until the process is told to end. `limits`: in place of the environment's."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s %(message)s")
     if argv:
         print(__doc__, file=sys.stderr)
         return 2
-    serve()
+    serve(limits or Limits.from_env(os.environ))
     return 0
 
 

@@ -68,8 +68,8 @@ def metrics_port(env: Mapping[str, str]) -> socket.socket | None:
     if not text:
         return None
     try:
-        port = router.from_env("PULSE_RAILWAY_METRICS_PORT", None, int)
-        if port == router.from_env("PORT", router.DEFAULT_PORT, int):
+        port = router.number_from_env("PULSE_RAILWAY_METRICS_PORT", None, int)
+        if port == router.number_from_env("PORT", router.DEFAULT_PORT, int):
             raise SystemExit("PULSE_RAILWAY_METRICS_PORT and PORT must be two ports")
         return router.listen(env.get("HOST"), cast(int, port))
     except SystemExit as problem:
@@ -80,7 +80,9 @@ def metrics_port(env: Mapping[str, str]) -> socket.socket | None:
 def export_interval(env: Mapping[str, str]) -> float:
     """Seconds between two pushes."""
     try:
-        return float(router.from_env("OTEL_METRIC_EXPORT_INTERVAL", 60_000.0, env=env)) / 1000
+        return (
+            float(router.number_from_env("OTEL_METRIC_EXPORT_INTERVAL", 60_000.0, env=env)) / 1000
+        )
     except SystemExit as problem:
         log.error("metrics are pushed every 60 s: %s", problem)
         return 60.0
@@ -485,7 +487,5 @@ class MetricsConnection(Client):
             await self.exporter.count_tabs()
             text = render_prometheus(self.exporter.collect())
             response = Response(text, media_type="text/plain; version=0.0.4")
-        if not self.transport.is_closing():
-            close = request.more_body or not request.keep_alive
-            self.send_response(response, close=close, head_only=request.method == b"HEAD")
+        self.send_response(response, request)
         self.finish(request)

@@ -43,7 +43,7 @@ DRAIN_TTL = 60.0
 SEEN_WITHIN = 1.0  # seconds in which every router has to know of a promotion ...
 SEEN_WITHIN_AFTER_REDIS = 8.0  # ... or of all that Redis was away for
 MOST = 6  # deployments at once
-QUICK = {"REFRESH_SECONDS": 3.0}
+QUICK = {"refresh_seconds": 3.0}
 
 
 @dataclass
@@ -128,7 +128,7 @@ class World:
         port = free_port()
         env = self.env | {"PORT": str(port), "HOST": "127.0.0.1", "PYTHONPATH": str(ROOT)}
         env |= {"PULSE_RAILWAY_ACTIVE": ""}
-        process = Process(router_command(constants=QUICK), port, env)
+        process = Process(router_command(limits=QUICK), port, env)
         await asyncio.to_thread(process.wait, 60)
         await self.until_status(port, "/healthz", 200)
         return process

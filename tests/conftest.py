@@ -29,7 +29,7 @@ from hypothesis import settings
 from examples import demo
 from pulse_railway.local.supervisor import free_port, redis_executable
 from tests.net import eventually
-from tests.zygote import Zygote
+from tests.zygote import Forked, Zygote
 
 # As `invoke test` does it, for a pytest that is started by hand: what each process would compile.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -88,16 +88,20 @@ class Process:
         port: int,
         env: dict[str, str] | None = None,
         cwd: Path | None = None,
+        forked: bool = False,
     ) -> None:
+        """Args:
+        forked: it is a router, `-m router` or `-c ...`, of this Python: see zygote.py."""
         self.port = port
         self.log = tempfile.TemporaryFile()
+        env = {**os.environ, **(env or {})}
+        self.popen: subprocess.Popen[bytes] | Forked
+        if forked and not MEASURED:
+            fd = self.log.fileno()
+            self.popen = zygote("routers").start(command[1:], env, cwd or os.getcwd(), fd)
+            return
         self.popen = subprocess.Popen(
-            command,
-            env={**os.environ, **(env or {})},
-            cwd=cwd,
-            stdout=self.log,
-            stderr=self.log,
-            start_new_session=True,
+            command, env=env, cwd=cwd, stdout=self.log, stderr=self.log, start_new_session=True
         )
 
     def wait(self, seconds: float = 20) -> Process:
@@ -123,7 +127,7 @@ class Process:
             except subprocess.TimeoutExpired:
                 os.killpg(self.popen.pid, signal.SIGKILL)
                 self.popen.wait()
-        return self.popen.returncode
+        return self.popen.wait()
 
     @property
     def rss(self) -> int:
@@ -204,8 +208,10 @@ def start() -> Iterator[Callable[..., Process]]:
     """`start(command, port, env)`: a process that ends with the test."""
     processes: list[Process] = []
 
-    def begin(command: list[str], port: int, env: dict[str, str] | None = None) -> Process:
-        process = Process(command, port, env)
+    def begin(
+        command: list[str], port: int, env: dict[str, str] | None = None, forked: bool = False
+    ) -> Process:
+        process = Process(command, port, env, forked=forked)
         processes.append(process)
         return process.wait()
 
@@ -221,29 +227,33 @@ def router_python() -> Path:
 
 
 def router_command(
-    python: Path | str = sys.executable, constants: Mapping[str, float] | None = None
+    python: Path | str = sys.executable, limits: Mapping[str, float] | None = None
 ) -> list[str]:
-    """What starts a router in whose process these constants of router.py have other values."""
-    if not constants:
+    """What starts a router, with these of its limits in place of the environment's."""
+    if not limits:
         return [str(python), "-m", "router"]
-    lines = [f"assert hasattr(router, {n!r}); router.{n} = {v!r}" for n, v in constants.items()]
-    script = "\n".join(["import router", *lines, "raise SystemExit(router.main([]))"])
+    script = f"""if True:
+        import dataclasses, os, router
+        limits = dataclasses.replace(router.Limits.from_env(os.environ), **{dict(limits)!r})
+        raise SystemExit(router.main([], limits))
+    """
     return [str(python), "-c", script]
 
 
 @pytest.fixture
 def run_router(start: Callable[..., Process], router_python: Path) -> Callable[..., Process]:
     """`run_router(redis, NAME=value, ...)`: router.py with REDIS_URL and PORT, as in its image.
-    `constants`: of router.py, those that have other values in this process."""
+    `limits`: fields of router.Limits that have other values in this process."""
 
     def begin(
-        server: Redis | None, constants: Mapping[str, float] | None = None, **env: str
+        server: Redis | None, limits: Mapping[str, float] | None = None, **env: str
     ) -> Process:
         port = int(env.get("PORT") or free_port())
         given = {"PORT": str(port), "HOST": "127.0.0.1", "PYTHONPATH": str(ROOT), **env}
         if server:
             given["REDIS_URL"] = server.url
-        return start(router_command(router_python, constants), port, given)
+        ours = str(router_python) == sys.executable
+        return start(router_command(router_python, limits), port, given, forked=ours)
 
     return begin
 
@@ -312,9 +322,9 @@ def pulse_railway(
 
 
 @functools.cache
-def zygote() -> Zygote:
+def zygote(what: str = "verbs") -> Zygote:
     folder = tempfile.TemporaryDirectory()
-    made = Zygote(Path(folder.name))
+    made = Zygote(Path(folder.name), what)
     atexit.register(folder.cleanup)
     atexit.register(made.stop)
     return made

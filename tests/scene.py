@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,12 @@ from tests.net import Backend, ask, eventually
 router: Any = runtime_image.load("router")
 control: Any = runtime_image.load("control")
 PREFIX = "pulse:railway"
-QUICK = {"REFRESH_SECONDS": 1.0, "MISSING_SECONDS": 1.0}
+QUICK = {"refresh_seconds": 1.0, "missing_seconds": 1.0}
+
+
+def redis_limited(seconds: float) -> Any:
+    """router.store_from_env, whose stores wait so long for Redis."""
+    return functools.partial(router.store_from_env, limits=router.Limits(redis_seconds=seconds))
 
 
 class Site:

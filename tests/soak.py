@@ -30,7 +30,7 @@ HANDSHAKE = (
     "sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\nsec-websocket-version: 13\r\n\r\n"
 )
 SWITCH = b"HTTP/1.1 101 Switching Protocols\r\nupgrade: websocket\r\nconnection: Upgrade\r\n\r\n"
-QUICK = {"REFRESH_SECONDS": 3.0, "REPORT_SECONDS": 1.0}
+QUICK = {"refresh_seconds": 3.0, "report_seconds": 1.0}
 ENV = {
     "PULSE_RAILWAY_ROUTER_HALF_CLOSED_SECONDS": "1.5",
     "PULSE_RAILWAY_ROUTER_RESPONSE_TIMEOUT": "2",
@@ -280,7 +280,7 @@ class Soak:
         port = free_port()
         env = {"PORT": str(port), "HOST": "127.0.0.1", "REDIS_URL": self.redis.url, **ENV}
         env["PYTHONPATH"] = str(ROOT)
-        self.router = Process(router_command(constants=QUICK), port, env).wait()
+        self.router = Process(router_command(limits=QUICK), port, env).wait()
 
     def sample(self) -> Sample:
         """As the router says of itself, and as the kernel does of it."""

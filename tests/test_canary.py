@@ -88,7 +88,7 @@ def canary(redis_server: Redis, run_router: Run) -> Iterator[Canary]:
         redis_server.deployment("a", a.address, "active", registered_at=1)
         found = Canary(redis_server, a, b, [])
         found.weigh(50)
-        quick = {"REPORT_SECONDS": 0.5}
+        quick = {"report_seconds": 0.5}
         found.ports = [run_router(redis_server, quick).port for _ in range(2)]
         both = {b"a", b"b"}
         eventually(lambda: all(set(found.sides(port=port)) == both for port in found.ports))

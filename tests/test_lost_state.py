@@ -18,7 +18,7 @@ from pulse_railway.flows.restore import known_active
 from pulse_railway.stack import Service, Stack
 from tests.conftest import ROOT, Process, Redis
 from tests.net import Backend, Connection, ask, eventually, ok
-from tests.scene import PREFIX, QUICK, Site, page, up
+from tests.scene import PREFIX, QUICK, Site, page, redis_limited, up
 
 router: Any = runtime_image.load("router")
 control: Any = runtime_image.load("control")
@@ -38,7 +38,7 @@ def test_an_emptied_store_is_filled_by_a_router(site: Site, run_router: Run) -> 
     found = site.store.read()
     assert found.store_id
     assert found.epoch > epoch
-    time.sleep(2 * QUICK["REFRESH_SECONDS"])  # the other has seen the new id, and left it
+    time.sleep(2 * QUICK["refresh_seconds"])  # the other has seen the new id, and left it
     assert site.store.read() == found
     for process in routers:
         assert page(process) == (200, b"new")
@@ -90,7 +90,7 @@ def test_a_store_of_0_3_that_is_emptied_and_written_to_at_once(
         redis_server.stop()
         redis_server.start()
         redis_server.deployment("new", new.address)
-        time.sleep(QUICK["REFRESH_SECONDS"] + 1)
+        time.sleep(QUICK["refresh_seconds"] + 1)
         assert page(process, "old") == (200, b"old")
 
 
@@ -227,7 +227,7 @@ def test_each_key_that_is_deleted_comes_back(site: Site, run_router: Run) -> Non
     site.control("maintenance", "on")
     site.control("lock", "--holder", "h", "--lease", "600")
     site.control("claim", "--owner", "e/r")
-    process = up(run_router(site.server, {**QUICK, "REFRESH_SECONDS": 0.3}))
+    process = up(run_router(site.server, {**QUICK, "refresh_seconds": 0.3}))
     client, before = site.server.client, site.routing
     assert set(router.FIXED) <= site.state.keys()
     for key in [*router.FIXED, ":deployment:new"]:
@@ -255,7 +255,7 @@ def test_the_record_of_a_draining_one_comes_back_if_it_answers(site: Site, run_r
         assert page(process, "old") == (200, b"old")
         assert time.monotonic() - began < 10
         time.sleep(0.05)
-    assert time.monotonic() - began > QUICK["MISSING_SECONDS"]
+    assert time.monotonic() - began > QUICK["missing_seconds"]
     assert site.record("old") == before
 
 
@@ -265,7 +265,7 @@ def test_one_that_cannot_be_connected_to_leaves_the_table(site: Site, run_router
     site.old.stop()
     eventually(lambda: page(process, "old")[0] == 502)
     eventually(lambda: page(process, "old")[0] == 409)
-    time.sleep(2 * QUICK["REFRESH_SECONDS"])
+    time.sleep(2 * QUICK["refresh_seconds"])
     assert site.record("old") == {}
 
 
@@ -275,7 +275,7 @@ def test_another_deployment_at_its_address_does_not_bring_it_back(
     up(run_router(site.server, QUICK))
     site.server.client.delete(f"{PREFIX}:deployment:old")
     site.old.answer = ok(b'{"deployment_id": "another"}')
-    time.sleep(3 * QUICK["REFRESH_SECONDS"] + QUICK["MISSING_SECONDS"])
+    time.sleep(3 * QUICK["refresh_seconds"] + QUICK["missing_seconds"])
     assert site.record("old") == {}
 
 
@@ -289,7 +289,7 @@ def test_a_silent_deployment_without_a_record_delays_no_promotion(
         eventually(lambda: "mute" in str(site.store.read().records))
         time.sleep(0.3)
         site.server.client.delete(f"{PREFIX}:deployment:mute")
-        time.sleep(1.5 * QUICK["REFRESH_SECONDS"])  # it is being asked
+        time.sleep(1.5 * QUICK["refresh_seconds"])  # it is being asked
         began = time.monotonic()
         assert site.promote("old") == 0
         eventually(lambda: page(process) == (200, b"old"))
@@ -326,7 +326,7 @@ def test_what_is_malformed_keeps_no_router_from_following(
     if key == ":maintenance":  # who closed the site wants it closed
         eventually(lambda: page(process)[0] == 503)
         assert site.control("maintenance", "off") == 0
-    time.sleep(1.2 * QUICK["REFRESH_SECONDS"])
+    time.sleep(1.2 * QUICK["refresh_seconds"])
     if key != ":deployment:new":
         assert page(process) == (200, b"new")
     with Backend(ok(b"next")) as after:
@@ -346,7 +346,7 @@ def test_what_0_3_x_promotes_while_it_is_being_removed_is_served(
     eventually(lambda: page(process, "old")[0] == 409)
     site.server.deployment("old", site.old.address)
     eventually(lambda: page(process) == (200, b"old"))
-    time.sleep(2 * QUICK["REFRESH_SECONDS"])
+    time.sleep(2 * QUICK["refresh_seconds"])
     assert page(process) == (200, b"old")
 
 
@@ -387,7 +387,7 @@ def test_an_older_copy_of_the_store_does_not_win_over_live_routers(
         eventually(lambda: all(page(p) == (200, active.encode()) for p in routers))
         put_back(site, older)
         # nobody gets the other one, not even for a moment
-        until = time.monotonic() + 3 * QUICK["REFRESH_SECONDS"]
+        until = time.monotonic() + 3 * QUICK["refresh_seconds"]
         while time.monotonic() < until:
             assert {page(process) for process in routers} == {(200, active.encode())}
         found = site.routing
@@ -426,7 +426,7 @@ def test_an_active_id_that_is_no_deployment_is_taken_back(site: Site, run_router
     process = up(run_router(site.server, QUICK))
     before = site.routing
     site.server.client.set(f"{PREFIX}:active", "nobody")
-    until = time.monotonic() + 2 * QUICK["REFRESH_SECONDS"]
+    until = time.monotonic() + 2 * QUICK["refresh_seconds"]
     while time.monotonic() < until:
         assert page(process) == (200, b"new")
     eventually(lambda: site.routing == before)
@@ -454,7 +454,7 @@ def test_a_redis_that_does_not_answer(
     assert site.server.process
     os.kill(site.server.process.popen.pid, signal.SIGSTOP)
     try:
-        monkeypatch.setattr(router, "REDIS_TIMEOUT", 0.3)
+        monkeypatch.setattr(router, "store_from_env", redis_limited(0.3))
         began = time.monotonic()
         assert site.control("status", "--nonce", "n") == 1
         assert time.monotonic() - began < 3

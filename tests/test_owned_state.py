@@ -22,7 +22,7 @@ control: Any = runtime_image.load("control")
 janitor: Any = runtime_image.load("janitor")
 Run = Callable[..., Process]
 
-FAST = {**QUICK, "REFRESH_SECONDS": 0.3}
+FAST = {**QUICK, "refresh_seconds": 0.3}
 
 
 def on_railway(name: str, **more: str) -> dict[str, str]:

@@ -15,7 +15,7 @@ import pytest
 
 from tests.conftest import Process, Redis
 from tests.net import Backend, ask, eventually, ok
-from tests.scene import PREFIX, QUICK, Site, control, page, router, up
+from tests.scene import PREFIX, QUICK, Site, control, page, redis_limited, router, up
 
 Run = Callable[..., Process]
 
@@ -74,7 +74,7 @@ def test_a_new_epoch_is_reported_at_once(site: Site, run_router: Run) -> None:
 
 
 def test_counters_are_reported_soon_and_nothing_else_is(site: Site, run_router: Run) -> None:
-    quick = {"REPORT_SECONDS": 0.5, "REPORT_IDLE_SECONDS": 4.0}
+    quick = {"report_seconds": 0.5, "report_idle_seconds": 4.0}
     process = up(run_router(site.server, quick))
     name, _ = report_of(site)
     key = f"{PREFIX}:router:{name}"
@@ -108,10 +108,10 @@ def test_a_name_is_new_at_each_start(site: Site, run_router: Run) -> None:
 
 def test_an_idle_router_asks_redis_for_little(redis_server: Redis, run_router: Run) -> None:
     """At most 35 commands in five minutes, beside 100,000 keys of others: 10,000 a day. Its times
-    are a tenth of what they are, so that half a minute stands for five."""
-    faster = 10.0
-    names = "REFRESH REPORT REPORT_IDLE SCAN_STEP".replace(" ", "_SECONDS ") + "_SECONDS"
-    quick = {name: getattr(router, name) / faster for name in names.split()}
+    are a thirtieth of what they are, so that ten seconds stand for five minutes."""
+    faster = 30.0
+    names = [f"{name}_seconds" for name in ("refresh", "report", "report_idle", "scan_step")]
+    quick = {name: getattr(router.DEFAULT_LIMITS, name) / faster for name in names}
     client = redis_server.client
     client.eval("for i = 1, 100000 do redis.call('SET', 'session:' .. i, '{}') end", 0)
 
@@ -122,7 +122,7 @@ def test_an_idle_router_asks_redis_for_little(redis_server: Redis, run_router: R
     with Backend(ok(b"a")) as a:
         redis_server.deployment("a", a.address)
         process = up(run_router(redis_server, quick))
-        time.sleep(3)
+        time.sleep(1)
         before = commands()
         time.sleep(300 / faster)
         after = commands()
@@ -269,8 +269,12 @@ def test_what_never_ends_is_no_router_and_no_lock(
     ],
 )
 def test_a_redis_that_hangs_is_waited_for_in_bounds(
-    site: Site, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
+    site: Site,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str, ...],
 ) -> None:
+    monkeypatch.setattr(router, "store_from_env", redis_limited(0.3))
     site.server.signal(signal.SIGSTOP)
     try:
         began = time.monotonic()
@@ -278,7 +282,7 @@ def test_a_redis_that_hangs_is_waited_for_in_bounds(
         took = time.monotonic() - began
     finally:
         site.server.signal(signal.SIGCONT)
-    assert took < router.REDIS_TIMEOUT + 2
+    assert took < 2
     told = capsys.readouterr()
     assert told.err.strip() == "the router's Redis does not answer (TimeoutError)"
     assert json.loads(told.out.splitlines()[-1])["reason"] == "store"

@@ -32,18 +32,17 @@ def test_a_redis_outage_fails_no_request(redis_server: Redis, run_router: Run) -
         router = run_router(redis_server)
         eventually(lambda: ask(router.port).body == b"a")
         redis_server.stop()
-        until = time.monotonic() + 8
+        until = time.monotonic() + 2.5  # three tries to reach Redis, each twice as late
         while time.monotonic() < until:
             assert ask(router.port).body == b"a"
             assert ask(router.port, "/?pulse_deployment=b").body == b"b"
-            time.sleep(0.02)
+            time.sleep(0.05)
         assert ask(router.port, "/?pulse_deployment=gone").status == 409
         assert ask(router.port, "/healthz").status == 200
         # back again, empty: what was known is served on, and the log says so
         redis_server.start()
-        time.sleep(4)
+        eventually(lambda: "writing back" in router.output())
         assert ask(router.port).body == b"a"
-        assert "writing back" in router.output()
         # and a new state is taken up
         redis_server.deployment("b", b.address)
         eventually(lambda: ask(router.port).body == b"b")
@@ -297,20 +296,8 @@ def test_slow_clients_do_not_hold_others_up(guarded: tuple[Process, Backend]) ->
         c.close()
 
 
-def test_a_head_that_never_ends_is_ended(
-    redis_server: Redis, tmp_path: Path, start: Callable[..., Process]
-) -> None:
-    """With the limit lowered from 30 s, since a test should not last that long."""
-    import sys
-
-    from pulse_railway.local.supervisor import free_port
-    from tests.conftest import ROOT
-
-    source = (ROOT / "router.py").read_text().replace("HEAD_TIMEOUT = 30.0", "HEAD_TIMEOUT = 1.0")
-    quick = tmp_path / "router.py"
-    quick.write_text(source)
-    port = free_port()
-    start([sys.executable, str(quick)], port, {"REDIS_URL": redis_server.url, "PORT": str(port)})
+def test_a_head_that_never_ends_is_ended(redis_server: Redis, run_router: Run) -> None:
+    port = run_router(redis_server, {"head_seconds": 1.0}).port
     with Connection.to(port) as c, Connection.to(port) as silent:
         c.send(b"GET / HTTP/1.1\r\nhost:")
         assert c.rest().startswith(b"HTTP/1.1 408")

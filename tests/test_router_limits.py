@@ -235,6 +235,13 @@ def test_seconds_that_are_none(redis_server: Redis, text: str) -> None:
     assert said.endswith(f"takes a number of seconds, not {text!r}")
 
 
+def test_what_a_router_does_not_start_with_stops_no_control_command() -> None:
+    """Which is mostly what mends it."""
+    env = {f"PULSE_RAILWAY_ROUTER_{name}": "abc" for name in SECONDS}
+    command = [sys.executable, str(ROOT / "control.py"), "--help"]
+    subprocess.run(command, env={**os.environ, **env}, check=True, timeout=20)
+
+
 @pytest.mark.parametrize("kind", ["memory", "redis", ""])
 def test_a_store_that_is_none(kind: str) -> None:
     said = complains("router.py", PULSE_KV_KIND=kind, PULSE_KV_URL="", REDIS_URL="")

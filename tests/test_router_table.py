@@ -413,7 +413,7 @@ def test_what_is_under_way_is_counted(redis_server: Redis, run_router: Run) -> N
     with Backend(handle=slow) as old, Backend() as active:
         redis_server.deployment("old", old.address, "draining")
         redis_server.deployment("active", active.address)
-        port = run_router(redis_server, {"REPORT_SECONDS": 0.5}).port
+        port = run_router(redis_server, {"report_seconds": 0.5}).port
         eventually(lambda: ask(port).status == 200)
         thread = threading.Thread(target=ask, args=(port, "/big?pulse_deployment=old"))
         thread.start()
@@ -461,6 +461,25 @@ def test_one_bad_name_harms_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None
 # -- the table follows the state ---------------------------------------------------------------
 
 
+def test_a_record_that_is_announced_during_a_read_is_in_the_next(redis_server: Redis) -> None:
+    store, table = router.RedisStore(redis_server.url, "pulse:railway"), router.Table({})
+
+    async def story() -> set[str]:
+        client = aioredis.Redis.from_url(store.url, **store.options)
+        follower = router.Follower(store, client, table)
+
+        async def repair(*_: Any) -> bool:
+            follower.keys.add("announced")  # as `listen` does
+            return False
+
+        table.repair = repair
+        async with client:
+            await follower.read()
+        return set(follower.keys)
+
+    assert asyncio.run(story()) == {"announced"}
+
+
 def test_a_promotion_is_seen_within_100_ms(redis_server: Redis, run_router: Run) -> None:
     with Backend(ok(b"a")) as a, Backend(ok(b"b")) as b:
         redis_server.deployment("a", a.address)
@@ -482,7 +501,7 @@ def test_an_unannounced_promotion_is_seen_within_the_interval(
     with Backend(ok(b"a")) as a, Backend(ok(b"b")) as b:
         redis_server.deployment("a", a.address)
         redis_server.deployment("b", b.address, "pending")
-        port = run_router(redis_server, {"REFRESH_SECONDS": 1.0}).port
+        port = run_router(redis_server, {"refresh_seconds": 1.0}).port
         eventually(lambda: ask(port).body == b"a")
         redis_server.client.set("pulse:railway:active", "b")  # as 0.3.x does
         eventually(lambda: ask(port).body == b"b", seconds=2)
@@ -530,7 +549,7 @@ def test_many_sessions_in_the_same_redis_cost_little(redis_server: Redis, run_ro
     redis_server.client.eval(fill, 0)
     with Backend(ok(b"a")) as a, Backend(ok(b"b")) as b, Backend(ok(b"c")) as c:
         redis_server.deployment("a", a.address)
-        router = run_router(redis_server, {"REFRESH_SECONDS": 3.0})
+        router = run_router(redis_server, {"refresh_seconds": 3.0})
         eventually(lambda: ask(router.port).body == b"a")
         time.sleep(1)
         before = router.cpu
@@ -648,7 +667,7 @@ def test_a_repair_does_not_wait_for_looks(monkeypatch: pytest.MonkeyPatch) -> No
     """Before, 120 silent deployments whose records were gone delayed it by 98 s: all of them were
     looked at in the threads that it needs."""
     over, looked_at = threading.Event(), []
-    monkeypatch.setattr(router, "look", lambda record: looked_at.append(record) or over.wait(10))
+    monkeypatch.setattr(router, "look", lambda record, _: looked_at.append(record) or over.wait(10))
     table = router.Table({})
     table.missing = {f"d{n}": router.Missing(0.0) for n in range(120)}
 

@@ -30,7 +30,7 @@ from pulse_railway.errors import Refused, Uncertain
 from pulse_railway.local.supervisor import free_port
 from pulse_railway.railway import ssh
 from tests import older
-from tests.conftest import ROOT, Process, Redis
+from tests.conftest import ROOT, Process, Redis, router_command
 from tests.net import Backend, ask, eventually, ok
 
 router: Any = runtime_image.load("router")
@@ -146,8 +146,8 @@ Start = Callable[..., Process]
 def run(site: Site, start: Start, sources: Path) -> Callable[[str], Process]:
     """`run("today" | "older" | "0.3.13")`: a router of that version on the site's store, which
     looks there more often than usual."""
-    today = "import router; router.REFRESH_SECONDS = router.REPORT_SECONDS = 1.0; "
-    today += "router.MISSING_SECONDS = 1.5; router.main([])"
+    limits = {"refresh_seconds": 1.0, "report_seconds": 1.0, "missing_seconds": 1.5}
+    today = router_command(limits=limits)[-1]
     before = "import router; router.REFRESH_EVERY = 1.0; router.main([])"
     first = """if True:
         import os, uvicorn

@@ -1,13 +1,14 @@
-"""Runs `pulse-railway` in processes that are forked, not started: a verb imports Pulse for 1.5 s,
-a control command Redis and uvicorn for 0.25 s.
+"""Runs `pulse-railway`, and routers, in processes that are forked, not started: a verb imports
+Pulse for 1.5 s, a control command and a router Redis and uvicorn for 0.25 s.
 
-    python -m tests.zygote SOCKET
+    python -m tests.zygote SOCKET verbs|routers
 
-Each connection brings one command line: its arguments, environment and folder as JSON, its stdout
-and stderr as descriptors. The answer is the process id, and the exit status once it has ended.
-Everything that a user's process has (environment, folder, session, signals) it has too; tests of
-signals and of the wheel start real ones all the same. `router.py` and `control.py` are imported in
-each process anew, since they read the environment.
+Routers have one of their own, which has imported what router.py does and no more: they are as large
+as real ones. Each connection brings one command line: its arguments, environment and folder as
+JSON, its stdout and stderr as descriptors. The answer is the process id, and the exit status once
+it has ended. Everything that a user's process has (environment, folder, session, signals) it has
+too; tests of signals and of the wheel start real ones all the same. `router.py` and `control.py`
+are imported in each process anew, since they read the environment.
 """
 
 from __future__ import annotations
@@ -43,18 +44,21 @@ with socket.socket(socket.AF_UNIX) as connection:
 """
 
 
-def serve(path: str) -> None:
-    import pulse  # noqa: F401
+def serve(path: str, what: str) -> None:
     import uvloop  # noqa: F401
 
-    import pulse_railway.app.plugin
-    import pulse_railway.cli
-    import pulse_railway.flows.baseline
-    import pulse_railway.flows.deploy
-    import pulse_railway.options  # noqa: F401
     from pulse_railway import runtime_image
 
-    runtime_image.load("control")  # for what it imports
+    if what == "verbs":
+        import pulse  # noqa: F401
+
+        import pulse_railway.app.plugin
+        import pulse_railway.cli
+        import pulse_railway.flows.baseline
+        import pulse_railway.flows.deploy
+        import pulse_railway.options  # noqa: F401
+
+    runtime_image.load("control" if what == "verbs" else "router")  # for what it imports
     for name in runtime_image.SCRIPTS:
         sys.modules.pop(name.removesuffix(".py"), None)
     parent = os.getppid()
@@ -100,7 +104,8 @@ def handle(connection: socket.socket) -> None:
 
 
 def become(request: dict[str, Any], fds: list[int]) -> None:
-    """What `python -m pulse_railway <arguments>` would be. Does not return."""
+    """What `python -m pulse_railway <arguments>`, or for a router `python <arguments>`, would be.
+    Does not return."""
     code = 1
     try:
         os.setsid()
@@ -111,18 +116,19 @@ def become(request: dict[str, Any], fds: list[int]) -> None:
         os.environ.update(request["env"])
         os.chdir(request["cwd"])
         sys.path[0] = os.getcwd()
+        if request.get("python"):
+            run_python(*request["arguments"])
         sys.argv = ["pulse-railway", *request["arguments"]]
         from pulse_railway import runtime_image
         from pulse_railway.__main__ import main
 
         runtime_image.become = run_script
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            if isinstance(stop.code, str):
-                print(stop.code, file=sys.stderr)
-            code = stop.code if isinstance(stop.code, int) else int(bool(stop.code))
+        main()
+        code = 0
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
+        code = stop.code if isinstance(stop.code, int) else int(bool(stop.code))
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:
@@ -136,27 +142,83 @@ def run_script(name: str, arguments: list[str]) -> NoReturn:
     """What runtime_image.become starts, in this process."""
     from pulse_railway import runtime_image
 
-    given = os.environ.get("PYTHONPATH")
-    sys.path[:0] = [str(runtime_image.sources()), *(given.split(os.pathsep) if given else [])]
-    sys.modules.pop("sitecustomize", None)
-    with contextlib.suppress(ImportError):  # a container's has the private network's names
-        importlib.import_module("sitecustomize")
+    customize(str(runtime_image.sources()))
     sys.argv = [name, *arguments]
     runpy.run_module(name, run_name="__main__", alter_sys=True)
     raise SystemExit(0)
 
 
+def run_python(option: str, what: str) -> NoReturn:
+    """`python -m MODULE`, or `python -c CODE`, in this process."""
+    customize()
+    sys.argv = [what if option == "-m" else option]
+    if option == "-m":
+        runpy.run_module(what, run_name="__main__", alter_sys=True)
+    else:
+        exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
+    raise SystemExit(0)
+
+
+def customize(*folders: str) -> None:
+    """What Python does with PYTHONPATH when it starts; `folders` come before that."""
+    given = os.environ.get("PYTHONPATH")
+    sys.path[:0] = [*folders, *(given.split(os.pathsep) if given else [])]
+    sys.modules.pop("sitecustomize", None)
+    with contextlib.suppress(ImportError):  # a container's has the private network's names
+        importlib.import_module("sitecustomize")
+
+
+class Forked:
+    """A process of a zygote, as subprocess.Popen has it."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.pid = int.from_bytes(connection.recv(4))
+        self.returncode: int | None = None
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            self.connection.settimeout(timeout)
+            try:
+                told = self.connection.recv(4)
+            except (TimeoutError, BlockingIOError):
+                raise subprocess.TimeoutExpired("forked", timeout or 0) from None
+            self.connection.close()
+            self.returncode = int.from_bytes(told, signed=True)
+        return self.returncode
+
+    def poll(self) -> int | None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def terminate(self) -> None:
+        os.kill(self.pid, signal.SIGTERM)
+
+
 class Zygote:
     """The tests' end."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, what: str = "verbs") -> None:
         self.path = str(folder / "zygote")
         self.bin = folder / "bin"  # for a PATH
         self.bin.mkdir()
         client, real = self.bin / "pulse-railway", Path(sys.executable).with_name("pulse-railway")
         client.write_text(CLIENT.format(python=sys.executable, real=str(real), path=self.path))
         client.chmod(0o755)
-        self.process = subprocess.Popen([sys.executable, "-m", "tests.zygote", self.path])
+        self.process = subprocess.Popen([sys.executable, "-m", "tests.zygote", self.path, what])
+
+    def send(self, connection: socket.socket, fds: list[int], **request: Any) -> None:
+        self._connect(connection)
+        body = json.dumps(request).encode()
+        message = len(body).to_bytes(4) + body
+        connection.sendall(message[socket.send_fds(connection, [message], fds) :])
+
+    def start(self, arguments: list[str], env: dict[str, str], cwd: Path | str, fd: int) -> Forked:
+        """`python <arguments>`, which are `-m MODULE` or `-c CODE`, that writes to `fd`."""
+        connection = socket.socket(socket.AF_UNIX)
+        self.send(connection, [fd, fd], arguments=arguments, env=env, cwd=str(cwd), python=True)
+        return Forked(connection)
 
     def run(
         self, arguments: list[str], env: dict[str, str], cwd: Path | str, timeout: float
@@ -167,13 +229,14 @@ class Zygote:
             open(os.memfd_create("out"), "r+") as out,
             open(os.memfd_create("err"), "r+") as err,
         ):
-            self._connect(connection)
+            self.send(
+                connection,
+                [out.fileno(), err.fileno()],
+                arguments=arguments,
+                env=env,
+                cwd=str(cwd),
+            )
             connection.settimeout(timeout)
-            request = {"arguments": arguments, "env": env, "cwd": str(cwd)}
-            body = json.dumps(request).encode()
-            message = len(body).to_bytes(4) + body
-            sent = socket.send_fds(connection, [message], [out.fileno(), err.fileno()])
-            connection.sendall(message[sent:])
             pid = int.from_bytes(connection.recv(4))
             try:
                 code = int.from_bytes(connection.recv(4), signed=True)
@@ -202,4 +265,4 @@ class Zygote:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(*sys.argv[1:])
