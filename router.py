@@ -2115,7 +2115,7 @@ class Exchange:
                 self.happens("missing")
                 return
             self.client.exchange = self
-        length = coded = False
+        length = coded = page = False
         drop = HOP_BY_HOP
         out = [b"HTTP/1.1 %d %b\r\n" % (status, reason)]
         append = out.append
@@ -2131,12 +2131,16 @@ class Exchange:
                 continue
             if lower == b"content-length":
                 length = True
+            elif lower == b"content-type":
+                page = b"text/html" in value.lower()
             elif lower == b"x-pulse-selected-deployment" and self.upstream.deployment.header:
                 continue
             append(name + b": " + value + b"\r\n")
         if drop is not HOP_BY_HOP:  # Connection may name a header that stood before it
             out[1:] = [line for line in out[1:] if line.partition(b":")[0].lower() not in drop]
         append(self.upstream.deployment.header)
+        if page:  # affinity.js reads there which deployment a document is from
+            append(b'server-timing: pulse;desc="%b"\r\n' % self.upstream.deployment.id.encode())
         if request.visitor:
             out += visitor_cookie(request, self.fields)
         empty = self.head_only or status in (204, 304)

@@ -48,6 +48,9 @@ def backend(name: str) -> Any:
                 else:
                     text = json.dumps(answer).encode()
                     connection.send(ok(text, "content-type: application/json"))
+            elif path.startswith(b"/plain"):  # outside of Pulse's layout
+                script = b'<script src="/_pulse/railway/affinity.js"></script>'
+                connection.send(ok(script, "content-type: text/html"))
             else:
                 page = PAGE.replace(b"NAME", name.encode())
                 connection.send(ok(page, "content-type: text/html"))
@@ -201,6 +204,16 @@ def test_forms_that_are_left_alone(two: tuple[str, Any, Any], page: Page) -> Non
         assert b.answers[-1][0] == b"/data?action=1"
 
 
+def test_a_page_knows_its_version_from_its_document(two: tuple[str, Any, Any], page: Page) -> None:
+    """Before, a page outside of Pulse's layout knew of none, and the active one answered it."""
+    home, _, _ = two
+    page.goto(f"{home}/plain?pulse_deployment=a")
+    assert page.evaluate("fetch('/data').then((answer) => answer.json())")["from"] == "a"
+    script = f"sessionStorage.setItem('__PULSE_DIRECTIVES', '{DIRECTIVES}')"
+    page.evaluate(script)  # what another page of this tab was told
+    assert page.evaluate("fetch('/data').then((answer) => answer.json())")["from"] == "a"
+
+
 def test_a_page_that_comes_back_is_of_the_version_that_it_was(
     two: tuple[str, Any, Any], page: Page
 ) -> None:
@@ -217,16 +230,26 @@ def test_a_page_that_comes_back_is_of_the_version_that_it_was(
     assert page.evaluate("ask('/data')")["from"] == "a"
 
 
+def old_page(redis_server: Redis, page: Page, home: str, name: str, address: str) -> None:
+    """Open a page of a deployment that is removed then."""
+    port = int(home.rpartition(":")[2])
+    redis_server.deployment(name, address, "draining", registered_at=1)
+    eventually(lambda: ask(port, f"/data?pulse_deployment={name}").status == 200)
+    page.goto(f"{home}/?pulse_deployment={name}")
+    redis_server.deployment(name, address, "draining", registered_at=1, retiring_at=2)
+    eventually(lambda: ask(port, f"/data?pulse_deployment={name}").status == 409)
+
+
 def test_what_is_loaded_in_the_background_takes_no_page_away(
-    two: tuple[str, Any, Any], page: Page
+    redis_server: Redis, two: tuple[str, Any, Any], page: Page
 ) -> None:
     """Ten stale fetches gave ten `location.assign`."""
-    home, _, _ = two
-    page.evaluate(f"sessionStorage.setItem('__PULSE_DIRECTIVES', '{DIRECTIVES}'); window.here = 1")
+    home, a, _ = two
+    old_page(redis_server, page, home, "gone", a.address)
+    page.evaluate("window.here = 1")
     navigation = {"state": "idle"}
-    page.evaluate(
-        "(n) => window.__reactRouterDataRouter = { state: { navigation: n } }", navigation
-    )
+    script = "(n) => window.__reactRouterDataRouter = { state: { navigation: n } }"
+    page.evaluate(script, navigation)
     asked = "Promise.all(Array.from({ length: 10 }, () => fetch('/old.data?_routes=x')))"
     assert page.evaluate(f"{asked}.then((all) => all.map((a) => a.status))") == [409] * 10
     assert page.evaluate("window.here") == 1
@@ -245,30 +268,23 @@ def test_what_is_loaded_in_the_background_takes_no_page_away(
 
 
 def test_a_loader_whose_deployment_is_gone_takes_the_page_there_anew(
-    redis_server: Redis, run_router: Callable[..., Process], page: Page
+    redis_server: Redis, two: tuple[str, Any, Any], page: Page
 ) -> None:
-    with backend("a") as a, backend("b") as b:
-        redis_server.deployment("a", a.address, "active", registered_at=1)
-        port = run_router(redis_server).port
-        eventually(lambda: ask(port, "/").status == 200)
-        home = f"http://127.0.0.1:{port}"
-        page.goto(f"{home}/")
-        redis_server.deployment("b", b.address, "active", registered_at=2)
-        redis_server.deployment("a", a.address, "draining", registered_at=1, retiring_at=2)
-        eventually(lambda: ask(port, "/data?pulse_deployment=a").status == 409)
-        assert page.evaluate("ask('/data')") == {"status": 409}  # an app's own call: the app's word
-        page.evaluate("void fetch('/old.data?_routes=x&q=1')")
-        page.wait_for_url(f"{home}/old?q=1")
+    home, a, _ = two
+    old_page(redis_server, page, home, "gone", a.address)
+    assert page.evaluate("ask('/data')") == {"status": 409}  # an app's own call: the app's word
+    for name, path, comes_to in (
+        ("gone-1", "/old.data?_routes=x&q=1", "/old?q=1"),
+        ("gone-2", "/_root.data", "/"),
+        ("gone-3", "/deep/er.data", "/deep/er"),
+    ):
+        old_page(redis_server, page, home, name, a.address)
+        page.evaluate(f"void fetch('{path}')")
+        page.wait_for_url(f"{home}{comes_to}")
         assert page.inner_text("body") == "b"
-        for path, comes_to in (("/_root.data", "/"), ("/deep/er.data", "/deep/er")):
-            script = f"sessionStorage.setItem('__PULSE_DIRECTIVES', '{DIRECTIVES}')"
-            page.evaluate(f"{script}; void fetch('{path}')")
-            page.wait_for_url(f"{home}{comes_to}")
-        page.evaluate(
-            f"sessionStorage.setItem('__PULSE_DIRECTIVES', '{DIRECTIVES}'); window.here = 1"
-        )
-        page.evaluate("void fetch('/deep/er.data', { method: 'POST', body: 'x' })")
-        page.wait_for_function("window.here === undefined")
+    old_page(redis_server, page, home, "gone-4", a.address)
+    page.evaluate("window.here = 1; void fetch('/deep/er.data', { method: 'POST', body: 'x' })")
+    page.wait_for_function("window.here === undefined")
 
 
 DIRECTIVES = json.dumps({"query": {"pulse_deployment": "gone"}})

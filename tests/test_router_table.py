@@ -49,6 +49,19 @@ def test_known_affinity_gets_that_deployment_whatever_its_state(two: int) -> Non
     assert ask(two, "/", "x-pulse-deployment: a").body == b"from a"
 
 
+def test_a_document_says_which_deployment_made_it(redis_server: Redis, run_router: Run) -> None:
+    """sessionStorage is the tab's, not the page's."""
+    page = ok(b"<p>", "Content-Type: Text/HTML", "server-timing: db;dur=5")
+    with Backend(page) as html, Backend(ok(b"{}", "content-type: application/json")) as other:
+        redis_server.deployment("a", html.address, "active", registered_at=1)
+        redis_server.deployment("b", other.address, "draining", registered_at=2)
+        port = run_router(redis_server).port
+        eventually(lambda: ask(port).body == b"<p>")
+        lines = [line for line in ask(port).head.split(b"\r\n") if b"timing" in line]
+        assert lines == [b"server-timing: db;dur=5", b'server-timing: pulse;desc="a"']
+        assert b"timing" not in ask(port, "/?pulse_deployment=b").head
+
+
 def test_query_wins_over_header(two: int) -> None:
     assert ask(two, "/?pulse_deployment=a", "x-pulse-deployment: b").body == b"from a"
     assert ask(two, "/?pulse_deployment=", "x-pulse-deployment: a").body == b"from a"
