@@ -164,9 +164,11 @@ def _wait_for(root: Path, process: subprocess.Popen[bytes]) -> None:
 
 def processes_of(root: Path) -> list[int]:
     """The processes that a local Railway started and that still run."""
-    from pulse_railway.local.supervisor import belongs
+    from pulse_railway.local.supervisor import is_local_process
 
-    return [int(p.name) for p in Path("/proc").glob("[0-9]*") if belongs(int(p.name), root)]
+    return [
+        int(p.name) for p in Path("/proc").glob("[0-9]*") if is_local_process(int(p.name), root)
+    ]
 
 
 # -- the story ---------------------------------------------------------------------------------

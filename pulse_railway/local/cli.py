@@ -114,12 +114,12 @@ class LocalApi:
         """The ids of the environment and the service, each given by id or by name."""
         found = self.call(PROJECT, id=args.project)["project"]
         return (
-            _one(found["environments"], args.environment, "Environment"),
-            _one(found["services"], args.service, "Service"),
+            _id_of(found["environments"], args.environment, "Environment"),
+            _id_of(found["services"], args.service, "Service"),
         )
 
 
-def _one(connection: Any, wanted: str, what: str) -> str:
+def _id_of(connection: Any, wanted: str, what: str) -> str:
     for edge in connection["edges"]:
         node = edge["node"]
         if wanted == node["id"] or wanted.lower() == node["name"].lower():

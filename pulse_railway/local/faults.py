@@ -30,12 +30,12 @@ class Fault:
     seen: int = field(default=0, compare=False)
 
     @property
-    def ends(self) -> bool:
+    def replaces_answer(self) -> bool:
         """Is the command's own answer lost?"""
         words = self.says or self.prints or self.error or self.status
         return bool(words) or self.drop or self.exit is not None
 
-    def hits(self, fields: list[str]) -> bool:
+    def is_due(self, fields: list[str]) -> bool:
         if self.match != "*" and self.match not in fields:
             return False
         self.seen += 1
@@ -43,7 +43,7 @@ class Fault:
 
 
 @dataclass
-class Orders:
+class FaultSettings:
     """What `POST /local/faults` takes; what it does not name is as usual again."""
 
     faults: list[dict[str, Any]] = field(default_factory=list)

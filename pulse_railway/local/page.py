@@ -22,27 +22,27 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from pulse_railway import contract
-from pulse_railway.local.state import Environment, Instance, Service, State, rendered
+from pulse_railway.local.state import Environment, Instance, Service, State, render_variables
 from pulse_railway.local.supervisor import Supervisor
 from pulse_railway.runtime_image import load
 
 ownership: Any = load("ownership")
 
-PATIENCE = 0.5  # seconds that a picture waits for a Redis or a backend that is slow
+PICTURE_TIMEOUT = 0.5  # seconds that a picture waits for a Redis or a backend that is slow
 TAIL = 64 * 1024  # bytes of a log
 
 
 class Page:
     """`routes` are the page's. It asks the same routing state and the same backends that the
-    router does, on their loopback ports. `orders` says what is to go wrong."""
+    router does, on their loopback ports. `fault_settings` says what is to go wrong."""
 
     def __init__(
-        self, state: State, supervisor: Supervisor, orders: Callable[[], dict[str, Any]]
+        self, state: State, supervisor: Supervisor, fault_settings: Callable[[], dict[str, Any]]
     ) -> None:
-        self.state, self.supervisor, self.orders = state, supervisor, orders
+        self.state, self.supervisor, self.fault_settings = state, supervisor, fault_settings
         # an environment's id and a router's name -> the task that asks, and what it said last
-        self.asking: dict[tuple[str, str | None], asyncio.Task[Any]] = {}
-        self.known: dict[tuple[str, str | None], Any] = {}
+        self.pending: dict[tuple[str, str | None], asyncio.Task[Any]] = {}
+        self.last_answers: dict[tuple[str, str | None], Any] = {}
         self.routes = [
             Route("/", self.show),
             Route("/local/picture", self.picture),
@@ -72,10 +72,13 @@ class Page:
         owners = ownership.owners(environment.id, every)
         services = [
             self.service(s, i)
-            | {"owner": words(owners[s.id], stacks), "own": owners[s.id].router_id == stack}
+            | {
+                "owner": describe_owner(owners[s.id], stacks),
+                "own": owners[s.id].router_id == stack,
+            }
             for s, i in instances
         ]
-        routed = await self.routed(environment, stacks.get(stack or ""))
+        routing_status = await self.routing_status(environment, stacks.get(stack or ""))
         return JSONResponse(
             {
                 "projects": [{"id": p.id, "name": p.name} for p in state.projects],
@@ -85,8 +88,8 @@ class Page:
                 "stacks": [{"id": router, "name": name} for router, name in stacks.items()],
                 "stack": stack,
                 "services": services,
-                "routing": routed,
-                "orders": self.orders(),
+                "routing": routing_status,
+                "orders": self.fault_settings(),
             }
         )
 
@@ -129,36 +132,36 @@ class Page:
 
     # -- the routing state -------------------------------------------------------------------
 
-    async def routed(self, environment: Environment, router: str | None) -> Any:
+    async def routing_status(self, environment: Environment, router: str | None) -> Any:
         """What this router's `control status` would say, or what it last said."""
         key = (environment.id, router)
-        if key not in self.asking:
-            self.asking[key] = asyncio.create_task(self.ask(environment, router))
-        task = self.asking[key]
-        await asyncio.wait({task}, timeout=PATIENCE)
+        if key not in self.pending:
+            self.pending[key] = asyncio.create_task(self.ask_status(environment, router))
+        task = self.pending[key]
+        await asyncio.wait({task}, timeout=PICTURE_TIMEOUT)
         if task.done():
-            del self.asking[key]
-            self.known[key] = {**task.result(), "at": time.time()}
-        return self.known.get(key)
+            del self.pending[key]
+            self.last_answers[key] = {**task.result(), "at": time.time()}
+        return self.last_answers.get(key)
 
-    async def ask(self, environment: Environment, router: str | None) -> dict[str, Any]:
+    async def ask_status(self, environment: Environment, router: str | None) -> dict[str, Any]:
         state = self.state
-        found = {s.name: rendered(state, s, i) for s, i in state.instances(environment.id)}
+        found = {s.name: render_variables(state, s, i) for s, i in state.instances(environment.id)}
         variables = found.get(router or "", {})
         file = self.supervisor.hosts_file(environment.id)
         hosts = json.loads(file.read_text()) if file.exists() else {}
-        url = nearby(variables.get(contract.REDIS_URL, ""), hosts)
+        url = loopback_url(variables.get(contract.REDIS_URL, ""), hosts)
         if not url:
             return {"problem": "there is no baseline yet"}
         prefix = variables.get(contract.REDIS_PREFIX) or contract.DEFAULT_REDIS_PREFIX
         token = variables.get(contract.INTERNAL_TOKEN, "")
         try:
-            return await asyncio.to_thread(read, load("router"), url, prefix, token, hosts)
+            return await asyncio.to_thread(read_status, load("router"), url, prefix, token, hosts)
         except Exception as error:  # a Redis that is away, or speaks nonsense: the page lives on
             return {"problem": f"Redis does not answer ({type(error).__name__})"}
 
 
-def words(owner: Any, stacks: dict[str, str]) -> str:
+def describe_owner(owner: Any, stacks: dict[str, str]) -> str:
     """Whose a service is, for a reader: `ownership.Owner`, and the routers' names by their ids."""
     if owner.kind == "stack":
         return f"stack of {stacks[owner.router_id]}"
@@ -166,14 +169,14 @@ def words(owner: Any, stacks: dict[str, str]) -> str:
     return of_others.get(owner.kind, "of no stack")
 
 
-def read(
+def read_status(
     router: ModuleType, url: str, prefix: str, token: str, hosts: dict[str, Any]
 ) -> dict[str, Any]:
     store = router.RedisStore(url, prefix)
     try:
         routing = store.read()
         here = (
-            replace(record, address=nearby(record.url or "", hosts) or record.address)
+            replace(record, address=loopback_url(record.url or "", hosts) or record.address)
             for record in routing.records.values()
         )
         routing = load("control").with_records(routing, *here)
@@ -183,7 +186,7 @@ def read(
         store.client.close()
 
 
-def nearby(url: str, hosts: dict[str, Any]) -> str | None:
+def loopback_url(url: str, hosts: dict[str, Any]) -> str | None:
     """A private address as this process reaches it, on loopback. None where nothing runs there."""
     parts = urlsplit(url)
     ports = hosts.get(parts.hostname or "")

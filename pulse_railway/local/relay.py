@@ -37,11 +37,11 @@ class Relay:
     async def start(self) -> None:
         host_key = key_file(self.folder / "host")
         self.server = await asyncssh.create_server(
-            lambda: Gate(self.state),
+            lambda: SshLogin(self.state),
             "127.0.0.1",
             self.state.ssh_port or free_port(),
             server_host_keys=[str(host_key)],
-            process_factory=self._run,
+            process_factory=self._run_command,
             encoding=None,
             line_editor=False,
         )
@@ -56,7 +56,7 @@ class Relay:
             self.server.close()
             await self.server.wait_closed()
 
-    async def _run(self, process: asyncssh.SSHServerProcess[bytes]) -> None:
+    async def _run_command(self, process: asyncssh.SSHServerProcess[bytes]) -> None:
         """One command. Without one Railway gives a shell; we say that we do not."""
         instance_id = process.get_extra_info("username")
         if not process.command:
@@ -67,7 +67,7 @@ class Relay:
         if fault and fault.delay:
             await asyncio.sleep(fault.delay)
         out, err, code = b"", b"", 0
-        if not fault or fault.after or not fault.ends:
+        if not fault or fault.after or not fault.replaces_answer:
             found = self.state.instance_by_id(instance_id)
             child = await self.supervisor.execute(found, process.command) if found else None
             if child is None:
@@ -78,7 +78,7 @@ class Relay:
         if fault and fault.drop:
             process.channel.get_connection().abort()
             return
-        if fault and fault.ends:
+        if fault and fault.replaces_answer:
             said = fault.says or fault.error or (f"status {fault.status}" if fault.status else "")
             out, err = fault.prints.encode(), f"{said}\n".encode() if said else b""
             code = fault.exit if fault.exit is not None else 255 if said else 0
@@ -87,7 +87,7 @@ class Relay:
         process.exit(code)
 
 
-class Gate(asyncssh.SSHServer):
+class SshLogin(asyncssh.SSHServer):
     """Who may come in: whoever has a key that is registered, to an instance that exists."""
 
     def __init__(self, state: State) -> None:

@@ -38,7 +38,7 @@ from starlette.routing import Route
 
 from pulse_railway import contract
 from pulse_railway.local import api, cli, edge
-from pulse_railway.local.faults import Fault, Orders
+from pulse_railway.local.faults import Fault, FaultSettings
 from pulse_railway.local.page import Page
 from pulse_railway.local.relay import Relay
 from pulse_railway.local.ssh_keys import fingerprint, key_file
@@ -68,12 +68,12 @@ class LocalRailway:
         self.relay = Relay(self.state, self.supervisor, self.relay_fault)
         self.edges: dict[str, edge.Edge] = {}
         self.faults: list[Fault] = []
-        self.orders: dict[str, Any] = {}  # what of `Orders` is not as usual
+        self.fault_settings: dict[str, Any] = {}  # what of `FaultSettings` is not as usual
         self.latency = 0.0
         self.edge_page = ""
         self.rules = api.Rules()
         self.rate_limit: int | None = None
-        self.minute = (0.0, 0)  # since when, and how many API calls
+        self.rate_window = (0.0, 0)  # since when, and how many API calls
         self.calls: Counter[str] = Counter()
         self.documents = 0
 
@@ -106,7 +106,7 @@ class LocalRailway:
             self.state.save()
         return path
 
-    def write_railway(self) -> None:
+    def write_cli(self) -> None:
         """The `railway` executable that `PATH` gets."""
         folder = self.state.root / "bin"
         folder.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ class LocalRailway:
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        self.write_railway()
+        self.write_cli()
         self.ssh_key()
         for service in self.state.services:
             for instance in service.instances:
@@ -172,10 +172,10 @@ class LocalRailway:
     def caller(self, request: Request) -> api.Caller:
         return api.Caller(self.token_of(request), self.supervisor, self.open_domain, self.rules)
 
-    async def _fault(self, fields: list[str], *, after: bool = False) -> Response | None:
+    async def _fault_answer(self, fields: list[str], *, after: bool = False) -> Response | None:
         """The answer that a fault gives in place of the real one, if one is due."""
         for fault in self.faults:
-            if fault.after != after or fault.gives is not ... or not fault.hits(fields):
+            if fault.after != after or fault.gives is not ... or not fault.is_due(fields):
                 continue
             if fault.delay:
                 await asyncio.sleep(fault.delay)
@@ -201,23 +201,23 @@ class LocalRailway:
             return JSONResponse({"errors": [{"message": error.message}]}, 400)
         self.documents += 1
         self.calls.update(fields)
-        if limited := self._limited():
+        if limited := self._rate_limit_answer():
             return limited
         if self.latency:
             await asyncio.sleep(self.latency)
-        if faulty := await self._fault(fields):
+        if faulty := await self._fault_answer(fields):
             return faulty
         answer = await api.execute(self.schema, self.caller(request), document, values)
         if answer["data"]:
-            self._replace(document, values or {}, answer["data"])
-        if faulty := await self._fault(fields, after=True):
+            self._replace_fields(document, values or {}, answer["data"])
+        if faulty := await self._fault_answer(fields, after=True):
             return faulty
         # documents that do not validate are refused, as Railway's server does
         return JSONResponse(
-            answer, 400 if answer["data"] is None and not values_error(answer) else 200
+            answer, 400 if answer["data"] is None and not is_resolver_error(answer) else 200
         )
 
-    def _replace(self, document: str, values: dict[str, Any], data: dict[str, Any]) -> None:
+    def _replace_fields(self, document: str, values: dict[str, Any], data: dict[str, Any]) -> None:
         """Put what faults give in the place of what fields have answered."""
         for fault in self.faults:
             if fault.gives is ...:
@@ -226,12 +226,12 @@ class LocalRailway:
                 field.alias.value if field.alias else field.name.value
                 for field in top_nodes(document)
                 if field.name.value == fault.match
-                and fault.service in (None, self._about(field, values))
+                and fault.service in (None, self._service_named_in(field, values))
             ]
-            if asked and fault.hits([fault.match]):
+            if asked and fault.is_due([fault.match]):
                 data.update(dict.fromkeys(asked, fault.gives))
 
-    def _about(self, field: FieldNode, values: dict[str, Any]) -> str | None:
+    def _service_named_in(self, field: FieldNode, values: dict[str, Any]) -> str | None:
         """The name of the service that a field of a document asks about."""
         for argument in field.arguments or ():
             if argument.name.value == "serviceId":
@@ -239,13 +239,13 @@ class LocalRailway:
                 return service.name if service else None
         return None
 
-    def _limited(self) -> Response | None:
+    def _rate_limit_answer(self) -> Response | None:
         """Railway's rate limit, over a minute instead of an hour."""
-        began, count = self.minute
+        began, count = self.rate_window
         now = time.monotonic()
         if now > began + 60:
             began, count = now, 0
-        self.minute = began, count + 1
+        self.rate_window = began, count + 1
         if self.rate_limit is None or count < self.rate_limit:
             return None
         after = str(int(began + 60 - now) + 1)
@@ -256,7 +256,7 @@ class LocalRailway:
         service_id = request.query_params.get("serviceId", "")
         environment_id = request.path_params["environment"]
         self.calls.update(["up"])
-        if faulty := await self._fault(["up"]):
+        if faulty := await self._fault_answer(["up"]):
             return faulty
         try:
             instance = api.need_instance(caller, service_id, environment_id)
@@ -272,7 +272,7 @@ class LocalRailway:
             except BuildError as error:
                 return JSONResponse({"message": str(error)}, 400)
         deployment = self.supervisor.deploy(service, instance, upload=upload)
-        if faulty := await self._fault(["up"], after=True):
+        if faulty := await self._fault_answer(["up"], after=True):
             return faulty
         return JSONResponse(
             {
@@ -284,7 +284,7 @@ class LocalRailway:
             }
         )
 
-    async def relay_of(self, request: Request) -> Response:
+    async def relay_address(self, request: Request) -> Response:
         """Where `railway ssh` goes; the real one has it built in."""
         if self.token_of(request) is None:
             return JSONResponse({"message": "Not Authorized"}, 401)
@@ -294,12 +294,12 @@ class LocalRailway:
     def relay_fault(self) -> Fault | None:
         """The fault that is due for a command which has come in by ssh."""
         self.calls.update(["ssh"])
-        return next((fault for fault in self.faults if fault.hits(["ssh"])), None)
+        return next((fault for fault in self.faults if fault.is_due(["ssh"])), None)
 
     async def oauth(self, request: Request) -> Response:
         form = parse_qs((await request.body()).decode())
         self.calls.update(["oauth"])
-        if faulty := await self._fault(["oauth"]):
+        if faulty := await self._fault_answer(["oauth"]):
             return faulty
         refresh = (form.get("refresh_token") or [""])[0]
         old = next((t for t in self.state.tokens if t.refresh and t.refresh == refresh), None)
@@ -324,36 +324,41 @@ class LocalRailway:
         self.state.tokens.append(token)
         return JSONResponse({"access_token": token.value, "refresh_token": token.refresh})
 
-    # -- orders --------------------------------------------------------------------------------
+    # -- faults -------------------------------------------------------------------------------
 
     async def set_faults(self, request: Request) -> Response:
         """Replaces what is to go wrong; 400 with a sentence for what is not understood."""
         try:
-            orders = Orders(**await request.json())
-            self.faults = [Fault(**fault) for fault in orders.faults]
-            if orders.edge not in ("", "html", "json"):
-                raise ValueError(f"edge is html or json, not {orders.edge}")
-            if orders.deletion_patch not in ("", "refuse", "ignore"):
-                raise ValueError(f"deletion_patch is refuse or ignore, not {orders.deletion_patch}")
-            self.latency = float(orders.latency)
-            self.supervisor.build_seconds = float(orders.build_seconds)
+            fault_settings = FaultSettings(**await request.json())
+            self.faults = [Fault(**fault) for fault in fault_settings.faults]
+            if fault_settings.edge not in ("", "html", "json"):
+                raise ValueError(f"edge is html or json, not {fault_settings.edge}")
+            if fault_settings.deletion_patch not in ("", "refuse", "ignore"):
+                raise ValueError(
+                    f"deletion_patch is refuse or ignore, not {fault_settings.deletion_patch}"
+                )
+            self.latency = float(fault_settings.latency)
+            self.supervisor.build_seconds = float(fault_settings.build_seconds)
         except (ValueError, TypeError) as error:
             return JSONResponse({"message": f"not an order that is known: {error}"}, 400)
-        given, usual = asdict(orders), asdict(Orders(clock=orders.clock or None))
-        self.orders = {name: value for name, value in given.items() if value != usual[name]}
-        self.edge_page = orders.edge
-        self.rules = api.Rules(
-            orders.every_environment,
-            orders.deletion_patch,
-            orders.copy_uploads,
-            orders.restricted,
+        given, usual = (
+            asdict(fault_settings),
+            asdict(FaultSettings(clock=fault_settings.clock or None)),
         )
-        self.rate_limit, self.minute = orders.rate_limit, (0.0, 0)
-        self.supervisor.react_delay = str(orders.react_delay)
+        self.fault_settings = {name: value for name, value in given.items() if value != usual[name]}
+        self.edge_page = fault_settings.edge
+        self.rules = api.Rules(
+            fault_settings.every_environment,
+            fault_settings.deletion_patch,
+            fault_settings.copy_uploads,
+            fault_settings.restricted,
+        )
+        self.rate_limit, self.rate_window = fault_settings.rate_limit, (0.0, 0)
+        self.supervisor.react_delay = str(fault_settings.react_delay)
         for name in "crash_at ipv6_only name_delay old_gets_requests keep_files".split():
-            setattr(self.supervisor, name, getattr(orders, name))
-        if orders.clock is not None:
-            self.supervisor.clock = orders.clock
+            setattr(self.supervisor, name, getattr(fault_settings, name))
+        if fault_settings.clock is not None:
+            self.supervisor.clock = fault_settings.clock
         for project in self.state.projects:
             for environment in project.environments:
                 self.supervisor.write_hosts(environment.id)
@@ -412,11 +417,11 @@ class LocalRailway:
         post = ["POST"]
         return Starlette(
             routes=[
-                *Page(self.state, self.supervisor, lambda: self.orders).routes,
+                *Page(self.state, self.supervisor, lambda: self.fault_settings).routes,
                 Route("/graphql/v2", self.graphql, methods=post),
                 Route("/graphql/v2/", self.graphql, methods=post),  # as some clients join it
                 Route("/project/{project}/environment/{environment}/up", self.up, methods=post),
-                Route("/local/relay", self.relay_of, methods=post),
+                Route("/local/relay", self.relay_address, methods=post),
                 Route("/oauth/token", self.oauth, methods=post),
                 Route("/local/login", self.login, methods=post),
                 Route("/local/faults", self.set_faults, methods=post),
@@ -446,7 +451,7 @@ def top_nodes(document: str) -> list[FieldNode]:
     ]
 
 
-def values_error(answer: dict[str, Any]) -> bool:
+def is_resolver_error(answer: dict[str, Any]) -> bool:
     """Was the document carried out, and failed in a resolver (which is a 200 on Railway)?"""
     return any(error.get("path") for error in answer.get("errors", []))
 

@@ -149,7 +149,7 @@ class Workspace:
     external: bool = False
 
 
-def _kept(deployment: Deployment) -> Deployment:
+def _stored_form(deployment: Deployment) -> Deployment:
     """A deployment as it is written: one that was removed never starts again."""
     return replace(deployment, variables={}) if deployment.status == "REMOVED" else deployment
 
@@ -171,7 +171,7 @@ class State:
         if self.path.exists():
             self._load(json.loads(self.path.read_text()))
         else:
-            self._first_time()
+            self._create_first_project()
 
     @property
     def path(self) -> Path:
@@ -196,11 +196,11 @@ class State:
             service = self.service(deployment.service_id)
             instance = self.instance(deployment.service_id, deployment.environment_id)
             if "variables" not in raw and service and instance:  # an older version wrote it
-                deployment.variables = rendered(self, service, instance)
+                deployment.variables = render_variables(self, service, instance)
             self.deployments.append(deployment)
         self.tokens = [Token(**t) for t in data["tokens"]]
 
-    def _first_time(self) -> None:
+    def _create_first_project(self) -> None:
         """A workspace with one empty project, and a token of each kind."""
         home = Workspace(new_id(), "local")
         self.workspaces = [home, Workspace(new_id(), "shared-with-me", external=True)]
@@ -220,7 +220,7 @@ class State:
             "workspaces": [asdict(w) for w in self.workspaces],
             "projects": [asdict(p) for p in self.projects],
             "services": [asdict(s) for s in self.services],
-            "deployments": [asdict(_kept(d)) for d in self.deployments],
+            "deployments": [asdict(_stored_form(d)) for d in self.deployments],
             "tokens": [asdict(t) for t in self.tokens],
         }
         self.root.mkdir(parents=True, exist_ok=True)
@@ -319,7 +319,7 @@ class State:
 REFERENCE = re.compile(r"\$\{\{\s*(?:([^}.\s]+)\.)?([A-Za-z0-9_]+)\s*\}\}")
 
 
-def provided(state: State, service: Service, instance: Instance) -> dict[str, str]:
+def railway_variables(state: State, service: Service, instance: Instance) -> dict[str, str]:
     """The variables that Railway itself sets on a service."""
     found = state.environment(instance.environment_id)
     assert found is not None
@@ -344,14 +344,14 @@ def private_domain(service: Service) -> str:
     return f"{service.name}.railway.internal"
 
 
-def rendered(state: State, service: Service, instance: Instance) -> dict[str, str]:
+def render_variables(state: State, service: Service, instance: Instance) -> dict[str, str]:
     """All variables of a service, references resolved; one to nothing renders as nothing."""
 
     def value_of(owner: Service, where: Instance, name: str, seen: tuple[str, ...]) -> str:
         mark = f"{owner.id}.{name}"
         if mark in seen:
             return ""
-        raw = {**provided(state, owner, where), **where.variables}.get(name, "")
+        raw = {**railway_variables(state, owner, where), **where.variables}.get(name, "")
 
         def resolve(match: re.Match[str]) -> str:
             scope, wanted = match.groups()
@@ -367,7 +367,7 @@ def rendered(state: State, service: Service, instance: Instance) -> dict[str, st
 
         return REFERENCE.sub(resolve, raw)
 
-    names = {**provided(state, service, instance), **instance.variables}
+    names = {**railway_variables(state, service, instance), **instance.variables}
     return {name: value_of(service, instance, name, ()) for name in names}
 
 

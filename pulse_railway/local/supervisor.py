@@ -40,16 +40,16 @@ from pulse_railway.local.state import (
     new_id,
     now,
     private_domain,
-    rendered,
+    render_variables,
 )
 from pulse_railway.local.volumes import delete_volumes, move_old_volumes, volume_folder
 
 HERE = Path(__file__).parent
 DEFAULT_HEALTH_TIMEOUT = 300
-RESTART_PAUSE = 0.5
+RESTART_DELAY = 0.5
 PRE_DEPLOY_TIMEOUT = 600.0
-LONGEST_GRACE = 3.0  # seconds that a process gets whose environment is deleted
-MARK = "RAILWAY_LOCAL_ROOT"  # tells a process of ours from others after a crash
+MAX_GRACE = 3.0  # seconds that a process gets whose environment is deleted
+ROOT_VARIABLE = "RAILWAY_LOCAL_ROOT"  # tells a process of ours from others after a crash
 
 
 def redis_executable() -> str:
@@ -69,7 +69,7 @@ def redis_executable() -> str:
 
 
 PORTS = range(10_000, 32_000)  # below those that Linux gives to connections that go out
-_places = itertools.count(secrets.randbelow(len(PORTS)))
+_port_offsets = itertools.count(secrets.randbelow(len(PORTS)))
 
 
 def free_port() -> int:
@@ -77,24 +77,24 @@ def free_port() -> int:
     given back, was now and then an outgoing connection's by the time a server took it. One after
     the other, so that none is given out twice before its server has it."""
     while True:
-        port = PORTS[next(_places) % len(PORTS)]
+        port = PORTS[next(_port_offsets) % len(PORTS)]
         with socket.socket() as sock, contextlib.suppress(OSError):
             sock.bind(("127.0.0.1", port))
             return port
 
 
-def belongs(pid: int, root: Path) -> bool:
+def is_local_process(pid: int, root: Path) -> bool:
     """Is this a process of the local Railway in `root`? Its environment says so, or its folder:
     Redis writes its title over its environment."""
     home = Path(f"/proc/{pid}")
     try:
-        marked = f"{MARK}={root}".encode() in (home / "environ").read_bytes().split(b"\0")
+        marked = f"{ROOT_VARIABLE}={root}".encode() in (home / "environ").read_bytes().split(b"\0")
         return marked or str((home / "cwd").readlink()).startswith(f"{root}/")
     except OSError:  # it has ended, or is not ours to look at
         return False
 
 
-def marked(mark: str) -> list[int]:
+def pids_with_variable(mark: str) -> list[int]:
     """The processes that have `NAME=value` in their environment, also those that have made a
     session of their own."""
     found = []
@@ -105,7 +105,7 @@ def marked(mark: str) -> list[int]:
     return found
 
 
-def in_session(leader: int) -> list[int]:
+def pids_in_session(leader: int) -> list[int]:
     """The processes of the session that a process has made, also when that one has ended."""
     found = []
     for home in Path("/proc").glob("[0-9]*"):
@@ -124,10 +124,10 @@ class Running:
     port: int
     env: dict[str, str]
     cwd: Path
-    launched: float = field(default_factory=time.monotonic)
+    started_at: float = field(default_factory=time.monotonic)
     restarts: int = 0
     stopping: bool = False
-    pump: asyncio.Task[None] | None = None
+    copier: asyncio.Task[None] | None = None
     watcher: asyncio.Task[None] | None = None
 
 
@@ -177,7 +177,7 @@ class Supervisor:
         move_old_volumes(self.state)
         for deployment in list(self.state.deployments):
             if deployment.status not in ("SUCCESS", *ENDED):
-                self._set(deployment, "FAILED")
+                self._set_status(deployment, "FAILED")
         for service in self.state.services:
             for instance in service.instances:
                 last = self.state.deployments_of(service.id, instance.environment_id)
@@ -198,7 +198,7 @@ class Supervisor:
         await asyncio.gather(*self.tasks, return_exceptions=True)
         for running in self.processes:
             running.stopping = False  # what was ending it has just been cancelled
-        await asyncio.gather(*(self._end(r, grace=5.0) for r in list(self.processes)))
+        await asyncio.gather(*(self._terminate(r, grace=5.0) for r in list(self.processes)))
 
     def spawn(self, coroutine: Any, name: str = "run") -> asyncio.Task[Any]:
         task = asyncio.create_task(coroutine, name=name)
@@ -211,8 +211,8 @@ class Supervisor:
         (Redis writes its title over its environment)."""
         pids = self.root / "pids"
         started = pids.read_text().split() if pids.exists() else []
-        found = {pid for pid in map(int, started) if belongs(pid, self.root)}
-        for pid in found | set(marked(f"{MARK}={self.root}")):
+        found = {pid for pid in map(int, started) if is_local_process(pid, self.root)}
+        for pid in found | set(pids_with_variable(f"{ROOT_VARIABLE}={self.root}")):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         pids.write_text("")
@@ -233,13 +233,13 @@ class Supervisor:
             service.id,
             image=None if source else instance.image,
             upload=source,
-            variables=rendered(self.state, service, instance),
+            variables=render_variables(self.state, service, instance),
         )
         self.state.deployments.append(deployment)
         self.state.save()
         for other in self.state.deployments_of(service.id, instance.environment_id)[1:]:
             if other.status in ("INITIALIZING", "QUEUED", "WAITING", "BUILDING"):
-                self._set(other, "REMOVED")  # superseded
+                self._set_status(other, "REMOVED")  # superseded
         self.spawn(self._run(service, instance, deployment))
         return deployment
 
@@ -249,37 +249,37 @@ class Supervisor:
         try:
             if not again:
                 self._log(deployment, "build", "scheduling build")
-                await self._step(deployment, "BUILDING")
+                await self._advance(deployment, "BUILDING")
             build = self._build(service, instance, deployment)
             if not again:
                 await asyncio.sleep(self.build_seconds)
-                await self._step(deployment, "DEPLOYING")
+                await self._advance(deployment, "DEPLOYING")
                 await self._pre_deploy(service, instance, deployment, build)
                 if deployment.status == "REMOVED":
                     raise BuildError("removed before it was started")
             if instance.settings.get("cronSchedule"):
-                await self._replace(instance, None, deployment)
-                self._set(deployment, "SUCCESS")
+                await self._switch_to(instance, None, deployment)
+                self._set_status(deployment, "SUCCESS")
                 return
             if instance.volume:  # two processes may not share one volume
-                await self._replace(instance, None, deployment)
+                await self._switch_to(instance, None, deployment)
             running = await self._launch(service, instance, deployment, build)
             try:
-                await self._healthy(instance, running, build)
+                await self._wait_until_healthy(instance, running, build)
             except BaseException:
-                await self._end(running, grace=0)
+                await self._terminate(running, grace=0)
                 raise
             here = self.state.instance(service.id, instance.environment_id)
             if deployment.status == "REMOVED" or here is not instance:
-                await self._end(running, grace=0)
+                await self._terminate(running, grace=0)
                 return
-            self._set(deployment, "SUCCESS")
-            await self._replace(instance, running, deployment)
+            self._set_status(deployment, "SUCCESS")
+            await self._switch_to(instance, running, deployment)
             running.watcher = self.spawn(self._watch(service, instance, running, build), "watch")
         except (BuildError, OSError, ValueError) as error:
             self._log(deployment, "build", str(error), "error")
             if deployment.status != "REMOVED":  # else it was superseded meanwhile
-                self._set(deployment, "FAILED")
+                self._set_status(deployment, "FAILED")
             deployment.stopped = True
             self.state.save()
 
@@ -316,21 +316,21 @@ class Supervisor:
             if process.returncode:
                 raise BuildError(f"the pre-deploy command ended with {process.returncode}")
 
-    async def _step(self, deployment: Deployment, status: str) -> None:
-        self._go_on(deployment)
-        self._set(deployment, status)
+    async def _advance(self, deployment: Deployment, status: str) -> None:
+        self._check_not_superseded(deployment)
+        self._set_status(deployment, status)
         if self.crash_at == status:
             self.crash_at = None
             raise BuildError(f"ordered to fail at {status}")
         await asyncio.sleep(0.05)
-        self._go_on(deployment)
+        self._check_not_superseded(deployment)
 
-    def _go_on(self, deployment: Deployment) -> None:
+    def _check_not_superseded(self, deployment: Deployment) -> None:
         """Raises BuildError where it has been removed, or has failed, meanwhile."""
         if deployment.status in ("REMOVED", "FAILED"):
             raise BuildError("superseded by a newer deployment")
 
-    def _set(self, deployment: Deployment, status: str) -> None:
+    def _set_status(self, deployment: Deployment, status: str) -> None:
         deployment.status = status
         deployment.updated_at = now()
         if status == "REMOVED":
@@ -413,7 +413,7 @@ class Supervisor:
             "RAILWAY_LOCAL_PYTHON": sys.executable,
             "RAILWAY_LOCAL_REACT_DELAY": self.react_delay,
             "RAILWAY_LOCAL_HOSTS": str(self.hosts_file(instance.environment_id)),
-            MARK: str(self.root),
+            ROOT_VARIABLE: str(self.root),
             "RAILWAY_DEPLOYMENT_ID": deployment.id,
             "RAILWAY_REPLICA_ID": new_id(),
             "PULSE_RAILWAY_API_URL": self.api_url,
@@ -451,12 +451,12 @@ class Supervisor:
         with (self.root / "pids").open("a") as file:
             file.write(f"{process.pid}\n")
         running = Running(deployment, process, port, env, build.cwd)
-        running.pump = self.spawn(self._pump(running, output), "pump")
+        running.copier = self.spawn(self._copy_output(running, output), "copy output")
         self.processes.add(running)
         self.started[service.id] += 1
         return running
 
-    async def _pump(self, running: Running, output: int) -> None:
+    async def _copy_output(self, running: Running, output: int) -> None:
         """Log what is written to `output`, until nobody has its other end."""
         stream, loop = asyncio.StreamReader(), asyncio.get_running_loop()
         with open(output, "rb", buffering=0) as pipe:
@@ -473,7 +473,7 @@ class Supervisor:
                         return
                     self._log(running.deployment, "deploy", line.rstrip("\n"))
 
-    async def _healthy(self, instance: Instance, running: Running, build: Build) -> None:
+    async def _wait_until_healthy(self, instance: Instance, running: Running, build: Build) -> None:
         """Wait for the health check. Raises BuildError when its time is up."""
         path = instance.settings.get("healthcheckPath")
         timeout = instance.settings.get("healthcheckTimeout") or DEFAULT_HEALTH_TIMEOUT
@@ -500,7 +500,7 @@ class Supervisor:
                 await asyncio.sleep(0.1)
         raise BuildError(f"health check {path} did not answer 200 within {timeout} s")
 
-    async def _replace(
+    async def _switch_to(
         self, instance: Instance, running: Running | None, deployment: Deployment
     ) -> None:
         """Let a new process take an instance's traffic, and end the one before it."""
@@ -511,20 +511,20 @@ class Supervisor:
         history = self.state.deployments_of(deployment.service_id, instance.environment_id)
         for older in history[history.index(deployment) + 1 :]:
             if older.status not in ENDED:  # also one that is still coming up
-                self._set(older, "REMOVED")
+                self._set_status(older, "REMOVED")
         if old:
             self.retiring[instance.id] = old
             overlap = min(float(instance.settings.get("overlapSeconds") or 0), 1.0)
             self.spawn(self._retire(instance, old, overlap if running else 0.0), "retire")
             if not running:
-                await self._end(old, grace=self._grace(instance, old))
+                await self._terminate(old, grace=self._grace(instance, old))
 
     async def _retire(self, instance: Instance, old: Running, overlap: float) -> None:
         await asyncio.sleep(overlap)
         if self.retiring.get(instance.id) is old:
             del self.retiring[instance.id]
             self.write_hosts(instance.environment_id)
-        await self._end(old, grace=self._grace(instance, old))
+        await self._terminate(old, grace=self._grace(instance, old))
 
     def traffic(self, instance: Instance) -> Running | None:
         """What an instance's requests go to. Whether the old or the new process gets those of the
@@ -539,7 +539,7 @@ class Supervisor:
         usual = 3 if instance.volume else 0
         return float(setting or instance.settings.get("drainingSeconds") or usual)
 
-    async def _end(self, running: Running, grace: float) -> None:
+    async def _terminate(self, running: Running, grace: float) -> None:
         """SIGTERM to the first process; SIGKILL for all, when it has ended or `grace` is over."""
         if running.stopping:
             return
@@ -562,7 +562,7 @@ class Supervisor:
             return  # it was done before, and the id may be another process's by now
         self.processes.discard(running)
         mark = f"RAILWAY_REPLICA_ID={running.env['RAILWAY_REPLICA_ID']}"
-        for pid in {*marked(mark), *in_session(running.process.pid)}:
+        for pid in {*pids_with_variable(mark), *pids_in_session(running.process.pid)}:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
@@ -578,50 +578,54 @@ class Supervisor:
             if self.closing or running.stopping:
                 return
             if policy == "NEVER" or (policy == "ON_FAILURE" and code == 0):
-                self._set(running.deployment, "SUCCESS" if code == 0 else "CRASHED")
+                self._set_status(running.deployment, "SUCCESS" if code == 0 else "CRASHED")
                 return
             if running.restarts >= limit:
-                self._set(running.deployment, "CRASHED")
+                self._set_status(running.deployment, "CRASHED")
                 return
             restarts = running.restarts + 1
             self._log(running.deployment, "deploy", f"exited with {code}; restart {restarts}")
-            await asyncio.sleep(RESTART_PAUSE)
+            await asyncio.sleep(RESTART_DELAY)
             build = self._build(service, instance, running.deployment)
             running = await self._launch(service, instance, running.deployment, build)
             running.restarts, running.watcher = restarts, asyncio.current_task()
             self.current[instance.id] = running
             self.write_hosts(instance.environment_id)
 
-    def remove(self, instance: Instance, longest: float = float("inf")) -> list[asyncio.Task[None]]:
+    def remove(
+        self, instance: Instance, max_grace: float = float("inf")
+    ) -> list[asyncio.Task[None]]:
         """Remove a service's deployments in one environment.
 
-        Returns the tasks that end its processes, also those that are still coming up; `longest`:
+        Returns the tasks that end its processes, also those that are still coming up; `max_grace`:
         the most seconds that they get.
         """
         history = self.state.deployments_of(instance.service_id, instance.environment_id)
         for deployment in history:
             if deployment.status not in ("FAILED", "CRASHED"):
-                self._set(deployment, "REMOVED")
+                self._set_status(deployment, "REMOVED")
         found = [running for running in self.processes if running.deployment in history]
         self.retiring.pop(instance.id, None)
         current = self.current.pop(instance.id, None)  # not in `processes` while it has crashed
         if current and current not in found:
             found.append(current)
         self.write_hosts(instance.environment_id)
-        graces = [min(self._grace(instance, running), longest) for running in found]
+        graces = [min(self._grace(instance, running), max_grace) for running in found]
         return [
-            self.spawn(self._end(running, grace), "retire")
+            self.spawn(self._terminate(running, grace), "retire")
             for running, grace in zip(found, graces, strict=True)
         ]
 
     async def remove_environment(self, environment_id: str) -> None:
         """End all processes of an environment; then delete its deployments, volumes and names."""
         instances = [instance for _, instance in self.state.instances(environment_id)]
-        await asyncio.gather(*(task for i in instances for task in self.remove(i, LONGEST_GRACE)))
+        await asyncio.gather(*(task for i in instances for task in self.remove(i, MAX_GRACE)))
         left = [r for r in self.processes if r.deployment.environment_id == environment_id]
         await asyncio.gather(*(r.process.wait() for r in left))  # which were ending before
-        for pid in marked(f"RAILWAY_ENVIRONMENT_ID={environment_id}"):  # pre-deploy commands, ssh
-            if belongs(pid, self.root):
+        for pid in pids_with_variable(
+            f"RAILWAY_ENVIRONMENT_ID={environment_id}"
+        ):  # pre-deploy commands, ssh
+            if is_local_process(pid, self.root):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         self.state.deployments = [
@@ -632,36 +636,36 @@ class Supervisor:
 
     async def stop_deployment(self, deployment: Deployment, *, remove: bool = False) -> None:
         if remove:
-            self._set(deployment, "REMOVED")  # first: what is coming up does not count as failed
+            self._set_status(deployment, "REMOVED")
         deployment.stopped = True
         instance = self.state.instance(deployment.service_id, deployment.environment_id)
         current = self.current.get(instance.id) if instance else None
         if instance and current and current.deployment is deployment:
             del self.current[instance.id]
             self.write_hosts(instance.environment_id)
-            await self._end(current, self._grace(instance, current))
+            await self._terminate(current, self._grace(instance, current))
         for running in [r for r in self.processes if r.deployment is deployment]:
-            await self._end(running, grace=0)
+            await self._terminate(running, grace=0)
         self.state.save()
 
     def restart(self, service: Service, instance: Instance, deployment: Deployment) -> None:
         """End a deployment's container and start it again, as Railway does: without an overlap."""
         if deployment.status in ("SUCCESS", "FAILED", "CRASHED"):
-            self._set(deployment, "DEPLOYING")
+            self._set_status(deployment, "DEPLOYING")
             self.spawn(self._restart(service, instance, deployment))
 
     async def _restart(self, service: Service, instance: Instance, deployment: Deployment) -> None:
         try:
             running = self.current.get(instance.id)
             if running and running.deployment is deployment:
-                await self._end(running, self._grace(instance, running))
-            await asyncio.sleep(RESTART_PAUSE)
+                await self._terminate(running, self._grace(instance, running))
+            await asyncio.sleep(RESTART_DELAY)
             if deployment.status == "DEPLOYING":  # else it was removed meanwhile
                 deployment.stopped = False
                 await self._run(service, instance, deployment, again=True)
         except asyncio.CancelledError:  # the local Railway ends; its next start runs it again
             if deployment.status == "DEPLOYING":
-                self._set(deployment, "SUCCESS")
+                self._set_status(deployment, "SUCCESS")
             raise
 
     # -- the private network -------------------------------------------------------------------
@@ -675,8 +679,8 @@ class Supervisor:
         hosts: dict[str, Any] = {"ipv6": self.ipv6_only}
         for service, instance in self.state.instances(environment_id):
             running = self.traffic(instance)
-            if running and time.monotonic() < running.launched + self.name_delay:
-                later = running.launched + self.name_delay - time.monotonic()
+            if running and time.monotonic() < running.started_at + self.name_delay:
+                later = running.started_at + self.name_delay - time.monotonic()
                 asyncio.get_running_loop().call_later(later, self.write_hosts, environment_id)
             elif running:
                 variables = running.deployment.variables
@@ -713,8 +717,8 @@ class Supervisor:
         try:
             code = await running.process.wait()
             self._kill(running)
-            if running.pump:  # a process that got away may hold it open
-                await asyncio.wait([running.pump], timeout=1)
+            if running.copier:  # a process that got away may hold it open
+                await asyncio.wait([running.copier], timeout=1)
             return code
         finally:
             self.cron_running.pop(instance.id, None)

@@ -104,7 +104,7 @@ def need_instance(caller: Caller, service_id: str, environment_id: str) -> Insta
     return instance
 
 
-def need_person(caller: Caller, project_id: str | None = None) -> None:
+def refuse_project_token(caller: Caller, project_id: str | None = None) -> None:
     """Refuse a project token, which is for one environment, and who does not see the project."""
     if caller.token is None or caller.token.kind == "project":
         raise refuse()

@@ -9,9 +9,9 @@ from pulse_railway.local import state as model
 from pulse_railway.local.api.access import (
     Caller,
     need_environment,
-    need_person,
     need_project,
     refuse,
+    refuse_project_token,
 )
 from pulse_railway.local.api.mutations import mutation
 from pulse_railway.local.api.patch import apply_patch, config_of
@@ -22,7 +22,7 @@ from pulse_railway.local.state import Environment
 @mutation
 async def environmentCreate(caller: Caller, input: dict[str, Any]) -> Any:
     """Empty, or with `sourceEnvironmentId` a copy, whose changes are committed or staged."""
-    need_person(caller)
+    refuse_project_token(caller)
     owner = need_project(caller, input["projectId"])
     if any(e.name == input["name"] for e in owner.environments):
         raise refuse(f'Environment named "{input["name"]}" already exists')
@@ -55,7 +55,7 @@ async def environmentDelete(caller: Caller, id: str) -> bool:
 
 @mutation
 async def projectDelete(caller: Caller, id: str) -> bool:
-    need_person(caller)
+    refuse_project_token(caller)
     found = need_project(caller, id)
     for environment in found.environments:
         await delete_environment(caller, environment.id)
@@ -91,7 +91,7 @@ def environmentStageChanges(
     caller: Caller, environmentId: str, input: dict[str, Any], merge: bool | None = None
 ) -> Any:
     _, where = need_environment(caller, environmentId)
-    where.staged = _deep(where.staged, input) if merge else input
+    where.staged = _deep_merge(where.staged, input) if merge else input
     return staged_view(where)
 
 
@@ -108,7 +108,7 @@ async def environmentPatchCommitStaged(
     return model.new_id()
 
 
-def _deep(into: Any, given: Any) -> Any:
+def _deep_merge(into: Any, given: Any) -> Any:
     if not isinstance(into, dict) or not isinstance(given, dict):
         return given
-    return {**into, **{k: _deep(into.get(k), v) for k, v in given.items()}}
+    return {**into, **{k: _deep_merge(into.get(k), v) for k, v in given.items()}}

@@ -13,14 +13,14 @@ from pulse_railway.local.api.access import (
     need_deployment,
     need_environment,
     need_instance,
-    need_person,
     need_project,
     need_service,
     refuse,
+    refuse_project_token,
     ssh_key_owner,
 )
 from pulse_railway.local.api.patch import check_settings
-from pulse_railway.local.api.services import reached, take_out
+from pulse_railway.local.api.services import affected_environments, remove_instances
 from pulse_railway.local.api.views import (
     SETTINGS,
     custom_domain_view,
@@ -44,7 +44,7 @@ def mutation(function: Resolver) -> Resolver:
 
 @mutation
 def projectCreate(caller: Caller, input: dict[str, Any]) -> Any:
-    need_person(caller)
+    refuse_project_token(caller)
     home = input.get("workspaceId") or caller.state.workspaces[0].id
     name = input.get("name") or "project"
     environment = input.get("defaultEnvironmentName") or "production"
@@ -81,7 +81,7 @@ def serviceCreate(caller: Caller, input: dict[str, Any]) -> Any:
         raise refuse("Service name must be 32 characters or less")
     if any(s.project_id == owner.id and s.name == name for s in caller.state.services):
         raise refuse(f'A service named "{name}" already exists in this project')
-    where = reached(caller, owner, input.get("environmentId"))
+    where = affected_environments(caller, owner, input.get("environmentId"))
     created = caller.state.add_service(owner, name, where)
     source = input.get("source") or {}
     for instance in created.instances:
@@ -102,7 +102,7 @@ def serviceUpdate(caller: Caller, id: str, input: dict[str, Any]) -> Any:
 
 @mutation
 def serviceDelete(caller: Caller, id: str, environmentId: str | None = None) -> bool:
-    take_out(caller, *_instances(caller, id, environmentId))
+    remove_instances(caller, *_instances(caller, id, environmentId))
     return True
 
 
@@ -112,7 +112,7 @@ def _instances(
     """A service, and the instances of it that a change acts on: at least one."""
     found = need_service(caller, service_id)
     owner = need_project(caller, found.project_id)
-    where = {environment.id for environment in reached(caller, owner, environment_id)}
+    where = {environment.id for environment in affected_environments(caller, owner, environment_id)}
     instances = [i for i in found.instances if i.environment_id in where]
     if not instances:
         raise refuse("ServiceInstance not found")

@@ -12,7 +12,7 @@ from typing import Any
 
 from pulse_railway.local import state as model
 from pulse_railway.local.api.access import Caller, need_service, refuse
-from pulse_railway.local.api.services import take_out
+from pulse_railway.local.api.services import remove_instances
 from pulse_railway.local.state import Environment, Instance, Service
 
 BUILD = ("builder", "buildCommand", "dockerfilePath", "watchPatterns")
@@ -143,28 +143,30 @@ async def apply_patch(
     A service with `isCreated` that is not in this environment yet comes into it. One with
     `isDeleted` leaves this environment and no other.
     """
-    _known(patch, ("services", "groups", "sharedVariables", "volumes", "buckets"), "the patch")
+    _check_names(
+        patch, ("services", "groups", "sharedVariables", "volumes", "buckets"), "the patch"
+    )
     changes = []
     for service_id, given in (patch.get("services") or {}).items():
         service = need_service(caller, service_id)
-        changes.append((service, _checked(caller, environment, service, given or {})))
+        changes.append((service, _checked_change(caller, environment, service, given or {})))
     for name, group in (patch.get("groups") or {}).items():
         if group is None:
             environment.groups.pop(name, None)
         else:
             environment.groups[name] = {**environment.groups.get(name, {}), **group}
-    _merge(environment.shared, patch.get("sharedVariables") or {})
+    _merge_variables(environment.shared, patch.get("sharedVariables") or {})
     due = []
     for service, change in changes:
         instance = caller.state.instance(service.id, environment.id)
         is_new = instance is None
         if change.get("isDeleted"):
             if instance and caller.rules.deletion_patch != "ignore":
-                take_out(caller, service, [instance])
+                remove_instances(caller, service, [instance])
             continue
         if instance is None:
             instance = await _create(caller, environment, service, change)
-        if (_change(instance, change) or is_new) and (instance.image or instance.upload):
+        if (_change_instance(instance, change) or is_new) and (instance.image or instance.upload):
             due.append((service, instance))
     for service, instance in due if deploys else []:  # when what they refer to is there
         caller.supervisor.deploy(service, instance)
@@ -185,7 +187,7 @@ async def _create(
     return instance
 
 
-def _checked(
+def _checked_change(
     caller: Caller, environment: Environment, service: Service, change: dict[str, Any]
 ) -> dict[str, Any]:
     """A change of a service, with its settings. Raises what Railway refuses with."""
@@ -197,12 +199,12 @@ def _checked(
         raise refuse("ServiceInstance not found")
     if change.get("isDeleted") and caller.rules.deletion_patch == "refuse":
         raise refuse()
-    _known(change, SERVICE, "a service")
+    _check_names(change, SERVICE, "a service")
     build, deploy = change.get("build") or {}, change.get("deploy") or {}
     networking, source = change.get("networking") or {}, change.get("source") or {}
-    _known(build, BUILD, "build")
-    _known(deploy, DEPLOY, "deploy")
-    _known(networking, ("serviceDomains",), "networking")
+    _check_names(build, BUILD, "build")
+    _check_names(deploy, DEPLOY, "deploy")
+    _check_names(networking, ("serviceDomains",), "networking")
     if instance and set(networking.get("serviceDomains") or {}) - {
         domain.domain for domain in instance.domains
     }:
@@ -217,12 +219,12 @@ def _checked(
     return {**change, "settings": settings}
 
 
-def _known(given: dict[str, Any], names: Iterable[str], where: str) -> None:
+def _check_names(given: dict[str, Any], names: Iterable[str], where: str) -> None:
     if unknown := sorted(set(given) - set(names)):
         raise refuse(f"the local Railway does not know {', '.join(unknown)} in {where}")
 
 
-def _merge(into: dict[str, str], variables: dict[str, Any]) -> bool:
+def _merge_variables(into: dict[str, str], variables: dict[str, Any]) -> bool:
     """Variables as a patch gives them; None removes one. Says whether anything changed."""
     before = dict(into)
     for name, spec in variables.items():
@@ -233,7 +235,7 @@ def _merge(into: dict[str, str], variables: dict[str, Any]) -> bool:
     return into != before
 
 
-def _change(instance: Instance, change: dict[str, Any]) -> bool:
+def _change_instance(instance: Instance, change: dict[str, Any]) -> bool:
     """Apply a change to a service; says whether it is one that Railway deploys anew for.
 
     Domains change at once, without a deployment (Railway's docs, "Staged changes").
@@ -247,17 +249,17 @@ def _change(instance: Instance, change: dict[str, Any]) -> bool:
     instance.volume = instance.volume or bool(change.get("volumeMounts"))
     if "groupId" in change:
         instance.group_id = change["groupId"]
-    changed = _merge(instance.variables, change.get("variables") or {})
-    before = _placed(instance)
+    changed = _merge_variables(instance.variables, change.get("variables") or {})
+    before = _deployed_settings(instance)
     instance.settings.update(change["settings"])
     if "source" in change:
         source = change["source"] or {}
         instance.image, instance.repo = source.get("image"), source.get("repo")
     instance.updated_at = model.now()
-    return changed or before != _placed(instance)
+    return changed or before != _deployed_settings(instance)
 
 
-def _placed(instance: Instance) -> tuple[Any, ...]:
+def _deployed_settings(instance: Instance) -> tuple[Any, ...]:
     """What a deployment is made of: of replicas the regions, and not their number."""
     settings = {k: v for k, v in instance.settings.items() if k != "numReplicas"}
     regions = settings.pop("multiRegionConfig", None) or {}

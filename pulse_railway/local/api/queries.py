@@ -162,8 +162,8 @@ def variables(
     owner = need_service(caller, serviceId)
     instance = need_instance(caller, serviceId, environmentId)
     if unrendered:
-        return {**model.provided(caller.state, owner, instance), **instance.variables}
-    return model.rendered(caller.state, owner, instance)
+        return {**model.railway_variables(caller.state, owner, instance), **instance.variables}
+    return model.render_variables(caller.state, owner, instance)
 
 
 @query

@@ -6,7 +6,9 @@ from pulse_railway.local.api.access import Caller, need_environment, refuse
 from pulse_railway.local.state import Environment, Instance, Project, Service
 
 
-def reached(caller: Caller, project: Project, environment_id: str | None) -> list[Environment]:
+def affected_environments(
+    caller: Caller, project: Project, environment_id: str | None
+) -> list[Environment]:
     """The environments that `serviceCreate`, `serviceInstanceUpdate` or `serviceDelete` acts on.
 
     The one that is named, as Railway's CLI describes it; by order, and where none is named, all
@@ -23,7 +25,7 @@ def reached(caller: Caller, project: Project, environment_id: str | None) -> lis
     return every if caller.rules.every_environment and environment in every else [environment]
 
 
-def take_out(caller: Caller, service: Service, instances: list[Instance]) -> None:
+def remove_instances(caller: Caller, service: Service, instances: list[Instance]) -> None:
     """Remove instances of a service, and the service with its last one."""
     for instance in instances:
         caller.supervisor.remove(instance)
