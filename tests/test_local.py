@@ -218,7 +218,7 @@ def test_orders_that_are_not_understood(railway: demo.Stage) -> None:
     ):
         answer = httpx.post(url, content=wrong)
         assert answer.status_code == 400, wrong
-        assert answer.json()["message"].startswith("not an order that is known")
+        assert answer.json()["message"].startswith("not a fault that is known")
 
 
 def test_a_rate_limit(railway: demo.Stage) -> None:

@@ -1,4 +1,4 @@
-"""Project tokens, each of which opens one environment. Only who has another token makes them."""
+"""Project tokens, each of which opens one environment. A project token cannot make others."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def projectTokenCreate(caller: Caller, input: dict[str, Any]) -> str:
 @mutation
 def projectTokenDelete(caller: Caller, id: str) -> bool:
     refuse_project_token(caller)
-    found = next((t for t in caller.state.tokens if t.kind == "project" and t.id == id), None)
-    if found is None or found.project_id is None:
+    token = next((t for t in caller.state.tokens if t.kind == "project" and t.id == id), None)
+    if token is None or token.project_id is None:
         raise refuse("Project Token not found")
-    refuse_project_token(caller, found.project_id)
-    caller.state.tokens.remove(found)
+    refuse_project_token(caller, token.project_id)
+    caller.state.tokens.remove(token)
     return True
 
 
