@@ -22,9 +22,9 @@ def main() -> None:
         print("interrupted", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
     except BrokenPipeError:
-        from pulse_railway.output import reader_has_gone
+        from pulse_railway.output import silence_stdout
 
-        raise SystemExit(reader_has_gone()) from None
+        raise SystemExit(silence_stdout()) from None
 
 
 def dispatch() -> None:

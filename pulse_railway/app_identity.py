@@ -45,7 +45,7 @@ def repository(remote: str | None) -> str | None:
     return host_and_path.rstrip("/").removesuffix(".git")[:TEXT_LIMIT]
 
 
-def remembered(stack: Stack) -> AppIdentity:
+def stored_identity(stack: Stack) -> AppIdentity:
     """What the router's service says. What is not understood says nothing."""
     text = stack.router.variables.get(contract.APP) if stack.router else None
     try:
@@ -58,7 +58,7 @@ def remembered(stack: Stack) -> AppIdentity:
     return AppIdentity(*(usable.get(name) for name in ("name", "repository", "file")))
 
 
-def variable(app: AppIdentity) -> str:
+def to_json(app: AppIdentity) -> str:
     return json.dumps({k: v for k, v in asdict(app).items() if v})
 
 
@@ -66,7 +66,7 @@ def check_same_app(stack: Stack, app: AppIdentity, replace: bool, output: Output
     """Warn where another repository or file was deployed to this stack last.
 
     Raises Failure where the stack serves an app of another name, unless it is to be replaced."""
-    known = remembered(stack)
+    known = stored_identity(stack)
     if replace or (known.name and known.name == app.name):
         return
     router = stack.names.router
@@ -85,20 +85,20 @@ def check_same_app(stack: Stack, app: AppIdentity, replace: bool, output: Output
             return
 
 
-def with_known(stack: Stack, app: AppIdentity, replace: bool) -> AppIdentity:
+def merge_stored(stack: Stack, app: AppIdentity, replace: bool) -> AppIdentity:
     """`app`, and what it does not say as the stack knows it: a deploy of an app without a name does
     not take the stack's. With `replace`, nothing is left of the app before."""
-    known = AppIdentity() if replace else remembered(stack)
+    known = AppIdentity() if replace else stored_identity(stack)
     return AppIdentity(*(new or old for new, old in zip(astuple(app), astuple(known), strict=True)))
 
 
-def remember(api: Api, stack: Stack, app: AppIdentity, replace: bool, output: Output) -> None:
-    """Note it, as `with_known` has it, where it is new. A failure is no reason to fail."""
+def store_identity(api: Api, stack: Stack, app: AppIdentity, replace: bool, output: Output) -> None:
+    """Note it, as `merge_stored` has it, where it is new. A failure is no reason to fail."""
     assert stack.router is not None
-    app = with_known(stack, app, replace)
-    if stack.router.variables.get(contract.APP) == variable(app):
+    app = merge_stored(stack, app, replace)
+    if stack.router.variables.get(contract.APP) == to_json(app):
         return
     try:
-        write_variables(api, stack.target, stack.router.id, {contract.APP: variable(app)})
+        write_variables(api, stack.target, stack.router.id, {contract.APP: to_json(app)})
     except Failure as failure:
         output.warn(f"{contract.APP} could not be written: {failure}; the next deploy will")

@@ -9,10 +9,14 @@ import shlex
 from fnmatch import fnmatch
 from pathlib import Path
 
-SECRET = (".env", ".env.*", "*.pem", "id_rsa", "id_ed25519", "id_ecdsa", ".netrc", ".pypirc")
-EXAMPLES = (".env.example", ".env.sample", ".env.template")
-FOLDERS = (".git", ".venv", "venv")  # history can hold secrets; the others are this machine's
-SKIPPED = ("node_modules", "__pycache__")
+SECRET_FILES = (".env", ".env.*", "*.pem", "id_rsa", "id_ed25519", "id_ecdsa", ".netrc", ".pypirc")
+EXAMPLE_FILES = (".env.example", ".env.sample", ".env.template")
+PRIVATE_FOLDERS = (
+    ".git",
+    ".venv",
+    "venv",
+)  # history can hold secrets; the others are this machine's
+SKIPPED_FOLDERS = ("node_modules", "__pycache__")
 
 
 def instructions(dockerfile: Path) -> list[tuple[str, str]]:
@@ -39,22 +43,22 @@ def secrets_in_image(context: Path, dockerfile: Path) -> list[str]:
     found = []
     for folder, folders, files in os.walk(context):
         here = Path(folder).relative_to(context)
-        names = [n for n in folders if n in FOLDERS]
+        names = [n for n in folders if n in PRIVATE_FOLDERS]
         names += filter(holds_secrets, files)
-        folders[:] = [n for n in folders if n not in FOLDERS and n not in SKIPPED]
+        folders[:] = [n for n in folders if n not in PRIVATE_FOLDERS and n not in SKIPPED_FOLDERS]
         for name in names:
             path = (here / name).as_posix()
-            if _taken(path, sources) and not ignore(path):
+            if _is_copied(path, sources) and not ignore(path):
                 found.append(path)
     return sorted(found)
 
 
 def holds_secrets(name: str) -> bool:
     """Is a file of this name one that can hold secrets?"""
-    return _any(name, SECRET) and not _any(name, EXAMPLES)
+    return _matches_any(name, SECRET_FILES) and not _matches_any(name, EXAMPLE_FILES)
 
 
-def _any(name: str, patterns: tuple[str, ...]) -> bool:
+def _matches_any(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch(name, pattern) for pattern in patterns)
 
 
@@ -70,7 +74,7 @@ def copy_sources(dockerfile: Path) -> list[str]:
     return sources
 
 
-def _taken(path: str, sources: list[str]) -> bool:
+def _is_copied(path: str, sources: list[str]) -> bool:
     parts = path.split("/")
     prefixes = ["/".join(parts[:i]) for i in range(1, len(parts) + 1)]
     return any(s == "." or any(fnmatch(p, s) for p in prefixes) for s in sources)

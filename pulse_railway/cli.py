@@ -19,7 +19,7 @@ from pulse_railway import __version__, tasks
 from pulse_railway.flags import FLAGS
 
 
-class Settings(Config):
+class ProjectConfig(Config):
     """Invoke's configuration: this folder's invoke.yaml, ~/.invoke.yaml, INVOKE_*. Invoke itself
     looks beside the task file, and there is none here."""
 
@@ -31,15 +31,15 @@ class Settings(Config):
 
 def main(argv: list[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if helped := asked_for_help(arguments):
-        print(helped)
+    if text := help_text(arguments):
+        print(text)
         return
     program = Program(
         name="pulse-railway",
         binary="pulse-railway",
         namespace=tasks.ns,
         version=__version__,
-        config_class=Settings,
+        config_class=ProjectConfig,
     )
     try:
         program.run(["pulse-railway", *rewrite(arguments)])
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"error: the Invoke configuration is no YAML: {where}") from None
 
 
-def asked_for_help(arguments: list[str]) -> str | None:
+def help_text(arguments: list[str]) -> str | None:
     """What to print, if it is help that is wanted: our own, since Invoke's is about its options."""
     from pulse_railway import help
 
@@ -60,7 +60,7 @@ def asked_for_help(arguments: list[str]) -> str | None:
         return None
     if verb not in tasks.ns.tasks:
         _unknown(verb, list(tasks.ns.tasks), "verb")
-    return help.of_verb(verb) if help.flags(verb) else None
+    return help.verb_help(verb) if help.flags(verb) else None
 
 
 def rewrite(arguments: list[str]) -> list[str]:

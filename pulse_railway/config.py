@@ -131,7 +131,7 @@ def load_app(app: str | None, context: Path) -> AppConfig:
         raise Failure(f"{file}: {error}") from None
     if loaded.codegen.cfg.base_dir is None:
         loaded.codegen.cfg.base_dir = path.parent
-    address = getattr(loaded, "server_address", _TOLD_LATER)  # goes in a later Pulse
+    address = getattr(loaded, "server_address", _PLACEHOLDER_ADDRESS)  # goes in a later Pulse
     return AppConfig(
         file=str(where) + (f":{variable}" if variable else ""),
         context=context.resolve(),
@@ -143,19 +143,21 @@ def load_app(app: str | None, context: Path) -> AppConfig:
             plugin.service_prefix,
             asked=plugin.router_service != contract.DEFAULT_ROUTER,
         ),
-        server_address=None if address == _TOLD_LATER else address,
+        server_address=None if address == _PLACEHOLDER_ADDRESS else address,
         has_address=bool(address),
         web_root=web_root(loaded),
-        internal_address=getattr(loaded, "internal_server_address", LOOPBACK),  # as this does
+        internal_address=getattr(
+            loaded, "internal_server_address", DEFAULT_INTERNAL_ADDRESS
+        ),  # as this does
         uses_session_store=isinstance(loaded.session_store, RailwaySessionStore),
-        needs_secret=getattr(loaded.session_store, "secret", None) == _NO_SECRET.encode(),
+        needs_secret=getattr(loaded.session_store, "secret", None) == _PLACEHOLDER_SECRET.encode(),
         plugin=plugin,
     )
 
 
-LOOPBACK = "http://127.0.0.1"  # what a Pulse that asks nobody uses
-_TOLD_LATER = "https://told-by-deploy.invalid"
-_NO_SECRET = "none, while the app is being looked at"
+DEFAULT_INTERNAL_ADDRESS = "http://127.0.0.1"  # what a Pulse that asks nobody uses
+_PLACEHOLDER_ADDRESS = "https://told-by-deploy.invalid"
+_PLACEHOLDER_SECRET = "none, while the app is being looked at"
 
 
 @contextlib.contextmanager
@@ -166,10 +168,10 @@ def _build_environment(context: Path, app: Path) -> Iterator[None]:
         PULSE_ENV="ci",
         PULSE_APP_FILE=str(app),
         PULSE_APP_DIR=str(app.parent),
-        PULSE_SECRET=_NO_SECRET,
+        PULSE_SECRET=_PLACEHOLDER_SECRET,
     )
     for name in (contract.SERVER_ADDRESS, contract.PUBLIC_ORIGIN):
-        os.environ.setdefault(name, _TOLD_LATER)
+        os.environ.setdefault(name, _PLACEHOLDER_ADDRESS)
     os.chdir(context)
     try:
         yield

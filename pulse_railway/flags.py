@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 Flags = Mapping[str, Any]  # what was given, by a flag's name; see UNSET
 
-NOTHING: Mapping[str, str] = MappingProxyType({})
+EMPTY: Mapping[str, str] = MappingProxyType({})
 UNSET: tuple[Any, ...] = (None, "", [])
 VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-MOST = 10**9  # of a whole number
+MAX_NUMBER = 10**9  # of a whole number
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Flag:
     kind: type = str  # bool: a switch; int; float: a percentage; dict: KEY=VALUE, may be repeated
     default: Any = None  # of a text or a number: its value where nothing gives one
     words: str = ""  # the default, where another part of the code has it
-    least: int = 1  # of a whole number
+    minimum: int = 1  # of a whole number
     variable: str = ""  # the environment variable that is read where nothing else gives a value
     plugin: bool = False  # RailwayPlugin has an argument of this name, which is read before that
     positional: bool = False
@@ -72,10 +72,11 @@ class Flag:
         try:
             number = int(str(given))
         except ValueError:
-            number = self.least - 1
-        if not self.least <= number <= MOST:
+            number = self.minimum - 1
+        if not self.minimum <= number <= MAX_NUMBER:
             raise Failure(
-                f"{self.option} takes a whole number from {self.least} to {MOST}, not {given!r}"
+                f"{self.option} takes a whole number from {self.minimum} to {MAX_NUMBER},"
+                f" not {given!r}"
             )
         return number
 
@@ -110,7 +111,7 @@ def value(flags: Flags, name: str, plugin: RailwayPlugin | None = None) -> Any:
     if given in UNSET and flag.variable:
         given = os.environ.get(flag.variable)
     if given in UNSET:
-        return {bool: False, dict: NOTHING}.get(flag.kind, flag.default)
+        return {bool: False, dict: EMPTY}.get(flag.kind, flag.default)
     return flag.parse(given)
 
 
@@ -142,12 +143,12 @@ _ALL = (
     Flag("janitor_cron_schedule", "when the janitor runs, in UTC", "CRON",
          default=contract.DEFAULT_CRON),
     Flag("drain_ttl_seconds", "keep a draining deployment at most so long", "SECONDS", int,
-         contract.DEFAULT_DRAIN_TTL_SECONDS, least=0),
+         contract.DEFAULT_DRAIN_TTL_SECONDS, minimum=0),
     Flag("rollback_window_seconds",
          "keep the deployment that was active last for so long, tabs or not", "SECONDS", int,
-         contract.DEFAULT_ROLLBACK_WINDOW_SECONDS, least=0),
+         contract.DEFAULT_ROLLBACK_WINDOW_SECONDS, minimum=0),
     Flag("keep", "keep the last so many deployments, until the drain TTL", "NUMBER", int, 0,
-         least=0),
+         minimum=0),
     Flag("router_replicas", "router replicas", "NUMBER", int, 1),
     Flag("runtime_image", "a published image of router and janitor", "IMAGE",
          words="built on Railway", plugin=True),
@@ -174,9 +175,9 @@ _ALL = (
          float),
     Flag("weight", "only this percentage of the new visitors: it is the canary", "PERCENT", float),
     Flag("bake", "watch it for so many seconds after the switch, and go back if it does worse",
-         "SECONDS", int, 0, least=0),
+         "SECONDS", int, 0, minimum=0),
     Flag("lock_wait", "wait so many seconds for another deploy", "SECONDS", int,
-         words="does not wait", least=0),
+         words="does not wait", minimum=0),
     Flag("message", "what is deployed, or why", "TEXT", words="the commit's"),
     Flag("notify", "tell this URL (Slack-compatible JSON), a secret", "URL",
          variable=contract.NOTIFY_URL),

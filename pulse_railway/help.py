@@ -9,24 +9,24 @@ import textwrap
 from pulse_railway import tasks
 from pulse_railway.flags import FLAGS, Flag
 
-NOT_TASKS = {
+OTHER_COMMANDS = {
     "serve": "Run the app as its container's first process.",
     "janitor": "`janitor run`: remove drained deployments.",
 }
 GROUPS = {group: [task.name for task in verbs] for group, verbs in tasks.GROUPS.items()}
-GROUPS["inside the containers"] += NOT_TASKS
+GROUPS["inside the containers"] += OTHER_COMMANDS
 
 
 def summary(verb: str) -> str:
     """A verb in a sentence: the first line of its docstring."""
-    if verb in NOT_TASKS:
-        return NOT_TASKS[verb]
+    if verb in OTHER_COMMANDS:
+        return OTHER_COMMANDS[verb]
     return (inspect.getdoc(tasks.ns[verb]) or "").splitlines()[0]
 
 
 def flags(verb: str) -> list[Flag]:
     """The flags that a verb takes."""
-    if verb in NOT_TASKS:
+    if verb in OTHER_COMMANDS:
         return []
     return [FLAGS[name] for name in getattr(tasks.ns[verb].body, "flags", ())]
 
@@ -54,7 +54,7 @@ def overview() -> str:
     return "\n".join(lines)
 
 
-def of_verb(verb: str) -> str:
+def verb_help(verb: str) -> str:
     lines = [f"Usage: {usage(verb)}", "", inspect.getdoc(tasks.ns[verb]) or "", ""]
     if "[FILE]" in usage(verb):
         lines.append("FILE by itself is --app.")

@@ -17,7 +17,7 @@ TIMEOUT = 10.0  # seconds
 
 
 @dataclass
-class News:
+class Notification:
     """What is to be told: filled in by the verb, as far as it gets."""
 
     event: str
@@ -26,26 +26,31 @@ class News:
 
 
 @contextlib.contextmanager
-def notifying(url: str | None, event: str, output: Output) -> Iterator[News]:
+def notifying(url: str | None, event: str, output: Output) -> Iterator[Notification]:
     """Tell `url` how the block ended. That nobody could be told is a warning."""
-    news = News(event)
+    notification = Notification(event)
     try:
-        yield news
+        yield notification
     except (Failure, Interrupted, OSError, httpx.HTTPError) as error:
         interrupted = isinstance(error, Interrupted)
-        news.facts |= {"ok": False, "error": "interrupted" if interrupted else str(error)}
-        news.text = f"{event} failed: {news.facts['error']}"
-        send(url, news, output)
+        notification.facts |= {"ok": False, "error": "interrupted" if interrupted else str(error)}
+        notification.text = f"{event} failed: {notification.facts['error']}"
+        send(url, notification, output)
         raise
-    news.facts |= {"ok": True}
-    send(url, news, output)
+    notification.facts |= {"ok": True}
+    send(url, notification, output)
 
 
-def send(url: str | None, news: News, output: Output) -> None:
+def send(url: str | None, notification: Notification, output: Output) -> None:
     if not url:
         return
     who = provenance.by()
-    body = {"text": f"{news.text} ({who})", "event": news.event, "by": who, **news.facts}
+    body = {
+        "text": f"{notification.text} ({who})",
+        "event": notification.event,
+        "by": who,
+        **notification.facts,
+    }
     clean = {k: redact(v) if isinstance(v, str) else v for k, v in body.items()}
     try:
         httpx.post(url, json=clean, timeout=TIMEOUT).raise_for_status()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pulse_railway import config, contract, naming
 from pulse_railway.config import AppConfig, Names, Where
 from pulse_railway.errors import Failure, keep_secret
-from pulse_railway.flags import FLAGS, NOTHING, Flags, value
+from pulse_railway.flags import EMPTY, FLAGS, Flags, value
 from pulse_railway.output import Output
 from pulse_railway.railway.ssh import private_key_file
 
@@ -103,8 +103,8 @@ class DeployOptions:
     server_address: str | None = None
     web_root: str | None = None
     image_repository: str | None = None
-    build_args: Mapping[str, str] = NOTHING
-    env: Mapping[str, str] = NOTHING
+    build_args: Mapping[str, str] = EMPTY
+    env: Mapping[str, str] = EMPTY
     no_gitignore: bool = False
     replicas: int = FLAGS["backend_replicas"].default
     promote: bool = True
@@ -134,11 +134,11 @@ def from_flags[T: DataclassInstance](
 # -- a verb's flags to its value: one function a kind ------------------------------------------
 
 
-def of_stack[T: StackOptions](kind: type[T], flags: Flags, output: Output, **known: Any) -> T:
+def stack_options[T: StackOptions](kind: type[T], flags: Flags, output: Output, **known: Any) -> T:
     app = app_from_flags(flags, output) if flags.get("app") else None
     known = {
         "where": where(flags, app.plugin if app else None),
-        "names": router_named(flags, app.names) if app else names(flags),
+        "names": with_router(flags, app.names) if app else names(flags),
         "deployment_id": parse_deployment_id(flags),
         "notify": notify_url(flags),
         **known,
@@ -147,12 +147,12 @@ def of_stack[T: StackOptions](kind: type[T], flags: Flags, output: Output, **kno
 
 
 def parse_stack(flags: Flags, output: Output) -> StackOptions:
-    return of_stack(StackOptions, flags, output)
+    return stack_options(StackOptions, flags, output)
 
 
 def parse_promote(flags: Flags, output: Output) -> PromoteOptions:
     need_deployment_id(flags)
-    return of_stack(PromoteOptions, flags, output)
+    return stack_options(PromoteOptions, flags, output)
 
 
 def parse_maintenance(flags: Flags, output: Output) -> MaintenanceOptions:
@@ -167,7 +167,7 @@ def parse_maintenance(flags: Flags, output: Output) -> MaintenanceOptions:
         page = path.read_text(errors="replace")
         if len(page.encode()) > PAGE_LIMIT:
             raise Failure(f"{path} is larger than {PAGE_LIMIT // 1024} KB: link what it shows")
-    return of_stack(MaintenanceOptions, flags, output, on=on, page=page)
+    return stack_options(MaintenanceOptions, flags, output, on=on, page=page)
 
 
 def parse_one_deployment(flags: Flags, output: Output) -> StackOptions:
@@ -189,17 +189,17 @@ def parse_one_name(flags: Flags, output: Output) -> StackOptions:
 def parse_status(flags: Flags, output: Output) -> StatusOptions:
     if flags.get("watch") and flags.get("json"):
         raise Failure("--watch is for people: for a program, call status --json again and again")
-    return of_stack(StatusOptions, flags, output)
+    return stack_options(StatusOptions, flags, output)
 
 
 def parse_logs(flags: Flags, output: Output) -> LogsOptions:
     # here --service is what to read, not the router's name
     others = {**flags, "service": None}
-    return of_stack(LogsOptions, others, output, service=value(flags, "service"))
+    return stack_options(LogsOptions, others, output, service=value(flags, "service"))
 
 
 def parse_history(flags: Flags, output: Output) -> HistoryOptions:
-    return of_stack(HistoryOptions, flags, output)
+    return stack_options(HistoryOptions, flags, output)
 
 
 def parse_baseline(flags: Flags, output: Output) -> BaselineOptions:
@@ -253,7 +253,7 @@ def parse_deploy(flags: Flags, output: Output) -> DeployOptions:
     )
 
 
-def as_given(flags: Flags, output: Output) -> Flags:
+def raw_flags(flags: Flags, output: Output) -> Flags:
     """For a verb that looks at each of them by itself."""
     return flags
 
@@ -280,15 +280,15 @@ def app_from_flags(flags: Flags, output: Output) -> AppConfig:
         raise Failure(str(error)) from None
 
 
-def prefixed(of_app: Names, prefix: str) -> Names:
+def prefixed(app_names: Names, prefix: str) -> Names:
     """An app's names, or the usual ones, with another prefix. They are for a stack that is set up:
     one that is there is found by its router, and keeps its own. Raises ValueError for a name that
     Railway would not take."""
     named: dict[str, Any] = {}
     for role in ("router", "env", "redis", "janitor"):
-        bare = getattr(of_app, role).removeprefix(of_app.prefix)
+        bare = getattr(app_names, role).removeprefix(app_names.prefix)
         named[role] = naming.baseline_name(prefix, bare)
-    return replace(of_app, prefix=prefix, **named)
+    return replace(app_names, prefix=prefix, **named)
 
 
 def where(flags: Flags, plugin: RailwayPlugin | None = None) -> Where:
@@ -326,18 +326,18 @@ def names(flags: Flags) -> Names:
         raise Failure(str(error)) from None
 
 
-def router_named(flags: Flags, of_app: Names) -> Names:
+def with_router(flags: Flags, app_names: Names) -> Names:
     """An app's names, with the router that --service names. Raises Failure where the app names
     another one."""
     if not flags.get("service"):
-        return of_app
+        return app_names
     asked = names(flags)
-    if of_app.asked and asked.router != of_app.router:
+    if app_names.asked and asked.router != app_names.router:
         raise Failure(
-            f"--service {asked.router} is not the router of this app, {of_app.router}: leave"
+            f"--service {asked.router} is not the router of this app, {app_names.router}: leave"
             " --service out, or --app (and `app` in invoke.yaml)"
         )
-    return replace(of_app, router=asked.router, asked=True)
+    return replace(app_names, router=asked.router, asked=True)
 
 
 def need_deployment_id(flags: Flags) -> None:

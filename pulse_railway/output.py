@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.status import Status
 
 
-def reader_has_gone() -> int:
+def silence_stdout() -> int:
     """Who read our stdout has gone, as `head` does: nothing is said any more, not even when the
     interpreter ends. Returns the exit status that says so."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

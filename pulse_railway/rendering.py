@@ -177,7 +177,7 @@ def deployments_table(rows: list[dict[str, Any]], history: History | None) -> Ta
         told = ["?" if sessions is None else str(sessions)]
         if history:
             series = history.series[row["deployment_id"]]
-            told = [trend(s) for s in (series.sessions, series.requests, series.errors)]
+            told = [sparkline(s) for s in (series.sessions, series.requests, series.errors)]
         table.add_row(
             row["deployment_id"],
             Text(state_of(row), STATE_STYLES.get(row["state"], "red")),
@@ -192,7 +192,7 @@ def deployments_table(rows: list[dict[str, Any]], history: History | None) -> Ta
 BARS = "▁▂▃▄▅▆▇█"
 
 
-def trend(values: Iterable[float | None]) -> str:
+def sparkline(values: Iterable[float | None]) -> str:
     """A sparkline, from 0 to the most there was, and the last value: `▁▃█ 12`. A gap where nobody
     answered."""
     found = list(values)

@@ -23,10 +23,10 @@ from pulse_railway.railway.api import Api
 from pulse_railway.stack import Stack
 
 PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0)  # seconds, between one time and the next
-PATIENCE = 150.0  # seconds, after which it is not asked again
+RETRY_TIMEOUT = 150.0  # seconds, after which it is not asked again
 
 Answer = dict[str, Any]
-Heard = Callable[[str], None]  # is told what the user should hear, though nothing failed
+Warn = Callable[[str], None]  # is told what the user should hear, though nothing failed
 
 
 def send_command(
@@ -44,16 +44,16 @@ def send_command(
     if stack.intent:
         words += ["--intent", stack.intent]
     choose_route(api, stack)
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + RETRY_TIMEOUT
     for pause in (*pauses, None):
         if stack.target.control_route.kind == "job":
             outcome = control_job.run_command(api, stack, words, nonce)
         else:
             outcome = by_ssh(api, stack, [*words, "--nonce", nonce])
             if outcome.no_key and stack.target.control_route.kind is None:
-                fall_back_to_job(stack, outcome.said)
+                fall_back_to_job(stack, outcome.message)
                 outcome = control_job.run_command(api, stack, words, nonce)
-        why = outcome.said
+        why = outcome.message
         answer = parse_answer(outcome.stdout, command, nonce)
         if answer is not None:
             if answer.get("ok") is True:
@@ -65,7 +65,7 @@ def send_command(
                 stack.target.control_route.say(f"{why}: asking again for {sum(pauses):.0f} s")
             logs = f"`pulse-railway logs --service {stack.names.redis}`"
             why += f": {logs} tells why; run this again when it is back"
-        if outcome.hopeless or pause is None or time.monotonic() > deadline:
+        if outcome.permanent or pause is None or time.monotonic() > deadline:
             break
         time.sleep(pause)
     raise Uncertain(
@@ -176,7 +176,7 @@ def send_promote(
     bake: int = 0,
     why: str | None = None,
     unlock: str | None = None,
-    warn: Heard = lambda _: None,
+    warn: Warn = lambda _: None,
 ) -> Promotion | None:
     """Make it the active one; with a weight, the canary for that percentage of new visitors.
 
@@ -195,7 +195,7 @@ def send_promote(
     words += ["--rolls-back"] if rolls_back else []
     words += ["--bake", str(bake)] if bake else []
     words += ["--unlock", unlock] if unlock else []
-    words += _noted(why)
+    words += _why_arguments(why)
     service = stack.backend(deployment_id)
     try:
         answer = send_command(api, stack, "promote", *words)
@@ -203,7 +203,7 @@ def send_promote(
         if refused.reason != "unknown" or service is None:
             raise
         answer = send_command(api, stack, "promote", *words, "--service-id", service.id)
-    tell_of_late_routers(answer, warn)
+    warn_of_late_routers(answer, warn)
     return promotion(answer)
 
 
@@ -221,7 +221,7 @@ def promotion(answer: Answer) -> Promotion | None:
     return Promotion(str(found.get("deployment_id")), float(found["at"]))
 
 
-def tell_of_late_routers(answer: Answer, warn: Heard) -> None:
+def warn_of_late_routers(answer: Answer, warn: Warn) -> None:
     """A router that does not serve a change yet: newcomers may get the version before from it."""
     if behind := answer.get("behind"):
         warn(
@@ -235,18 +235,20 @@ def send_abort_canary(
     stack: Stack,
     deployment_id: str,
     why: str | None = None,
-    warn: Heard = lambda _: None,
+    warn: Warn = lambda _: None,
 ) -> None:
     """End a canary: it drains."""
-    answer = send_command(api, stack, "withdraw", "--deployment-id", deployment_id, *_noted(why))
-    tell_of_late_routers(answer, warn)
+    answer = send_command(
+        api, stack, "withdraw", "--deployment-id", deployment_id, *_why_arguments(why)
+    )
+    warn_of_late_routers(answer, warn)
 
 
 def send_finish_bake(api: Api, stack: Stack, deployment_id: str) -> None:
     send_command(api, stack, "baked", "--deployment-id", deployment_id)
 
 
-def _noted(why: str | None) -> list[str]:
+def _why_arguments(why: str | None) -> list[str]:
     return ["--why", why] if why else []
 
 
@@ -274,13 +276,13 @@ def send_maintenance(
     page: str | None,
     retry_after: int,
     why: str | None,
-    warn: Heard = lambda _: None,
+    warn: Warn = lambda _: None,
 ) -> tuple[float | None, float | None]:
     """Returns since when the site is closed, or since when it is open; None where the router is of
     an earlier version."""
-    words = ["on" if on else "off", "--retry-after", str(retry_after), *_noted(why)]
+    words = ["on" if on else "off", "--retry-after", str(retry_after), *_why_arguments(why)]
     answer = send_command(api, stack, "maintenance", *words, *(["--page", page] if page else []))
-    tell_of_late_routers(answer, warn)
+    warn_of_late_routers(answer, warn)
     since, at = (
         float(value) if isinstance(value := answer.get(name), int | float) else None
         for name in ("since", "at")

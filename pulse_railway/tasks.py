@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pulse_railway.stack import Stack
 
 
-@verb(["app", "json"], parser="as_given")
+@verb(["app", "json"], parser="raw_flags")
 def init(given: Flags, output: Output) -> None:
     """Write what an app of your own needs to be deployed, as far as it is missing."""
     from pulse_railway.flows import init as flow
@@ -35,7 +35,7 @@ def init(given: Flags, output: Output) -> None:
     )
 
 
-@verb([*DEPLOY], parser="as_given")
+@verb([*DEPLOY], parser="raw_flags")
 def doctor(given: Flags, output: Output) -> None:
     """Look at everything that a deploy and a running stack need, and say what to do."""
     from pulse_railway import rendering
@@ -97,21 +97,23 @@ def deploy(wanted: options.DeployOptions, output: Output) -> None:
     from pulse_railway.notify import notifying
 
     plan = flow.prepare(wanted, output)
-    with notifying(wanted.notify, "deploy", output) as news:
-        news.facts["deployment_id"] = plan.deployment_id
+    with notifying(wanted.notify, "deploy", output) as notification:
+        notification.facts["deployment_id"] = plan.deployment_id
         api, target = config.connect(wanted.where, output)
         result = flow.deploy(api, target, plan, output)
         result["api_calls"] = api.calls
-        name = news.facts["deployment_id"] = result["deployment_id"]
+        name = notification.facts["deployment_id"] = result["deployment_id"]
         if result["active"]:
-            news.text = f"{name} is active at {result['address']}"
+            notification.text = f"{name} is active at {result['address']}"
             following = "pulse-railway status"
         else:
             share = result["canary"]
             what = "pending" if share is None else f"the canary, for {share:g} % of new visitors"
-            news.text = f"{name} is up, {what}, at {result['address']}/?pulse_deployment={name}"
+            notification.text = (
+                f"{name} is up, {what}, at {result['address']}/?pulse_deployment={name}"
+            )
             following = f"pulse-railway promote --deployment-id {name}"
-    output.result(result, [news.text, f"next: {following}"])
+    output.result(result, [notification.text, f"next: {following}"])
 
 
 @verb([*STACK, "deployment_id"], parser="parse_stack")
@@ -130,15 +132,15 @@ def promote(wanted: options.PromoteOptions, output: Output) -> None:
     from pulse_railway.flows import promote as flow
     from pulse_railway.notify import notifying
 
-    with notifying(wanted.notify, "promote", output) as news:
-        name = news.facts["deployment_id"] = str(wanted.deployment_id)
+    with notifying(wanted.notify, "promote", output) as notification:
+        name = notification.facts["deployment_id"] = str(wanted.deployment_id)
         api, stack = _stack(wanted, output)
         result = flow.promote(api, stack, wanted, output)
         if result["active"]:
-            news.text = f"{name} is active at {result['address']}"
+            notification.text = f"{name} is active at {result['address']}"
         else:
-            news.text = f"{name} gets {result['weight']:g} % of the new visitors"
-    output.result(result, [news.text])
+            notification.text = f"{name} gets {result['weight']:g} % of the new visitors"
+    output.result(result, [notification.text])
 
 
 @verb([*STACK, "message", "notify"], parser="parse_stack")
@@ -147,15 +149,15 @@ def rollback(wanted: options.StackOptions, output: Output) -> None:
     from pulse_railway.flows import promote as flow
     from pulse_railway.notify import notifying
 
-    with notifying(wanted.notify, "rollback", output) as news:
+    with notifying(wanted.notify, "rollback", output) as notification:
         api, stack = _stack(wanted, output)
         result = flow.rollback(api, stack, output, wanted.message)
-        name = news.facts["deployment_id"] = result["deployment_id"]
+        name = notification.facts["deployment_id"] = result["deployment_id"]
         if result.get("ended"):
-            news.text = f"{result['ended']} is no canary any more; {name} is active"
+            notification.text = f"{result['ended']} is no canary any more; {name} is active"
         else:
-            news.text = f"{name} is active again at {result['address']}"
-    output.result(result, [news.text])
+            notification.text = f"{name} is active again at {result['address']}"
+    output.result(result, [notification.text])
 
 
 @verb(["switch", *STACK, "page", "retry_after", "message"], parser="parse_maintenance")

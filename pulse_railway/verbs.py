@@ -83,7 +83,7 @@ def run_verb(verb: Callable[..., None], parser: str, flags: Mapping[str, Any]) -
 
     from pulse_railway import options
     from pulse_railway.errors import Failure, Interrupted, redact
-    from pulse_railway.output import Output, reader_has_gone
+    from pulse_railway.output import Output, silence_stdout
 
     load_dotenv()
     if isinstance(sys.stdout, io.TextIOWrapper):  # a log line may hold what has no encoding
@@ -103,7 +103,7 @@ def run_verb(verb: Callable[..., None], parser: str, flags: Mapping[str, Any]) -
     except Interrupted as interrupted:
         raise end("interrupted", 128 + interrupted.number) from None
     except BrokenPipeError:
-        raise Exit("", reader_has_gone()) from None
+        raise Exit("", silence_stdout()) from None
     except (OSError, httpx.HTTPError) as error:
         raise end(redact(str(error) or type(error).__name__), 1) from None
     except Exception as error:  # what we did not think of: its traceback may hold a secret

@@ -31,7 +31,7 @@ from pulse_railway.flows.watch import LENGTH, History
 from pulse_railway.options import LogsOptions
 from pulse_railway.output import Output
 from pulse_railway.railway import ssh
-from pulse_railway.rendering import BARS, show_history, show_status, show_watch, trend
+from pulse_railway.rendering import BARS, show_history, show_status, show_watch, sparkline
 from pulse_railway.stack import Service, Stack
 from tests.conftest import Project
 
@@ -274,10 +274,10 @@ def test_what_happened_between_two_looks() -> None:
 
 
 def test_a_trend_is_drawn_from_zero() -> None:
-    assert trend([0, 1, 2]) == "▁▅█ 2"
-    assert trend([5, None, 0]) == "█ ▁ 0"
-    assert trend([None, None]) == "?"
-    assert trend([]) == "?"
+    assert sparkline([0, 1, 2]) == "▁▅█ 2"
+    assert sparkline([5, None, 0]) == "█ ▁ 0"
+    assert sparkline([None, None]) == "?"
+    assert sparkline([]) == "?"
 
 
 def test_the_truth_is_in_words(capsys: pytest.CaptureFixture[str]) -> None:
@@ -379,7 +379,7 @@ def test_a_line_that_has_no_encoding_is_printed(monkeypatch: pytest.MonkeyPatch)
     """As `logs` prints a service's."""
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii"))
-    verbs.run_verb(lambda *_: print("\u25cf \ud800", flush=True), "as_given", {})
+    verbs.run_verb(lambda *_: print("\u25cf \ud800", flush=True), "raw_flags", {})
     assert written.getvalue() == b"\\u25cf \\ud800\n"
 
 

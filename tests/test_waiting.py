@@ -37,7 +37,7 @@ def railway(monkeypatch: pytest.MonkeyPatch) -> Iterator[Says]:
         def make(*says: dict[str, Any]) -> Api:
             answers[:] = [x if "errors" in x else {"data": x} for x in says]
             api = Api(Token("t", "flag"))
-            api._asked = True
+            api._scope_is_read = True
             return api
 
         yield make

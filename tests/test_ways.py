@@ -158,9 +158,9 @@ def test_each_cause_has_its_sentence(
 ) -> None:
     cli.says("", f"Using SSH key from file /x/id_ed25519: me\n{err}\n", code)
     outcome = run()
-    assert said in outcome.said
-    assert (outcome.hopeless, outcome.no_key) == (True, no_key)
-    assert "Using SSH key" not in outcome.said
+    assert said in outcome.message
+    assert (outcome.permanent, outcome.no_key) == (True, no_key)
+    assert "Using SSH key" not in outcome.message
 
 
 @pytest.mark.parametrize("line", [x for x in BAD_DAY if "Host key" not in x])
@@ -168,13 +168,13 @@ def test_a_bad_day_is_no_missing_key(cli: Cli, line: str) -> None:
     """CLI 5 prints "Using SSH key" on every run; every failure was told as a missing key."""
     cli.says("", f"Using SSH key from file /x/id_ed25519: me\n{line}\n", 255)
     outcome = run()
-    assert not outcome.hopeless
-    assert "key" not in outcome.said.lower() or "SSH key" in line
+    assert not outcome.permanent
+    assert "key" not in outcome.message.lower() or "SSH key" in line
 
 
 def test_a_traceback_of_the_command_is_told_as_that(cli: Cli) -> None:
     cli.says("", "Traceback (most recent call last):\n  File x\nKeyError: 'x'\n", 1)
-    assert run().said == "the router's command failed: KeyError: 'x'"
+    assert run().message == "the router's command failed: KeyError: 'x'"
 
 
 def test_a_key_is_passed_on(cli: Cli, key: Path) -> None:

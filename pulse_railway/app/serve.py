@@ -1,14 +1,14 @@
 """`pulse-railway serve`: the first process of an app's container.
 
-`pulse run` starts uvicorn and React's server as children, each on a pty of its own. It does not
-react to SIGTERM, which is all that a container's first process is told before everything is killed;
-it leaves a lock behind when it is killed, and then never starts again in the same file system; and
-as the first process it would have to reap what its children leave. This does all three:
+`pulse run` starts uvicorn and React's server as children, each on a pty of its own. As the first
+process of a container it lacks three things: it ignores SIGTERM, the only signal before everything
+is killed; it does not start where a killed run has left its lock; and it does not reap orphans.
+`serve` does all three:
 
-- a lock of a run before is removed: nobody else can be alive in a container that just starts;
-- on SIGTERM, uvicorn is told to finish (its requests, then the app's shutdown hooks), React's
-  server once uvicorn has ended, and what is left within the draining seconds is killed;
-- every child that ends is waited for.
+- It removes the lock of a previous run, since no other process is alive in a new container.
+- On SIGTERM it ends uvicorn (which finishes its requests and runs the app's shutdown hooks), then
+  React's server. What is left when the draining seconds are nearly over is killed.
+- It waits for every child that ends.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def remove_lock() -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def adopt_orphans() -> None:
+def become_subreaper() -> None:
     """What our children leave becomes ours to reap, as it is for the first process anyway."""
     with contextlib.suppress(OSError, AttributeError):
         import ctypes
@@ -78,7 +78,7 @@ def descendants(root: int) -> dict[int, str]:
     return found
 
 
-def tell(pids: list[int], number: int) -> None:
+def send_signal(pids: list[int], number: int) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, number)
@@ -96,7 +96,7 @@ def reap() -> dict[int, int]:
     return ended
 
 
-def patience() -> float:
+def stop_timeout() -> float:
     """Seconds from SIGTERM until we kill what is left ourselves."""
     try:
         given = float(os.environ.get(DRAINING_VARIABLE) or DRAINING_SECONDS)
@@ -107,23 +107,23 @@ def patience() -> float:
 
 def run_app(argv: list[str]) -> int:
     """Run until the app ends or SIGTERM; its exit status, 0 after an orderly end."""
-    asked: list[int] = []
+    received: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):  # before anything else: it may come at once
-        signal.signal(number, lambda n, _: asked.append(n))
-    adopt_orphans()
+        signal.signal(number, lambda n, _: received.append(n))
+    become_subreaper()
     remove_lock()
     child = os.posix_spawnp(argv[0], argv, os.environ, setpgroup=0)
-    while not asked:
+    while not received:
         time.sleep(POLL)
         if (status := reap().get(child)) is not None:
-            tell(list(descendants(os.getpid())), signal.SIGKILL)
+            send_signal(list(descendants(os.getpid())), signal.SIGKILL)
             return status if status >= 0 else 128 - status
-    return stop(time.monotonic() + patience())
+    return stop(time.monotonic() + stop_timeout())
 
 
 def stop(deadline: float) -> int:
     """uvicorn first, so that no page is half rendered; then whatever is left."""
-    told: set[int] = set()
+    signaled: set[int] = set()
     while time.monotonic() < deadline:
         reap()
         alive = descendants(os.getpid())
@@ -131,10 +131,10 @@ def stop(deadline: float) -> int:
             return 0
         servers = [pid for pid, line in alive.items() if "uvicorn" in line]
         due = servers or list(alive)
-        tell([pid for pid in due if pid not in told], signal.SIGTERM)
-        told.update(due)
+        send_signal([pid for pid in due if pid not in signaled], signal.SIGTERM)
+        signaled.update(due)
         time.sleep(POLL)
-    tell(list(descendants(os.getpid())), signal.SIGKILL)
+    send_signal(list(descendants(os.getpid())), signal.SIGKILL)
     reap()
     return 128 + signal.SIGKILL
 

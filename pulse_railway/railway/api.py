@@ -19,7 +19,7 @@ from pulse_railway.railway.tokens import Token
 
 ATTEMPTS = 5
 FIRST_PAUSE = 0.5  # seconds; doubled each time, with jitter
-LONGEST_PAUSE = 60.0
+MAX_PAUSE = 60.0
 TIMEOUT = httpx.Timeout(60.0, connect=15.0)
 
 
@@ -54,7 +54,7 @@ class Api:
         self.calls = 0
         self._on_wait = on_wait
         self._scope: dict[str, Any] | None = None
-        self._asked = False
+        self._scope_is_read = False
         self.url = os.environ.get(contract.API_URL_VARIABLE) or contract.API_URL
         self._client = httpx.Client(timeout=TIMEOUT, verify=trust())
 
@@ -66,7 +66,7 @@ class Api:
     @property
     def token(self) -> Token:
         """The token as it is now: a login is refreshed in the middle of a run too."""
-        self._token = tokens.fresh(self._token)
+        self._token = tokens.refreshed(self._token)
         return self._token
 
     def check_token(self) -> None:
@@ -80,8 +80,8 @@ class Api:
 
     def scope(self) -> dict[str, Any] | None:
         """For a project token, its project and environment; None for any other token."""
-        if not self._asked:
-            self._asked = True
+        if not self._scope_is_read:
+            self._scope_is_read = True
             if self.token.source != "login":
                 try:
                     headers = {"Project-Access-Token": self.token.value}
@@ -136,22 +136,22 @@ class Api:
             except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
                 # nothing was sent
                 if last:
-                    raise Failure(f"Railway's API is not reachable: {_why(error)}") from None
+                    raise Failure(f"Railway's API is not reachable: {_reason(error)}") from None
                 self._wait(attempt, "Railway is not reachable")
                 continue
             except httpx.HTTPError as error:
                 if not repeatable:
-                    raise Uncertain(f"Railway's answer was lost: {_why(error)}") from None
+                    raise Uncertain(f"Railway's answer was lost: {_reason(error)}") from None
                 if last:
-                    raise Failure(f"Railway's API does not answer: {_why(error)}") from None
+                    raise Failure(f"Railway's API does not answer: {_reason(error)}") from None
                 self._wait(attempt, "Railway does not answer")
                 continue
             if answer.status_code == 429:
                 after = _retry_after(answer)
-                if last or after > LONGEST_PAUSE * 5:
+                if last or after > MAX_PAUSE * 5:
                     raise Failure(
                         "Railway's rate limit is used up; it asks to wait"
-                        f" {after or LONGEST_PAUSE:.0f} s: try again then"
+                        f" {after or MAX_PAUSE:.0f} s: try again then"
                     )
                 self._wait(attempt, "Railway's rate limit", after)
                 continue
@@ -168,19 +168,19 @@ class Api:
     def _data(self, answer: httpx.Response) -> Any:
         if answer.status_code in (401, 403):
             raise ApiError("Railway does not accept the token: check it, or make a new one")
-        not_understood = ApiError(
+        unexpected = ApiError(
             f"Railway answered {answer.status_code}, and not as its API does: is"
             f" {contract.API_URL_VARIABLE} right?"
         )
         try:
             body = answer.json()
         except (ValueError, RecursionError):
-            raise not_understood from None
+            raise unexpected from None
         if not isinstance(body, dict):
-            raise not_understood
+            raise unexpected
         if errors := body.get("errors"):
             if not isinstance(errors, list):
-                raise not_understood
+                raise unexpected
             message = "; ".join(str(e.get("message") if isinstance(e, dict) else e) for e in errors)
             if "not authorized" in message.lower():
                 message += (
@@ -189,11 +189,11 @@ class Api:
             raise GraphqlError(f"Railway: {redact(message)}")
         data = body.get("data")
         if answer.status_code >= 400 or not data or not isinstance(data, dict):
-            raise not_understood
+            raise unexpected
         return data
 
     def _wait(self, attempt: int, why: str, at_least: float = 0.0) -> None:
-        pause = min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE) * random.uniform(0.75, 1.25)
+        pause = min(FIRST_PAUSE * 2**attempt, MAX_PAUSE) * random.uniform(0.75, 1.25)
         pause = max(pause, at_least)
         self._on_wait(f"{why}; trying again in {pause:.1f} s")
         time.sleep(pause)
@@ -207,5 +207,5 @@ def _retry_after(answer: httpx.Response) -> float:
         return 0.0
 
 
-def _why(error: httpx.HTTPError) -> str:
+def _reason(error: httpx.HTTPError) -> str:
     return redact(str(error) or type(error).__name__)

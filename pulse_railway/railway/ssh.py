@@ -63,8 +63,8 @@ class Outcome:
     service ends with 0 as well."""
 
     stdout: str
-    said: str  # why there was no answer, for people
-    hopeless: bool  # asking again would not help
+    message: str  # why there was no answer, for people
+    permanent: bool  # asking again would not help
     no_key: bool = False  # ... for want of a key that Railway takes
 
 
@@ -88,14 +88,14 @@ def ssh(
     done = run_railway(command, api, TIMEOUT)
     # CLI 5 says on every run which key it uses
     lines = [x for x in done.stderr.splitlines() if not x.strip().startswith("Using SSH key")]
-    said = redact("\n".join(lines).strip() or done.stdout.strip())[-2000:]
+    message = redact("\n".join(lines).strip() or done.stdout.strip())[-2000:]
     for pattern, meaning, no_key in CAUSES:
-        if pattern.search(said) and done.returncode:
-            return Outcome(done.stdout, meaning or said, True, no_key)
-    if "Traceback (most recent call last)" in said:  # of the command itself
-        said = f"the router's command failed: {said.splitlines()[-1]}"
-    said = said or f"`railway ssh` ended with {done.returncode} and said nothing"
-    return Outcome(done.stdout, said, False)
+        if pattern.search(message) and done.returncode:
+            return Outcome(done.stdout, meaning or message, True, no_key)
+    if "Traceback (most recent call last)" in message:  # of the command itself
+        message = f"the router's command failed: {message.splitlines()[-1]}"
+    message = message or f"`railway ssh` ended with {done.returncode} and said nothing"
+    return Outcome(done.stdout, message, False)
 
 
 # -- the key -----------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ def private_key_file(given: str) -> Path:
     """
     if "PRIVATE KEY-----" in given:
         keep_secret(given)
-        return _usable(_written(given), "the private key in " + contract.SSH_KEY)
+        return _check_key(_write_key(given), "the private key in " + contract.SSH_KEY)
     path = Path(given).expanduser()
     if not path.is_file():
         raise Failure(
@@ -149,10 +149,10 @@ def private_key_file(given: str) -> Path:
         raise Failure(f"{path} is the public half: pass the private key, {path.with_suffix('')}")
     if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise Failure(f"ssh refuses a key that others can read: chmod 600 {path}")
-    return _usable(path, str(path))
+    return _check_key(path, str(path))
 
 
-def _written(key: str) -> Path:
+def _write_key(key: str) -> Path:
     if "\n" not in key.strip():
         key = key.replace("\\n", "\n")  # as some secret stores give it
     fd, name = tempfile.mkstemp(prefix="pulse-railway-key-")  # with mode 600
@@ -162,7 +162,7 @@ def _written(key: str) -> Path:
     return Path(name)
 
 
-def _usable(path: Path, what: str) -> Path:
+def _check_key(path: Path, what: str) -> Path:
     if not (ssh_keygen := shutil.which("ssh-keygen")):
         return path  # that `ssh` is missing is told when it is needed
     done = subprocess.run(

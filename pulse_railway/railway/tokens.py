@@ -24,7 +24,7 @@ OAUTH_URL = "https://backboard.railway.com/oauth/token"
 # the Railway CLI's own public client id, which its refresh tokens are bound to
 OAUTH_CLIENT_ID = "rlwy_oaci_onEklvmksh1hRUiCo7E2zX12"
 EXPIRY_MARGIN = 90  # seconds; the CLI's own is 60, and it is to find nothing to do
-USUAL_LIFETIME = 3600.0  # seconds
+DEFAULT_LIFETIME = 3600.0  # seconds
 LOCK_TIMEOUT = 10.0  # seconds, as the CLI's
 REFRESH_ATTEMPTS = 3
 REFRESH_PAUSE = 0.25  # seconds
@@ -48,7 +48,7 @@ class Token:
     expires: float | None = None  # seconds since 1970, of a login
 
     @property
-    def lasts(self) -> bool:
+    def is_fresh(self) -> bool:
         """May it be used as it is, or is it a login that is about to expire?"""
         return self.expires is None or time.time() < self.expires - EXPIRY_MARGIN
 
@@ -80,9 +80,9 @@ def find(flag: str | None) -> Token:
     raise Failure(NO_TOKEN)
 
 
-def fresh(token: Token) -> Token:
+def refreshed(token: Token) -> Token:
     """The token as it is to be used now: a login that is about to expire is refreshed."""
-    return token if token.lasts else login() or token
+    return token if token.is_fresh else login() or token
 
 
 def login_file() -> Path:
@@ -121,11 +121,11 @@ def login() -> Token | None:
     """
     path = login_file()
     _, token = read_login(path)
-    if token is None or token.lasts:
+    if token is None or token.is_fresh:
         return token
     with locked(path.with_suffix(".lock")):
         config, token = read_login(path)
-        if token is None or token.lasts:
+        if token is None or token.is_fresh:
             return token  # another process has done it
         return refresh(path, config, token)
 
@@ -163,7 +163,7 @@ def refresh(path: Path, config: dict[str, Any], token: Token) -> Token:
         "refresh_token": refresh_token,
         "client_id": os.environ.get("RAILWAY_OAUTH_CLIENT_ID") or OAUTH_CLIENT_ID,
     }
-    body, why = _ask_for_a_login(form)
+    body, why = _request_login(form)
     if body is None:
         if token.expires and time.time() < token.expires:
             return replace(token, expires=token.expires + EXPIRY_MARGIN)  # until it really has
@@ -187,11 +187,11 @@ def _lifetime(said: Any) -> float:
     try:
         seconds = float(said)
     except (TypeError, ValueError):
-        return USUAL_LIFETIME
-    return seconds if 0 < seconds < 1e9 else USUAL_LIFETIME
+        return DEFAULT_LIFETIME
+    return seconds if 0 < seconds < 1e9 else DEFAULT_LIFETIME
 
 
-def _ask_for_a_login(form: dict[str, str]) -> tuple[dict[str, Any] | None, str]:
+def _request_login(form: dict[str, str]) -> tuple[dict[str, Any] | None, str]:
     """The token endpoint's answer, or None and why there is none. Tried three times: only
     `invalid_grant` is final (RFC 6749 section 5.2), and raises Failure."""
     why = ""

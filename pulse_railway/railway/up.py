@@ -15,7 +15,7 @@ PAUSES = (1.0, 5.0, 15.0)  # seconds, between one attempt and the next
 TIMEOUT = 1800.0  # seconds
 HTTP_TIMEOUT = "RAILWAY_HTTP_TIMEOUT"  # the CLI's for one request, 90 s by default, uploads too
 RATE_LIMIT = re.compile(r"[Tt]ry again in (?:about )?(\d+) (second|minute)")
-LONGEST_PAUSE = 300.0  # seconds
+MAX_PAUSE = 300.0  # seconds
 
 
 def up(
@@ -41,21 +41,21 @@ def up(
         done = run_railway(command, api, TIMEOUT, context, {HTTP_TIMEOUT: f"{TIMEOUT:.0f}"})
         if done.returncode == 0:
             return _deployment_id(done.stdout)
-        said = what_it_said(done.stdout, done.stderr)
+        message = error_text(done.stdout, done.stderr)
         if "unexpected argument '--json'" in done.stderr and "--json" in command:
             command.remove("--json")  # a CLI before 4.24
             continue
-        if pause is None or not transient(said + done.stderr):
+        if pause is None or not transient(message + done.stderr):
             break
-        if again := RATE_LIMIT.search(said):
+        if again := RATE_LIMIT.search(message):
             pause = max(pause, float(again[1]) * (60 if again[2] == "minute" else 1))
-            if pause > LONGEST_PAUSE:
+            if pause > MAX_PAUSE:
                 break
         time.sleep(pause)
-    raise Failure(f"`railway up` failed: {redact(said)}")
+    raise Failure(f"`railway up` failed: {redact(message)}")
 
 
-def what_it_said(stdout: str, stderr: str) -> str:
+def error_text(stdout: str, stderr: str) -> str:
     """Why it failed, in the CLI's words: with `--json` an error is one object on stdout, with a
     hint, and stderr has warnings."""
     for line in reversed(stdout.splitlines()):

@@ -17,7 +17,7 @@ from typing import Any
 
 from pathspec import GitIgnoreSpec
 
-from pulse_railway.build_context import FOLDERS, SKIPPED, holds_secrets
+from pulse_railway.build_context import PRIVATE_FOLDERS, SKIPPED_FOLDERS, holds_secrets
 
 NEVER = (".git", "node_modules")
 IGNORE_FILES = (".railwayignore", ".ignore")
@@ -31,7 +31,7 @@ def left_out(context: Path, path: Path, *, gitignore: bool = True) -> str | None
             continue
         if part.name in NEVER:
             return f"the Railway CLI never uploads {part.name}"
-        if by := _ignored_by(context / part, gitignore):
+        if by := _ignoring_file(context / part, gitignore):
             return f"{by} leaves it out"
     return None
 
@@ -44,7 +44,7 @@ def secrets_in_upload(context: Path, *, gitignore: bool = True) -> list[str]:
         folders[:] = [
             name
             for name in folders
-            if name not in (*FOLDERS, *SKIPPED)
+            if name not in (*PRIVATE_FOLDERS, *SKIPPED_FOLDERS)
             and not left_out(context, here / name, gitignore=gitignore)
         ]
         found += [
@@ -55,21 +55,21 @@ def secrets_in_upload(context: Path, *, gitignore: bool = True) -> list[str]:
     return sorted(found)
 
 
-def _ignored_by(path: Path, gitignore: bool) -> Path | None:
+def _ignoring_file(path: Path, gitignore: bool) -> Path | None:
     """The file that says so: the first kind that says anything about `path` decides."""
     for name in IGNORE_FILES:
         for folder in path.parents:
             verdict = _verdict(folder / name, path)
             if verdict is not None:
                 return folder / name if verdict else None
-    for folder in _repository(path) if gitignore else ():
+    for folder in _folders_in_repository(path) if gitignore else ():
         verdict = _verdict(folder / GITIGNORE, path)
         if verdict is not None:
             return folder / GITIGNORE if verdict else None
     return None
 
 
-def _repository(path: Path) -> Iterator[Path]:
+def _folders_in_repository(path: Path) -> Iterator[Path]:
     """The folders from that of `path` to the root of its git repository; none outside of one."""
     for i, folder in enumerate(path.parents):
         if (folder / ".git").exists():
