@@ -1,11 +1,11 @@
-"""The janitor as a way to the router, for a CI that has a project token and nothing else.
+"""Sends control commands by the janitor, for a CI that has only a project token.
 
-A control command is left as a variable on the janitor service, the janitor is run at once, and its
-answer is read from another variable there. It is janitor.py that carries it out, with the same
-function of router.py. Variables are not secret, and neither is what they hold here.
+The command is written to a variable of the janitor's service, the janitor is started, and its
+answer is read from another variable. janitor.py carries the command out with the same function of
+control.py as an ssh command. Neither variable holds a secret.
 
-Whether Railway lets a project token run a cron service at once is not known to us. Where it does
-not, the janitor's next run by its schedule does it.
+We do not know whether Railway lets a project token start a cron service. Where it does not, the
+janitor's next scheduled run carries the command out.
 """
 
 from __future__ import annotations
@@ -22,16 +22,19 @@ from pulse_railway.railway.ssh import Outcome
 from pulse_railway.services import write_variables
 from pulse_railway.stack import Service, Stack, read_variables
 
-POLL = 1.0  # seconds, growing to
-MAX_POLL = 5.0
-RUN_TIMEOUT = 120.0  # seconds that a run started now may take
-RERUN_INTERVAL = 20.0  # seconds; Railway skips a run while the last is alive
-SCHEDULE_TIMEOUT = 420.0  # seconds: Railway's shortest schedule is five minutes
+POLL = 1.0  # seconds between two polls at first
+MAX_POLL = 5.0  # seconds between two polls at most
+RUN_TIMEOUT = 120.0  # seconds for a run that was started at once
+RERUN_INTERVAL = 20.0  # seconds between two starts: Railway skips one while a run is alive
+SCHEDULE_TIMEOUT = 420.0  # seconds for a scheduled run: Railway's shortest schedule is 5 minutes
 
 
 def run_command(api: Api, stack: Stack, words: list[str], nonce: str) -> Outcome:
-    """Have the janitor carry out a control command, once for its nonce; its answer is the same as
-    by ssh. Where none comes the command is withdrawn: nobody is to be surprised by it later."""
+    """Have the janitor carry out a control command, once for its nonce.
+
+    Returns the same answer as by ssh. If none comes in time, the command is cancelled, so that it
+    is not carried out later.
+    """
     janitor = stack.janitor
     if janitor is None:
         return Outcome("", "there is no janitor: run `pulse-railway ensure`", True)
@@ -50,7 +53,7 @@ def run_command(api: Api, stack: Stack, words: list[str], nonce: str) -> Outcome
 
 
 def _request(api: Api, stack: Stack, janitor: Service, words: list[str], nonce: str) -> str:
-    """Leave the command, have the janitor run, and wait; empty where no answer came."""
+    """Write the command, start the janitor, and return its answer; "" if there was none in time."""
     timeout, started, pause = RUN_TIMEOUT, 0.0, POLL
     began = time.monotonic()
     while time.monotonic() < began + timeout:
@@ -59,7 +62,7 @@ def _request(api: Api, stack: Stack, janitor: Service, words: list[str], nonce: 
         if _nonce_of(answer) == nonce:
             return answer
         ours = _nonce_of(variables.get(contract.CONTROL, "")) == nonce
-        if not ours and not _is_pending(variables):  # somebody else's command goes first
+        if not ours and not _is_pending(variables):  # another caller's command goes first
             request = {"nonce": nonce, "words": words, "until": time.time() + SCHEDULE_TIMEOUT}
             write_variables(api, stack.target, janitor.id, {contract.CONTROL: json.dumps(request)})
             ours = True
@@ -89,7 +92,7 @@ def _nonce_of(text: str) -> str | None:
 
 
 def _is_pending(variables: dict[str, str]) -> bool:
-    """Does somebody's command wait for its answer?"""
+    """Does a command wait for its answer, and is its time not over?"""
     request = variables.get(contract.CONTROL, "")
     if _nonce_of(request) in (None, _nonce_of(variables.get(contract.CONTROL_ANSWER, ""))):
         return False
@@ -100,7 +103,7 @@ def _is_pending(variables: dict[str, str]) -> bool:
 
 
 def _run_now(api: Api, janitor: Service) -> bool:
-    """Does Railway run it at once?"""
+    """Start the janitor; return whether Railway allows that."""
     try:
         api.call(documents.EXECUTE, instance=janitor.instance_id, repeatable=True)
     except ApiError:

@@ -1,8 +1,8 @@
-"""The flags of the verbs. What a flag is called, takes and means is written here, and only here.
+"""The flags of the verbs: FLAGS is the only place for a flag's name, kind, default and help.
 
-From FLAGS come the tasks' signatures (verbs.py), the console script's command line (cli.py),
-`--help` (help.py), the keys of invoke.yaml, the options' values and defaults (options.py) and
-docs/reference.md. A verb in tasks.py lists the names of the flags that it takes.
+The tasks' signatures (verbs.py), the console script's command line (cli.py), `--help` (help.py),
+the keys of invoke.yaml, the options' values and defaults (options.py) and docs/reference.md are
+generated from FLAGS. A verb in tasks.py lists the names of its flags.
 """
 
 from __future__ import annotations
@@ -20,51 +20,51 @@ from pulse_railway.errors import Failure
 if TYPE_CHECKING:
     from pulse_railway.app.plugin import RailwayPlugin
 
-Flags = Mapping[str, Any]  # what was given, by a flag's name; see UNSET
+Flags = Mapping[str, Any]  # the values that a user has given, by flag name; see UNSET
 
 EMPTY: Mapping[str, str] = MappingProxyType({})
 UNSET: tuple[Any, ...] = (None, "", [])
 VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-MAX_NUMBER = 10**9  # of a whole number
+MAX_NUMBER = 10**9  # the largest whole number that a flag takes
 
 
 @dataclass(frozen=True)
 class Flag:
     name: str  # as a keyword of the task and as a key in invoke.yaml
     help: str
-    value: str = "NAME"  # stands for its value in the help
+    value: str = "NAME"  # the placeholder for its value in the help
     kind: type = str  # bool: a switch; int; float: a percentage; dict: KEY=VALUE, may be repeated
-    default: Any = None  # of a text or a number: its value where nothing gives one
-    words: str = ""  # the default, where another part of the code has it
-    minimum: int = 1  # of a whole number
-    variable: str = ""  # the environment variable that is read where nothing else gives a value
-    plugin: bool = False  # RailwayPlugin has an argument of this name, which is read before that
+    default: Any = None  # the value of a text or number that is not given
+    words: str = ""  # describes the default in the help, where other code determines it
+    minimum: int = 1  # the smallest whole number
+    variable: str = ""  # an environment variable that is read if nothing else gives a value
+    plugin: bool = False  # an argument of RailwayPlugin has this name, and comes before `variable`
     positional: bool = False
 
     @property
     def option(self) -> str:
-        """`--bake`."""
+        """Return the option, as in `--bake`."""
         return f"--{self.name.replace('_', '-')}"
 
     @property
     def usage(self) -> str:
-        """`--bake SECONDS`."""
+        """Return the option with its placeholder, as in `--bake SECONDS`."""
         return self.option if self.kind is bool else f"{self.option} {self.value}"
 
     @property
     def text(self) -> str:
-        """The help, with the default."""
-        words = self.words if self.default is None else str(self.default)
-        words = words or (self.variable and f"${self.variable}")
-        return f"{self.help} (default: {words})" if words else self.help
+        """Return the help, with the default."""
+        default = self.words if self.default is None else str(self.default)
+        default = default or (self.variable and f"${self.variable}")
+        return f"{self.help} (default: {default})" if default else self.help
 
     @property
     def unset(self) -> Any:
-        """What a task's parameter has where the flag is not given."""
+        """Return the value of a task's parameter if the flag is not given."""
         return {bool: False, dict: []}.get(self.kind)
 
     def parse(self, given: Any) -> Any:
-        """A value of this kind. Raises Failure for what is none."""
+        """Return `given` as a value of this flag's kind. Raises Failure if it is none."""
         parsers: Any = {bool: bool, int: self._number, float: self._percentage, dict: self._pairs}
         return parsers[self.kind](given) if self.kind in parsers else given
 
@@ -102,8 +102,10 @@ class Flag:
 
 
 def value(flags: Flags, name: str, plugin: RailwayPlugin | None = None) -> Any:
-    """A flag's value: as given, else the plugin's, else the environment variable's, else the
-    default. Raises Failure for a value that is not of the flag's kind."""
+    """Return a flag's value: from the flags, the plugin, the environment variable or the default.
+
+    The first that has one counts. Raises Failure for a value that is not of the flag's kind.
+    """
     flag = FLAGS[name]
     given = flags.get(name)
     if given in UNSET and plugin and flag.plugin:

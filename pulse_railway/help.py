@@ -1,4 +1,4 @@
-"""What `pulse-railway --help` and `pulse-railway <verb> --help` say."""
+"""The text of `pulse-railway --help` and `pulse-railway <verb> --help`."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ GROUPS["inside the containers"] += OTHER_COMMANDS
 
 
 def summary(verb: str) -> str:
-    """A verb in a sentence: the first line of its docstring."""
+    """Return a verb's description: the first line of its docstring."""
     if verb in OTHER_COMMANDS:
         return OTHER_COMMANDS[verb]
     return (inspect.getdoc(tasks.ns[verb]) or "").splitlines()[0]
 
 
 def flags(verb: str) -> list[Flag]:
-    """The flags that a verb takes."""
+    """Return the flags that a verb takes."""
     if verb in OTHER_COMMANDS:
         return []
     return [FLAGS[name] for name in getattr(tasks.ns[verb].body, "flags", ())]
 
 
 def usage(verb: str) -> str:
-    """`pulse-railway deploy [FILE] [flags]`."""
-    taken = flags(verb)
-    positional = [flag.value for flag in taken if flag.positional]
-    if not positional and FLAGS["app"] in taken:
+    """Return a verb's command line, as in `pulse-railway deploy [FILE] [flags]`."""
+    verb_flags = flags(verb)
+    positional = [flag.value for flag in verb_flags if flag.positional]
+    if not positional and FLAGS["app"] in verb_flags:
         positional = ["[FILE]"]
     return " ".join(["pulse-railway", verb, *positional, "[flags]"])
 
@@ -62,12 +62,12 @@ def verb_help(verb: str) -> str:
     return "\n".join(lines)
 
 
-def _entry(name: str, says: str, indent: int) -> str:
+def _entry(name: str, text: str, indent: int) -> str:
     width = max(60, min(shutil.get_terminal_size().columns, 100))
     first = f"  {name}".ljust(indent)
     if len(first) > indent:
         first += "\n" + " " * indent
     blank = " " * indent
     return (
-        first + textwrap.fill(says, width, initial_indent=blank, subsequent_indent=blank)[indent:]
+        first + textwrap.fill(text, width, initial_indent=blank, subsequent_indent=blank)[indent:]
     )

@@ -1,4 +1,4 @@
-"""`--notify URL`: a JSON object after what was done, with `text` as Slack and its like show it."""
+"""`--notify URL`: posts a JSON object about a verb's result, with Slack's `text`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TIMEOUT = 10.0  # seconds
 
 @dataclass
 class Notification:
-    """What is to be told: filled in by the verb, as far as it gets."""
+    """A notification, which the verb completes while it runs."""
 
     event: str
     text: str = ""
@@ -27,7 +27,7 @@ class Notification:
 
 @contextlib.contextmanager
 def notifying(url: str | None, event: str, output: Output) -> Iterator[Notification]:
-    """Tell `url` how the block ended. That nobody could be told is a warning."""
+    """Post a notification to `url` when the block ends or fails. A failed post is a warning."""
     notification = Notification(event)
     try:
         yield notification
@@ -54,6 +54,6 @@ def send(url: str | None, notification: Notification, output: Output) -> None:
     clean = {k: redact(v) if isinstance(v, str) else v for k, v in body.items()}
     try:
         httpx.post(url, json=clean, timeout=TIMEOUT).raise_for_status()
-    except (httpx.HTTPError, httpx.InvalidURL) as error:  # its text holds the URL, a secret
+    except (httpx.HTTPError, httpx.InvalidURL) as error:  # its text contains the URL, a secret
         status = getattr(getattr(error, "response", None), "status_code", None)
         output.warn(f"--notify was not told: {status or type(error).__name__}")

@@ -33,7 +33,7 @@ def client(monkeypatch: pytest.MonkeyPatch, waits: list[str]) -> Make:
     def make(url: str) -> Api:
         monkeypatch.setenv(contract.API_URL_VARIABLE, url)
         made = Api(Token("token-value", "flag"), on_wait=waits.append)
-        made._asked = True  # an account's
+        made._scope_is_read = True  # an account's
         return made
 
     return make

@@ -431,8 +431,8 @@ def test_a_redis_that_is_down_is_named_at_once(monkeypatch: pytest.MonkeyPatch) 
         router_commands.send_promote(cast(Any, None), here, "a", "a")
     assert said == ["the router's Redis does not answer (TimeoutError): asking again for 30 s"]
     assert str(failure.value).endswith(
-        "`promote`: the router's Redis does not answer (TimeoutError): `pulse-railway logs"
-        " --service pulse-redis` tells why; run this again when it is back"
+        "`promote`: the router's Redis does not answer (TimeoutError): see `pulse-railway logs"
+        " --service pulse-redis`, and run this again when it is back"
     )
 
 

@@ -130,7 +130,7 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cli]:
 
 def api(kind: str) -> Api:
     made = Api(Token("token-value", "flag"))
-    made._asked, made._scope = True, {"projectId": "p"} if kind == "project" else None
+    made._scope_is_read, made._scope = True, {"projectId": "p"} if kind == "project" else None
     return made
 
 

@@ -32,7 +32,7 @@ PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 
 
 def command() -> list[str]:
-    """`pulse run` as a backend needs it: on IPv4 and IPv6 both, which the empty address is."""
+    """Return `pulse run` for a backend; the empty address listens on IPv4 and IPv6."""
     app = os.environ.get(contract.APP_FILE)
     if not app:
         raise SystemExit(f"error: {contract.APP_FILE} is not set: which app?")
@@ -41,7 +41,7 @@ def command() -> list[str]:
 
 
 def remove_lock() -> None:
-    """Wherever the web root is: where the variable says, else beside the app, as in Pulse."""
+    """Remove Pulse's lock in the web root: the variable's, and the app's default as in Pulse."""
     app = Path((os.environ.get(contract.APP_FILE) or ".").partition(":")[0])
     roots = [Path(os.environ.get(contract.WEB_ROOT) or "web"), app.parent / "web"]
     for root in roots:
@@ -51,7 +51,7 @@ def remove_lock() -> None:
 
 
 def become_subreaper() -> None:
-    """What our children leave becomes ours to reap, as it is for the first process anyway."""
+    """Become the parent of orphaned descendants, also where this is not the first process."""
     with contextlib.suppress(OSError, AttributeError):
         import ctypes
 
@@ -59,7 +59,7 @@ def become_subreaper() -> None:
 
 
 def descendants(root: int) -> dict[int, str]:
-    """Every process below `root`, with its command line."""
+    """Return the command lines of all processes below `root`, by process id."""
     children: dict[int, list[int]] = {}
     lines: dict[int, str] = {}
     for home in Path("/proc").glob("[0-9]*"):
@@ -68,14 +68,14 @@ def descendants(root: int) -> dict[int, str]:
             parent = int((home / "stat").read_text().rpartition(")")[2].split()[1])
             children.setdefault(parent, []).append(pid)
             lines[pid] = (home / "cmdline").read_bytes().replace(b"\0", b" ").decode("latin-1")
-    found: dict[int, str] = {}
+    below: dict[int, str] = {}
     todo = list(children.get(root, []))
     while todo:
         pid = todo.pop()
-        if pid not in found:
-            found[pid] = lines.get(pid, "")
+        if pid not in below:
+            below[pid] = lines.get(pid, "")
             todo += children.get(pid, [])
-    return found
+    return below
 
 
 def send_signal(pids: list[int], number: int) -> None:
@@ -85,7 +85,7 @@ def send_signal(pids: list[int], number: int) -> None:
 
 
 def reap() -> dict[int, int]:
-    """The children that have ended, with their status."""
+    """Reap the children that have ended; return their exit statuses by process id."""
     ended: dict[int, int] = {}
     with contextlib.suppress(ChildProcessError):
         while True:
@@ -97,18 +97,21 @@ def reap() -> dict[int, int]:
 
 
 def stop_timeout() -> float:
-    """Seconds from SIGTERM until we kill what is left ourselves."""
+    """Return the seconds from SIGTERM to our own SIGKILL, which comes before Railway's."""
     try:
-        given = float(os.environ.get(DRAINING_VARIABLE) or DRAINING_SECONDS)
+        seconds = float(os.environ.get(DRAINING_VARIABLE) or DRAINING_SECONDS)
     except ValueError:
-        given = DRAINING_SECONDS
-    return max(given - MARGIN, 0.5)
+        seconds = DRAINING_SECONDS
+    return max(seconds - MARGIN, 0.5)
 
 
 def run_app(argv: list[str]) -> int:
-    """Run until the app ends or SIGTERM; its exit status, 0 after an orderly end."""
+    """Run the app until it ends, or until SIGTERM or SIGINT; return the exit status.
+
+    The status is the app's own, or after a signal 0 if all processes have ended in time.
+    """
     received: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):  # before anything else: it may come at once
+    for number in (signal.SIGTERM, signal.SIGINT):  # first, since a signal may come at once
         signal.signal(number, lambda n, _: received.append(n))
     become_subreaper()
     remove_lock()
@@ -122,7 +125,11 @@ def run_app(argv: list[str]) -> int:
 
 
 def stop(deadline: float) -> int:
-    """uvicorn first, so that no page is half rendered; then whatever is left."""
+    """End uvicorn, then all other processes; kill them at `deadline` (monotonic).
+
+    uvicorn is the first, since it needs React's server for the pages under way. Returns the exit
+    status.
+    """
     signaled: set[int] = set()
     while time.monotonic() < deadline:
         reap()
