@@ -21,7 +21,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import lasting, servers
+from benchmarks import long_running, servers
 from benchmarks.servers import Server
 
 GB = 1 << 30
@@ -35,11 +35,11 @@ def http(server: Server, path: str, seconds: float) -> tuple[float, float]:
     if shutil.which("wrk"):
         url = f"http://127.0.0.1:{server.port}{path}"
         command = ["wrk", "-t1", "-c32", f"-d{int(seconds)}", url]
-        said = servers.run_load(command)
-        found = re.search(r"(\d+) requests in", said)
+        output = servers.run_load(command)
+        found = re.search(r"(\d+) requests in", output)
         assert found is not None
-        if "Non-2xx" in said:
-            raise SystemExit(said)
+        if "Non-2xx" in output:
+            raise SystemExit(output)
         count = int(found[1])
     else:
         count = load("http", server, path, 32, seconds)
@@ -61,9 +61,9 @@ def websocket(server: Server, connections: int, seconds: float) -> float:
 
 def socket_bytes(server: Server, count: int = 400) -> float:
     """Resident bytes that an open WebSocket adds."""
-    warm = lasting.hold(server, 100)
+    warm = long_running.open_websockets(server, 100)
     before = server.rss
-    held = lasting.hold(server, count)
+    held = long_running.open_websockets(server, count)
     time.sleep(0.3)
     added = server.rss - before
     for sock in (*warm, *held):
@@ -140,7 +140,7 @@ def measure(start: Start, quick: bool, *, requests_only: bool) -> dict[str, floa
 
 
 # what the router is held to: a ratio to another in the same run, or a figure of its own
-BARS = {
+TARGETS = {
     "small request, CPU us": "1/5 of 0.3.13",
     "small request in turns with Caddy: ratio": "0.6",
     "with affinity, CPU us": "1/6 of 0.3.13",
@@ -171,7 +171,7 @@ def main(argv: list[str]) -> int:
         servers.state(backend.port, Path(temporary)) as env,
     ):
         folder = Path(temporary)
-        wanted: dict[str, Start] = {
+        starts: dict[str, Start] = {
             "pulse-railway 0.4": partial(servers.ours, env),
             "0.3.13": partial(servers.peer, env),
         }
@@ -179,18 +179,18 @@ def main(argv: list[str]) -> int:
             "Caddy": partial(servers.caddy, backend.port, folder),
             "nginx": partial(servers.nginx, backend.port, folder),
         }
-        wanted |= {name: start for name, start in others.items() if shutil.which(name.lower())}
-        for name, start in wanted.items():
+        starts |= {name: start for name, start in others.items() if shutil.which(name.lower())}
+        for name, start in starts.items():
             console.print(f"measuring {name}", style="dim")
             results[name] = measure(start, quick, requests_only=name in others)
-        lasts(console, wanted, results, env["REDIS_URL"], folder, quick)
+        measure_long_running(console, starts, results, env["REDIS_URL"], folder, quick)
     show(console, results)
     return 0
 
 
-def lasts(
+def measure_long_running(
     console: Console,
-    wanted: dict[str, Start],
+    starts: dict[str, Start],
     results: dict[str, dict[str, float]],
     store: str,
     folder: Path,
@@ -201,38 +201,38 @@ def lasts(
     def cost(server: Server, seconds: float) -> float:
         return http(server, "/", seconds)[0]
 
-    names = list(wanted)
-    beside = "Caddy" if "Caddy" in wanted else names[0]
+    names = list(starts)
+    beside = "Caddy" if "Caddy" in starts else names[0]
     rate = int(results[beside]["small requests a second"] / 2)
-    for name, start in wanted.items():
+    for name, start in starts.items():
         if name == "0.3.13":
             continue  # it cannot do so many
         console.print(f"measuring {name}: tail at {rate:,} requests a second", style="dim")
         with start() as server:
             http(server, "/", 1)
-            for q, value in lasting.tail(server, rate, 4 if quick else 20).items():
+            for q, value in long_running.tail(server, rate, 4 if quick else 20).items():
                 results[name][f"open loop, {q} %, ms"] = value
             if shutil.which("wrk"):
-                closed = lasting.tail_at_saturation(server, 2 if quick else 10)
+                closed = long_running.tail_at_saturation(server, 2 if quick else 10)
                 results[name]["closed loop, 99 %, ms"] = closed
     ours = results[names[0]]
     if beside == "Caddy":
-        with wanted[names[0]]() as mine, wanted[beside]() as other:
+        with starts[names[0]]() as mine, starts[beside]() as other:
             cost(mine, 1.0), cost(other, 1.0)
             turns = [cost(mine, 2.0) / cost(other, 2.0) for _ in range(5)]
         ours["small request in turns with Caddy: ratio"] = statistics.median(turns)
     console.print("measuring our router: scale, endurance, image", style="dim")
-    with wanted[names[0]]() as server:
-        found = lasting.scale(server, store, cost, 2.0 if quick else 5.0)
+    with starts[names[0]]() as server:
+        found = long_running.scale(server, store, cost, 2.0 if quick else 5.0)
         ours["9,500 sockets, 200 deployments: cost ratio"] = found["cost ratio"]
         ours["... memory a socket, KB"] = found["memory a socket, KB"]
-    with wanted[names[0]]() as server:
+    with starts[names[0]]() as server:
         requests, sockets = (100_000, 5_000) if quick else (1_000_000, 50_000)
-        found = lasting.endurance(server, cost, requests, sockets)
+        found = long_running.endurance(server, cost, requests, sockets)
         ours["endurance: requests"] = found["requests"]
         ours["... descriptors more"] = found["descriptors more"]
         ours["... memory ratio"] = found["memory ratio"]
-    for row, value in lasting.image(store, folder).items():
+    for row, value in long_running.image(store, folder).items():
         ours[f"image: {row}"] = value
 
 
@@ -252,7 +252,7 @@ def show(console: Console, results: dict[str, dict[str, float]]) -> None:
         ratios = [
             f"{ours[row] / other[row]:.3f}" if other.get(row) else "" for other in (peer, caddy)
         ]
-        table.add_row(row, *cells, *ratios, BARS.get(row, ""))
+        table.add_row(row, *cells, *ratios, TARGETS.get(row, ""))
     Console(width=160, file=console.file).print(table)
 
 

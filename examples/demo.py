@@ -50,7 +50,7 @@ class Stage:
 
     def __init__(self, root: Path, process: subprocess.Popen[bytes], env: dict[str, str]) -> None:
         self.root, self.process, self.env = root, process, env
-        self.of_verbs: dict[str, str] = {}  # over `env`
+        self.verb_env: dict[str, str] = {}  # over `env`
         self.api = env["PULSE_RAILWAY_API_URL"]
         self.bundle = env["SSL_CERT_FILE"]
 
@@ -60,7 +60,7 @@ class Stage:
         done = subprocess.run(
             command,
             cwd=ROOT,
-            env={**self.env, **self.of_verbs, **env},
+            env={**self.env, **self.verb_env, **env},
             stdout=subprocess.PIPE,
             timeout=300,
         )
@@ -100,7 +100,7 @@ class Stage:
 
     def get(self, url: str, **params: str) -> httpx.Response:
         """A request of a client that has no cookie and no affinity."""
-        with httpx.Client(verify=trusting(self.bundle), trust_env=False) as client:
+        with httpx.Client(verify=tls_context(self.bundle), trust_env=False) as client:
             return client.get(url, params=params)
 
 
@@ -109,7 +109,7 @@ post = functools.partial(httpx.post, verify=False)
 
 
 @functools.cache
-def trusting(bundle: str) -> ssl.SSLContext:
+def tls_context(bundle: str) -> ssl.SSLContext:
     return ssl.create_default_context(cafile=bundle)
 
 
@@ -132,7 +132,7 @@ def stage(
             start_new_session=True,  # a Ctrl-C is for us, and we end it
         )
     try:
-        _wait_for(root, process)
+        _wait_until_up(root, process)
         clean = {
             k: v
             for k, v in os.environ.items()
@@ -148,7 +148,7 @@ def stage(
             process.wait()
 
 
-def _wait_for(root: Path, process: subprocess.Popen[bytes]) -> None:
+def _wait_until_up(root: Path, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         if process.poll() is not None:
@@ -174,13 +174,13 @@ def processes_of(root: Path) -> list[int]:
 # -- the story ---------------------------------------------------------------------------------
 
 
-def see(what: str, held: bool) -> None:
-    print(("  saw: " if held else "  DID NOT SEE: ") + what, flush=True)
-    if not held:
+def check(what: str, ok: bool) -> None:
+    print(("  saw: " if ok else "  DID NOT SEE: ") + what, flush=True)
+    if not ok:
         raise SystemExit(1)
 
 
-def as_a_ci(s: Stage) -> dict[str, str]:
+def ci_environment(s: Stage) -> dict[str, str]:
     """The environment of a CI that has a project token and nothing else: no key, no login."""
     known = json.loads((s.root / "state.json").read_text())["tokens"]
     token = next(t["value"] for t in known if t["kind"] == "project")
@@ -195,102 +195,104 @@ def story(root: Path, *, job: bool = False) -> None:
     SystemExit where something does not hold.
     """
     with stage(root) as s:
-        s.of_verbs = as_a_ci(s) if job else {}
-        at_once = ("--rollback-window-seconds", "0")  # what is drained goes at once
-        done = s.run("ensure", APP, *at_once)
-        see(
+        s.verb_env = ci_environment(s) if job else {}
+        no_window = ("--rollback-window-seconds", "0")  # what is drained goes at once
+        done = s.run("ensure", APP, *no_window)
+        check(
             "ensure creates router, env, Redis and janitor",
             {"pulse-router", "pulse-env", "pulse-redis", "pulse-janitor"} == set(s.services()),
         )
         address = done["server_address"]
         s.set_variables("pulse-env", {"GREETING": "hello", "SESSION_TIMEOUT": "1"})
         a = s.run("deploy", APP, "--deployment-name", "a")["deployment_id"]
-        see(
+        check(
             f"deploy brings up {a}, which is active",
             s.get(f"{address}/_pulse/meta").json()["deployment_id"] == a,
         )
-        see(
+        check(
             "it has the variable of pulse-env",
             s.get(f"{address}/greeting").json() == {"greeting": "hello"},
         )
-        asyncio.run(_tabs(s, address, a, at_once))
+        asyncio.run(_tabs(s, address, a, no_window))
 
 
-async def _tabs(s: Stage, address: str, a: str, at_once: tuple[str, ...]) -> None:
+async def _tabs(s: Stage, address: str, a: str, no_window: tuple[str, ...]) -> None:
     async with Visitor(address, s.bundle) as old:
         await old.open()
-        see(
+        check(
             f"a page is prerendered by {a}, with a cookie and the affinity",
             old.affinity == a and old.cookie is not None,
         )
         await old.connect()
         await old.count()
         await old.count()
-        see("its tab counts to 2 over the open socket", (old.tab, old.session) == (2, 2))
+        check("its tab counts to 2 over the open socket", (old.tab, old.session) == (2, 2))
 
         deployed = await asyncio.to_thread(s.run, "deploy", APP, "--deployment-name", "b")
         b = deployed["deployment_id"]
-        see(f"the old tab's requests still reach {a}", await old.meta() == a)
+        check(f"the old tab's requests still reach {a}", await old.meta() == a)
         await old.count()
-        see("its socket never closed, and counts to 3", old.connected and old.tab == 3)
+        check("its socket never closed, and counts to 3", old.connected and old.tab == 3)
 
         async with Visitor(address, s.bundle) as new:
             await new.open()
-            see(f"a new tab gets {b}", new.affinity == b and await new.meta() == b)
+            check(f"a new tab gets {b}", new.affinity == b and await new.meta() == b)
         async with Visitor(address, s.bundle, cookie=old.cookie) as returning:
             await returning.open()
-            see(
+            check(
                 f"on {b} the session has counted to 3, from Redis",
                 (returning.affinity, returning.session) == (b, 3),
             )
-        see(
+        check(
             "/_pulse/meta names the right one each way",
             s.get(f"{address}/_pulse/meta", pulse_deployment=a).json()["deployment_id"] == a
             and s.get(f"{address}/_pulse/meta").json()["deployment_id"] == b,
         )
         await asyncio.to_thread(s.run_janitor)
         await asyncio.sleep(3)
-        see(f"the janitor keeps {a} while its tab is open", a in s.services())
+        check(f"the janitor keeps {a} while its tab is open", a in s.services())
 
     deadline = time.monotonic() + 60
     while a in s.services() and time.monotonic() < deadline:
         await asyncio.sleep(2)
         await asyncio.to_thread(s.run_janitor)
-    see(f"once the tab has gone, the janitor removes {a}", a not in s.services())
-    see(f"{b} serves on", s.get(f"{address}/_pulse/meta").json()["deployment_id"] == b)
-    see(
+    check(f"once the tab has gone, the janitor removes {a}", a not in s.services())
+    check(f"{b} serves on", s.get(f"{address}/_pulse/meta").json()["deployment_id"] == b)
+    check(
         "an affinity that is gone is answered 409",
         s.get(f"{address}/_pulse/meta", pulse_deployment=a).status_code == 409,
     )
     again = await asyncio.to_thread(s.run, "redeploy")
-    see(
+    check(
         f"redeploy brings {b} up anew",
         again["deployment_id"] == b
         and s.get(f"{address}/_pulse/meta").json()["deployment_id"] == b,
     )
     await _canary(s, address, b)
-    last = await asyncio.to_thread(s.run, "ensure", APP, *at_once)
-    see("a second ensure changes nothing", last["changed"] == [])
+    last = await asyncio.to_thread(s.run, "ensure", APP, *no_window)
+    check("a second ensure changes nothing", last["changed"] == [])
 
 
 async def _canary(s: Stage, address: str, b: str) -> None:
     given = ("--deployment-name", "c", "--canary", "100", "--bake", "11")
     c = (await asyncio.to_thread(s.run, "deploy", APP, *given))["deployment_id"]
-    async with Visitor(address, s.bundle) as drawn:
-        await drawn.open()
-        await drawn.connect()
-        await drawn.count()
-        see(f"a new tab is drawn to the canary {c}", drawn.affinity == c and drawn.tab == 1)
+    async with Visitor(address, s.bundle) as canary_tab:
+        await canary_tab.open()
+        await canary_tab.connect()
+        await canary_tab.count()
+        check(f"a new tab goes to the canary {c}", canary_tab.affinity == c and canary_tab.tab == 1)
         ended = await asyncio.to_thread(s.run, "rollback", "--message", "not yet")
-        see(f"rollback ends it, {b} is active", (ended["ended"], ended["deployment_id"]) == (c, b))
+        check(
+            f"rollback ends it, {b} is active", (ended["ended"], ended["deployment_id"]) == (c, b)
+        )
         async with Visitor(address, s.bundle) as new:
             await new.open()
-            see(f"a new tab gets {b}", new.affinity == b)
-        await drawn.count()
-        see("the canary's tab counts on", drawn.connected and drawn.tab == 2)
+            check(f"a new tab gets {b}", new.affinity == b)
+        await canary_tab.count()
+        check("the canary's tab counts on", canary_tab.connected and canary_tab.tab == 2)
     known = (await asyncio.to_thread(s.run, "history"))["history"]
     did = [entry["what"] for entry in known]
-    see("history has who did what", did[-2:] == ["canary", "rollback"] and bool(known[-1]["by"]))
+    check("history has who did what", did[-2:] == ["canary", "rollback"] and bool(known[-1]["by"]))
 
 
 # -- commands ----------------------------------------------------------------------------------
@@ -302,7 +304,7 @@ def play_once(*, job: bool = False) -> int:
         root = Path(folder).resolve()
         story(root, job=job)
         left = processes_of(root)
-        see("no process is left behind", not left)
+        check("no process is left behind", not left)
     print(f"the story held, in {time.monotonic() - began:.0f} s")
     return 0
 

@@ -33,7 +33,7 @@ def address(project: Project) -> str:
 
 def visits(project: Project, url: str, count: int = 40) -> list[str]:
     """Which deployment each of so many new visitors gets."""
-    trust = demo.trusting(project.stage.bundle)
+    trust = demo.tls_context(project.stage.bundle)
     found = []
     with httpx.Client(verify=trust, trust_env=False) as client:
         for n in range(count):
@@ -47,7 +47,7 @@ def visits(project: Project, url: str, count: int = 40) -> list[str]:
 def traffic(project: Project, url: str, path: str = "/work") -> Iterator[None]:
     """Visitors that come all the time."""
     done = threading.Event()
-    trust = demo.trusting(project.stage.bundle)
+    trust = demo.tls_context(project.stage.bundle)
 
     def visit() -> None:
         with httpx.Client(verify=trust, trust_env=False) as client:
@@ -235,7 +235,7 @@ def step_09_maintenance(base: Project, tmp_path: Path) -> None:
     page.write_text("<h1>Tea — back at five</h1> \"quoted\" 'too' $HOME `x`\n")
     done = base.ok("maintenance", "on", "--page", str(page), "--message", "moving house")
     url = done["address"]
-    trust = demo.trusting(base.stage.bundle)
+    trust = demo.tls_context(base.stage.bundle)
     with httpx.Client(verify=trust, trust_env=False) as client:
         eventually(lambda: client.get(url).status_code == 503)
         answer = client.get(url, headers={"accept": "text/html"})

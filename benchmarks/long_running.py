@@ -31,31 +31,31 @@ SOCKETS = 9_500  # with 20,000 descriptors, which is what most machines allow, n
 DEPLOYMENTS = 200
 
 
-def hold(server: Server, count: int) -> list[socket.socket]:
+def open_websockets(server: Server, count: int) -> list[socket.socket]:
     """That many open WebSockets."""
-    held = []
+    sockets = []
     for _ in range(count):
         sock = socket.create_connection(("127.0.0.1", server.port), 10)
         sock.sendall(UPGRADE)
         assert sock.recv(4096).startswith(b"HTTP/1.1 101")
-        held.append(sock)
-    return held
+        sockets.append(sock)
+    return sockets
 
 
 def tail(server: Server, rate: int, seconds: float) -> dict[str, float]:
     """Milliseconds from when a request was due to its answer, at a steady rate (open loop)."""
     command = [sys.executable, "-m", "benchmarks.load", "open", str(server.port), "/"]
     command += [str(rate), str(seconds)]
-    said = servers.run_load(command)
-    return {k: float(v) for k, v in json.loads(said).items()}
+    output = servers.run_load(command)
+    return {k: float(v) for k, v in json.loads(output).items()}
 
 
 def tail_at_saturation(server: Server, seconds: float) -> float:
     """Milliseconds at the 99th percentile, 32 connections that ask again at once (closed loop)."""
     command = ["wrk", "-t1", "-c32", f"-d{int(seconds)}", "--latency"]
-    said = servers.run_load([*command, f"http://127.0.0.1:{server.port}/"])
-    found = re.search(r"99%\s+([\d.]+)(us|ms|s)\b", said)
-    assert found is not None, said
+    output = servers.run_load([*command, f"http://127.0.0.1:{server.port}/"])
+    found = re.search(r"99%\s+([\d.]+)(us|ms|s)\b", output)
+    assert found is not None, output
     return float(found[1]) * {"us": 0.001, "ms": 1.0, "s": 1000.0}[found[2]]
 
 
@@ -83,11 +83,11 @@ def scale(
         without.append(cost(server, seconds))
         know(DEPLOYMENTS)
         before = server.rss
-        held = hold(server, SOCKETS)
+        sockets = open_websockets(server, SOCKETS)
         time.sleep(1)
         memory = memory or (server.rss - before) / SOCKETS / 1024
         with_all.append(cost(server, seconds))
-        for sock in held:
+        for sock in sockets:
             sock.close()
         know(0)
     return {"cost ratio": min(with_all) / min(without), "memory a socket, KB": memory}
@@ -109,7 +109,7 @@ def endurance(
             each = cost(server, 10.0)
             played[0] += (server.cpu - began) / each * 1e6
         for _ in range(int(sockets * share / 500)):
-            for sock in hold(server, 500):
+            for sock in open_websockets(server, 500):
                 sock.close()
 
     def rest() -> tuple[int, int]:
