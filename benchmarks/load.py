@@ -1,11 +1,11 @@
-"""Load for where wrk is not installed, and for WebSockets, which wrk does not speak.
+"""A load generator, for WebSockets, steady rates, and machines without wrk.
 
     python -m benchmarks.load http PORT PATH CONNECTIONS SECONDS
     python -m benchmarks.load ws   PORT PATH CONNECTIONS SECONDS
     python -m benchmarks.load open PORT PATH RATE        SECONDS
 
-Prints how many round trips there were; `open` sends RATE a second whatever the answers do, and
-prints percentiles of the milliseconds from when each was due.
+Prints the number of round trips. `open` sends RATE requests a second, independent of the answers,
+and prints percentiles of the milliseconds from each request's due time to its answer.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ FRAME = bytes((0x81, 0x80 | 5, 0, 0, 0, 0)) + b"hello"  # masked with zeros
 
 
 class Client(asyncio.Protocol):
-    """Sends, waits for the whole answer, sends again."""
+    """A connection that sends the next request when the whole answer is there."""
 
     total = 0
     until = 0.0
 
     def __init__(self, request: bytes, *, websocket: bool) -> None:
         self.request, self.websocket = request, websocket
-        self.remaining = -1  # body bytes still to come; -1: the head is
+        self.remaining = -1  # bytes of the body to come; -1: the head is to come
         self.buffer = b""
         self.done = asyncio.get_running_loop().create_future()
 
@@ -80,10 +80,10 @@ class Client(asyncio.Protocol):
 
 
 class SteadyClient(asyncio.Protocol):
-    """One connection of many: answers one request at a time, of those that are due."""
+    """One of many connections, which sends one due request at a time."""
 
     free: ClassVar[list[SteadyClient]] = []
-    queue: ClassVar[collections.deque[float]] = collections.deque()  # when they were due
+    queue: ClassVar[collections.deque[float]] = collections.deque()  # due times of waiting requests
     latencies: ClassVar[list[float]] = []
 
     def __init__(self, request: bytes) -> None:
