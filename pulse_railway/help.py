@@ -48,7 +48,7 @@ def overview() -> str:
         lines += [_entry(verb, summary(verb), 16) for verb in verbs]
         lines.append("")
     lines += [
-        "`pulse-railway <verb> --help` lists a verb's flags; --version says which this is.",
+        "`pulse-railway <verb> --help` lists a verb's flags; --version prints the version.",
         "A flag's default is in invoke.yaml, section pulse_railway, where that sets it.",
     ]
     return "\n".join(lines)

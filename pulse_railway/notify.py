@@ -56,4 +56,4 @@ def send(url: str | None, notification: Notification, output: Output) -> None:
         httpx.post(url, json=clean, timeout=TIMEOUT).raise_for_status()
     except (httpx.HTTPError, httpx.InvalidURL) as error:  # its text contains the URL, a secret
         status = getattr(getattr(error, "response", None), "status_code", None)
-        output.warn(f"--notify was not told: {status or type(error).__name__}")
+        output.warn(f"the notification was not sent: {status or type(error).__name__}")

@@ -192,7 +192,7 @@ def parse_one_name(flags: Flags, output: Output) -> StackOptions:
 
 def parse_status(flags: Flags, output: Output) -> StatusOptions:
     if flags.get("watch") and flags.get("json"):
-        raise Failure("--watch is for people: for a program, call status --json again and again")
+        raise Failure("--watch is for people: in a program, call `status --json` repeatedly")
     return stack_options(StatusOptions, flags, output)
 
 
@@ -241,7 +241,7 @@ def parse_deploy(flags: Flags, output: Output) -> DeployOptions:
     keep_secret(*env.values(), *build_args.values())
     watched = value(flags, "canary") is not None or value(flags, "bake")
     if flags.get("no_promote") and watched:
-        raise Failure("--no-promote leaves nobody to watch: leave it or --canary and --bake out")
+        raise Failure("--no-promote excludes --canary and --bake: nobody uses a pending version")
     return from_flags(
         DeployOptions,
         flags,
@@ -264,7 +264,7 @@ def raw_flags(flags: Flags, output: Output) -> Flags:
 
 def parse_image(flags: Flags, output: Output) -> ImageOptions:
     if not flags.get("repository"):
-        raise Failure("where to? pass --repository, e.g. registry/org/pulse-railway")
+        raise Failure("which repository? pass --repository, e.g. registry/org/pulse-railway")
     return from_flags(ImageOptions, flags)
 
 

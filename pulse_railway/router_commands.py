@@ -231,7 +231,7 @@ def warn_of_late_routers(answer: Answer, warn: Warn) -> None:
     """Warn of routers that do not serve a change yet: new visitors may get the old version."""
     if behind := answer.get("behind"):
         warn(
-            f"{', '.join(map(str, behind))} has not said yet that it serves this: see"
+            f"{', '.join(map(str, behind))} has not reported yet that it serves this: see"
             " `pulse-railway status`"
         )
 
@@ -327,8 +327,8 @@ def send_retire(api: Api, stack: Stack, deployment_id: str, service_id: str | No
     if behind := send_command(api, stack, "retire", *words).get("behind"):
         raise Refused(
             f"{deployment_id} is retired, and its service stays for now: the router"
-            f" {', '.join(map(str, behind))} has not said that it serves that. The janitor removes"
-            f" it, or `pulse-railway delete --deployment-id {deployment_id}` in a minute",
+            f" {', '.join(map(str, behind))} has not reported that it serves that. The janitor"
+            f" removes it, or `pulse-railway delete --deployment-id {deployment_id}` in a minute",
             "behind",
         )
 

@@ -116,7 +116,7 @@ def run_verb(verb: Callable[..., None], parser: str, flags: Mapping[str, Any]) -
         sys.stderr.write(redact(traceback.format_exc()))
         raise end(
             f"{type(error).__name__}, which is a fault of pulse-railway: nothing is known"
-            " to be lost, `pulse-railway status` tells what stands",
+            " to be lost; see `pulse-railway status`",
             1,
         ) from None
     return output.value

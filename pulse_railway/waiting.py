@@ -131,9 +131,9 @@ def runtime_tail(api: Api, deployment_id: str) -> str:
     try:
         data = api.call(documents.RUNTIME_LOGS, deployment=deployment_id, since=None, limit=20)
     except Failure as failure:
-        return f"\nand its runtime log could not be read: {failure}"
+        return f"\nits runtime log could not be read: {failure}"
     lines = [f"    {line['message']}" for line in data["deploymentLogs"]]
-    return "\n".join(["\nand it said, while it ran,", *lines]) if lines else ""
+    return "\n".join(["\nits runtime log ended with", *lines]) if lines else ""
 
 
 def build_tail(api: Api, deployment_id: str) -> str:

@@ -290,7 +290,7 @@ def step_10_somebody_is_told(base: Project) -> None:
     assert (listener.told[-1]["event"], listener.told[-1]["ok"]) == ("rollback", True)
     verb = base.run("promote", "--deployment-id", "told", "--notify", deaf.url)
     assert verb.code == 0
-    assert "warning: --notify was not told: 500" in verb.err
+    assert "warning: the notification was not sent: 500" in verb.err
     assert "T0SECRET" not in verb.err + verb.out
     assert "take an http(s) address" in base.run("rollback", "--notify", "slack").error
     planned = base.ok("ensure", "main.py", "--plan", "--notify", listener.url)["planned"]

@@ -171,7 +171,7 @@ class Api:
         if answer.status_code in (401, 403):
             raise ApiError("Railway does not accept the token: check it, or make a new one")
         unexpected = ApiError(
-            f"Railway answered {answer.status_code}, and not as its API does: is"
+            f"Railway answered {answer.status_code}, which is no answer of its API: is"
             f" {contract.API_URL_VARIABLE} right?"
         )
         try:

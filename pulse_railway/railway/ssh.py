@@ -181,7 +181,7 @@ def _check_key(path: Path, label: str) -> Path:
         return path
     if "passphrase" in done.stderr:
         raise Failure(
-            f"{label} has a passphrase, which nobody can be asked for: use a key without one, or"
+            f"{label} has a passphrase, and ssh cannot ask for it here: use a key without one, or"
             " `ssh-add` it to an agent and leave --ssh-key out"
         )
     raise Failure(f"{label} is no SSH private key that ssh can read")
