@@ -42,7 +42,7 @@ TOKEN = "chaos-internal-token"
 DRAIN_TTL = 60.0
 SEEN_WITHIN = 1.0  # seconds in which every router has to know of a promotion ...
 SEEN_WITHIN_AFTER_REDIS = 8.0  # ... or of all that Redis was away for
-MOST = 6  # deployments at once
+MAX_DEPLOYMENTS = 6  # deployments at once
 QUICK = {"REFRESH_SECONDS": 3.0}
 
 
@@ -80,8 +80,8 @@ class World:
     running: dict[str, BackendProcess] = field(default_factory=dict)
     ended: set[str] = field(default_factory=set)
     down: list[tuple[str, float, float]] = field(default_factory=list)  # on purpose: from, until
-    chosen: list[tuple[float, set[str]]] = field(default_factory=list)  # who may answer newcomers
-    intent: str | None = None  # what was promoted last, and when
+    expected: list[tuple[float, set[str]]] = field(default_factory=list)  # who may answer newcomers
+    last_promoted: str | None = None  # what was promoted last, and when
     redis_back: float = 0.0
     count: collections.Counter[str] = field(default_factory=collections.Counter)
     events: collections.Counter[str] = field(default_factory=collections.Counter)
@@ -102,7 +102,7 @@ class World:
         """May that deployment answer a request that named none and was sent then?"""
         late = SEEN_WITHIN_AFTER_REDIS if since < self.redis_back + 8 else SEEN_WITHIN
         known: set[str] = set()
-        for at, names in self.chosen:
+        for at, names in self.expected:
             if at <= since - late:
                 known = set(names)
             else:
@@ -194,7 +194,7 @@ class World:
         """A control command, as `railway ssh` runs it in a router's container."""
         nonce = f"{self.rng.getrandbits(64):x}"
         given = [*words, "--nonce", nonce, "--by", "chaos"]
-        given += ["--intent", self.intent] if self.intent else []
+        given += ["--intent", self.last_promoted] if self.last_promoted else []
         for _ in range(6):
             answer = await asyncio.to_thread(control.carry_out, given, {**os.environ, **self.env})
             if answer["ok"] or answer["reason"] != "store":
@@ -220,11 +220,11 @@ class World:
         self, *words: str, result: Callable[[], set[str] | None]
     ) -> dict[str, Any] | None:
         """A command that changes who answers newcomers: before it, during it, and after it."""
-        before = self.chosen[-1][1] if self.chosen else set()
+        before = self.expected[-1][1] if self.expected else set()
         after = result()
-        self.chosen.append((time.monotonic(), before | (after or set())))
+        self.expected.append((time.monotonic(), before | (after or set())))
         answer = await self.control(*words)
-        self.chosen.append((time.monotonic(), (after or before) if answer["ok"] else before))
+        self.expected.append((time.monotonic(), (after or before) if answer["ok"] else before))
         return answer if answer["ok"] else None
 
     async def promote(self, name: str, *more: str) -> bool:
@@ -232,7 +232,7 @@ class World:
         began = time.monotonic()
         answer = await self.choose(*words, *more, result=lambda: {name})
         if answer:
-            self.intent = "{deployment_id}@{at!r}".format(**answer["promoted"])
+            self.last_promoted = "{deployment_id}@{at!r}".format(**answer["promoted"])
             await self.until_seen(name, began)
         return answer is not None
 
@@ -259,7 +259,7 @@ class World:
 
     async def bring_up(self) -> str | None:
         """A new deployment, pending; none where there are enough."""
-        if len(self.running) >= MOST:
+        if len(self.running) >= MAX_DEPLOYMENTS:
             await self.janitor_runs()
             return None
         backend = await self.start_backend(self.rng.random() < self.pulse_share)
@@ -344,7 +344,14 @@ class World:
         gone = self.folder / "gone"
         gone.write_text("")
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "tests.chaos", str(services), str(gone), self.intent or ""),
+            *(
+                sys.executable,
+                "-m",
+                "tests.chaos",
+                str(services),
+                str(gone),
+                self.last_promoted or "",
+            ),
             cwd=ROOT,
             env={**os.environ, **self.env},
             stderr=asyncio.subprocess.DEVNULL,
@@ -441,7 +448,7 @@ class World:
                     await self.happen()
         finally:
             self.over = True
-            await asyncio.wait(people, timeout=PATIENCE_AT_THE_END)
+            await asyncio.wait(people, timeout=END_TIMEOUT)
             for task in people:
                 task.cancel()
             await asyncio.gather(*people, return_exceptions=True)
@@ -472,7 +479,7 @@ class World:
     async def janitor_is_killed(self) -> None:
         await self.janitor_runs(killed=True)
 
-    async def settled(self, process: Process) -> Sample:
+    async def sample_at_rest(self, process: Process) -> Sample:
         """When the clients have gone, and what was pooled too."""
         await asyncio.sleep(6)
         fds = len(list(Path(f"/proc/{process.popen.pid}/fd").iterdir()))
@@ -484,7 +491,7 @@ class World:
         self.redis.stop()
 
 
-PATIENCE_AT_THE_END = 60.0
+END_TIMEOUT = 60.0
 
 
 @dataclass
@@ -532,9 +539,9 @@ async def chaos(
     try:
         await world.begin()
         await world.play(clients, tabs, min(8.0, seconds / 3), events=False)
-        before = await world.settled(world.routers[0])
+        before = await world.sample_at_rest(world.routers[0])
         await world.play(clients, tabs, seconds, events=True)
-        after = await world.settled(world.routers[0])
+        after = await world.sample_at_rest(world.routers[0])
         return Result(world, before, after)
     finally:
         world.stop()

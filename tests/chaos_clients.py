@@ -23,7 +23,7 @@ from examples.visitor import Visitor
 if TYPE_CHECKING:
     from tests.chaos import World
 
-PATIENCE = 40.0  # seconds that an answer may take
+ANSWER_TIMEOUT = 40.0  # seconds that an answer may take
 
 
 class Ended(Exception):
@@ -48,7 +48,7 @@ class ClientConnection:
     def __init__(self, port: int) -> None:
         self.port = port
         self.used = False
-        self.chosen = ""  # the deployment of an answer that broke off behind its head
+        self.selected = ""  # the deployment of an answer that broke off behind its head
 
     async def open(self) -> None:
         self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port)
@@ -58,7 +58,7 @@ class ClientConnection:
 
     async def ask(self, head: bytes, body: bytes = b"") -> ClientAnswer:
         """Raises ConnectionResetError where it had died before, and this one may be repeated."""
-        self.chosen = ""
+        self.selected = ""
         try:
             self.writer.write(head + body)
             await self.writer.drain()
@@ -68,7 +68,7 @@ class ClientConnection:
                 raise ConnectionResetError from None
             raise
         self.used = True
-        self.chosen = ClientAnswer(said, b"").deployment
+        self.selected = ClientAnswer(said, b"").deployment
         if b"\r\ntransfer-encoding: chunked" in said.lower():
             content = b""
             while size := int((await self.reader.readuntil(b"\r\n")).split(b";")[0], 16):
@@ -172,7 +172,7 @@ class Client:
                 if self.connection is None or self.connection.writer.is_closing():
                     self.connection = ClientConnection(self.rng.choice(world.ports))
                     await self.connection.open()
-                async with asyncio.timeout(PATIENCE):
+                async with asyncio.timeout(ANSWER_TIMEOUT):
                     answer = await self.connection.ask(head, body or b"")
                 break
             except (ConnectionResetError, ConnectionRefusedError):
@@ -186,8 +186,8 @@ class Client:
                 broken = f"broken off ({type(error).__name__})"
                 break
         world.count["requests"] += 1
-        chosen = self.connection.chosen if self.connection else ""
-        name = (answer.deployment if answer else chosen) or affinity
+        selected = self.connection.selected if self.connection else ""
+        name = (answer.deployment if answer else selected) or affinity
         if answer and "set-cookie" in answer.fields and "visitor" in answer.fields["set-cookie"]:
             self.cookie = answer.fields["set-cookie"].partition(";")[0]
         if answer and answer.status == 200:
@@ -229,7 +229,7 @@ class Client:
         try:
             await connection.open()
             connection.writer.write(self.head("/ws", name, *lines))
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(ANSWER_TIMEOUT):
                 said = await connection.reader.readuntil(b"\r\n\r\n")
             if b" 101 " not in said.split(b"\r\n")[0]:
                 status = said.split(b" ", 2)[1].decode()
@@ -247,7 +247,7 @@ class Client:
                 word = f"{self.number} {number}".encode()
                 frame = bytes((0x81, 0x80 | len(word), 0, 0, 0, 0)) + word
                 connection.writer.write(frame)
-                async with asyncio.timeout(PATIENCE):
+                async with asyncio.timeout(ANSWER_TIMEOUT):
                     text = await connection.frame()
                 if text != f"{name} ".encode() + word:
                     world.fail("wrong version", f"a socket of {name} said {text!r}")

@@ -263,7 +263,7 @@ def site(redis_server: Redis, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         yield scene.Site(redis_server, new, old)
 
 
-def order(stage: demo.Stage, **body: Any) -> None:
+def set_faults(stage: demo.Stage, **body: Any) -> None:
     """Tell a local Railway what is to go wrong, and how fast it is to be. A janitor that comes by
     on its cron would take what a test is about to look at: it stands still."""
     url = stage.api.replace("/graphql/v2", "/local/faults")
@@ -280,7 +280,7 @@ def railway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[demo.Stage]:
     """A local Railway for tests that leave its first project as they found it: empty."""
     root = tmp_path_factory.mktemp("railway").resolve()
     with forking_stage(root) as stage:
-        order(stage)
+        set_faults(stage)
         yield stage
     assert not demo.processes_of(root), "the local Railway left processes behind"
 
@@ -514,7 +514,7 @@ class Project:
         raise AssertionError(f"no service {service}")
 
     def faults(self, *faults: dict[str, Any], **more: Any) -> None:
-        order(self.railway, faults=list(faults), **more)
+        set_faults(self.railway, faults=list(faults), **more)
 
     def get(self, path: str, **params: str) -> Any:
         address = self.ok("status")["address"]

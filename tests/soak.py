@@ -299,7 +299,7 @@ class Soak:
             fds, self.router.rss, now["tasks"], now["clients"], now["tunnels_open"], now["pooled"]
         )
 
-    def settled(self, limit: int) -> Sample:
+    def sample_at_rest(self, limit: int) -> Sample:
         """Wait until no more than `limit` descriptors are open and what is pooled has gone."""
 
         def ended() -> bool:
@@ -357,9 +357,9 @@ def run(seconds: float, seed: int) -> tuple[Soak, Sample, Sample]:
     soak = Soak(seed)
     try:
         soak.play(min(4.0, seconds / 3), events=False)  # caches and arenas fill
-        before = soak.settled(1 << 20)
+        before = soak.sample_at_rest(1 << 20)
         soak.play(seconds)
-        return soak, before, soak.settled(before.descriptors)
+        return soak, before, soak.sample_at_rest(before.descriptors)
     finally:
         soak.stop()
 

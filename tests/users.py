@@ -52,7 +52,7 @@ class LiveSite:
         return answer.status_code, answer.json()
 
     @property
-    def intent(self) -> tuple[str | None, float]:
+    def last_promoted(self) -> tuple[str | None, float]:
         """What Railway says was promoted last, and when."""
         found = self.project.variables("pulse-router")
         return found.get("PULSE_RAILWAY_ACTIVE"), float(found.get("PULSE_RAILWAY_ACTIVE_AT") or 0)
@@ -81,7 +81,7 @@ class LiveSite:
         if restart:
             self.wait_for_router()
 
-    def forget(self) -> None:
+    def lose_everything(self) -> None:
         """Redis is emptied, and the routers restart: nobody but Railway remembers anything."""
         self.restart_router()
         self.project.redis.flushall()
@@ -123,7 +123,7 @@ class LiveSite:
             over.set()
             thread.join()
 
-    def settles(self, name: str, removed: str = "") -> None:
+    def assert_stable(self, name: str, removed: str = "") -> None:
         """Three runs of the janitor later this one is active, nothing that lives is deleted, and
         nobody says anything else."""
         before = self.project.services
@@ -137,8 +137,8 @@ class LiveSite:
         assert "active" not in states.values()
         assert BASE | {name} | set(states) == before
         promoted = json.loads(self.project.state["promoted"])
-        assert (promoted["deployment_id"], promoted["at"]) == (name, self.intent[1])
-        assert self.intent[0] == name
+        assert (promoted["deployment_id"], promoted["at"]) == (name, self.last_promoted[1])
+        assert self.last_promoted[0] == name
         assert self.visited == name
         found = self.project.ok("status")
         assert (found["active"], found["problems"]) == (name, [])
