@@ -151,7 +151,7 @@ def test_a_rate_limit_with_a_date(client: Make, railway: Backend, waits: list[st
         (b'{"errors": [{"message": "Something went wrong"}]}', "Something went wrong"),
         (b'{"data": {"serviceDelete": true}}', "does not say which services there are"),
         (b'{"data": {"environment": {}}}', "does not say which services there are"),
-        (b'{"ok": true}', "not as its API"),
+        (b'{"ok": true}', "which is no answer of its API"),
     ],
 )
 def test_deleted_is_what_railway_says_is(

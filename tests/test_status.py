@@ -514,4 +514,4 @@ def test_watching_on_a_terminal(base: Project) -> None:
 
 
 def test_watching_is_not_for_programs(base: Project) -> None:
-    assert "call status --json again" in base.run("status", "--watch", "--json").error
+    assert "call `status --json` repeatedly" in base.run("status", "--watch", "--json").error

@@ -1,13 +1,13 @@
-"""Runs `pulse-railway` in processes that are forked, not started: a verb imports Pulse for 1.5 s,
-a control command Redis and uvicorn for 0.25 s.
+"""Runs `pulse-railway` in forked processes, which saves imports: 1.5 s a verb (Pulse), 0.25 s a
+control command (Redis and uvicorn).
 
     python -m tests.zygote SOCKET
 
-Each connection brings one command line: its arguments, environment and folder as JSON, its stdout
-and stderr as descriptors. The answer is the process id, and the exit status once it has ended.
-Everything that a user's process has (environment, folder, session, signals) it has too; tests of
-signals and of the wheel start real ones all the same. `router.py` and `control.py` are imported in
-each process anew, since they read the environment.
+Each connection sends one command line: arguments, environment and folder as JSON, stdout and
+stderr as descriptors. The answer is the process id, and after its end the exit status. A forked
+process has its own environment, folder, session and signals, as a user's process. Tests of signals
+and of the wheel start real processes nevertheless. Each process imports `router.py` and
+`control.py` again, since they read the environment.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-# What a container of the local Railway has as `pulse-railway`: a process that is told and killed
-# like the real one, and whose end is the forked one's. `serve` and the like are the real one.
+# `pulse-railway` in the containers of the local Railway. It can be killed like the real program,
+# and its end ends the forked process. Commands other than `control` run the real program.
 CLIENT = """#!{python} -SE
 import json, os, socket, sys
 if sys.argv[1:2] != ["control"]:
@@ -54,7 +54,7 @@ def serve(path: str) -> None:
     import pulse_railway.options  # noqa: F401
     from pulse_railway import runtime_image
 
-    runtime_image.load("control")  # for what it imports
+    runtime_image.load("control")  # to have its imports loaded
     for name in runtime_image.SCRIPTS:
         sys.modules.pop(name.removesuffix(".py"), None)
     parent = os.getppid()
@@ -63,7 +63,7 @@ def serve(path: str) -> None:
         listener.bind(path)
         listener.listen(16)
         listener.settimeout(1.0)
-        while os.getppid() == parent:  # ends with the tests, however they end
+        while os.getppid() == parent:  # ends with the tests, even if they are killed
             try:
                 connection, _ = listener.accept()
             except TimeoutError:
@@ -77,7 +77,7 @@ def serve(path: str) -> None:
 
 
 def handle(connection: socket.socket) -> None:
-    """One verb: fork its process, tell its id, wait for it, tell its status."""
+    """Run one command: fork its process, send its id, wait for it, send its exit status."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     message, fds, _, _ = socket.recv_fds(connection, 1 << 20, 2)
     size = int.from_bytes(message[:4])
@@ -92,7 +92,7 @@ def handle(connection: socket.socket) -> None:
         os.close(fd)
     connection.sendall(pid.to_bytes(4))
     ended = os.pidfd_open(pid)
-    if ended not in select.select([ended, connection.fileno()], [], [])[0]:  # nobody waits any more
+    if ended not in select.select([ended, connection.fileno()], [], [])[0]:  # the client has ended
         os.killpg(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
     with contextlib.suppress(OSError):
@@ -100,7 +100,7 @@ def handle(connection: socket.socket) -> None:
 
 
 def become(request: dict[str, Any], fds: list[int]) -> None:
-    """What `python -m pulse_railway <arguments>` would be. Does not return."""
+    """Run `python -m pulse_railway <arguments>` in this process. Does not return."""
     code = 1
     try:
         os.setsid()
@@ -133,13 +133,13 @@ def become(request: dict[str, Any], fds: list[int]) -> None:
 
 
 def run_script(name: str, arguments: list[str]) -> NoReturn:
-    """What runtime_image.become starts, in this process."""
+    """Run a script of the runtime image in this process, in place of runtime_image.become."""
     from pulse_railway import runtime_image
 
-    given = os.environ.get("PYTHONPATH")
-    sys.path[:0] = [str(runtime_image.sources()), *(given.split(os.pathsep) if given else [])]
+    path = os.environ.get("PYTHONPATH")
+    sys.path[:0] = [str(runtime_image.sources()), *(path.split(os.pathsep) if path else [])]
     sys.modules.pop("sitecustomize", None)
-    with contextlib.suppress(ImportError):  # a container's has the private network's names
+    with contextlib.suppress(ImportError):  # a container's own resolves private names
         importlib.import_module("sitecustomize")
     sys.argv = [name, *arguments]
     runpy.run_module(name, run_name="__main__", alter_sys=True)
@@ -147,7 +147,7 @@ def run_script(name: str, arguments: list[str]) -> NoReturn:
 
 
 class Zygote:
-    """The tests' end."""
+    """The tests' side: starts the server, and sends commands to it."""
 
     def __init__(self, folder: Path) -> None:
         self.path = str(folder / "zygote")
@@ -161,7 +161,7 @@ class Zygote:
     def run(
         self, arguments: list[str], env: dict[str, str], cwd: Path | str, timeout: float
     ) -> subprocess.CompletedProcess[str]:
-        """As subprocess.run would, with the output captured."""
+        """Run a command as subprocess.run does, with the output captured."""
         with (
             socket.socket(socket.AF_UNIX) as connection,
             open(os.memfd_create("out"), "r+") as out,
@@ -180,11 +180,11 @@ class Zygote:
             except TimeoutError:
                 os.killpg(pid, signal.SIGKILL)
                 raise
-            said = []
+            outputs = []
             for file in (out, err):
                 file.seek(0)
-                said.append(file.read())
-            return subprocess.CompletedProcess(arguments, code, *said)
+                outputs.append(file.read())
+            return subprocess.CompletedProcess(arguments, code, *outputs)
 
     def _connect(self, connection: socket.socket) -> None:
         deadline = time.monotonic() + 60
