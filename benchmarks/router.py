@@ -219,9 +219,9 @@ def measure_long_running(
                 results[name]["closed loop, 99 %, ms"] = closed
     ours = results[names[0]]
     if beside == "Caddy":
-        with starts[names[0]]() as mine, starts[beside]() as other:
-            cost(mine, 1.0), cost(other, 1.0)
-            turns = [cost(mine, 2.0) / cost(other, 2.0) for _ in range(5)]
+        with starts[names[0]]() as router, starts[beside]() as caddy:
+            cost(router, 1.0), cost(caddy, 1.0)
+            turns = [cost(router, 2.0) / cost(caddy, 2.0) for _ in range(5)]
         ours["small request in turns with Caddy: ratio"] = statistics.median(turns)
     console.print("measuring our router: scale, endurance, image", style="dim")
     with starts[names[0]]() as server:

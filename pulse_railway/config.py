@@ -161,7 +161,7 @@ def load_app(app: str | None, context: Path) -> AppConfig:
 
 
 DEFAULT_INTERNAL_ADDRESS = "http://127.0.0.1"  # of a Pulse that has no setting for it
-_PLACEHOLDER_ADDRESS = "https://told-by-deploy.invalid"
+_PLACEHOLDER_ADDRESS = "https://set-by-deploy.invalid"
 _PLACEHOLDER_SECRET = "none, while the app is being looked at"
 
 

@@ -63,35 +63,35 @@ class Flag:
         """Return the value of a task's parameter if the flag is not given."""
         return {bool: False, dict: []}.get(self.kind)
 
-    def parse(self, given: Any) -> Any:
-        """Return `given` as a value of this flag's kind. Raises Failure if it is none."""
+    def parse(self, raw: Any) -> Any:
+        """Return `raw` as a value of this flag's kind. Raises Failure if it is none."""
         parsers: Any = {bool: bool, int: self._number, float: self._percentage, dict: self._pairs}
-        return parsers[self.kind](given) if self.kind in parsers else given
+        return parsers[self.kind](raw) if self.kind in parsers else raw
 
-    def _number(self, given: Any) -> int:
+    def _number(self, raw: Any) -> int:
         try:
-            number = int(str(given))
+            number = int(str(raw))
         except ValueError:
             number = self.minimum - 1
         if not self.minimum <= number <= MAX_NUMBER:
             raise Failure(
                 f"{self.option} takes a whole number from {self.minimum} to {MAX_NUMBER},"
-                f" not {given!r}"
+                f" not {raw!r}"
             )
         return number
 
-    def _percentage(self, given: Any) -> float:
+    def _percentage(self, raw: Any) -> float:
         try:
-            percentage = float(str(given).removesuffix("%"))
+            percentage = float(str(raw).removesuffix("%"))
         except ValueError:
             percentage = -1.0
         if not 0 <= percentage <= 100:
-            raise Failure(f"{self.option} takes a number from 0 to 100, not {given!r}")
+            raise Failure(f"{self.option} takes a number from 0 to 100, not {raw!r}")
         return percentage
 
-    def _pairs(self, given: Iterable[str]) -> dict[str, str]:
+    def _pairs(self, raw: Iterable[str]) -> dict[str, str]:
         pairs = {}
-        for item in given:
+        for item in raw:
             key, equals, value = item.partition("=")
             if not equals or not VARIABLE_NAME.fullmatch(key):
                 raise Failure(
@@ -107,14 +107,14 @@ def value(flags: Flags, name: str, plugin: RailwayPlugin | None = None) -> Any:
     The first that has one counts. Raises Failure for a value that is not of the flag's kind.
     """
     flag = FLAGS[name]
-    given = flags.get(name)
-    if given in UNSET and plugin and flag.plugin:
-        given = getattr(plugin, name)
-    if given in UNSET and flag.variable:
-        given = os.environ.get(flag.variable)
-    if given in UNSET:
+    raw = flags.get(name)
+    if raw in UNSET and plugin and flag.plugin:
+        raw = getattr(plugin, name)
+    if raw in UNSET and flag.variable:
+        raw = os.environ.get(flag.variable)
+    if raw in UNSET:
         return {bool: False, dict: EMPTY}.get(flag.kind, flag.default)
-    return flag.parse(given)
+    return flag.parse(raw)
 
 
 # fmt: off

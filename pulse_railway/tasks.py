@@ -191,11 +191,11 @@ def unlock(options: options.StackOptions, output: Output) -> None:
 
     api, stack = _stack(options, output)
     with output.step("ask the router who deploys"):
-        held = router_commands.read_state(api, stack)["lock"]
-    if held:
-        confirm(f"take the lock from {held.get('by')}?", options.yes)
+        lock = router_commands.read_state(api, stack)["lock"]
+    if lock:
+        confirm(f"take the lock from {lock.get('by')}?", options.yes)
         router_commands.send_unlock(api, stack, None)
-    output.result({"lock": held}, ["the deploy lock is free" if held else "nobody deploys"])
+    output.result({"lock": lock}, ["the deploy lock is free" if lock else "nobody deploys"])
 
 
 @verb([*STACK, "deployment_id", "redis_url", "redis_prefix", "yes"], parser="parse_one_deployment")

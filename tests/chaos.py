@@ -81,7 +81,7 @@ class World:
     ended: set[str] = field(default_factory=set)
     down: list[tuple[str, float, float]] = field(default_factory=list)  # on purpose: from, until
     expected: list[tuple[float, set[str]]] = field(default_factory=list)  # who may answer newcomers
-    last_promoted: str | None = None  # what was promoted last, and when
+    last_promoted: str | None = None  # `<deployment id>@<time>` of the last promotion
     redis_back: float = 0.0
     count: collections.Counter[str] = field(default_factory=collections.Counter)
     events: collections.Counter[str] = field(default_factory=collections.Counter)

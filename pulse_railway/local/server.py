@@ -71,9 +71,7 @@ class LocalRailway:
         self.relay = Relay(self.state, self.supervisor, self.relay_fault)
         self.edges: dict[str, edge.Edge] = {}
         self.faults: list[Fault] = []
-        self.fault_settings: dict[
-            str, Any
-        ] = {}  # of `FaultSettings`: what differs from its default
+        self.fault_settings: dict[str, Any] = {}  # only fields that differ from their defaults
         self.latency = 0.0
         self.edge_page = ""
         self.rules = api.Rules()
@@ -358,11 +356,11 @@ class LocalRailway:
             self.supervisor.build_seconds = float(fault_settings.build_seconds)
         except (ValueError, TypeError) as error:
             return JSONResponse({"message": f"not a fault that is known: {error}"}, 400)
-        given, usual = (
-            asdict(fault_settings),
-            asdict(FaultSettings(clock=fault_settings.clock or None)),
-        )
-        self.fault_settings = {name: value for name, value in given.items() if value != usual[name]}
+        # the page need not show a cron that runs
+        defaults = asdict(FaultSettings(clock=fault_settings.clock or None))
+        self.fault_settings = {
+            name: value for name, value in asdict(fault_settings).items() if value != defaults[name]
+        }
         self.edge_page = fault_settings.edge
         self.rules = api.Rules(
             fault_settings.every_environment,

@@ -224,9 +224,9 @@ def _checked_change(
     return {**change, "settings": settings}
 
 
-def _check_names(given: dict[str, Any], names: Iterable[str], where: str) -> None:
-    if unknown := sorted(set(given) - set(names)):
-        raise refuse(f"the local Railway does not know {', '.join(unknown)} in {where}")
+def _check_names(part: dict[str, Any], names: Iterable[str], label: str) -> None:
+    if unknown := sorted(set(part) - set(names)):
+        raise refuse(f"the local Railway does not know {', '.join(unknown)} in {label}")
 
 
 def _merge_variables(into: dict[str, str], variables: dict[str, Any]) -> bool:
