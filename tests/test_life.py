@@ -123,7 +123,7 @@ def step_04_a_first_deployment_cannot_be_a_canary(new_project: Callable[[], Proj
     assert project.services == {"pulse-router", "pulse-env", "pulse-redis", "pulse-janitor"}
     assert project.ok("status")["lock"] is None
     assert (
-        "leave it or --canary"
+        "excludes --canary"
         in project.run("deploy", "main.py", "--canary", "5", "--no-promote").error
     )
     assert "from 0 to 100" in project.run("deploy", "main.py", "--canary", "101").error
