@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
-"""The routing state in a SQLite file, for runs without Redis (PULSE_KV_KIND=sqlite). The router
-loads this where it is asked for, and needs it for nothing else."""
+"""The routing state in a SQLite file, for runs without Redis (PULSE_KV_KIND=sqlite).
+
+The router loads this module only for such a run.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,11 @@ import router
 
 
 class SqliteStore:
-    """As router.RedisStore, in the file at `path`."""
+    """Has the methods of router.RedisStore, on the file at `path`."""
 
     def __init__(self, path: str, prefix: str) -> None:
         self.prefix = prefix
-        # a router's repairs come from a thread
+        # other threads use the connection too: a router repairs the state in one
         self.db = sqlite3.connect(path, isolation_level=None, timeout=5, check_same_thread=False)
         # 0.3.x's table, so that either version reads the other's file
         self.db.execute(
@@ -35,7 +37,7 @@ class SqliteStore:
         return router.parse(state, time.time())
 
     def apply(self, step: router.Step) -> router.Routing:
-        """As RedisStore's."""
+        """Carry out a step in a transaction, as RedisStore does, and return the new state."""
         self.db.execute("BEGIN IMMEDIATE")
         try:
             before = self.read()
@@ -53,7 +55,7 @@ class SqliteStore:
         return router.written(after, change)
 
     def announce(self) -> None:
-        pass  # who follows it looks all the time
+        pass  # `follow` polls
 
     def disconnect(self) -> None:
         pass
@@ -62,12 +64,12 @@ class SqliteStore:
         while True:
             table.refresh_event.clear()
             try:
-                found = self.read()
-                if await table.repair(self, found):
-                    found = self.read()
+                routing = self.read()
+                if await table.repair(self, routing):
+                    routing = self.read()
             except sqlite3.Error as error:
                 raise OSError(str(error)) from None
-            table.load(found)
+            table.load(routing)
             table.pending_lookups.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(table.refresh_event.wait(), 0.05)

@@ -1,8 +1,10 @@
 """The benchmark's backend: `python -m benchmarks.backend PORT`.
 
-/        two bytes            /64k      64 KiB
-/down    SIZE bytes (1 GB)    POST      reads and drops the body, then two bytes
-an upgrade to WebSocket echoes frames
+GET /       two bytes
+GET /64k    64 KiB
+GET /down   SIZE bytes (1 GB)
+POST        two bytes, after the body
+WebSocket   echoes frames
 """
 
 from __future__ import annotations
@@ -57,8 +59,8 @@ class Backend(asyncio.Protocol):
 
     def request(self, head: bytes) -> None:
         if head.startswith(b"POST"):
-            found = re.search(rb"(?i)content-length: *(\d+)", head)
-            length = int(found[1]) if found else 0
+            match = re.search(rb"(?i)content-length: *(\d+)", head)
+            length = int(match[1]) if match else 0
             self.upload, self.buffer = length - len(self.buffer), b""
             if self.upload <= 0:
                 self.upload = 0
@@ -78,14 +80,14 @@ class Backend(asyncio.Protocol):
             self.transport.write(SMALL)
 
     def echo(self, data: bytes) -> None:
-        """A masked text frame of less than 126 bytes back as it came, unmasked."""
+        """Send masked text frames of less than 126 bytes back, unmasked."""
         self.buffer += data
         while len(self.buffer) >= 2 and len(self.buffer) >= 6 + (self.buffer[1] & 127):
             size = self.buffer[1] & 127
             mask, payload = self.buffer[2:6], self.buffer[6 : 6 + size]
             self.buffer = self.buffer[6 + size :]
-            plain = bytes(b ^ mask[i & 3] for i, b in enumerate(payload))
-            self.transport.write(bytes((0x81, size)) + plain)
+            unmasked = bytes(b ^ mask[i & 3] for i, b in enumerate(payload))
+            self.transport.write(bytes((0x81, size)) + unmasked)
 
     async def stream(self) -> None:
         self.transport.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % SIZE)

@@ -1,4 +1,4 @@
-"""Virtual environments beside the project's own: for a peer, for other versions of libraries."""
+"""Virtual environments beside the project's own: for 0.3.13, and for other library versions."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ ROOT = Path(__file__).parent.parent
 
 
 def python(name: str, *requirements: str) -> Path:
-    """The Python of the environment `name`, which the first caller installs."""
+    """Return the Python of the environment `name`; the first call installs it."""
     home = ROOT / ".benchmarks" / name
-    found, ready = home / "bin" / "python", home / "ready"
+    executable, ready = home / "bin" / "python", home / "ready"
     home.mkdir(parents=True, exist_ok=True)
     with (home.parent / f"{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # several test processes may ask at once
-        wanted = "\n".join(requirements)
-        if not ready.exists() or ready.read_text() != wanted:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # several test processes may call this at once
+        text = "\n".join(requirements)
+        if not ready.exists() or ready.read_text() != text:
             subprocess.run([sys.executable, "-m", "venv", "--clear", str(home)], check=True)
             subprocess.run(
-                [str(found), "-m", "pip", "install", "-q", *requirements],
+                [str(executable), "-m", "pip", "install", "-q", *requirements],
                 check=True,
                 stderr=subprocess.DEVNULL,
             )
-            ready.write_text(wanted)
-    return found
+            ready.write_text(text)
+    return executable

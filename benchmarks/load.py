@@ -1,11 +1,11 @@
-"""Load for where wrk is not installed, and for WebSockets, which wrk does not speak.
+"""A load generator, for WebSockets, steady rates, and machines without wrk.
 
     python -m benchmarks.load http PORT PATH CONNECTIONS SECONDS
     python -m benchmarks.load ws   PORT PATH CONNECTIONS SECONDS
     python -m benchmarks.load open PORT PATH RATE        SECONDS
 
-Prints how many round trips there were; `open` sends RATE a second whatever the answers do, and
-prints percentiles of the milliseconds from when each was due.
+Prints the number of round trips. `open` sends RATE requests a second, independent of the answers,
+and prints percentiles of the milliseconds from each request's due time to its answer.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ FRAME = bytes((0x81, 0x80 | 5, 0, 0, 0, 0)) + b"hello"  # masked with zeros
 
 
 class Client(asyncio.Protocol):
-    """Sends, waits for the whole answer, sends again."""
+    """A connection that sends the next request when the whole answer is there."""
 
     total = 0
     until = 0.0
 
     def __init__(self, request: bytes, *, websocket: bool) -> None:
         self.request, self.websocket = request, websocket
-        self.left = -1  # body bytes still to come; -1: the head is
+        self.remaining = -1  # bytes of the body to come; -1: the head is to come
         self.buffer = b""
         self.done = asyncio.get_running_loop().create_future()
 
@@ -39,13 +39,13 @@ class Client(asyncio.Protocol):
         self.transport.write(self.request)
 
     def data_received(self, data: bytes) -> None:
-        if self.left == -2:  # an open WebSocket
+        if self.remaining == -2:  # an open WebSocket
             self.buffer += data
             while len(self.buffer) >= 7:
                 self.buffer = self.buffer[7:]
-                self.again(FRAME)
+                self.next_round(FRAME)
             return
-        if self.left == -1:
+        if self.remaining == -1:
             self.buffer += data
             head, mark, body = self.buffer.partition(b"\r\n\r\n")
             if not mark:
@@ -54,20 +54,20 @@ class Client(asyncio.Protocol):
             if self.websocket:
                 if not head.startswith(b"HTTP/1.1 101"):
                     raise SystemExit(head.decode())
-                self.left = -2
-                self.again(FRAME)
+                self.remaining = -2
+                self.next_round(FRAME)
                 return
             if not head.startswith(b"HTTP/1.1 200"):
                 raise SystemExit(head.decode())
             at = head.lower().index(b"content-length:")
-            self.left = int(head[at + 15 :].split(b"\r\n")[0]) - len(body)
+            self.remaining = int(head[at + 15 :].split(b"\r\n")[0]) - len(body)
         else:
-            self.left -= len(data)
-        if self.left <= 0:
-            self.left = -1
-            self.again(self.request)
+            self.remaining -= len(data)
+        if self.remaining <= 0:
+            self.remaining = -1
+            self.next_round(self.request)
 
-    def again(self, data: bytes) -> None:
+    def next_round(self, data: bytes) -> None:
         Client.total += 1
         if time.monotonic() < Client.until:
             self.transport.write(data)
@@ -79,19 +79,19 @@ class Client(asyncio.Protocol):
             self.done.set_result(None)
 
 
-class Due(asyncio.Protocol):
-    """One connection of many: answers one request at a time, of those that are due."""
+class SteadyClient(asyncio.Protocol):
+    """One of many connections, which sends one due request at a time."""
 
-    free: ClassVar[list[Due]] = []
-    queue: ClassVar[collections.deque[float]] = collections.deque()  # when they were due
-    took: ClassVar[list[float]] = []
+    free: ClassVar[list[SteadyClient]] = []
+    queue: ClassVar[collections.deque[float]] = collections.deque()  # due times of waiting requests
+    latencies: ClassVar[list[float]] = []
 
     def __init__(self, request: bytes) -> None:
         self.request, self.due, self.buffer = request, 0.0, b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport: asyncio.Transport = transport  # type: ignore[assignment]
-        Due.free.append(self)
+        SteadyClient.free.append(self)
 
     def send(self, due: float) -> None:
         self.due = due
@@ -102,31 +102,33 @@ class Due(asyncio.Protocol):
         if not self.buffer.endswith(b"\r\n\r\nok"):
             return
         self.buffer = b""
-        Due.took.append(time.monotonic() - self.due)
-        if Due.queue:
-            self.send(Due.queue.popleft())
+        SteadyClient.latencies.append(time.monotonic() - self.due)
+        if SteadyClient.queue:
+            self.send(SteadyClient.queue.popleft())
         else:
-            Due.free.append(self)
+            SteadyClient.free.append(self)
 
 
-async def steadily(port: int, path: str, rate: int, seconds: float) -> None:
+async def send_at_rate(port: int, path: str, rate: int, seconds: float) -> None:
     loop = asyncio.get_running_loop()
     request = f"GET {path} HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\n\r\n".encode()
     for _ in range(64):
-        await loop.create_connection(lambda: Due(request), "127.0.0.1", port)
+        await loop.create_connection(lambda: SteadyClient(request), "127.0.0.1", port)
     began, sent = time.monotonic(), 0
     while (now := time.monotonic()) < began + seconds:
         while (due := began + sent / rate) <= now:
             sent += 1
-            if Due.free:
-                Due.free.pop().send(due)
+            if SteadyClient.free:
+                SteadyClient.free.pop().send(due)
             else:
-                Due.queue.append(due)
+                SteadyClient.queue.append(due)
         await asyncio.sleep(0.0005)
     await asyncio.sleep(1)
-    took = sorted(Due.took[len(Due.took) // 10 :])  # the first tenth warms up
+    latencies = sorted(
+        SteadyClient.latencies[len(SteadyClient.latencies) // 10 :]
+    )  # the first tenth warms up
     at = {"50": 0.5, "99": 0.99, "99.9": 0.999}
-    print(json.dumps({name: took[int(len(took) * q)] * 1000 for name, q in at.items()}))
+    print(json.dumps({name: latencies[int(len(latencies) * q)] * 1000 for name, q in at.items()}))
 
 
 async def main(kind: str, port: int, path: str, connections: int, seconds: float) -> None:
@@ -150,6 +152,6 @@ async def main(kind: str, port: int, path: str, connections: int, seconds: float
 if __name__ == "__main__":
     _, kind, port, path, connections, seconds = sys.argv
     if kind == "open":
-        uvloop.run(steadily(int(port), path, int(connections), float(seconds)))
+        uvloop.run(send_at_rate(int(port), path, int(connections), float(seconds)))
         raise SystemExit
     uvloop.run(main(kind, int(port), path, int(connections), float(seconds)))

@@ -10,7 +10,7 @@ from benchmarks import environment
 
 VERSION = "0.3.13"
 
-# It knows one API address, which is changed in its process; nothing else is.
+# 0.3.13 has a fixed API address, which this changes in its process; nothing else is changed.
 LAUNCHER = """\
 import os, sys
 import pulse_railway.constants as c
@@ -24,20 +24,22 @@ main()
 
 
 def python() -> Path:
-    """Its Python; installed at the first call."""
+    """Return the Python that has 0.3.13; the first call installs it."""
     return environment.python(f"pulse-railway-{VERSION}", f"pulse-railway=={VERSION}")
 
 
 def command() -> list[str]:
-    """Its command line, to which a verb and flags are added."""
+    """Return 0.3.13's command, to which a verb and flags are added."""
     launcher = python().parent.parent / "launch.py"
     launcher.write_text(LAUNCHER)
     return [str(python()), str(launcher)]
 
 
 def home_with_key(railway: Path) -> str:
-    """A home folder with the SSH key that a local Railway knows: 0.3.13 leaves finding one to
-    `railway ssh`."""
+    """Return a home folder with an SSH key that a local Railway knows.
+
+    0.3.13 has no flag for a key: `railway ssh` finds it.
+    """
     home = railway / "home"
     if not home.exists():
         (home / ".ssh").mkdir(parents=True)
@@ -47,16 +49,20 @@ def home_with_key(railway: Path) -> str:
 
 
 def provide_images(railway: Path) -> None:
-    """Give a local Railway the published runtime images, which cannot be pulled here: their
-    package, run with the start commands that 0.3.13 sets."""
+    """Define the published runtime images for a local Railway, which cannot pull images.
+
+    They run 0.3.13's package, with the start commands that 0.3.13 sets.
+    """
     home = str(python().parent)
-    known = {name: {"path": [home]} for name in ("pulse-railway-router", "pulse-railway-janitor")}
-    (railway / "images.json").write_text(json.dumps(known))
+    names = ("pulse-railway-router", "pulse-railway-janitor")
+    (railway / "images.json").write_text(json.dumps({name: {"path": [home]} for name in names}))
 
 
 def write_app(source: Path, folder: Path) -> Path:
-    """A copy of the tests' tiny app that both versions deploy: a real Pulse app, since 0.3.13 sets
-    the start command by itself."""
+    """Copy the tests' tiny app, changed so that both versions can deploy it.
+
+    The copy is a real Pulse app, since 0.3.13 sets the start command itself.
+    """
     shutil.copytree(source, folder)
     text = (folder / "main.py").read_text()
     for old, new in (

@@ -1,7 +1,7 @@
-"""`invoke bench`: what the router costs, beside the published 0.3.13's in the same run.
+"""`invoke bench`: measures the router, and the published 0.3.13, Caddy and nginx in the same run.
 
-CPU time per request is the process's own (/proc), so that a noisy machine does little harm; the
-ratio is what to quote. Routers run on one core, the load and the backend on another.
+CPU time per request is that of the process (/proc), which a noisy machine affects little. Ratios
+are more exact than single figures. Routers run on one core, the load and the backend on another.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import lasting, servers
+from benchmarks import long_running, servers
 from benchmarks.servers import Server
 
 GB = 1 << 30
@@ -29,18 +29,18 @@ AFFINITY = "/?pulse_deployment=bench-1"
 
 
 def http(server: Server, path: str, seconds: float) -> tuple[float, float]:
-    """(CPU microseconds a request, requests a second), by wrk where it is installed."""
+    """Return CPU microseconds a request, and requests a second; by wrk if that is installed."""
     before = server.cpu
     began = time.monotonic()
     if shutil.which("wrk"):
         url = f"http://127.0.0.1:{server.port}{path}"
         command = ["wrk", "-t1", "-c32", f"-d{int(seconds)}", url]
-        said = servers.run_load(command)
-        found = re.search(r"(\d+) requests in", said)
-        assert found is not None
-        if "Non-2xx" in said:
-            raise SystemExit(said)
-        count = int(found[1])
+        output = servers.run_load(command)
+        match = re.search(r"(\d+) requests in", output)
+        assert match is not None
+        if "Non-2xx" in output:
+            raise SystemExit(output)
+        count = int(match[1])
     else:
         count = load("http", server, path, 32, seconds)
     return (server.cpu - before) / count * 1e6, count / (time.monotonic() - began)
@@ -53,26 +53,26 @@ def load(kind: str, server: Server, path: str, connections: int, seconds: float)
 
 
 def websocket(server: Server, connections: int, seconds: float) -> float:
-    """CPU microseconds a round trip."""
+    """Return CPU microseconds a round trip."""
     before = server.cpu
     count = load("ws", server, "/socket", connections, seconds)
     return (server.cpu - before) / count * 1e6
 
 
 def socket_bytes(server: Server, count: int = 400) -> float:
-    """Resident bytes that an open WebSocket adds."""
-    warm = lasting.hold(server, 100)
+    """Return the resident bytes that an open WebSocket adds."""
+    warm = long_running.open_websockets(server, 100)
     before = server.rss
-    held = lasting.hold(server, count)
+    sockets = long_running.open_websockets(server, count)
     time.sleep(0.3)
     added = server.rss - before
-    for sock in (*warm, *held):
+    for sock in (*warm, *sockets):
         sock.close()
     return added / count
 
 
 def download(server: Server, size: int = GB) -> tuple[float, float, float]:
-    """(CPU seconds, bytes of memory added, seconds to the first byte) of 1 GB down."""
+    """Return CPU seconds, bytes of memory added, and seconds to the first byte of a download."""
     memory, peak, cpu = server.rss, 0, server.cpu
     with socket.create_connection(("127.0.0.1", server.port), 60) as sock:
         began = time.monotonic()
@@ -92,7 +92,7 @@ def download(server: Server, size: int = GB) -> tuple[float, float, float]:
 
 
 def upload(server: Server, size: int = GB) -> tuple[float, float]:
-    """(CPU seconds, bytes of memory added) of 1 GB up."""
+    """Return CPU seconds and bytes of memory added of an upload."""
     memory, peak, cpu = server.rss, 0, server.cpu
     block = bytes(1 << 20)
     with socket.create_connection(("127.0.0.1", server.port), 120) as sock:
@@ -110,8 +110,10 @@ Start = Callable[[], AbstractContextManager[Server]]
 
 
 def measure(start: Start, quick: bool, *, requests_only: bool) -> dict[str, float]:
-    """Every row of one server. Memory is measured on one that has done nothing else before: what
-    an earlier load left behind would hide what this one takes."""
+    """Return every row of one server.
+
+    Memory is measured on a new process, since an earlier load's free memory would hide the growth.
+    """
     seconds = 2.0 if quick else 5.0
     rows: dict[str, float] = {}
     with start() as server:
@@ -139,8 +141,8 @@ def measure(start: Start, quick: bool, *, requests_only: bool) -> dict[str, floa
     return rows
 
 
-# what the router is held to: a ratio to another in the same run, or a figure of its own
-BARS = {
+# the router's targets: a ratio to another server in the same run, or a figure
+TARGETS = {
     "small request, CPU us": "1/5 of 0.3.13",
     "small request in turns with Caddy: ratio": "0.6",
     "with affinity, CPU us": "1/6 of 0.3.13",
@@ -171,68 +173,68 @@ def main(argv: list[str]) -> int:
         servers.state(backend.port, Path(temporary)) as env,
     ):
         folder = Path(temporary)
-        wanted: dict[str, Start] = {
+        starts: dict[str, Start] = {
             "pulse-railway 0.4": partial(servers.ours, env),
             "0.3.13": partial(servers.peer, env),
         }
-        others: dict[str, Start] = {  # for the comparison of requests that was asked for
+        others: dict[str, Start] = {  # these are compared by requests alone
             "Caddy": partial(servers.caddy, backend.port, folder),
             "nginx": partial(servers.nginx, backend.port, folder),
         }
-        wanted |= {name: start for name, start in others.items() if shutil.which(name.lower())}
-        for name, start in wanted.items():
+        starts |= {name: start for name, start in others.items() if shutil.which(name.lower())}
+        for name, start in starts.items():
             console.print(f"measuring {name}", style="dim")
             results[name] = measure(start, quick, requests_only=name in others)
-        lasts(console, wanted, results, env["REDIS_URL"], folder, quick)
+        measure_long_running(console, starts, results, env["REDIS_URL"], folder, quick)
     show(console, results)
     return 0
 
 
-def lasts(
+def measure_long_running(
     console: Console,
-    wanted: dict[str, Start],
+    starts: dict[str, Start],
     results: dict[str, dict[str, float]],
     store: str,
     folder: Path,
     quick: bool,
 ) -> None:
-    """The longer rows: the tail of all, the rest of our router alone."""
+    """Add the longer measurements: the tail latency of all servers, the others of our router."""
 
     def cost(server: Server, seconds: float) -> float:
         return http(server, "/", seconds)[0]
 
-    names = list(wanted)
-    beside = "Caddy" if "Caddy" in wanted else names[0]
+    names = list(starts)
+    beside = "Caddy" if "Caddy" in starts else names[0]
     rate = int(results[beside]["small requests a second"] / 2)
-    for name, start in wanted.items():
+    for name, start in starts.items():
         if name == "0.3.13":
-            continue  # it cannot do so many
+            continue  # the rate is beyond its capacity
         console.print(f"measuring {name}: tail at {rate:,} requests a second", style="dim")
         with start() as server:
             http(server, "/", 1)
-            for q, value in lasting.tail(server, rate, 4 if quick else 20).items():
+            for q, value in long_running.tail(server, rate, 4 if quick else 20).items():
                 results[name][f"open loop, {q} %, ms"] = value
             if shutil.which("wrk"):
-                closed = lasting.tail_at_saturation(server, 2 if quick else 10)
+                closed = long_running.tail_at_saturation(server, 2 if quick else 10)
                 results[name]["closed loop, 99 %, ms"] = closed
     ours = results[names[0]]
     if beside == "Caddy":
-        with wanted[names[0]]() as mine, wanted[beside]() as other:
-            cost(mine, 1.0), cost(other, 1.0)
-            turns = [cost(mine, 2.0) / cost(other, 2.0) for _ in range(5)]
+        with starts[names[0]]() as router, starts[beside]() as caddy:
+            cost(router, 1.0), cost(caddy, 1.0)
+            turns = [cost(router, 2.0) / cost(caddy, 2.0) for _ in range(5)]
         ours["small request in turns with Caddy: ratio"] = statistics.median(turns)
     console.print("measuring our router: scale, endurance, image", style="dim")
-    with wanted[names[0]]() as server:
-        found = lasting.scale(server, store, cost, 2.0 if quick else 5.0)
-        ours["9,500 sockets, 200 deployments: cost ratio"] = found["cost ratio"]
-        ours["... memory a socket, KB"] = found["memory a socket, KB"]
-    with wanted[names[0]]() as server:
+    with starts[names[0]]() as server:
+        rows = long_running.scale(server, store, cost, 2.0 if quick else 5.0)
+        ours["9,500 sockets, 200 deployments: cost ratio"] = rows["cost ratio"]
+        ours["... memory a socket, KB"] = rows["memory a socket, KB"]
+    with starts[names[0]]() as server:
         requests, sockets = (100_000, 5_000) if quick else (1_000_000, 50_000)
-        found = lasting.endurance(server, cost, requests, sockets)
-        ours["endurance: requests"] = found["requests"]
-        ours["... descriptors more"] = found["descriptors more"]
-        ours["... memory ratio"] = found["memory ratio"]
-    for row, value in lasting.image(store, folder).items():
+        rows = long_running.endurance(server, cost, requests, sockets)
+        ours["endurance: requests"] = rows["requests"]
+        ours["... descriptors more"] = rows["descriptors more"]
+        ours["... memory ratio"] = rows["memory ratio"]
+    for row, value in long_running.image(store, folder).items():
         ours[f"image: {row}"] = value
 
 
@@ -244,7 +246,7 @@ def show(console: Console, results: dict[str, dict[str, float]]) -> None:
         table.add_column(name, justify="right")
     table.add_column("/ 0.3.13", justify="right")
     table.add_column("/ Caddy", justify="right")
-    table.add_column("bar")
+    table.add_column("target")
     ours, peer = results[names[0]], results[names[1]]
     caddy = results.get("Caddy", {})
     for row in ours:
@@ -252,7 +254,7 @@ def show(console: Console, results: dict[str, dict[str, float]]) -> None:
         ratios = [
             f"{ours[row] / other[row]:.3f}" if other.get(row) else "" for other in (peer, caddy)
         ]
-        table.add_row(row, *cells, *ratios, BARS.get(row, ""))
+        table.add_row(row, *cells, *ratios, TARGETS.get(row, ""))
     Console(width=160, file=console.file).print(table)
 
 

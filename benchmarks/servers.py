@@ -1,4 +1,4 @@
-"""The servers that are compared, each a process on core 0; the load and the backend have core 1."""
+"""The servers that are compared, each a process on core 0; load and backend run on core 1."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Server:
 
     @property
     def cpu(self) -> float:
-        """CPU seconds of the process and its children so far."""
+        """Return the CPU seconds of the process and its children so far."""
         total = 0
         for pid in (self.pid, *_children(self.pid)):
             fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
@@ -43,7 +43,7 @@ class Server:
 
     @property
     def rss(self) -> int:
-        """Resident bytes of the process and its children."""
+        """Return the resident bytes of the process and its children."""
         pids = (self.pid, *_children(self.pid))
         return sum(
             int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids
@@ -51,8 +51,8 @@ class Server:
 
 
 def _children(pid: int) -> list[int]:
-    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in listed]
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in children]
 
 
 def pin(core: int) -> None:
@@ -60,7 +60,7 @@ def pin(core: int) -> None:
 
 
 def run_load(command: list[str]) -> str:
-    """What a load generator prints; it runs on the core that the servers do not have."""
+    """Run a load generator on core 1, and return its output."""
     return subprocess.run(
         command,
         stdout=subprocess.PIPE,
@@ -80,7 +80,7 @@ def process(
     env: dict[str, str] | None = None,
     cwd: Path = ROOT,
 ) -> Iterator[Server]:
-    """A server on a core, from when it listens until it is ended by its process id."""
+    """Run a server on a core during a block, which begins when the server listens."""
     began = time.monotonic()
     with tempfile.TemporaryFile() as log:
         popen = subprocess.Popen(
@@ -119,7 +119,7 @@ def backend() -> Iterator[Server]:
 
 @contextlib.contextmanager
 def state(backend_port: int, folder: Path) -> Iterator[dict[str, str]]:
-    """A Redis with one active deployment `bench-1`, and the environment that routers need."""
+    """Run a Redis with one active deployment, `bench-1`; yield the routers' environment."""
     port = free_port()
     command = [redis_executable(), "--port", str(port), "--save", "", "--bind", "127.0.0.1"]
     with process("redis", command, port, core=1):
@@ -133,7 +133,7 @@ def state(backend_port: int, folder: Path) -> Iterator[dict[str, str]]:
         client = redis.Redis(port=port)
         client.set("pulse:railway:deployment:bench-1", json.dumps(record))
         client.set("pulse:railway:active", "bench-1")
-        # 0.3.13 knows a backend by its private name only
+        # 0.3.13 connects to a backend by its private name only
         hosts = folder / "hosts.json"
         hosts.write_text(json.dumps({"bench-1.railway.internal": {"8000": backend_port}}))
         yield {
@@ -147,8 +147,8 @@ def state(backend_port: int, folder: Path) -> Iterator[dict[str, str]]:
 def ours(env: dict[str, str]) -> Iterator[Server]:
     port = free_port()
     command = [sys.executable, str(ROOT / "router.py")]
-    given = {**env, "PORT": str(port), "HOST": "127.0.0.1"}
-    with process("pulse-railway 0.4", command, port, 0, given) as server:
+    router_env = {**env, "PORT": str(port), "HOST": "127.0.0.1"}
+    with process("pulse-railway 0.4", command, port, 0, router_env) as server:
         yield server
 
 
@@ -157,7 +157,7 @@ def peer(env: dict[str, str]) -> Iterator[Server]:
     port = free_port()
     command = [str(published.python()), "-m", "uvicorn", "pulse_railway.router:build_app_from_env"]
     command += ["--factory", "--host", "127.0.0.1", "--port", str(port)]
-    home = ROOT / ".benchmarks"  # not ROOT, where our own package would be found first
+    home = ROOT / ".benchmarks"  # in ROOT Python would import our own package
     with process(f"pulse-railway {published.VERSION}", command, port, 0, env, home) as server:
         yield server
 

@@ -1,6 +1,6 @@
-"""The demonstration: the example app deployed twice on a local Railway, nothing stood in for.
+"""The demonstration: deploys the example app twice on a local Railway, with real processes.
 
-`make demo` stays up until Ctrl-C; `make demo-once` plays the story below and ends.
+`make demo` runs until Ctrl-C; `make demo-once` runs the checks of `story` and ends.
 """
 
 from __future__ import annotations
@@ -46,21 +46,24 @@ query Services($environment: String!) {
 
 
 class Stage:
-    """A local Railway that runs, and the commands a user would give in a shell at it."""
+    """A running local Railway, and the commands of a user's shell."""
 
     def __init__(self, root: Path, process: subprocess.Popen[bytes], env: dict[str, str]) -> None:
         self.root, self.process, self.env = root, process, env
-        self.of_verbs: dict[str, str] = {}  # over `env`
+        self.verb_env: dict[str, str] = {}  # variables of verbs alone; they replace those of `env`
         self.api = env["PULSE_RAILWAY_API_URL"]
         self.bundle = env["SSL_CERT_FILE"]
 
     def run(self, *arguments: str, check: bool = True, **env: str) -> dict[str, Any]:
-        """One verb, as its own process, with --json. Its progress goes to our stderr."""
+        """Run a verb with --json as a process of its own, and return its result.
+
+        Its progress is on our stderr. With `check`, raises SystemExit if the verb fails.
+        """
         command = [sys.executable, "-m", "pulse_railway", *arguments, "--json"]
         done = subprocess.run(
             command,
             cwd=ROOT,
-            env={**self.env, **self.of_verbs, **env},
+            env={**self.env, **self.verb_env, **env},
             stdout=subprocess.PIPE,
             timeout=300,
         )
@@ -77,7 +80,7 @@ class Stage:
         return answer["data"]
 
     def services(self) -> dict[str, dict[str, str]]:
-        """Service name to its ids."""
+        """Return the ids of the services, by service name."""
         data = self.graphql(SERVICES, environment=self.env["RAILWAY_ENVIRONMENT_ID"])
         nodes = [e["node"] for e in data["environment"]["serviceInstances"]["edges"]]
         return {node["serviceName"]: node for node in nodes}
@@ -95,21 +98,21 @@ class Stage:
         )
 
     def run_janitor(self) -> None:
-        """Railway's "Run now" on the janitor's cron."""
+        """Start the janitor, as "Run now" on Railway's dashboard."""
         self.graphql(RUN_CRON, id=self.services()["pulse-janitor"]["id"])
 
     def get(self, url: str, **params: str) -> httpx.Response:
-        """A request of a client that has no cookie and no affinity."""
-        with httpx.Client(verify=trusting(self.bundle), trust_env=False) as client:
+        """Send a GET without a cookie, and without an affinity unless `params` has one."""
+        with httpx.Client(verify=tls_context(self.bundle), trust_env=False) as client:
             return client.get(url, params=params)
 
 
-# Of the local Railway itself, which has no TLS: what httpx would trust takes it 20 ms to read.
+# for the local Railway itself, which has no TLS: `verify` would cost 20 ms, to read CA files
 post = functools.partial(httpx.post, verify=False)
 
 
 @functools.cache
-def trusting(bundle: str) -> ssl.SSLContext:
+def tls_context(bundle: str) -> ssl.SSLContext:
     return ssl.create_default_context(cafile=bundle)
 
 
@@ -117,9 +120,10 @@ def trusting(bundle: str) -> ssl.SSLContext:
 def stage(
     root: Path, module: str = "pulse_railway.local.server", *arguments: str
 ) -> Iterator[Stage]:
-    """A local Railway in `root` for the length of a block. It ends with all its processes.
+    """Run a local Railway in `root` during a block; then end it with all its processes.
 
-    `module`, `arguments`: what is run with `root` and these.
+    Args:
+        module: the Python module to run, with `root` and `arguments`.
     """
     from pulse_railway.local.server import LocalRailway
 
@@ -129,16 +133,16 @@ def stage(
             [sys.executable, "-m", module, str(root), *arguments],
             stdout=log,
             stderr=log,
-            start_new_session=True,  # a Ctrl-C is for us, and we end it
+            start_new_session=True,  # Ctrl-C reaches only us, and we end the process
         )
     try:
-        _wait_for(root, process)
-        clean = {
+        _wait_until_up(root, process)
+        inherited = {
             k: v
             for k, v in os.environ.items()
             if not k.startswith(("RAILWAY_", "PULSE_")) or k == "PULSE_DEMO"
         }
-        yield Stage(root, process, {**clean, **LocalRailway(root).environment()})
+        yield Stage(root, process, {**inherited, **LocalRailway(root).environment()})
     finally:
         process.terminate()
         try:
@@ -148,7 +152,7 @@ def stage(
             process.wait()
 
 
-def _wait_for(root: Path, process: subprocess.Popen[bytes]) -> None:
+def _wait_until_up(root: Path, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         if process.poll() is not None:
@@ -163,132 +167,144 @@ def _wait_for(root: Path, process: subprocess.Popen[bytes]) -> None:
 
 
 def processes_of(root: Path) -> list[int]:
-    """The processes that a local Railway started and that still run."""
-    from pulse_railway.local.supervisor import belongs
+    """Return the running processes that the local Railway in `root` has started."""
+    from pulse_railway.local.supervisor import is_local_process
 
-    return [int(p.name) for p in Path("/proc").glob("[0-9]*") if belongs(int(p.name), root)]
+    return [
+        int(p.name) for p in Path("/proc").glob("[0-9]*") if is_local_process(int(p.name), root)
+    ]
 
 
 # -- the story ---------------------------------------------------------------------------------
 
 
-def see(what: str, held: bool) -> None:
-    print(("  saw: " if held else "  DID NOT SEE: ") + what, flush=True)
-    if not held:
+def check(expectation: str, ok: bool) -> None:
+    """Print whether an expectation is met. Raises SystemExit if it is not."""
+    print(("  saw: " if ok else "  DID NOT SEE: ") + expectation, flush=True)
+    if not ok:
         raise SystemExit(1)
 
 
-def as_a_ci(s: Stage) -> dict[str, str]:
-    """The environment of a CI that has a project token and nothing else: no key, no login."""
-    known = json.loads((s.root / "state.json").read_text())["tokens"]
-    token = next(t["value"] for t in known if t["kind"] == "project")
+def ci_environment(s: Stage) -> dict[str, str]:
+    """Return the variables of a CI with only a project token: no SSH key, no login."""
+    tokens = json.loads((s.root / "state.json").read_text())["tokens"]
+    token = next(t["value"] for t in tokens if t["kind"] == "project")
     absent = "RAILWAY_API_TOKEN RAILWAY_PROJECT_ID RAILWAY_ENVIRONMENT_ID PULSE_RAILWAY_SSH_KEY"
     return {**dict.fromkeys(absent.split(), ""), "RAILWAY_TOKEN": token, "HOME": str(s.root)}
 
 
 def story(root: Path, *, job: bool = False) -> None:
-    """On an empty project: two deploys, an old tab, a new one, the janitor, a redeploy, a canary.
+    """Check, on an empty project: two deploys with an old and a new tab, the janitor's removal, a
+    redeploy, and a canary.
 
-    `job`: with a project token and no SSH key, so that control commands go by the janitor. Raises
-    SystemExit where something does not hold.
+    Args:
+        job: use a project token and no SSH key, so that the janitor carries control commands out.
+
+    Raises SystemExit if an expectation is not met.
     """
     with stage(root) as s:
-        s.of_verbs = as_a_ci(s) if job else {}
-        at_once = ("--rollback-window-seconds", "0")  # what is drained goes at once
-        done = s.run("ensure", APP, *at_once)
-        see(
+        s.verb_env = ci_environment(s) if job else {}
+        # a deployment without tabs is removed at once
+        no_window = ("--rollback-window-seconds", "0")
+        done = s.run("ensure", APP, *no_window)
+        check(
             "ensure creates router, env, Redis and janitor",
             {"pulse-router", "pulse-env", "pulse-redis", "pulse-janitor"} == set(s.services()),
         )
         address = done["server_address"]
         s.set_variables("pulse-env", {"GREETING": "hello", "SESSION_TIMEOUT": "1"})
         a = s.run("deploy", APP, "--deployment-name", "a")["deployment_id"]
-        see(
+        check(
             f"deploy brings up {a}, which is active",
             s.get(f"{address}/_pulse/meta").json()["deployment_id"] == a,
         )
-        see(
+        check(
             "it has the variable of pulse-env",
             s.get(f"{address}/greeting").json() == {"greeting": "hello"},
         )
-        asyncio.run(_tabs(s, address, a, at_once))
+        asyncio.run(_tabs(s, address, a, no_window))
 
 
-async def _tabs(s: Stage, address: str, a: str, at_once: tuple[str, ...]) -> None:
+async def _tabs(s: Stage, address: str, a: str, no_window: tuple[str, ...]) -> None:
     async with Visitor(address, s.bundle) as old:
         await old.open()
-        see(
+        check(
             f"a page is prerendered by {a}, with a cookie and the affinity",
             old.affinity == a and old.cookie is not None,
         )
         await old.connect()
         await old.count()
         await old.count()
-        see("its tab counts to 2 over the open socket", (old.tab, old.session) == (2, 2))
+        check("its tab counts to 2 over the open socket", (old.tab, old.session) == (2, 2))
 
         deployed = await asyncio.to_thread(s.run, "deploy", APP, "--deployment-name", "b")
         b = deployed["deployment_id"]
-        see(f"the old tab's requests still reach {a}", await old.meta() == a)
+        check(f"the old tab's requests still reach {a}", await old.meta() == a)
         await old.count()
-        see("its socket never closed, and counts to 3", old.connected and old.tab == 3)
+        check("its socket never closed, and counts to 3", old.connected and old.tab == 3)
 
         async with Visitor(address, s.bundle) as new:
             await new.open()
-            see(f"a new tab gets {b}", new.affinity == b and await new.meta() == b)
+            check(f"a new tab gets {b}", new.affinity == b and await new.meta() == b)
         async with Visitor(address, s.bundle, cookie=old.cookie) as returning:
             await returning.open()
-            see(
+            check(
                 f"on {b} the session has counted to 3, from Redis",
                 (returning.affinity, returning.session) == (b, 3),
             )
-        see(
+        check(
             "/_pulse/meta names the right one each way",
             s.get(f"{address}/_pulse/meta", pulse_deployment=a).json()["deployment_id"] == a
             and s.get(f"{address}/_pulse/meta").json()["deployment_id"] == b,
         )
         await asyncio.to_thread(s.run_janitor)
         await asyncio.sleep(3)
-        see(f"the janitor keeps {a} while its tab is open", a in s.services())
+        check(f"the janitor keeps {a} while its tab is open", a in s.services())
 
     deadline = time.monotonic() + 60
     while a in s.services() and time.monotonic() < deadline:
         await asyncio.sleep(2)
         await asyncio.to_thread(s.run_janitor)
-    see(f"once the tab has gone, the janitor removes {a}", a not in s.services())
-    see(f"{b} serves on", s.get(f"{address}/_pulse/meta").json()["deployment_id"] == b)
-    see(
+    check(f"once the tab has gone, the janitor removes {a}", a not in s.services())
+    check(f"{b} serves on", s.get(f"{address}/_pulse/meta").json()["deployment_id"] == b)
+    check(
         "an affinity that is gone is answered 409",
         s.get(f"{address}/_pulse/meta", pulse_deployment=a).status_code == 409,
     )
     again = await asyncio.to_thread(s.run, "redeploy")
-    see(
-        f"redeploy brings {b} up anew",
+    check(
+        f"redeploy starts {b} again",
         again["deployment_id"] == b
         and s.get(f"{address}/_pulse/meta").json()["deployment_id"] == b,
     )
     await _canary(s, address, b)
-    last = await asyncio.to_thread(s.run, "ensure", APP, *at_once)
-    see("a second ensure changes nothing", last["changed"] == [])
+    last = await asyncio.to_thread(s.run, "ensure", APP, *no_window)
+    check("a second ensure changes nothing", last["changed"] == [])
 
 
 async def _canary(s: Stage, address: str, b: str) -> None:
-    given = ("--deployment-name", "c", "--canary", "100", "--bake", "11")
-    c = (await asyncio.to_thread(s.run, "deploy", APP, *given))["deployment_id"]
-    async with Visitor(address, s.bundle) as drawn:
-        await drawn.open()
-        await drawn.connect()
-        await drawn.count()
-        see(f"a new tab is drawn to the canary {c}", drawn.affinity == c and drawn.tab == 1)
+    flags = ("--deployment-name", "c", "--canary", "100", "--bake", "11")
+    c = (await asyncio.to_thread(s.run, "deploy", APP, *flags))["deployment_id"]
+    async with Visitor(address, s.bundle) as canary_tab:
+        await canary_tab.open()
+        await canary_tab.connect()
+        await canary_tab.count()
+        check(f"a new tab goes to the canary {c}", canary_tab.affinity == c and canary_tab.tab == 1)
         ended = await asyncio.to_thread(s.run, "rollback", "--message", "not yet")
-        see(f"rollback ends it, {b} is active", (ended["ended"], ended["deployment_id"]) == (c, b))
+        check(
+            f"rollback ends it, {b} is active", (ended["ended"], ended["deployment_id"]) == (c, b)
+        )
         async with Visitor(address, s.bundle) as new:
             await new.open()
-            see(f"a new tab gets {b}", new.affinity == b)
-        await drawn.count()
-        see("the canary's tab counts on", drawn.connected and drawn.tab == 2)
-    known = (await asyncio.to_thread(s.run, "history"))["history"]
-    did = [entry["what"] for entry in known]
-    see("history has who did what", did[-2:] == ["canary", "rollback"] and bool(known[-1]["by"]))
+            check(f"a new tab gets {b}", new.affinity == b)
+        await canary_tab.count()
+        check("the canary's tab counts on", canary_tab.connected and canary_tab.tab == 2)
+    entries = (await asyncio.to_thread(s.run, "history"))["history"]
+    actions = [entry["what"] for entry in entries]
+    check(
+        "history has who did what",
+        actions[-2:] == ["canary", "rollback"] and bool(entries[-1]["by"]),
+    )
 
 
 # -- commands ----------------------------------------------------------------------------------
@@ -300,8 +316,8 @@ def play_once(*, job: bool = False) -> int:
         root = Path(folder).resolve()
         story(root, job=job)
         left = processes_of(root)
-        see("no process is left behind", not left)
-    print(f"the story held, in {time.monotonic() - began:.0f} s")
+        check("no process is left behind", not left)
+    print(f"all of it was seen, in {time.monotonic() - began:.0f} s")
     return 0
 
 
@@ -314,20 +330,20 @@ def stay(root: Path) -> int:
                 webbrowser.open(page)
             address = s.run("ensure", APP)["server_address"]
             active = s.run("status")["active"] or s.run("deploy", APP)["deployment_id"]
-            while s.get(address).status_code >= 500:  # what ran the last time comes up again
+            while s.get(address).status_code >= 500:  # deployments of the last run start again
                 time.sleep(0.5)
             print(
                 f"""
 {active} is active at {address}
 
-  watch    {page}   what runs, and buttons for what is to go wrong
+  watch    {page}   the services, and buttons that make things fail
   open     {address}/probe   (a certificate of its own: accept it, or trust {s.bundle})
   shell    eval "$(.venv/bin/invoke local --env)"
   again    .venv/bin/invoke deploy --app {APP}
-           then reload nothing: the open tab stays on its deployment, a new one gets the new
+           the open tab stays on its deployment, a new tab gets the new one
   look     .venv/bin/invoke status
 
-Ctrl-C ends it. What was deployed is kept in {root.name}/ for the next time.""",
+Ctrl-C ends it. The next `make demo` starts the same deployments again, from {root.name}/.""",
                 flush=True,
             )
             signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -1,4 +1,4 @@
-"""A visitor of the example: one browser tab, as Pulse's own client would behave."""
+"""A visitor of the example app: one browser tab, which behaves as Pulse's own client."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Visitor:
         self.cookie = cookie
         self.transports = list(transports)
         self.directives: dict[str, Any] = {}
-        self.tab = self.session = 0  # what the page shows
+        self.tab = self.session = 0  # the counts that the page shows
         self.greeting = ""
         self.reloads = 0
         self._context = ssl.create_default_context(cafile=bundle)
@@ -55,7 +55,7 @@ class Visitor:
             return aiohttp.ClientSession(connector=connector, cookie_jar=jar)
 
         self._http = session(aiohttp.DummyCookieJar())
-        # python-engineio takes the cookie out of its headers and into the jar
+        # python-engineio moves the cookie from its headers into the jar
         self._socket_http = session(aiohttp.CookieJar(unsafe=True))
         self._socket = socketio.AsyncClient(http_session=self._socket_http, reconnection=False)
         self._socket.on("message", self._on_message)
@@ -78,7 +78,7 @@ class Visitor:
         return {"cookie": f"pulse.sid={self.cookie}"} if self.cookie else {}
 
     async def open(self) -> None:
-        """Prerender the page and keep what it says: cookie, directives, what it shows."""
+        """Prerender the page, and store its cookie, directives and counts."""
         async with self._http.post(
             f"{self.address}/_pulse/prerender",
             json={"paths": ["/"], "routeInfo": ROUTE},
@@ -93,12 +93,12 @@ class Visitor:
         self._read(str(page["views"]["/"]["vdom"]))
 
     async def connect(self) -> None:
-        """Open the Socket.IO connection, with the query and auth that the directives name."""
-        wanted = self.directives["socketio"]
-        query = "&".join(f"{k}={v}" for k, v in wanted["query"].items())
+        """Open the Socket.IO connection, with the directives' query and auth."""
+        options = self.directives["socketio"]
+        query = "&".join(f"{k}={v}" for k, v in options["query"].items())
         await self._socket.connect(
             f"{self.address}/?{query}",
-            auth={**wanted["auth"], "__pulse_page_instance_id": "one"},
+            auth={**options["auth"], "__pulse_page_instance_id": "one"},
             headers=self._headers(),
             transports=self.transports,
             wait_timeout=20,
@@ -106,7 +106,7 @@ class Visitor:
         await self._emit({"type": "attach", "path": "/", "routeInfo": ROUTE})
 
     async def count(self) -> None:
-        """Press the button, and wait until the page shows it."""
+        """Press the button, and wait until the page shows the next count."""
         before = self.tab
         await self._emit({"type": "callback", "path": "/", "callback": "4.onClick", "args": []})
         async with asyncio.timeout(10):
@@ -115,7 +115,7 @@ class Visitor:
                 await self._changed.wait()
 
     async def meta(self) -> str | None:
-        """The deployment that answers this tab's requests."""
+        """Return the deployment that answers this tab's requests."""
         async with self._http.get(
             f"{self.address}/_pulse/meta",
             params=self.directives.get("query", {}),
@@ -138,7 +138,7 @@ class Visitor:
         self._changed.set()
 
     def _read(self, text: str) -> None:
-        if found := re.search(r"tab has counted to (\d+)", text):
-            self.tab = int(found[1])
-        if found := re.search(r"session has counted to (\d+)", text):
-            self.session = int(found[1])
+        if match := re.search(r"tab has counted to (\d+)", text):
+            self.tab = int(match[1])
+        if match := re.search(r"session has counted to (\d+)", text):
+            self.session = int(match[1])

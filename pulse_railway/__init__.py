@@ -1,8 +1,8 @@
 """Deploy Pulse apps on Railway so that no user notices.
 
-An app imports `RailwayPlugin`, `RailwaySessionStore` and `internal_server_address` from here; a
-project's task file imports `pulse_railway.tasks`. Nothing is loaded before it is asked for: a
-command line that only lists its verbs should not pay for Pulse.
+An app imports `RailwayPlugin`, `RailwaySessionStore` and `internal_server_address` from here, a
+project's task file imports `pulse_railway.tasks`. These names are loaded on first use, so that a
+command line which only lists the verbs does not load Pulse.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`python -m pulse_railway` and the console script.
 
-What runs inside containers is sorted out first, since it has to be quick: `serve` as a container's
-first process, `control` for everybody who waits for its answer. The verbs are in cli.py.
+The commands that run inside containers are handled first, since they must start quickly: `serve` is
+a container's first process, and callers wait for the answer of `control`. The verbs are in cli.py.
 """
 
 from __future__ import annotations
@@ -11,23 +11,24 @@ import sys
 
 
 def main() -> None:
-    """Run what the command line says. Ctrl-C and a reader that has gone end it without a word more
-    than there is to say, also while modules are still being loaded."""
+    """Run the command line. Ctrl-C and a closed stdout end the process without a traceback, even
+    while modules are being loaded."""
     try:
         try:
             dispatch()
         finally:
-            sys.stdout.flush()  # here, not when the interpreter ends
+            sys.stdout.flush()  # so that a BrokenPipeError is raised here, not at the exit
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
     except BrokenPipeError:
-        from pulse_railway.output import reader_has_gone
+        from pulse_railway.output import silence_stdout
 
-        raise SystemExit(reader_has_gone()) from None
+        raise SystemExit(silence_stdout()) from None
 
 
 def dispatch() -> None:
+    """Run a command of a container in place of this process, or a verb."""
     match sys.argv[1:]:
         case ["serve", *rest]:
             from pulse_railway.app import serve

@@ -1,5 +1,8 @@
-"""Which app a stack serves. The router's service remembers it, so that another app does not take
-its place by a deploy from the wrong folder."""
+"""The app that a stack serves.
+
+Its identity is stored in a variable of the router's service, so that a deploy from a wrong folder
+does not replace the app by another.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,12 @@ from pulse_railway.railway.api import Api
 from pulse_railway.services import write_variables
 from pulse_railway.stack import Stack
 
-TEXT_LIMIT = 500  # characters of a field
+TEXT_LIMIT = 500  # characters in a field
 
 
 @dataclass(frozen=True)
 class AppIdentity:
-    """What is known of an app; None: not said, and compared with nothing."""
+    """The known facts of an app. A field that is None is not compared."""
 
     name: str | None = None  # RailwayPlugin(name=...)
     repository: str | None = None  # host and path of git's `origin`
@@ -32,73 +35,84 @@ class AppIdentity:
 
 
 def of_app(app: AppConfig) -> AppIdentity:
+    """Return the identity of an app in this machine's files."""
     remote, folder = provenance.origin(app.context)
     return AppIdentity(app.plugin.name, repository(remote), folder + app.file)
 
 
 def repository(remote: str | None) -> str | None:
-    """A remote's host and path: one name for its https and ssh addresses, and no credentials."""
+    """Return the host and path of a git remote, the same for its https and ssh addresses.
+
+    Credentials are left out.
+    """
     if not remote:
         return None
-    found = re.fullmatch(r"(?:\w+://)?(?:[^@/]*@)?([^/:@]+)(?::\d+)?[:/]+(.+)", remote)
-    host_and_path = f"{found[1]}/{found[2]}" if found else remote
+    parts = re.fullmatch(r"(?:\w+://)?(?:[^@/]*@)?([^/:@]+)(?::\d+)?[:/]+(.+)", remote)
+    host_and_path = f"{parts[1]}/{parts[2]}" if parts else remote
     return host_and_path.rstrip("/").removesuffix(".git")[:TEXT_LIMIT]
 
 
-def remembered(stack: Stack) -> AppIdentity:
-    """What the router's service says. What is not understood says nothing."""
+def stored_identity(stack: Stack) -> AppIdentity:
+    """Return the identity in the router's variables. Fields that are not valid are None."""
     text = stack.router.variables.get(contract.APP) if stack.router else None
     try:
-        found = json.loads(text or "{}")
+        stored = json.loads(text or "{}")
     except (ValueError, RecursionError):
         return AppIdentity()
-    if not isinstance(found, dict):
+    if not isinstance(stored, dict):
         return AppIdentity()
-    usable = {k: v for k, v in found.items() if isinstance(v, str) and 0 < len(v) <= TEXT_LIMIT}
-    return AppIdentity(*(usable.get(name) for name in ("name", "repository", "file")))
+    valid = {k: v for k, v in stored.items() if isinstance(v, str) and 0 < len(v) <= TEXT_LIMIT}
+    return AppIdentity(*(valid.get(name) for name in ("name", "repository", "file")))
 
 
-def variable(app: AppIdentity) -> str:
+def to_json(app: AppIdentity) -> str:
     return json.dumps({k: v for k, v in asdict(app).items() if v})
 
 
 def check_same_app(stack: Stack, app: AppIdentity, replace: bool, output: Output) -> None:
-    """Warn where another repository or file was deployed to this stack last.
+    """Warn if the last deploy to this stack was from another repository or file.
 
-    Raises Failure where the stack serves an app of another name, unless it is to be replaced."""
-    known = remembered(stack)
-    if replace or (known.name and known.name == app.name):
+    Args:
+        replace: the stack's app may be replaced by this one; nothing is checked.
+
+    Raises Failure if the stack serves an app of another name.
+    """
+    stored = stored_identity(stack)
+    if replace or (stored.name and stored.name == app.name):
         return
     router = stack.names.router
-    if known.name and app.name:
+    if stored.name and app.name:
         raise Failure(
-            f"{router} serves the app {known.name!r}, and this one is {app.name!r}: name its own"
+            f"{router} serves the app {stored.name!r}, and this one is {app.name!r}: name its own"
             " router (`RailwayPlugin(router_service=...)`, then `pulse-railway ensure`), or pass"
             " --replace-app"
         )
-    for was, is_now in ((known.repository, app.repository), (known.file, app.file)):
-        if was and is_now and was != is_now:
+    for old, new in ((stored.repository, app.repository), (stored.file, app.file)):
+        if old and new and old != new:
             output.warn(
-                f"{router} serves {known.place}, and this is {app.place}: if that is another app,"
+                f"{router} serves {stored.place}, and this is {app.place}: if that is another app,"
                 " give both a name (`RailwayPlugin(name=...)`) and this one a router of its own"
             )
             return
 
 
-def with_known(stack: Stack, app: AppIdentity, replace: bool) -> AppIdentity:
-    """`app`, and what it does not say as the stack knows it: a deploy of an app without a name does
-    not take the stack's. With `replace`, nothing is left of the app before."""
-    known = AppIdentity() if replace else remembered(stack)
-    return AppIdentity(*(new or old for new, old in zip(astuple(app), astuple(known), strict=True)))
+def merge_stored(stack: Stack, app: AppIdentity, replace: bool) -> AppIdentity:
+    """Return `app`, with the stack's values for the fields that are None.
+
+    So a deploy of an app without a name keeps the stack's. With `replace` the result is `app`.
+    """
+    stored = AppIdentity() if replace else stored_identity(stack)
+    pairs = zip(astuple(app), astuple(stored), strict=True)
+    return AppIdentity(*(new or old for new, old in pairs))
 
 
-def remember(api: Api, stack: Stack, app: AppIdentity, replace: bool, output: Output) -> None:
-    """Note it, as `with_known` has it, where it is new. A failure is no reason to fail."""
+def store_identity(api: Api, stack: Stack, app: AppIdentity, replace: bool, output: Output) -> None:
+    """Store the identity by `merge_stored` if it is new. A failure is a warning."""
     assert stack.router is not None
-    app = with_known(stack, app, replace)
-    if stack.router.variables.get(contract.APP) == variable(app):
+    app = merge_stored(stack, app, replace)
+    if stack.router.variables.get(contract.APP) == to_json(app):
         return
     try:
-        write_variables(api, stack.target, stack.router.id, {contract.APP: variable(app)})
+        write_variables(api, stack.target, stack.router.id, {contract.APP: to_json(app)})
     except Failure as failure:
         output.warn(f"{contract.APP} could not be written: {failure}; the next deploy will")

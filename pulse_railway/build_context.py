@@ -1,4 +1,4 @@
-"""The deploy context as a build gets it: what of it must not get into an image."""
+"""The files of the deploy context that must not get into an image."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ import shlex
 from fnmatch import fnmatch
 from pathlib import Path
 
-SECRET = (".env", ".env.*", "*.pem", "id_rsa", "id_ed25519", "id_ecdsa", ".netrc", ".pypirc")
-EXAMPLES = (".env.example", ".env.sample", ".env.template")
-FOLDERS = (".git", ".venv", "venv")  # history can hold secrets; the others are this machine's
-SKIPPED = ("node_modules", "__pycache__")
+SECRET_FILES = (".env", ".env.*", "*.pem", "id_rsa", "id_ed25519", "id_ecdsa", ".netrc", ".pypirc")
+EXAMPLE_FILES = (".env.example", ".env.sample", ".env.template")
+# git's history can hold secrets; a virtual environment works on this machine only
+PRIVATE_FOLDERS = (".git", ".venv", "venv")
+SKIPPED_FOLDERS = ("node_modules", "__pycache__")
 
 
 def instructions(dockerfile: Path) -> list[tuple[str, str]]:
-    """A Dockerfile's instructions and what stands behind them, continuation lines joined."""
+    """Return a Dockerfile's instructions: names in upper case, and their arguments.
+
+    Continuation lines are joined.
+    """
     joined: list[tuple[str, str]] = []
     pending = ""
     for line in dockerfile.read_text().splitlines():
@@ -32,34 +36,36 @@ def instructions(dockerfile: Path) -> list[tuple[str, str]]:
 
 
 def secrets_in_image(context: Path, dockerfile: Path) -> list[str]:
-    """Files and folders of `context` that the Dockerfile would copy into an image although they
-    can hold secrets, or are this machine's own; relative to `context`."""
+    """Return the files that can hold secrets, and the private folders, that the Dockerfile copies.
+
+    The paths are relative to `context`, and sorted.
+    """
     sources = copy_sources(dockerfile)
     ignore = ignored(context, dockerfile)
-    found = []
+    copied = []
     for folder, folders, files in os.walk(context):
-        here = Path(folder).relative_to(context)
-        names = [n for n in folders if n in FOLDERS]
+        parent = Path(folder).relative_to(context)
+        names = [n for n in folders if n in PRIVATE_FOLDERS]
         names += filter(holds_secrets, files)
-        folders[:] = [n for n in folders if n not in FOLDERS and n not in SKIPPED]
+        folders[:] = [n for n in folders if n not in PRIVATE_FOLDERS and n not in SKIPPED_FOLDERS]
         for name in names:
-            path = (here / name).as_posix()
-            if _taken(path, sources) and not ignore(path):
-                found.append(path)
-    return sorted(found)
+            path = (parent / name).as_posix()
+            if _is_copied(path, sources) and not ignore(path):
+                copied.append(path)
+    return sorted(copied)
 
 
 def holds_secrets(name: str) -> bool:
-    """Is a file of this name one that can hold secrets?"""
-    return _any(name, SECRET) and not _any(name, EXAMPLES)
+    """Can a file of this name hold secrets?"""
+    return _matches_any(name, SECRET_FILES) and not _matches_any(name, EXAMPLE_FILES)
 
 
-def _any(name: str, patterns: tuple[str, ...]) -> bool:
+def _matches_any(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def copy_sources(dockerfile: Path) -> list[str]:
-    """What COPY and ADD take from the context, not from another stage or image."""
+    """Return the sources of COPY and ADD in the context, not those in other stages or images."""
     sources: list[str] = []
     for name, rest in instructions(dockerfile):
         if name not in ("COPY", "ADD") or re.search(r"(^|\s)--from=", rest):
@@ -70,14 +76,17 @@ def copy_sources(dockerfile: Path) -> list[str]:
     return sources
 
 
-def _taken(path: str, sources: list[str]) -> bool:
+def _is_copied(path: str, sources: list[str]) -> bool:
     parts = path.split("/")
     prefixes = ["/".join(parts[:i]) for i in range(1, len(parts) + 1)]
     return any(s == "." or any(fnmatch(p, s) for p in prefixes) for s in sources)
 
 
 def ignored(context: Path, dockerfile: Path) -> _Ignore:
-    """What the build leaves out: by `<Dockerfile>.dockerignore`, else `.dockerignore`."""
+    """Return whether the build leaves a path out, as a function of the path.
+
+    The rules are in `<Dockerfile>.dockerignore`, else in `.dockerignore`.
+    """
     for path in (
         dockerfile.with_name(f"{dockerfile.name}.dockerignore"),
         context / ".dockerignore",
@@ -88,7 +97,7 @@ def ignored(context: Path, dockerfile: Path) -> _Ignore:
 
 
 class _Ignore:
-    """Docker's rules (docs.docker.com, "dockerignore"): rooted patterns, the last match counts."""
+    """Docker's rules (docs.docker.com, "dockerignore"): rooted patterns, the last match wins."""
 
     def __init__(self, lines: list[str]) -> None:
         self.rules: list[tuple[bool, re.Pattern[str]]] = []
@@ -101,11 +110,11 @@ class _Ignore:
     def __call__(self, path: str) -> bool:
         parts = path.split("/")
         prefixes = ["/".join(parts[:i]) for i in range(1, len(parts) + 1)]
-        out = False
+        ignored = False
         for ignore, pattern in self.rules:
             if any(pattern.fullmatch(prefix) for prefix in prefixes):
-                out = ignore
-        return out
+                ignored = ignore
+        return ignored
 
 
 def _pattern(glob: str) -> re.Pattern[str]:

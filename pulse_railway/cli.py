@@ -1,7 +1,7 @@
 """The console script `pulse-railway`: the same verbs, with 0.3.x's command lines.
 
-What differs from Invoke's own parsing: the app may stand by itself (`deploy examples/main.py`),
-`janitor run` and `control ...` are two words, and a verb may be asked for `--help`.
+It differs from Invoke's own parsing: the app may be given without its flag (`deploy
+examples/main.py`), `janitor run` and `control ...` are two words, and each verb has `--help`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from pulse_railway import __version__, tasks
 from pulse_railway.flags import FLAGS
 
 
-class Settings(Config):
-    """Invoke's configuration: this folder's invoke.yaml, ~/.invoke.yaml, INVOKE_*. Invoke itself
-    looks beside the task file, and there is none here."""
+class ProjectConfig(Config):
+    """Invoke's configuration: this folder's invoke.yaml, ~/.invoke.yaml, INVOKE_*.
+
+    Invoke itself looks beside the task file, and the console script has none.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -31,15 +33,15 @@ class Settings(Config):
 
 def main(argv: list[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if helped := asked_for_help(arguments):
-        print(helped)
+    if text := help_text(arguments):
+        print(text)
         return
     program = Program(
         name="pulse-railway",
         binary="pulse-railway",
         namespace=tasks.ns,
         version=__version__,
-        config_class=Settings,
+        config_class=ProjectConfig,
     )
     try:
         program.run(["pulse-railway", *rewrite(arguments)])
@@ -48,23 +50,29 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"error: the Invoke configuration is no YAML: {where}") from None
 
 
-def asked_for_help(arguments: list[str]) -> str | None:
-    """What to print, if it is help that is wanted: our own, since Invoke's is about its options."""
+def help_text(arguments: list[str]) -> str | None:
+    """Return the help that the arguments ask for, None for other arguments.
+
+    It replaces Invoke's help, which describes Invoke's options.
+    """
     from pulse_railway import help
 
-    wants = {"--help", "-h"} & set(arguments)
+    has_flag = {"--help", "-h"} & set(arguments)
     if arguments in ([], ["help"], ["--help"], ["-h"]):
         return help.overview()
     verb = next((word for word in arguments if not word.startswith("-") and word != "help"), None)
-    if not (wants or arguments[0] == "help") or verb is None:
+    if not (has_flag or arguments[0] == "help") or verb is None:
         return None
     if verb not in tasks.ns.tasks:
         _unknown(verb, list(tasks.ns.tasks), "verb")
-    return help.of_verb(verb) if help.flags(verb) else None
+    return help.verb_help(verb) if help.flags(verb) else None
 
 
 def rewrite(arguments: list[str]) -> list[str]:
-    """0.3.x's command line as Invoke's: a bare word after the verb is the app."""
+    """Return 0.3.x's command line as Invoke's: a bare word after the verb is the app.
+
+    Raises SystemExit for a verb or flag that does not exist, or a positional that is missing.
+    """
     if not arguments or arguments[0].startswith("-"):
         return arguments
     verb, *rest = arguments
@@ -72,33 +80,33 @@ def rewrite(arguments: list[str]) -> list[str]:
         _unknown(verb, list(tasks.ns.tasks), "verb")
     if "--help" in rest or "-h" in rest:
         return ["--help", verb]
-    positional = tasks.ns[verb].positional  # then a bare word is that, not an app
-    # what any verb takes; of a flag that two take differently, what this one does
+    positional = tasks.ns[verb].positional  # with one, a bare word is that and not the app
+    # flags of all verbs; `verb` is last, so that it decides on a flag that two take differently
     takes_value = {
         argument.name.replace("_", "-"): argument.takes_value
         for task in [*tasks.ns.tasks, verb]
         for argument in tasks.ns[task].get_arguments()
     }
-    out, i = [verb], 0
+    rewritten, i = [verb], 0
     while i < len(rest):
         word = rest[i]
         if not word.startswith("--"):
-            out += [word] if positional else ["--app", word]
+            rewritten += [word] if positional else ["--app", word]
         else:
             name, equals, _ = word[2:].partition("=")
             if name not in takes_value:
-                _unknown(word, [f"--{known}" for known in takes_value], "flag")
-            out.append(word)
+                _unknown(word, [f"--{flag}" for flag in takes_value], "flag")
+            rewritten.append(word)
             if takes_value[name] and not equals and i + 1 < len(rest):
                 i += 1
-                out[-1] = f"{word}={rest[i]}"  # a value may start with a dash
+                rewritten[-1] = f"{word}={rest[i]}"  # a value may start with a dash
         i += 1
-    if positional and all(word.startswith("-") for word in out[1:]):
+    if positional and all(word.startswith("-") for word in rewritten[1:]):
         raise SystemExit(f"error: which? `pulse-railway {verb} {FLAGS[positional[0]].value}`")
-    return out
+    return rewritten
 
 
-def _unknown(word: str, known: list[str], what: str) -> NoReturn:
-    close = difflib.get_close_matches(word.split("=")[0], known, 1, cutoff=0.5)
+def _unknown(word: str, candidates: list[str], kind: str) -> NoReturn:
+    close = difflib.get_close_matches(word.split("=")[0], candidates, 1, cutoff=0.5)
     hint = f"; did you mean {close[0]}?" if close else ""
-    raise SystemExit(f"error: no {what} {word}{hint}")
+    raise SystemExit(f"error: no {kind} {word}{hint}")

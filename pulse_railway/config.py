@@ -1,4 +1,4 @@
-"""The app that is deployed, and the project and environment that a verb works on."""
+"""The app that is deployed, and the project and environment that a verb acts on."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Names:
-    """What the services of a stack are called."""
+    """The names of a stack's services."""
 
     router: str = contract.DEFAULT_ROUTER
     env: str = contract.DEFAULT_ENV
     redis: str = contract.DEFAULT_REDIS
     janitor: str = contract.DEFAULT_JANITOR
     prefix: str = ""
-    asked: bool = False  # the router was named, and no other one will do
+    asked: bool = False  # the user named the router: no other router counts
 
 
 @dataclass(frozen=True)
 class Where:
-    """What a user said of where a verb is to work; None: not said."""
+    """The project, environment and token that a user has given for a verb; None: not given."""
 
     token: str | None = field(default=None, repr=False)
     workspace: str | None = None
@@ -52,18 +52,21 @@ class Where:
 
 @dataclass
 class ControlRoute:
-    """How control commands get to the router: by `railway ssh`, or by the janitor. None: by ssh
-    where there is a key that Railway takes, else by the janitor; the first command settles it."""
+    """The way of control commands to the router: by `railway ssh`, or by the janitor (`job`).
+
+    With None the first command chooses: ssh if there is a key that Railway accepts, else the
+    janitor.
+    """
 
     kind: Literal["ssh", "job"] | None = None
-    key: Path | None = None  # the private key that was asked for
-    say: Callable[[str], None] = lambda _: None
-    checked: bool = False
+    key: Path | None = None  # the private key that the user has given, or that was found
+    say: Callable[[str], None] = lambda _: None  # prints a line for the user
+    checked: bool = False  # ssh is possible
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where a verb works."""
+    """The project and environment that a verb acts on."""
 
     project_id: str
     environment_id: str
@@ -72,42 +75,43 @@ class Target:
 
 @dataclass(frozen=True)
 class AppConfig:
-    """What an app says of itself and of how it is deployed."""
+    """An app's own configuration, from its file and its RailwayPlugin."""
 
     file: str  # relative to the context
     context: Path
     names: Names
-    server_address: str | None  # that the app has of its own; None: what `deploy` tells it
-    has_address: bool  # Pulse does not start in production without one
+    server_address: str | None  # the app's own; None: it has the one that `deploy` sets, or none
+    has_address: bool  # without an address Pulse does not start in production
     web_root: Path
     internal_address: str
     uses_session_store: bool
-    needs_secret: bool  # its sessions are in cookies, signed with PULSE_SECRET
+    needs_secret: bool  # sessions are stored in cookies, which PULSE_SECRET signs
     plugin: RailwayPlugin
 
 
 # -- the app -----------------------------------------------------------------------------------
 
 
-def inside(context: Path, path: str | Path, what: str) -> Path:
-    """`path` relative to the context. Raises Failure where it is outside of it."""
+def inside(context: Path, path: str | Path, label: str) -> Path:
+    """Return `path` relative to the context. Raises Failure, with the label, if it is outside."""
     full = (context / path).resolve()
     try:
         return full.relative_to(context.resolve())
     except ValueError:
         raise Failure(
-            f"{what} {full} is outside the deploy context {context}: pass --context "
+            f"{label} {full} is outside the deploy context {context}: pass --context "
             "with a folder that holds it"
         ) from None
 
 
 def load_app(app: str | None, context: Path) -> AppConfig:
-    """Load an app's file, as `pulse` would in a build, and read its RailwayPlugin.
+    """Import an app's file, as `pulse` does in a build, and read its RailwayPlugin.
 
     Args:
         app: `path/to/main.py` or `path/to/main.py:variable`, relative to `context`.
 
-    Raises Failure: no such file, it cannot be imported, or it has not exactly one RailwayPlugin.
+    Raises Failure if there is no such file, its import fails, or it does not have exactly one
+    RailwayPlugin.
     """
     if not app:
         raise Failure("which app? pass --app path/to/main.py, or set `app` in invoke.yaml")
@@ -119,7 +123,7 @@ def load_app(app: str | None, context: Path) -> AppConfig:
     path = (context / file).resolve()
     if not path.is_file():
         raise Failure(f"no app at {path}: pass --app path/to/main.py")
-    where = inside(context, path, "the app")
+    relative = inside(context, path, "the app")
     with _build_environment(context, path):
         loaded = _import(path, variable or "app")
     from pulse_railway.app.plugin import plugin_of, web_root
@@ -131,9 +135,10 @@ def load_app(app: str | None, context: Path) -> AppConfig:
         raise Failure(f"{file}: {error}") from None
     if loaded.codegen.cfg.base_dir is None:
         loaded.codegen.cfg.base_dir = path.parent
-    address = getattr(loaded, "server_address", _TOLD_LATER)  # goes in a later Pulse
+    # a later Pulse has no `server_address`, nor `internal_server_address` below
+    address = getattr(loaded, "server_address", _PLACEHOLDER_ADDRESS)
     return AppConfig(
-        file=str(where) + (f":{variable}" if variable else ""),
+        file=str(relative) + (f":{variable}" if variable else ""),
         context=context.resolve(),
         names=Names(
             plugin.router_service,
@@ -143,63 +148,65 @@ def load_app(app: str | None, context: Path) -> AppConfig:
             plugin.service_prefix,
             asked=plugin.router_service != contract.DEFAULT_ROUTER,
         ),
-        server_address=None if address == _TOLD_LATER else address,
+        server_address=None if address == _PLACEHOLDER_ADDRESS else address,
         has_address=bool(address),
         web_root=web_root(loaded),
         # RailwayPlugin sets it where the app does not
-        internal_address=getattr(loaded, "internal_server_address", None) or LOOPBACK,
+        internal_address=getattr(loaded, "internal_server_address", None)
+        or DEFAULT_INTERNAL_ADDRESS,
         uses_session_store=isinstance(loaded.session_store, RailwaySessionStore),
-        needs_secret=getattr(loaded.session_store, "secret", None) == _NO_SECRET.encode(),
+        needs_secret=getattr(loaded.session_store, "secret", None) == _PLACEHOLDER_SECRET.encode(),
         plugin=plugin,
     )
 
 
-LOOPBACK = "http://127.0.0.1"  # what a Pulse that asks nobody uses
-_TOLD_LATER = "https://told-by-deploy.invalid"
-_NO_SECRET = "none, while the app is being looked at"
+DEFAULT_INTERNAL_ADDRESS = "http://127.0.0.1"  # of a Pulse that has no setting for it
+_PLACEHOLDER_ADDRESS = "https://set-by-deploy.invalid"
+_PLACEHOLDER_SECRET = "none, while the app is being looked at"
 
 
 @contextlib.contextmanager
 def _build_environment(context: Path, app: Path) -> Iterator[None]:
-    """Pulse's environment of a build, for as long as the app is being imported."""
-    before = dict(os.environ), Path.cwd()
+    """Set the environment and folder of Pulse's build, while the app is imported."""
+    environment, folder = dict(os.environ), Path.cwd()
     os.environ.update(
         PULSE_ENV="ci",
         PULSE_APP_FILE=str(app),
         PULSE_APP_DIR=str(app.parent),
-        PULSE_SECRET=_NO_SECRET,
+        PULSE_SECRET=_PLACEHOLDER_SECRET,
     )
     for name in (contract.SERVER_ADDRESS, contract.PUBLIC_ORIGIN):
-        os.environ.setdefault(name, _TOLD_LATER)
+        os.environ.setdefault(name, _PLACEHOLDER_ADDRESS)
     os.chdir(context)
     try:
         yield
     finally:
-        os.chdir(before[1])
+        os.chdir(folder)
         os.environ.clear()
-        os.environ.update(before[0])
+        os.environ.update(environment)
 
 
 def _import(path: Path, variable: str) -> ps.App:
     from pulse.cli.helpers import load_app_from_target
 
-    shown = io.StringIO()
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             return load_app_from_target(f"{path}:{variable}").app
     except (Exception, SystemExit) as error:
-        lines = [line.strip() for line in shown.getvalue().splitlines() if line.strip()]
-        why = lines[-1] if lines else str(error) or type(error).__name__
-        raise Failure(f"{path} cannot be loaded: {why}") from None
+        lines = [line.strip() for line in printed.getvalue().splitlines() if line.strip()]
+        reason = lines[-1] if lines else str(error) or type(error).__name__
+        raise Failure(f"{path} cannot be loaded: {reason}") from None
 
 
 # -- the target --------------------------------------------------------------------------------
 
 
 def find_target(api: Api, where: Where) -> Target:
-    """The project and environment of a run.
+    """Return the project and environment of a run: by flags, token, or Railway's variables.
 
-    Raises Failure: a name that matches none or several (it says which exist), or nothing to go by.
+    Raises Failure if a name matches none or several (the message lists them), or no project is
+    given.
     """
     project_id, environment_id = where.project_id, where.environment_id
     project = None if project_id else where.project
@@ -212,7 +219,7 @@ def find_target(api: Api, where: Where) -> Target:
         if not environment and not environment_id:
             environment_id = os.environ.get("RAILWAY_ENVIRONMENT_ID")
     if not project and not project_id:
-        api.check_token()  # a wrong one comes first
+        api.check_token()  # an invalid token is the first thing to report
         raise Failure(
             "which project? pass --project (or --project-id), set it on RailwayPlugin, or use a"
             " project token"
@@ -226,18 +233,18 @@ def find_target(api: Api, where: Where) -> Target:
         environments = _nodes(data["environments"])
     else:
         assert project is not None
-        found = _project_by_name(api, project, where)
-        project_id, environments = found["id"], _nodes(found["environments"])
+        by_name = _project_by_name(api, project, where)
+        project_id, environments = by_name["id"], _nodes(by_name["environments"])
     if environment_id:
         if environment_id not in [e["id"] for e in environments]:
             raise Failure(f"the project has no environment with id {environment_id}")
         return Target(project_id, environment_id)
-    wanted = environment or contract.DEFAULT_ENVIRONMENT
-    return Target(project_id, _one_named("environment", wanted, environments)["id"])
+    name = environment or contract.DEFAULT_ENVIRONMENT
+    return Target(project_id, _one_named("environment", name, environments)["id"])
 
 
 def _check_workspace(api: Api, where: Where, project_id: str) -> None:
-    """A project that is known by its id must be in the workspace that was named."""
+    """Raise Failure unless the project is in the workspace that was given, if one was."""
     if not where.workspace and not where.workspace_id:
         return
     data = api.call(documents.WORKSPACE_OF, project=project_id)["project"]
@@ -259,7 +266,7 @@ def _scoped(
     environment: str | None,
     environment_id: str | None,
 ) -> Target:
-    """A project token opens one environment: what is asked for must be that one."""
+    """Return a project token's environment. Raises Failure if another one was given."""
     its_project, its_environment = scope["project"]["name"], scope["environment"]["name"]
     if project not in (None, its_project) or project_id not in (None, scope["projectId"]):
         raise Failure(
@@ -303,23 +310,22 @@ def _project_by_name(api: Api, name: str, where: Where) -> dict[str, Any]:
     return _one_named("project", name, list(projects.values()))
 
 
-def _one_named(what: str, name: str, found: list[dict[str, Any]]) -> dict[str, Any]:
-    matches = [item for item in found if item["name"] == name]
+def _one_named(kind: str, name: str, items: list[dict[str, Any]]) -> dict[str, Any]:
+    matches = [item for item in items if item["name"] == name]
     if len(matches) == 1:
         return matches[0]
     if matches:
         ids = ", ".join(item["id"] for item in matches)
-        more = " or narrow it with --workspace" if what == "project" else ""
-        raise Failure(f"several {what}s are named {name}: pass --{what}-id ({ids}){more}")
-    names = sorted(item["name"] for item in found)
+        more = " or narrow it with --workspace" if kind == "project" else ""
+        raise Failure(f"several {kind}s are named {name}: pass --{kind}-id ({ids}){more}")
+    names = sorted(item["name"] for item in items)
     close = difflib.get_close_matches(name, names, 1)
     hint = f"; did you mean {close[0]}?" if close else ""
-    there = ", ".join(names) or "none"
-    raise Failure(f"no {what} is named {name}; there are: {there}{hint}")
+    raise Failure(f"no {kind} is named {name}; there are: {', '.join(names) or 'none'}{hint}")
 
 
 def connect(where: Where, output: Output) -> tuple[Api, Target]:
-    """The API with this run's token, and where it works. Raises Failure where there is no token."""
+    """Return the API with this run's token, and the target of the run. Raises Failure."""
     api = Api(tokens.find(where.token), on_wait=output.waiting)
     with output.step("find the project"):
         target = find_target(api, where)

@@ -1,4 +1,4 @@
-"""The names of 0.3.x's constants that an app imports. The deploy tool reads contract.py."""
+"""Constants under 0.3.x's names, for apps that import them. The deploy tool uses contract.py."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Names that stacks, apps and routers share.
 
-They are 0.3.x's: a stack set up with it is taken over in place, so none of these may change.
-router.py holds its own copy of those it needs, since its image has no pulse_railway;
-tests/test_contract.py holds the two together.
+They are 0.3.x's, and may not change: a stack that 0.3.x has created is taken over in place. "Ours"
+marks those that 0.3.x does not have. router.py has a copy of those that it needs, since its image
+has no pulse_railway; tests/test_contract.py compares the two.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-# How a request names its deployment, and what it is told.
+# Query parameters and headers of the affinity.
 AFFINITY_QUERY: Final = "pulse_deployment"
 AFFINITY_HEADER: Final = "x-pulse-deployment"
 SELECTED_HEADER: Final = "x-pulse-selected-deployment"
@@ -34,11 +34,11 @@ DEPLOYMENT_ID: Final = "PULSE_DEPLOYMENT_ID"
 INTERNAL_TOKEN: Final = "PULSE_RAILWAY_INTERNAL_TOKEN"
 APP_FILE: Final = "PULSE_APP_FILE"
 SERVER_ADDRESS: Final = "PULSE_SERVER_ADDRESS"
-PUBLIC_ORIGIN: Final = "PULSE_PUBLIC_ORIGIN"  # what a later Pulse reads in its place
+PUBLIC_ORIGIN: Final = "PULSE_PUBLIC_ORIGIN"  # a later Pulse reads this in place of the former
 PORT: Final = "PORT"
 SESSION_REDIS_URL: Final = "PULSE_RAILWAY_REDIS_URL"
-SESSION_SCOPE: Final = "PULSE_RAILWAY_SESSION_SCOPE"  # ours, in a copy: whose sessions these are
-# ... and, besides some of those, of its build.
+SESSION_SCOPE: Final = "PULSE_RAILWAY_SESSION_SCOPE"  # ours, in a copy: follows the keys' prefix
+# Variables of its build, besides some of those.
 WEB_ROOT: Final = "PULSE_WEB_ROOT"
 DOCKERFILE_PATH: Final = "RAILWAY_DOCKERFILE_PATH"
 
@@ -48,30 +48,31 @@ RAILWAY_API_TOKEN: Final = "RAILWAY_API_TOKEN"
 REDIS_URL: Final = "REDIS_URL"
 REDIS_PREFIX: Final = "PULSE_RAILWAY_REDIS_PREFIX"
 SERVICE_PREFIX: Final = "PULSE_RAILWAY_SERVICE_PREFIX"
-KEY_TTL: Final = "PULSE_RAILWAY_KEY_TTL_SECONDS"  # ours, in a copy: how long its keys outlive it
+KEY_TTL: Final = "PULSE_RAILWAY_KEY_TTL_SECONDS"  # ours, in a copy: its keys' time to live
 DRAIN_TTL: Final = "PULSE_RAILWAY_DRAIN_TTL_SECONDS"
 ROLLBACK_WINDOW: Final = "PULSE_RAILWAY_ROLLBACK_WINDOW_SECONDS"  # ours, on the janitor
-KEEP: Final = "PULSE_RAILWAY_KEEP"  # ours, on the janitor: how many to go back to, beyond that
+KEEP: Final = "PULSE_RAILWAY_KEEP"  # ours, on the janitor: deployments to keep beyond the window
 ROUTER_SERVICE: Final = "PULSE_RAILWAY_SERVICE"
 JANITOR_SERVICE: Final = "PULSE_RAILWAY_JANITOR_SERVICE"
 REDIS_SERVICE: Final = "PULSE_RAILWAY_REDIS_SERVICE"
-NOTIFY_URL: Final = "PULSE_RAILWAY_NOTIFY_URL"  # ours, on the janitor: who is told
+NOTIFY_URL: Final = "PULSE_RAILWAY_NOTIFY_URL"  # ours, on the janitor: the URL of notifications
 SSH_KEY: Final = "PULSE_RAILWAY_SSH_KEY"  # ours, where a verb runs: the key of `railway ssh`
-LAST_PROMOTED: Final = "PULSE_RAILWAY_ACTIVE"  # ours, on the router: which deployment was last
-LAST_PROMOTED_AT: Final = "PULSE_RAILWAY_ACTIVE_AT"  # ... and when, in seconds by Redis' clock
-MAINTENANCE: Final = "PULSE_RAILWAY_MAINTENANCE"  # ours, on the router: closed since then
-APP: Final = "PULSE_RAILWAY_APP"  # ours, on the router: which app it serves
-STACK: Final = "PULSE_RAILWAY_STACK"  # ours, on every service of a stack: whose it is
-OWNS_STATE: Final = "PULSE_RAILWAY_OWNS_STATE"  # ours, on the router: a state of nobody is its own
-REMOVED: Final = "PULSE_RAILWAY_REMOVED"  # ours: could not be deleted, is empty
-MAINTENANCE_OFF: Final = "PULSE_RAILWAY_MAINTENANCE_OFF"  # ours, on the router: when it ended last
+# ours, on the router: the deployment promoted last, and the time in seconds by Redis' clock
+LAST_PROMOTED: Final = "PULSE_RAILWAY_ACTIVE"
+LAST_PROMOTED_AT: Final = "PULSE_RAILWAY_ACTIVE_AT"
+MAINTENANCE: Final = "PULSE_RAILWAY_MAINTENANCE"  # ours, on the router: closed since this time
+APP: Final = "PULSE_RAILWAY_APP"  # ours, on the router: the identity of its app
+STACK: Final = "PULSE_RAILWAY_STACK"  # ours, on every service of a stack: its owner
+OWNS_STATE: Final = "PULSE_RAILWAY_OWNS_STATE"  # ours, on the router: claims a state without owner
+REMOVED: Final = "PULSE_RAILWAY_REMOVED"  # ours: the service could not be deleted, and is empty
+MAINTENANCE_OFF: Final = "PULSE_RAILWAY_MAINTENANCE_OFF"  # ours, on the router: time of its end
 TOKEN_MADE: Final = "PULSE_RAILWAY_TOKEN_MADE"  # ours, on the router: `ensure` made its token
-NAME: Final = "PULSE_RAILWAY_DEPLOYMENT_NAME"  # ours, on a backend: the name its id is made from
+NAME: Final = "PULSE_RAILWAY_DEPLOYMENT_NAME"  # ours, on a backend: its id was generated from this
 RUN: Final = "PULSE_RAILWAY_DEPLOY_RUN"  # ours, on a backend: the run that created it
 CONTROL: Final = "PULSE_RAILWAY_CONTROL"  # ours, on the janitor: a control command to carry out
-CONTROL_ANSWER: Final = "PULSE_RAILWAY_CONTROL_ANSWER"  # ... and its answer
+CONTROL_ANSWER: Final = "PULSE_RAILWAY_CONTROL_ANSWER"  # ours, on the janitor: its answer
 UNDEPLOYED: Final = "PULSE_RAILWAY_UNDEPLOYED"  # ours: 1 until what `ensure` wrote is deployed
-RUNTIME_VERSION: Final = "PULSE_RAILWAY_RUNTIME_VERSION"  # ours: which runtime a service runs
+RUNTIME_VERSION: Final = "PULSE_RAILWAY_RUNTIME_VERSION"  # ours: the version of a service's runtime
 
 # Variables that a user's `pulse-env` or `--env` may not set on a backend.
 RESERVED: Final = frozenset(
@@ -92,7 +93,7 @@ RESERVED: Final = frozenset(
         "PULSE_RAILWAY_DRAIN_STARTED_AT",
     }
 )
-# ... and those that a backend takes no reference to, since they are the build's own.
+# Variables to which a backend gets no reference: those above, and the build's own.
 NOT_REFERENCED: Final = RESERVED | {WEB_ROOT, DOCKERFILE_PATH, "APP_FILE", "WEB_ROOT"}
 
 DEFAULT_ROUTER: Final = "pulse-router"
@@ -101,7 +102,7 @@ DEFAULT_REDIS: Final = "pulse-redis"
 DEFAULT_JANITOR: Final = "pulse-janitor"
 DEFAULT_PORT: Final = 8000
 DEFAULT_DRAIN_TTL_SECONDS: Final = 86_400
-LEAST_KEY_TTL_SECONDS: Final = 3600  # the janitor, which renews it, runs every few minutes
+MIN_KEY_TTL_SECONDS: Final = 3600  # long enough for the janitor's runs, which renew it
 DEFAULT_ROLLBACK_WINDOW_SECONDS: Final = 900
 DEFAULT_CRON: Final = "*/5 * * * *"
 DEFAULT_DEPLOYMENT_NAME: Final = "prod"
@@ -113,10 +114,10 @@ DEPLOYMENT_ID_PATTERN: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,23}")
 SERVICE_NAME_LIMIT: Final = 32  # Railway's
 SERVICE_PREFIX_LIMIT: Final = 8  # with its dash
 
-# `serve` passes SIGTERM on, clears old locks and reaps (app/serve.py). An app whose container has a
-# pulse-railway without it runs as it did. The empty address is every one of IPv4 and IPv6: older
-# environments of Railway have IPv6 alone between services, and `::` would be IPv6 alone, since
-# asyncio sets IPV6_V6ONLY.
+# `serve` passes SIGTERM on, removes old locks and reaps (app/serve.py). A container with an earlier
+# pulse-railway, which has no `serve`, starts `pulse run` itself. The empty address listens on all
+# IPv4 and IPv6 addresses: older environments of Railway have only IPv6 between services, and with
+# `::` asyncio, which sets IPV6_V6ONLY, would listen on IPv6 only.
 START_COMMAND: Final = (
     "pulse-railway serve --help >/dev/null 2>&1 && exec pulse-railway serve;"
     ' exec pulse run "$PULSE_APP_FILE" --prod --address "" --port "${PORT:-8000}" --no-find-port'

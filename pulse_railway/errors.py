@@ -1,4 +1,4 @@
-"""What a user is told, and what is never told to anyone."""
+"""The exceptions that users see as messages, and the secrets that no output may show."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _secrets: set[str] = set()
 
 
 class Failure(Exception):
-    """Something a user can do something about: one clear line, and an exit status of 1."""
+    """An error that the user can correct: it is shown as one line, with an exit status of 1."""
 
 
 class Uncertain(Failure):
@@ -21,7 +21,7 @@ class Uncertain(Failure):
 
 
 class Refused(Failure):
-    """The router has answered that it did not do it. `reason`: active, removed, unknown, lost."""
+    """The router has answered that it refuses a command. `reason`: active, removed, unknown, ..."""
 
     def __init__(self, message: str, reason: str) -> None:
         super().__init__(message)
@@ -29,7 +29,7 @@ class Refused(Failure):
 
 
 class Interrupted(BaseException):
-    """A signal ended the run. BaseException, so that nothing takes it for a failure to retry."""
+    """A signal ended the run. It is a BaseException, so that no code retries it as a failure."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -37,16 +37,16 @@ class Interrupted(BaseException):
 
 
 def keep_secret(*values: str | None) -> None:
-    """Remember values that no output may hold, in any form in which they could get into one."""
+    """Register values that `redact` removes from all output, in every form that they may have."""
     for value in values:
-        lines = (value or "").splitlines()  # a message may show but one
+        lines = (value or "").splitlines()  # a message may show one line of several
         for text in {value or "", (value or "").strip(), *(line.strip() for line in lines)}:
             if len(text) >= 6:
                 _secrets.update(_forms(text))
 
 
 def _forms(secret: str) -> set[str]:
-    """A secret as it is, escaped, quoted, URL-encoded, in base64."""
+    """Return a secret as it is, escaped, quoted, URL-encoded, and in base64."""
     forms = {
         secret,
         json.dumps(secret)[1:-1],
@@ -58,8 +58,8 @@ def _forms(secret: str) -> set[str]:
         urllib.parse.quote(secret, safe=""),
         urllib.parse.quote_plus(secret),
     }
-    # base64 of a longer text that holds the secret: at each of three offsets, less the characters
-    # that depend on what stands beside it
+    # base64 of a longer text that contains the secret: at each of three offsets, without the
+    # characters that depend on the text beside it
     raw = secret.encode()
     for encode in (base64.b64encode, base64.urlsafe_b64encode):
         for offset in range(3):
@@ -70,7 +70,7 @@ def _forms(secret: str) -> set[str]:
 
 
 def redact(text: str) -> str:
-    """`text` without tokens and passwords."""
+    """Return `text` with *** in place of the registered secrets and of passwords in URLs."""
     for secret in sorted(_secrets, key=len, reverse=True):
         text = text.replace(secret, "***")
     return _URL_PASSWORD.sub(r"\1***@", text)

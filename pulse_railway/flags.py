@@ -1,8 +1,8 @@
-"""The flags of the verbs. What a flag is called, takes and means is written here, and only here.
+"""The flags of the verbs: FLAGS is the only place for a flag's name, kind, default and help.
 
-From FLAGS come the tasks' signatures (verbs.py), the console script's command line (cli.py),
-`--help` (help.py), the keys of invoke.yaml, the options' values and defaults (options.py) and
-docs/reference.md. A verb in tasks.py lists the names of the flags that it takes.
+The tasks' signatures (verbs.py), the console script's command line (cli.py), `--help` (help.py),
+the keys of invoke.yaml, the options' values and defaults (options.py) and docs/reference.md are
+generated from FLAGS. A verb in tasks.py lists the names of its flags.
 """
 
 from __future__ import annotations
@@ -20,77 +20,78 @@ from pulse_railway.errors import Failure
 if TYPE_CHECKING:
     from pulse_railway.app.plugin import RailwayPlugin
 
-Flags = Mapping[str, Any]  # what was given, by a flag's name; see UNSET
+Flags = Mapping[str, Any]  # the values that a user has given, by flag name; see UNSET
 
-NOTHING: Mapping[str, str] = MappingProxyType({})
+EMPTY: Mapping[str, str] = MappingProxyType({})
 UNSET: tuple[Any, ...] = (None, "", [])
 VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-MOST = 10**9  # of a whole number
+MAX_NUMBER = 10**9  # the largest whole number that a flag takes
 
 
 @dataclass(frozen=True)
 class Flag:
     name: str  # as a keyword of the task and as a key in invoke.yaml
     help: str
-    value: str = "NAME"  # stands for its value in the help
+    value: str = "NAME"  # the placeholder for its value in the help
     kind: type = str  # bool: a switch; int; float: a percentage; dict: KEY=VALUE, may be repeated
-    default: Any = None  # of a text or a number: its value where nothing gives one
-    words: str = ""  # the default, where another part of the code has it
-    least: int = 1  # of a whole number
-    variable: str = ""  # the environment variable that is read where nothing else gives a value
-    plugin: bool = False  # RailwayPlugin has an argument of this name, which is read before that
+    default: Any = None  # the value of a text or number that is not given
+    words: str = ""  # describes the default in the help, where other code determines it
+    minimum: int = 1  # the smallest whole number
+    variable: str = ""  # an environment variable that is read if nothing else gives a value
+    plugin: bool = False  # an argument of RailwayPlugin has this name, and comes before `variable`
     positional: bool = False
 
     @property
     def option(self) -> str:
-        """`--bake`."""
+        """Return the option, as in `--bake`."""
         return f"--{self.name.replace('_', '-')}"
 
     @property
     def usage(self) -> str:
-        """`--bake SECONDS`."""
+        """Return the option with its placeholder, as in `--bake SECONDS`."""
         return self.option if self.kind is bool else f"{self.option} {self.value}"
 
     @property
     def text(self) -> str:
-        """The help, with the default."""
-        words = self.words if self.default is None else str(self.default)
-        words = words or (self.variable and f"${self.variable}")
-        return f"{self.help} (default: {words})" if words else self.help
+        """Return the help, with the default."""
+        default = self.words if self.default is None else str(self.default)
+        default = default or (self.variable and f"${self.variable}")
+        return f"{self.help} (default: {default})" if default else self.help
 
     @property
     def unset(self) -> Any:
-        """What a task's parameter has where the flag is not given."""
+        """Return the value of a task's parameter if the flag is not given."""
         return {bool: False, dict: []}.get(self.kind)
 
-    def parse(self, given: Any) -> Any:
-        """A value of this kind. Raises Failure for what is none."""
+    def parse(self, raw: Any) -> Any:
+        """Return `raw` as a value of this flag's kind. Raises Failure if it is none."""
         parsers: Any = {bool: bool, int: self._number, float: self._percentage, dict: self._pairs}
-        return parsers[self.kind](given) if self.kind in parsers else given
+        return parsers[self.kind](raw) if self.kind in parsers else raw
 
-    def _number(self, given: Any) -> int:
+    def _number(self, raw: Any) -> int:
         try:
-            number = int(str(given))
+            number = int(str(raw))
         except ValueError:
-            number = self.least - 1
-        if not self.least <= number <= MOST:
+            number = self.minimum - 1
+        if not self.minimum <= number <= MAX_NUMBER:
             raise Failure(
-                f"{self.option} takes a whole number from {self.least} to {MOST}, not {given!r}"
+                f"{self.option} takes a whole number from {self.minimum} to {MAX_NUMBER},"
+                f" not {raw!r}"
             )
         return number
 
-    def _percentage(self, given: Any) -> float:
+    def _percentage(self, raw: Any) -> float:
         try:
-            percentage = float(str(given).removesuffix("%"))
+            percentage = float(str(raw).removesuffix("%"))
         except ValueError:
             percentage = -1.0
         if not 0 <= percentage <= 100:
-            raise Failure(f"{self.option} takes a number from 0 to 100, not {given!r}")
+            raise Failure(f"{self.option} takes a number from 0 to 100, not {raw!r}")
         return percentage
 
-    def _pairs(self, given: Iterable[str]) -> dict[str, str]:
+    def _pairs(self, raw: Iterable[str]) -> dict[str, str]:
         pairs = {}
-        for item in given:
+        for item in raw:
             key, equals, value = item.partition("=")
             if not equals or not VARIABLE_NAME.fullmatch(key):
                 raise Failure(
@@ -101,17 +102,19 @@ class Flag:
 
 
 def value(flags: Flags, name: str, plugin: RailwayPlugin | None = None) -> Any:
-    """A flag's value: as given, else the plugin's, else the environment variable's, else the
-    default. Raises Failure for a value that is not of the flag's kind."""
+    """Return a flag's value: from the flags, the plugin, the environment variable or the default.
+
+    The first that has one counts. Raises Failure for a value that is not of the flag's kind.
+    """
     flag = FLAGS[name]
-    given = flags.get(name)
-    if given in UNSET and plugin and flag.plugin:
-        given = getattr(plugin, name)
-    if given in UNSET and flag.variable:
-        given = os.environ.get(flag.variable)
-    if given in UNSET:
-        return {bool: False, dict: NOTHING}.get(flag.kind, flag.default)
-    return flag.parse(given)
+    raw = flags.get(name)
+    if raw in UNSET and plugin and flag.plugin:
+        raw = getattr(plugin, name)
+    if raw in UNSET and flag.variable:
+        raw = os.environ.get(flag.variable)
+    if raw in UNSET:
+        return {bool: False, dict: EMPTY}.get(flag.kind, flag.default)
+    return flag.parse(raw)
 
 
 # fmt: off
@@ -129,31 +132,31 @@ _ALL = (
     Flag("environment_id", "Railway environment, by id", "ID"),
     Flag("token", "Railway token; better in RAILWAY_TOKEN or RAILWAY_API_TOKEN", "TOKEN"),
     # the way to the router
-    Flag("control", "how control commands get to the router: ssh, or job, by the janitor", "WAY"),
+    Flag("control", "how control commands reach the router: ssh, or job (by the janitor)", "WAY"),
     Flag("ssh_key", "private key for `railway ssh`, or its file", "FILE",
          variable=contract.SSH_KEY),
     Flag("service", "the router's service name", words=contract.DEFAULT_ROUTER),
-    Flag("service_prefix", "what every service name starts with; at most 8 characters", "PREFIX"),
+    Flag("service_prefix", "prefix of every service name; at most 8 characters", "PREFIX"),
     Flag("redis_service", "the Redis service's name", words=contract.DEFAULT_REDIS),
     # the baseline
     Flag("redis_url", "use this Redis instead of one in the project", "URL"),
-    Flag("redis_prefix", "what the state's Redis keys start with", "PREFIX",
+    Flag("redis_prefix", "prefix of the state's Redis keys", "PREFIX",
          words=contract.DEFAULT_REDIS_PREFIX),
     Flag("janitor_cron_schedule", "when the janitor runs, in UTC", "CRON",
          default=contract.DEFAULT_CRON),
-    Flag("drain_ttl_seconds", "keep a draining deployment at most so long", "SECONDS", int,
-         contract.DEFAULT_DRAIN_TTL_SECONDS, least=0),
+    Flag("drain_ttl_seconds", "the longest time to keep a draining deployment", "SECONDS", int,
+         contract.DEFAULT_DRAIN_TTL_SECONDS, minimum=0),
     Flag("rollback_window_seconds",
-         "keep the deployment that was active last for so long, tabs or not", "SECONDS", int,
-         contract.DEFAULT_ROLLBACK_WINDOW_SECONDS, least=0),
-    Flag("keep", "keep the last so many deployments, until the drain TTL", "NUMBER", int, 0,
-         least=0),
+         "time to keep the previously active deployment, even without tabs", "SECONDS", int,
+         contract.DEFAULT_ROLLBACK_WINDOW_SECONDS, minimum=0),
+    Flag("keep", "number of previous deployments to keep, until the drain TTL", "NUMBER", int, 0,
+         minimum=0),
     Flag("router_replicas", "router replicas", "NUMBER", int, 1),
     Flag("runtime_image", "a published image of router and janitor", "IMAGE",
          words="built on Railway", plugin=True),
-    Flag("owns_state", "a routing state in an external Redis that is nobody's is this stack's",
+    Flag("owns_state", "claim the routing state of an external Redis if it has no owner",
          kind=bool),
-    Flag("plan", "print what would be done, and do nothing", kind=bool),
+    Flag("plan", "print the changes without making them", kind=bool),
     # a deployment
     Flag("deployment_name", "prefix of the generated deployment id",
          default=contract.DEFAULT_DEPLOYMENT_NAME, plugin=True),
@@ -163,36 +166,36 @@ _ALL = (
     Flag("image_repository", "build here and push to this repository, e.g. registry/org/name",
          "REPOSITORY", plugin=True),
     Flag("build_arg", "build argument KEY=VALUE; may be repeated", "KEY=VALUE", dict),
-    Flag("no_gitignore", "upload what .gitignore names, too", kind=bool),
+    Flag("no_gitignore", "upload files that .gitignore excludes, too", kind=bool),
     Flag("env", "variable KEY=VALUE of this deployment; may be repeated", "KEY=VALUE", dict),
     Flag("backend_replicas", "backend replicas; 1 is the safe number", "NUMBER", int, 1),
     Flag("no_promote", "leave the new deployment pending", kind=bool),
-    Flag("replace_app", "go on where the stack serves an app of another name", kind=bool),
-    Flag("keep_failed", "do not remove the service when the deploy fails", kind=bool),
+    Flag("replace_app", "deploy even if the stack serves an app of another name", kind=bool),
+    Flag("keep_failed", "keep the service if the deploy fails", kind=bool),
     # its life
-    Flag("canary", "give it this percentage of the new visitors, and promote it later", "PERCENT",
+    Flag("canary", "make it a canary for this percentage of the new visitors", "PERCENT",
          float),
-    Flag("weight", "only this percentage of the new visitors: it is the canary", "PERCENT", float),
-    Flag("bake", "watch it for so many seconds after the switch, and go back if it does worse",
-         "SECONDS", int, 0, least=0),
-    Flag("lock_wait", "wait so many seconds for another deploy", "SECONDS", int,
-         words="does not wait", least=0),
-    Flag("message", "what is deployed, or why", "TEXT", words="the commit's"),
-    Flag("notify", "tell this URL (Slack-compatible JSON), a secret", "URL",
+    Flag("weight", "make it a canary for this percentage of the new visitors", "PERCENT", float),
+    Flag("bake", "seconds to watch it after the switch; roll back if it fails more often",
+         "SECONDS", int, 0, minimum=0),
+    Flag("lock_wait", "seconds to wait for another deploy", "SECONDS", int,
+         words="does not wait", minimum=0),
+    Flag("message", "a message for the history", "TEXT", words="the commit's"),
+    Flag("notify", "post the result to this URL, a secret (Slack-compatible JSON)", "URL",
          variable=contract.NOTIFY_URL),
     Flag("switch", "on or off", "on|off", positional=True),
     Flag("page", "an HTML file to show instead of the router's own page", "FILE"),
     Flag("retry_after", "seconds after which a browser may try again", "SECONDS", int, 30),
     # the rest
-    Flag("repository", "where to push the runtime image, e.g. registry/org/pulse-railway",
+    Flag("repository", "repository to push the runtime image to, e.g. registry/org/pulse-railway",
          "REPOSITORY"),
     Flag("tag", "the image's tag", "TAG", words="the version"),
     Flag("build", "the build log instead of the running service's", kind=bool),
     Flag("follow", "go on until interrupted", kind=bool),
-    Flag("watch", "go on until interrupted, with what happened in between", kind=bool),
-    Flag("every", "seconds between two looks; Railway limits API calls", "SECONDS", int, 15),
+    Flag("watch", "repeat until interrupted, with rates and sparklines", kind=bool),
+    Flag("every", "seconds between two updates; Railway limits API calls", "SECONDS", int, 15),
     Flag("lines", "how many lines", "NUMBER", int, 100),
-    Flag("force", "promote it even where it does not answer", kind=bool),
+    Flag("force", "promote it even if it does not answer", kind=bool),
     Flag("yes", "do not ask", kind=bool),
     Flag("json", "one JSON object on stdout", kind=bool),
 )

@@ -1,4 +1,4 @@
-"""What `pulse-railway --help` and `pulse-railway <verb> --help` say."""
+"""The text of `pulse-railway --help` and `pulse-railway <verb> --help`."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ import textwrap
 from pulse_railway import tasks
 from pulse_railway.flags import FLAGS, Flag
 
-NOT_TASKS = {
+OTHER_COMMANDS = {
     "serve": "Run the app as its container's first process.",
     "janitor": "`janitor run`: remove drained deployments.",
 }
 GROUPS = {group: [task.name for task in verbs] for group, verbs in tasks.GROUPS.items()}
-GROUPS["inside the containers"] += NOT_TASKS
+GROUPS["inside the containers"] += OTHER_COMMANDS
 
 
 def summary(verb: str) -> str:
-    """A verb in a sentence: the first line of its docstring."""
-    if verb in NOT_TASKS:
-        return NOT_TASKS[verb]
+    """Return a verb's description: the first line of its docstring."""
+    if verb in OTHER_COMMANDS:
+        return OTHER_COMMANDS[verb]
     return (inspect.getdoc(tasks.ns[verb]) or "").splitlines()[0]
 
 
 def flags(verb: str) -> list[Flag]:
-    """The flags that a verb takes."""
-    if verb in NOT_TASKS:
+    """Return the flags that a verb takes."""
+    if verb in OTHER_COMMANDS:
         return []
     return [FLAGS[name] for name in getattr(tasks.ns[verb].body, "flags", ())]
 
 
 def usage(verb: str) -> str:
-    """`pulse-railway deploy [FILE] [flags]`."""
-    taken = flags(verb)
-    positional = [flag.value for flag in taken if flag.positional]
-    if not positional and FLAGS["app"] in taken:
+    """Return a verb's command line, as in `pulse-railway deploy [FILE] [flags]`."""
+    verb_flags = flags(verb)
+    positional = [flag.value for flag in verb_flags if flag.positional]
+    if not positional and FLAGS["app"] in verb_flags:
         positional = ["[FILE]"]
     return " ".join(["pulse-railway", verb, *positional, "[flags]"])
 
@@ -48,13 +48,13 @@ def overview() -> str:
         lines += [_entry(verb, summary(verb), 16) for verb in verbs]
         lines.append("")
     lines += [
-        "`pulse-railway <verb> --help` lists a verb's flags; --version says which this is.",
+        "`pulse-railway <verb> --help` lists a verb's flags; --version prints the version.",
         "A flag's default is in invoke.yaml, section pulse_railway, where that sets it.",
     ]
     return "\n".join(lines)
 
 
-def of_verb(verb: str) -> str:
+def verb_help(verb: str) -> str:
     lines = [f"Usage: {usage(verb)}", "", inspect.getdoc(tasks.ns[verb]) or "", ""]
     if "[FILE]" in usage(verb):
         lines.append("FILE by itself is --app.")
@@ -62,12 +62,12 @@ def of_verb(verb: str) -> str:
     return "\n".join(lines)
 
 
-def _entry(name: str, says: str, indent: int) -> str:
+def _entry(name: str, text: str, indent: int) -> str:
     width = max(60, min(shutil.get_terminal_size().columns, 100))
     first = f"  {name}".ljust(indent)
     if len(first) > indent:
         first += "\n" + " " * indent
     blank = " " * indent
     return (
-        first + textwrap.fill(says, width, initial_indent=blank, subsequent_indent=blank)[indent:]
+        first + textwrap.fill(text, width, initial_indent=blank, subsequent_indent=blank)[indent:]
     )

@@ -1,4 +1,4 @@
-"""What services and deployments are called."""
+"""The names of services and deployments."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def _slug(text: str) -> str:
 
 
 def service_name(name: str) -> str:
-    """A service name as Railway takes it. Raises ValueError for one that is empty or too long."""
+    """Return a service name that Railway accepts. Raises ValueError if it is empty or too long."""
     slug = _slug(name)
     if not slug:
         raise ValueError(f"service name {name!r} has no letter or digit")
@@ -26,7 +26,7 @@ def service_name(name: str) -> str:
 
 
 def service_prefix(prefix: str | None) -> str:
-    """A service prefix with its dash, or nothing. Raises ValueError for one that is too long."""
+    """Return a service prefix with its dash, or "". Raises ValueError if it is too long."""
     if not prefix or not prefix.strip():
         return ""
     slug = _slug(prefix)
@@ -41,12 +41,12 @@ def service_prefix(prefix: str | None) -> str:
 
 
 def baseline_name(prefix: str, name: str) -> str:
-    """The name of a stable service: `pulse-router`, with a prefix `<prefix>router`."""
+    """Return a stable service's name: `pulse-router`, or with a prefix `<prefix>router`."""
     return service_name(prefix + (name.removeprefix("pulse-") if prefix else name))
 
 
 def deployment_id(text: str) -> str:
-    """A deployment id. Raises ValueError for one that does not match the pattern."""
+    """Return a deployment id in lower case. Raises ValueError if it does not match the pattern."""
     candidate = text.strip().lower()
     if not contract.DEPLOYMENT_ID_PATTERN.fullmatch(candidate):
         raise ValueError(
@@ -60,7 +60,7 @@ SLUG_LIMIT = 24 - len("yymmdd-HHMMSS") - 1
 
 
 def deployment_slug(name: str) -> str:
-    """What of a name is in the ids made from it. Raises ValueError where that is nothing."""
+    """Return the part of an id that comes from a name. Raises ValueError if that is empty."""
     slug = _slug(name)
     if not slug:
         raise ValueError(f"deployment name {name!r} has no letter or digit (a-z, 0-9)")
@@ -68,8 +68,10 @@ def deployment_slug(name: str) -> str:
 
 
 def generate_deployment_id(name: str, now: datetime | None = None) -> str:
-    """`<name slug>-<yymmdd-HHMMSS>`, in UTC; the slug is cut to what fits into 24 characters.
-    Raises ValueError as deployment_slug."""
+    """Return `<slug>-<yymmdd-HHMMSS>`, in UTC; the slug is cut so that 24 characters suffice.
+
+    Raises ValueError as `deployment_slug` does.
+    """
     return f"{deployment_slug(name)}-{(now or datetime.now(UTC)).strftime(STAMP)}"
 
 
@@ -79,5 +81,5 @@ def is_made_from(deployment: str, name: str) -> bool:
 
 
 def backend_name(prefix: str, deployment: str) -> str:
-    """The service name of a deployment. Raises ValueError where the two are too long together."""
+    """Return the service name of a deployment. Raises ValueError if it is too long."""
     return service_name(prefix + deployment_id(deployment))

@@ -1,4 +1,4 @@
-"""`--notify URL`: a JSON object after what was done, with `text` as Slack and its like show it."""
+"""`--notify URL`: posts a JSON object about a verb's result, with Slack's `text`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ TIMEOUT = 10.0  # seconds
 
 
 @dataclass
-class News:
-    """What is to be told: filled in by the verb, as far as it gets."""
+class Notification:
+    """A notification, which the verb completes while it runs."""
 
     event: str
     text: str = ""
@@ -26,29 +26,34 @@ class News:
 
 
 @contextlib.contextmanager
-def notifying(url: str | None, event: str, output: Output) -> Iterator[News]:
-    """Tell `url` how the block ended. That nobody could be told is a warning."""
-    news = News(event)
+def notifying(url: str | None, event: str, output: Output) -> Iterator[Notification]:
+    """Post a notification to `url` when the block ends or fails. A failed post is a warning."""
+    notification = Notification(event)
     try:
-        yield news
+        yield notification
     except (Failure, Interrupted, OSError, httpx.HTTPError) as error:
         interrupted = isinstance(error, Interrupted)
-        news.facts |= {"ok": False, "error": "interrupted" if interrupted else str(error)}
-        news.text = f"{event} failed: {news.facts['error']}"
-        send(url, news, output)
+        notification.facts |= {"ok": False, "error": "interrupted" if interrupted else str(error)}
+        notification.text = f"{event} failed: {notification.facts['error']}"
+        send(url, notification, output)
         raise
-    news.facts |= {"ok": True}
-    send(url, news, output)
+    notification.facts |= {"ok": True}
+    send(url, notification, output)
 
 
-def send(url: str | None, news: News, output: Output) -> None:
+def send(url: str | None, notification: Notification, output: Output) -> None:
     if not url:
         return
     who = provenance.by()
-    body = {"text": f"{news.text} ({who})", "event": news.event, "by": who, **news.facts}
+    body = {
+        "text": f"{notification.text} ({who})",
+        "event": notification.event,
+        "by": who,
+        **notification.facts,
+    }
     clean = {k: redact(v) if isinstance(v, str) else v for k, v in body.items()}
     try:
         httpx.post(url, json=clean, timeout=TIMEOUT).raise_for_status()
-    except (httpx.HTTPError, httpx.InvalidURL) as error:  # its text holds the URL, a secret
+    except (httpx.HTTPError, httpx.InvalidURL) as error:  # its text contains the URL, a secret
         status = getattr(getattr(error, "response", None), "status_code", None)
-        output.warn(f"--notify was not told: {status or type(error).__name__}")
+        output.warn(f"the notification was not sent: {status or type(error).__name__}")

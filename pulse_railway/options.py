@@ -1,8 +1,8 @@
-"""The parsers: what a verb was asked for, settled once and checked here.
+"""The verbs' options, and their parsers: flags become one typed, checked value.
 
-In come flags (with the defaults of Invoke's configuration, see verbs.py); over the plugin, over
-the environment, they become a typed value, which is all that a flow sees of them. A field that is
-called as a flag of flags.py has that flag's value, kind and default.
+The flags have the defaults of Invoke's configuration (verbs.py); they come before the plugin's
+values, and these before the environment's. A flow sees the typed value alone. A field with the name
+of a flag in flags.py has that flag's value, kind and default.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pulse_railway import config, contract, naming
 from pulse_railway.config import AppConfig, Names, Where
 from pulse_railway.errors import Failure, keep_secret
-from pulse_railway.flags import FLAGS, NOTHING, Flags, value
+from pulse_railway.flags import EMPTY, FLAGS, Flags, value
 from pulse_railway.output import Output
 from pulse_railway.railway.ssh import private_key_file
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
     from pulse_railway.app.plugin import RailwayPlugin
 
-PAGE_LIMIT = 24 * 1024  # bytes: it goes as one word of a control command
+PAGE_LIMIT = 24 * 1024  # bytes: the page is one argument of a control command
 
 
 @dataclass(frozen=True)
 class StackOptions:
-    """For the verbs that work on what stands, and need no app."""
+    """The options of verbs that act on a stack, and need no app."""
 
     where: Where
     names: Names
@@ -45,9 +45,9 @@ class StackOptions:
 
 @dataclass(frozen=True)
 class PromoteOptions(StackOptions):
-    weight: float | None = None  # percent of new visitors; None: all, it becomes the active one
+    weight: float | None = None  # percent of new visitors; None: it becomes the active deployment
     bake: int = FLAGS["bake"].default  # seconds
-    force: bool = False  # also where it does not answer now
+    force: bool = False  # promote it even if it does not answer
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class HistoryOptions(StackOptions):
 
 @dataclass(frozen=True)
 class LogsOptions(StackOptions):
-    service: str | None = None  # a stable service; else a deployment's
+    service: str | None = None  # a stable service; None: a deployment's
     build: bool = False
     follow: bool = False
     lines: int = FLAGS["lines"].default
@@ -78,12 +78,12 @@ class LogsOptions(StackOptions):
 
 @dataclass(frozen=True)
 class BaselineOptions:
-    """What a user may choose about the baseline."""
+    """The options of the baseline."""
 
     where: Where
     names: Names
     redis_url: str | None = None
-    redis_prefix: str | None = None  # None: the stack's, else the usual one
+    redis_prefix: str | None = None  # None: the stack's, or the default in a new stack
     cron: str = FLAGS["janitor_cron_schedule"].default
     drain_ttl: int = FLAGS["drain_ttl_seconds"].default  # seconds
     rollback_window: int = FLAGS["rollback_window_seconds"].default  # seconds; 0: none
@@ -106,8 +106,8 @@ class DeployOptions:
     server_address: str | None = None
     web_root: str | None = None
     image_repository: str | None = None
-    build_args: Mapping[str, str] = NOTHING
-    env: Mapping[str, str] = NOTHING
+    build_args: Mapping[str, str] = EMPTY
+    env: Mapping[str, str] = EMPTY
     no_gitignore: bool = False
     replicas: int = FLAGS["backend_replicas"].default
     promote: bool = True
@@ -115,7 +115,7 @@ class DeployOptions:
     keep_failed: bool = False
     canary: float | None = None  # percent of new visitors, instead of a promotion
     bake: int = FLAGS["bake"].default  # seconds
-    lock_wait: int | None = None  # seconds; None: does not wait for another deploy
+    lock_wait: int | None = None  # seconds; None: fail at once if another deploy runs
     message: str | None = None
     notify: str | None = field(default=None, repr=False)
 
@@ -129,20 +129,24 @@ class ImageOptions:
 def from_flags[T: DataclassInstance](
     kind: type[T], flags: Flags, plugin: RailwayPlugin | None = None, **known: Any
 ) -> T:
-    """A value of `kind`: a field has what is `known`, else the value of the flag of its name."""
-    taken = {f.name for f in fields(kind)} & FLAGS.keys() - known.keys()
-    return kind(**known, **{name: value(flags, name, plugin) for name in sorted(taken)})
+    """Return options of `kind` with the fields `known`; the others have the values of their flags.
+
+    Raises Failure for a flag with an invalid value.
+    """
+    from_flag = {f.name for f in fields(kind)} & FLAGS.keys() - known.keys()
+    return kind(**known, **{name: value(flags, name, plugin) for name in sorted(from_flag)})
 
 
-# -- a verb's flags to its value: one function a kind ------------------------------------------
+# -- the verbs' parsers: each raises Failure for invalid flags ---------------------------------
 
 
-def of_stack[T: StackOptions](kind: type[T], flags: Flags, output: Output, **known: Any) -> T:
+def stack_options[T: StackOptions](kind: type[T], flags: Flags, output: Output, **known: Any) -> T:
+    """Return options of `kind`, with the names and the target of the app if one is given."""
     app = app_from_flags(flags, output) if flags.get("app") else None
     keep_secret(flags.get("redis_url"))
     known = {
         "where": where(flags, app.plugin if app else None),
-        "names": router_named(flags, app.names) if app else names(flags),
+        "names": with_router(flags, app.names) if app else names(flags),
         "deployment_id": parse_deployment_id(flags),
         "notify": notify_url(flags),
         **known,
@@ -151,12 +155,12 @@ def of_stack[T: StackOptions](kind: type[T], flags: Flags, output: Output, **kno
 
 
 def parse_stack(flags: Flags, output: Output) -> StackOptions:
-    return of_stack(StackOptions, flags, output)
+    return stack_options(StackOptions, flags, output)
 
 
 def parse_promote(flags: Flags, output: Output) -> PromoteOptions:
     need_deployment_id(flags)
-    return of_stack(PromoteOptions, flags, output)
+    return stack_options(PromoteOptions, flags, output)
 
 
 def parse_maintenance(flags: Flags, output: Output) -> MaintenanceOptions:
@@ -171,11 +175,11 @@ def parse_maintenance(flags: Flags, output: Output) -> MaintenanceOptions:
         page = path.read_text(errors="replace")
         if len(page.encode()) > PAGE_LIMIT:
             raise Failure(f"{path} is larger than {PAGE_LIMIT // 1024} KB: link what it shows")
-    return of_stack(MaintenanceOptions, flags, output, on=on, page=page)
+    return stack_options(MaintenanceOptions, flags, output, on=on, page=page)
 
 
 def parse_one_deployment(flags: Flags, output: Output) -> StackOptions:
-    """As `parse_stack`, with the deployment that it is about."""
+    """As `parse_stack`; a deployment id is required."""
     need_deployment_id(flags)
     return parse_stack(flags, output)
 
@@ -192,20 +196,20 @@ def parse_one_name(flags: Flags, output: Output) -> StackOptions:
 
 def parse_status(flags: Flags, output: Output) -> StatusOptions:
     if flags.get("watch") and flags.get("json"):
-        raise Failure("--watch is for people: for a program, call status --json again and again")
-    return of_stack(StatusOptions, flags, output)
+        raise Failure("--watch is for people: in a program, call `status --json` repeatedly")
+    return stack_options(StatusOptions, flags, output)
 
 
 def parse_logs(flags: Flags, output: Output) -> LogsOptions:
     if flags.get("service") and flags.get("deployment_id"):
         raise Failure("pass --service or --deployment-id, not both: whose log?")
-    # here --service is what to read, not the router's name
-    others = {**flags, "service": None}
-    return of_stack(LogsOptions, others, output, service=value(flags, "service"))
+    # --service is the service whose log is read, not the router's name
+    other_flags = {**flags, "service": None}
+    return stack_options(LogsOptions, other_flags, output, service=value(flags, "service"))
 
 
 def parse_history(flags: Flags, output: Output) -> HistoryOptions:
-    return of_stack(HistoryOptions, flags, output)
+    return stack_options(HistoryOptions, flags, output)
 
 
 def parse_baseline(flags: Flags, output: Output) -> BaselineOptions:
@@ -237,13 +241,13 @@ def parse_deploy(flags: Flags, output: Output) -> DeployOptions:
     if repository and flags.get("no_gitignore"):
         raise Failure("--no-gitignore is for source deploys: leave it or --image-repository out")
     build_args, env = value(flags, "build_arg"), value(flags, "env")
-    for flag, given in (("--env", env), ("--build-arg", {} if repository else build_args)):
-        if taken := sorted(contract.RESERVED & given.keys()):
-            raise Failure(f"{flag} cannot set {', '.join(taken)}: pulse-railway manages it")
+    for flag, pairs in (("--env", env), ("--build-arg", {} if repository else build_args)):
+        if reserved := sorted(contract.RESERVED & pairs.keys()):
+            raise Failure(f"{flag} cannot set {', '.join(reserved)}: pulse-railway manages it")
     keep_secret(*env.values(), *build_args.values())
     watched = value(flags, "canary") is not None or value(flags, "bake")
     if flags.get("no_promote") and watched:
-        raise Failure("--no-promote leaves nobody to watch: leave it or --canary and --bake out")
+        raise Failure("--no-promote excludes --canary and --bake: nobody uses a pending version")
     return from_flags(
         DeployOptions,
         flags,
@@ -259,21 +263,22 @@ def parse_deploy(flags: Flags, output: Output) -> DeployOptions:
     )
 
 
-def as_given(flags: Flags, output: Output) -> Flags:
-    """For a verb that looks at each of them by itself."""
+def raw_flags(flags: Flags, output: Output) -> Flags:
+    """Return the flags as they are, for a verb that reports on each of them."""
     return flags
 
 
 def parse_image(flags: Flags, output: Output) -> ImageOptions:
     if not flags.get("repository"):
-        raise Failure("where to? pass --repository, e.g. registry/org/pulse-railway")
+        raise Failure("which repository? pass --repository, e.g. registry/org/pulse-railway")
     return from_flags(ImageOptions, flags)
 
 
-# -- what they share ---------------------------------------------------------------------------
+# -- what the parsers share --------------------------------------------------------------------
 
 
 def app_from_flags(flags: Flags, output: Output) -> AppConfig:
+    """Return the app of --app, with --service-prefix in the names. Raises Failure."""
     with output.step(f"load {flags.get('app') or 'the app'}"):
         app = config.load_app(flags.get("app"), Path(flags.get("context") or ".").resolve())
     if not flags.get("service_prefix"):
@@ -286,64 +291,68 @@ def app_from_flags(flags: Flags, output: Output) -> AppConfig:
         raise Failure(str(error)) from None
 
 
-def prefixed(of_app: Names, prefix: str) -> Names:
-    """An app's names, or the usual ones, with another prefix. They are for a stack that is set up:
-    one that is there is found by its router, and keeps its own. Raises ValueError for a name that
-    Railway would not take."""
-    named: dict[str, Any] = {}
+def prefixed(app_names: Names, prefix: str) -> Names:
+    """Return an app's names with another prefix, for a stack that is to be created.
+
+    An existing stack is found by its router, and keeps its names. Raises ValueError for a name that
+    Railway would not accept.
+    """
+    renamed: dict[str, Any] = {}
     for role in ("router", "env", "redis", "janitor"):
-        bare = getattr(of_app, role).removeprefix(of_app.prefix)
-        named[role] = naming.baseline_name(prefix, bare)
-    return replace(of_app, prefix=prefix, **named)
+        bare = getattr(app_names, role).removeprefix(app_names.prefix)
+        renamed[role] = naming.baseline_name(prefix, bare)
+    return replace(app_names, prefix=prefix, **renamed)
 
 
 def where(flags: Flags, plugin: RailwayPlugin | None = None) -> Where:
-    """Which project and environment, by flags over the plugin.
+    """Return the project, environment and token that flags or plugin give.
 
-    Raises Failure where one is named and given by id at once.
+    Raises Failure if a name and an id are given for the same thing, or the ssh key is unusable.
     """
-    for what in ("workspace", "project", "environment"):
-        if flags.get(what) and flags.get(f"{what}_id"):
-            raise Failure(f"pass --{what} or --{what}-id, not both")
-    way, key = value(flags, "control"), value(flags, "ssh_key")
-    if way not in (None, "ssh", "job"):
-        raise Failure(f"--control takes ssh or job, not {way!r}")
+    for kind in ("workspace", "project", "environment"):
+        if flags.get(kind) and flags.get(f"{kind}_id"):
+            raise Failure(f"pass --{kind} or --{kind}-id, not both")
+    route, key = value(flags, "control"), value(flags, "ssh_key")
+    if route not in (None, "ssh", "job"):
+        raise Failure(f"--control takes ssh or job, not {route!r}")
     return from_flags(
         Where,
         flags,
         project=value(flags, "project", None if flags.get("project_id") else plugin),
         environment=value(flags, "environment", None if flags.get("environment_id") else plugin),
-        ssh_key=private_key_file(key) if key and way != "job" else None,
+        ssh_key=private_key_file(key) if key and route != "job" else None,
     )
 
 
 def names(flags: Flags) -> Names:
-    """For verbs that load no app. Raises Failure for a name that Railway would not take."""
+    """Return the names for a verb without an app. Raises Failure for one that Railway refuses."""
     router, redis = flags.get("service"), flags.get("redis_service")
     try:
-        usual = prefixed(Names(), naming.service_prefix(flags.get("service_prefix")))
+        defaults = prefixed(Names(), naming.service_prefix(flags.get("service_prefix")))
         return replace(
-            usual,
-            router=naming.service_name(router) if router else usual.router,
-            redis=naming.service_name(redis) if redis else usual.redis,
+            defaults,
+            router=naming.service_name(router) if router else defaults.router,
+            redis=naming.service_name(redis) if redis else defaults.redis,
             asked=bool(router),
         )
     except ValueError as error:
         raise Failure(str(error)) from None
 
 
-def router_named(flags: Flags, of_app: Names) -> Names:
-    """An app's names, with the router that --service names. Raises Failure where the app names
-    another one."""
+def with_router(flags: Flags, app_names: Names) -> Names:
+    """Return an app's names with the router of --service.
+
+    Raises Failure if the app names another router.
+    """
     if not flags.get("service"):
-        return of_app
-    asked = names(flags)
-    if of_app.asked and asked.router != of_app.router:
+        return app_names
+    router = names(flags).router
+    if app_names.asked and router != app_names.router:
         raise Failure(
-            f"--service {asked.router} is not the router of this app, {of_app.router}: leave"
+            f"--service {router} is not the router of this app, {app_names.router}: leave"
             " --service out, or --app (and `app` in invoke.yaml)"
         )
-    return replace(of_app, router=asked.router, asked=True)
+    return replace(app_names, router=router, asked=True)
 
 
 def need_deployment_id(flags: Flags) -> None:
@@ -352,15 +361,18 @@ def need_deployment_id(flags: Flags) -> None:
 
 
 def parse_deployment_id(flags: Flags) -> str | None:
-    given = flags.get("deployment_id")
+    text = flags.get("deployment_id")
     try:
-        return naming.deployment_id(given) if given else None
+        return naming.deployment_id(text) if text else None
     except ValueError as error:
         raise Failure(str(error)) from None
 
 
 def check_cron(schedule: str) -> None:
-    """Five fields, and not more often than Railway's every five minutes."""
+    """Raise Failure unless the schedule has five fields and at least five minutes between runs.
+
+    Railway runs no cron service more often (docs.railway.com/reference/cron-jobs).
+    """
     fields = schedule.split()
     if len(fields) != 5:
         raise Failure(f"cron schedule {schedule!r} needs five fields, like {contract.DEFAULT_CRON}")
@@ -371,7 +383,7 @@ def check_cron(schedule: str) -> None:
 
 
 def notify_url(flags: Flags) -> str | None:
-    """The address to tell, a secret. Raises Failure for what is none."""
+    """Return the URL of notifications, a secret. Raises Failure if it is no http(s) URL."""
     url = value(flags, "notify")
     keep_secret(url)
     if url and not str(url).startswith(("https://", "http://")):

@@ -1,7 +1,7 @@
-"""What people see: steps with their time on stderr, results on stdout.
+"""The output of a verb: steps with their durations on stderr, results on stdout.
 
-On a terminal a step spins while it lasts; elsewhere each is a plain line. `--json` leaves stdout
-to one JSON object. NO_COLOR is respected.
+On a terminal a step has a spinner; elsewhere it is a plain line. With `--json` stdout has one JSON
+object. NO_COLOR is respected.
 """
 
 from __future__ import annotations
@@ -23,14 +23,18 @@ if TYPE_CHECKING:
     from rich.status import Status
 
 
-def reader_has_gone() -> int:
-    """Who read our stdout has gone, as `head` does: nothing is said any more, not even when the
-    interpreter ends. Returns the exit status that says so."""
+def silence_stdout() -> int:
+    """Discard all further output, since stdout's reader is gone (as `head` leaves a pipe).
+
+    Returns the exit status for that. Without this the interpreter would complain at its end.
+    """
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 128 + signal.SIGPIPE
 
 
 class Output:
+    """Prints a verb's steps, messages and result; secrets are redacted."""
+
     def __init__(self, *, as_json: bool = False) -> None:
         self.as_json = as_json
         self.value: dict[str, Any] = {}  # the verb's result
@@ -49,7 +53,7 @@ class Output:
 
     @contextlib.contextmanager
     def step(self, title: str) -> Iterator[None]:
-        """One step of a verb: announced, timed, and marked with how it ended."""
+        """Announce a step of a verb, and print at its end whether it succeeded, and its time."""
         began = time.monotonic()
         self._title = title
         console = self.console
@@ -75,14 +79,14 @@ class Output:
         self.console.print(line, soft_wrap=True)
 
     def waiting(self, why: str) -> None:
-        """What the current step waits for."""
+        """Show what the current step waits for."""
         if self._status is not None:
             self._status.update(redact(f"{self._title}: {why}"))
         else:
             self.console.print(f"    {redact(why)}", soft_wrap=True, markup=False)
 
     def log(self, line: str) -> None:
-        """A line of somebody else's output: a build's, a service's."""
+        """Print a line of other output: a build's, a service's."""
         self.console.print(f"    {redact(line)}", style="dim", soft_wrap=True, markup=False)
 
     def say(self, line: str) -> None:
@@ -93,7 +97,7 @@ class Output:
         self.console.print(text, style="yellow", soft_wrap=True, markup=False)
 
     def result(self, value: dict[str, Any], summary: list[str]) -> None:
-        """The end of a verb: the whole of it as JSON on stdout, or a summary for people."""
+        """Print a verb's result: with --json `value` on stdout, else the summary on stderr."""
         self.value = value
         if self.as_json:
             self._json(value)
@@ -102,8 +106,7 @@ class Output:
                 self.say(line)
 
     def failure(self, why: str) -> None:
-        """With --json, a failure is one object on stdout, too: what there was of a result, and why
-        there is no more of it."""
+        """With --json, print one object on stdout: the result so far, and the `error`."""
         if self.as_json:
             self._json({**self.value, "error": why})
 

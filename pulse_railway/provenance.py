@@ -1,4 +1,4 @@
-"""Who deploys what: from git where there is one, else from what CI services set."""
+"""The commit that is deployed, and who deploys it: from git, else from the variables of a CI."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 TEXT_LIMIT = 200  # characters of a message
 
-# What CI services call them: commit, branch, author, user, where the run can be looked at.
+# The variables of CI services; `mark` is set in every run, `url` is the run's page.
 CI = {
     "GitHub Actions": {
         "mark": "GITHUB_ACTIONS",
@@ -39,23 +39,26 @@ CI = {
 
 
 def about(context: Path, message: str | None) -> dict[str, str]:
-    """What is deployed and by whom: `commit`, `branch`, `author`, `message`, `by`, `url`, as far as
-    they are known. `dirty` is there where files differ from the commit."""
-    found = {**from_ci(os.environ), **from_git(context), "by": by()}
+    """Return what is deployed, and by whom.
+
+    The keys are `commit`, `branch`, `author`, `message`, `by` and `url`, if they are known, and
+    `dirty` if files differ from the commit.
+    """
+    facts = {**from_ci(os.environ), **from_git(context), "by": by()}
     if message:
-        found["message"] = message
-    found["message"] = (found.get("message") or "").strip().split("\n")[0][:TEXT_LIMIT]
-    return {name: value for name, value in found.items() if value}
+        facts["message"] = message
+    facts["message"] = (facts.get("message") or "").strip().split("\n")[0][:TEXT_LIMIT]
+    return {name: value for name, value in facts.items() if value}
 
 
 def by() -> str:
-    """Who runs this: `ada@laptop`, `ada (GitHub Actions)`."""
+    """Return the user of this run, as in `ada@laptop` or `ada (GitHub Actions)`."""
     for service, names in CI.items():
         if os.environ.get(names["mark"]):
             return f"{os.environ.get(names['user']) or 'somebody'} ({service})"
     try:
         user = getpass.getuser()
-    except (OSError, KeyError):  # a container's user that has no name
+    except (OSError, KeyError):  # in a container the user may have no name
         user = str(os.getuid())
     return f"{user}@{socket.gethostname()}"
 
@@ -63,33 +66,35 @@ def by() -> str:
 def from_ci(env: Mapping[str, str]) -> dict[str, str]:
     for names in CI.values():
         if env.get(names["mark"]):
-            found = {k: env.get(v, "") for k, v in names.items() if k not in ("mark", "user")}
+            facts = {k: env.get(v, "") for k, v in names.items() if k not in ("mark", "user")}
             if env.get("GITHUB_RUN_ID"):
                 parts = ("GITHUB_SERVER_URL", "GITHUB_REPOSITORY", "GITHUB_RUN_ID")
                 server, repository, run = (env.get(name, "") for name in parts)
-                found["url"] = f"{server}/{repository}/actions/runs/{run}"
-            return found
+                facts["url"] = f"{server}/{repository}/actions/runs/{run}"
+            return facts
     return {}
 
 
 def from_git(context: Path) -> dict[str, str]:
-    """The commit that is checked out in the context; nothing where that is no work tree."""
+    """Return the facts of the commit in the context; {} if the context is no work tree."""
     log = _git(context, "log", "-1", "--format=%H%x00%an%x00%s")
     if log is None or log.count("\0") != 2:
         return {}
     commit, author, message = log.strip("\n").split("\0")
-    found = {"commit": commit, "author": author, "message": message}
+    facts = {"commit": commit, "author": author, "message": message}
     branch = (_git(context, "rev-parse", "--abbrev-ref", "HEAD") or "").strip()
     if branch and branch != "HEAD":
-        found["branch"] = branch
+        facts["branch"] = branch
     if _git(context, "status", "--porcelain", "--", "."):
-        found["dirty"] = "yes"
-    return found
+        facts["dirty"] = "yes"
+    return facts
 
 
 def origin(context: Path) -> tuple[str | None, str]:
-    """The address of git's `origin`, and the context's place in the repository: nothing, or a
-    folder with its slash."""
+    """Return the URL of git's `origin`, and the context's path in the repository.
+
+    The path is "", or ends with a slash.
+    """
     folder = (_git(context, "rev-parse", "--show-prefix") or "").strip()
     return (_git(context, "remote", "get-url", "origin") or "").strip() or None, folder
 

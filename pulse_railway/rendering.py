@@ -1,4 +1,4 @@
-"""`status` as a table."""
+"""Tables and lines for people: of `status`, `history` and `doctor`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STATE_STYLES = {"active": "bold green", "draining": "yellow", "pending": "cyan"}
 
 
 def age(seconds: float | None) -> str:
-    """3 d 4 h, 5 h 6 m, 7 m 8 s."""
+    """Return a duration with its two largest units, as in `3 d 4 h` or `7 m 8 s`."""
     if seconds is None:
         return ""
     left = int(max(seconds, 0))
@@ -39,45 +39,45 @@ def state_of(row: dict[str, Any]) -> str:
     return str(row["state"]) + (", rolled back" if row["rolled_back"] else "")
 
 
-def what(about: dict[str, Any]) -> str:
-    """`1a2b3c4 Fix the cart (Ada; ada@laptop)`."""
-    told = {name: str(value) for name, value in about.items() if value}
-    commit = told.get("commit", "")[:7] + ("+" if "dirty" in told else "")
-    people = "; ".join(dict.fromkeys(told[k] for k in ("author", "by") if k in told))
-    parts = [commit, told.get("message", ""), f"({people})" if people else ""]
+def describe(about: dict[str, Any]) -> str:
+    """Return what was deployed, as in `1a2b3c4 Fix the cart (Ada; ada@laptop)`."""
+    facts = {name: str(value) for name, value in about.items() if value}
+    commit = facts.get("commit", "")[:7] + ("+" if "dirty" in facts else "")
+    people = "; ".join(dict.fromkeys(facts[k] for k in ("author", "by") if k in facts))
+    parts = [commit, facts.get("message", ""), f"({people})" if people else ""]
     return " ".join(part for part in parts if part)
 
 
 def activity(result: dict[str, Any]) -> list[str]:
-    """What is under way."""
-    found = []
+    """Return a line each for a maintenance, a deploy and a canary that are under way."""
+    lines = []
     now = time.time()
     if down := result["maintenance"]:
-        lasted, who = age(now - down["since"]), down.get("by") or "somebody"
-        found.append(
-            f"maintenance for {lasted}, by {who}: nobody gets the app. `pulse-railway"
+        duration, who = age(now - down["since"]), down.get("by") or "somebody"
+        lines.append(
+            f"maintenance for {duration}, by {who}: nobody gets the app. `pulse-railway"
             " maintenance off` ends it"
         )
     if lock := result["lock"]:
         who = lock.get("by") or "somebody"
-        found.append(f"{who} has been deploying for {age(now - lock['since'])}")
+        lines.append(f"{who} has been deploying for {age(now - lock['since'])}")
     if canary := result["canary"]:
         name = canary["deployment_id"]
-        found.append(
+        lines.append(
             f"{name} gets {canary['weight']:g} % of the new visitors: `pulse-railway promote"
             f" --deployment-id {name}` finishes, `pulse-railway rollback` ends it"
         )
-    return [*map(pasteable, found), *result["copied"]]
+    return [*map(pasteable, lines), *result["copied"]]
 
 
 def stdout() -> Console:
-    """In a pipe a row is a line, whatever its length. A message of somebody's is no markup."""
+    """Return a console for stdout: in a pipe each row is one line; texts are not read as markup."""
     width = None if sys.stdout.isatty() else 250
     return Console(highlight=False, markup=False, emoji=False, width=width)
 
 
 def show_history(entries: list[dict[str, Any]]) -> None:
-    """Print what `history` says, the newest last, on stdout."""
+    """Print the entries of `history` on stdout, the newest last."""
     console = stdout()
     table = Table(box=None, pad_edge=False, header_style="dim")
     for title in ("when (UTC)", "what", "deployment", "before", "by", "why"):
@@ -96,24 +96,24 @@ MARKS = {"good": ("✓", "green"), "warning": ("!", "yellow"), "bad": ("✗", "r
 
 
 def show_checks(checks: list[dict[str, str]]) -> None:
-    """Print what `doctor` found, on stdout."""
+    """Print the checks of `doctor` on stdout."""
     console = stdout()
     for check in checks:
         mark = MARKS.get(check["verdict"], ("-", "dim"))
-        said = f": {check['said']}" if check["said"] else ""
-        line = Text.assemble(mark, " ", (check["name"], "bold"), said)
+        message = f": {check['said']}" if check["said"] else ""
+        line = Text.assemble(mark, " ", (check["name"], "bold"), message)
         console.print(line, soft_wrap=True)
 
 
 def show_status(result: dict[str, Any]) -> None:
-    """Print what flows.status returned, on stdout."""
+    """Print the result of flows.status on stdout."""
     console = stdout()
     for part in status_parts(result):
         console.print(part, soft_wrap=isinstance(part, Text))
 
 
 def show_watch(looks: Iterable[tuple[dict[str, Any], History]]) -> None:
-    """Print each look: in place of the one before on a terminal, below it in a pipe."""
+    """Print each look; on a terminal it replaces the previous one, in a pipe it follows it."""
     console = stdout()
     if not console.is_terminal:
         for result, history in looks:
@@ -130,7 +130,7 @@ def show_watch(looks: Iterable[tuple[dict[str, Any], History]]) -> None:
 
 
 def status_parts(result: dict[str, Any], history: History | None = None) -> list[Text | Table]:
-    """What `status` has to say, each part a line or a table. Nothing is told by a colour alone."""
+    """Return the lines and tables of `status`. No information is in a colour alone."""
     parts: list[Text | Table] = [
         Text.assemble("address  ", (result["address"] or "none yet", "bold"))
     ]
@@ -140,7 +140,7 @@ def status_parts(result: dict[str, Any], history: History | None = None) -> list
             Text.assemble(
                 ("● ", "green" if good else "red"),
                 row["service"],
-                # the env service only holds variables, and has no deployment
+                # the env service has only variables, no deployment
                 "" if row["railway"] is None else ("  up" if good else f"  {row['railway']}"),
                 (f"  {row['version']}" if row["version"] else "", "dim"),
             )
@@ -176,17 +176,17 @@ def deployments_table(rows: list[dict[str, Any]], history: History | None) -> Ta
     table.add_column("what", overflow="fold")
     for row in rows:
         sessions = row["sessions"]
-        told = ["?" if sessions is None else str(sessions)]
+        cells = ["?" if sessions is None else str(sessions)]
         if history:
             series = history.series[row["deployment_id"]]
-            told = [trend(s) for s in (series.sessions, series.requests, series.errors)]
+            cells = [sparkline(s) for s in (series.sessions, series.requests, series.errors)]
         table.add_row(
             row["deployment_id"],
             Text(state_of(row), STATE_STYLES.get(row["state"], "red")),
             row["railway"] or "",
             age(row["age_seconds"]),
-            *told,
-            what(row["about"]),
+            *cells,
+            describe(row["about"]),
         )
     return table
 
@@ -194,13 +194,15 @@ def deployments_table(rows: list[dict[str, Any]], history: History | None) -> Ta
 BARS = "▁▂▃▄▅▆▇█"
 
 
-def trend(values: Iterable[float | None]) -> str:
-    """A sparkline, from 0 to the most there was, and the last value: `▁▃█ 12`. A gap where nobody
-    answered."""
-    found = list(values)
-    most = max((v for v in found if v is not None), default=0) or 1
+def sparkline(values: Iterable[float | None]) -> str:
+    """Return a sparkline from 0 to the maximum, and the last value, as in `▁▃█ 12`.
+
+    None, a look without an answer, is a gap.
+    """
+    series = list(values)
+    maximum = max((v for v in series if v is not None), default=0) or 1
     line = "".join(
-        " " if v is None else BARS[round(v / most * (len(BARS) - 1))] for v in found
+        " " if v is None else BARS[round(v / maximum * (len(BARS) - 1))] for v in series
     ).strip()
-    last = found[-1] if found else None
+    last = series[-1] if series else None
     return f"{line} {'?' if last is None else f'{last:.3g}'}".strip()

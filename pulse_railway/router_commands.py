@@ -1,10 +1,9 @@
-"""The router's control commands: how they are asked, and what counts as an answer.
+"""Sends the router's control commands and parses their answers.
 
-A command runs inside the router's container, by `railway ssh`, which loses answers, brings other
-programs' JSON, and ends with 0 without having run anything; or the janitor carries it out
-(control_job.py).
-So the answer carries the command's name and a nonce of ours, and nothing else counts. A nonce is
-carried out once, which makes asking again harmless.
+A command runs inside the router's container by `railway ssh`, or the janitor carries it out
+(control_job.py). `railway ssh` loses answers, returns other programs' JSON, and may end with status
+0 without having run the command. So an answer has the command's name and our nonce, and no other
+answer counts. A nonce is carried out once, so that a command can be repeated safely.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from pulse_railway.railway import ssh
 from pulse_railway.railway.api import Api
 from pulse_railway.stack import Stack
 
-PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0)  # seconds, between one time and the next
-PATIENCE = 150.0  # seconds, after which it is not asked again
+PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0)  # seconds before each retry
+RETRY_TIMEOUT = 150.0  # seconds after which a command is not retried
 
 Answer = dict[str, Any]
-Heard = Callable[[str], None]  # is told what the user should hear, though nothing failed
+Warn = Callable[[str], None]  # shows a warning to the user
 
 
 def send_command(
@@ -34,38 +33,41 @@ def send_command(
 ) -> Answer:
     """Have the router carry out one control command, and return its answer.
 
+    Args:
+        pauses: seconds before each retry.
+
     Raises:
-        Refused: the router said no; nothing was changed.
-        Uncertain: no answer counted; it is not known whether the command ran.
-        Failure: it was not asked, for want of a way to it.
+        Refused: the router has refused; nothing was changed.
+        Uncertain: there was no valid answer; it is not known whether the command ran.
+        Failure: no command was sent, since there is no way to the router.
     """
     nonce = secrets.token_hex(8)
     words = [command, *arguments, "--by", provenance.by()]
     if stack.intent:
         words += ["--intent", stack.intent]
     choose_route(api, stack)
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + RETRY_TIMEOUT
     for pause in (*pauses, None):
         if stack.target.control_route.kind == "job":
             outcome = control_job.run_command(api, stack, words, nonce)
         else:
             outcome = by_ssh(api, stack, [*words, "--nonce", nonce])
             if outcome.no_key and stack.target.control_route.kind is None:
-                fall_back_to_job(stack, outcome.said)
+                fall_back_to_job(stack, outcome.message)
                 outcome = control_job.run_command(api, stack, words, nonce)
-        why = outcome.said
+        why = outcome.message
         answer = parse_answer(outcome.stdout, command, nonce)
         if answer is not None:
             if answer.get("ok") is True:
                 return answer
             why = str(answer.get("error"))
-            if answer.get("reason") != "store":  # whose Redis may have carried it out
+            if answer.get("reason") != "store":  # after a lost connection Redis may have changed
                 raise Refused(why, str(answer.get("reason")))
             if pause == pauses[0] and len(pauses) > 1:
                 stack.target.control_route.say(f"{why}: asking again for {sum(pauses):.0f} s")
             logs = f"`pulse-railway logs --service {stack.names.redis}`"
-            why += f": {logs} tells why; run this again when it is back"
-        if outcome.hopeless or pause is None or time.monotonic() > deadline:
+            why += f": see {logs}, and run this again when it is back"
+        if outcome.permanent or pause is None or time.monotonic() > deadline:
             break
         time.sleep(pause)
     raise Uncertain(
@@ -74,7 +76,7 @@ def send_command(
 
 
 def choose_route(api: Api, stack: Stack) -> None:
-    """Choose the way, once. Raises Failure where ssh was asked for and cannot be had."""
+    """Choose ssh or the janitor, once a run. Raises Failure if --control ssh is not possible."""
     route = stack.target.control_route
     if route.checked or route.kind == "job":
         return
@@ -88,6 +90,7 @@ def choose_route(api: Api, stack: Stack) -> None:
 
 
 def fall_back_to_job(stack: Stack, why: str) -> None:
+    """Use the janitor from here on, and tell the user why."""
     route = stack.target.control_route
     route.kind = "job"
     route.say(f"control commands go by the janitor, which takes longer: {why}")
@@ -105,26 +108,26 @@ def by_ssh(api: Api, stack: Stack, words: list[str]) -> ssh.Outcome:
 
 
 def parse_answer(stdout: str, command: str, nonce: str) -> Answer | None:
-    """The answer to this very command in what came back, or None."""
+    """Return the answer with this command and nonce in `stdout`, or None."""
     for line in reversed(stdout.splitlines()):
         try:
-            found = printable(json.loads(line))
+            answer = printable(json.loads(line))
         except (ValueError, RecursionError):
             continue
-        if isinstance(found, dict) and (found.get("command"), found.get("nonce")) == (
-            command,
-            nonce,
-        ):
-            return found
+        if not isinstance(answer, dict):
+            continue
+        if (answer.get("command"), answer.get("nonce")) == (command, nonce):
+            return answer
     return None
 
 
 def printable(value: Any) -> Any:
-    """JSON whose texts can be printed: in Redis is what anybody has written."""
+    """Return JSON with printable texts, since anybody may have written the texts in Redis."""
     match value:
         case str() if not value.isprintable():  # half a surrogate pair, a terminal's escape
-            kept = (c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in value)
-            return "".join(kept)
+            return "".join(
+                c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in value
+            )
         case list():
             return [printable(inner) for inner in value]
         case dict():
@@ -137,13 +140,13 @@ def printable(value: Any) -> Any:
 
 
 def read_active(api: Api, stack: Stack) -> str | None:
-    found = send_command(api, stack, "active").get("deployment_id")
-    return str(found) if found else None
+    active = send_command(api, stack, "active").get("deployment_id")
+    return str(active) if active else None
 
 
 def read_state(api: Api, stack: Stack, *, pauses: tuple[float, ...] = PAUSES) -> Answer:
-    """`active`, `canary`, `maintenance`, `lock`, `lost`, `deployments` with their sessions,
-    `routers`."""
+    """Return `active`, `canary`, `maintenance`, `lock`, `lost`, `deployments` with their sessions,
+    and `routers`."""
     return send_command(api, stack, "status", pauses=pauses)
 
 
@@ -176,18 +179,21 @@ def send_promote(
     bake: int = 0,
     why: str | None = None,
     unlock: str | None = None,
-    warn: Heard = lambda _: None,
+    warn: Warn = lambda _: None,
 ) -> Promotion | None:
-    """Make it the active one; with a weight, the canary for that percentage of new visitors.
+    """Make a deployment the active one; with a weight, the canary.
 
-    Returns what the router notes as the last promotion, None from one of an earlier version.
-    Where its record is lost, it is made anew, since its service is there.
+    If the deployment's record is lost, it is created again, since its service exists.
 
     Args:
-        instead_of: only where that one is active; else Refused, with the reason `changed`.
-        rolls_back: the one that was active is no way back from then on.
-        bake: seconds for which somebody watches it.
-        unlock: the holder of the deploy lock, which is given back with it.
+        weight: the percentage of new visitors that the canary gets.
+        instead_of: the deployment that must be active, else Refused with the reason `changed`.
+        rolls_back: the present active deployment is no target of a rollback from now on.
+        bake: seconds for which the caller watches the deployment.
+        unlock: the holder of the deploy lock, which the command releases.
+
+    Returns:
+        The last promotion that the router has stored; None from a router of an earlier version.
     """
     words = ["--active-deployment-id", deployment_id, "--active-service-name", service_name]
     words += [] if weight is None else ["--weight", f"{weight:g}"]
@@ -195,7 +201,7 @@ def send_promote(
     words += ["--rolls-back"] if rolls_back else []
     words += ["--bake", str(bake)] if bake else []
     words += ["--unlock", unlock] if unlock else []
-    words += _noted(why)
+    words += _why_arguments(why)
     service = stack.backend(deployment_id)
     try:
         answer = send_command(api, stack, "promote", *words)
@@ -203,7 +209,7 @@ def send_promote(
         if refused.reason != "unknown" or service is None:
             raise
         answer = send_command(api, stack, "promote", *words, "--service-id", service.id)
-    tell_of_late_routers(answer, warn)
+    warn_of_late_routers(answer, warn)
     return promotion(answer)
 
 
@@ -214,18 +220,18 @@ class Promotion:
 
 
 def promotion(answer: Answer) -> Promotion | None:
-    """The last promotion, as an answer has it."""
-    found = answer.get("promoted")
-    if not isinstance(found, dict) or type(found.get("at")) not in (int, float):
+    """Return the last promotion in an answer, or None."""
+    promoted = answer.get("promoted")
+    if not isinstance(promoted, dict) or type(promoted.get("at")) not in (int, float):
         return None
-    return Promotion(str(found.get("deployment_id")), float(found["at"]))
+    return Promotion(str(promoted.get("deployment_id")), float(promoted["at"]))
 
 
-def tell_of_late_routers(answer: Answer, warn: Heard) -> None:
-    """A router that does not serve a change yet: newcomers may get the version before from it."""
+def warn_of_late_routers(answer: Answer, warn: Warn) -> None:
+    """Warn of routers that do not serve a change yet: new visitors may get the old version."""
     if behind := answer.get("behind"):
         warn(
-            f"{', '.join(map(str, behind))} has not said yet that it serves this: see"
+            f"{', '.join(map(str, behind))} has not reported yet that it serves this: see"
             " `pulse-railway status`"
         )
 
@@ -235,34 +241,39 @@ def send_abort_canary(
     stack: Stack,
     deployment_id: str,
     why: str | None = None,
-    warn: Heard = lambda _: None,
+    warn: Warn = lambda _: None,
 ) -> None:
-    """End a canary: it drains."""
-    answer = send_command(api, stack, "withdraw", "--deployment-id", deployment_id, *_noted(why))
-    tell_of_late_routers(answer, warn)
+    """End a canary, which then drains."""
+    answer = send_command(
+        api, stack, "withdraw", "--deployment-id", deployment_id, *_why_arguments(why)
+    )
+    warn_of_late_routers(answer, warn)
 
 
 def send_finish_bake(api: Api, stack: Stack, deployment_id: str) -> None:
     send_command(api, stack, "baked", "--deployment-id", deployment_id)
 
 
-def _noted(why: str | None) -> list[str]:
+def _why_arguments(why: str | None) -> list[str]:
     return ["--why", why] if why else []
 
 
 def send_lock(api: Api, stack: Stack, holder: str, lease: int) -> tuple[str | None, bool]:
-    """Hold the deploy lock for `lease` seconds; returns the active deployment, and whether the
-    routing state is lost. Raises Refused, with the reason `locked`, where somebody else has it."""
+    """Take or renew the deploy lock for `lease` seconds.
+
+    Returns the active deployment, and whether the routing state is lost. Raises Refused with the
+    reason `locked` if another holder has the lock.
+    """
     words = ["--holder", holder, "--lease", str(lease)]
     answer = send_command(api, stack, "lock", *words)
-    found = answer.get("active")
-    return str(found) if found else None, answer.get("lost") is True
+    active = answer.get("active")
+    return str(active) if active else None, answer.get("lost") is True
 
 
 def send_unlock(
     api: Api, stack: Stack, holder: str | None, *, pauses: tuple[float, ...] = PAUSES
 ) -> None:
-    """Give the deploy lock back; without a holder, take it from whoever has it."""
+    """Release the deploy lock; without a holder, that of any holder."""
     words = ["--holder", holder] if holder else []
     send_command(api, stack, "unlock", *words, pauses=pauses)
 
@@ -274,13 +285,16 @@ def send_maintenance(
     page: str | None,
     retry_after: int,
     why: str | None,
-    warn: Heard = lambda _: None,
+    warn: Warn = lambda _: None,
 ) -> tuple[float | None, float | None]:
-    """Returns since when the site is closed, or since when it is open; None where the router is of
-    an earlier version."""
-    words = ["on" if on else "off", "--retry-after", str(retry_after), *_noted(why)]
+    """Close or open the site.
+
+    Returns the times since when the site is closed, or since when it is open: one is set, neither
+    by a router of an earlier version.
+    """
+    words = ["on" if on else "off", "--retry-after", str(retry_after), *_why_arguments(why)]
     answer = send_command(api, stack, "maintenance", *words, *(["--page", page] if page else []))
-    tell_of_late_routers(answer, warn)
+    warn_of_late_routers(answer, warn)
     since, at = (
         float(value) if isinstance(value := answer.get(name), int | float) else None
         for name in ("since", "at")
@@ -289,27 +303,32 @@ def send_maintenance(
 
 
 def send_probe(api: Api, stack: Stack, deployment_id: str, path: str | None = None) -> Answer:
-    """What a deployment answers from inside the private network: `at` (answers, other, silent,
-    unreachable), `active`, `behind`, and with a path `status`."""
+    """Ask the router for a deployment's answer in the private network.
+
+    Returns `at` (answers, other, silent, unreachable), `active`, `behind`, and with a path
+    `status`.
+    """
     words = ["--deployment-id", deployment_id, *(["--path", path] if path else [])]
     return send_command(api, stack, "probe", *words, pauses=(1.0,))
 
 
 def read_history(api: Api, stack: Stack) -> list[dict[str, Any]]:
-    """What was done, the oldest first."""
+    """Return the history's entries, the oldest first."""
     return list(send_command(api, stack, "history")["history"])
 
 
 def send_retire(api: Api, stack: Stack, deployment_id: str, service_id: str | None) -> None:
-    """From here on it can be neither registered nor promoted: its service may be deleted. Raises
-    Refused, with the reason `behind`, while a router may still route to it."""
+    """Retire a deployment: it can no longer be registered or promoted, its service may be deleted.
+
+    Raises Refused with the reason `behind` while a router may still route to it.
+    """
     words = ["--deployment-id", deployment_id]
     words += ["--service-id", service_id] if service_id else []
     if behind := send_command(api, stack, "retire", *words).get("behind"):
         raise Refused(
             f"{deployment_id} is retired, and its service stays for now: the router"
-            f" {', '.join(map(str, behind))} has not said that it serves that. The janitor removes"
-            f" it, or `pulse-railway delete --deployment-id {deployment_id}` in a minute",
+            f" {', '.join(map(str, behind))} has not reported that it serves that. The janitor"
+            f" removes it, or `pulse-railway delete --deployment-id {deployment_id}` in a minute",
             "behind",
         )
 
@@ -319,7 +338,7 @@ def send_forget(api: Api, stack: Stack, deployment_id: str) -> None:
 
 
 def send_claim(api: Api, stack: Stack, instead_of: str | None = None) -> None:
-    """Make the routing state this stack's; where another owner has it, instead of that one."""
+    """Make this stack the owner of the routing state, in place of `instead_of` if given."""
     words = ["--owner", str(stack.stamp), *(["--instead-of", instead_of] if instead_of else [])]
     send_command(api, stack, "claim", *words)
 
@@ -327,10 +346,14 @@ def send_claim(api: Api, stack: Stack, instead_of: str | None = None) -> None:
 def send_restore(
     api: Api, stack: Stack, active: str, records: list[dict[str, Any]], *, chosen: bool
 ) -> Promotion | None:
-    """Rebuild the state. `chosen`: `active` is active then, whatever the store says."""
+    """Rebuild the routing state from records.
+
+    Args:
+        chosen: the user has chosen `active`, so it becomes active whatever the store has.
+    """
     text = json.dumps(records, separators=(",", ":"))
     words = ["--active-deployment-id", active, "--records-json", text]
     words += ["--chosen"] if chosen else []
-    closed = stack.router.variables.get(contract.MAINTENANCE) if stack.router else None
-    words += ["--maintenance-since", closed] if closed else []
+    closed_since = stack.router.variables.get(contract.MAINTENANCE) if stack.router else None
+    words += ["--maintenance-since", closed_since] if closed_since else []
     return promotion(send_command(api, stack, "restore", *words))

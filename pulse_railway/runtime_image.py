@@ -1,4 +1,4 @@
-"""The sources of the runtime image, with what they are locked to."""
+"""The files of the runtime image, and its modules for this package."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FILES = ("Dockerfile.router", *SCRIPTS, "runtime.lock")
 
 
 def sources() -> Path:
-    """The folder that holds FILES: inside the wheel, or the root of a checkout."""
+    """Return the folder of FILES: inside the wheel, or the root of a checkout."""
     package = Path(__file__).parent
     packaged = package / "runtime"
     return packaged if (packaged / "router.py").exists() else package.parent
@@ -26,7 +26,7 @@ def sources() -> Path:
 
 @cache
 def runtime_version() -> str:
-    """What the router and janitor services are marked with: our version and the files' digest."""
+    """Return the version that is written to router and janitor: ours, and the files' digest."""
     digest = hashlib.sha256()
     for name in FILES:
         digest.update((sources() / name).read_bytes())
@@ -34,15 +34,15 @@ def runtime_version() -> str:
 
 
 def become(name: str, arguments: list[str]) -> NoReturn:
-    """Become one of SCRIPTS, as the runtime image has them. Does not return."""
+    """Replace this process by one of SCRIPTS, as in the runtime image. Does not return."""
     path = os.pathsep.join(filter(None, [str(sources()), os.environ.get("PYTHONPATH")]))
     sys.stdout.flush()
-    command = [sys.executable, "-m", name, *arguments]  # which takes it compiled
+    command = [sys.executable, "-m", name, *arguments]  # -m uses the compiled module
     os.execve(sys.executable, command, {**os.environ, "PYTHONPATH": path})
 
 
 def load(name: str) -> ModuleType:
-    """One of SCRIPTS as a module, with those that it imports by name."""
+    """Return one of SCRIPTS as a module, after those that it imports."""
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, sources() / f"{name}.py")

@@ -1,4 +1,4 @@
-"""What is done to a service, whichever it is: create, write, deploy, delete."""
+"""Creates, changes, deploys and deletes services."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pulse_railway.stack import SECRET_NAMES, Service, ownership
 
 @dataclass
 class Change:
-    """What is to be done to one service."""
+    """The changes to make to one service."""
 
     service: Service
     variables: dict[str, str] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class Change:
         )
 
     def lines(self) -> list[str]:
-        """For people; secrets are not shown."""
+        """Return a line for each change, without the values of secrets."""
         name = self.service.name
         lines = []
         for key, value in sorted(self.variables.items()):
@@ -76,10 +76,10 @@ def create_service(
     image: str | None = None,
     created: Callable[[str], None] = lambda _: None,
 ) -> str:
-    """Create a service with its variables, settings and place on the canvas; two calls.
+    """Create a service with its variables, settings and group, by two calls.
 
-    Returns its id, and tells it to `created` as soon as there is one. Raises Uncertain where
-    Railway's answer was lost.
+    Returns its id; `created` is called with it after the first call. Raises Uncertain if Railway's
+    answer was lost.
     """
     answer = api.call(
         documents.SERVICE_CREATE,
@@ -111,7 +111,7 @@ def configure_service(
 
 
 def write(api: Api, target: Target, changes: list[Change]) -> None:
-    """Everything but deployments, in one document. All of it may be repeated."""
+    """Write all changes but deployments, in one document. Repeating it is harmless."""
     values: dict[str, Any] = {"environment": target.environment_id}
     counts = {"variables": 0, "settings": 0, "disconnect": 0}
     groups: dict[str, Any] = {}
@@ -139,12 +139,14 @@ def write(api: Api, target: Target, changes: list[Change]) -> None:
 
 
 def in_regions(service: Service, settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as they are written: a number of replicas alone would move a service into Railway's
-    default region."""
+    """Return settings with the replicas by region.
+
+    `numReplicas` alone would move a service to Railway's default region.
+    """
     if "numReplicas" not in settings or not service.regions:
         return settings
     regions: dict[str, Any] = {
-        region: {"numReplicas": count} if count else None  # as the CLI says that it leaves one
+        region: {"numReplicas": count} if count else None  # None removes a region, as in the CLI
         for region, count in scaled(service.regions, settings["numReplicas"]).items()
     }
     others = {name: value for name, value in settings.items() if name != "numReplicas"}
@@ -152,8 +154,10 @@ def in_regions(service: Service, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def scaled(regions: dict[str, int], replicas: int) -> dict[str, int]:
-    """So many replicas in the same regions: the largest takes the difference, and all where it
-    cannot."""
+    """Return `replicas` replicas in the same regions.
+
+    The region with the most takes the difference; if it has too few for that, it gets all.
+    """
     largest = min(regions, key=lambda region: (-regions[region], region))
     rest = replicas - sum(regions.values()) + regions[largest]
     if rest > 0:
@@ -172,7 +176,7 @@ def variable_input(target: Target, service_id: str, variables: dict[str, str]) -
 
 
 def write_variables(api: Api, target: Target, service_id: str, variables: dict[str, str]) -> None:
-    """Write some of a service's variables, without deploying it anew."""
+    """Write some of a service's variables, without a new deployment."""
     document = documents.configure(variables=1)
     api.call(document, repeatable=True, v0=variable_input(target, service_id, variables))
 
@@ -190,7 +194,7 @@ def create_domain(api: Api, target: Target, service_id: str) -> str:
 
 
 def deploy_service(api: Api, target: Target, service_id: str) -> str:
-    """Deploy what a service's source is; returns the deployment's id. A second one supersedes."""
+    """Deploy a service's source; return the deployment's id. A second deployment replaces it."""
     data = api.call(
         documents.SERVICE_DEPLOY,
         service=service_id,
@@ -201,11 +205,11 @@ def deploy_service(api: Api, target: Target, service_id: str) -> str:
 
 
 def delete_service(api: Api, target: Target, service_id: str) -> bool:
-    """Delete a service in this environment alone (ownership.Deletion); one that is gone already is
-    what was wanted.
+    """Delete a service in this environment alone (ownership.Deletion).
 
-    False: Railway does not let this token delete it; nothing of it runs any more. Raises Failure
-    where Railway does not say that it did.
+    A service that does not exist counts as deleted. Returns False if Railway does not let this
+    token delete it: its deployments are stopped then. Raises Failure if Railway does not confirm
+    it.
     """
     deletion = ownership.Deletion(
         partial(api.call, repeatable=True),
@@ -221,7 +225,7 @@ def delete_service(api: Api, target: Target, service_id: str) -> bool:
 
 
 def left_empty(name: str, deployment_id: str | None) -> str:
-    """What is said of a service that could not be deleted, and how it can be."""
+    """Return the message about a service that could not be deleted, and how to delete it."""
     run = "delete it on Railway"
     if deployment_id:
         run = (
@@ -232,7 +236,7 @@ def left_empty(name: str, deployment_id: str | None) -> str:
 
 
 def shell(command: str) -> str:
-    """A start command in a shell: Railway runs it without one where there is a Dockerfile."""
+    """Return a start command in a shell: with a Dockerfile Railway runs it without one."""
     if command.startswith(("sh -c ", "/bin/sh -c ")):
         return command
     return f"sh -c {shlex.quote(command)}"

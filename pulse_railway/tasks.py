@@ -1,7 +1,7 @@
 """The verbs, as Invoke tasks: `from pulse_railway import tasks`, `Collection.from_module(tasks)`.
 
-Each takes what it was asked for as a typed value (options.py), calls one flow, and hands out the
-result. Flows are imported when they are needed: listing the tasks loads nothing of them.
+Each verb gets its options as a typed value (options.py), calls one flow, and outputs the result.
+Flows are imported when a verb runs, so that listing the tasks is quick.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ if TYPE_CHECKING:
     from pulse_railway.stack import Stack
 
 
-@verb(["app", "json"], parser="as_given")
-def init(given: Flags, output: Output) -> None:
+@verb(["app", "json"], parser="raw_flags")
+def init(flags: Flags, output: Output) -> None:
     """Write what an app of your own needs to be deployed, as far as it is missing."""
     from pulse_railway.flows import init as flow
 
-    result = flow.init(given["app"], Path.cwd(), output)
+    result = flow.init(flags["app"], Path.cwd(), output)
     output.result(
         result, ["", "now:", *(f"{n}. {line}" for n, line in enumerate(result["todo"], 1))]
     )
 
 
-@verb([*DEPLOY], parser="as_given")
-def doctor(given: Flags, output: Output) -> None:
+@verb([*DEPLOY], parser="raw_flags")
+def doctor(flags: Flags, output: Output) -> None:
     """Look at everything that a deploy and a running stack need, and say what to do."""
     from pulse_railway import rendering
     from pulse_railway.errors import Failure
     from pulse_railway.flows import doctor as flow
 
-    result = output.value = flow.doctor(dict(given), output)
+    result = output.value = flow.doctor(dict(flags), output)
     if not output.as_json:
         rendering.show_checks(result["checks"])
     bad = [check["name"] for check in result["checks"] if check["verdict"] == "bad"]
@@ -52,14 +52,14 @@ def doctor(given: Flags, output: Output) -> None:
 
 
 @verb([*BASELINE], parser="parse_baseline")
-def scaffold(wanted: options.BaselineOptions, output: Output) -> None:
+def scaffold(options: options.BaselineOptions, output: Output) -> None:
     """Create router, env, Redis and janitor in an environment that has none of them."""
     from pulse_railway import config
     from pulse_railway.flows import baseline
     from pulse_railway.flows.owner import settle_owner
 
-    api, target = config.connect(wanted.where, output)
-    stack = baseline.scaffold(api, target, wanted, output)
+    api, target = config.connect(options.where, output)
+    stack = baseline.scaffold(api, target, options, output)
     settle_owner(api, stack, output, ask, False)
     output.result(
         _stack_result(stack, ["created the baseline"], api),
@@ -68,168 +68,170 @@ def scaffold(wanted: options.BaselineOptions, output: Output) -> None:
 
 
 @verb([*BASELINE, "owns_state", "replace_app", "plan"], parser="parse_baseline")
-def ensure(wanted: options.BaselineOptions, output: Output) -> None:
+def ensure(options: options.BaselineOptions, output: Output) -> None:
     """Create the baseline in an empty environment, or reconcile a complete one."""
     from pulse_railway import config
     from pulse_railway.flows import baseline
     from pulse_railway.flows.owner import settle_owner
 
-    api, target = config.connect(wanted.where, output)
-    stack, done = baseline.ensure(api, target, wanted, output)
-    if not wanted.plan_only:
-        settle_owner(api, stack, output, ask, wanted.owns_state)
+    api, target = config.connect(options.where, output)
+    stack, done = baseline.ensure(api, target, options, output)
+    if not options.plan_only:
+        settle_owner(api, stack, output, ask, options.owns_state)
     if not done:
         summary = [f"nothing to change; the baseline is up at {stack.address}"]
-    elif wanted.plan_only:
+    elif options.plan_only:
         summary = ["would change:", *(f"  {line}" for line in done)]
     else:
         summary = [*(f"  {line}" for line in done), f"the baseline is up at {stack.address}"]
         if not stack.backends:
             summary.append("next: pulse-railway deploy")
-    output.result(_stack_result(stack, done, api, planned=wanted.plan_only), summary)
+    output.result(_stack_result(stack, done, api, planned=options.plan_only), summary)
 
 
 @verb([*DEPLOY], parser="parse_deploy")
-def deploy(wanted: options.DeployOptions, output: Output) -> None:
+def deploy(options: options.DeployOptions, output: Output) -> None:
     """Bring up the app as a new deployment and make it the active one."""
     from pulse_railway import config
     from pulse_railway.flows import deploy as flow
     from pulse_railway.notify import notifying
 
-    plan = flow.prepare(wanted, output)
-    with notifying(wanted.notify, "deploy", output) as news:
-        news.facts["deployment_id"] = plan.deployment_id
-        api, target = config.connect(wanted.where, output)
+    plan = flow.prepare(options, output)
+    with notifying(options.notify, "deploy", output) as notification:
+        notification.facts["deployment_id"] = plan.deployment_id
+        api, target = config.connect(options.where, output)
         result = flow.deploy(api, target, plan, output)
         result["api_calls"] = api.calls
-        name = news.facts["deployment_id"] = result["deployment_id"]
+        name = notification.facts["deployment_id"] = result["deployment_id"]
         if result["active"]:
-            news.text = f"{name} is active at {result['address']}"
-            following = "pulse-railway status"
+            notification.text = f"{name} is active at {result['address']}"
+            next_command = "pulse-railway status"
         else:
             share = result["canary"]
-            what = "pending" if share is None else f"the canary, for {share:g} % of new visitors"
-            news.text = f"{name} is up, {what}, at {result['address']}/?pulse_deployment={name}"
-            following = f"pulse-railway promote --deployment-id {name}"
-    output.result(result, [news.text, f"next: {following}"])
+            role = "pending" if share is None else f"the canary, for {share:g} % of new visitors"
+            notification.text = (
+                f"{name} is up, {role}, at {result['address']}/?pulse_deployment={name}"
+            )
+            next_command = f"pulse-railway promote --deployment-id {name}"
+    output.result(result, [notification.text, f"next: {next_command}"])
 
 
 @verb([*STACK, "deployment_id"], parser="parse_stack")
-def redeploy(wanted: options.StackOptions, output: Output) -> None:
-    """Build and start the active deployment anew, or the one named."""
+def redeploy(options: options.StackOptions, output: Output) -> None:
+    """Build and start the active deployment again, or the one given."""
     from pulse_railway.flows import redeploy as flow
 
-    api, stack = _stack(wanted, output)
-    result = flow.redeploy(api, stack, wanted.deployment_id, output)
-    output.result(result, [f"{result['deployment_id']} runs anew"])
+    api, stack = _stack(options, output)
+    result = flow.redeploy(api, stack, options.deployment_id, output)
+    output.result(result, [f"{result['deployment_id']} is redeployed"])
 
 
 @verb([*STACK, *"deployment_id weight bake force message notify".split()], parser="parse_promote")
-def promote(wanted: options.PromoteOptions, output: Output) -> None:
+def promote(options: options.PromoteOptions, output: Output) -> None:
     """Make a running deployment the active one, or with --weight the canary."""
     from pulse_railway.flows import promote as flow
     from pulse_railway.notify import notifying
 
-    with notifying(wanted.notify, "promote", output) as news:
-        name = news.facts["deployment_id"] = str(wanted.deployment_id)
-        api, stack = _stack(wanted, output)
-        result = flow.promote(api, stack, wanted, output)
+    with notifying(options.notify, "promote", output) as notification:
+        name = notification.facts["deployment_id"] = str(options.deployment_id)
+        api, stack = _stack(options, output)
+        result = flow.promote(api, stack, options, output)
         if result["active"]:
-            news.text = f"{name} is active at {result['address']}"
+            notification.text = f"{name} is active at {result['address']}"
         else:
-            news.text = f"{name} gets {result['weight']:g} % of the new visitors"
-    output.result(result, [news.text])
+            notification.text = f"{name} gets {result['weight']:g} % of the new visitors"
+    output.result(result, [notification.text])
 
 
 @verb([*STACK, "message", "notify"], parser="parse_stack")
-def rollback(wanted: options.StackOptions, output: Output) -> None:
+def rollback(options: options.StackOptions, output: Output) -> None:
     """End the canary; without one, promote the deployment that was active before."""
     from pulse_railway.flows import promote as flow
     from pulse_railway.notify import notifying
 
-    with notifying(wanted.notify, "rollback", output) as news:
-        api, stack = _stack(wanted, output)
-        result = flow.rollback(api, stack, output, wanted.message)
-        name = news.facts["deployment_id"] = result["deployment_id"]
+    with notifying(options.notify, "rollback", output) as notification:
+        api, stack = _stack(options, output)
+        result = flow.rollback(api, stack, output, options.message)
+        name = notification.facts["deployment_id"] = result["deployment_id"]
         if result.get("ended"):
-            news.text = f"{result['ended']} is no canary any more; {name} is active"
+            notification.text = f"{result['ended']} is no canary any more; {name} is active"
         else:
-            news.text = f"{name} is active again at {result['address']}"
-    output.result(result, [news.text])
+            notification.text = f"{name} is active again at {result['address']}"
+    output.result(result, [notification.text])
 
 
 @verb(["switch", *STACK, "page", "retry_after", "message"], parser="parse_maintenance")
-def maintenance(wanted: options.MaintenanceOptions, output: Output) -> None:
+def maintenance(options: options.MaintenanceOptions, output: Output) -> None:
     """Answer everybody with a page (on), or with the app again (off); open sockets stay."""
     from pulse_railway.flows import maintenance as flow
 
-    api, stack = _stack(wanted, output)
-    word = "on" if wanted.on else "off"
-    result = flow.maintenance(api, stack, wanted, output)
+    api, stack = _stack(options, output)
+    word = "on" if options.on else "off"
+    result = flow.maintenance(api, stack, options, output)
     output.result(result, [f"maintenance is {word} at {stack.address}"])
 
 
 @verb([*STACK, "lines"], parser="parse_history")
-def history(wanted: options.HistoryOptions, output: Output) -> None:
+def history(options: options.HistoryOptions, output: Output) -> None:
     """Show what was promoted, rolled back and removed, when, by whom and why."""
     from pulse_railway import rendering, router_commands
 
-    api, stack = _stack(wanted, output)
+    api, stack = _stack(options, output)
     with output.step("ask the router"):
-        entries = router_commands.read_history(api, stack)[-wanted.lines :]
+        entries = router_commands.read_history(api, stack)[-options.lines :]
     output.result({"history": entries}, [])
     if not output.as_json:
         rendering.show_history(entries)
 
 
 @verb([*STACK, "yes"], parser="parse_stack")
-def unlock(wanted: options.StackOptions, output: Output) -> None:
+def unlock(options: options.StackOptions, output: Output) -> None:
     """Take the deploy lock from a run that is dead."""
     from pulse_railway import router_commands
 
-    api, stack = _stack(wanted, output)
+    api, stack = _stack(options, output)
     with output.step("ask the router who deploys"):
-        held = router_commands.read_state(api, stack)["lock"]
-    if held:
-        confirm(f"take the lock from {held.get('by')}?", wanted.yes)
+        lock = router_commands.read_state(api, stack)["lock"]
+    if lock:
+        confirm(f"take the lock from {lock.get('by')}?", options.yes)
         router_commands.send_unlock(api, stack, None)
-    output.result({"lock": held}, ["the deploy lock is free" if held else "nobody deploys"])
+    output.result({"lock": lock}, ["the deploy lock is free" if lock else "nobody deploys"])
 
 
 @verb([*STACK, "deployment_id", "redis_url", "redis_prefix", "yes"], parser="parse_one_deployment")
-def delete(wanted: options.StackOptions, output: Output) -> None:
+def delete(options: options.StackOptions, output: Output) -> None:
     """Remove a deployment that is not active, with its tabs' state."""
     from pulse_railway.flows import remove as flow
 
-    chosen = str(wanted.deployment_id)
-    api, stack = _stack(wanted, output)
-    confirm(f"delete deployment {chosen}?", wanted.yes)
+    chosen = str(options.deployment_id)
+    api, stack = _stack(options, output)
+    confirm(f"delete deployment {chosen}?", options.yes)
     result = flow.delete(api, stack, chosen, output)
     output.result(result, [f"{chosen} is gone"])
 
 
 @verb([*STACK, "deployment_name", "redis_url", "redis_prefix", "yes"], parser="parse_one_name")
-def remove(wanted: options.StackOptions, output: Output) -> None:
+def remove(options: options.StackOptions, output: Output) -> None:
     """Remove the one deployment whose id was generated from a name."""
     from pulse_railway.flows import remove as flow
 
-    api, stack = _stack(wanted, output)
-    chosen = flow.by_name(stack, str(wanted.deployment_name))
-    confirm(f"delete deployment {chosen}?", wanted.yes)
+    api, stack = _stack(options, output)
+    chosen = flow.by_name(stack, str(options.deployment_name))
+    confirm(f"delete deployment {chosen}?", options.yes)
     result = flow.delete(api, stack, chosen, output)
     output.result(result, [f"{chosen} is gone"])
 
 
 @verb([*STACK, "watch", "every"], parser="parse_status")
-def status(wanted: options.StatusOptions, output: Output) -> None:
+def status(options: options.StatusOptions, output: Output) -> None:
     """Show the baseline, and each deployment with its state, age and sessions."""
     from pulse_railway import rendering
     from pulse_railway.flows import status as flow
     from pulse_railway.flows import watch
 
-    api, stack = _stack(wanted, output, require=False)
-    if wanted.watch:
-        rendering.show_watch(watch.watch(api, stack, wanted.every))
+    api, stack = _stack(options, output, require=False)
+    if options.watch:
+        rendering.show_watch(watch.watch(api, stack, options.every))
         return
     with output.step("ask the router"):
         result = flow.status(api, stack)
@@ -239,34 +241,34 @@ def status(wanted: options.StatusOptions, output: Output) -> None:
 
 
 @verb([*STACK, "deployment_id", "build", "follow", "lines"], parser="parse_logs")
-def logs(wanted: options.LogsOptions, output: Output) -> None:
+def logs(options: options.LogsOptions, output: Output) -> None:
     """Show a deployment's log (default: the active one's), or with --service a stable service's."""
     from pulse_railway import config
     from pulse_railway.flows import logs as flow
 
-    api, target = config.connect(wanted.where, output)
+    api, target = config.connect(options.where, output)
     with output.step("find the service"):
-        service = flow.find(api, target, wanted)
-    output.result(flow.logs(api, target, service, wanted, output), [])
+        service = flow.find(api, target, options)
+    output.result(flow.logs(api, target, service, options, output), [])
 
 
 @verb([*STACK, "deployment_id"], parser="parse_stack")
-def restore(wanted: options.StackOptions, output: Output) -> None:
+def restore(options: options.StackOptions, output: Output) -> None:
     """Rebuild the routing state from Railway's services, where Redis has lost it."""
     from pulse_railway.flows import restore as flow
 
-    api, stack = _stack(wanted, output)
-    result = flow.restore(api, stack, wanted.deployment_id, output)
+    api, stack = _stack(options, output)
+    result = flow.restore(api, stack, options.deployment_id, output)
     restored = ", ".join(result["restored"]) or "by the routers"
     output.result(result, [f"restored {restored}; {result['active']} is active"])
 
 
 @verb(["repository", "tag", "json"], parser="parse_image")
-def image(wanted: options.ImageOptions, output: Output) -> None:
+def image(options: options.ImageOptions, output: Output) -> None:
     """Build the runtime image (router and janitor) and push it."""
     from pulse_railway.flows import image as flow
 
-    reference = flow.image(wanted, output)
+    reference = flow.image(options, output)
     output.result(
         {"image": reference}, [f"pushed {reference}", f"use it: --runtime-image {reference}"]
     )
@@ -325,17 +327,17 @@ def local(_: Any, dir: str = ".local-railway", env: bool = False) -> None:
 
 
 def _stack(
-    wanted: options.StackOptions, output: Output, *, require: bool = True
+    options: options.StackOptions, output: Output, *, require: bool = True
 ) -> tuple[Api, Stack]:
     from pulse_railway import config
     from pulse_railway.stack import check_redis, inspect, require_baseline
 
-    api, target = config.connect(wanted.where, output)
+    api, target = config.connect(options.where, output)
     with output.step("inspect the project"):
-        stack = inspect(api, target, wanted.names)
+        stack = inspect(api, target, options.names)
         if require:
             require_baseline(stack)
-        check_redis(stack, wanted.redis_service, wanted.redis_url, wanted.redis_prefix)
+        check_redis(stack, options.redis_service, options.redis_url, options.redis_prefix)
     return api, stack
 
 

@@ -1,8 +1,8 @@
-"""How a verb becomes an Invoke task: its signature, configuration, errors and exit status.
+"""Makes Invoke tasks of the verbs: signature, configuration, errors and exit status.
 
-A verb names those of flags.py that it takes. What was given, else the project's Invoke
-configuration (section `pulse_railway`), goes through a parser of options.py, once, and comes out as
-the typed value that the verb gets.
+A verb lists its flags of flags.py. Their values, or those of the project's Invoke configuration
+(section `pulse_railway`), become one typed value by a parser of options.py. The verb gets that
+value.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ def verb(flags: list[str], parser: str) -> Callable[[Callable[..., None]], Task[
     """Make a task of a function that takes a typed value and an Output.
 
     Args:
-        flags: those it takes, from FLAGS.
-        parser: the function of options.py that makes the value of them.
+        flags: the names of its flags in FLAGS.
+        parser: the name of the function in options.py that makes the value from the flags.
     """
 
     def decorate(function: Callable[..., None]) -> Task[Any]:
         @functools.wraps(function)
-        def body(*args: Any, **given: Any) -> dict[str, Any]:
-            bound = signature.bind(*args, **given)  # TypeError for what it does not take
+        def body(*args: Any, **kwargs: Any) -> dict[str, Any]:
+            bound = signature.bind(*args, **kwargs)  # TypeError for an unknown argument
             bound.apply_defaults()
             context = bound.arguments.pop("c")
             advice.remember(function.__name__, bound.arguments)
@@ -53,50 +53,56 @@ def verb(flags: list[str], parser: str) -> Callable[[Callable[..., None]], Task[
         signature = inspect.Signature(parameters)
         body.__signature__ = signature  # type: ignore[attr-defined]
         body.flags = flags  # type: ignore[attr-defined]  # for the help
-        made = task(
+        invoke_task = task(
             body,
             help={name: FLAGS[name].text for name in flags},
             iterable=[name for name in flags if FLAGS[name].kind is dict],
             auto_shortflags=False,
         )
-        return cast(Task[Any], made)
+        return cast(Task[Any], invoke_task)
 
     return decorate
 
 
-def with_defaults(context: Context, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Flags that were not given, from the project's Invoke configuration."""
+def with_defaults(context: Context, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the flags, with those that were not given from the project's Invoke configuration.
+
+    Raises Exit if the configuration's section is invalid.
+    """
     configured = context.config.get("pulse_railway") or {}
     if not isinstance(configured, Mapping | DataProxy):
         raise Exit(
             "error: the section pulse_railway of invoke.yaml has to be `flag: value` lines", 1
         )
-    known = {key.replace("-", "_"): value for key, value in dict(configured).items()}
+    defaults = {key.replace("-", "_"): value for key, value in dict(configured).items()}
     return {
-        name: known.get(name, value) if value is None or value is False or value == [] else value
-        for name, value in given.items()
+        name: defaults.get(name, value) if value is None or value is False or value == [] else value
+        for name, value in flags.items()
     }
 
 
 def run_verb(verb: Callable[..., None], parser: str, flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Call a verb; returns its result, what it says with --json. Whatever a user can do something
-    about becomes one line and a status of 1; with --json, one object on stdout too."""
+    """Call a verb and return its result, the object that --json prints.
+
+    An error that the user can correct is raised as Exit with one line and status 1; with --json an
+    object is printed too.
+    """
     import httpx
 
     from pulse_railway import options
     from pulse_railway.advice import pasteable
     from pulse_railway.errors import Failure, Interrupted, redact
-    from pulse_railway.output import Output, reader_has_gone
+    from pulse_railway.output import Output, silence_stdout
 
     load_dotenv()
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a log line may hold what has no encoding
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a log line may have characters without encoding
         sys.stdout.reconfigure(errors="backslashreplace")
     output = Output(as_json=bool(flags.get("json")))
 
-    def end(why: str, code: int) -> Exit:
-        why = pasteable(why)
-        output.failure(why)
-        return Exit(f"error: {why}" if code == 1 else why, code)
+    def end(message: str, code: int) -> Exit:
+        message = pasteable(message)
+        output.failure(message)
+        return Exit(f"error: {message}" if code == 1 else message, code)
 
     try:
         verb(getattr(options, parser)(flags, output), output)
@@ -107,21 +113,21 @@ def run_verb(verb: Callable[..., None], parser: str, flags: Mapping[str, Any]) -
     except Interrupted as interrupted:
         raise end("interrupted", 128 + interrupted.number) from None
     except BrokenPipeError:
-        raise Exit("", reader_has_gone()) from None
+        raise Exit("", silence_stdout()) from None
     except (OSError, httpx.HTTPError) as error:
         raise end(redact(str(error) or type(error).__name__), 1) from None
-    except Exception as error:  # what we did not think of: its traceback may hold a secret
+    except Exception as error:  # an unforeseen one: its traceback may contain a secret
         sys.stderr.write(redact(traceback.format_exc()))
         raise end(
             f"{type(error).__name__}, which is a fault of pulse-railway: nothing is known"
-            " to be lost, `pulse-railway status` tells what stands",
+            " to be lost; see `pulse-railway status`",
             1,
         ) from None
     return output.value
 
 
 def load_dotenv() -> None:
-    """Read `.env` in this folder; the environment wins over it."""
+    """Read `.env` in this folder; variables that are set already keep their values."""
     if Path(".env").is_file():
         import dotenv
 
@@ -129,15 +135,18 @@ def load_dotenv() -> None:
 
 
 def confirm(question: str, yes: bool) -> None:
-    """Ask before something is destroyed, if there is a terminal. Raises Failure for a no."""
+    """Ask before something is destroyed. Raises Failure for a no.
+
+    Without a terminal nothing is asked, so that scripts for 0.3.x still work.
+    """
     from pulse_railway.errors import Failure
 
-    if not yes and ask(question) is False:  # scripts that worked with 0.3.x go on working
+    if not yes and ask(question) is False:
         raise Failure("not done")
 
 
 def ask(question: str) -> bool | None:
-    """What the person at the terminal says; None where there is none."""
+    """Ask the person at the terminal, yes or no; return None if there is no terminal, or in CI."""
     if os.environ.get("CI") or not sys.stdin.isatty():
         return None
     print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)

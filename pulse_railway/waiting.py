@@ -1,4 +1,4 @@
-"""Waiting for Railway: one polling query, however many services are waited for."""
+"""Waits for deployments on Railway, of several services with one polling query."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from pulse_railway.output import Output
 from pulse_railway.railway import documents
 from pulse_railway.railway.api import Api
 
-POLL_SECONDS = 2.0  # Railway asks for no more
-BUILD_TIMEOUT = 1800.0
+POLL_SECONDS = 2.0  # between two polls: Railway limits the rate of calls
+BUILD_TIMEOUT = 1800.0  # seconds
 FAILED_STATES = ("FAILED", "CRASHED", "REMOVED", "SKIPPED")
 
 
-def poll(timeout: float, ask: Callable[[], Any], what: str) -> Any:
-    """Ask every two seconds until there is an answer. Raises Failure when the time is up."""
+def poll(timeout: float, ask: Callable[[], Any], label: str) -> Any:
+    """Call `ask` every two seconds until it returns something other than None, and return that.
+
+    Raises Failure, with the label, after `timeout` seconds.
+    """
     deadline = time.monotonic() + timeout
     pause = 0.5
     while True:
@@ -26,13 +29,13 @@ def poll(timeout: float, ask: Callable[[], Any], what: str) -> Any:
         if answer is not None:
             return answer
         if time.monotonic() > deadline:
-            raise Failure(f"{what} took longer than {timeout:.0f} s")
+            raise Failure(f"{label} took longer than {timeout:.0f} s")
         time.sleep(pause)
         pause = min(pause * 2, POLL_SECONDS)
 
 
 def latest(api: Api, target: Target) -> dict[str, dict[str, str]]:
-    """The latest deployment of every service that has one, by service id."""
+    """Return the latest deployment of every service that has one, by service id."""
     data = api.call(documents.LATEST, project=target.project_id, environment=target.environment_id)
     return {
         node["serviceId"]: node["latestDeployment"]
@@ -44,28 +47,29 @@ def latest(api: Api, target: Target) -> dict[str, dict[str, str]]:
 def wait_for_services(
     api: Api,
     target: Target,
-    wanted: dict[str, str],
-    known: dict[str, str | None],
+    services: dict[str, str],
+    deployments: dict[str, str | None],
     output: Output,
     timeout: float = BUILD_TIMEOUT,
 ) -> None:
     """Wait until the deployments of several services have succeeded, with one polling query.
 
     Args:
-        wanted: service id to name.
-        known: service id to the deployment to wait for; None: whatever is the latest.
+        services: names by service id.
+        deployments: deployments to wait for by service id; None: the latest.
+        timeout: seconds.
 
-    Raises Failure naming the service whose deployment failed, with the end of its build log.
+    Raises Failure, with the service's name and the end of its build log, if a deployment fails.
     """
     shown: dict[str, str] = {}
 
     def ask() -> bool | None:
-        now = latest(api, target)
+        newest = latest(api, target)
         waiting = []
-        for service_id, name in wanted.items():
-            deployment = now.get(service_id)
+        for service_id, name in services.items():
+            deployment = newest.get(service_id)
             status = deployment["status"] if deployment else "INITIALIZING"
-            expected = known.get(service_id)
+            expected = deployments.get(service_id)
             if expected and deployment and deployment["id"] != expected:
                 status = "QUEUED"  # an older deployment is still the latest
             if deployment and status in FAILED_STATES:
@@ -79,15 +83,15 @@ def wait_for_services(
             output.waiting(line)
         return None if waiting else True
 
-    poll(timeout, ask, f"the deployment of {', '.join(wanted.values())}")
+    poll(timeout, ask, f"the deployment of {', '.join(services.values())}")
 
 
 def wait_for_build(
     api: Api, deployment_id: str, output: Output, timeout: float = BUILD_TIMEOUT
 ) -> None:
-    """Wait for one deployment, showing its build log as it comes.
+    """Wait for one deployment, at most `timeout` seconds, and show its build log meanwhile.
 
-    Raises Failure with the end of the log where it does not succeed.
+    Raises Failure with the end of the log if the deployment fails.
     """
     log: list[str] = []
     since: str | None = None
@@ -108,8 +112,10 @@ def wait_for_build(
             return True
         if status in FAILED_STATES:
             tail = "\n".join(f"    {line}" for line in log[-20:])
-            said = runtime_tail(api, deployment_id)
-            raise Failure(f"the build or start ended as {status}; its log ended with\n{tail}{said}")
+            output_tail = runtime_tail(api, deployment_id)
+            raise Failure(
+                f"the build or start ended as {status}; its log ended with\n{tail}{output_tail}"
+            )
         if status == "NEEDS_APPROVAL":
             raise Failure("the deployment waits for an approval on Railway: approve it there")
         if status != last:
@@ -121,13 +127,13 @@ def wait_for_build(
 
 
 def runtime_tail(api: Api, deployment_id: str) -> str:
-    """What a deployment that was built said before it ended: a traceback, a missing variable."""
+    """Return the end of a deployment's runtime log, such as a traceback; "" if it is empty."""
     try:
         data = api.call(documents.RUNTIME_LOGS, deployment=deployment_id, since=None, limit=20)
     except Failure as failure:
-        return f"\nand its runtime log could not be read: {failure}"
+        return f"\nits runtime log could not be read: {failure}"
     lines = [f"    {line['message']}" for line in data["deploymentLogs"]]
-    return "\n".join(["\nand it said, while it ran,", *lines]) if lines else ""
+    return "\n".join(["\nits runtime log ended with", *lines]) if lines else ""
 
 
 def build_tail(api: Api, deployment_id: str) -> str:

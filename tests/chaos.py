@@ -1,15 +1,15 @@
-"""The chaos run: three routers, a Redis, backends that come and go, and 200 clients that browse,
-upload, stream and hold sockets, while everything that can go wrong does.
+"""The chaos run: 200 clients browse, upload, stream and hold sockets through three routers, while
+deployments change, and routers, Redis and backends fail.
 
-    invoke chaos --minutes 10 [--seed N]      by hand; a short one is among the tests
+    invoke chaos --minutes 10 [--seed N]      by hand; the tests have a short run
 
 Routers, Redis, janitor, control commands and the Pulse apps are real, each a process of its own.
-What stands in: light backends beside the Pulse apps, for numbers; this file for Railway, which
-starts, stops and restarts backends and has the list of services that the janitor asks for; and for
-Railway's edge, which sends nothing new to a router that is about to be stopped.
+Light backends beside the Pulse apps allow more load. This file replaces Railway: it starts, stops
+and restarts backends, and has the list of services for the janitor. It also replaces Railway's
+edge, which sends no new connection to a router that is about to be stopped.
 
-Every answer is counted and judged (chaos_clients.py). What may happen is on a backend that was
-killed or ended on purpose: its requests, sockets and tabs. Everything else is a failure.
+Every answer is counted and judged (chaos_clients.py). Only requests, sockets and tabs of a backend
+that was killed or ended on purpose may fail.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ control: Any = runtime_image.load("control")
 APPS = ROOT / "tests" / "apps" / "chaos"
 TOKEN = "chaos-internal-token"
 DRAIN_TTL = 60.0
-SEEN_WITHIN = 1.0  # seconds in which every router has to know of a promotion ...
-SEEN_WITHIN_AFTER_REDIS = 8.0  # ... or of all that Redis was away for
-MOST = 6  # deployments at once
+SEEN_WITHIN = 1.0  # seconds until every router must serve a promotion
+SEEN_WITHIN_AFTER_REDIS = 8.0  # the same, after Redis was not available
+MAX_DEPLOYMENTS = 6  # at once
 QUICK = {"refresh_seconds": 3.0}
 
 
@@ -59,7 +59,7 @@ class BackendProcess:
 
 @dataclass
 class Sample:
-    """What a router holds while nobody asks for anything."""
+    """A router's resources in use, without clients."""
 
     descriptors: int
     memory: int  # bytes
@@ -80,8 +80,8 @@ class World:
     running: dict[str, BackendProcess] = field(default_factory=dict)
     ended: set[str] = field(default_factory=set)
     down: list[tuple[str, float, float]] = field(default_factory=list)  # on purpose: from, until
-    chosen: list[tuple[float, set[str]]] = field(default_factory=list)  # who may answer newcomers
-    intent: str | None = None  # what was promoted last, and when
+    expected: list[tuple[float, set[str]]] = field(default_factory=list)  # who may answer newcomers
+    last_promoted: str | None = None  # `<deployment id>@<time>` of the last promotion
     redis_back: float = 0.0
     count: collections.Counter[str] = field(default_factory=collections.Counter)
     events: collections.Counter[str] = field(default_factory=collections.Counter)
@@ -93,24 +93,24 @@ class World:
 
     # -- judging -------------------------------------------------------------------------------
 
-    def fail(self, kind: str, what: str) -> None:
+    def fail(self, kind: str, message: str) -> None:
         self.count[f"FAILED {kind}"] += 1
         at = time.monotonic() - self.began
-        self.failures.append(f"{at:6.1f} s {kind}: {what}")
+        self.failures.append(f"{at:6.1f} s {kind}: {message}")
 
     def may_answer(self, name: str, since: float) -> bool:
-        """May that deployment answer a request that named none and was sent then?"""
+        """May `name` answer a request without affinity that was sent at `since` (monotonic)?"""
         late = SEEN_WITHIN_AFTER_REDIS if since < self.redis_back + 8 else SEEN_WITHIN
-        known: set[str] = set()
-        for at, names in self.chosen:
+        allowed: set[str] = set()
+        for at, names in self.expected:
             if at <= since - late:
-                known = set(names)
+                allowed = set(names)
             else:
-                known |= names
-        return name in known
+                allowed |= names
+        return name in allowed
 
     def excused(self, name: str, since: float) -> bool:
-        """Was that deployment killed or ended on purpose, then or later?"""
+        """Was the deployment down on purpose at `since` or later?"""
         now = time.monotonic()
         return any(n == name and a <= now and b >= since for n, a, b in self.down)
 
@@ -160,7 +160,7 @@ class World:
         return backend
 
     async def end_backend(self, name: str) -> None:
-        """As Railway deletes a service."""
+        """End a backend, as Railway deletes a service."""
         backend = self.running.pop(name, None)
         if backend:
             self.ended.add(name)
@@ -177,7 +177,7 @@ class World:
         raise AssertionError(f"{path} on {port} did not become {status}")
 
     async def look(self, port: int, path: str) -> Any:
-        """One request of ours, which is not judged."""
+        """Send a request that is not judged, and return its answer."""
         connection = ClientConnection(port)
         try:
             async with asyncio.timeout(10):
@@ -191,24 +191,24 @@ class World:
     # -- control -------------------------------------------------------------------------------
 
     async def control(self, *words: str) -> dict[str, Any]:
-        """A control command, as `railway ssh` runs it in a router's container."""
+        """Carry out a control command, as in a router's container."""
         nonce = f"{self.rng.getrandbits(64):x}"
-        given = [*words, "--nonce", nonce, "--by", "chaos"]
-        given += ["--intent", self.intent] if self.intent else []
+        command = [*words, "--nonce", nonce, "--by", "chaos"]
+        command += ["--intent", self.last_promoted] if self.last_promoted else []
         for _ in range(6):
-            answer = await asyncio.to_thread(control.carry_out, given, {**os.environ, **self.env})
+            answer = await asyncio.to_thread(control.carry_out, command, {**os.environ, **self.env})
             if answer["ok"] or answer["reason"] != "store":
                 return dict(answer)
             await asyncio.sleep(1)
         raise AssertionError(f"{words}: {answer}")
 
     async def state(self) -> Any:
-        """The store's, once it has what was lost."""
+        """Return the routing state, when lost data are restored."""
         for _ in range(100):
             with contextlib.suppress(Exception):
-                found = await asyncio.to_thread(self.store.read)
-                if found.active:
-                    return found
+                routing = await asyncio.to_thread(self.store.read)
+                if routing.active:
+                    return routing
             await asyncio.sleep(0.1)
         raise AssertionError("the routing state did not come back")
 
@@ -219,12 +219,18 @@ class World:
     async def choose(
         self, *words: str, result: Callable[[], set[str] | None]
     ) -> dict[str, Any] | None:
-        """A command that changes who answers newcomers: before it, during it, and after it."""
-        before = self.chosen[-1][1] if self.chosen else set()
+        """Run a command that changes which deployments may answer new visitors.
+
+        Returns its answer, or None if the router has refused it.
+
+        Args:
+            result: returns the deployments that may answer after the command.
+        """
+        before = self.expected[-1][1] if self.expected else set()
         after = result()
-        self.chosen.append((time.monotonic(), before | (after or set())))
+        self.expected.append((time.monotonic(), before | (after or set())))
         answer = await self.control(*words)
-        self.chosen.append((time.monotonic(), (after or before) if answer["ok"] else before))
+        self.expected.append((time.monotonic(), (after or before) if answer["ok"] else before))
         return answer if answer["ok"] else None
 
     async def promote(self, name: str, *more: str) -> bool:
@@ -232,12 +238,12 @@ class World:
         began = time.monotonic()
         answer = await self.choose(*words, *more, result=lambda: {name})
         if answer:
-            self.intent = "{deployment_id}@{at!r}".format(**answer["promoted"])
+            self.last_promoted = "{deployment_id}@{at!r}".format(**answer["promoted"])
             await self.until_seen(name, began)
         return answer is not None
 
     async def until_seen(self, name: str, began: float) -> None:
-        """Wait until every router sends newcomers there."""
+        """Wait until every router serves `name` to new visitors."""
         for port in list(self.ports):
             while time.monotonic() < began + 30:
                 with contextlib.suppress(OSError, EOFError, TimeoutError):
@@ -258,8 +264,8 @@ class World:
     # -- what happens --------------------------------------------------------------------------
 
     async def bring_up(self) -> str | None:
-        """A new deployment, pending; none where there are enough."""
-        if len(self.running) >= MOST:
+        """Start and register a pending deployment; None if there are MAX_DEPLOYMENTS already."""
+        if len(self.running) >= MAX_DEPLOYMENTS:
             await self.janitor_runs()
             return None
         backend = await self.start_backend(self.rng.random() < self.pulse_share)
@@ -274,49 +280,48 @@ class World:
             await self.promote(name)
 
     async def failed_deploy(self) -> None:
-        """It is registered, does not come up as it should, and is removed."""
+        """Register a deployment and remove it, as after a failed check."""
         if name := await self.bring_up():
             await self.delete(name)
 
     async def canary(self) -> None:
-        """A share that grows; then it is promoted, withdrawn, or overtaken by another."""
+        """Run a canary with two weights; then promote it, abort it, deploy another, or crash it."""
         state = await self.state()
         if state.canary or not (name := await self.bring_up()):
             return
         active = state.active
         words = ["promote", "--active-deployment-id", name, "--active-service-name", name]
         for weight in sorted(self.rng.sample(range(1, 100), 2)):
-            given = [*words, "--weight", str(weight)]
-            if not await self.choose(*given, result=lambda: {active, name}):
+            if not await self.choose(
+                *words, "--weight", str(weight), result=lambda: {active, name}
+            ):
                 return
             await asyncio.sleep(self.rng.uniform(1, 3))
         match self.rng.choice(("promote", "withdraw", "overtake", "crash")):
             case "promote":
                 await self.promote(name)
             case "withdraw":
-                given = ["withdraw", "--deployment-id", name]
-                await self.choose(*given, result=lambda: {active})
+                await self.choose("withdraw", "--deployment-id", name, result=lambda: {active})
             case "overtake":
                 await self.deploy()
                 await self.delete(name)
             case _:
                 await self.crash(name)
                 await asyncio.sleep(1)
-                given = ["withdraw", "--deployment-id", name]
-                await self.choose(*given, result=lambda: {active})
+                await self.choose("withdraw", "--deployment-id", name, result=lambda: {active})
 
     async def rollback(self) -> None:
         state = await self.state()
-        found = [
+        candidates = [
             r
             for r in state.records.values()
             if r.state == "draining"
             and not (r.retiring_at or r.rejected_at)
             and r.deployment_id in self.running
         ]
-        if found and not state.canary:
-            found.sort(key=lambda r: -(r.drain_started_at or 0.0))
-            name = found[0].deployment_id
+        if candidates and not state.canary:
+            candidates.sort(key=lambda r: -(r.drain_started_at or 0.0))
+            name = candidates[0].deployment_id
             await self.promote(name, "--instead-of", state.active, "--rolls-back")
 
     async def delete_one(self) -> None:
@@ -338,13 +343,20 @@ class World:
         await self.control("delete", "--deployment-id", name)
 
     async def janitor_runs(self, killed: bool = False) -> None:
-        """A run in a process of its own, which has Railway's list of services in a file."""
+        """Run the janitor in a process of its own; files replace Railway's services."""
         services = self.folder / "services.json"
         services.write_text(json.dumps({n: b.process.popen.pid for n, b in self.running.items()}))
         gone = self.folder / "gone"
         gone.write_text("")
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "tests.chaos", str(services), str(gone), self.intent or ""),
+            *(
+                sys.executable,
+                "-m",
+                "tests.chaos",
+                str(services),
+                str(gone),
+                self.last_promoted or "",
+            ),
             cwd=ROOT,
             env={**os.environ, **self.env},
             stderr=asyncio.subprocess.DEVNULL,
@@ -363,11 +375,11 @@ class World:
             await self.end_backend(name)
 
     async def router_restarts(self) -> None:
-        """A new one first; then nothing new goes to the old one; then it is stopped."""
-        at = self.rng.randrange(1, len(self.routers))  # the first one is there all the time
-        fresh = await self.start_router()
-        old, self.routers[at] = self.routers[at], fresh
-        self.ports[at] = fresh.port
+        """Replace a router: start a new one, send new connections there, stop the old one."""
+        at = self.rng.randrange(1, len(self.routers))  # the first one runs all the time
+        new = await self.start_router()
+        old, self.routers[at] = self.routers[at], new
+        self.ports[at] = new.port
         await asyncio.sleep(0.5)
         self.retired.add(old.port)
         os.kill(old.popen.pid, signal.SIGTERM)
@@ -387,7 +399,7 @@ class World:
 
     async def redis_loses_the_routing_state(self) -> None:
         client = self.redis.client
-        await asyncio.sleep(3.5)  # every router knows what there is
+        await asyncio.sleep(3.5)  # until every router has read the state
         keys = [k for k in client.scan_iter("pulse:railway:*") if ":router:" not in k]
         client.delete(*keys)
         self.redis_back = time.monotonic()
@@ -397,7 +409,7 @@ class World:
         await self.crash(self.rng.choice(list(self.running)))
 
     async def crash(self, name: str) -> None:
-        """Killed, and started anew by Railway."""
+        """Kill a backend and start it again, as Railway does."""
         backend = self.running[name]
         self.down.append((name, time.monotonic(), float("inf")))
         await asyncio.to_thread(backend.process.stop, signal.SIGKILL)
@@ -409,7 +421,7 @@ class World:
         self.down[at] = (name, self.down[at][1], time.monotonic() + 0.5)
 
     async def backend_stalls(self) -> None:
-        """Frozen for a while: slow, but nothing fails."""
+        """Freeze a backend for a while: it is slow, but no request may fail."""
         process = self.rng.choice(list(self.running.values())).process
         os.killpg(process.popen.pid, signal.SIGSTOP)
         await asyncio.sleep(self.rng.uniform(0.5, 3))
@@ -426,25 +438,25 @@ class World:
         await self.promote(name)
 
     async def play(self, clients: int, tabs: int, seconds: float, events: bool) -> None:
-        """Clients for that long, and meanwhile one thing after another goes wrong."""
+        """Run clients for `seconds`; with `events`, something happens all the time."""
         self.over = False
-        people = [asyncio.create_task(Client(self, n).run()) for n in range(clients)]
-        people += [asyncio.create_task(Tab(self, n).run()) for n in range(tabs)]
+        users = [asyncio.create_task(Client(self, n).run()) for n in range(clients)]
+        users += [asyncio.create_task(Tab(self, n).run()) for n in range(tabs)]
         deadline = time.monotonic() + seconds
         try:
             while time.monotonic() < deadline:
                 await asyncio.sleep(self.rng.uniform(0.2, 2.0))
-                for task in people:
+                for task in users:
                     if task.done() and task.exception():
                         raise task.exception() or AssertionError
                 if events:
                     await self.happen()
         finally:
             self.over = True
-            await asyncio.wait(people, timeout=PATIENCE_AT_THE_END)
-            for task in people:
+            await asyncio.wait(users, timeout=END_TIMEOUT)
+            for task in users:
                 task.cancel()
-            await asyncio.gather(*people, return_exceptions=True)
+            await asyncio.gather(*users, return_exceptions=True)
 
     async def happen(self) -> None:
         kinds: dict[Callable[[], Awaitable[None]], int] = {
@@ -472,8 +484,8 @@ class World:
     async def janitor_is_killed(self) -> None:
         await self.janitor_runs(killed=True)
 
-    async def settled(self, process: Process) -> Sample:
-        """When the clients have gone, and what was pooled too."""
+    async def sample_at_rest(self, process: Process) -> Sample:
+        """Return a router's resources when clients and pooled connections are closed."""
         await asyncio.sleep(6)
         fds = len(list(Path(f"/proc/{process.popen.pid}/fd").iterdir()))
         return Sample(fds, process.rss)
@@ -484,7 +496,7 @@ class World:
         self.redis.stop()
 
 
-PATIENCE_AT_THE_END = 60.0
+END_TIMEOUT = 60.0
 
 
 @dataclass
@@ -494,12 +506,13 @@ class Result:
     after: Sample
 
     def problems(self) -> list[str]:
-        found = list(self.world.failures)
-        if self.after.descriptors > self.before.descriptors:
-            found.append(f"descriptors: {self.before.descriptors}, then {self.after.descriptors}")
-        if self.after.memory > self.before.memory * 1.25 + (4 << 20):
-            found.append(f"memory: {self.before.memory}, then {self.after.memory}")
-        return found
+        problems = list(self.world.failures)
+        before, after = self.before, self.after
+        if after.descriptors > before.descriptors:
+            problems.append(f"descriptors: {before.descriptors}, then {after.descriptors}")
+        if after.memory > before.memory * 1.25 + (4 << 20):
+            problems.append(f"memory: {before.memory}, then {after.memory}")
+        return problems
 
     def table(self) -> str:
         world, seen = self.world, sorted(self.world.seen_after)
@@ -525,16 +538,16 @@ async def chaos(
 ) -> Result:
     task = asyncio.current_task()
     assert task
-    for number in (signal.SIGTERM, signal.SIGINT):  # also where a shell has it ignored
+    for number in (signal.SIGTERM, signal.SIGINT):  # a shell may have it ignored
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     (folder / "redis").mkdir()
     world = World(seed, folder, Redis(folder=folder / "redis"), pulse_share)
     try:
         await world.begin()
         await world.play(clients, tabs, min(8.0, seconds / 3), events=False)
-        before = await world.settled(world.routers[0])
+        before = await world.sample_at_rest(world.routers[0])
         await world.play(clients, tabs, seconds, events=True)
-        after = await world.settled(world.routers[0])
+        after = await world.sample_at_rest(world.routers[0])
         return Result(world, before, after)
     finally:
         world.stop()
@@ -555,14 +568,20 @@ def main(minutes: float, seed: int) -> int:
     return 1 if problems else 0
 
 
-def janitor(services: str, gone: str, intent: str) -> None:
-    """One run of janitor.py on a Railway that is two files."""
+def janitor(services: str, gone: str, last_promoted: str) -> None:
+    """Run janitor.py once on a Railway that consists of two files.
+
+    Args:
+        services: the file with the names of the services.
+        gone: the file to which the names of deleted services are added.
+        last_promoted: `<deployment id>@<time>`, or "".
+    """
     script: Any = runtime_image.load("janitor")
-    there = json.loads(Path(services).read_text())
-    name, _, at = intent.partition("@")
-    promoted = script.Promotion(name, float(at)) if intent else None
-    backends = [script.Service(n, n, n, 1e6, "SUCCESS", ours=True) for n in there]
-    found = script.Inventory(backends, "router", promoted)
+    names = json.loads(Path(services).read_text())
+    name, _, at = last_promoted.partition("@")
+    promoted = script.Promotion(name, float(at)) if last_promoted else None
+    backends = [script.Service(n, n, n, 1e6, "SUCCESS", ours=True) for n in names]
+    inventory = script.Inventory(backends, "router", promoted)
 
     def delete(service: Any) -> None:
         with open(gone, "a") as file:
@@ -571,11 +590,11 @@ def janitor(services: str, gone: str, intent: str) -> None:
 
     railway = types.SimpleNamespace(delete=delete, remember=lambda *_: None)
     store = router.store_from_env(dict(os.environ))
-    with script.run_lock(store) as held:
-        if held:
+    with script.run_lock(store) as locked:
+        if locked:
             limits = script.Retention(DRAIN_TTL, 10.0, 0)
             with contextlib.suppress(script.Contradiction):
-                script.clean_up(store, railway, store.read(), found, TOKEN, limits)
+                script.clean_up(store, railway, store.read(), inventory, TOKEN, limits)
 
 
 if __name__ == "__main__":

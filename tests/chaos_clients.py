@@ -1,8 +1,8 @@
-"""The clients of the chaos run: they speak HTTP by hand, and judge every answer that they get.
+"""The clients of the chaos run. They implement HTTP themselves, and judge every answer.
 
 Each plays one life after another: a page, its asset, and then requests, an upload, a stream or a
-socket with the page's affinity. What is no failure is written down in `World`: which deployment
-may answer, and which of them is down on purpose.
+socket with the page's affinity. `World` has what is allowed: the deployments that may answer, and
+those that are down on purpose.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from examples.visitor import Visitor
 if TYPE_CHECKING:
     from tests.chaos import World
 
-PATIENCE = 40.0  # seconds that an answer may take
+ANSWER_TIMEOUT = 40.0  # seconds
 
 
 class Ended(Exception):
-    """The life is over: its deployment has gone, or the answer was not to be had."""
+    """A life ends: its deployment is removed, or a request has failed."""
 
 
 class ClientAnswer:
@@ -43,12 +43,12 @@ class ClientAnswer:
 
 
 class ClientConnection:
-    """One client connection to a router. Raises OSError or EOFError where it breaks."""
+    """A connection to a router. Its methods raise OSError or EOFError when it breaks."""
 
     def __init__(self, port: int) -> None:
         self.port = port
         self.used = False
-        self.chosen = ""  # the deployment of an answer that broke off behind its head
+        self.selected = ""  # the deployment in the answer's head, also if its body breaks off
 
     async def open(self) -> None:
         self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port)
@@ -57,34 +57,38 @@ class ClientConnection:
         self.writer.close()
 
     async def ask(self, head: bytes, body: bytes = b"") -> ClientAnswer:
-        """Raises ConnectionResetError where it had died before, and this one may be repeated."""
-        self.chosen = ""
+        """Send a request and return its answer.
+
+        Raises ConnectionResetError if a kept-alive connection was closed before: the request may be
+        repeated then.
+        """
+        self.selected = ""
         try:
             self.writer.write(head + body)
             await self.writer.drain()
-            said = await self.reader.readuntil(b"\r\n\r\n")
+            answer_head = await self.reader.readuntil(b"\r\n\r\n")
         except (OSError, asyncio.IncompleteReadError) as error:
             if self.used and not getattr(error, "partial", b""):
                 raise ConnectionResetError from None
             raise
         self.used = True
-        self.chosen = ClientAnswer(said, b"").deployment
-        if b"\r\ntransfer-encoding: chunked" in said.lower():
+        self.selected = ClientAnswer(answer_head, b"").deployment
+        if b"\r\ntransfer-encoding: chunked" in answer_head.lower():
             content = b""
             while size := int((await self.reader.readuntil(b"\r\n")).split(b";")[0], 16):
                 content += await self.reader.readexactly(size)
                 await self.reader.readexactly(2)
             await self.reader.readexactly(2)
         else:
-            length = ClientAnswer(said, b"").fields.get("content-length", "0")
+            length = ClientAnswer(answer_head, b"").fields.get("content-length", "0")
             content = await self.reader.readexactly(int(length))
-        if b"\r\nconnection: close" in said.lower():
+        if b"\r\nconnection: close" in answer_head.lower():
             self.close()
             self.used = False
-        return ClientAnswer(said, content)
+        return ClientAnswer(answer_head, content)
 
     async def frame(self) -> bytes:
-        """The next short frame of a WebSocket; a ping is answered (RFC 6455 section 5.5)."""
+        """Return the next short frame of a WebSocket; answer pings (RFC 6455 section 5.5)."""
         while True:
             first, length = await self.reader.readexactly(2)
             data = await self.reader.readexactly(length)
@@ -160,23 +164,28 @@ class Client:
     async def get(
         self, path: str, affinity: str = "", body: bytes | None = None, of: str = ""
     ) -> ClientAnswer:
-        """One request and what came of it, judged. `of`: the deployment whose asset it is."""
+        """Send a request, judge and return its answer. Raises Ended unless its status is 200.
+
+        Args:
+            of: the deployment that has the requested asset.
+        """
         world, began = self.world, time.monotonic()
         head = self.head(path, affinity, length=None if body is None else len(body))
         answer, broken = None, ""
         for _ in range(3):
             try:
-                if body is not None and self.connection:  # an upload is not repeated: a new one
+                # an upload gets a new connection, since it cannot be repeated
+                if body is not None and self.connection:
                     self.connection.close()
                     self.connection = None
                 if self.connection is None or self.connection.writer.is_closing():
                     self.connection = ClientConnection(self.rng.choice(world.ports))
                     await self.connection.open()
-                async with asyncio.timeout(PATIENCE):
+                async with asyncio.timeout(ANSWER_TIMEOUT):
                     answer = await self.connection.ask(head, body or b"")
                 break
             except (ConnectionResetError, ConnectionRefusedError):
-                self.connection = None  # kept alive, and closed meanwhile: as browsers do
+                self.connection = None  # a kept-alive connection was closed: repeat, as browsers do
                 broken = "connection lost"
                 world.count["repeated"] += 1
             except TimeoutError:
@@ -186,8 +195,8 @@ class Client:
                 broken = f"broken off ({type(error).__name__})"
                 break
         world.count["requests"] += 1
-        chosen = self.connection.chosen if self.connection else ""
-        name = (answer.deployment if answer else chosen) or affinity
+        selected = self.connection.selected if self.connection else ""
+        name = (answer.deployment if answer else selected) or affinity
         if answer and "set-cookie" in answer.fields and "visitor" in answer.fields["set-cookie"]:
             self.cookie = answer.fields["set-cookie"].partition(";")[0]
         if answer and answer.status == 200:
@@ -219,7 +228,7 @@ class Client:
         raise Ended
 
     async def socket(self, name: str) -> None:
-        """Hold a WebSocket, and talk now and then."""
+        """Open a WebSocket, and send frames from time to time."""
         world, began = self.world, time.monotonic()
         port = self.rng.choice(world.ports)
         connection = ClientConnection(port)
@@ -229,10 +238,10 @@ class Client:
         try:
             await connection.open()
             connection.writer.write(self.head("/ws", name, *lines))
-            async with asyncio.timeout(PATIENCE):
-                said = await connection.reader.readuntil(b"\r\n\r\n")
-            if b" 101 " not in said.split(b"\r\n")[0]:
-                status = said.split(b" ", 2)[1].decode()
+            async with asyncio.timeout(ANSWER_TIMEOUT):
+                answer = await connection.reader.readuntil(b"\r\n\r\n")
+            if b" 101 " not in answer.split(b"\r\n")[0]:
+                status = answer.split(b" ", 2)[1].decode()
                 if status == "409" and (name not in world.running or world.excused(name, began)):
                     world.count["told to reload"] += 1
                 elif world.excused(name, began):
@@ -247,7 +256,7 @@ class Client:
                 word = f"{self.number} {number}".encode()
                 frame = bytes((0x81, 0x80 | len(word), 0, 0, 0, 0)) + word
                 connection.writer.write(frame)
-                async with asyncio.timeout(PATIENCE):
+                async with asyncio.timeout(ANSWER_TIMEOUT):
                     text = await connection.frame()
                 if text != f"{name} ".encode() + word:
                     world.fail("wrong version", f"a socket of {name} said {text!r}")
@@ -265,13 +274,13 @@ class Client:
 
 
 class Tab:
-    """Somebody in a Pulse app: tabs one after the other, one session for all of them."""
+    """A user of a Pulse app: one tab after the other, with one session for all of them."""
 
     def __init__(self, world: World, number: int) -> None:
         self.world = world
         self.rng = random.Random(f"{world.seed}-tab-{number}")
         self.cookie: str | None = None
-        self.counted = 0  # what the session must have counted to
+        self.counted = 0  # the count that the session must have
 
     async def run(self) -> None:
         while not self.world.over:
@@ -302,9 +311,9 @@ class Tab:
                 socketio.exceptions.SocketIOError,
             ) as e:
                 status = getattr(e, "status", 0)
-                told = getattr(e, "headers", None) or {}
-                name = name or told.get("x-pulse-selected-deployment", "")
-                if status == 404:  # no Pulse app is active just now
+                headers = getattr(e, "headers", None) or {}
+                name = name or headers.get("x-pulse-selected-deployment", "")
+                if status == 404:  # the active deployment is no Pulse app
                     pass
                 elif port in self.world.retired:
                     self.world.count["tabs ended with their router"] += 1
@@ -312,7 +321,7 @@ class Tab:
                     self.world.count["tabs ended with their backend"] += 1
                 else:
                     self.world.fail("tab", f"{type(e).__name__} {e} ({name or 'opening'})")
-                self.counted = -1  # a press of the button may or may not have counted
+                self.counted = -1  # unknown: the last press may have counted
             await asyncio.sleep(self.rng.uniform(0.5, 3))
 
     def check(self, tab: Any, name: str, number: int) -> None:

@@ -1,4 +1,4 @@
-"""Fixtures: a Redis, a router process, a local Railway. All real, all ended with the test."""
+"""Fixtures: a Redis, a router process, a local Railway. All are real, and end with the test."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ from pulse_railway.local.supervisor import free_port, redis_executable
 from tests.net import eventually
 from tests.zygote import Forked, Zygote
 
-# As `invoke test` does it, for a pytest that is started by hand: what each process would compile.
+# Let processes store compiled modules, as `invoke test` does: each would compile them again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
 ROOT = Path(__file__).parent.parent
-MEASURED = "COVERAGE_PROCESS_CONFIG" in os.environ  # what is killed says not what it ran through
+MEASURED = "COVERAGE_PROCESS_CONFIG" in os.environ  # a killed process writes no coverage data
 
-# The gate tries the same cases each time; `--hypothesis-profile search` looks for others.
+# The gate tests the same cases each time; `--hypothesis-profile search` generates others.
 settings.register_profile("gate", derandomize=True)
 settings.register_profile("search", derandomize=False, print_blob=True)
 settings.load_profile("gate")
 
-STAGE = demo.stage  # also where a test puts `forking_stage` in its place
+STAGE = demo.stage  # the original: a test may replace `demo.stage` by `forking_stage`
 SLOW = {"test_story", "test_interop", "test_browser", "test_local", "test_runtime_image"}
 
 
-# The longest, by what they took: begun first, so that none is left alone at the end.
+# The longest files, by duration: they start first, so that none runs alone at the end.
 LONGEST = """
 test_life test_interop test_chaos test_memories test_signals test_verbs test_failures test_story
 test_versions test_lost_records test_answers test_first_deploy test_baseline test_ways test_soak
@@ -56,20 +56,22 @@ test_rude_ssh test_reports test_pages test_local test_tunnel test_state_machine 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, then those on a local Railway: the quick ones fill what is left."""
+    """Run the longest files first, then those on a local Railway, then the quick ones."""
     order = {name: place for place, name in enumerate(LONGEST)}
 
-    def when(item: pytest.Item) -> tuple[int, bool]:
+    def priority(item: pytest.Item) -> tuple[int, bool]:
         return order.get(item.path.stem, len(order)), not on_a_railway(item.path)
 
-    items.sort(key=when)
+    items.sort(key=priority)
 
 
 def play(module: dict[str, Any], request: pytest.FixtureRequest) -> None:
-    """Do a module's `step_01_...`, `step_02_...`, each of which goes on where the one before ended,
-    with the fixtures that they name: one test, so that none depends on another."""
+    """Run a module's `step_01_...`, `step_02_...` as one test, with the fixtures that they name.
+
+    Each step continues from the one before it, so that no test depends on another.
+    """
     for name in sorted(name for name in module if name.startswith("step_")):
-        print(name)  # shown where it fails
+        print(name)  # pytest shows it if the step fails
         step = module[name]
         step(**{n: request.getfixturevalue(n) for n in inspect.signature(step).parameters})
 
@@ -80,7 +82,7 @@ def on_a_railway(path: Path) -> bool:
 
 
 class Process:
-    """A server under test: started, waited for, ended by its process id."""
+    """A server under test. It is ended by its process id."""
 
     def __init__(
         self,
@@ -131,20 +133,22 @@ class Process:
 
     @property
     def rss(self) -> int:
-        """Resident memory in bytes."""
+        """Return the resident memory in bytes."""
         pages = Path(f"/proc/{self.popen.pid}/statm").read_text().split()[1]
         return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
     @property
     def cpu(self) -> float:
-        """CPU seconds used so far."""
+        """Return the CPU seconds used so far."""
         fields = Path(f"/proc/{self.popen.pid}/stat").read_text().rsplit(")", 1)[1].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 class Redis:
-    """A redis-server that a test may stop and start again, on the same port. It forgets all, or
-    with a folder nothing."""
+    """A redis-server that a test may stop and start again on the same port.
+
+    With a folder it keeps all its data over that, else none.
+    """
 
     def __init__(self, port: int | None = None, folder: Path | None = None) -> None:
         self.port = port or free_port()
@@ -159,8 +163,8 @@ class Redis:
         if self.folder:
             command += ["--appendonly", "yes", "--appendfsync", "always"]
         self.process = Process(command, self.port).wait()
-        answers = self.client.info("server")["process_id"]
-        assert answers == self.process.popen.pid, f"port {self.port} is another Redis's"
+        pid = self.client.info("server")["process_id"]
+        assert pid == self.process.popen.pid, f"port {self.port} is another Redis's"
 
     def stop(self) -> None:
         if self.process:
@@ -168,7 +172,7 @@ class Redis:
             self.process = None
 
     def signal(self, number: int) -> None:
-        """SIGSTOP freezes it, SIGCONT lets it go on."""
+        """Send a signal: SIGSTOP freezes the server, SIGCONT continues it."""
         assert self.process
         os.killpg(self.process.popen.pid, number)
 
@@ -205,7 +209,7 @@ def redis_server() -> Iterator[Redis]:
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., Process]]:
-    """`start(command, port, env)`: a process that ends with the test."""
+    """`start(command, port, env)` starts a process, which ends with the test."""
     processes: list[Process] = []
 
     def begin(
@@ -222,14 +226,14 @@ def start() -> Iterator[Callable[..., Process]]:
 
 @pytest.fixture
 def router_python() -> Path:
-    """The Python that runs router.py: the locked dependencies' unless a module says otherwise."""
+    """The Python that runs router.py: with the locked dependencies, or as a module overrides it."""
     return Path(sys.executable)
 
 
 def router_command(
     python: Path | str = sys.executable, limits: Mapping[str, float] | None = None
 ) -> list[str]:
-    """What starts a router, with these of its limits in place of the environment's."""
+    """Return the command for a router; `limits` are fields of its router.Limits."""
     if not limits:
         return [str(python), "-m", "router"]
     script = f"""if True:
@@ -242,25 +246,27 @@ def router_command(
 
 @pytest.fixture
 def run_router(start: Callable[..., Process], router_python: Path) -> Callable[..., Process]:
-    """`run_router(redis, NAME=value, ...)`: router.py with REDIS_URL and PORT, as in its image.
-    `limits`: fields of router.Limits that have other values in this process."""
+    """`run_router(redis, NAME=value, ...)` runs router.py with REDIS_URL and PORT, as in its image.
+
+    `limits` are fields of its router.Limits.
+    """
 
     def begin(
         server: Redis | None, limits: Mapping[str, float] | None = None, **env: str
     ) -> Process:
         port = int(env.get("PORT") or free_port())
-        given = {"PORT": str(port), "HOST": "127.0.0.1", "PYTHONPATH": str(ROOT), **env}
+        variables = {"PORT": str(port), "HOST": "127.0.0.1", "PYTHONPATH": str(ROOT), **env}
         if server:
-            given["REDIS_URL"] = server.url
+            variables["REDIS_URL"] = server.url
         ours = str(router_python) == sys.executable
-        return start(router_command(router_python, limits), port, given, forked=ours)
+        return start(router_command(router_python, limits), port, variables, forked=ours)
 
     return begin
 
 
 @pytest.fixture
 def site(redis_server: Redis, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A tests.scene.Site, whose control commands wait for nobody for long."""
+    """A tests.scene.Site, whose control commands wait for routers only briefly."""
     from tests import scene
     from tests.net import Backend, ok
 
@@ -273,24 +279,26 @@ def site(redis_server: Redis, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         yield scene.Site(redis_server, new, old)
 
 
-def order(stage: demo.Stage, **body: Any) -> None:
-    """Tell a local Railway what is to go wrong, and how fast it is to be. A janitor that comes by
-    on its cron would take what a test is about to look at: it stands still."""
+def set_faults(stage: demo.Stage, **body: Any) -> None:
+    """Set the faults of a local Railway (FaultSettings); those not in `body` end.
+
+    The cron does not run, since the janitor would change what a test checks.
+    """
     url = stage.api.replace("/graphql/v2", "/local/faults")
     demo.post(url, json={"clock": False, **body}).raise_for_status()
 
 
 def forking_stage(root: Path) -> AbstractContextManager[demo.Stage]:
-    """demo.stage, whose containers have their control commands forked (see zygote.py)."""
+    """Return demo.stage with forked control commands in its containers (see zygote.py)."""
     return STAGE(root, "tests.railway", str(zygote().bin))
 
 
 @pytest.fixture(scope="session")
 def railway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[demo.Stage]:
-    """A local Railway for tests that leave its first project as they found it: empty."""
+    """A local Railway. Tests leave its first project empty."""
     root = tmp_path_factory.mktemp("railway").resolve()
     with forking_stage(root) as stage:
-        order(stage)
+        set_faults(stage)
         yield stage
     assert not demo.processes_of(root), "the local Railway left processes behind"
 
@@ -307,7 +315,7 @@ class Verb:
 
     @property
     def error(self) -> str:
-        """The `error: ...` line, of which there is one and no traceback."""
+        """Return the `error: ...` line. Asserts that there is one, and no traceback."""
         assert "Traceback" not in self.err, self.err
         lines = [line for line in self.err.splitlines() if line.startswith("error:")]
         assert len(lines) == 1, self.err
@@ -317,21 +325,21 @@ class Verb:
 def pulse_railway(
     *arguments: str, env: dict[str, str], cwd: Path | str = ROOT, timeout: float = 240
 ) -> Verb:
-    """`pulse-railway <arguments>` as its own process (see zygote.py)."""
+    """Run `pulse-railway <arguments>` in a process of its own (see zygote.py)."""
     return Verb(zygote().run(list(arguments), env, cwd, timeout))
 
 
 @functools.cache
 def zygote(what: str = "verbs") -> Zygote:
     folder = tempfile.TemporaryDirectory()
-    made = Zygote(Path(folder.name), what)
+    server = Zygote(Path(folder.name), what)
     atexit.register(folder.cleanup)
-    atexit.register(made.stop)
-    return made
+    atexit.register(server.stop)
+    return server
 
 
 def redis_of(stage: demo.Stage) -> redis.Redis:
-    """The `pulse-redis` of the project that a stage's environment names."""
+    """Return a client of `pulse-redis` in the project of a stage's environment."""
     project, environment = (stage.env[f"RAILWAY_{x}_ID"] for x in ("PROJECT", "ENVIRONMENT"))
     raw = json.loads((stage.root / "state.json").read_text())
     instance = next(
@@ -344,7 +352,7 @@ def redis_of(stage: demo.Stage) -> redis.Redis:
     hosts = json.loads((stage.root / f"hosts-{environment}.json").read_text())
     port = hosts["pulse-redis.railway.internal"]["6379"]
     password = instance["variables"]["REDIS_PASSWORD"]
-    # without redis-py's own retries, which take seconds: a test asks whether it is there
+    # without redis-py's own retries, which take seconds: a test may ask whether Redis runs
     retry = redis.retry.Retry(redis.backoff.NoBackoff(), 0)
     return redis.Redis(port=port, password=password, decode_responses=True, retry=retry)
 
@@ -361,7 +369,7 @@ def _no_background_save(client: redis.Redis) -> None:
 
 
 class Project:
-    """A project of its own on the session's local Railway, and the tiny app to deploy in it."""
+    """A project on the session's local Railway, and the tiny app to deploy to it."""
 
     def __init__(self, railway: demo.Stage, name: str) -> None:
         created = railway.graphql(
@@ -383,19 +391,22 @@ class Project:
         self.stage = demo.Stage(self.railway.root, self.railway.process, self.env)
 
     def within(self, environment: str) -> Project:
-        """The same project, in another of its environments (by id)."""
+        """Return the same project in another environment (an id)."""
         other = copy.copy(self)
         other._work_in(environment)
         return other
 
     def duplicate(self, name: str, **more: Any) -> Project:
-        """Duplicate the environment, as Railway's page does; `more` of EnvironmentCreateInput."""
-        given = {"projectId": self.id, "sourceEnvironmentId": self.environment, "name": name}
-        made = self.railway.graphql(
+        """Duplicate the environment, as Railway's dashboard does.
+
+        `more`: further fields of EnvironmentCreateInput.
+        """
+        fields = {"projectId": self.id, "sourceEnvironmentId": self.environment, "name": name}
+        created = self.railway.graphql(
             "mutation C($i: EnvironmentCreateInput!) { environmentCreate(input: $i) { id } }",
-            i={**given, **more},
+            i={**fields, **more},
         )
-        return self.within(made["environmentCreate"]["id"])
+        return self.within(created["environmentCreate"]["id"])
 
     def delete_environment(self) -> None:
         self.railway.graphql(
@@ -405,11 +416,11 @@ class Project:
     def run(self, *arguments: str, cwd: Path | str = TINY, **env: str) -> Verb:
         window = "--rollback-window-seconds"
         if arguments[0] in ("ensure", "scaffold") and window not in arguments:
-            arguments = (*arguments, window, "0")  # what is drained may go at once
+            arguments = (*arguments, window, "0")  # the janitor removes drained versions at once
         return pulse_railway(*arguments, env={**self.env, **env}, cwd=cwd)
 
     def ok(self, *arguments: str, **env: str) -> Any:
-        """A verb that must succeed; what it says with --json."""
+        """Run a verb that must succeed, and return its result."""
         verb = self.run(*arguments, "--json", **env)
         assert verb.code == 0, verb.err
         return verb.json
@@ -427,7 +438,7 @@ class Project:
 
     @property
     def state(self) -> dict[str, Any]:
-        """Redis as it is: key without the prefix to value."""
+        """Return the values in Redis by key without its prefix; routers' reports are left out."""
         data = self.redis.mget(keys := list(self.redis.scan_iter("pulse:railway:*")))
         return {
             k.removeprefix("pulse:railway:"): v
@@ -452,14 +463,14 @@ class Project:
         return redis_of(self.stage)
 
     def redis_process(self) -> int | None:
-        """The id of Redis's process; None while it does not answer."""
+        """Return the id of Redis's process; None while Redis does not answer."""
         try:
             return int(self.redis.info("server")["process_id"])
-        except (redis.RedisError, KeyError):  # away, or without a name
+        except (redis.RedisError, KeyError):  # Redis does not run, or has no private name yet
             return None
 
     def snapshot(self) -> Path:
-        """Have Redis write a snapshot of all it has now; returns a copy of its file."""
+        """Have Redis write a snapshot, and return a copy of its file."""
         client = self.redis
         _no_background_save(client)
         client.save()
@@ -467,52 +478,54 @@ class Project:
         return Path(shutil.copy(_dump(client), copy))
 
     def restore_snapshot(self, snapshot: Path) -> None:
-        """Kill Redis and let it come up on an older snapshot: what it had since then is lost.
+        """Kill Redis, which restarts with an older snapshot: all later changes are lost.
 
-        Railway counts it as a crash: after ten of them it restarts a deployment no more.
+        Railway counts this as a crash, and does not restart a deployment after ten crashes.
         """
         client, process = self.redis, self.redis_process()
         assert process
-        client.config_set("save", "")  # until its end it writes no other
+        client.config_set("save", "")  # so that Redis does not overwrite the snapshot
         _no_background_save(client)
         shutil.copy(snapshot, _dump(client))
         os.kill(process, signal.SIGKILL)
         eventually(lambda: self.redis_process() not in (None, process))
 
     def latest(self, service: str) -> dict[str, str]:
-        """The id and the status of a service's latest deployment."""
-        found = self.railway.graphql(
+        """Return the id and the status of a service's latest deployment."""
+        data = self.railway.graphql(
             "query ($s: String!, $e: String!) { serviceInstance(serviceId: $s, environmentId: $e)"
             " { latestDeployment { id status } } }",
             s=self.stage.services()[service]["serviceId"],
             e=self.environment,
         )
-        return dict(found["serviceInstance"]["latestDeployment"])
+        return dict(data["serviceInstance"]["latestDeployment"])
 
     def restart(self, service: str) -> None:
-        """Railway's "Restart": the deployment's own variables, another process."""
+        """Restart a service's process as "Restart" on Railway: with the deployment's variables."""
         restart = "mutation ($d: String!) { deploymentRestart(id: $d) }"
         self.railway.graphql(restart, d=self.latest(service)["id"])
 
     def janitor(self, service: str = "pulse-janitor") -> dict[str, Any]:
-        """One run of the janitor, to its end: its report. With `exit` and `refused`, what it said
-        where it made none."""
+        """Run the janitor to its end, and return its report.
+
+        `exit` is its exit status; `refused` its last line, if it has made no report.
+        """
         url = self.railway.api.replace("/graphql/v2", f"/local/cron/{service}")
-        where = {"project": self.id, "environment": self.environment}
+        target = {"project": self.id, "environment": self.environment}
         answers: list[Any] = []
 
-        def ran() -> bool:  # not where a control command's run has not quite ended
-            answers.append(demo.post(url, params=where, timeout=60).json())
+        def ran() -> bool:  # false while the run of a control command has not ended
+            answers.append(demo.post(url, params=target, timeout=60).json())
             return answers[-1]["exit"] is not None
 
         eventually(ran, 60)
-        done = answers[-1]
-        last = done["log"][-1]
-        report = json.loads(last) if last.startswith("{") else {"refused": last}
-        return {**report, "exit": done["exit"]}
+        answer = answers[-1]
+        last_line = answer["log"][-1]
+        report = json.loads(last_line) if last_line.startswith("{") else {"refused": last_line}
+        return {**report, "exit": answer["exit"]}
 
     def variables(self, service: str) -> dict[str, str]:
-        """A service's variables as they were written."""
+        """Return a service's variables, with unrendered references."""
         raw = json.loads((self.railway.root / "state.json").read_text())
         for s in raw["services"]:
             if s["project_id"] == self.id and s["name"] == service:
@@ -524,7 +537,7 @@ class Project:
         raise AssertionError(f"no service {service}")
 
     def faults(self, *faults: dict[str, Any], **more: Any) -> None:
-        order(self.railway, faults=list(faults), **more)
+        set_faults(self.railway, faults=list(faults), **more)
 
     def get(self, path: str, **params: str) -> Any:
         address = self.ok("status")["address"]
@@ -538,9 +551,9 @@ class Project:
 @pytest.fixture(scope="module")
 def project(railway: demo.Stage, request: pytest.FixtureRequest) -> Iterator[Project]:
     """An empty project for the tests of one module."""
-    made = Project(railway, f"{request.module.__name__}-{time.monotonic_ns()}")
-    yield made
-    made.delete()
+    created = Project(railway, f"{request.module.__name__}-{time.monotonic_ns()}")
+    yield created
+    created.delete()
 
 
 BASE = {"pulse-router", "pulse-env", "pulse-redis", "pulse-janitor"}
@@ -556,13 +569,13 @@ def base(project: Project) -> Project:
 
 @pytest.fixture
 def new_project(railway: demo.Stage) -> Iterator[Callable[[], Project]]:
-    """`new_project()`: an empty project for one test."""
-    made: list[Project] = []
+    """`new_project()` creates an empty project, which is deleted after the test."""
+    projects: list[Project] = []
 
-    def make() -> Project:
-        made.append(Project(railway, f"project-{time.monotonic_ns()}"))
-        return made[-1]
+    def create() -> Project:
+        projects.append(Project(railway, f"project-{time.monotonic_ns()}"))
+        return projects[-1]
 
-    yield make
-    for one in made:
-        one.delete()
+    yield create
+    for created in projects:
+        created.delete()

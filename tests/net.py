@@ -1,4 +1,4 @@
-"""Raw sockets on both sides of the router."""
+"""Raw sockets on both sides of the router: clients and backends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Self
 
 
 class Connection:
-    """One connection, read and written by hand."""
+    """One connection, whose bytes the test reads and writes itself."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -57,7 +57,7 @@ class Connection:
         return self.until(b"\r\n\r\n")
 
     def rest(self) -> bytes:
-        """Everything until the other side closes."""
+        """Return all bytes until the other side closes the connection."""
         with contextlib.suppress(ConnectionResetError):
             while piece := self.sock.recv(1 << 18):
                 self.buffer += piece
@@ -75,7 +75,7 @@ class Connection:
 
     @property
     def closed_by_peer(self) -> bool:
-        """Has the other side gone, within a few seconds?"""
+        """Has the other side closed the connection, or does it within 5 s?"""
         self.sock.settimeout(5)
         try:
             return self.sock.recv(1) == b""
@@ -91,9 +91,9 @@ def ok(body: bytes = b"ok", *headers: str, status: str = "200 OK") -> bytes:
 
 
 class Backend:
-    """A server whose every connection is handed to `handle`, in a thread of its own.
+    """A server that calls `handle` with each connection, in a thread of its own.
 
-    By default it records each request's head and answers with `answer`.
+    Without `handle` it records each request's head, and sends `answer`.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class Backend:
                 length = header(head, "content-length")
                 connection.read(int(length or 0))
                 connection.send(self.answer)
-        except OSError:  # the other side has gone
+        except OSError:  # the other side has closed the connection
             pass
         finally:
             connection.close()
@@ -162,12 +162,12 @@ def header(head: bytes, name: str) -> str | None:
 
 
 def headers(head: bytes, name: str) -> list[str]:
-    found = []
+    values = []
     for line in head.decode("latin-1").split("\r\n")[1:]:
         key, _, value = line.partition(":")
         if key.lower() == name:
-            found.append(value.strip())
-    return found
+            values.append(value.strip())
+    return values
 
 
 class Answer:
@@ -184,7 +184,7 @@ class Answer:
 
 
 def read_answer(connection: Connection, *, head_only: bool = False) -> Answer:
-    """One answer from a connection that stays open."""
+    """Read one answer from a connection that stays open; 1xx answers but 101 are skipped."""
     head = connection.head()
     while head[9:10] == b"1" and head[9:12] != b"101":
         head = connection.head()
@@ -206,7 +206,7 @@ def read_answer(connection: Connection, *, head_only: bool = False) -> Answer:
 def ask(
     port: int, target: str = "/", *lines: str, method: str = "GET", body: bytes = b""
 ) -> Answer:
-    """One request on a connection of its own."""
+    """Send one request on a connection of its own, and return the answer."""
     head = [f"{method} {target} HTTP/1.1", "host: app.example", *lines]
     if body:
         head.append(f"content-length: {len(body)}")
@@ -221,7 +221,7 @@ def listens(port: int) -> bool:
 
 
 def eventually(check: Callable[[], object], seconds: float = 10) -> None:
-    """Wait until `check()` is true."""
+    """Wait until `check()` is true, at most `seconds`."""
     deadline = time.monotonic() + seconds
     while not check():
         assert time.monotonic() < deadline, "it did not become true"

@@ -1,7 +1,6 @@
-"""The versions before this one: this repository's, and pulse-railway 0.3.13 as published.
+"""Earlier versions: an older commit of this repository, and the published pulse-railway 0.3.13.
 
-Nothing of them is in the tree. This repository's are taken from its history, 0.3.13 from the
-package index.
+The tree has no code of theirs: the commit is read from git, 0.3.13 from the package index.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ import pytest
 from benchmarks import peer
 from tests.conftest import ROOT
 
-OLDER = "52e6667"  # the last commit whose routing state was a bag of strings
+OLDER = "52e6667"  # the last commit with an untyped routing state
 MISSING = f"this clone has no commit {OLDER}: a shallow one gets it by `git fetch --unshallow`"
-SITE = ROOT / "pulse_railway" / "local" / "site"  # where names of the private network are patched
+SITE = ROOT / "pulse_railway" / "local" / "site"  # resolves the private network's names
 
 
 def unpack(folder: Path) -> Path:
-    """Write that commit's tree into a folder. Skips the test where the clone does not have it."""
+    """Write the older commit's tree into a folder. Skip the test if the clone lacks it."""
     try:
         done = subprocess.run(["git", "archive", OLDER], cwd=ROOT, capture_output=True)
     except OSError:
@@ -43,8 +42,10 @@ def unpack(folder: Path) -> Path:
 
 
 def provide_image(railway: Path, folder: Path) -> str:
-    """Give a local Railway that commit's runtime image, and return its name. What is built there
-    has this machine's `pulse-railway`, which is today's."""
+    """Define the older commit's runtime image on a local Railway, and return its name.
+
+    Images that are built there have this machine's `pulse-railway`, which is today's.
+    """
     name, script = "example.com/older:1", folder / "image" / "pulse-railway"
     script.parent.mkdir()
     script.write_text('#!/bin/sh\nexec python -m router "$@"\n')
@@ -57,7 +58,7 @@ def provide_image(railway: Path, folder: Path) -> str:
 
 
 def load(folder: Path) -> tuple[ModuleType, ModuleType]:
-    """That commit's router.py and janitor.py as modules, beside today's."""
+    """Return the older commit's router.py and janitor.py as modules, beside today's."""
     today = {name: sys.modules.get(name) for name in ("router", "janitor")}
     found = []
     try:
@@ -79,7 +80,7 @@ def load(folder: Path) -> tuple[ModuleType, ModuleType]:
 
 
 class Lines:
-    """A process that is asked and answers in lines of JSON."""
+    """A process that reads requests and writes answers as lines of JSON."""
 
     def __init__(self, command: Sequence[str], env: dict[str, str]) -> None:
         self.popen = subprocess.Popen(
@@ -98,7 +99,7 @@ class Lines:
     def hear(self) -> Any:
         assert self.popen.stdout
         line = self.popen.stdout.readline()
-        assert line, "it has ended"
+        assert line, "the process has ended"
         return json.loads(line)
 
     def __enter__(self) -> Self:
@@ -117,7 +118,7 @@ class Lines:
         self.popen.stdout.close()
 
 
-# Runs inside that commit's package: its functions, and who they would have had run in the router.
+# Runs with the older commit's package: its functions, whose control commands go to the test.
 OLDER_CLI = """
 import json, sys
 from types import SimpleNamespace
@@ -151,7 +152,7 @@ for line in sys.stdin:
 
 
 class OlderCli(Lines):
-    """That commit's `pulse_railway.control`: how its CLI asks the router for control commands."""
+    """The older commit's `pulse_railway.control`, with which its CLI sends control commands."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__([sys.executable, "-P", "-c", OLDER_CLI], {"PYTHONPATH": str(folder)})
@@ -164,14 +165,14 @@ class OlderCli(Lines):
         intent: str | None = None,
         **named: Any,
     ) -> Any:
-        """What a function of it comes to, where `router` is what its commands are run by."""
+        """Call a function and return its result; `router` carries its control commands out."""
         self.send({"call": name, "words": words, "named": named, "intent": intent})
         while "words" in (said := self.hear()):
             self.send(router(said["words"]))
         return said
 
 
-# Runs inside 0.3.13: its control commands, and its janitor, one step on the store at a time.
+# Runs with 0.3.13: its control commands, and its janitor, whose steps on the store are single.
 PUBLISHED = """
 import asyncio, contextlib, io, json, sys
 from types import SimpleNamespace
@@ -267,7 +268,7 @@ class Published(Lines):
         super().__init__([str(peer.python()), "-P", "-c", PUBLISHED], env)
 
     def control(self, *words: str) -> dict[str, Any]:
-        """A control command's answer. Raises RuntimeError where it fails."""
+        """Run a control command and return its answer. Raises RuntimeError if it fails."""
         self.send({"control": words})
         done = self.hear()
         if done["code"]:
@@ -275,8 +276,8 @@ class Published(Lines):
         return dict(json.loads(done["said"]))
 
     def janitor(self, services: Callable[[], list[dict[str, Any]]]) -> Iterator[list[str]]:
-        """A run of its janitor: each step, before it is taken. The last is `done`, and what was
-        deleted."""
+        """Run its janitor: yield each step before it is carried out, then `done` and the deleted
+        services."""
         self.send({"janitor": self.url})
         while "step" in (said := self.hear()):
             yield said["step"]

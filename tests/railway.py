@@ -1,6 +1,6 @@
-"""The local Railway as it is, but that control commands are forked (see zygote.py).
+"""The local Railway with forked control commands (see zygote.py).
 
-python -m tests.railway ROOT BIN    BIN: the folder of the `pulse-railway` that containers get
+python -m tests.railway ROOT BIN    BIN: the folder of the containers' `pulse-railway`
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from pulse_railway.local import server, supervisor
 
 
 class Supervisor(supervisor.Supervisor):
-    def environment(self, *given: Any) -> dict[str, str]:
-        env = super().environment(*given)
-        ours = str(supervisor.HERE / "bin")  # what an image brings comes before it
+    def environment(self, *arguments: Any) -> dict[str, str]:
+        env = super().environment(*arguments)
+        ours = str(supervisor.HERE / "bin")  # an image's own folders stay before it
         return {**env, "PATH": env["PATH"].replace(ours, f"{sys.argv[2]}{os.pathsep}{ours}", 1)}
 
 

@@ -1,7 +1,7 @@
-"""What was asked for, sentence by sentence, and the tests that show it.
+"""The requirements, sentence by sentence, and the tests that check them.
 
-Keys are a section and the numbers of its sentences; `tests/test_requirements.py` counts them, where
-the text is at hand, and looks for each test. The words are ours.
+A key is a section, with the numbers of its sentences. `tests/test_requirements.py` counts the
+sentences, if the text is available, and checks that each test exists. The wording is ours.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Two deployments behind routers that a test starts, on a store that control commands write to."""
+"""Two deployments in a Redis, for routers that a test starts; control commands change the state."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def redis_limited(seconds: float) -> Any:
 
 
 class Site:
-    """Two backends, each of which names itself, and a store with `new` active, `old` draining."""
+    """Two backends that answer with their names; `new` is active, `old` is draining."""
 
     def __init__(self, server: Redis, new: Backend, old: Backend) -> None:
         self.server, self.new, self.old = server, new, old
@@ -44,7 +44,7 @@ class Site:
 
     @property
     def state(self) -> dict[str, str]:
-        """What Redis holds, but for what routers say of themselves."""
+        """Return the values in Redis by key without its prefix; routers' reports are left out."""
         client = self.server.client
         keys = sorted(key for key in client.scan_iter(f"{PREFIX}:*") if ":router:" not in key)
         pairs = zip(keys, client.mget(keys) if keys else [], strict=True)
@@ -52,7 +52,7 @@ class Site:
 
     @property
     def routing(self) -> Any:
-        """The state without what differs each time that it is written."""
+        """Return the state without the fields that differ at each write."""
         return replace(self.store.read(), store_id=None, epoch=0, processed={})
 
     def record(self, name: str) -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""The soak: sockets and requests of every kind of ending, while deployments are promoted and Redis
-restarts; afterwards the router has what it had before.
+"""The soak: requests and sockets that end in every way, while deployments are promoted and Redis
+restarts. At the end the router must have no more descriptors, tasks or memory than before.
 
-    invoke soak --minutes 10 [--seed N]     by hand; a short one is among the tests
+    invoke soak --minutes 10 [--seed N]     by hand; the tests have a short run
 
-A router, a Redis and two backends, all real. Each worker plays one scene after another, drawn at
-random: how it ends is its name.
+A router, a Redis and two backends are real. Each worker plays random scenes, one after the other. A
+scene is named for its ending.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ENV = {
 
 
 def serve(c: Connection) -> object:
-    """The backend: what it does with a connection is the last part of the path."""
+    """The backend: the last part of a request's path selects its behaviour."""
     while (head := c.head()).endswith(b"\r\n\r\n"):
         target = head.split(b" ", 2)[1].split(b"?")[0]
         match target.rsplit(b"/", 1)[-1]:
@@ -63,7 +63,7 @@ def serve(c: Connection) -> object:
                 c.send(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n")
             case b"large":
                 c.send(ok(bytes(300_000)))
-            case b"early":  # an answer before the upload is in
+            case b"early":  # an answer before the end of the upload
                 c.send(ok(b"early", "connection: close"))
                 return None
             case b"socket":
@@ -75,7 +75,7 @@ def serve(c: Connection) -> object:
 
 
 def talk(c: Connection) -> object:
-    """A tunnel's far end, told by one byte how to end."""
+    """The backend's end of a tunnel: one byte selects how it ends."""
     while word := c.read(1):
         match word:
             case b"c":
@@ -96,7 +96,7 @@ def talk(c: Connection) -> object:
                 return None
             case _:
                 c.send(word)
-    return c.send(b"last words")  # the client's half has ended, this one still talks
+    return c.send(b"last words")  # the client's half has ended, this half still sends
 
 
 # -- scenes ------------------------------------------------------------------------------------
@@ -110,8 +110,8 @@ def get(c: Connection, path: str, method: str = "GET", body: bytes = b"", more: 
 
 def expect(status: int, path: str, **more: str) -> Callable[[Connection], None]:
     def scene(c: Connection) -> None:
-        got = get(c, path, **more)  # type: ignore[arg-type]
-        assert got == status, f"{path}: {got} instead of {status}"
+        answered = get(c, path, **more)  # type: ignore[arg-type]
+        assert answered == status, f"{path}: {answered} instead of {status}"
 
     return scene
 
@@ -256,7 +256,7 @@ RARE = {"no answer in time", "the backend falls silent", "socket: half-closed an
 
 @dataclasses.dataclass
 class Sample:
-    """What the router holds."""
+    """The router's resources in use."""
 
     descriptors: int
     memory: int  # bytes
@@ -283,24 +283,29 @@ class Soak:
         self.router = Process(router_command(limits=QUICK), port, env).wait()
 
     def sample(self) -> Sample:
-        """As the router says of itself, and as the kernel does of it."""
-        said: list[dict[str, int]] = []
+        """Return the resources in the router's report, and those that the kernel counts."""
+        reports: list[dict[str, int]] = []
 
         def ask() -> bool:
             with contextlib.suppress(Exception):
                 keys = list(self.redis.client.scan_iter("pulse:railway:router:*"))
-                said[:] = [json.loads(str(v)) for v in self.redis.client.mget(keys) if v]
-            return bool(said)
+                reports[:] = [json.loads(str(v)) for v in self.redis.client.mget(keys) if v]
+            return bool(reports)
 
         eventually(ask, 20)
         fds = len(list(Path(f"/proc/{self.router.popen.pid}/fd").iterdir()))
-        now = said[0]
+        report = reports[0]
         return Sample(
-            fds, self.router.rss, now["tasks"], now["clients"], now["tunnels_open"], now["pooled"]
+            fds,
+            self.router.rss,
+            report["tasks"],
+            report["clients"],
+            report["tunnels_open"],
+            report["pooled"],
         )
 
-    def settled(self, limit: int) -> Sample:
-        """Wait until no more than `limit` descriptors are open and what is pooled has gone."""
+    def sample_at_rest(self, limit: int) -> Sample:
+        """Sample when at most `limit` descriptors are open and the pool is empty, or after 20 s."""
 
         def ended() -> bool:
             now = self.sample()
@@ -322,7 +327,7 @@ class Soak:
         active = "a"
         while events and time.monotonic() < deadline - 2:
             time.sleep(rng.uniform(0.5, 2))
-            if rng.random() < 0.3:  # a restart that loses everything
+            if rng.random() < 0.3:  # restart Redis without its data
                 self.redis.stop()
                 time.sleep(rng.uniform(0, 1))
                 self.redis.start()
@@ -353,13 +358,13 @@ class Soak:
 
 
 def run(seconds: float, seed: int) -> tuple[Soak, Sample, Sample]:
-    """Play for that long. Returns what the router held before and after."""
+    """Play for `seconds`. Returns the router's resources before and after, too."""
     soak = Soak(seed)
     try:
-        soak.play(min(4.0, seconds / 3), events=False)  # caches and arenas fill
-        before = soak.settled(1 << 20)
+        soak.play(min(4.0, seconds / 3), events=False)  # to fill caches and arenas
+        before = soak.sample_at_rest(1 << 20)
         soak.play(seconds)
-        return soak, before, soak.settled(before.descriptors)
+        return soak, before, soak.sample_at_rest(before.descriptors)
     finally:
         soak.stop()
 
@@ -379,12 +384,12 @@ def main(minutes: float, seed: int) -> int:
 
 
 def problems(before: Sample, after: Sample) -> list[str]:
-    """What is not where it was. Memory may be a tenth more."""
-    found = [
+    """Return the resources that have grown. Memory may grow by a tenth and 2 MB."""
+    grown = [
         f"{field}: {getattr(before, field)} before, {getattr(after, field)} after"
         for field in ("descriptors", "tasks", "clients", "sockets", "pooled")
         if getattr(after, field) > getattr(before, field)
     ]
     if after.memory > before.memory * 1.1 + (2 << 20):
-        found.append(f"memory: {before.memory} before, {after.memory} after")
-    return found
+        grown.append(f"memory: {before.memory} before, {after.memory} after")
+    return grown

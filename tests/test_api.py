@@ -33,7 +33,7 @@ def client(monkeypatch: pytest.MonkeyPatch, waits: list[str]) -> Make:
     def make(url: str) -> Api:
         monkeypatch.setenv(contract.API_URL_VARIABLE, url)
         made = Api(Token("token-value", "flag"), on_wait=waits.append)
-        made._asked = True  # an account's
+        made._scope_is_read = True  # an account's
         return made
 
     return make
@@ -83,13 +83,19 @@ def test_an_answer_that_does_not_come(client: Make) -> None:
     [
         (says("401 Unauthorized"), "does not accept the token"),
         (says("403 Forbidden", b"<html>"), "does not accept the token"),
-        (says("404 Not Found"), "Railway answered 404, and not as its API does: is PULSE_RAILWAY"),
-        (ok(b"<html>Welcome to the hotel's network</html>"), "answered 200, and not as its API"),
-        (ok(b"[" * 100_000), "answered 200, and not as its API"),
-        (ok(b"{}"), "answered 200, and not as its API"),
-        (ok(b'{"data": null}'), "answered 200, and not as its API"),
-        (ok(b'{"data": {}}'), "answered 200, and not as its API"),
-        (ok(b'{"ok": true}'), "answered 200, and not as its API"),
+        (
+            says("404 Not Found"),
+            "Railway answered 404, which is no answer of its API: is PULSE_RAILWAY",
+        ),
+        (
+            ok(b"<html>Welcome to the hotel's network</html>"),
+            "answered 200, which is no answer of its API",
+        ),
+        (ok(b"[" * 100_000), "answered 200, which is no answer of its API"),
+        (ok(b"{}"), "answered 200, which is no answer of its API"),
+        (ok(b'{"data": null}'), "answered 200, which is no answer of its API"),
+        (ok(b'{"data": {}}'), "answered 200, which is no answer of its API"),
+        (ok(b'{"ok": true}'), "answered 200, which is no answer of its API"),
         (ok(b'{"errors": [{"message": "no such thing"}]}'), "^Railway: no such thing$"),
         (ok(b'{"errors": ["odd"], "data": {"me": 1}}'), "^Railway: odd$"),
         (ok(b'{"errors": [{"message": "Not Authorized"}]}'), "token from flag"),
@@ -145,7 +151,7 @@ def test_a_rate_limit_with_a_date(client: Make, railway: Backend, waits: list[st
         (b'{"errors": [{"message": "Something went wrong"}]}', "Something went wrong"),
         (b'{"data": {"serviceDelete": true}}', "does not say which services there are"),
         (b'{"data": {"environment": {}}}', "does not say which services there are"),
-        (b'{"ok": true}', "not as its API"),
+        (b'{"ok": true}', "which is no answer of its API"),
     ],
 )
 def test_deleted_is_what_railway_says_is(

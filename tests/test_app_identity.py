@@ -80,8 +80,8 @@ SHOP = AppIdentity("shop", "example.org/org/mono", "shop/main.py")
 def test_two_names_are_refused_and_another_place_is_a_warning(
     served: AppIdentity, deployed: AppIdentity, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stack = stack_that_serves(app_identity.variable(served))
-    assert app_identity.remembered(stack) == served
+    stack = stack_that_serves(app_identity.to_json(served))
+    assert app_identity.stored_identity(stack) == served
     output = Output()
     if said == "refused":
         with pytest.raises(Failure, match="serves the app 'shop', and this one is 'blog'"):
@@ -97,7 +97,7 @@ def test_two_names_are_refused_and_another_place_is_a_warning(
     "text", [None, "", "no JSON", "[]", "null", '{"name": 3}', '{"name": ""}', "[" * 99_999]
 )
 def test_what_is_not_understood_says_nothing(text: str | None) -> None:
-    assert app_identity.remembered(stack_that_serves(text)) == AppIdentity()
+    assert app_identity.stored_identity(stack_that_serves(text)) == AppIdentity()
 
 
 @pytest.mark.parametrize("name", ["", "x" * 65, "a\nb", "\x1b[2J"])

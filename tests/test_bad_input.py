@@ -132,7 +132,7 @@ def test_values_that_do_not_fit(railway: demo.Stage, app: Path) -> None:
         (["status", "--control", "telnet"], "--control takes ssh or job, not 'telnet'"),
         (["status", "--token", "two words"], "--token is no token"),
         (["maintenance", "on", "--page", "none.html"], "--page takes an HTML file"),
-        (["image"], "where to? pass --repository"),
+        (["image"], "which repository? pass --repository"),
         (["remove", "--deployment-name", "a" * 60 + "/"], "no baseline"),
         (["redeploy", "--service", "n" * 33], "32"),
         (["promote"], "--deployment-id"),

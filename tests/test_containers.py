@@ -245,7 +245,7 @@ def test_odd_draining_seconds_are_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], given: str
 ) -> None:
     monkeypatch.setenv("RAILWAY_DEPLOYMENT_DRAINING_SECONDS", given)
-    assert serve.patience() == 9.0
+    assert serve.stop_timeout() == 9.0
     expected = "RAILWAY_DEPLOYMENT_DRAINING_SECONDS is no number of seconds: 10 is taken\n"
     assert capsys.readouterr().err == expected
 

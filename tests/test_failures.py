@@ -162,7 +162,7 @@ def test_a_build_that_fails(here: InProcess, capsys: pytest.CaptureFixture[str])
             here.deploy("broken")
         said = capsys.readouterr().err
         assert "failed at: build and start" in said
-        assert f"ordered to fail at {stage}" in said
+        assert f"failed at {stage}: crash_at of /local/faults" in said
         assert here.project.services == BASE | {"first"}
     here.project.faults(crash_at="BUILDING")
     with pytest.raises(Failure):

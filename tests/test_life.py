@@ -33,7 +33,7 @@ def address(project: Project) -> str:
 
 def visits(project: Project, url: str, count: int = 40) -> list[str]:
     """Which deployment each of so many new visitors gets."""
-    trust = demo.trusting(project.stage.bundle)
+    trust = demo.tls_context(project.stage.bundle)
     found = []
     with httpx.Client(verify=trust, trust_env=False) as client:
         for n in range(count):
@@ -47,7 +47,7 @@ def visits(project: Project, url: str, count: int = 40) -> list[str]:
 def traffic(project: Project, url: str, path: str = "/work") -> Iterator[None]:
     """Visitors that come all the time."""
     done = threading.Event()
-    trust = demo.trusting(project.stage.bundle)
+    trust = demo.tls_context(project.stage.bundle)
 
     def visit() -> None:
         with httpx.Client(verify=trust, trust_env=False) as client:
@@ -123,7 +123,7 @@ def step_04_a_first_deployment_cannot_be_a_canary(new_project: Callable[[], Proj
     assert project.services == {"pulse-router", "pulse-env", "pulse-redis", "pulse-janitor"}
     assert project.ok("status")["lock"] is None
     assert (
-        "leave it or --canary"
+        "excludes --canary"
         in project.run("deploy", "main.py", "--canary", "5", "--no-promote").error
     )
     assert "from 0 to 100" in project.run("deploy", "main.py", "--canary", "101").error
@@ -235,7 +235,7 @@ def step_09_maintenance(base: Project, tmp_path: Path) -> None:
     page.write_text("<h1>Tea — back at five</h1> \"quoted\" 'too' $HOME `x`\n")
     done = base.ok("maintenance", "on", "--page", str(page), "--message", "moving house")
     url = done["address"]
-    trust = demo.trusting(base.stage.bundle)
+    trust = demo.tls_context(base.stage.bundle)
     with httpx.Client(verify=trust, trust_env=False) as client:
         eventually(lambda: client.get(url).status_code == 503)
         answer = client.get(url, headers={"accept": "text/html"})
@@ -290,7 +290,7 @@ def step_10_somebody_is_told(base: Project) -> None:
     assert (listener.told[-1]["event"], listener.told[-1]["ok"]) == ("rollback", True)
     verb = base.run("promote", "--deployment-id", "told", "--notify", deaf.url)
     assert verb.code == 0
-    assert "warning: --notify was not told: 500" in verb.err
+    assert "warning: the notification was not sent: 500" in verb.err
     assert "T0SECRET" not in verb.err + verb.out
     assert "take an http(s) address" in base.run("rollback", "--notify", "slack").error
     planned = base.ok("ensure", "main.py", "--plan", "--notify", listener.url)["planned"]

@@ -14,7 +14,7 @@ import pytest
 
 from examples import demo
 from pulse_railway.local.supervisor import cron_matches
-from tests.conftest import TINY, Project, order, pulse_railway, redis_of
+from tests.conftest import TINY, Project, pulse_railway, redis_of, set_faults
 from tests.net import eventually
 from tests.test_local_restart import shell
 
@@ -218,11 +218,11 @@ def test_orders_that_are_not_understood(railway: demo.Stage) -> None:
     ):
         answer = httpx.post(url, content=wrong)
         assert answer.status_code == 400, wrong
-        assert answer.json()["message"].startswith("not an order that is known")
+        assert answer.json()["message"].startswith("not a fault that is known")
 
 
 def test_a_rate_limit(railway: demo.Stage) -> None:
-    order(railway, rate_limit=2)
+    set_faults(railway, rate_limit=2)
     try:
         headers = {"Authorization": f"Bearer {railway.env['RAILWAY_API_TOKEN']}"}
         body = {"query": "query { me { id } }"}
@@ -230,7 +230,7 @@ def test_a_rate_limit(railway: demo.Stage) -> None:
         assert [answer.status_code for answer in said] == [200, 200, 429]
         assert int(said[2].headers["retry-after"]) <= 61
     finally:
-        order(railway)
+        set_faults(railway)
 
 
 @pytest.mark.parametrize(

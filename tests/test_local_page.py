@@ -11,7 +11,7 @@ import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 
 from examples import demo
-from tests.conftest import Project, order
+from tests.conftest import Project, set_faults
 from tests.test_browser import CHROMIUM, FLAGS
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
@@ -29,7 +29,7 @@ def page(railway: demo.Stage) -> Iterator[Page]:
         made.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
         yield made
         browser.close()
-        order(railway)
+        set_faults(railway)
         assert errors == []
 
 

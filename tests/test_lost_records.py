@@ -64,7 +64,7 @@ def step_01_the_record_of_the_active_version_is_lost(site: LiveSite) -> None:
         project.janitor()
         assert project.records["old"]["state"] == "draining"
     assert 404 not in seen
-    site.settles("new")
+    site.assert_stable("new")
 
 
 def step_02_records_that_cannot_be_understood(site: LiveSite) -> None:
@@ -88,7 +88,7 @@ def step_02_records_that_cannot_be_understood(site: LiveSite) -> None:
         run = f"it is kept until `pulse-railway delete --deployment-id {name}`"
         assert f"in the routing state, {name}: {named} not understood: {run}" in problems
         assert project.ok("delete", "--deployment-id", name)["deleted"] is True
-    site.settles("next")
+    site.assert_stable("next")
 
 
 def step_03_a_router_that_starts_while_redis_is_away(site: LiveSite) -> None:
@@ -117,7 +117,7 @@ def step_04_a_closed_site_and_an_emptied_redis(site: LiveSite) -> None:
     project = site.project
     project.ok("maintenance", "on")
     assert site.get().status_code == 503
-    site.forget()
+    site.lose_everything()
     assert site.visited == "next"
     assert site.health == (200, {"ok": True, "without_state": True})
     assert "next was promoted last" in project.ok("status")["problem"]
@@ -127,4 +127,4 @@ def step_04_a_closed_site_and_an_emptied_redis(site: LiveSite) -> None:
     project.ok("maintenance", "off")
     assert project.variables("pulse-router")["PULSE_RAILWAY_MAINTENANCE"] == ""
     assert site.get(pulse_deployment="new").json()["deployment_id"] == "new"
-    site.settles("next")
+    site.assert_stable("next")

@@ -45,7 +45,7 @@ def step_01_an_older_snapshot_and_a_router_that_lives(site: LiveSite) -> None:
     assert found["active"] == "new" or "new was promoted last" in found["problem"]
     assert project.ok("promote", "--deployment-id", "new")["active"] is True
     assert site.visited == "new"
-    site.settles("new")
+    site.assert_stable("new")
 
 
 def step_02_an_older_snapshot_and_a_router_that_restarts(site: LiveSite) -> None:
@@ -61,8 +61,8 @@ def step_02_an_older_snapshot_and_a_router_that_restarts(site: LiveSite) -> None
     project.faults(empty)  # once: the janitor does not take it for "nothing was promoted"
     assert "Railway shows no variables of pulse-router" in project.janitor()["refused"]
     project.faults()
-    assert site.intent[0] == "new"
-    site.settles("new")
+    assert site.last_promoted[0] == "new"
+    site.assert_stable("new")
 
 
 def step_03_an_older_snapshot_after_a_rollback(site: LiveSite) -> None:
@@ -75,11 +75,11 @@ def step_03_an_older_snapshot_after_a_rollback(site: LiveSite) -> None:
     site.lose(SNAPSHOTS["bad"], restart=False)
     eventually(lambda: "rejected_at" in project.records["bad"])
     assert site.visited == "new"
-    site.settles("new")
+    site.assert_stable("new")
     site.lose(SNAPSHOTS["bad"], restart=True)
     assert "new was promoted last, and bad is active" in project.ok("status")["problem"]
     assert project.ok("restore")["active"] == "new"
-    site.settles("new")
+    site.assert_stable("new")
 
 
 def step_04_the_service_of_what_was_promoted_last_is_gone(site: LiveSite) -> None:
@@ -107,7 +107,7 @@ def step_04_the_service_of_what_was_promoted_last_is_gone(site: LiveSite) -> Non
     assert report["problems"] == [
         f"gone was promoted last and has no service: new stays active; {run}"
     ]
-    assert site.intent[0] == "gone"
+    assert site.last_promoted[0] == "gone"
     assert project.ok("restore", "--deployment-id", "new")["active"] == "new"
     site.change_record("gone", registered_at=time.time() - 100)  # else it may be about to appear
-    site.settles("new", removed="gone")
+    site.assert_stable("new", removed="gone")

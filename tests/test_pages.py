@@ -108,6 +108,6 @@ def test_why_it_did_not_come_up(new_project: Callable[[], Project]) -> None:
     before = project.services
     verb = project.run("deploy", "main.py", "--env", "TINY_FAILS=whatever it was")
     assert verb.code == 1
-    assert "and it said, while it ran," in verb.err
+    assert "its runtime log ended with" in verb.err
     assert "RuntimeError: ***" in verb.err  # a variable's value may be a secret
     assert project.services == before

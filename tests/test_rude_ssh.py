@@ -188,9 +188,9 @@ class World:
         known = name in state.records
         assert name != state.active, f"{name} is active and was deleted"
         assert not known or name in state.tombstones, f"{name} was not retired"
-        if control.is_lost(state, self.intent):
+        if control.is_lost(state, self.last_promoted):
             assert not known
-            assert name != self.intent.deployment_id, f"{name} may be active and was deleted"
+            assert name != self.last_promoted.deployment_id, f"{name} may be active and was deleted"
         del self.services[name]
         return {"serviceDelete": True}
 
@@ -205,7 +205,7 @@ class World:
         return self.state.active  # type: ignore[no-any-return]
 
     @property
-    def intent(self) -> Any:
+    def last_promoted(self) -> Any:
         """What was promoted last, as Railway says."""
         return router.promotion_from_env(self.services["pulse-router"]["variables"])
 
@@ -270,7 +270,7 @@ class World:
     def routed(
         self, _: Any, __: Any, name: str, ___: Any, *, by_affinity: bool, timeout: float = 0
     ) -> None:
-        state = self.known if control.is_lost(self.state, self.intent) else self.state
+        state = self.known if control.is_lost(self.state, self.last_promoted) else self.state
         there = name in state.records and name in self.services
         if not there or (not by_affinity and state.active != name):
             raise Failure("reaching the deployment through the router took longer than 4 s")
@@ -321,7 +321,7 @@ class World:
 
     def check(self) -> None:
         state = self.state
-        active = state.active or (self.intent.deployment_id if self.known.active else None)
+        active = state.active or (self.last_promoted.deployment_id if self.known.active else None)
         if active:
             assert active in self.services, f"the active deployment {active} has no service"
         assert len([r for r in state.records.values() if r.state == "active"]) <= 1

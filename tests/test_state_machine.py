@@ -114,7 +114,7 @@ class Life(RuleBasedStateMachine):
         self.services: dict[str, str] = {}  # deployment -> Railway's id of its service
         self.created: dict[str, float] = {}
         self.tabs: dict[str, int | None] = {}  # None: it does not answer
-        self.intent: Any = None  # what was promoted last, as Railway says
+        self.last_promoted: Any = None  # what was promoted last, as Railway says
         self.known = router.Routing()  # what a router holds
         self.snapshot: list[Any] | None = None
         self.drains: dict[str, float] = {}
@@ -165,7 +165,7 @@ class Life(RuleBasedStateMachine):
         self.number += 1
         arguments = [*words, "--nonce", nonce, "--by", "test"]
         args = PARSER.parse_args(arguments)
-        args.promoted = self.intent
+        args.promoted = self.last_promoted
         done = False
         for _ in range(2):  # the first answer was lost
             with self.store.killed_after(0 if kill else None):
@@ -205,7 +205,7 @@ class Life(RuleBasedStateMachine):
         words = ["--active-deployment-id", name, "--active-service-name", name]
         if self.control("promote", *words, kill=kill):
             assert self.active == name
-            self.intent = self.state.promoted
+            self.last_promoted = self.state.promoted
             self.pending_ones_stay(before, name, active)
 
     def pending_ones_stay(self, before: Any, promoted: str, active: str | None) -> None:
@@ -246,7 +246,7 @@ class Life(RuleBasedStateMachine):
         name, left = found[0].deployment_id, self.active
         words = ["--active-deployment-id", name, "--active-service-name", name]
         if self.control("promote", *words, "--instead-of", left, "--rolls-back", kill=kill):
-            self.intent = self.state.promoted
+            self.last_promoted = self.state.promoted
             assert left == name or self.records()[left].rejected_at
 
     @rule(pick=st.integers(0, 50))
@@ -309,8 +309,8 @@ class Life(RuleBasedStateMachine):
             )
             for name, sid in self.services.items()
         ]
-        inventory = janitor.Inventory(found, "router", self.intent)
-        mended = state.promotion != self.intent
+        inventory = janitor.Inventory(found, "router", self.last_promoted)
+        mended = state.promotion != self.last_promoted
         report = None
 
         def delete(service: Any) -> None:
@@ -318,11 +318,13 @@ class Life(RuleBasedStateMachine):
             record = self.records().get(service.deployment)
             assert service.deployment != self.active, "the active one's service"
             assert record is None or record.retiring_at, "not retired"
-            assert not mended or self.intent.deployment_id == before, "what was active is mended"
+            assert not mended or self.last_promoted.deployment_id == before, (
+                "what was active is mended"
+            )
             del self.services[service.deployment]
 
         def remember(_: str, values: dict[str, str]) -> None:
-            self.intent = router.promotion_from_env(values)
+            self.last_promoted = router.promotion_from_env(values)
 
         railway = types.SimpleNamespace(delete=delete, remember=remember)
         limits = janitor.Retention(DAY, 900.0, keep)
@@ -375,15 +377,15 @@ class Life(RuleBasedStateMachine):
         """All is lost, and comes back from a router, or from what Railway says."""
         active = self.active
         self.store.rows = []
-        assert not self.control("delete", "--deployment-id", "never") or not self.intent
+        assert not self.control("delete", "--deployment-id", "never") or not self.last_promoted
         if by_router:
             self.a_router_looks()
             assert self.active == active
         else:
             self.run_janitor()
             self.foreign.clear()
-            if self.intent.deployment_id in self.services:
-                assert self.active == self.intent.deployment_id
+            if self.last_promoted.deployment_id in self.services:
+                assert self.active == self.last_promoted.deployment_id
         self.drains.clear()
         self.lock_is_lost_or_found()
 

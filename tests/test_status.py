@@ -31,7 +31,7 @@ from pulse_railway.flows.watch import LENGTH, History
 from pulse_railway.options import LogsOptions
 from pulse_railway.output import Output
 from pulse_railway.railway import ssh
-from pulse_railway.rendering import BARS, show_history, show_status, show_watch, trend
+from pulse_railway.rendering import BARS, show_history, show_status, show_watch, sparkline
 from pulse_railway.stack import Service, Stack
 from tests.conftest import Project
 
@@ -136,7 +136,7 @@ UP = {"active": "a", "lost": False, "epoch": 7, "deployments": [RECORD], "router
         ),
         (
             stack(A, service("b", PULSE_DEPLOYMENT_ID="b")),
-            UP | {"lock": {"until": time.time() + 60}},
+            UP | {"lock": {"until": 1e11}},
             [],
         ),
         (
@@ -297,10 +297,10 @@ def test_what_happened_between_two_looks() -> None:
 
 
 def test_a_trend_is_drawn_from_zero() -> None:
-    assert trend([0, 1, 2]) == "▁▅█ 2"
-    assert trend([5, None, 0]) == "█ ▁ 0"
-    assert trend([None, None]) == "?"
-    assert trend([]) == "?"
+    assert sparkline([0, 1, 2]) == "▁▅█ 2"
+    assert sparkline([5, None, 0]) == "█ ▁ 0"
+    assert sparkline([None, None]) == "?"
+    assert sparkline([]) == "?"
 
 
 def test_the_truth_is_in_words(capsys: pytest.CaptureFixture[str]) -> None:
@@ -402,7 +402,7 @@ def test_a_line_that_has_no_encoding_is_printed(monkeypatch: pytest.MonkeyPatch)
     """As `logs` prints a service's."""
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii"))
-    verbs.run_verb(lambda *_: print("\u25cf \ud800", flush=True), "as_given", {})
+    verbs.run_verb(lambda *_: print("\u25cf \ud800", flush=True), "raw_flags", {})
     assert written.getvalue() == b"\\u25cf \\ud800\n"
 
 
@@ -454,8 +454,8 @@ def test_a_redis_that_is_down_is_named_at_once(monkeypatch: pytest.MonkeyPatch) 
         router_commands.send_promote(cast(Any, None), here, "a", "a")
     assert said == ["the router's Redis does not answer (TimeoutError): asking again for 30 s"]
     assert str(failure.value).endswith(
-        "`promote`: the router's Redis does not answer (TimeoutError): `pulse-railway logs"
-        " --service pulse-redis` tells why; run this again when it is back"
+        "`promote`: the router's Redis does not answer (TimeoutError): see `pulse-railway logs"
+        " --service pulse-redis`, and run this again when it is back"
     )
 
 
@@ -537,4 +537,4 @@ def test_watching_on_a_terminal(base: Project) -> None:
 
 
 def test_watching_is_not_for_programs(base: Project) -> None:
-    assert "call status --json again" in base.run("status", "--watch", "--json").error
+    assert "call `status --json` repeatedly" in base.run("status", "--watch", "--json").error

@@ -19,7 +19,7 @@ from pulse_railway import config, contract, errors
 from pulse_railway.options import where
 from pulse_railway.railway import program, tokens
 from pulse_railway.railway.api import Api
-from tests.conftest import order
+from tests.conftest import set_faults
 from tests.net import Backend, ok
 
 
@@ -164,7 +164,7 @@ def test_a_blip_is_no_expiry(railway: demo.Stage, tmp_path: Path) -> None:
             refreshToken=made["refresh_token"],
             tokenExpiresAt=time.time() + left,
         )
-        order(railway, faults=[{"match": "oauth", "status": 502, "times": times}])
+        set_faults(railway, faults=[{"match": "oauth", "status": 502, "times": times}])
         try:
             if ends == "fails":
                 with pytest.raises(
@@ -174,7 +174,7 @@ def test_a_blip_is_no_expiry(railway: demo.Stage, tmp_path: Path) -> None:
             else:
                 assert (found() == made["access_token"]) == (ends == "kept")
         finally:
-            order(railway)
+            set_faults(railway)
         if ends == "fails":  # nothing was lost: the next run refreshes it
             assert found() not in (None, made["access_token"])
 

@@ -37,7 +37,7 @@ def railway(monkeypatch: pytest.MonkeyPatch) -> Iterator[Says]:
         def make(*says: dict[str, Any]) -> Api:
             answers[:] = [x if "errors" in x else {"data": x} for x in says]
             api = Api(Token("t", "flag"))
-            api._asked = True
+            api._scope_is_read = True
             return api
 
         yield make
@@ -94,7 +94,9 @@ def test_a_build_shows_its_log_and_how_it_ended(railway: Says) -> None:
     waiting.wait_for_build(api, "d", Recorder(lines))
     assert lines == ["a", "building", "b", "c"]
     api = railway(one("CRASHED", "built"), runtime("Traceback", "KeyError: 'X'"))
-    with pytest.raises(Failure, match=r"ended as CRASHED.*\n    built\n.*while it ran,\n.*\n.*'X'"):
+    with pytest.raises(
+        Failure, match=r"ended as CRASHED.*\n    built\nits runtime log ended with\n.*\n.*'X'"
+    ):
         waiting.wait_for_build(api, "d", Recorder([]))
     api = railway(one("CRASHED"), {"errors": [{"message": "logs are away"}]})
     with pytest.raises(Failure, match="its runtime log could not be read: Railway: logs are away"):

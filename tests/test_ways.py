@@ -28,7 +28,7 @@ from pulse_railway.railway.api import Api
 from pulse_railway.railway.tokens import Token
 from pulse_railway.router_commands import choose_route
 from pulse_railway.stack import Stack
-from tests.conftest import BASE, TINY, Project, order
+from tests.conftest import BASE, TINY, Project, set_faults
 from tests.test_rude_ssh import BAD_DAY, FOREIGN
 
 # -- what the key must be ----------------------------------------------------------------------
@@ -130,7 +130,7 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cli]:
 
 def api(kind: str) -> Api:
     made = Api(Token("token-value", "flag"))
-    made._asked, made._scope = True, {"projectId": "p"} if kind == "project" else None
+    made._scope_is_read, made._scope = True, {"projectId": "p"} if kind == "project" else None
     return made
 
 
@@ -158,9 +158,9 @@ def test_each_cause_has_its_sentence(
 ) -> None:
     cli.says("", f"Using SSH key from file /x/id_ed25519: me\n{err}\n", code)
     outcome = run()
-    assert said in outcome.said
-    assert (outcome.hopeless, outcome.no_key) == (True, no_key)
-    assert "Using SSH key" not in outcome.said
+    assert said in outcome.message
+    assert (outcome.permanent, outcome.no_key) == (True, no_key)
+    assert "Using SSH key" not in outcome.message
 
 
 @pytest.mark.parametrize("line", [x for x in BAD_DAY if "Host key" not in x])
@@ -168,13 +168,13 @@ def test_a_bad_day_is_no_missing_key(cli: Cli, line: str) -> None:
     """CLI 5 prints "Using SSH key" on every run; every failure was told as a missing key."""
     cli.says("", f"Using SSH key from file /x/id_ed25519: me\n{line}\n", 255)
     outcome = run()
-    assert not outcome.hopeless
-    assert "key" not in outcome.said.lower() or "SSH key" in line
+    assert not outcome.permanent
+    assert "key" not in outcome.message.lower() or "SSH key" in line
 
 
 def test_a_traceback_of_the_command_is_told_as_that(cli: Cli) -> None:
     cli.says("", "Traceback (most recent call last):\n  File x\nKeyError: 'x'\n", 1)
-    assert run().said == "the router's command failed: KeyError: 'x'"
+    assert run().message == "the router's command failed: KeyError: 'x'"
 
 
 def test_a_key_is_passed_on(cli: Cli, key: Path) -> None:
@@ -249,7 +249,7 @@ def stack(project: Project) -> Project:
 @pytest.fixture
 def two(stack: Project) -> Project:
     """A baseline with two deployments, of which `second` is active."""
-    order(stack.railway)
+    set_faults(stack.railway)
     if stack.active != "second":
         stack.ok("promote", "--deployment-id", "second", "--control", "ssh")
     return stack
@@ -351,14 +351,14 @@ def test_a_project_token_and_nothing_else_deploys(two: Project, ci: dict[str, st
 def test_where_railway_does_not_run_the_janitor_at_once(two: Project, ci: dict[str, str]) -> None:
     """Its next run by the clock does it."""
     refusal = {"match": "deploymentInstanceExecutionCreate", "error": "Not Authorized", "times": 9}
-    order(two.railway, faults=[refusal])
+    set_faults(two.railway, faults=[refusal])
     wanted = "first" if two.active == "second" else "second"
     url = two.railway.api.replace("/graphql/v2", "/local/cron/pulse-janitor")
     clock = threading.Timer(6.0, lambda: httpx.post(url, timeout=60))
     clock.start()
     done = two.run("promote", "--deployment-id", wanted, **ci)
     clock.join()
-    order(two.railway)
+    set_faults(two.railway)
     assert done.code == 0, done.err
     assert "waiting for its schedule, */5" in done.err
     assert two.active == wanted
@@ -388,7 +388,7 @@ def test_a_deploy_that_is_interrupted_cleans_up_by_the_janitor(
     """It knew of no janitor then, and left its service."""
     before = two.active
     slow = {"match": "deploymentInstanceExecutionCreate", "nth": 3, "delay": 3}
-    order(two.railway, faults=[slow])
+    set_faults(two.railway, faults=[slow])
     process = subprocess.Popen(
         [sys.executable, "-m", "pulse_railway", "deploy", "main.py", "--deployment-id", "cut"],
         cwd=TINY,
@@ -405,7 +405,7 @@ def test_a_deploy_that_is_interrupted_cleans_up_by_the_janitor(
             break
     said = process.communicate(timeout=90)[1]
     assert process.returncode == 130, said
-    order(two.railway)
+    set_faults(two.railway)
     assert two.services == BASE | {"first", "second"}
     assert two.active == before
 
@@ -413,7 +413,7 @@ def test_a_deploy_that_is_interrupted_cleans_up_by_the_janitor(
 def test_a_command_that_nobody_waits_for_is_withdrawn(two: Project, ci: dict[str, str]) -> None:
     """A deploy that was interrupted must not promote five minutes later."""
     refusal = {"match": "deploymentInstanceExecutionCreate", "error": "Not Authorized", "times": 9}
-    order(two.railway, faults=[refusal])
+    set_faults(two.railway, faults=[refusal])
     before, left = two.active, two.variables("pulse-janitor").get(contract.CONTROL)
     wanted = "first" if before == "second" else "second"
     process = subprocess.Popen(
@@ -429,7 +429,7 @@ def test_a_command_that_nobody_waits_for_is_withdrawn(two: Project, ci: dict[str
         time.sleep(0.1)
     os.kill(process.pid, signal.SIGINT)
     assert process.wait(30) == 130
-    order(two.railway)
+    set_faults(two.railway)
     assert two.variables("pulse-janitor")[contract.CONTROL] == ""
     url = two.railway.api.replace("/graphql/v2", "/local/cron/pulse-janitor")
     assert json.dumps(httpx.post(url, timeout=60).json())

@@ -1,4 +1,4 @@
-"""An app with users on a local Railway: what they see, and what is done behind everybody's back."""
+"""A deployed app on a local Railway: its visitors, and changes to its state from outside."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ mutation ($s: String!, $e: String!) { serviceInstanceDeployV2(serviceId: $s, env
 
 
 class LiveSite:
-    """What users see of a project, and what can be done to it behind everybody's back."""
+    """A project's site as visitors see it, with changes that no verb or janitor makes."""
 
     def __init__(self, project: Project) -> None:
         self.project = project
         self.address = str(project.ok("status")["address"])
-        # the number of tabs that each deployment says it has
+        # in a file for each deployment: the number of tabs that it reports
         self.tabs = Path(tempfile.mkdtemp(dir=project.railway.root))
 
     def deploy(self, name: str, *arguments: str, tabs: int = 1) -> None:
@@ -42,7 +42,7 @@ class LiveSite:
 
     @property
     def visited(self) -> str | None:
-        """The deployment that a newcomer gets."""
+        """Return the deployment that a new visitor gets."""
         answer = self.get()
         return answer.json()["deployment_id"] if answer.status_code == 200 else None
 
@@ -52,13 +52,14 @@ class LiveSite:
         return answer.status_code, answer.json()
 
     @property
-    def intent(self) -> tuple[str | None, float]:
-        """What Railway says was promoted last, and when."""
-        found = self.project.variables("pulse-router")
-        return found.get("PULSE_RAILWAY_ACTIVE"), float(found.get("PULSE_RAILWAY_ACTIVE_AT") or 0)
+    def last_promoted(self) -> tuple[str | None, float]:
+        """Return the deployment that was promoted last, and the time, by Railway's variables."""
+        variables = self.project.variables("pulse-router")
+        at = float(variables.get("PULSE_RAILWAY_ACTIVE_AT") or 0)
+        return variables.get("PULSE_RAILWAY_ACTIVE"), at
 
     def restart_router(self) -> None:
-        """The one that runs has ended then; see `wait_for_router`."""
+        """Restart the router; return when the old process has ended. See `wait_for_router`."""
         stats = self.project.railway.api.replace("/graphql/v2", "/local/stats")
         process = httpx.get(stats).json()["pids"]["pulse-router"]
         self.project.restart("pulse-router")
@@ -68,45 +69,45 @@ class LiveSite:
         eventually(lambda: self.project.latest("pulse-router")["status"] == "SUCCESS", 20)
 
     def snapshot(self) -> Path:
-        """An older one, beyond what routers said of themselves: such a report lives two minutes."""
+        """Return a snapshot without routers' reports, older than their two minutes."""
         for key in self.project.redis.scan_iter(f"{PREFIX}:router:*"):
             self.project.redis.delete(key)
         return self.project.snapshot()
 
     def lose(self, snapshot: Path, *, restart: bool) -> None:
-        """Redis comes back with an older snapshot."""
-        if restart:  # it ends before Redis does, and remembers nothing
+        """Restart Redis with an older snapshot; with `restart` the router too."""
+        if restart:  # the old router ends before Redis, and the new one has no memory
             self.restart_router()
         self.project.restore_snapshot(snapshot)
         if restart:
             self.wait_for_router()
 
-    def forget(self) -> None:
-        """Redis is emptied, and the routers restart: nobody but Railway remembers anything."""
+    def lose_everything(self) -> None:
+        """Empty Redis and restart the routers: only Railway's variables are left."""
         self.restart_router()
         self.project.redis.flushall()
         self.wait_for_router()
 
     def change_record(self, name: str, **fields: Any) -> None:
-        """As somebody else writes it: without an announcement."""
+        """Change a record in Redis, without an announcement."""
         record = self.project.records[name] | fields
         self.project.redis.set(f"{PREFIX}:deployment:{name}", json.dumps(record))
 
     def delete_record(self, name: str) -> None:
-        """It is gone just after the routers have read the state: for a while none of them knows."""
+        """Delete a record just after the routers have read it: they do not notice for a while."""
         self.project.redis.publish(f"{PREFIX}:events", "[]")
         time.sleep(0.3)
         assert self.project.redis.delete(f"{PREFIX}:deployment:{name}") == 1
 
     def inside(self, service: str, command: str) -> subprocess.CompletedProcess[str]:
-        """`railway ssh --service <service> -- <command>`."""
+        """Run `railway ssh --service <service> -- <command>`."""
         env = self.project.env
         words = ["railway", "ssh", "-i", env["PULSE_RAILWAY_SSH_KEY"], "-s", service, "--", command]
         return subprocess.run(words, env=env, capture_output=True, text=True, timeout=60)
 
     @contextlib.contextmanager
     def visitors(self) -> Iterator[set[int]]:
-        """Visitors come all the while; what status they have got."""
+        """Send a visitor every 50 ms during the block; yield the statuses that they get."""
         seen: set[int] = set()
         over = threading.Event()
 
@@ -123,9 +124,9 @@ class LiveSite:
             over.set()
             thread.join()
 
-    def settles(self, name: str, removed: str = "") -> None:
-        """Three runs of the janitor later this one is active, nothing that lives is deleted, and
-        nobody says anything else."""
+    def assert_stable(self, name: str, removed: str = "") -> None:
+        """Run the janitor three times; assert that `name` is active everywhere, and that nothing
+        but `removed` was deleted."""
         before = self.project.services
         reports = [self.project.janitor() for _ in range(3)]
         assert [report["exit"] for report in reports] == [0, 0, 0], reports
@@ -137,8 +138,8 @@ class LiveSite:
         assert "active" not in states.values()
         assert BASE | {name} | set(states) == before
         promoted = json.loads(self.project.state["promoted"])
-        assert (promoted["deployment_id"], promoted["at"]) == (name, self.intent[1])
-        assert self.intent[0] == name
+        assert (promoted["deployment_id"], promoted["at"]) == (name, self.last_promoted[1])
+        assert self.last_promoted[0] == name
         assert self.visited == name
-        found = self.project.ok("status")
-        assert (found["active"], found["problems"]) == (name, [])
+        status = self.project.ok("status")
+        assert (status["active"], status["problems"]) == (name, [])

@@ -1,14 +1,14 @@
-"""Runs `pulse-railway`, and routers, in processes that are forked, not started: a verb imports
-Pulse for 1.5 s, a control command and a router Redis and uvicorn for 0.25 s.
+"""Runs `pulse-railway`, and routers, in forked processes, which saves imports: 1.5 s a verb
+(Pulse), 0.25 s a control command or a router (Redis and uvicorn).
 
     python -m tests.zygote SOCKET verbs|routers
 
-Routers have one of their own, which has imported what router.py does and no more: they are as large
-as real ones. Each connection brings one command line: its arguments, environment and folder as
-JSON, its stdout and stderr as descriptors. The answer is the process id, and the exit status once
-it has ended. Everything that a user's process has (environment, folder, session, signals) it has
-too; tests of signals and of the wheel start real ones all the same. `router.py` and `control.py`
-are imported in each process anew, since they read the environment.
+A process for routers has imported what router.py does and no more: its routers are as large as real
+ones. Each connection sends one command line: arguments, environment and folder as JSON, stdout and
+stderr as descriptors. The answer is the process id, and after its end the exit status. A forked
+process has its own environment, folder, session and signals, as a user's process. Tests of signals
+and of the wheel start real processes nevertheless. Each process imports `router.py` and
+`control.py` again, since they read the environment.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-# What a container of the local Railway has as `pulse-railway`: a process that is told and killed
-# like the real one, and whose end is the forked one's. `serve` and the like are the real one.
+# `pulse-railway` in the containers of the local Railway. It can be killed like the real program,
+# and its end ends the forked process. Commands other than `control` run the real program.
 CLIENT = """#!{python} -SE
 import json, os, socket, sys
 if sys.argv[1:2] != ["control"]:
@@ -67,7 +67,7 @@ def serve(path: str, what: str) -> None:
         listener.bind(path)
         listener.listen(16)
         listener.settimeout(1.0)
-        while os.getppid() == parent:  # ends with the tests, however they end
+        while os.getppid() == parent:  # ends with the tests, even if they are killed
             try:
                 connection, _ = listener.accept()
             except TimeoutError:
@@ -81,7 +81,7 @@ def serve(path: str, what: str) -> None:
 
 
 def handle(connection: socket.socket) -> None:
-    """One verb: fork its process, tell its id, wait for it, tell its status."""
+    """Run one command: fork its process, send its id, wait for it, send its exit status."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     message, fds, _, _ = socket.recv_fds(connection, 1 << 20, 2)
     size = int.from_bytes(message[:4])
@@ -96,7 +96,7 @@ def handle(connection: socket.socket) -> None:
         os.close(fd)
     connection.sendall(pid.to_bytes(4))
     ended = os.pidfd_open(pid)
-    if ended not in select.select([ended, connection.fileno()], [], [])[0]:  # nobody waits any more
+    if ended not in select.select([ended, connection.fileno()], [], [])[0]:  # the client has ended
         os.killpg(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
     with contextlib.suppress(OSError):
@@ -104,8 +104,8 @@ def handle(connection: socket.socket) -> None:
 
 
 def become(request: dict[str, Any], fds: list[int]) -> None:
-    """What `python -m pulse_railway <arguments>`, or for a router `python <arguments>`, would be.
-    Does not return."""
+    """Run `python -m pulse_railway <arguments>`, or for a router `python <arguments>`, in this
+    process. Does not return."""
     code = 1
     try:
         os.setsid()
@@ -139,7 +139,7 @@ def become(request: dict[str, Any], fds: list[int]) -> None:
 
 
 def run_script(name: str, arguments: list[str]) -> NoReturn:
-    """What runtime_image.become starts, in this process."""
+    """Run a script of the runtime image in this process, in place of runtime_image.become."""
     from pulse_railway import runtime_image
 
     customize(str(runtime_image.sources()))
@@ -197,7 +197,7 @@ class Forked:
 
 
 class Zygote:
-    """The tests' end."""
+    """The tests' side: starts the server, and sends commands to it."""
 
     def __init__(self, folder: Path, what: str = "verbs") -> None:
         self.path = str(folder / "zygote")
@@ -223,7 +223,7 @@ class Zygote:
     def run(
         self, arguments: list[str], env: dict[str, str], cwd: Path | str, timeout: float
     ) -> subprocess.CompletedProcess[str]:
-        """As subprocess.run would, with the output captured."""
+        """Run a command as subprocess.run does, with the output captured."""
         with (
             socket.socket(socket.AF_UNIX) as connection,
             open(os.memfd_create("out"), "r+") as out,
@@ -243,11 +243,11 @@ class Zygote:
             except TimeoutError:
                 os.killpg(pid, signal.SIGKILL)
                 raise
-            said = []
+            outputs = []
             for file in (out, err):
                 file.seek(0)
-                said.append(file.read())
-            return subprocess.CompletedProcess(arguments, code, *said)
+                outputs.append(file.read())
+            return subprocess.CompletedProcess(arguments, code, *outputs)
 
     def _connect(self, connection: socket.socket) -> None:
         deadline = time.monotonic() + 60

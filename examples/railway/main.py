@@ -1,7 +1,7 @@
 """A Pulse app behind pulse-railway: a counter on the server, another in the session.
 
-`/` is Pulse's own page, for which React has to be built (see README.md). `/probe` is served by
-Python alone and speaks Pulse's protocol by itself: it shows which deployment serves the tab.
+`/` is Pulse's own page, and needs a build of React (see README.md). `/probe` is served by Python
+alone, and implements Pulse's protocol itself: it shows which deployment serves the tab.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from pulse_railway import RailwayPlugin, RailwaySessionStore, internal_server_ad
 
 
 class Counter(ps.State):
-    """Lives on the server, in this deployment, for as long as the tab is open."""
+    """The tab's state: it is on the server, in this deployment, while the tab is open."""
 
     count: int = 0
 
     def increment(self) -> None:
         self.count += 1
-        session = ps.session()  # lives in Redis, for all deployments
+        session = ps.session()  # stored in Redis, for all deployments
         session["count"] = session.get("count", 0) + 1
 
 

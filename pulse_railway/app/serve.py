@@ -1,14 +1,14 @@
 """`pulse-railway serve`: the first process of an app's container.
 
-`pulse run` starts uvicorn and React's server as children, each on a pty of its own. It does not
-react to SIGTERM, which is all that a container's first process is told before everything is killed;
-it leaves a lock behind when it is killed, and then never starts again in the same file system; and
-as the first process it would have to reap what its children leave. This does all three:
+`pulse run` starts uvicorn and React's server as children, each on a pty of its own. As the first
+process of a container it lacks three things: it ignores SIGTERM, the only signal before everything
+is killed; it does not start where a killed run has left its lock; and it does not reap orphans.
+`serve` does all three:
 
-- a lock of a run before is removed: nobody else can be alive in a container that just starts;
-- on SIGTERM, uvicorn is told to finish (its requests, then the app's shutdown hooks), React's
-  server once uvicorn has ended, and what is left within the draining seconds is killed;
-- every child that ends is waited for.
+- It removes the lock of a previous run, since no other process is alive in a new container.
+- On SIGTERM it ends uvicorn (which finishes its requests and runs the app's shutdown hooks), then
+  React's server. What is left when the draining seconds are nearly over is killed.
+- It waits for every child that ends.
 
 uvicorn and React's server are children of this process, not of a `pulse run` that has the app in
 memory too: `pulse_run` asks Pulse what they are.
@@ -41,7 +41,7 @@ NOT_STARTED = 127  # the exit status of a shell for a command that it does not f
 
 
 def command() -> list[str]:
-    """`pulse run` as a backend needs it: on IPv4 and IPv6 both, which the empty address is."""
+    """Return `pulse run` for a backend; the empty address listens on IPv4 and IPv6."""
     app = os.environ.get(contract.APP_FILE)
     if not app:
         raise SystemExit(f"error: {contract.APP_FILE} is not set: which app?")
@@ -50,7 +50,7 @@ def command() -> list[str]:
 
 
 def remove_lock() -> None:
-    """Wherever the web root is: where the variable says, else beside the app, as in Pulse."""
+    """Remove Pulse's lock in the web root: the variable's, and the app's default as in Pulse."""
     app = Path((os.environ.get(contract.APP_FILE) or ".").partition(":")[0])
     roots = [Path(os.environ.get(contract.WEB_ROOT) or "web"), app.parent / "web"]
     for root in roots:
@@ -59,8 +59,8 @@ def remove_lock() -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def adopt_orphans() -> None:
-    """What our children leave becomes ours to reap, as it is for the first process anyway."""
+def become_subreaper() -> None:
+    """Become the parent of orphaned descendants, also where this is not the first process."""
     with contextlib.suppress(OSError, AttributeError):
         import ctypes
 
@@ -68,7 +68,7 @@ def adopt_orphans() -> None:
 
 
 def descendants(root: int) -> dict[int, str]:
-    """Every process below `root`, with its command line."""
+    """Return the command lines of all processes below `root`, by process id."""
     children: dict[int, list[int]] = {}
     lines: dict[int, str] = {}
     for home in Path("/proc").glob("[0-9]*"):
@@ -77,24 +77,24 @@ def descendants(root: int) -> dict[int, str]:
             parent = int((home / "stat").read_text().rpartition(")")[2].split()[1])
             children.setdefault(parent, []).append(pid)
             lines[pid] = (home / "cmdline").read_bytes().replace(b"\0", b" ").decode("latin-1")
-    found: dict[int, str] = {}
+    below: dict[int, str] = {}
     todo = list(children.get(root, []))
     while todo:
         pid = todo.pop()
-        if pid not in found:
-            found[pid] = lines.get(pid, "")
+        if pid not in below:
+            below[pid] = lines.get(pid, "")
             todo += children.get(pid, [])
-    return found
+    return below
 
 
-def tell(pids: list[int], number: int) -> None:
+def send_signal(pids: list[int], number: int) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, number)
 
 
 def reap() -> dict[int, int]:
-    """The children that have ended, with their status."""
+    """Reap the children that have ended; return their exit statuses by process id."""
     ended: dict[int, int] = {}
     with contextlib.suppress(ChildProcessError):
         while True:
@@ -105,68 +105,76 @@ def reap() -> dict[int, int]:
     return ended
 
 
-def patience() -> float:
-    """Seconds from SIGTERM until we kill what is left ourselves."""
+def stop_timeout() -> float:
+    """Return the seconds from SIGTERM to our own SIGKILL, which comes before Railway's."""
     try:
-        given = float(os.environ.get(DRAINING_VARIABLE) or DRAINING_SECONDS)
+        seconds = float(os.environ.get(DRAINING_VARIABLE) or DRAINING_SECONDS)
     except ValueError:
-        given = math.nan
-    if not 0 <= given <= LONGEST_DRAINING:
+        seconds = math.nan
+    if not 0 <= seconds <= LONGEST_DRAINING:
         message = f"{DRAINING_VARIABLE} is no number of seconds: {DRAINING_SECONDS:g} is taken"
         print(message, file=sys.stderr)
-        given = DRAINING_SECONDS
-    return max(given - MARGIN, 0.5)
+        seconds = DRAINING_SECONDS
+    return max(seconds - MARGIN, 0.5)
 
 
 def children_of_pulse_run(words: list[str]) -> list[dict[str, Any]]:
-    """What `pulse run` would start, as pulse_run.py has it; that command itself where it does not
-    say so (its own error is what shows then), or where another `pulse` is on PATH."""
+    """Return the commands that `pulse run` would start, from pulse_run.py. Where that fails, return
+    `pulse run` itself, whose own error is shown then; also where another `pulse` is on PATH."""
     itself = [{"args": words}]
     beside = Path(sys.executable).with_name(words[0])
     if shutil.which(words[0]) != str(beside):
         return itself
-    asked = [sys.executable, "-m", "pulse_railway.app.pulse_run", *words[2:]]
-    answer = subprocess.run(asked, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    planner = [sys.executable, "-m", "pulse_railway.app.pulse_run", *words[2:]]
+    answer = subprocess.run(planner, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     return (json.loads(answer.stdout) if answer.returncode == 0 else []) or itself
 
 
 def start(command: dict[str, Any]) -> int:
-    """Start a child in a process group of its own; its process id. Raises OSError."""
+    """Start a child in its own process group, and return its process id. Raises OSError."""
     return subprocess.Popen(
         command["args"], cwd=command.get("cwd"), env=command.get("env"), process_group=0
     ).pid
 
 
 def run_app(argv: list[str] | None = None) -> int:
-    """Run a command, by default the app's, until it or a part of it ends, or until SIGTERM. Its
-    exit status, 0 after an orderly end; 127 where it cannot be started."""
-    asked: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):  # before anything else: it may come at once
-        signal.signal(number, lambda n, _: asked.append(n))
-    adopt_orphans()
+    """Run a command, by default the app's, until one of its processes ends, or until SIGTERM or
+    SIGINT; return the exit status.
+
+    The status is the process's own, after a signal 0 if all processes have ended in time, and 127
+    if it cannot be started.
+    """
+    received: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):  # first, since a signal may come at once
+        signal.signal(number, lambda n, _: received.append(n))
+    become_subreaper()
     remove_lock()
     commands = [{"args": argv}] if argv else children_of_pulse_run(command())
     children = set()
     for child in commands:
-        if asked:
+        if received:
             break
         try:
             children.add(start(child))
         except OSError as error:
             print(f"error: {child['args'][0]}: {error.strerror}", file=sys.stderr)
-            tell(list(descendants(os.getpid())), signal.SIGKILL)
+            send_signal(list(descendants(os.getpid())), signal.SIGKILL)
             return NOT_STARTED
-    while not asked:
+    while not received:
         time.sleep(POLL)
         for status in [status for pid, status in reap().items() if pid in children]:
-            tell(list(descendants(os.getpid())), signal.SIGKILL)
+            send_signal(list(descendants(os.getpid())), signal.SIGKILL)
             return status if status >= 0 else 128 - status
-    return stop(time.monotonic() + patience())
+    return stop(time.monotonic() + stop_timeout())
 
 
 def stop(deadline: float) -> int:
-    """uvicorn first, so that no page is half rendered; then whatever is left."""
-    told: set[int] = set()
+    """End uvicorn, then all other processes; kill them at `deadline` (monotonic).
+
+    uvicorn is the first, since it needs React's server for the pages under way. Returns the exit
+    status.
+    """
+    signaled: set[int] = set()
     while time.monotonic() < deadline:
         reap()
         alive = descendants(os.getpid())
@@ -174,10 +182,10 @@ def stop(deadline: float) -> int:
             return 0
         servers = [pid for pid, line in alive.items() if "uvicorn" in line]
         due = servers or list(alive)
-        tell([pid for pid in due if pid not in told], signal.SIGTERM)
-        told.update(due)
+        send_signal([pid for pid in due if pid not in signaled], signal.SIGTERM)
+        signaled.update(due)
         time.sleep(POLL)
-    tell(list(descendants(os.getpid())), signal.SIGKILL)
+    send_signal(list(descendants(os.getpid())), signal.SIGKILL)
     reap()
     return 128 + signal.SIGKILL
 

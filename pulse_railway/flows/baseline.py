@@ -347,7 +347,7 @@ def desired(
         contract.RUNTIME_VERSION: wanted.runtime_image or runtime_image.runtime_version(),
     }
     if shared[contract.REDIS_PREFIX].endswith(f":{stack.target.environment_id}"):  # a copy's own
-        shared[contract.KEY_TTL] = str(max(wanted.drain_ttl, contract.LEAST_KEY_TTL_SECONDS))
+        shared[contract.KEY_TTL] = str(max(wanted.drain_ttl, contract.MIN_KEY_TTL_SECONDS))
     if names.prefix:
         shared[contract.SERVICE_PREFIX] = names.prefix
     if not wanted.runtime_image:
@@ -412,10 +412,10 @@ def plan(
         change.deploy = bool(change) or service.status != "SUCCESS" or waits
         change.domain = goal.name == stack.names.router and not service.domains
     name = wanted.app.plugin.name if wanted.app else None
-    if name and app_identity.remembered(stack).name != name:
+    if name and app_identity.stored_identity(stack).name != name:
         app = app_identity.AppIdentity(name)
-        app = app_identity.with_known(stack, app, wanted.replace_app)
-        changes[stack.names.router].variables[contract.APP] = app_identity.variable(app)
+        app = app_identity.merge_stored(stack, app, wanted.replace_app)
+        changes[stack.names.router].variables[contract.APP] = app_identity.to_json(app)
     for change in changes.values():  # none of these deploys anything
         if router.group_id and change.service.group_id != router.group_id:
             change.group_id = router.group_id

@@ -279,7 +279,7 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
             attempt.step = f"watch it for {seconds} s"
             old = str(attempt.previous)
             baking = bake(api, stack, attempt.deployment_id, old, seconds, output, canary)
-        app_identity.remember(api, stack, identity, plan.wanted.replace_app, output)
+        app_identity.store_identity(api, stack, identity, plan.wanted.replace_app, output)
         if danger := config_files.would_delete(plan.app.context):
             output.warn(danger)
     return {

@@ -1,8 +1,8 @@
 """The `railway` command of the local Railway: `up` and `ssh`, with Railway's own flags.
 
-Written after the source of Railway's CLI 5.43. It finds the local Railway by
-PULSE_RAILWAY_API_URL and presents RAILWAY_TOKEN (a project token) or RAILWAY_API_TOKEN (any other);
-where both are set the first wins. With `--json` an error is one object on stdout.
+It follows the source of Railway's CLI 5.43. The local Railway's address is in
+PULSE_RAILWAY_API_URL. The token is RAILWAY_TOKEN (a project token), or RAILWAY_API_TOKEN (any
+other) where the first is not set. With `--json` an error is one object on stdout.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ NO_REGISTERED_KEY = (
 
 
 class CliFailure(Exception):
-    """What the CLI says, and the `code` and `hint` that it adds to it with `--json`."""
+    """An error message of the CLI, with the `code` and `hint` that `--json` adds."""
 
     def __init__(self, message: str, code: str = "UNKNOWN_ERROR", hint: str | None = None) -> None:
         super().__init__(message)
@@ -66,7 +66,7 @@ class CliFailure(Exception):
 
 
 class LocalApi:
-    """The local Railway's address, and the token of this run."""
+    """Calls the local Railway with the token of this run."""
 
     def __init__(self) -> None:
         project = os.environ.get("RAILWAY_TOKEN")
@@ -75,15 +75,18 @@ class LocalApi:
             raise CliFailure(UNAUTHORIZED, "UNAUTHORIZED", "Run `railway login`")
         url = os.environ.get("PULSE_RAILWAY_API_URL")
         if not url:
-            raise CliFailure("PULSE_RAILWAY_API_URL is not set: this `railway` is the local one's")
+            raise CliFailure("PULSE_RAILWAY_API_URL is not set: this is the local `railway`")
         self.headers = (
             {"Project-Access-Token": project} if project else {"Authorization": f"Bearer {account}"}
         )
         self.host = urlsplit(url).netloc
 
-    def post(self, path: str, body: bytes, kind: str, timeout: float = 30) -> tuple[int, bytes]:
+    def post(
+        self, path: str, body: bytes, content_type: str, timeout: float = 30
+    ) -> tuple[int, bytes]:
+        """Return the status and body of the answer. `timeout` is in seconds. Raises CliFailure."""
         connection = http.client.HTTPConnection(self.host, timeout=timeout)
-        headers = {**self.headers, "content-type": kind}
+        headers = {**self.headers, "content-type": content_type}
         try:
             connection.request("POST", path, body, headers)
             answer = connection.getresponse()
@@ -94,6 +97,7 @@ class LocalApi:
             connection.close()
 
     def call(self, document: str, **variables: Any) -> Any:
+        """Return the `data` of a GraphQL answer. Raises CliFailure."""
         body = json.dumps({"query": document, "variables": variables}).encode()
         status, answer = self.post("/graphql/v2", body, "application/json")
         if status == 429:
@@ -102,44 +106,46 @@ class LocalApi:
             )
         if status != 200:
             raise CliFailure(f"Failed to fetch: status code {status}")
-        found = json.loads(answer)
-        if found.get("errors"):
-            message = found["errors"][0]["message"]
+        result = json.loads(answer)
+        if result.get("errors"):
+            message = result["errors"][0]["message"]
             if message == "Not Authorized":
                 raise CliFailure(UNAUTHORIZED, "UNAUTHORIZED", "Run `railway login`")
             raise CliFailure(message)
-        return found["data"]
+        return result["data"]
 
     def resolve(self, args: argparse.Namespace) -> tuple[str, str]:
-        """The ids of the environment and the service, each given by id or by name."""
-        found = self.call(PROJECT, id=args.project)["project"]
+        """Return the ids of the environment and the service, each given as id or name."""
+        project = self.call(PROJECT, id=args.project)["project"]
         return (
-            _one(found["environments"], args.environment, "Environment"),
-            _one(found["services"], args.service, "Service"),
+            _id_of(project["environments"], args.environment, "Environment"),
+            _id_of(project["services"], args.service, "Service"),
         )
 
 
-def _one(connection: Any, wanted: str, what: str) -> str:
+def _id_of(connection: Any, id_or_name: str, kind: str) -> str:
     for edge in connection["edges"]:
         node = edge["node"]
-        if wanted == node["id"] or wanted.lower() == node["name"].lower():
+        if id_or_name == node["id"] or id_or_name.lower() == node["name"].lower():
             return str(node["id"])
-    raise CliFailure(f"{what} '{wanted}' not found", f"{what.upper()}_NOT_FOUND")
+    raise CliFailure(f"{kind} '{id_or_name}' not found", f"{kind.upper()}_NOT_FOUND")
 
 
 # -- up ----------------------------------------------------------------------------------------
 
 
 def archive(folder: Path, root: Path, *, gitignore: bool) -> bytes:
-    """What the CLI sends: links are followed, one that leads nowhere fails the upload."""
+    """Return the gzipped tar that the CLI sends, with names relative to `root`.
+
+    Symbolic links are followed. Raises CliFailure for a link without a target.
+    """
     from pulse_railway.railway.upload import left_out
 
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=1, dereference=True) as tar:
-        for here, folders, files in os.walk(folder, followlinks=True):
-            at = Path(here)
+        for parent, folders, files in os.walk(folder, followlinks=True):
             for name in sorted([*folders, *files]):
-                path = at / name
+                path = Path(parent) / name
                 if left_out(folder, path.relative_to(folder), gitignore=gitignore):
                     if name in folders:
                         folders.remove(name)
@@ -198,37 +204,40 @@ def ssh(args: argparse.Namespace) -> int:
     railway = LocalApi()
     identity = args.identity_file or registered_key(railway)
     environment, service = railway.resolve(args)
-    found = railway.call(INSTANCE, environment=environment, service=service)["serviceInstance"]
+    instance = railway.call(INSTANCE, environment=environment, service=service)["serviceInstance"]
     status, answer = railway.post("/local/relay", b"{}", "application/json")
     if status != 200:
         raise CliFailure(f"the local Railway's relay cannot be reached: {status}")
     relay = json.loads(answer)
-    # The real one says neither: a loopback relay is nobody's business in ~/.ssh
+    # Railway's CLI has neither option: here they keep ~/.ssh unread and unwritten
     command = ["ssh", "-F", "/dev/null", "-o", f"UserKnownHostsFile={relay['knownHosts']}"]
     command += ["-o", "GlobalKnownHostsFile=/dev/null", "-p", str(relay["port"])]
     if identity:
         command += ["-i", str(identity), "-o", "IdentitiesOnly=yes"]
     if args.command:
         command.append("-t" if sys.stdin.isatty() and sys.stdout.isatty() else "-T")
-    command.append(f"{found['id']}@127.0.0.1")
-    # one word goes to the shell as it is, several are quoted word by word
+    command.append(f"{instance['id']}@127.0.0.1")
+    # as Railway's CLI: a single argument is a shell command, several are quoted one by one
     command += args.command if len(args.command) == 1 else map(shlex.quote, args.command)
     return subprocess.run(command).returncode
 
 
 def registered_key(railway: LocalApi) -> Path | None:
-    """The first key of the agent or of ~/.ssh/*.pub that Railway knows; None is the agent's."""
-    local: list[tuple[Path | None, str]] = [(None, line) for line in _agent()]
+    """Return the file of the first key that is registered with Railway, None for an agent's key.
+
+    The agent's keys come first, then ~/.ssh/*.pub. Raises CliFailure if none is registered.
+    """
+    local: list[tuple[Path | None, str]] = [(None, line) for line in _agent_keys()]
     local += [(path, path.read_text()) for path in sorted((Path.home() / ".ssh").glob("*.pub"))]
     if not local:
         raise CliFailure(NO_LOCAL_KEY)
-    known = {
+    registered = {
         edge["node"]["publicKey"].split()[1]: edge["node"]["name"]
         for edge in railway.call(KEYS)["sshPublicKeys"]["edges"]
     }
     for path, text in local:
         words = text.split()
-        if len(words) > 1 and words[1] in known:
+        if len(words) > 1 and words[1] in registered:
             name = words[2] if len(words) > 2 else path.stem if path else words[1][:12]
             source = f"file {path}" if path else "agent"
             print(f"Using SSH key from {source}: {name}", file=sys.stderr)
@@ -236,7 +245,7 @@ def registered_key(railway: LocalApi) -> Path | None:
     raise CliFailure(NO_REGISTERED_KEY)
 
 
-def _agent() -> list[str]:
+def _agent_keys() -> list[str]:
     if not os.environ.get("SSH_AUTH_SOCK"):
         return []
     try:
@@ -275,8 +284,8 @@ def main(argv: list[str]) -> int:
         return int(args.run(args))
     except CliFailure as failure:
         if args.json:
-            said = {"error": str(failure), "code": failure.code, "hint": failure.hint}
-            print(json.dumps(said))
+            error = {"error": str(failure), "code": failure.code, "hint": failure.hint}
+            print(json.dumps(error))
         else:
             print(failure, file=sys.stderr)
     return 1

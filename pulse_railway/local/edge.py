@@ -1,7 +1,7 @@
 """Railway's edge on this machine: TLS in front of a service's process, one port a domain.
 
-It is the router's own proxy with one deployment in its table, so streaming, WebSockets and
-back-pressure are as good here as there; what it adds are the headers that Railway's edge sets.
+The edge is the router's own proxy with one deployment in its table, so it has the router's
+streaming, WebSockets and back-pressure. It adds the headers that Railway's edge sets.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ router: Any = runtime_image.load("router")
 
 
 def certificates(root: Path) -> tuple[Path, Path]:
-    """(the edge's key and certificates, a bundle to trust it with), made on first use.
+    """Return the file of the edge's key and certificates, and a CA bundle to trust it with.
 
-    The bundle holds the public roots too, so a shell that trusts it can still talk to the world.
+    Both are made on first use. The bundle has the public roots too, so that a shell which uses it
+    still reaches other sites.
     """
     key, bundle = root / "edge.pem", root / "ca-bundle.pem"
     if not key.exists() or not bundle.exists():
@@ -44,12 +45,12 @@ def certificates(root: Path) -> tuple[Path, Path]:
 
 
 class EdgeClient(router.Client):  # type: ignore[misc]
-    """A connection to the edge: every request gets the edge's headers."""
+    """A client's connection to the edge. Every request gets the edge's headers."""
 
     fields: list[tuple[bytes, bytes, bytes]]
 
-    def __init__(self, edge: Edge, **given: Any) -> None:
-        super().__init__(**given)
+    def __init__(self, edge: Edge, **options: Any) -> None:
+        super().__init__(**options)
         self.edge = edge
 
     def on_headers_complete(self) -> None:
@@ -68,29 +69,30 @@ class EdgeClient(router.Client):  # type: ignore[misc]
 
     async def serve(self, request: Any) -> None:
         if page := self.edge.page():
-            self.answer(request, HTMLResponse(FAILED, 502) if page == "html" else failed())
+            response = HTMLResponse(FAILED, 502) if page == "html" else failed_response()
+            self.answer(request, response)
             return
         deployment = self.edge.deployment()
         if deployment is None:
-            said = {"status": "error", "message": "Application not found"}
-            self.answer(request, JSONResponse(said, 404))
+            body = {"status": "error", "message": "Application not found"}
+            self.answer(request, JSONResponse(body, 404))
             return
         try:
             await router.forward(request, deployment)
         except router.UpstreamError:
-            self.answer(request, failed())
+            self.answer(request, failed_response())
 
 
 FAILED = "<!doctype html><title>502</title><h1>Application failed to respond</h1>"
 
 
-def failed() -> JSONResponse:
-    said = {"status": "error", "code": 502, "message": "Application failed to respond"}
-    return JSONResponse(said, 502)
+def failed_response() -> JSONResponse:
+    body = {"status": "error", "code": 502, "message": "Application failed to respond"}
+    return JSONResponse(body, 502)
 
 
 class EdgeServer(router.Server):  # type: ignore[misc]
-    """A server among several in one process: signals are not its own."""
+    """One of several servers in a process, so it does not handle signals."""
 
     def capture_signals(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -100,8 +102,10 @@ class Edge:
     """One public address.
 
     Args:
-        target: says where its traffic goes now, or None.
-        page: says what of its own it answers to everything, `html` or `json`, or nothing.
+        port: the port on the loopback, for IPv4 and IPv6.
+        key: the file of the key and certificates.
+        target: returns the port of the process that gets the requests now, or None.
+        page: returns `html` or `json` if every answer is a 502 of the edge itself, else "".
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What is to go wrong on the local Railway: the orders of `POST /local/faults`."""
+"""The faults of the local Railway, as `POST /local/faults` sets them."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from typing import Any
 
 @dataclass
 class Fault:
-    """What is to go wrong, and when. `match` is a top-level field of a document, `up`,
-    `ssh`, `oauth` or `*`."""
+    """One fault: which calls fail, and how. The fields' names are the request's JSON."""
 
-    match: str = "*"
-    nth: int = 1  # the n-th matching call from now
-    times: int = 1  # ... and so many from there
-    status: int | None = None
-    retry_after: float | None = None
+    match: str = "*"  # a top-level field of a GraphQL document, `up`, `ssh`, `oauth` or `*` (all)
+    nth: int = 1  # the first call that fails, counted from now
+    times: int = 1  # the number of calls that fail from there on
+    status: int | None = None  # the HTTP status of the answer
+    retry_after: float | None = None  # seconds, with `status`
     error: str | None = None  # a GraphQL error, with status 200
-    delay: float = 0.0
+    delay: float = 0.0  # seconds before the answer
     drop: bool = False  # the connection ends without an answer
     after: bool = False  # the call is carried out first
-    # of `ssh` alone: what the relay answers in place of the command
+    # for `ssh` only: the relay's answer in place of the command's
     says: str = ""  # on stderr
     prints: str = ""  # on stdout
     exit: int | None = None
-    # of a field alone: what it answers in place of its own, though it was carried out
+    # for a field only: the value that replaces its own, after it was carried out
     gives: Any = ...
-    service: str | None = None  # where it is about the service of that name
-    seen: int = field(default=0, compare=False)
+    service: str | None = None  # with `gives`: only for the service of this name
+    seen: int = field(default=0, compare=False)  # matching calls so far
 
     @property
-    def ends(self) -> bool:
-        """Is the command's own answer lost?"""
+    def replaces_answer(self) -> bool:
+        """Is the answer of an ssh command lost?"""
         words = self.says or self.prints or self.error or self.status
         return bool(words) or self.drop or self.exit is not None
 
-    def hits(self, fields: list[str]) -> bool:
+    def is_due(self, fields: list[str]) -> bool:
+        """Count a call with these top-level fields; return whether the fault applies to it."""
         if self.match != "*" and self.match not in fields:
             return False
         self.seen += 1
@@ -43,23 +43,23 @@ class Fault:
 
 
 @dataclass
-class Orders:
-    """What `POST /local/faults` takes; what it does not name is as usual again."""
+class FaultSettings:
+    """The body of `POST /local/faults`. A field that a request leaves out gets its default."""
 
-    faults: list[dict[str, Any]] = field(default_factory=list)
-    latency: float = 0.0  # seconds, of each GraphQL call
+    faults: list[dict[str, Any]] = field(default_factory=list)  # each the fields of a `Fault`
+    latency: float = 0.0  # seconds before each GraphQL answer
     crash_at: str | None = None  # a status (BUILDING, DEPLOYING) at which the next deployment fails
-    build_seconds: float = 0.0
+    build_seconds: float = 0.0  # how long a build takes
     react_delay: float | str = ""  # seconds until React's server listens, or `never`
-    rate_limit: int | None = None  # API calls a minute, over which the answer is 429
+    rate_limit: int | None = None  # API calls a minute; further calls get a 429
     ipv6_only: bool = False  # private names resolve to IPv6 alone, as in older environments
-    name_delay: float = 0.0  # seconds from a start until its private name resolves
-    old_gets_requests: bool = False  # during the overlap with the process that replaces it
-    edge: str = ""  # `html` or `json`: what it answers to everything, a 502 of its own
-    keep_files: bool = False  # of a container that is restarted
-    # what Railway does where its schema and its docs differ: see api.Rules
+    name_delay: float = 0.0  # seconds from a process's start until its private name resolves
+    old_gets_requests: bool = False  # the replaced process gets the requests of the overlap
+    edge: str = ""  # `html` or `json`: the edge answers every request with a 502 of its own
+    keep_files: bool = False  # a restarted container keeps its files
+    # Railway's behaviour where its schema and its docs differ: see api.Rules
     every_environment: bool = False
     deletion_patch: str = ""
     copy_uploads: bool = True
     restricted: str = ""
-    clock: bool | None = None  # does the cron run? None: as before
+    clock: bool | None = None  # whether cron services run; None leaves that as it is

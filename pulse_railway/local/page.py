@@ -1,7 +1,7 @@
-"""The local Railway's page: what its canvas would show, and what pulse-railway makes of it.
+"""The local Railway's page: the services, as on Railway's canvas, and the routing state.
 
-/               the page (page.html), which asks once a second for
-/local/picture  services, what they do now, and the routing state with sessions and requests
+/               the page (page.html), which requests the next address once a second
+/local/picture  the services, their status, and the routing state with sessions and requests
 /local/logs/... the end of a service's log
 """
 
@@ -22,27 +22,30 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from pulse_railway import contract
-from pulse_railway.local.state import Environment, Instance, Service, State, rendered
+from pulse_railway.local.state import Environment, Instance, Service, State, render_variables
 from pulse_railway.local.supervisor import Supervisor
 from pulse_railway.runtime_image import load
 
 ownership: Any = load("ownership")
 
-PATIENCE = 0.5  # seconds that a picture waits for a Redis or a backend that is slow
-TAIL = 64 * 1024  # bytes of a log
+PICTURE_TIMEOUT = 0.5  # seconds that a picture waits for a slow Redis or backend
+TAIL = 64 * 1024  # bytes at the end of a log that are read
 
 
 class Page:
-    """`routes` are the page's. It asks the same routing state and the same backends that the
-    router does, on their loopback ports. `orders` says what is to go wrong."""
+    """The page, with its `routes`.
+
+    It reads the routing state and asks the backends as the router does, on their loopback ports.
+    `fault_settings` returns the faults that are set, for the page.
+    """
 
     def __init__(
-        self, state: State, supervisor: Supervisor, orders: Callable[[], dict[str, Any]]
+        self, state: State, supervisor: Supervisor, fault_settings: Callable[[], dict[str, Any]]
     ) -> None:
-        self.state, self.supervisor, self.orders = state, supervisor, orders
-        # an environment's id and a router's name -> the task that asks, and what it said last
-        self.asking: dict[tuple[str, str | None], asyncio.Task[Any]] = {}
-        self.known: dict[tuple[str, str | None], Any] = {}
+        self.state, self.supervisor, self.fault_settings = state, supervisor, fault_settings
+        # by environment id and router name: the task that reads the status, and the last status
+        self.pending: dict[tuple[str, str | None], asyncio.Task[Any]] = {}
+        self.last_answers: dict[tuple[str, str | None], Any] = {}
         self.routes = [
             Route("/", self.show),
             Route("/local/picture", self.picture),
@@ -53,29 +56,36 @@ class Page:
         return FileResponse(Path(__file__).parent / "page.html")
 
     async def picture(self, request: Request) -> Response:
-        """Of one project, the first or `?project=<id>`, in one environment: its first, where
-        `?environment=<id>` names none that is there; the routing state of one of its stacks,
-        `?stack=<id of its router>` in the same way."""
+        """Answer with the services of one environment and the routing state of one stack.
+
+        `?project=<id>`, `?environment=<id>` and `?stack=<id of its router>` select them. The
+        default is the first, also in place of an environment or stack that does not exist; a
+        project that does not exist is a 404.
+        """
         state = self.state
-        wanted = request.query_params.get("project")
-        project = state.project(wanted) if wanted else state.projects[0]
+        project_id = request.query_params.get("project")
+        project = state.project(project_id) if project_id else state.projects[0]
         if project is None:
             return JSONResponse({"message": "no such project"}, 404)
-        named = request.query_params.get("environment")
-        here = project.environments
-        environment = next((e for e in here if e.id == named), here[0])
+        environment_id = request.query_params.get("environment")
+        environments = project.environments
+        environment = next((e for e in environments if e.id == environment_id), environments[0])
         instances = list(state.instances(environment.id))
-        every = [ownership.Service(s.id, s.name, i.variables) for s, i in instances]
-        stacks = {router.id: router.name for router in ownership.routers(every)}
-        named = request.query_params.get("stack")
-        stack = named if named in stacks else next(iter(stacks), None)
-        owners = ownership.owners(environment.id, every)
+        owned = [ownership.Service(s.id, s.name, i.variables) for s, i in instances]
+        stacks = {router.id: router.name for router in ownership.routers(owned)}
+        stack = request.query_params.get("stack")
+        if stack not in stacks:
+            stack = next(iter(stacks), None)
+        owners = ownership.owners(environment.id, owned)
         services = [
             self.service(s, i)
-            | {"owner": words(owners[s.id], stacks), "own": owners[s.id].router_id == stack}
+            | {
+                "owner": describe_owner(owners[s.id], stacks),
+                "own": owners[s.id].router_id == stack,
+            }
             for s, i in instances
         ]
-        routed = await self.routed(environment, stacks.get(stack or ""))
+        routing_status = await self.routing_status(environment, stacks.get(stack or ""))
         return JSONResponse(
             {
                 "projects": [{"id": p.id, "name": p.name} for p in state.projects],
@@ -85,8 +95,8 @@ class Page:
                 "stacks": [{"id": router, "name": name} for router, name in stacks.items()],
                 "stack": stack,
                 "services": services,
-                "routing": routed,
-                "orders": self.orders(),
+                "routing": routing_status,
+                "orders": self.fault_settings(),
             }
         )
 
@@ -109,7 +119,7 @@ class Page:
         }
 
     def tail(self, deployment_id: str | None) -> list[str]:
-        """The last lines of a deployment's log; its build's while it has none of its own."""
+        """Return the last lines of a deployment's log, or of its build's log if it has none yet."""
         for kind in ("deploy", "build"):
             path = self.supervisor.logs / f"{deployment_id}.{kind}.jsonl"
             if path.exists():
@@ -129,62 +139,64 @@ class Page:
 
     # -- the routing state -------------------------------------------------------------------
 
-    async def routed(self, environment: Environment, router: str | None) -> Any:
-        """What this router's `control status` would say, or what it last said."""
+    async def routing_status(self, environment: Environment, router: str | None) -> Any:
+        """Return the answer of this router's `control status`, or the last one if it is slow."""
         key = (environment.id, router)
-        if key not in self.asking:
-            self.asking[key] = asyncio.create_task(self.ask(environment, router))
-        task = self.asking[key]
-        await asyncio.wait({task}, timeout=PATIENCE)
+        if key not in self.pending:
+            self.pending[key] = asyncio.create_task(self.ask_status(environment, router))
+        task = self.pending[key]
+        await asyncio.wait({task}, timeout=PICTURE_TIMEOUT)
         if task.done():
-            del self.asking[key]
-            self.known[key] = {**task.result(), "at": time.time()}
-        return self.known.get(key)
+            del self.pending[key]
+            self.last_answers[key] = {**task.result(), "at": time.time()}
+        return self.last_answers.get(key)
 
-    async def ask(self, environment: Environment, router: str | None) -> dict[str, Any]:
+    async def ask_status(self, environment: Environment, router: str | None) -> dict[str, Any]:
         state = self.state
-        found = {s.name: rendered(state, s, i) for s, i in state.instances(environment.id)}
-        variables = found.get(router or "", {})
+        instances = state.instances(environment.id)
+        service = next(((s, i) for s, i in instances if s.name == router), None)
+        variables = render_variables(state, *service) if service else {}
         file = self.supervisor.hosts_file(environment.id)
         hosts = json.loads(file.read_text()) if file.exists() else {}
-        url = nearby(variables.get(contract.REDIS_URL, ""), hosts)
+        url = loopback_url(variables.get(contract.REDIS_URL, ""), hosts)
         if not url:
             return {"problem": "there is no baseline yet"}
         prefix = variables.get(contract.REDIS_PREFIX) or contract.DEFAULT_REDIS_PREFIX
         token = variables.get(contract.INTERNAL_TOKEN, "")
         try:
-            return await asyncio.to_thread(read, load("router"), url, prefix, token, hosts)
-        except Exception as error:  # a Redis that is away, or speaks nonsense: the page lives on
+            return await asyncio.to_thread(read_status, load("router"), url, prefix, token, hosts)
+        except Exception as error:  # whatever a Redis answers, the page must go on
             return {"problem": f"Redis does not answer ({type(error).__name__})"}
 
 
-def words(owner: Any, stacks: dict[str, str]) -> str:
-    """Whose a service is, for a reader: `ownership.Owner`, and the routers' names by their ids."""
+def describe_owner(owner: Any, stacks: dict[str, str]) -> str:
+    """Return whose a service is, for the page: an `ownership.Owner`, and router names by id."""
     if owner.kind == "stack":
         return f"stack of {stacks[owner.router_id]}"
-    of_others = {"copy": "copied from another environment", "gone": "of a router that is gone"}
-    return of_others.get(owner.kind, "of no stack")
+    texts = {"copy": "copied from another environment", "gone": "of a router that is gone"}
+    return texts.get(owner.kind, "of no stack")
 
 
-def read(
+def read_status(
     router: ModuleType, url: str, prefix: str, token: str, hosts: dict[str, Any]
 ) -> dict[str, Any]:
+    """Return `control status` of a routing state; private addresses are read as loopback ones."""
     store = router.RedisStore(url, prefix)
     try:
         routing = store.read()
-        here = (
-            replace(record, address=nearby(record.url or "", hosts) or record.address)
+        records = (
+            replace(record, address=loopback_url(record.url or "", hosts) or record.address)
             for record in routing.records.values()
         )
-        routing = load("control").with_records(routing, *here)
+        routing = load("control").with_records(routing, *records)
         store.read = lambda: routing
         return dict(load("control").status_answer(store, token, None))
     finally:
         store.client.close()
 
 
-def nearby(url: str, hosts: dict[str, Any]) -> str | None:
-    """A private address as this process reaches it, on loopback. None where nothing runs there."""
+def loopback_url(url: str, hosts: dict[str, Any]) -> str | None:
+    """Return a private address as a loopback address. None if no process runs there."""
     parts = urlsplit(url)
     ports = hosts.get(parts.hostname or "")
     if not parts.hostname or not parts.hostname.endswith(".railway.internal"):
@@ -192,5 +204,5 @@ def nearby(url: str, hosts: dict[str, Any]) -> str | None:
     if not isinstance(ports, dict):
         return None
     login = parts.netloc.rpartition("@")[0]
-    there = f"127.0.0.1:{next(iter(ports.values()))}"
-    return urlunsplit(parts._replace(netloc=f"{login}@{there}" if login else there))
+    address = f"127.0.0.1:{next(iter(ports.values()))}"
+    return urlunsplit(parts._replace(netloc=f"{login}@{address}" if login else address))

@@ -1,9 +1,10 @@
-"""Stands in for React's server where an app's React build is not there.
+"""Stands in for React's server where an app's React build is missing.
 
     python placeholder.py pulse run main.py ...
 
-Runs that command with `--server-only` beside a server that answers every page with a sentence.
-RAILWAY_LOCAL_REACT_DELAY: seconds until it listens, as React's can; `never` for never.
+Runs that command with `--server-only`, and a server beside it that answers every page with one
+sentence. RAILWAY_LOCAL_REACT_DELAY: seconds until that server listens, since React's may be slow to
+start; `never` if it shall not.
 """
 
 import os
@@ -35,6 +36,7 @@ class PlaceholderPage(BaseHTTPRequestHandler):
 
 
 def serve_page(sock: socket.socket, parent: int) -> None:
+    """Serve until the parent process has ended."""
     delay = os.environ.get("RAILWAY_LOCAL_REACT_DELAY") or "0"
     if delay == "never":
         return

@@ -1,7 +1,7 @@
-"""The SSH relay: what ssh.railway.com is. The user is a service instance, the key a registered one.
+"""The SSH relay, in place of ssh.railway.com: runs commands in the services' containers.
 
-What runs is a command in the container of that instance. `railway ssh` (cli.py) gets here with the
-system's `ssh`, whose words about a lost connection are then the real ones.
+The user's name is a service instance's id, the key a registered one. `railway ssh` (cli.py)
+connects with the system's `ssh`, so that the messages about a lost connection are the real ones.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ COMMAND_SECONDS = 120.0
 
 
 class Relay:
-    """Listens on the loopback; its host key is in `<root>/ssh/known_hosts`, where a stranger would
-    not look. `next_fault` says what is to go wrong with a command."""
+    """The SSH server, on the loopback. Its host key is in `<root>/ssh/known_hosts`.
+
+    `next_fault` is called once a command, and returns the fault that applies to it.
+    """
 
     def __init__(
         self, state: State, supervisor: Supervisor, next_fault: Callable[[], Fault | None]
@@ -37,27 +39,27 @@ class Relay:
     async def start(self) -> None:
         host_key = key_file(self.folder / "host")
         self.server = await asyncssh.create_server(
-            lambda: Gate(self.state),
+            lambda: SshLogin(self.state),
             "127.0.0.1",
             self.state.ssh_port or free_port(),
             server_host_keys=[str(host_key)],
-            process_factory=self._run,
+            process_factory=self._run_command,
             encoding=None,
             line_editor=False,
         )
         self.port = self.server.get_port()
         self.state.ssh_port = self.port
         public = host_key.with_suffix(".pub").read_text().split()[:2]
-        known = f"[127.0.0.1]:{self.port} {' '.join(public)}\n"
-        (self.folder / "known_hosts").write_text(known)
+        known_host = f"[127.0.0.1]:{self.port} {' '.join(public)}\n"
+        (self.folder / "known_hosts").write_text(known_host)
 
     async def stop(self) -> None:
         if self.server:
             self.server.close()
             await self.server.wait_closed()
 
-    async def _run(self, process: asyncssh.SSHServerProcess[bytes]) -> None:
-        """One command. Without one Railway gives a shell; we say that we do not."""
+    async def _run_command(self, process: asyncssh.SSHServerProcess[bytes]) -> None:
+        """Run one command. Railway starts a shell if there is none; the local Railway refuses."""
         instance_id = process.get_extra_info("username")
         if not process.command:
             process.stderr.write(b"the local Railway runs commands only: railway ssh ... -- ls\n")
@@ -67,9 +69,9 @@ class Relay:
         if fault and fault.delay:
             await asyncio.sleep(fault.delay)
         out, err, code = b"", b"", 0
-        if not fault or fault.after or not fault.ends:
-            found = self.state.instance_by_id(instance_id)
-            child = await self.supervisor.execute(found, process.command) if found else None
+        if not fault or fault.after or not fault.replaces_answer:
+            instance = self.state.instance_by_id(instance_id)
+            child = await self.supervisor.execute(instance, process.command) if instance else None
             if child is None:
                 process.stderr.write(f"No target found for '{instance_id}'\n".encode())
                 process.channel.get_connection().abort()
@@ -78,17 +80,17 @@ class Relay:
         if fault and fault.drop:
             process.channel.get_connection().abort()
             return
-        if fault and fault.ends:
-            said = fault.says or fault.error or (f"status {fault.status}" if fault.status else "")
-            out, err = fault.prints.encode(), f"{said}\n".encode() if said else b""
-            code = fault.exit if fault.exit is not None else 255 if said else 0
+        if fault and fault.replaces_answer:
+            text = fault.says or fault.error or (f"status {fault.status}" if fault.status else "")
+            out, err = fault.prints.encode(), f"{text}\n".encode() if text else b""
+            code = fault.exit if fault.exit is not None else 255 if text else 0
         process.stdout.write(out)
         process.stderr.write(err)
         process.exit(code)
 
 
-class Gate(asyncssh.SSHServer):
-    """Who may come in: whoever has a key that is registered, to an instance that exists."""
+class SshLogin(asyncssh.SSHServer):
+    """Checks a login: the key must be registered. That the instance exists is checked later."""
 
     def __init__(self, state: State) -> None:
         self.state = state
@@ -105,7 +107,10 @@ class Gate(asyncssh.SSHServer):
 
 
 async def output_of(child: asyncio.subprocess.Process) -> tuple[bytes, bytes, int]:
-    """A child's output and status; it ends with us, with all it has started."""
+    """Return a child's stdout, stderr and exit status.
+
+    The child and all in its session are killed when the command takes too long or is cancelled.
+    """
     try:
         async with asyncio.timeout(COMMAND_SECONDS):
             out, err = await child.communicate()

@@ -6,7 +6,8 @@ a loopback port of its own                     `railway ssh`: a command in a ser
 /                                              a page of what runs (page.py)
 /oauth/token                                   refreshes a CLI login
 /local/faults, /local/stats, /local/cron/...,
-/local/login                                   for tests: what is to go wrong, what was called
+/local/login                                   for tests: sets faults, counts calls, runs a cron
+                                               service, makes a login of the CLI
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from starlette.routing import Route
 
 from pulse_railway import contract
 from pulse_railway.local import api, cli, edge
-from pulse_railway.local.faults import Fault, Orders
+from pulse_railway.local.faults import Fault, FaultSettings
 from pulse_railway.local.page import Page
 from pulse_railway.local.relay import Relay
 from pulse_railway.local.ssh_keys import fingerprint, key_file
@@ -56,6 +57,8 @@ from pulse_railway.local.supervisor import BuildError, Supervisor, free_port
 
 
 class LocalRailway:
+    """A local Railway in a folder, which it creates on first use."""
+
     def __init__(self, root: Path) -> None:
         self.state = State(root)
         self.key, self.bundle = edge.certificates(root)
@@ -68,19 +71,19 @@ class LocalRailway:
         self.relay = Relay(self.state, self.supervisor, self.relay_fault)
         self.edges: dict[str, edge.Edge] = {}
         self.faults: list[Fault] = []
-        self.orders: dict[str, Any] = {}  # what of `Orders` is not as usual
+        self.fault_settings: dict[str, Any] = {}  # only fields that differ from their defaults
         self.latency = 0.0
         self.edge_page = ""
         self.rules = api.Rules()
         self.rate_limit: int | None = None
-        self.minute = (0.0, 0)  # since when, and how many API calls
+        self.rate_window = (0.0, 0)  # its beginning (monotonic), and the API calls in it
         self.calls: Counter[str] = Counter()
         self.documents = 0
 
     # -- shell -------------------------------------------------------------------------------
 
     def environment(self) -> dict[str, str]:
-        """What points a shell, and any client of Railway in it, at this one."""
+        """Return the variables with which a shell's clients of Railway use this one."""
         project = self.state.projects[0]
         account = next(t for t in self.state.tokens if t.kind == "account")
         return {
@@ -97,17 +100,20 @@ class LocalRailway:
         }
 
     def ssh_key(self) -> Path:
-        """A key that is registered with the account, so that a demo needs nothing."""
+        """Return the file of a key that is registered with the account; made on first use.
+
+        With it `railway ssh` works without a key of the user's own.
+        """
         path = key_file(self.state.root / "ssh" / "id_ed25519")
         public = path.with_suffix(".pub").read_text().strip()
-        mark = fingerprint(public)
-        if all(key.fingerprint != mark for key in self.state.ssh_keys):
-            self.state.ssh_keys.append(SshKey(new_id(), "local", public, mark))
+        key_id = fingerprint(public)
+        if all(key.fingerprint != key_id for key in self.state.ssh_keys):
+            self.state.ssh_keys.append(SshKey(new_id(), "local", public, key_id))
             self.state.save()
         return path
 
-    def write_railway(self) -> None:
-        """The `railway` executable that `PATH` gets."""
+    def write_cli(self) -> None:
+        """Write the `railway` executable, in the folder that `environment` puts on PATH."""
         folder = self.state.root / "bin"
         folder.mkdir(parents=True, exist_ok=True)
         script = folder / "railway"
@@ -122,7 +128,8 @@ class LocalRailway:
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        self.write_railway()
+        """Run everything but the HTTP server: edges, services, cron, ssh."""
+        self.write_cli()
         self.ssh_key()
         for service in self.state.services:
             for instance in service.instances:
@@ -158,6 +165,7 @@ class LocalRailway:
     # -- requests ----------------------------------------------------------------------------
 
     def token_of(self, request: Request) -> Token | None:
+        """Return the request's token. Only a project token may be in Project-Access-Token."""
         header = request.headers.get("authorization", "")
         bearer = header.removeprefix("Bearer ") if header.startswith("Bearer ") else None
         project = request.headers.get("project-access-token")
@@ -172,22 +180,26 @@ class LocalRailway:
     def caller(self, request: Request) -> api.Caller:
         return api.Caller(self.token_of(request), self.supervisor, self.open_domain, self.rules)
 
-    async def _fault(self, fields: list[str], *, after: bool = False) -> Response | None:
-        """The answer that a fault gives in place of the real one, if one is due."""
+    async def _fault_answer(self, fields: list[str], *, after: bool = False) -> Response | None:
+        """Return the answer of a fault that applies to these fields, None if none does.
+
+        With `after` only the faults count that fail after the call was carried out. Raises
+        ConnectionAbortedError where a fault drops the connection.
+        """
         for fault in self.faults:
-            if fault.after != after or fault.gives is not ... or not fault.hits(fields):
+            if fault.after != after or fault.gives is not ... or not fault.is_due(fields):
                 continue
             if fault.delay:
                 await asyncio.sleep(fault.delay)
             if fault.drop:
-                raise ConnectionAbortedError("ordered to drop the connection")
+                raise ConnectionAbortedError("dropped by a fault of /local/faults")
             if fault.error:
                 return JSONResponse({"data": None, "errors": [{"message": fault.error}]})
             if fault.status:
                 headers = {}
                 if fault.retry_after is not None:
                     headers["retry-after"] = f"{fault.retry_after:g}"
-                return JSONResponse({"message": "ordered fault"}, fault.status, headers)
+                return JSONResponse({"message": "fault of /local/faults"}, fault.status, headers)
         return None
 
     async def graphql(self, request: Request) -> Response:
@@ -201,62 +213,65 @@ class LocalRailway:
             return JSONResponse({"errors": [{"message": error.message}]}, 400)
         self.documents += 1
         self.calls.update(fields)
-        if limited := self._limited():
+        if limited := self._rate_limit_answer():
             return limited
         if self.latency:
             await asyncio.sleep(self.latency)
-        if faulty := await self._fault(fields):
+        if faulty := await self._fault_answer(fields):
             return faulty
         answer = await api.execute(self.schema, self.caller(request), document, values)
         if answer["data"]:
-            self._replace(document, values or {}, answer["data"])
-        if faulty := await self._fault(fields, after=True):
+            self._replace_fields(document, values or {}, answer["data"])
+        if faulty := await self._fault_answer(fields, after=True):
             return faulty
         # documents that do not validate are refused, as Railway's server does
         return JSONResponse(
-            answer, 400 if answer["data"] is None and not values_error(answer) else 200
+            answer, 400 if answer["data"] is None and not is_resolver_error(answer) else 200
         )
 
-    def _replace(self, document: str, values: dict[str, Any], data: dict[str, Any]) -> None:
-        """Put what faults give in the place of what fields have answered."""
+    def _replace_fields(self, document: str, values: dict[str, Any], data: dict[str, Any]) -> None:
+        """Replace the values of fields by those of faults (`gives`), in `data`."""
         for fault in self.faults:
             if fault.gives is ...:
                 continue
-            asked = [
+            keys = [
                 field.alias.value if field.alias else field.name.value
                 for field in top_nodes(document)
                 if field.name.value == fault.match
-                and fault.service in (None, self._about(field, values))
+                and fault.service in (None, self._service_named_in(field, values))
             ]
-            if asked and fault.hits([fault.match]):
-                data.update(dict.fromkeys(asked, fault.gives))
+            if keys and fault.is_due([fault.match]):
+                data.update(dict.fromkeys(keys, fault.gives))
 
-    def _about(self, field: FieldNode, values: dict[str, Any]) -> str | None:
-        """The name of the service that a field of a document asks about."""
+    def _service_named_in(self, field: FieldNode, values: dict[str, Any]) -> str | None:
+        """Return the name of the service in a field's `serviceId` argument, or None."""
         for argument in field.arguments or ():
             if argument.name.value == "serviceId":
                 service = self.state.service(value_from_ast_untyped(argument.value, values))
                 return service.name if service else None
         return None
 
-    def _limited(self) -> Response | None:
-        """Railway's rate limit, over a minute instead of an hour."""
-        began, count = self.minute
+    def _rate_limit_answer(self) -> Response | None:
+        """Count an API call; return a 429 if it is over the limit.
+
+        Railway's limit is per hour (docs.railway.com, "Rate limits"); here it is per minute.
+        """
+        start, count = self.rate_window
         now = time.monotonic()
-        if now > began + 60:
-            began, count = now, 0
-        self.minute = began, count + 1
+        if now > start + 60:
+            start, count = now, 0
+        self.rate_window = start, count + 1
         if self.rate_limit is None or count < self.rate_limit:
             return None
-        after = str(int(began + 60 - now) + 1)
-        return JSONResponse({"message": "Too many requests"}, 429, {"retry-after": after})
+        seconds = str(int(start + 60 - now) + 1)
+        return JSONResponse({"message": "Too many requests"}, 429, {"retry-after": seconds})
 
     async def up(self, request: Request) -> Response:
         caller = self.caller(request)
         service_id = request.query_params.get("serviceId", "")
         environment_id = request.path_params["environment"]
         self.calls.update(["up"])
-        if faulty := await self._fault(["up"]):
+        if faulty := await self._fault_answer(["up"]):
             return faulty
         try:
             instance = api.need_instance(caller, service_id, environment_id)
@@ -272,7 +287,7 @@ class LocalRailway:
             except BuildError as error:
                 return JSONResponse({"message": str(error)}, 400)
         deployment = self.supervisor.deploy(service, instance, upload=upload)
-        if faulty := await self._fault(["up"], after=True):
+        if faulty := await self._fault_answer(["up"], after=True):
             return faulty
         return JSONResponse(
             {
@@ -284,22 +299,22 @@ class LocalRailway:
             }
         )
 
-    async def relay_of(self, request: Request) -> Response:
-        """Where `railway ssh` goes; the real one has it built in."""
+    async def relay_address(self, request: Request) -> Response:
+        """Answer with the relay's port and known_hosts; Railway's CLI has its address built in."""
         if self.token_of(request) is None:
             return JSONResponse({"message": "Not Authorized"}, 401)
-        known = str(self.relay.folder / "known_hosts")
-        return JSONResponse({"port": self.relay.port, "knownHosts": known})
+        known_hosts = str(self.relay.folder / "known_hosts")
+        return JSONResponse({"port": self.relay.port, "knownHosts": known_hosts})
 
     def relay_fault(self) -> Fault | None:
-        """The fault that is due for a command which has come in by ssh."""
+        """Count a command by ssh; return the fault that applies to it, or None."""
         self.calls.update(["ssh"])
-        return next((fault for fault in self.faults if fault.hits(["ssh"])), None)
+        return next((fault for fault in self.faults if fault.is_due(["ssh"])), None)
 
     async def oauth(self, request: Request) -> Response:
         form = parse_qs((await request.body()).decode())
         self.calls.update(["oauth"])
-        if faulty := await self._fault(["oauth"]):
+        if faulty := await self._fault_answer(["oauth"]):
             return faulty
         refresh = (form.get("refresh_token") or [""])[0]
         old = next((t for t in self.state.tokens if t.refresh and t.refresh == refresh), None)
@@ -319,56 +334,65 @@ class LocalRailway:
         )
 
     async def login(self, request: Request) -> Response:
-        """What `railway login` would leave in ~/.railway/config.json."""
+        """Answer with the tokens that `railway login` writes to ~/.railway/config.json."""
         token = self.state.new_oauth_token((await request.json())["seconds"])
         self.state.tokens.append(token)
         return JSONResponse({"access_token": token.value, "refresh_token": token.refresh})
 
-    # -- orders --------------------------------------------------------------------------------
+    # -- faults -------------------------------------------------------------------------------
 
     async def set_faults(self, request: Request) -> Response:
-        """Replaces what is to go wrong; 400 with a sentence for what is not understood."""
+        """Replace all faults; answer 400 with a message for a body that is no `FaultSettings`."""
         try:
-            orders = Orders(**await request.json())
-            self.faults = [Fault(**fault) for fault in orders.faults]
-            if orders.edge not in ("", "html", "json"):
-                raise ValueError(f"edge is html or json, not {orders.edge}")
-            if orders.deletion_patch not in ("", "refuse", "ignore"):
-                raise ValueError(f"deletion_patch is refuse or ignore, not {orders.deletion_patch}")
-            self.latency = float(orders.latency)
-            self.supervisor.build_seconds = float(orders.build_seconds)
+            fault_settings = FaultSettings(**await request.json())
+            self.faults = [Fault(**fault) for fault in fault_settings.faults]
+            if fault_settings.edge not in ("", "html", "json"):
+                raise ValueError(f"edge is html or json, not {fault_settings.edge}")
+            if fault_settings.deletion_patch not in ("", "refuse", "ignore"):
+                raise ValueError(
+                    f"deletion_patch is refuse or ignore, not {fault_settings.deletion_patch}"
+                )
+            self.latency = float(fault_settings.latency)
+            self.supervisor.build_seconds = float(fault_settings.build_seconds)
         except (ValueError, TypeError) as error:
-            return JSONResponse({"message": f"not an order that is known: {error}"}, 400)
-        given, usual = asdict(orders), asdict(Orders(clock=orders.clock or None))
-        self.orders = {name: value for name, value in given.items() if value != usual[name]}
-        self.edge_page = orders.edge
+            return JSONResponse({"message": f"not a fault that is known: {error}"}, 400)
+        # the page need not show a cron that runs
+        defaults = asdict(FaultSettings(clock=fault_settings.clock or None))
+        self.fault_settings = {
+            name: value for name, value in asdict(fault_settings).items() if value != defaults[name]
+        }
+        self.edge_page = fault_settings.edge
         self.rules = api.Rules(
-            orders.every_environment,
-            orders.deletion_patch,
-            orders.copy_uploads,
-            orders.restricted,
+            fault_settings.every_environment,
+            fault_settings.deletion_patch,
+            fault_settings.copy_uploads,
+            fault_settings.restricted,
         )
-        self.rate_limit, self.minute = orders.rate_limit, (0.0, 0)
-        self.supervisor.react_delay = str(orders.react_delay)
+        self.rate_limit, self.rate_window = fault_settings.rate_limit, (0.0, 0)
+        self.supervisor.react_delay = str(fault_settings.react_delay)
         for name in "crash_at ipv6_only name_delay old_gets_requests keep_files".split():
-            setattr(self.supervisor, name, getattr(orders, name))
-        if orders.clock is not None:
-            self.supervisor.clock = orders.clock
+            setattr(self.supervisor, name, getattr(fault_settings, name))
+        if fault_settings.clock is not None:
+            self.supervisor.clock = fault_settings.clock
         for project in self.state.projects:
             for environment in project.environments:
                 self.supervisor.write_hosts(environment.id)
         return JSONResponse({"ok": True})
 
     async def stats(self, request: Request) -> Response:
-        """Calls so far, and processes, with `?environment=<id>` those of one environment;
-        `?reset=1` starts counting anew."""
+        """Answer with the calls so far, and the processes.
+
+        `?environment=<id>` leaves out the processes of other environments; `?reset=1` sets the
+        counts of calls to zero.
+        """
         names = {s.id: s.name for s in self.state.services}
-        where = request.query_params.get("environment")
+        environment = request.query_params.get("environment")
         current = [
             (service.name, self.supervisor.current[instance.id])
             for service in self.state.services
             for instance in service.instances
-            if instance.id in self.supervisor.current and where in (None, instance.environment_id)
+            if instance.id in self.supervisor.current
+            and environment in (None, instance.environment_id)
         ]
         answer = {
             "documents": self.documents,
@@ -383,8 +407,12 @@ class LocalRailway:
         return JSONResponse(answer)
 
     async def run_cron(self, request: Request) -> Response:
+        """Run a cron service now; answer with its exit status and the end of its log.
+
+        `?project=<id>` and `?environment=<id>` select it where several have its name.
+        """
         name = request.path_params["service"]
-        project = request.query_params.get("project")  # where several have one of that name
+        project = request.query_params.get("project")
         environment = request.query_params.get("environment")
         for service in self.state.services:
             if service.name != name or project not in (None, service.project_id):
@@ -392,15 +420,15 @@ class LocalRailway:
             for instance in service.instances:
                 if environment in (None, instance.environment_id):
                     code = await self.supervisor.run_cron(service, instance)
-                    last = self.state.deployments_of(service.id, instance.environment_id)
-                    return JSONResponse({"exit": code, "log": self._tail(last)})
+                    history = self.state.deployments_of(service.id, instance.environment_id)
+                    return JSONResponse({"exit": code, "log": self._tail(history)})
         return JSONResponse({"message": "no such service"}, 404)
 
     def _tail(self, deployments: list[Deployment]) -> list[str]:
-        deployed = next((d for d in deployments if d.status == "SUCCESS"), None)
-        if deployed is None:
+        latest = next((d for d in deployments if d.status == "SUCCESS"), None)
+        if latest is None:
             return []
-        lines = self.supervisor.read_logs(deployed.id, "deploy", 20, None, None)
+        lines = self.supervisor.read_logs(latest.id, "deploy", 20, None, None)
         return [line["message"] for line in lines]
 
     def app(self) -> Starlette:
@@ -412,18 +440,18 @@ class LocalRailway:
         post = ["POST"]
         return Starlette(
             routes=[
-                *Page(self.state, self.supervisor, lambda: self.orders).routes,
+                *Page(self.state, self.supervisor, lambda: self.fault_settings).routes,
                 Route("/graphql/v2", self.graphql, methods=post),
                 Route("/graphql/v2/", self.graphql, methods=post),  # as some clients join it
                 Route("/project/{project}/environment/{environment}/up", self.up, methods=post),
-                Route("/local/relay", self.relay_of, methods=post),
+                Route("/local/relay", self.relay_address, methods=post),
                 Route("/oauth/token", self.oauth, methods=post),
                 Route("/local/login", self.login, methods=post),
                 Route("/local/faults", self.set_faults, methods=post),
                 Route("/local/stats", self.stats),
                 Route("/local/cron/{service}", self.run_cron, methods=post),
             ],
-            # or a page from elsewhere, whose name is made to lead here, could read logs
+            # DNS rebinding: a page of another site must not read logs by a name that resolves here
             middleware=[
                 Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
             ],
@@ -432,7 +460,7 @@ class LocalRailway:
 
 
 def top_fields(document: str) -> list[str]:
-    """The top-level fields of a document, which name what a call does."""
+    """Return the names of a document's top-level fields, which tell what a call does."""
     return [field.name.value for field in top_nodes(document)]
 
 
@@ -446,13 +474,13 @@ def top_nodes(document: str) -> list[FieldNode]:
     ]
 
 
-def values_error(answer: dict[str, Any]) -> bool:
-    """Was the document carried out, and failed in a resolver (which is a 200 on Railway)?"""
+def is_resolver_error(answer: dict[str, Any]) -> bool:
+    """Did a resolver fail, rather than the document's validation? Railway's status is then 200."""
     return any(error.get("path") for error in answer.get("errors", []))
 
 
 def serve(local: LocalRailway) -> None:
-    """Run until SIGINT or SIGTERM; then end every process that was started."""
+    """Run until SIGINT or SIGTERM, then end every process of the services."""
     config = uvicorn.Config(
         local.app(),
         host="127.0.0.1",

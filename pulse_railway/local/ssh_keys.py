@@ -1,4 +1,4 @@
-"""SSH keys: those that the local Railway makes, and the fingerprints by which it knows others."""
+"""SSH keys: makes the local Railway's own, and computes the fingerprints of others."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import asyncssh
 
 
 def key_file(path: Path) -> Path:
-    """An Ed25519 key pair, made where it is not there yet."""
+    """Return `path`, with an Ed25519 key pair made in it and in `path`.pub if it is missing."""
     if not path.exists():
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         key = asyncssh.generate_private_key("ssh-ed25519", comment="local-railway")
@@ -19,7 +19,7 @@ def key_file(path: Path) -> Path:
 
 
 def fingerprint(public_key: str) -> str:
-    """SHA256:... of a public key in OpenSSH's format. Raises ValueError for anything else."""
+    """Return SHA256:... of a public key in OpenSSH's format. Raises ValueError for other text."""
     try:
         return asyncssh.import_public_key(public_key).get_fingerprint()
     except asyncssh.KeyImportError as error:

@@ -38,8 +38,10 @@ class Environment:
 
     @property
     def is_fork(self) -> bool:
-        """Railway made its last forks in January 2024; what is left of them are the environments of
-        pull requests."""
+        """Is this a fork in the words of Railway's schema, that is a pull request's environment?
+
+        Railway has made no other forks since January 2024.
+        """
         return self.ephemeral and self.copy_of is not None
 
 
@@ -64,7 +66,7 @@ class Domain:
 
 @dataclass
 class Instance:
-    """A service in one environment."""
+    """A service in one environment. `settings` are fields of ServiceInstanceUpdateInput."""
 
     id: str
     service_id: str
@@ -77,7 +79,7 @@ class Instance:
     variables: dict[str, str] = field(default_factory=dict)
     domains: list[Domain] = field(default_factory=list)
     group_id: str | None = None
-    settings: dict[str, Any] = field(default_factory=dict)  # of ServiceInstanceUpdateInput
+    settings: dict[str, Any] = field(default_factory=dict)
     volume: bool = False
     custom_domains: list[Domain] = field(default_factory=list)
 
@@ -105,12 +107,15 @@ class Deployment:
     created_at: str = field(default_factory=now)
     updated_at: str = field(default_factory=now)
     meta: dict[str, Any] = field(default_factory=dict)
-    variables: dict[str, str] = field(default_factory=dict)  # as they were when it was made
+    variables: dict[str, str] = field(default_factory=dict)  # rendered when it was created
 
 
 @dataclass
 class Token:
-    """`kind`: account, workspace, project or oauth. A project token opens one environment."""
+    """An API token. `kind`: account, workspace, project or oauth.
+
+    A project token opens one environment, a workspace token its workspace, the others all.
+    """
 
     value: str
     kind: str
@@ -132,7 +137,7 @@ class Token:
 
 @dataclass
 class SshKey:
-    """Registered with an account, or with a workspace."""
+    """A public key, registered with a workspace, or with the account if that is None."""
 
     id: str
     name: str
@@ -149,13 +154,13 @@ class Workspace:
     external: bool = False
 
 
-def _kept(deployment: Deployment) -> Deployment:
-    """A deployment as it is written: one that was removed never starts again."""
+def _stored_form(deployment: Deployment) -> Deployment:
+    """Return a deployment as it is stored: a removed one never starts, so has no variables."""
     return replace(deployment, variables={}) if deployment.status == "REMOVED" else deployment
 
 
 class State:
-    """Everything, in memory and in `<root>/state.json`; `save` after each change."""
+    """All that exists, in memory and in `<root>/state.json`. Call `save` after each change."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -165,13 +170,13 @@ class State:
         self.deployments: list[Deployment] = []
         self.tokens: list[Token] = []
         self.ssh_keys: list[SshKey] = []
-        self.workflows: dict[str, str] = {}  # of template deploys, by id; not kept
+        self.workflows: dict[str, str] = {}  # the status of template deploys by id; not saved
         self.api_port: int | None = None
         self.ssh_port: int | None = None
         if self.path.exists():
             self._load(json.loads(self.path.read_text()))
         else:
-            self._first_time()
+            self._create_first_project()
 
     @property
     def path(self) -> Path:
@@ -195,13 +200,13 @@ class State:
             deployment = Deployment(**raw)
             service = self.service(deployment.service_id)
             instance = self.instance(deployment.service_id, deployment.environment_id)
-            if "variables" not in raw and service and instance:  # an older version wrote it
-                deployment.variables = rendered(self, service, instance)
+            if "variables" not in raw and service and instance:  # written by an older version
+                deployment.variables = render_variables(self, service, instance)
             self.deployments.append(deployment)
         self.tokens = [Token(**t) for t in data["tokens"]]
 
-    def _first_time(self) -> None:
-        """A workspace with one empty project, and a token of each kind."""
+    def _create_first_project(self) -> None:
+        """Create two workspaces, an empty project in the first, and a token of each kind."""
         home = Workspace(new_id(), "local")
         self.workspaces = [home, Workspace(new_id(), "shared-with-me", external=True)]
         project = self.add_project("pulse-local", home.id)
@@ -220,14 +225,14 @@ class State:
             "workspaces": [asdict(w) for w in self.workspaces],
             "projects": [asdict(p) for p in self.projects],
             "services": [asdict(s) for s in self.services],
-            "deployments": [asdict(_kept(d)) for d in self.deployments],
+            "deployments": [asdict(_stored_form(d)) for d in self.deployments],
             "tokens": [asdict(t) for t in self.tokens],
         }
         self.root.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".tmp")
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with open(fd, "w") as file:
-            file.write(json.dumps(data))  # in C, which `dump` and an indent are not
+            file.write(json.dumps(data))  # much faster than `dump`, which is not in C
         temporary.replace(self.path)
 
     # -- looking up ----------------------------------------------------------------------------
@@ -265,13 +270,12 @@ class State:
         return next((d for d in self.deployments if d.id == deployment_id), None)
 
     def deployments_of(self, service_id: str, environment_id: str) -> list[Deployment]:
-        """Newest first."""
-        found = [
+        """Return a service's deployments in an environment, newest first."""
+        return [
             d
-            for d in self.deployments
+            for d in reversed(self.deployments)
             if d.service_id == service_id and d.environment_id == environment_id
         ]
-        return found[::-1]
 
     def token(self, value: str) -> Token | None:
         return next((t for t in self.tokens if secrets.compare_digest(t.value, value)), None)
@@ -305,10 +309,11 @@ class State:
     def add_service(
         self, project: Project, name: str, environments: list[Environment] | None = None
     ) -> Service:
-        """A service, with an instance in each of these environments of its project, or in all."""
+        """Create a service with an instance in each of these environments, by default in all."""
         service_id = new_id()
-        where = project.environments if environments is None else environments
-        instances = [Instance(new_id(), service_id, e.id) for e in where]
+        if environments is None:
+            environments = project.environments
+        instances = [Instance(new_id(), service_id, e.id) for e in environments]
         service = Service(service_id, name, project.id, instances)
         self.services.append(service)
         return service
@@ -319,11 +324,11 @@ class State:
 REFERENCE = re.compile(r"\$\{\{\s*(?:([^}.\s]+)\.)?([A-Za-z0-9_]+)\s*\}\}")
 
 
-def provided(state: State, service: Service, instance: Instance) -> dict[str, str]:
-    """The variables that Railway itself sets on a service."""
-    found = state.environment(instance.environment_id)
-    assert found is not None
-    project, environment = found
+def railway_variables(state: State, service: Service, instance: Instance) -> dict[str, str]:
+    """Return the variables that Railway itself sets (docs.railway.com/reference/variables)."""
+    project_environment = state.environment(instance.environment_id)
+    assert project_environment is not None
+    project, environment = project_environment
     variables = {
         "RAILWAY_PROJECT_ID": project.id,
         "RAILWAY_PROJECT_NAME": project.name,
@@ -344,30 +349,33 @@ def private_domain(service: Service) -> str:
     return f"{service.name}.railway.internal"
 
 
-def rendered(state: State, service: Service, instance: Instance) -> dict[str, str]:
-    """All variables of a service, references resolved; one to nothing renders as nothing."""
+def render_variables(state: State, service: Service, instance: Instance) -> dict[str, str]:
+    """Return all variables of a service with their references resolved.
 
-    def value_of(owner: Service, where: Instance, name: str, seen: tuple[str, ...]) -> str:
-        mark = f"{owner.id}.{name}"
-        if mark in seen:
+    A reference to a variable that does not exist, or to itself, renders as an empty string.
+    """
+
+    def value_of(owner: Service, instance: Instance, name: str, seen: tuple[str, ...]) -> str:
+        variable = f"{owner.id}.{name}"
+        if variable in seen:
             return ""
-        raw = {**provided(state, owner, where), **where.variables}.get(name, "")
+        raw = {**railway_variables(state, owner, instance), **instance.variables}.get(name, "")
 
         def resolve(match: re.Match[str]) -> str:
-            scope, wanted = match.groups()
+            scope, reference = match.groups()
             if scope is None:
-                return value_of(owner, where, wanted, (*seen, mark))
+                return value_of(owner, instance, reference, (*seen, variable))
             if scope == "shared":
-                found = state.environment(where.environment_id)
-                return found[1].shared.get(wanted, "") if found else ""
-            for other, instance in state.instances(where.environment_id):
+                environment = state.environment(instance.environment_id)
+                return environment[1].shared.get(reference, "") if environment else ""
+            for other, other_instance in state.instances(instance.environment_id):
                 if other.project_id == owner.project_id and other.name == scope:
-                    return value_of(other, instance, wanted, (*seen, mark))
+                    return value_of(other, other_instance, reference, (*seen, variable))
             return ""
 
         return REFERENCE.sub(resolve, raw)
 
-    names = {**provided(state, service, instance), **instance.variables}
+    names = {**railway_variables(state, service, instance), **instance.variables}
     return {name: value_of(service, instance, name, ()) for name in names}
 
 
@@ -377,7 +385,7 @@ SECRET = re.compile(r"\$\{\{\s*secret\((\d+)\)\s*\}\}")
 
 
 def baseline_template() -> dict[str, Any]:
-    """What `template(code: "pulse-baseline")` answers in `serializedConfig`."""
+    """Return the `serializedConfig` of `template(code: "pulse-baseline")`."""
     group = "3d9d3c8e-5a55-4a0c-9f53-3f2a7f0d6a10"
 
     def runtime(name: str, image: str) -> dict[str, Any]:
@@ -426,7 +434,7 @@ def baseline_template() -> dict[str, Any]:
 def apply_template(
     state: State, project: Project, environment: Environment, config: Any
 ) -> list[tuple[Service, Instance]]:
-    """Create a template's services in an environment, as `serializedConfig` describes them."""
+    """Create a template's services in an environment from its `serializedConfig`."""
     groups = {old: new_id() for old in config.get("groups") or {}}
     for old, new in groups.items():
         environment.groups[new] = dict(config["groups"][old])

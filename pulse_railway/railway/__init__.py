@@ -1,1 +1,1 @@
-"""Everything that talks to Railway: its API, its tokens, its CLI, and docker."""
+"""Access to Railway: its API, its tokens, its CLI; and docker."""

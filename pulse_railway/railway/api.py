@@ -1,4 +1,4 @@
-"""The GraphQL client: one call at a time, patient with a busy Railway, careful with writes."""
+"""The client of Railway's GraphQL API: retries calls that may be repeated, and no others."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from pulse_railway.railway import documents, tokens
 from pulse_railway.railway.tokens import Token
 
 ATTEMPTS = 5
-FIRST_PAUSE = 0.5  # seconds; doubled each time, with jitter
-LONGEST_PAUSE = 60.0
+FIRST_PAUSE = 0.5  # seconds; doubled before each retry, with jitter
+MAX_PAUSE = 60.0  # seconds
 TIMEOUT = httpx.Timeout(60.0, connect=15.0)
 
 
 def trust() -> ssl.SSLContext:
-    """What httpx trusts by itself; reading it takes 20 ms, so it is read once."""
+    """Return httpx's own TLS context, cached, since it takes 20 ms to make."""
     return _trust(os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"))
 
 
@@ -34,19 +34,19 @@ def _trust(*_: str | None) -> ssl.SSLContext:
 
 
 class ApiError(Failure):
-    """Railway answered, and refused. The message is its own."""
+    """Railway has refused a call. The message is Railway's."""
 
 
 class GraphqlError(ApiError):
-    """Railway's API has understood the document, and says no."""
+    """Railway's API has answered a document with errors."""
 
 
 class Api:
     """Railway's API with one token.
 
     Args:
-        token: which kind it is, is asked once, at the first call that needs to know.
-        on_wait: told why, when a call has to wait.
+        token: its kind is read from Railway once, by the first call that depends on it.
+        on_wait: called with the reason when a call waits for a retry.
     """
 
     def __init__(self, token: Token, on_wait: Callable[[str], None] = lambda _: None) -> None:
@@ -54,7 +54,7 @@ class Api:
         self.calls = 0
         self._on_wait = on_wait
         self._scope: dict[str, Any] | None = None
-        self._asked = False
+        self._scope_is_read = False
         self.url = os.environ.get(contract.API_URL_VARIABLE) or contract.API_URL
         self._client = httpx.Client(timeout=TIMEOUT, verify=trust())
 
@@ -65,12 +65,12 @@ class Api:
 
     @property
     def token(self) -> Token:
-        """The token as it is now: a login is refreshed in the middle of a run too."""
-        self._token = tokens.fresh(self._token)
+        """Return the token; a login that is about to expire is refreshed first."""
+        self._token = tokens.refreshed(self._token)
         return self._token
 
     def check_token(self) -> None:
-        """Raises ApiError where Railway accepts the token for nothing at all."""
+        """Raise ApiError if Railway accepts the token for no call."""
         if self.is_project_token:
             return
         try:
@@ -79,9 +79,9 @@ class Api:
             self.call(documents.API_TOKEN)  # a workspace token has no `me`
 
     def scope(self) -> dict[str, Any] | None:
-        """For a project token, its project and environment; None for any other token."""
-        if not self._asked:
-            self._asked = True
+        """Return a project token's project and environment; None for any other token."""
+        if not self._scope_is_read:
+            self._scope_is_read = True
             if self.token.source != "login":
                 try:
                     headers = {"Project-Access-Token": self.token.value}
@@ -115,21 +115,23 @@ class Api:
     def call(self, document: str, *, repeatable: bool | None = None, **variables: Any) -> Any:
         """Send a document and return its data.
 
-        A query is repeated when Railway is busy or away. A mutation is repeated where Railway
-        has said that it did not carry it out (429) or where nothing was sent; with
-        `repeatable=True`, where doing it twice is harmless, like a query.
+        A query is retried when Railway is busy or unreachable. A mutation is retried if Railway has
+        not carried it out (429), or it was not sent.
+
+        Args:
+            repeatable: a mutation that is retried like a query, since repeating it is harmless.
 
         Raises:
-            ApiError: Railway refused, in its own words.
-            Uncertain: a mutation was sent and its answer lost.
-            Failure: Railway cannot be reached.
+            ApiError: Railway has refused; the message is Railway's.
+            Uncertain: a mutation was sent, and its answer was lost.
+            Failure: Railway is not reachable.
         """
         if repeatable is None:
             repeatable = not document.lstrip().startswith("mutation")
         return self._call(document, variables, self._headers(), repeatable)
 
     def public(self, document: str, **variables: Any) -> Any:
-        """A query that needs no token."""
+        """Send a query that needs no token, and return its data."""
         return self._call(document, variables, {}, repeatable=True)
 
     def _call(
@@ -139,29 +141,29 @@ class Api:
         for attempt in range(ATTEMPTS):
             last = attempt == ATTEMPTS - 1
             self.calls += 1
-            if "Authorization" in headers:  # it may have expired while we waited
+            if "Authorization" in headers:  # a login may have expired during the wait
                 headers = {"Authorization": f"Bearer {self.token.value}"}
             try:
                 answer = self._client.post(self.url, json=body, headers=headers)
             except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
-                # nothing was sent
+                # the request was not sent, so a mutation may be retried too
                 if last:
-                    raise Failure(f"Railway's API is not reachable: {_why(error)}") from None
+                    raise Failure(f"Railway's API is not reachable: {_reason(error)}") from None
                 self._wait(attempt, "Railway is not reachable")
                 continue
             except httpx.HTTPError as error:
                 if not repeatable:
-                    raise Uncertain(f"Railway's answer was lost: {_why(error)}") from None
+                    raise Uncertain(f"Railway's answer was lost: {_reason(error)}") from None
                 if last:
-                    raise Failure(f"Railway's API does not answer: {_why(error)}") from None
+                    raise Failure(f"Railway's API does not answer: {_reason(error)}") from None
                 self._wait(attempt, "Railway does not answer")
                 continue
             if answer.status_code == 429:
                 after = _retry_after(answer)
-                if last or after > LONGEST_PAUSE * 5:
+                if last or after > MAX_PAUSE * 5:
                     raise Failure(
                         "Railway's rate limit is used up; it asks to wait"
-                        f" {after or LONGEST_PAUSE:.0f} s: try again then"
+                        f" {after or MAX_PAUSE:.0f} s: try again then"
                     )
                 self._wait(attempt, "Railway's rate limit", after)
                 continue
@@ -178,19 +180,19 @@ class Api:
     def _data(self, answer: httpx.Response) -> Any:
         if answer.status_code in (401, 403):
             raise ApiError("Railway does not accept the token: check it, or make a new one")
-        not_understood = ApiError(
-            f"Railway answered {answer.status_code}, and not as its API does: is"
+        unexpected = ApiError(
+            f"Railway answered {answer.status_code}, which is no answer of its API: is"
             f" {contract.API_URL_VARIABLE} right?"
         )
         try:
             body = answer.json()
         except (ValueError, RecursionError):
-            raise not_understood from None
+            raise unexpected from None
         if not isinstance(body, dict):
-            raise not_understood
+            raise unexpected
         if errors := body.get("errors"):
             if not isinstance(errors, list):
-                raise not_understood
+                raise unexpected
             message = "; ".join(str(e.get("message") if isinstance(e, dict) else e) for e in errors)
             if "not authorized" in message.lower():
                 message += (
@@ -199,23 +201,23 @@ class Api:
             raise GraphqlError(f"Railway: {redact(message)}")
         data = body.get("data")
         if answer.status_code >= 400 or not data or not isinstance(data, dict):
-            raise not_understood
+            raise unexpected
         return data
 
-    def _wait(self, attempt: int, why: str, at_least: float = 0.0) -> None:
-        pause = min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE) * random.uniform(0.75, 1.25)
+    def _wait(self, attempt: int, reason: str, at_least: float = 0.0) -> None:
+        pause = min(FIRST_PAUSE * 2**attempt, MAX_PAUSE) * random.uniform(0.75, 1.25)
         pause = max(pause, at_least)
-        self._on_wait(f"{why}; trying again in {pause:.1f} s")
+        self._on_wait(f"{reason}; trying again in {pause:.1f} s")
         time.sleep(pause)
 
 
 def _retry_after(answer: httpx.Response) -> float:
-    """Seconds (RFC 9110 section 10.2.3; Railway sends the number form)."""
+    """Return the seconds of Retry-After (RFC 9110 section 10.2.3; Railway sends a number)."""
     try:
         return max(0.0, float(answer.headers.get("retry-after", 0)))
     except ValueError:
         return 0.0
 
 
-def _why(error: httpx.HTTPError) -> str:
+def _reason(error: httpx.HTTPError) -> str:
     return redact(str(error) or type(error).__name__)

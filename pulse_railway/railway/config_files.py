@@ -1,4 +1,4 @@
-"""Railway's own configuration files beside an app: what they do to a stack, and do not."""
+"""Checks Railway's own configuration files beside an app, which may affect a stack."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 CONFIG_AS_CODE = ("railway.toml", "railway.json")
-# how each says that it is a partial, which touches what it declares and nothing else; an empty name
-# is none
+# By file, the pattern of a partial, and a line that makes it one. A partial changes only what it
+# declares; one with an empty name is none.
 _NAME, _VALUE = "(?:partial|PARTIAL|Partial)", r"""\s*=\s*["'`]\s*[\w.-]"""
 PARTIAL = {
     "railway.ts": (
@@ -23,8 +23,10 @@ PARTIAL = {
 
 
 def without_effect(context: Path) -> str | None:
-    """What to say of a file of Railway's "config as code"; None where there is none. Railway reads
-    it for services alone that have used it before, and each of ours is a new one."""
+    """Return a warning about a "config as code" file, None if there is none.
+
+    Railway reads it only for services that have used one before, and each of ours is new.
+    """
     name = next((name for name in CONFIG_AS_CODE if (context / name).is_file()), None)
     if name is None:
         return None
@@ -35,8 +37,10 @@ def without_effect(context: Path) -> str | None:
 
 
 def would_delete(context: Path) -> str | None:
-    """What to say of a file of Railway's "infrastructure as code" that owns the whole project; None
-    where there is none, or it is a partial. The CLI takes the nearest one, of this folder or above.
+    """Return a warning about an "infrastructure as code" file that declares the whole project.
+
+    Returns None if there is none, or it is a partial. The CLI uses the nearest file, in this folder
+    or above.
     """
     for folder in (context.resolve(), *context.resolve().parents):
         for name, (pattern, line) in PARTIAL.items():
@@ -45,7 +49,7 @@ def would_delete(context: Path) -> str | None:
                 if not path.is_file():
                     continue
                 text = path.read_text(errors="replace")
-            except OSError:  # what cannot be read here cannot be applied from here
+            except OSError:  # the CLI cannot read the file either
                 continue
             if re.search(pattern, text, re.MULTILINE):
                 return None

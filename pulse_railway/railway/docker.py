@@ -18,9 +18,15 @@ def build(
     build_args: dict[str, str],
     on_line: Callable[[str], None],
 ) -> None:
-    """`docker buildx build --push`. Raises Failure with the end of its output.
+    """Run `docker buildx build --push`.
 
-    Build arguments are passed by name, their values by environment.
+    Build arguments are passed by name, and their values by environment: values in a command line
+    are visible to other users.
+
+    Args:
+        on_line: called with each line of the output.
+
+    Raises Failure with the end of the output.
     """
     command = ["docker", "buildx", "build", "--push", "--platform", "linux/amd64"]
     command += ["--progress", "plain", "-t", image, "-f", str(dockerfile)]

@@ -1,4 +1,4 @@
-"""Every GraphQL document we send. Each is valid against Railway's schema: a test says so.
+"""The GraphQL documents that we send. A test checks each against Railway's schema.
 
 Several things are read in one document, and several writes go in one: Railway counts requests.
 """
@@ -37,7 +37,7 @@ query MyProjects {
 }
 """
 
-# for workspace tokens, which have no `me`
+# for workspace tokens, whose `me` is refused
 PROJECTS = """
 query Projects($workspace: String) {
   projects(workspaceId: $workspace, first: 500) {
@@ -207,7 +207,7 @@ mutation DomainCreate($input: ServiceDomainCreateInput!) {
 
 
 def variables_of(count: int) -> str:
-    """One document that reads the unrendered variables of `count` services, as v0, v1, ..."""
+    """Return a document that reads the unrendered variables of `count` services: v0, v1, ..."""
     parameters = "".join(f", $s{i}: String!" for i in range(count))
     fields = "\n".join(
         f"  v{i}: variables(projectId: $project, environmentId: $environment,"
@@ -225,7 +225,7 @@ def configure(
     disconnect: int = 0,
     patch: bool = False,
 ) -> str:
-    """One document that writes variables, settings and group membership of several services.
+    """Return a document that writes variables, settings and groups of several services.
 
     Its variables: `v0...` (VariableCollectionUpsertInput), `x0...` (VariableDeleteInput), `s0...`
     with `i0...` (a service id and its ServiceInstanceUpdateInput), `d0...` (ids of services whose

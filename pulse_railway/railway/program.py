@@ -1,4 +1,4 @@
-"""Running Railway's CLI and docker. Secrets go to them by environment, never as arguments."""
+"""Runs Railway's CLI. Secrets are passed by environment, never as arguments."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pulse_railway import contract
 from pulse_railway.errors import Failure
 from pulse_railway.railway.api import Api
 
-# What the network, not the command, does to `railway up`.
+# Parts of messages of `railway up` about failures of the network, after which it is retried.
 TRANSIENT = (
     "timed out",
     "timeout",
@@ -38,25 +38,25 @@ TRANSIENT = (
 )
 
 
-# `up --project`; without a terminal and with exit statuses of the command, `ssh` too
+# the first version with `up --project`, and with `ssh` without a terminal, with exit statuses
 OLDEST_CLI = (4, 17)
-# `up` with a project token fails in these
+# from and to these versions `up` fails with a project token
 BROKEN_WITH_PROJECT_TOKEN = ((5, 3, 0), (5, 4, 0))
 
 
 def need(program: str) -> None:
-    """Raises Failure where a program that will be needed is not installed."""
+    """Raise Failure if a program is not installed."""
     if shutil.which(program) is None:
-        how = {
+        remedies = {
             "railway": "install it: https://docs.railway.com/guides/cli",
             "docker": "install Docker with buildx, or leave the image repository out",
             "ssh": "`railway ssh` uses it; install OpenSSH's client, or pass --control job",
         }
-        raise Failure(f"`{program}` is not on PATH: {how.get(program, 'install it')}")
+        raise Failure(f"`{program}` is not on PATH: {remedies.get(program, 'install it')}")
 
 
 def program_version(program: str) -> tuple[int, ...]:
-    """What `<program> --version` says, as numbers; empty where it says nothing like one."""
+    """Return the version of `<program> --version` as numbers; empty if it prints none."""
     return _version(shutil.which(program) or program)
 
 
@@ -72,29 +72,27 @@ def _version(path: str) -> tuple[int, ...]:
         )
     except (OSError, subprocess.TimeoutExpired):
         return ()
-    found = re.search(r"\d+(?:\.\d+)+", done.stdout)
-    return tuple(map(int, found[0].split("."))) if found else ()
+    match = re.search(r"\d+(?:\.\d+)+", done.stdout)
+    return tuple(map(int, match[0].split("."))) if match else ()
 
 
 def need_railway(api: Api) -> None:
-    """Raises Failure where Railway's CLI is missing, or is one that cannot do what we need."""
+    """Raise Failure if Railway's CLI is missing, or has a version that does not work."""
     need("railway")
-    found = program_version("railway")
-    shown = ".".join(map(str, found))
-    if found and found < OLDEST_CLI:
+    version = program_version("railway")
+    text = ".".join(map(str, version))
+    if version and version < OLDEST_CLI:
         oldest = ".".join(map(str, OLDEST_CLI))
         raise Failure(
-            f"`railway` is {shown}, and {oldest} is the oldest that works: run `railway upgrade`"
+            f"`railway` is {text}, and {oldest} is the oldest that works: run `railway upgrade`"
         )
     first, last = BROKEN_WITH_PROJECT_TOKEN
-    if first <= found <= last and api.is_project_token:
-        raise Failure(
-            f"`railway` {shown} cannot upload with a project token: run `railway upgrade`"
-        )
+    if first <= version <= last and api.is_project_token:
+        raise Failure(f"`railway` {text} cannot upload with a project token: run `railway upgrade`")
 
 
 def cli_environment(api: Api) -> dict[str, str]:
-    """The process's, with the token in the one variable that the CLI expects for its kind."""
+    """Return this process's environment, with the token in the CLI's variable for its kind."""
     env = dict(os.environ)
     env.pop(contract.RAILWAY_TOKEN, None)
     env.pop(contract.RAILWAY_API_TOKEN, None)
@@ -110,15 +108,19 @@ def run_railway(
     cwd: Path | None = None,
     more: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """The Railway CLI to its end; one that hangs ends with a status of 1 and says so.
+    """Run the Railway CLI to its end.
 
-    It runs in a session of its own: what it has started (`ssh`) ends with it, also on a signal,
-    and would otherwise hold our pipes open.
+    After `timeout` seconds it is killed, and the result has status 1 and a message. The CLI runs in
+    a session of its own, so that its children (`ssh`), which hold our pipes open, are killed with
+    it.
+
+    Args:
+        more: more variables of its environment.
     """
     process = subprocess.Popen(
         command,
         env={**(more or {}), **cli_environment(api)},
-        stdin=subprocess.DEVNULL,  # a question could not be seen
+        stdin=subprocess.DEVNULL,  # the user would not see a question
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

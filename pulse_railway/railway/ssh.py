@@ -1,8 +1,8 @@
-"""`railway ssh`: a command inside the router service, and the key it needs.
+"""Runs commands inside a service by `railway ssh`, and finds the key for it.
 
-Since 4.43 Railway's CLI runs the system's `ssh`. It finds a key by the `.pub` files in ~/.ssh or
-in the agent and asks Railway which of them it knows, which a project token may not ask; `-i` skips
-the question. Older ones have a relay of their own and take no key.
+Since 4.43 Railway's CLI runs the system's `ssh`. The CLI reads the keys of the agent and of
+~/.ssh/*.pub, and asks Railway which of them are registered. A project token may not ask that; `-i`
+skips the question. Older versions have a relay of their own, and take no key.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pulse_railway.railway.api import Api
 from pulse_railway.railway.program import need, need_railway, program_version, run_railway
 
 TIMEOUT = 60.0  # seconds
-USES_KEYS = (4, 43)  # the CLI's version from which it does
+USES_KEYS = (4, 43)  # the first version of the CLI that uses SSH keys
 NO_KEY = (
     "`railway ssh` needs an SSH key that Railway knows: `ssh-keygen -t ed25519` if there is none,"
     " then `railway ssh keys add`, once; in CI give the private key as --ssh-key or"
@@ -43,8 +43,8 @@ UNKNOWN_HOST = (
 OLD_CLI = "this `railway` takes no key (-i): run `railway upgrade`, or pass --control job"
 OTHER_VERSION = "the router runs another version of pulse-railway: run `pulse-railway ensure`"
 
-# How it fails for good, and what that means: the words are OpenSSH's and the CLI's own, which
-# nothing translates. Whatever is not here is tried again.
+# Failures that a retry does not help: a pattern of OpenSSH's or the CLI's messages (neither is
+# translated), our message, and whether a key is missing. All other failures are retried.
 CAUSES = (
     (re.compile(r"Permission denied \(publickey"), UNKNOWN_KEY, True),
     (re.compile(r"No registered SSH keys? found"), NO_KEY, True),
@@ -59,17 +59,19 @@ CAUSES = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came back of one run. Its exit status says nothing: a relay that cannot reach the
-    service ends with 0 as well."""
+    """The result of one run.
+
+    It has no exit status, since a relay that cannot reach the service ends with 0 too.
+    """
 
     stdout: str
-    said: str  # why there was no answer, for people
-    hopeless: bool  # asking again would not help
-    no_key: bool = False  # ... for want of a key that Railway takes
+    message: str  # for the user, if `stdout` has no answer
+    permanent: bool  # a retry would not help
+    no_key: bool = False  # there is no key that Railway accepts
 
 
 class NoKey(Failure):
-    """There is no key to try."""
+    """There is no key for `railway ssh`."""
 
 
 def ssh(
@@ -82,37 +84,39 @@ def ssh(
     key: Path | None = None,
 ) -> Outcome:
     """Run a command once inside a service."""
-    # One shell-quoted word: every version of the CLI passes that on alike.
+    # all versions of the CLI pass a single, shell-quoted word on in the same way
     command = ["railway", "ssh", "--project", project, "--environment", environment]
     command += ["--service", service, *(["-i", str(key)] if key else []), "--", shlex.join(words)]
     done = run_railway(command, api, TIMEOUT)
-    # CLI 5 says on every run which key it uses
+    # CLI 5 prints the key that it uses on every run
     lines = [x for x in done.stderr.splitlines() if not x.strip().startswith("Using SSH key")]
-    said = redact("\n".join(lines).strip() or done.stdout.strip())[-2000:]
+    message = redact("\n".join(lines).strip() or done.stdout.strip())[-2000:]
     for pattern, meaning, no_key in CAUSES:
-        if pattern.search(said) and done.returncode:
-            return Outcome(done.stdout, meaning or said, True, no_key)
-    if "Traceback (most recent call last)" in said:  # of the command itself
-        said = f"the router's command failed: {said.splitlines()[-1]}"
-    said = said or f"`railway ssh` ended with {done.returncode} and said nothing"
-    return Outcome(done.stdout, said, False)
+        if pattern.search(message) and done.returncode:
+            return Outcome(done.stdout, meaning or message, True, no_key)
+    if "Traceback (most recent call last)" in message:  # the command's, in the router
+        message = f"the router's command failed: {message.splitlines()[-1]}"
+    message = message or f"`railway ssh` ended with {done.returncode} and said nothing"
+    return Outcome(done.stdout, message, False)
 
 
 # -- the key -----------------------------------------------------------------------------------
 
 
 def need_ssh(api: Api, key: Path | None) -> Path | None:
-    """See that `railway ssh` can be run, and return the key to pass on, None to leave the choice
-    to the CLI. Raises NoKey, or Failure where a program is missing or too old."""
+    """Check that `railway ssh` can run, and return the key for `-i`; None: the CLI chooses.
+
+    Raises NoKey if there is none, and Failure if a program is missing or too old.
+    """
     need_railway(api)
-    found = program_version("railway")
-    if found and found < USES_KEYS:
+    version = program_version("railway")
+    if version and version < USES_KEYS:
         return None
     need("ssh")
     if key:
         return key
     folder = Path.home() / ".ssh"
-    if api.is_project_token:  # it may not ask which keys are registered, so one has to be named
+    if api.is_project_token:  # the CLI cannot ask which keys are registered, and needs `-i`
         for name in ("id_ed25519", "id_ecdsa", "id_rsa"):
             if (folder / name).is_file():
                 return folder / name
@@ -130,16 +134,16 @@ def _agent_has_keys() -> bool:
     return False
 
 
-def private_key_file(given: str) -> Path:
-    """The file of a private key: `given` is its path, or the key itself, as CI secrets hold it.
-    That is written to a file that only we can read, and that ends with this process.
+def private_key_file(key_or_path: str) -> Path:
+    """Return the file of a private key, given as its path, or as the key itself (a CI's secret).
 
-    Raises Failure for what `ssh` could not use without asking somebody.
+    A key itself is written to a file that only this user can read, and that is deleted at the end
+    of this process. Raises Failure for a key that `ssh` cannot use without a question.
     """
-    if "PRIVATE KEY-----" in given:
-        keep_secret(given)
-        return _usable(_written(given), "the private key in " + contract.SSH_KEY)
-    path = Path(given).expanduser()
+    if "PRIVATE KEY-----" in key_or_path:
+        keep_secret(key_or_path)
+        return _check_key(_write_key(key_or_path), "the private key in " + contract.SSH_KEY)
+    path = Path(key_or_path).expanduser()
     if not path.is_file():
         raise Failure(
             f"there is no SSH key at {path}: --ssh-key and {contract.SSH_KEY} take the path of a"
@@ -149,12 +153,12 @@ def private_key_file(given: str) -> Path:
         raise Failure(f"{path} is the public half: pass the private key, {path.with_suffix('')}")
     if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise Failure(f"ssh refuses a key that others can read: chmod 600 {path}")
-    return _usable(path, str(path))
+    return _check_key(path, str(path))
 
 
-def _written(key: str) -> Path:
+def _write_key(key: str) -> Path:
     if "\n" not in key.strip():
-        key = key.replace("\\n", "\n")  # as some secret stores give it
+        key = key.replace("\\n", "\n")  # some secret stores escape line breaks
     fd, name = tempfile.mkstemp(prefix="pulse-railway-key-")  # with mode 600
     atexit.register(Path(name).unlink, missing_ok=True)
     with open(fd, "w") as file:
@@ -162,9 +166,10 @@ def _written(key: str) -> Path:
     return Path(name)
 
 
-def _usable(path: Path, what: str) -> Path:
+def _check_key(path: Path, label: str) -> Path:
+    """Return `path`. Raises Failure, with the label, if it has a passphrase or is no key."""
     if not (ssh_keygen := shutil.which("ssh-keygen")):
-        return path  # that `ssh` is missing is told when it is needed
+        return path  # `need_ssh` reports a missing OpenSSH
     done = subprocess.run(
         [ssh_keygen, "-y", "-P", "", "-f", str(path)],
         stdin=subprocess.DEVNULL,
@@ -176,7 +181,7 @@ def _usable(path: Path, what: str) -> Path:
         return path
     if "passphrase" in done.stderr:
         raise Failure(
-            f"{what} has a passphrase, which nobody can be asked for: use a key without one, or"
+            f"{label} has a passphrase, and ssh cannot ask for it here: use a key without one, or"
             " `ssh-add` it to an agent and leave --ssh-key out"
         )
-    raise Failure(f"{what} is no SSH private key that ssh can read")
+    raise Failure(f"{label} is no SSH private key that ssh can read")

@@ -1,6 +1,6 @@
-"""Which token a run uses, and which kind it is.
+"""Finds the Railway token of a run, and refreshes the Railway CLI's login.
 
-Order: the flag, RAILWAY_TOKEN, RAILWAY_API_TOKEN, the Railway CLI's login (README, "Tokens").
+The order is: the flag, RAILWAY_TOKEN, RAILWAY_API_TOKEN, the CLI's login (docs/ci.md).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from pulse_railway.errors import Failure, keep_secret
 OAUTH_URL = "https://backboard.railway.com/oauth/token"
 # the Railway CLI's own public client id, which its refresh tokens are bound to
 OAUTH_CLIENT_ID = "rlwy_oaci_onEklvmksh1hRUiCo7E2zX12"
-EXPIRY_MARGIN = 90  # seconds; the CLI's own is 60, and it is to find nothing to do
-USUAL_LIFETIME = 3600.0  # seconds
-LOCK_TIMEOUT = 10.0  # seconds, as the CLI's
+EXPIRY_MARGIN = 90  # seconds; more than the CLI's 60, so that the CLI need not refresh a login
+DEFAULT_LIFETIME = 3600.0  # seconds
+LOCK_TIMEOUT = 10.0  # seconds, as in the CLI
 REFRESH_ATTEMPTS = 3
 REFRESH_PAUSE = 0.25  # seconds
 LOGIN_EXPIRED = "the Railway CLI's login has expired: run `railway login` again"
@@ -41,15 +41,15 @@ Source = Literal["flag", "RAILWAY_TOKEN", "RAILWAY_API_TOKEN", "login"]
 
 @dataclass(frozen=True)
 class Token:
-    """A token and where it comes from. Never shown."""
+    """A token and its source. Its value is in no output."""
 
     value: str
     source: Source
-    expires: float | None = None  # seconds since 1970, of a login
+    expires: float | None = None  # of a login: seconds since 1970
 
     @property
-    def lasts(self) -> bool:
-        """May it be used as it is, or is it a login that is about to expire?"""
+    def is_fresh(self) -> bool:
+        """Can the token be used, that is, is it no login that is about to expire?"""
         return self.expires is None or time.time() < self.expires - EXPIRY_MARGIN
 
     def __repr__(self) -> str:
@@ -57,43 +57,43 @@ class Token:
 
     @property
     def durable(self) -> bool:
-        """May it be written into the router and the janitor? A login's expires within hours."""
+        """Can router and janitor use the token for long? A login expires within hours."""
         return self.source != "login"
 
 
 def find(flag: str | None) -> Token:
-    """The token of this run. Raises Failure where there is none."""
-    given: list[tuple[str | None, Source]] = [
+    """Return the token of this run. Raises Failure if there is none."""
+    candidates: list[tuple[str | None, Source]] = [
         (flag, "flag"),
         (os.environ.get(contract.RAILWAY_TOKEN), "RAILWAY_TOKEN"),
         (os.environ.get(contract.RAILWAY_API_TOKEN), "RAILWAY_API_TOKEN"),
     ]
-    for value, source in given:
+    for value, source in candidates:
         keep_secret(value)
-        if value and (text := value.strip()):  # a secret read from a file ends in a line break
+        if value and (text := value.strip()):  # a secret from a file may end in a line break
             if not text.isascii() or not text.isprintable() or " " in text:
-                where = "--token" if source == "flag" else source
-                raise Failure(f"{where} is no token: it has white space or odd characters in it")
+                label = "--token" if source == "flag" else source
+                raise Failure(f"{label} is no token: it has white space or odd characters in it")
             return Token(text, source)
     if token := login():
         return token
     raise Failure(NO_TOKEN)
 
 
-def fresh(token: Token) -> Token:
-    """The token as it is to be used now: a login that is about to expire is refreshed."""
-    return token if token.lasts else login() or token
+def refreshed(token: Token) -> Token:
+    """Return the token; a login that is about to expire is refreshed first."""
+    return token if token.is_fresh else login() or token
 
 
 def login_file() -> Path:
-    """Where the Railway CLI keeps its login; RAILWAY_ENV picks among its own deployments."""
+    """Return the file of the Railway CLI's login; RAILWAY_ENV selects Railway's own stages."""
     suffix = {"staging": "-staging", "dev": "-dev", "develop": "-dev"}
     name = os.environ.get("RAILWAY_ENV", "").strip().lower()
     return Path.home() / ".railway" / f"config{suffix.get(name, '')}.json"
 
 
 def read_login(path: Path) -> tuple[dict[str, Any], Token | None]:
-    """The CLI's configuration and the login in it, None where there is none."""
+    """Return the CLI's configuration and its login, None if there is none."""
     try:
         config = json.loads(path.read_text())
         user = config["user"]
@@ -104,35 +104,36 @@ def read_login(path: Path) -> tuple[dict[str, Any], Token | None]:
     access = user.get("accessToken") or user.get("access_token")
     expires = user.get("tokenExpiresAt") or user.get("token_expires_at")
     if not access:
-        access, expires = user.get("token"), None  # of an older CLI, which does not expire
+        access, expires = user.get("token"), None  # an older CLI's login does not expire
     if not access:
         return config, None
     keep_secret(str(access), user.get("refreshToken") or user.get("refresh_token"))
-    known = float(expires) if isinstance(expires, int | float) else None
-    return config, Token(str(access), "login", known)
+    expires_at = float(expires) if isinstance(expires, int | float) else None
+    return config, Token(str(access), "login", expires_at)
 
 
 def login() -> Token | None:
-    """The CLI login's access token, refreshed where it is about to expire.
+    """Return the CLI login's access token; one that is about to expire is refreshed first.
 
-    A refresh token may be used once: a second use logs the user out. So it is done under the
-    CLI's own lock, after reading the file again. Raises Failure where Railway refuses the refresh,
-    or cannot be reached and the token has expired.
+    A refresh token may be used once: a second use logs the user out. So the refresh holds the CLI's
+    own lock, and reads the file again. Raises Failure if Railway refuses the refresh, or is not
+    reachable and the token has expired.
     """
     path = login_file()
     _, token = read_login(path)
-    if token is None or token.lasts:
+    if token is None or token.is_fresh:
         return token
     with locked(path.with_suffix(".lock")):
         config, token = read_login(path)
-        if token is None or token.lasts:
-            return token  # another process has done it
+        if token is None or token.is_fresh:
+            return token  # another process has refreshed it
         return refresh(path, config, token)
 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """The Railway CLI's lock (an exclusive flock); like the CLI, we do not wait for ever for it."""
+    """Hold the Railway CLI's lock (an exclusive flock); after LOCK_TIMEOUT go on without it, as
+    the CLI does."""
     with path.open("w") as file:
         deadline = time.monotonic() + LOCK_TIMEOUT
         while True:
@@ -147,13 +148,13 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def oauth_url() -> str:
-    """Railway's, or the local Railway's where PULSE_RAILWAY_API_URL points there."""
+    """Return the token endpoint: Railway's, or that of PULSE_RAILWAY_API_URL's server."""
     api = os.environ.get(contract.API_URL_VARIABLE)
     return api.removesuffix("/graphql/v2") + "/oauth/token" if api else OAUTH_URL
 
 
 def refresh(path: Path, config: dict[str, Any], token: Token) -> Token:
-    """Trade the refresh token for a new login (RFC 6749 section 6) and write it back."""
+    """Exchange the refresh token for a new login (RFC 6749 section 6), and write it to the file."""
     user = config["user"]
     refresh_token = user.get("refreshToken") or user.get("refresh_token")
     if not isinstance(refresh_token, str) or not refresh_token:
@@ -163,11 +164,12 @@ def refresh(path: Path, config: dict[str, Any], token: Token) -> Token:
         "refresh_token": refresh_token,
         "client_id": os.environ.get("RAILWAY_OAUTH_CLIENT_ID") or OAUTH_CLIENT_ID,
     }
-    body, why = _ask_for_a_login(form)
+    body, reason = _request_login(form)
     if body is None:
         if token.expires and time.time() < token.expires:
-            return replace(token, expires=token.expires + EXPIRY_MARGIN)  # until it really has
-        raise Failure(f"the Railway CLI's login has expired, and refreshing it failed: {why}")
+            # use the old token until it has really expired
+            return replace(token, expires=token.expires + EXPIRY_MARGIN)
+        raise Failure(f"the Railway CLI's login has expired, and refreshing it failed: {reason}")
     access = str(body["access_token"])
     user["accessToken"] = access
     user["refreshToken"] = body.get("refresh_token") or refresh_token
@@ -181,20 +183,25 @@ def refresh(path: Path, config: dict[str, Any], token: Token) -> Token:
     return Token(access, "login", float(user["tokenExpiresAt"]))
 
 
-def _lifetime(said: Any) -> float:
-    """Seconds that a login lives; the answer need not say so (RFC 6749 section 5.1). Raises
-    nothing: by now the old refresh token is used up, and the new one is to be written down."""
+def _lifetime(expires_in: Any) -> float:
+    """Return the seconds that a login lives; `expires_in` is optional (RFC 6749 section 5.1).
+
+    An invalid value raises nothing: the old refresh token is used up, so the new one must be
+    written to the file.
+    """
     try:
-        seconds = float(said)
+        seconds = float(expires_in)
     except (TypeError, ValueError):
-        return USUAL_LIFETIME
-    return seconds if 0 < seconds < 1e9 else USUAL_LIFETIME
+        return DEFAULT_LIFETIME
+    return seconds if 0 < seconds < 1e9 else DEFAULT_LIFETIME
 
 
-def _ask_for_a_login(form: dict[str, str]) -> tuple[dict[str, Any] | None, str]:
-    """The token endpoint's answer, or None and why there is none. Tried three times: only
-    `invalid_grant` is final (RFC 6749 section 5.2), and raises Failure."""
-    why = ""
+def _request_login(form: dict[str, str]) -> tuple[dict[str, Any] | None, str]:
+    """Return the token endpoint's answer, or None and the reason after three attempts.
+
+    Only `invalid_grant` is final (RFC 6749 section 5.2), and raises Failure.
+    """
+    reason = ""
     for attempt in range(REFRESH_ATTEMPTS):
         if attempt:
             time.sleep(REFRESH_PAUSE * attempt)
@@ -205,7 +212,7 @@ def _ask_for_a_login(form: dict[str, str]) -> tuple[dict[str, Any] | None, str]:
                 return body, ""
             if body.get("error") == "invalid_grant":
                 raise Failure(LOGIN_EXPIRED)
-            why = f"Railway answered {answer.status_code}"
+            reason = f"Railway answered {answer.status_code}"
         except (httpx.HTTPError, ValueError, AttributeError) as error:
-            why = type(error).__name__
-    return None, why
+            reason = type(error).__name__
+    return None, reason

@@ -11,11 +11,13 @@ from pulse_railway.errors import Failure, redact
 from pulse_railway.railway.api import Api
 from pulse_railway.railway.program import run_railway, transient
 
-PAUSES = (1.0, 5.0, 15.0)  # seconds, between one attempt and the next
+PAUSES = (1.0, 5.0, 15.0)  # seconds before each retry
 TIMEOUT = 1800.0  # seconds
-HTTP_TIMEOUT = "RAILWAY_HTTP_TIMEOUT"  # the CLI's for one request, 90 s by default, uploads too
+HTTP_TIMEOUT = (
+    "RAILWAY_HTTP_TIMEOUT"  # the CLI's seconds for one request or upload; its default: 90
+)
 RATE_LIMIT = re.compile(r"[Tt]ry again in (?:about )?(\d+) (second|minute)")
-LONGEST_PAUSE = 300.0  # seconds
+MAX_PAUSE = 300.0  # seconds
 
 
 def up(
@@ -29,9 +31,8 @@ def up(
 ) -> str | None:
     """Upload a folder and have Railway build it.
 
-    Returns the deployment's id, or None from a CLI that is too old to name it.
-    Raises Failure with the CLI's own words. An upload is repeated: a second one supersedes the
-    first.
+    A failed upload is retried, since a second one replaces the first. Returns the deployment's id,
+    or None if the CLI is too old to print it. Raises Failure with the CLI's message.
     """
     command = ["railway", "up", str(context), "--project", project, "--environment", environment]
     command += ["--service", service, "--detach", "--json", "--path-as-root"]
@@ -41,30 +42,32 @@ def up(
         done = run_railway(command, api, TIMEOUT, context, {HTTP_TIMEOUT: f"{TIMEOUT:.0f}"})
         if done.returncode == 0:
             return _deployment_id(done.stdout)
-        said = what_it_said(done.stdout, done.stderr)
+        message = error_text(done.stdout, done.stderr)
         if "unexpected argument '--json'" in done.stderr and "--json" in command:
-            command.remove("--json")  # a CLI before 4.24
+            command.remove("--json")  # CLIs before 4.24 do not have it
             continue
-        if pause is None or not transient(said + done.stderr):
+        if pause is None or not transient(message + done.stderr):
             break
-        if again := RATE_LIMIT.search(said):
+        if again := RATE_LIMIT.search(message):
             pause = max(pause, float(again[1]) * (60 if again[2] == "minute" else 1))
-            if pause > LONGEST_PAUSE:
+            if pause > MAX_PAUSE:
                 break
         time.sleep(pause)
-    raise Failure(f"`railway up` failed: {redact(said)}")
+    raise Failure(f"`railway up` failed: {redact(message)}")
 
 
-def what_it_said(stdout: str, stderr: str) -> str:
-    """Why it failed, in the CLI's words: with `--json` an error is one object on stdout, with a
-    hint, and stderr has warnings."""
+def error_text(stdout: str, stderr: str) -> str:
+    """Return the CLI's error message.
+
+    With `--json` an error is one object on stdout, with a hint, and stderr has only warnings.
+    """
     for line in reversed(stdout.splitlines()):
         try:
-            found = json.loads(line)
-            message = found["error"]
+            error = json.loads(line)
+            message = error["error"]
         except (ValueError, KeyError, TypeError):
             continue
-        hint = found.get("hint")
+        hint = error.get("hint")
         return f"{message} ({hint})" if hint else str(message)
     return (stderr.strip() or stdout.strip() or "it said nothing")[-2000:]
 
@@ -72,8 +75,8 @@ def what_it_said(stdout: str, stderr: str) -> str:
 def _deployment_id(stdout: str) -> str | None:
     for line in reversed(stdout.splitlines()):
         try:
-            found = json.loads(line).get("deploymentId")
+            deployment_id = json.loads(line).get("deploymentId")
         except (ValueError, AttributeError):
             continue
-        return str(found) if found else None
+        return str(deployment_id) if deployment_id else None
     return None

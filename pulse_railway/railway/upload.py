@@ -1,9 +1,12 @@
-"""What `railway up` takes along and what it leaves out, to see what is missing before a build.
+"""The files that `railway up` uploads, so that a missing one is reported before the build.
 
-The rules are those of the CLI's walk (src/controllers/upload.rs, the Rust crate `ignore`): never
-`.git` and `node_modules`; `.railwayignore` over `.ignore` over `.gitignore`, each of the folder
-itself and of every one above it, a deeper file's word first; `.gitignore` inside a git repository
-only, and only up to its root. What is in a folder that is left out is left out.
+The rules are those of the CLI (src/controllers/upload.rs, the Rust crate `ignore`):
+
+- `.git` and `node_modules` are never uploaded.
+- `.railwayignore` comes before `.ignore`, and that before `.gitignore`. Files of the folder and of
+  all folders above it count, the deepest first.
+- `.gitignore` counts inside a git repository only, up to its root.
+- All that is in a folder which is left out is left out.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from typing import Any
 
 from pathspec import GitIgnoreSpec
 
-from pulse_railway.build_context import FOLDERS, SKIPPED, holds_secrets
+from pulse_railway.build_context import PRIVATE_FOLDERS, SKIPPED_FOLDERS, holds_secrets
 
 NEVER = (".git", "node_modules")
 IGNORE_FILES = (".railwayignore", ".ignore")
@@ -25,52 +28,52 @@ GITIGNORE = ".gitignore"
 
 
 def left_out(context: Path, path: Path, *, gitignore: bool = True) -> str | None:
-    """Why the upload of `context` would not hold `path` (relative to it); None where it would."""
+    """Return why the upload of `context` leaves the relative `path` out; None if it does not."""
     for part in [*reversed(path.parents), path]:
         if part == Path():
             continue
         if part.name in NEVER:
             return f"the Railway CLI never uploads {part.name}"
-        if by := _ignored_by(context / part, gitignore):
+        if by := _ignoring_file(context / part, gitignore):
             return f"{by} leaves it out"
     return None
 
 
 def secrets_in_upload(context: Path, *, gitignore: bool = True) -> list[str]:
-    """Files that can hold secrets and that the upload would hold; relative to `context`."""
-    found = []
+    """Return the files in the upload that can hold secrets, relative to `context`."""
+    secrets: list[str] = []
     for folder, folders, files in os.walk(context):
-        here = Path(folder).relative_to(context)
+        parent = Path(folder).relative_to(context)
         folders[:] = [
             name
             for name in folders
-            if name not in (*FOLDERS, *SKIPPED)
-            and not left_out(context, here / name, gitignore=gitignore)
+            if name not in (*PRIVATE_FOLDERS, *SKIPPED_FOLDERS)
+            and not left_out(context, parent / name, gitignore=gitignore)
         ]
-        found += [
-            (here / name).as_posix()
+        secrets += [
+            (parent / name).as_posix()
             for name in files
-            if holds_secrets(name) and not left_out(context, here / name, gitignore=gitignore)
+            if holds_secrets(name) and not left_out(context, parent / name, gitignore=gitignore)
         ]
-    return sorted(found)
+    return sorted(secrets)
 
 
-def _ignored_by(path: Path, gitignore: bool) -> Path | None:
-    """The file that says so: the first kind that says anything about `path` decides."""
+def _ignoring_file(path: Path, gitignore: bool) -> Path | None:
+    """Return the ignore file that leaves `path` out, or None. The first verdict decides."""
     for name in IGNORE_FILES:
         for folder in path.parents:
             verdict = _verdict(folder / name, path)
             if verdict is not None:
                 return folder / name if verdict else None
-    for folder in _repository(path) if gitignore else ():
+    for folder in _folders_in_repository(path) if gitignore else ():
         verdict = _verdict(folder / GITIGNORE, path)
         if verdict is not None:
             return folder / GITIGNORE if verdict else None
     return None
 
 
-def _repository(path: Path) -> Iterator[Path]:
-    """The folders from that of `path` to the root of its git repository; none outside of one."""
+def _folders_in_repository(path: Path) -> Iterator[Path]:
+    """Yield the folders from that of `path` to the root of its git repository, if it has one."""
     for i, folder in enumerate(path.parents):
         if (folder / ".git").exists():
             yield from path.parents[: i + 1]
@@ -78,14 +81,16 @@ def _repository(path: Path) -> Iterator[Path]:
 
 
 def _verdict(file: Path, path: Path) -> bool | None:
-    """What one ignore file says of a path: leave it out, keep it, or nothing. The last pattern that
-    matches the path itself decides; those of the folders above it have had their say."""
+    """Return whether one ignore file leaves a path out; None if no pattern matches the path.
+
+    The last match decides. The folders above the path are checked by the caller.
+    """
     relative = path.relative_to(file.parent).as_posix() + ("/" if path.is_dir() else "")
     for include, regex in reversed(_patterns(file)):
-        # pathspec lets a pattern match all that is below, where git stops at the name
+        # in pathspec a pattern matches all that is below it, in git the name only
         if any(
-            found.groupdict().get("ps_d") is None or found.end("ps_d") == len(relative)
-            for found in regex.finditer(relative)
+            match.groupdict().get("ps_d") is None or match.end("ps_d") == len(relative)
+            for match in regex.finditer(relative)
         ):
             return include
     return None

@@ -1,7 +1,7 @@
 """Railway's GraphQL API over the local state.
 
-access.py says who may see what, views.py what each type answers. queries.py, mutations.py,
-environments.py and tokens.py have a resolver a field; patch.py and services.py change what exists.
+access.py checks permissions, views.py has the fields of each type. queries.py, mutations.py,
+environments.py and tokens.py have one resolver a field; patch.py and services.py change the state.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def schema() -> GraphQLSchema:
 
 @functools.lru_cache(maxsize=256)
 def parsed(document: str) -> DocumentNode:
-    """A document's tree. The same few come again and again. Raises GraphQLSyntaxError."""
+    """Return a document's syntax tree, cached. Raises GraphQLSyntaxError."""
     return parse(document)
 
 
@@ -58,7 +58,11 @@ def violations(compiled: GraphQLSchema, document: str) -> list[GraphQLError]:
 async def execute(
     compiled: GraphQLSchema, caller: Caller, document: str, values: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """Run a document; the answer as Railway shapes it. Mutations are saved."""
+    """Carry out a document, save the state, and return the answer in the shape of Railway's.
+
+    Args:
+        values: the document's variables.
+    """
     if errors := violations(compiled, document):
         result = ExecutionResult(data=None, errors=errors)
     else:
@@ -77,7 +81,8 @@ async def execute(
             {
                 "message": error.message,
                 "locations": [
-                    {"line": place.line, "column": place.column} for place in error.locations or []
+                    {"line": location.line, "column": location.column}
+                    for location in error.locations or []
                 ],
                 "path": error.path,
                 "extensions": {"code": "INTERNAL_SERVER_ERROR"},

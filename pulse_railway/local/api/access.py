@@ -1,4 +1,8 @@
-"""Who may see what."""
+"""Permissions: what a token may see and change.
+
+The `need_` functions return an object by its id. They raise what Railway answers if it does not
+exist, or the token has no access to it.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +19,14 @@ from pulse_railway.local.supervisor import Supervisor
 
 @dataclass
 class Rules:
-    """What Railway does where its schema and its docs leave more than one reading.
+    """Railway's behaviour where its schema and its docs allow more than one reading.
 
     every_environment: a change of a service in an environment that is no fork acts on every
         environment that is no fork, as the schema says.
     deletion_patch: `refuse` or `ignore` a patch that deletes a service.
-    copy_uploads: an environment is duplicated with what was uploaded to its services.
-    restricted: the id of an environment that nobody's token opens, and that is listed all the same
-        (`canAccess`).
+    copy_uploads: a duplicated environment gets the uploads of its services.
+    restricted: the id of an environment that no token opens, and that is listed nevertheless
+        (`canAccess` is false).
     """
 
     every_environment: bool = False
@@ -33,7 +37,10 @@ class Rules:
 
 @dataclass
 class Caller:
-    """Who asks, and of what. `token` is None without credentials."""
+    """The context of a call. `token` is None without credentials.
+
+    `open_domain` gives an instance a domain with a target port (None: Railway's choice).
+    """
 
     token: Token | None
     supervisor: Supervisor
@@ -46,10 +53,12 @@ class Caller:
 
 
 def refuse(message: str = "Not Authorized") -> GraphQLError:
+    """Return the error to raise, with the message of Railway's."""
     return GraphQLError(message)
 
 
 def visible(caller: Caller, project: Project) -> bool:
+    """Does the token reach this project?"""
     token = caller.token
     if token is None:
         return False
@@ -70,7 +79,8 @@ def need_project(caller: Caller, project_id: str) -> Project:
 
 
 def accessible(caller: Caller, environment_id: str) -> bool:
-    """Does the token reach this environment of a project that it sees? A project token has one."""
+    """Does the token reach this environment, of a project that it reaches? A project token reaches
+    one."""
     token = caller.token
     if token is None or environment_id == caller.rules.restricted:
         return False
@@ -78,13 +88,13 @@ def accessible(caller: Caller, environment_id: str) -> bool:
 
 
 def need_environment(caller: Caller, environment_id: str) -> tuple[Project, Environment]:
-    found = caller.state.environment(environment_id)
-    if found is None:
+    project_environment = caller.state.environment(environment_id)
+    if project_environment is None:
         raise refuse("Environment not found")
-    need_project(caller, found[0].id)
+    need_project(caller, project_environment[0].id)
     if not accessible(caller, environment_id):
         raise refuse()
-    return found
+    return project_environment
 
 
 def need_service(caller: Caller, service_id: str) -> Service:
@@ -104,8 +114,8 @@ def need_instance(caller: Caller, service_id: str, environment_id: str) -> Insta
     return instance
 
 
-def need_person(caller: Caller, project_id: str | None = None) -> None:
-    """Refuse a project token, which is for one environment, and who does not see the project."""
+def refuse_project_token(caller: Caller, project_id: str | None = None) -> None:
+    """Raise unless the token is wider than one environment, and reaches the project, if given."""
     if caller.token is None or caller.token.kind == "project":
         raise refuse()
     if project_id is not None:
@@ -121,7 +131,7 @@ def need_deployment(caller: Caller, deployment_id: str) -> Deployment:
 
 
 def ssh_key_owner(caller: Caller, workspace_id: str | None) -> str | None:
-    """Whose SSH keys a token works with: a workspace's id, or None for the account's own."""
+    """Return the workspace whose SSH keys a token works with, None for the account's own keys."""
     if caller.token is None or caller.token.kind == "project":
         raise refuse()
     return workspace_id or caller.token.workspace_id

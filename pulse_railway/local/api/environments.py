@@ -1,4 +1,4 @@
-"""The mutations of environments: made, duplicated, changed by patches, deleted."""
+"""The mutations that create, duplicate, patch and delete environments."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pulse_railway.local import state as model
 from pulse_railway.local.api.access import (
     Caller,
     need_environment,
-    need_person,
     need_project,
     refuse,
+    refuse_project_token,
 )
 from pulse_railway.local.api.mutations import mutation
 from pulse_railway.local.api.patch import apply_patch, config_of
@@ -21,50 +21,53 @@ from pulse_railway.local.state import Environment
 
 @mutation
 async def environmentCreate(caller: Caller, input: dict[str, Any]) -> Any:
-    """Empty, or with `sourceEnvironmentId` a copy, whose changes are committed or staged."""
-    need_person(caller)
-    owner = need_project(caller, input["projectId"])
-    if any(e.name == input["name"] for e in owner.environments):
+    """Create an empty environment, or a copy of `sourceEnvironmentId`.
+
+    The copy's changes are committed, or with `stageInitialChanges` staged.
+    """
+    refuse_project_token(caller)
+    project = need_project(caller, input["projectId"])
+    if any(e.name == input["name"] for e in project.environments):
         raise refuse(f'Environment named "{input["name"]}" already exists')
     source_id = input.get("sourceEnvironmentId")
-    source = next((e for e in owner.environments if e.id == source_id), None)
+    source = next((e for e in project.environments if e.id == source_id), None)
     if source_id and source is None:
         raise refuse("Environment not found")
     created = Environment(
         model.new_id(), input["name"], ephemeral=bool(input.get("ephemeral")), copy_of=source_id
     )
-    owner.environments.append(created)
+    project.environments.append(created)
     if source:
         patch = copy.deepcopy(config_of(caller, source))
         if input.get("stageInitialChanges"):
             created.staged = patch
         else:
             await apply_patch(caller, created, patch, deploys=not input.get("skipInitialDeploys"))
-    return environment_view(caller, owner, created)
+    return environment_view(caller, project, created)
 
 
 @mutation
 async def environmentDelete(caller: Caller, id: str) -> bool:
-    owner, where = need_environment(caller, id)
-    if len(owner.environments) == 1:
+    project, environment = need_environment(caller, id)
+    if len(project.environments) == 1:
         raise refuse("Cannot delete the last environment of a project")
-    await delete_environment(caller, where.id)
-    owner.environments.remove(where)
+    await delete_environment(caller, environment.id)
+    project.environments.remove(environment)
     return True
 
 
 @mutation
 async def projectDelete(caller: Caller, id: str) -> bool:
-    need_person(caller)
-    found = need_project(caller, id)
-    for environment in found.environments:
+    refuse_project_token(caller)
+    project = need_project(caller, id)
+    for environment in project.environments:
         await delete_environment(caller, environment.id)
-    caller.state.projects.remove(found)
+    caller.state.projects.remove(project)
     return True
 
 
 async def delete_environment(caller: Caller, environment_id: str) -> None:
-    """Delete all that is in an environment, with the tokens that open it."""
+    """Delete all that an environment contains, and the tokens that open it."""
     state = caller.state
     await caller.supervisor.remove_environment(environment_id)
     for service, instance in list(state.instances(environment_id)):
@@ -81,8 +84,8 @@ async def environmentPatchCommit(
     patch: dict[str, Any] | None = None,
     commitMessage: str | None = None,
 ) -> str:
-    _, where = need_environment(caller, environmentId)
-    await apply_patch(caller, where, patch or {})
+    _, environment = need_environment(caller, environmentId)
+    await apply_patch(caller, environment, patch or {})
     return model.new_id()
 
 
@@ -90,9 +93,9 @@ async def environmentPatchCommit(
 def environmentStageChanges(
     caller: Caller, environmentId: str, input: dict[str, Any], merge: bool | None = None
 ) -> Any:
-    _, where = need_environment(caller, environmentId)
-    where.staged = _deep(where.staged, input) if merge else input
-    return staged_view(where)
+    _, environment = need_environment(caller, environmentId)
+    environment.staged = _deep_merge(environment.staged, input) if merge else input
+    return staged_view(environment)
 
 
 @mutation
@@ -102,13 +105,13 @@ async def environmentPatchCommitStaged(
     commitMessage: str | None = None,
     skipDeploys: bool | None = None,
 ) -> str:
-    _, where = need_environment(caller, environmentId)
-    await apply_patch(caller, where, where.staged, deploys=not skipDeploys)
-    where.staged = {}
+    _, environment = need_environment(caller, environmentId)
+    await apply_patch(caller, environment, environment.staged, deploys=not skipDeploys)
+    environment.staged = {}
     return model.new_id()
 
 
-def _deep(into: Any, given: Any) -> Any:
-    if not isinstance(into, dict) or not isinstance(given, dict):
-        return given
-    return {**into, **{k: _deep(into.get(k), v) for k, v in given.items()}}
+def _deep_merge(old: Any, new: Any) -> Any:
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return new
+    return {**old, **{k: _deep_merge(old.get(k), v) for k, v in new.items()}}

@@ -1,4 +1,4 @@
-"""The mutations: MUTATIONS holds one resolver a top-level field."""
+"""The mutations: MUTATIONS has one resolver for each top-level field."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pulse_railway.local.api.access import (
     need_deployment,
     need_environment,
     need_instance,
-    need_person,
     need_project,
     need_service,
     refuse,
+    refuse_project_token,
     ssh_key_owner,
 )
 from pulse_railway.local.api.patch import check_settings
-from pulse_railway.local.api.services import reached, take_out
+from pulse_railway.local.api.services import affected_environments, remove_instances
 from pulse_railway.local.api.views import (
     SETTINGS,
     custom_domain_view,
@@ -44,26 +44,25 @@ def mutation(function: Resolver) -> Resolver:
 
 @mutation
 def projectCreate(caller: Caller, input: dict[str, Any]) -> Any:
-    need_person(caller)
-    home = input.get("workspaceId") or caller.state.workspaces[0].id
+    refuse_project_token(caller)
+    workspace_id = input.get("workspaceId") or caller.state.workspaces[0].id
     name = input.get("name") or "project"
     environment = input.get("defaultEnvironmentName") or "production"
-    created = caller.state.add_project(name, home, environment)
-    return project_view(caller, created)
+    return project_view(caller, caller.state.add_project(name, workspace_id, environment))
 
 
 @mutation
 def sshPublicKeyCreate(caller: Caller, input: dict[str, Any]) -> Any:
     owner = ssh_key_owner(caller, input.get("workspaceId"))
     try:
-        mark = fingerprint(input["publicKey"])
+        key_id = fingerprint(input["publicKey"])
     except ValueError:
         raise refuse("Invalid SSH public key") from None
-    if any(k.fingerprint == mark for k in caller.state.ssh_keys):
+    if any(k.fingerprint == key_id for k in caller.state.ssh_keys):
         raise refuse("This SSH key is already registered")
-    made = model.SshKey(model.new_id(), input["name"], input["publicKey"].strip(), mark, owner)
-    caller.state.ssh_keys.append(made)
-    return ssh_key_view(made)
+    key = model.SshKey(model.new_id(), input["name"], input["publicKey"].strip(), key_id, owner)
+    caller.state.ssh_keys.append(key)
+    return ssh_key_view(key)
 
 
 @mutation
@@ -75,67 +74,68 @@ def sshPublicKeyDelete(caller: Caller, id: str) -> bool:
 
 @mutation
 def serviceCreate(caller: Caller, input: dict[str, Any]) -> Any:
-    owner = need_project(caller, input["projectId"])
+    project = need_project(caller, input["projectId"])
     name = input.get("name") or f"service-{model.new_id()[:4]}"
     if len(name) > 32:
         raise refuse("Service name must be 32 characters or less")
-    if any(s.project_id == owner.id and s.name == name for s in caller.state.services):
+    if any(s.project_id == project.id and s.name == name for s in caller.state.services):
         raise refuse(f'A service named "{name}" already exists in this project')
-    where = reached(caller, owner, input.get("environmentId"))
-    created = caller.state.add_service(owner, name, where)
+    environments = affected_environments(caller, project, input.get("environmentId"))
+    service = caller.state.add_service(project, name, environments)
     source = input.get("source") or {}
-    for instance in created.instances:
+    for instance in service.instances:
         instance.variables.update(_strings(input.get("variables") or {}))
         instance.image, instance.repo = source.get("image"), source.get("repo")
         if source.get("image"):
-            caller.supervisor.deploy(created, instance)
-    return service_view(caller, created)
+            caller.supervisor.deploy(service, instance)
+    return service_view(caller, service)
 
 
 @mutation
 def serviceUpdate(caller: Caller, id: str, input: dict[str, Any]) -> Any:
-    found = need_service(caller, id)
-    found.name = input.get("name") or found.name
-    found.icon = input.get("icon") or found.icon
-    return service_view(caller, found)
+    service = need_service(caller, id)
+    service.name = input.get("name") or service.name
+    service.icon = input.get("icon") or service.icon
+    return service_view(caller, service)
 
 
 @mutation
 def serviceDelete(caller: Caller, id: str, environmentId: str | None = None) -> bool:
-    take_out(caller, *_instances(caller, id, environmentId))
+    remove_instances(caller, *_instances(caller, id, environmentId))
     return True
 
 
 def _instances(
     caller: Caller, service_id: str, environment_id: str | None
 ) -> tuple[Service, list[Instance]]:
-    """A service, and the instances of it that a change acts on: at least one."""
-    found = need_service(caller, service_id)
-    owner = need_project(caller, found.project_id)
-    where = {environment.id for environment in reached(caller, owner, environment_id)}
-    instances = [i for i in found.instances if i.environment_id in where]
+    """Return a service and those of its instances that a change acts on: at least one."""
+    service = need_service(caller, service_id)
+    project = need_project(caller, service.project_id)
+    ids = {environment.id for environment in affected_environments(caller, project, environment_id)}
+    instances = [i for i in service.instances if i.environment_id in ids]
     if not instances:
         raise refuse("ServiceInstance not found")
-    return found, instances
+    return service, instances
 
 
 @mutation
 def serviceConnect(caller: Caller, id: str, input: dict[str, Any]) -> Any:
-    """In every environment that the token reaches: there is no argument for one."""
-    found = need_service(caller, id)
-    for instance in found.instances:
+    """Set the source in every environment that the token reaches: the schema has no argument for
+    one."""
+    service = need_service(caller, id)
+    for instance in service.instances:
         if accessible(caller, instance.environment_id):
             instance.image, instance.repo = input.get("image"), input.get("repo")
-    return service_view(caller, found)
+    return service_view(caller, service)
 
 
 @mutation
 def serviceDisconnect(caller: Caller, id: str) -> Any:
-    found = need_service(caller, id)
-    for instance in found.instances:
+    service = need_service(caller, id)
+    for instance in service.instances:
         if accessible(caller, instance.environment_id):
             instance.image = instance.repo = None
-    return service_view(caller, found)
+    return service_view(caller, service)
 
 
 @mutation
@@ -178,18 +178,18 @@ def _strings(values: dict[str, Any]) -> dict[str, str]:
 
 
 def _set_variables(caller: Caller, input: dict[str, Any], values: dict[str, str]) -> None:
-    _, where = need_environment(caller, input["environmentId"])
+    _, environment = need_environment(caller, input["environmentId"])
     if not input.get("serviceId"):
         if input.get("replace"):
-            where.shared.clear()
-        where.shared.update(values)
+            environment.shared.clear()
+        environment.shared.update(values)
         return
     instance = need_instance(caller, input["serviceId"], input["environmentId"])
     if input.get("replace"):
         instance.variables.clear()
     instance.variables.update(values)
-    deployed = caller.state.deployments_of(input["serviceId"], input["environmentId"])
-    if not input.get("skipDeploys") and any(d.status == "SUCCESS" for d in deployed):
+    history = caller.state.deployments_of(input["serviceId"], input["environmentId"])
+    if not input.get("skipDeploys") and any(d.status == "SUCCESS" for d in history):
         caller.supervisor.deploy(need_service(caller, input["serviceId"]), instance)
 
 
@@ -207,27 +207,27 @@ def variableUpsert(caller: Caller, input: dict[str, Any]) -> bool:
 
 @mutation
 def variableDelete(caller: Caller, input: dict[str, Any]) -> bool:
-    _, where = need_environment(caller, input["environmentId"])
+    _, environment = need_environment(caller, input["environmentId"])
     if input.get("serviceId"):
         instance = need_instance(caller, input["serviceId"], input["environmentId"])
         instance.variables.pop(input["name"], None)
     else:
-        where.shared.pop(input["name"], None)
+        environment.shared.pop(input["name"], None)
     return True
 
 
 @mutation
 async def serviceDomainCreate(caller: Caller, input: dict[str, Any]) -> Any:
     instance = need_instance(caller, input["serviceId"], input["environmentId"])
-    owner = need_service(caller, input["serviceId"])
-    created = await caller.open_domain(owner, instance, input.get("targetPort"))
-    return domain_view(owner, instance, created)
+    service = need_service(caller, input["serviceId"])
+    domain = await caller.open_domain(service, instance, input.get("targetPort"))
+    return domain_view(service, instance, domain)
 
 
 @mutation
 def serviceDomainDelete(caller: Caller, id: str) -> bool:
-    for owned in caller.state.services:
-        for instance in owned.instances:
+    for service in caller.state.services:
+        for instance in service.instances:
             for domain in instance.domains:
                 if domain.id == id:
                     need_environment(caller, instance.environment_id)
@@ -238,7 +238,7 @@ def serviceDomainDelete(caller: Caller, id: str) -> bool:
 
 @mutation
 def serviceDomainUpdate(caller: Caller, input: dict[str, Any]) -> bool:
-    """The port; another name would need another certificate and port on this machine."""
+    """Change the target port. Another name would need another certificate and port here."""
     instance = need_instance(caller, input["serviceId"], input["environmentId"])
     for domain in instance.domains:
         if domain.id == input["serviceDomainId"]:
@@ -251,18 +251,18 @@ def serviceDomainUpdate(caller: Caller, input: dict[str, Any]) -> bool:
 
 @mutation
 def customDomainCreate(caller: Caller, input: dict[str, Any]) -> Any:
-    """Kept and shown; it is never verified, since nobody's DNS leads here."""
+    """Store a custom domain. It is never verified, since no DNS record points to this machine."""
     instance = need_instance(caller, input["serviceId"], input["environmentId"])
-    owner = need_service(caller, input["serviceId"])
-    created = model.Domain(model.new_id(), input["domain"], 0, input.get("targetPort"))
-    instance.custom_domains.append(created)
-    return custom_domain_view(owner, instance, created)
+    service = need_service(caller, input["serviceId"])
+    domain = model.Domain(model.new_id(), input["domain"], 0, input.get("targetPort"))
+    instance.custom_domains.append(domain)
+    return custom_domain_view(service, instance, domain)
 
 
 @mutation
 def customDomainDelete(caller: Caller, id: str) -> bool:
-    for owned in caller.state.services:
-        for instance in owned.instances:
+    for service in caller.state.services:
+        for instance in service.instances:
             if any(domain.id == id for domain in instance.custom_domains):
                 need_environment(caller, instance.environment_id)
                 instance.custom_domains = [d for d in instance.custom_domains if d.id != id]
@@ -277,23 +277,28 @@ def twoFactorInfoValidate(caller: Caller, input: dict[str, Any]) -> bool:
 
 @mutation
 def templateDeployV2(caller: Caller, input: dict[str, Any]) -> Any:
-    """Asynchronous, as on Railway: the services appear a moment after the answer."""
-    owner, where = need_environment(caller, input["environmentId"])
-    workflow = model.new_id()
-    caller.state.workflows[workflow] = "Running"
+    """Start a workflow that creates a template's services, a moment after the answer as on
+    Railway."""
+    project, environment = need_environment(caller, input["environmentId"])
+    workflow_id = model.new_id()
+    caller.state.workflows[workflow_id] = "Running"
     config = input["serializedConfig"]
-    caller.supervisor.spawn(_deploy_template(caller, owner, where, config, workflow))
-    return {"projectId": owner.id, "workflowId": workflow}
+    caller.supervisor.spawn(_deploy_template(caller, project, environment, config, workflow_id))
+    return {"projectId": project.id, "workflowId": workflow_id}
 
 
 async def _deploy_template(
-    caller: Caller, owner: Project, where: Environment, config: dict[str, Any], workflow: str
+    caller: Caller,
+    project: Project,
+    environment: Environment,
+    config: dict[str, Any],
+    workflow_id: str,
 ) -> None:
     await asyncio.sleep(0.5)
-    for created, instance in model.apply_template(caller.state, owner, where, config):
+    for service, instance in model.apply_template(caller.state, project, environment, config):
         if instance.image:
-            caller.supervisor.deploy(created, instance)
-    caller.state.workflows[workflow] = "Complete"
+            caller.supervisor.deploy(service, instance)
+    caller.state.workflows[workflow_id] = "Complete"
     caller.state.save()
 
 
@@ -302,15 +307,16 @@ def deploymentRedeploy(caller: Caller, id: str, usePreviousImageTag: bool | None
     old = need_deployment(caller, id)
     assert old.service_id
     instance = need_instance(caller, old.service_id, old.environment_id)
-    owner = need_service(caller, old.service_id)
-    return deployment_view(caller, caller.supervisor.deploy(owner, instance, upload=old.upload))
+    service = need_service(caller, old.service_id)
+    return deployment_view(caller, caller.supervisor.deploy(service, instance, upload=old.upload))
 
 
 @mutation
 def deploymentRestart(caller: Caller, id: str) -> bool:
-    found = need_deployment(caller, id)
-    instance = need_instance(caller, found.service_id, found.environment_id)
-    caller.supervisor.restart(need_service(caller, found.service_id), instance, found)
+    deployment = need_deployment(caller, id)
+    instance = need_instance(caller, deployment.service_id, deployment.environment_id)
+    service = need_service(caller, deployment.service_id)
+    caller.supervisor.restart(service, instance, deployment)
     return True
 
 
@@ -328,11 +334,11 @@ async def deploymentRemove(caller: Caller, id: str) -> bool:
 
 @mutation
 def deploymentInstanceExecutionCreate(caller: Caller, input: dict[str, Any]) -> bool:
-    """Railway's "Run now" on a cron service."""
-    for owned in caller.state.services:
-        for instance in owned.instances:
+    """Start a cron service now, as "Run now" on Railway's dashboard."""
+    for service in caller.state.services:
+        for instance in service.instances:
             if instance.id == input["serviceInstanceId"]:
-                need_instance(caller, owned.id, instance.environment_id)
-                caller.supervisor.spawn(caller.supervisor.run_cron(owned, instance), "cron")
+                need_instance(caller, service.id, instance.environment_id)
+                caller.supervisor.spawn(caller.supervisor.run_cron(service, instance), "cron")
                 return True
     raise refuse("ServiceInstance not found")

@@ -1,8 +1,8 @@
-"""An environment's config as one JSON document: read, changed by patches, checked.
+"""An environment's config as one JSON document: reads it, checks and applies patches.
 
-Its shape is that of Railway's CLI (src/controllers/config/environment.rs). What a patch names and
-this Railway does not know is refused: a change that is dropped in silence looks like one that
-was made.
+Its shape is that of Railway's CLI (src/controllers/config/environment.rs). A patch with a field
+that the local Railway does not know is refused: if the field were ignored, a test could not tell
+that from a change which was made.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from pulse_railway.local import state as model
 from pulse_railway.local.api.access import Caller, need_service, refuse
-from pulse_railway.local.api.services import take_out
+from pulse_railway.local.api.services import remove_instances
 from pulse_railway.local.state import Environment, Instance, Service
 
 BUILD = ("builder", "buildCommand", "dockerfilePath", "watchPatterns")
@@ -36,30 +36,30 @@ SHORTEST_CRON = 5  # minutes
 # -- settings, which serviceInstanceUpdate takes too -------------------------------------------
 
 
-def check_settings(given: dict[str, Any]) -> dict[str, Any]:
-    """Settings as they are kept; `numReplicas` mirrors `multiRegionConfig`, which decides.
+def check_settings(changes: dict[str, Any]) -> dict[str, Any]:
+    """Return settings as they are stored: `numReplicas` follows from `multiRegionConfig`.
 
-    Raises what Railway refuses with.
+    Raises Railway's error for an invalid one.
     """
-    kept = dict(given)
+    settings = dict(changes)
     for name in ("healthcheckTimeout", "overlapSeconds", "drainingSeconds", "numReplicas"):
-        if (value := kept.get(name)) is not None and value < (name == "numReplicas"):
+        if (value := settings.get(name)) is not None and value < (name == "numReplicas"):
             raise refuse(f"Invalid {name}: {value}")
-    path = kept.get("healthcheckPath")
+    path = settings.get("healthcheckPath")
     if path and not path.startswith("/"):
         raise refuse("Healthcheck path must start with a /")
-    if schedule := kept.get("cronSchedule"):
+    if schedule := settings.get("cronSchedule"):
         _check_cron(schedule)
-    if regions := kept.get("multiRegionConfig"):
+    if regions := settings.get("multiRegionConfig"):
         for region in regions:
             _check_region(region)
-        kept["numReplicas"] = sum((r or {}).get("numReplicas") or 0 for r in regions.values())
-    elif kept.get("numReplicas"):
-        region = kept.get("region") or "us-west2"
-        kept["multiRegionConfig"] = {region: {"numReplicas": kept["numReplicas"]}}
-    if region := kept.get("region"):
+        settings["numReplicas"] = sum((r or {}).get("numReplicas") or 0 for r in regions.values())
+    elif settings.get("numReplicas"):
+        region = settings.get("region") or "us-west2"
+        settings["multiRegionConfig"] = {region: {"numReplicas": settings["numReplicas"]}}
+    if region := settings.get("region"):
         _check_region(region)
-    return kept
+    return settings
 
 
 def _check_region(region: str) -> None:
@@ -92,7 +92,7 @@ def _in_range(field: str, limits: tuple[int, int]) -> bool:
 
 
 def config_of(caller: Caller, environment: Environment) -> dict[str, Any]:
-    """What an environment is made of. As a patch of another environment it makes a copy."""
+    """Return an environment's config. Applied as a patch to an empty environment, it copies it."""
     instances = list(caller.state.instances(environment.id))
     services = {s.id: _config(s, i) for s, i in instances}
     return {
@@ -115,7 +115,7 @@ def _config(service: Service, instance: Instance) -> dict[str, Any]:
         "repo": instance.repo,
         "rootDirectory": settings.get("rootDirectory"),
     }
-    found = {
+    config = {
         "groupId": instance.group_id,
         "configFile": settings.get("railwayConfigFile"),
         "source": {k: v for k, v in source.items() if v},
@@ -129,7 +129,7 @@ def _config(service: Service, instance: Instance) -> dict[str, Any]:
         else None,
         "volumeMounts": {volume_id(service): {"mountPath": "/data"}} if instance.volume else None,
     }
-    return {k: v for k, v in found.items() if v} | {"isCreated": True}
+    return {k: v for k, v in config.items() if v} | {"isCreated": True}
 
 
 # -- changing ----------------------------------------------------------------------------------
@@ -138,43 +138,52 @@ def _config(service: Service, instance: Instance) -> dict[str, Any]:
 async def apply_patch(
     caller: Caller, environment: Environment, patch: dict[str, Any], *, deploys: bool = True
 ) -> None:
-    """Carry a patch out: all of it, or nothing where something in it is refused.
+    """Apply a patch. It is checked first: an invalid one changes nothing, and raises.
 
-    A service with `isCreated` that is not in this environment yet comes into it. One with
-    `isDeleted` leaves this environment and no other.
+    `isCreated` adds a service to this environment if it has no instance here; `isDeleted` removes
+    its instance from this environment alone.
+
+    Args:
+        deploys: deploy the services that the patch has changed.
     """
-    _known(patch, ("services", "groups", "sharedVariables", "volumes", "buckets"), "the patch")
+    _check_names(
+        patch, ("services", "groups", "sharedVariables", "volumes", "buckets"), "the patch"
+    )
     changes = []
-    for service_id, given in (patch.get("services") or {}).items():
+    for service_id, change in (patch.get("services") or {}).items():
         service = need_service(caller, service_id)
-        changes.append((service, _checked(caller, environment, service, given or {})))
+        changes.append((service, _checked_change(caller, environment, service, change or {})))
     for name, group in (patch.get("groups") or {}).items():
         if group is None:
             environment.groups.pop(name, None)
         else:
             environment.groups[name] = {**environment.groups.get(name, {}), **group}
-    _merge(environment.shared, patch.get("sharedVariables") or {})
+    _merge_variables(environment.shared, patch.get("sharedVariables") or {})
     due = []
     for service, change in changes:
         instance = caller.state.instance(service.id, environment.id)
         is_new = instance is None
         if change.get("isDeleted"):
             if instance and caller.rules.deletion_patch != "ignore":
-                take_out(caller, service, [instance])
+                remove_instances(caller, service, [instance])
             continue
         if instance is None:
             instance = await _create(caller, environment, service, change)
-        if (_change(instance, change) or is_new) and (instance.image or instance.upload):
+        if (_change_instance(instance, change) or is_new) and (instance.image or instance.upload):
             due.append((service, instance))
-    for service, instance in due if deploys else []:  # when what they refer to is there
+    # after all instances exist, since their variables may refer to each other
+    for service, instance in due if deploys else []:
         caller.supervisor.deploy(service, instance)
 
 
 async def _create(
     caller: Caller, environment: Environment, service: Service, change: dict[str, Any]
 ) -> Instance:
-    """Bring a service into an environment, with domains of its own for those that it has where the
-    patch comes from."""
+    """Add a service to an environment.
+
+    The instance gets a new domain for each that the patch names, since a domain belongs to one
+    environment.
+    """
     instance = Instance(model.new_id(), service.id, environment.id)
     service.instances.append(instance)
     for domain in ((change.get("networking") or {}).get("serviceDomains") or {}).values():
@@ -185,10 +194,10 @@ async def _create(
     return instance
 
 
-def _checked(
+def _checked_change(
     caller: Caller, environment: Environment, service: Service, change: dict[str, Any]
 ) -> dict[str, Any]:
-    """A change of a service, with its settings. Raises what Railway refuses with."""
+    """Return a change of a service with its `settings`. Raises Railway's error if it is invalid."""
     instance = caller.state.instance(service.id, environment.id)
     project = caller.state.project(service.project_id)
     if project is None or environment not in project.environments:
@@ -197,33 +206,31 @@ def _checked(
         raise refuse("ServiceInstance not found")
     if change.get("isDeleted") and caller.rules.deletion_patch == "refuse":
         raise refuse()
-    _known(change, SERVICE, "a service")
+    _check_names(change, SERVICE, "a service")
     build, deploy = change.get("build") or {}, change.get("deploy") or {}
     networking, source = change.get("networking") or {}, change.get("source") or {}
-    _known(build, BUILD, "build")
-    _known(deploy, DEPLOY, "deploy")
-    _known(networking, ("serviceDomains",), "networking")
+    _check_names(build, BUILD, "build")
+    _check_names(deploy, DEPLOY, "deploy")
+    _check_names(networking, ("serviceDomains",), "networking")
     if instance and set(networking.get("serviceDomains") or {}) - {
         domain.domain for domain in instance.domains
     }:
         raise refuse("the local Railway makes domains by serviceDomainCreate")
     settings = check_settings({**build, **deploy})
-    for name, here, key in (
-        ("rootDirectory", source, "rootDirectory"),
-        ("railwayConfigFile", change, "configFile"),
-    ):
-        if key in here:
-            settings[name] = here[key]
+    if "rootDirectory" in source:
+        settings["rootDirectory"] = source["rootDirectory"]
+    if "configFile" in change:
+        settings["railwayConfigFile"] = change["configFile"]
     return {**change, "settings": settings}
 
 
-def _known(given: dict[str, Any], names: Iterable[str], where: str) -> None:
-    if unknown := sorted(set(given) - set(names)):
-        raise refuse(f"the local Railway does not know {', '.join(unknown)} in {where}")
+def _check_names(part: dict[str, Any], names: Iterable[str], label: str) -> None:
+    if unknown := sorted(set(part) - set(names)):
+        raise refuse(f"the local Railway does not know {', '.join(unknown)} in {label}")
 
 
-def _merge(into: dict[str, str], variables: dict[str, Any]) -> bool:
-    """Variables as a patch gives them; None removes one. Says whether anything changed."""
+def _merge_variables(into: dict[str, str], variables: dict[str, Any]) -> bool:
+    """Apply a patch's variables, of which None removes one; return whether anything changed."""
     before = dict(into)
     for name, spec in variables.items():
         if spec is None:
@@ -233,32 +240,32 @@ def _merge(into: dict[str, str], variables: dict[str, Any]) -> bool:
     return into != before
 
 
-def _change(instance: Instance, change: dict[str, Any]) -> bool:
-    """Apply a change to a service; says whether it is one that Railway deploys anew for.
+def _change_instance(instance: Instance, change: dict[str, Any]) -> bool:
+    """Apply a change to a service; return whether Railway makes a new deployment for it.
 
     Domains change at once, without a deployment (Railway's docs, "Staged changes").
     """
-    named = (change.get("networking") or {}).get("serviceDomains") or {}
-    for domain in [d for d in instance.domains if d.domain in named]:
-        if named[domain.domain] is None:
+    domains = (change.get("networking") or {}).get("serviceDomains") or {}
+    for domain in [d for d in instance.domains if d.domain in domains]:
+        if domains[domain.domain] is None:
             instance.domains.remove(domain)
         else:
-            domain.target_port = named[domain.domain].get("port")
+            domain.target_port = domains[domain.domain].get("port")
     instance.volume = instance.volume or bool(change.get("volumeMounts"))
     if "groupId" in change:
         instance.group_id = change["groupId"]
-    changed = _merge(instance.variables, change.get("variables") or {})
-    before = _placed(instance)
+    changed = _merge_variables(instance.variables, change.get("variables") or {})
+    before = _deployed_settings(instance)
     instance.settings.update(change["settings"])
     if "source" in change:
         source = change["source"] or {}
         instance.image, instance.repo = source.get("image"), source.get("repo")
     instance.updated_at = model.now()
-    return changed or before != _placed(instance)
+    return changed or before != _deployed_settings(instance)
 
 
-def _placed(instance: Instance) -> tuple[Any, ...]:
-    """What a deployment is made of: of replicas the regions, and not their number."""
+def _deployed_settings(instance: Instance) -> tuple[Any, ...]:
+    """Return what makes a new deployment when it changes: not the number of replicas."""
     settings = {k: v for k, v in instance.settings.items() if k != "numReplicas"}
     regions = settings.pop("multiRegionConfig", None) or {}
     return settings, sorted(r for r, at in regions.items() if at), instance.image, instance.repo

@@ -1,4 +1,4 @@
-"""The queries: QUERIES holds one resolver a top-level field."""
+"""The queries: QUERIES has one resolver for each top-level field."""
 
 from __future__ import annotations
 
@@ -69,16 +69,15 @@ def apiToken(caller: Caller) -> Any:
     if caller.token is None or caller.token.kind not in ("account", "workspace"):
         raise refuse()
     ids = [caller.token.workspace_id] if caller.token.workspace_id else None
-    found = [w for w in caller.state.workspaces if ids is None or w.id in ids]
-    return {"workspaces": [{"id": w.id, "name": w.name} for w in found]}
+    workspaces = [w for w in caller.state.workspaces if ids is None or w.id in ids]
+    return {"workspaces": [{"id": w.id, "name": w.name} for w in workspaces]}
 
 
 @query
 def sshPublicKeys(caller: Caller, workspaceId: str | None = None, **_: Any) -> Any:
-    """A workspace token sees its workspace's, others their own; a project token none."""
+    """Return a workspace's keys to its token, the account's to others; refuse a project token."""
     owner = ssh_key_owner(caller, workspaceId)
-    found = [k for k in caller.state.ssh_keys if k.workspace_id == owner]
-    return connection([ssh_key_view(k) for k in found])
+    return connection([ssh_key_view(k) for k in caller.state.ssh_keys if k.workspace_id == owner])
 
 
 @query
@@ -90,11 +89,16 @@ def twoFactorInfo(caller: Caller) -> Any:
 
 @query
 def regions(caller: Caller, projectId: str | None = None) -> Any:
-    found = [
-        {"name": name, "region": name, "location": location, "country": country}
+    return [
+        {
+            "name": name,
+            "region": name,
+            "location": location,
+            "country": country,
+            "deploymentConstraints": None,
+        }
         for name, (location, country) in REGIONS.items()
     ]
-    return [{**region, "deploymentConstraints": None} for region in found]
 
 
 @query
@@ -118,8 +122,13 @@ def externalWorkspaces(caller: Caller, projectId: str | None = None) -> Any:
 def projects(caller: Caller, workspaceId: str | None = None, **_: Any) -> Any:
     if caller.token is None or caller.token.kind == "project":
         raise refuse()
-    found = [p for p in caller.state.projects if workspaceId in (None, p.workspace_id)]
-    return connection([project_view(caller, p) for p in found if visible(caller, p)])
+    return connection(
+        [
+            project_view(caller, p)
+            for p in caller.state.projects
+            if workspaceId in (None, p.workspace_id) and visible(caller, p)
+        ]
+    )
 
 
 @query
@@ -128,8 +137,8 @@ def project(caller: Caller, id: str) -> Any:
 
 
 @query
-def environments(caller: Caller, projectId: str, **given: Any) -> Any:
-    return environments_view(caller, need_project(caller, projectId), **given)
+def environments(caller: Caller, projectId: str, **arguments: Any) -> Any:
+    return environments_view(caller, need_project(caller, projectId), **arguments)
 
 
 @query
@@ -156,14 +165,14 @@ def variables(
     serviceId: str | None = None,
     unrendered: bool | None = None,
 ) -> Any:
-    _, where = need_environment(caller, environmentId)
+    _, environment = need_environment(caller, environmentId)
     if serviceId is None:
-        return dict(where.shared)
-    owner = need_service(caller, serviceId)
+        return dict(environment.shared)
+    service = need_service(caller, serviceId)
     instance = need_instance(caller, serviceId, environmentId)
     if unrendered:
-        return {**model.provided(caller.state, owner, instance), **instance.variables}
-    return model.rendered(caller.state, owner, instance)
+        return {**model.railway_variables(caller.state, service, instance), **instance.variables}
+    return model.render_variables(caller.state, service, instance)
 
 
 @query
@@ -186,17 +195,17 @@ def deployments(caller: Caller, input: dict[str, Any], first: int | None = None,
         need_project(caller, input["projectId"])
     else:
         raise refuse("projectId or environmentId is required")
-    wanted = (input.get("status") or {}).get("in")
-    found = [
+    statuses = (input.get("status") or {}).get("in")
+    matching = [
         d
         for d in reversed(caller.state.deployments)
         if accessible(caller, d.environment_id)
         and input.get("environmentId") in (None, d.environment_id)
         and input.get("projectId") in (None, d.project_id)
         and input.get("serviceId") in (None, d.service_id)
-        and (not wanted or d.status in wanted)
+        and (not statuses or d.status in statuses)
     ]
-    return connection([deployment_view(caller, d) for d in found[:first]])
+    return connection([deployment_view(caller, d) for d in matching[:first]])
 
 
 def _logs(kind: str) -> Resolver:

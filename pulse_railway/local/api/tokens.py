@@ -1,10 +1,10 @@
-"""Project tokens, each of which opens one environment. Only who has another token makes them."""
+"""Project tokens, each of which opens one environment. A project token cannot make others."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from pulse_railway.local.api.access import Caller, need_environment, need_person, refuse
+from pulse_railway.local.api.access import Caller, need_environment, refuse, refuse_project_token
 from pulse_railway.local.api.mutations import mutation
 from pulse_railway.local.api.queries import query
 from pulse_railway.local.api.views import connection, token_view
@@ -12,7 +12,7 @@ from pulse_railway.local.api.views import connection, token_view
 
 @mutation
 def projectTokenCreate(caller: Caller, input: dict[str, Any]) -> str:
-    need_person(caller)
+    refuse_project_token(caller)
     project, environment = need_environment(caller, input["environmentId"])
     if project.id != input["projectId"]:
         raise refuse("Environment not found")
@@ -23,18 +23,18 @@ def projectTokenCreate(caller: Caller, input: dict[str, Any]) -> str:
 
 @mutation
 def projectTokenDelete(caller: Caller, id: str) -> bool:
-    need_person(caller)
-    found = next((t for t in caller.state.tokens if t.kind == "project" and t.id == id), None)
-    if found is None or found.project_id is None:
+    refuse_project_token(caller)
+    token = next((t for t in caller.state.tokens if t.kind == "project" and t.id == id), None)
+    if token is None or token.project_id is None:
         raise refuse("Project Token not found")
-    need_person(caller, found.project_id)
-    caller.state.tokens.remove(found)
+    refuse_project_token(caller, token.project_id)
+    caller.state.tokens.remove(token)
     return True
 
 
 @query
 def projectTokens(caller: Caller, projectId: str, **_: Any) -> Any:
-    need_person(caller, projectId)
+    refuse_project_token(caller, projectId)
     return connection(
         [token_view(caller, t) for t in caller.state.tokens if t.project_id == projectId]
     )

@@ -1,4 +1,4 @@
-"""What each type answers: dicts, with lambdas that are asked only when the document asks."""
+"""The fields of each GraphQL type, as dicts. A lambda is called only if a document asks for it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pulse_railway.local.state import (
     Token,
 )
 
-# ServiceInstanceUpdateInput's fields that are kept as they are given
+# the fields of ServiceInstanceUpdateInput that are stored as they are
 SETTINGS = (
     "buildCommand builder cronSchedule dockerfilePath drainingSeconds healthcheckPath"
     " healthcheckTimeout multiRegionConfig numReplicas overlapSeconds preDeployCommand"
@@ -47,7 +47,7 @@ def connection(nodes: list[Any]) -> dict[str, Any]:
 
 def project_view(caller: Caller, project: Project) -> dict[str, Any]:
     state = caller.state
-    lasting = next((e.id for e in project.environments if not e.ephemeral), None)
+    primary = next((e.id for e in project.environments if not e.ephemeral), None)
     return {
         "id": project.id,
         "name": project.name,
@@ -56,9 +56,9 @@ def project_view(caller: Caller, project: Project) -> dict[str, Any]:
         "updatedAt": project.created_at,
         "workspaceId": project.workspace_id,
         "workspace": lambda *_: workspace_view(caller, project.workspace_id),
-        "primaryEnvironmentId": lasting,
-        "baseEnvironmentId": lasting,
-        "environments": lambda *_, **given: environments_view(caller, project, **given),
+        "primaryEnvironmentId": primary,
+        "baseEnvironmentId": primary,
+        "environments": lambda *_, **arguments: environments_view(caller, project, **arguments),
         "buckets": lambda *_, **__: connection([]),
         "services": lambda *_, **__: connection(
             [service_view(caller, s) for s in state.services if s.project_id == project.id]
@@ -73,7 +73,7 @@ def workspace_view(caller: Caller, workspace_id: str) -> dict[str, Any]:
     return {
         "id": workspace.id,
         "name": workspace.name,
-        # a connection on Workspace, a list on ExternalWorkspace
+        # by the schema `projects` is a connection in Workspace, a list in ExternalWorkspace
         "projects": views if workspace.external else lambda *_, **__: connection(views),
     }
 
@@ -81,15 +81,16 @@ def workspace_view(caller: Caller, workspace_id: str) -> dict[str, Any]:
 def environments_view(
     caller: Caller, project: Project, isEphemeral: bool | None = None, **_: Any
 ) -> dict[str, Any]:
-    """The environments of a project: all, also one that is restricted, or a project token's own."""
+    """Return a project's environments, restricted ones included; to a project token its own."""
     token = caller.token
     own = token.environment_id if token and token.kind == "project" else None
-    found = [
-        e
-        for e in project.environments
-        if own in (None, e.id) and isEphemeral in (None, e.ephemeral)
-    ]
-    return connection([environment_view(caller, project, e) for e in found])
+    return connection(
+        [
+            environment_view(caller, project, e)
+            for e in project.environments
+            if own in (None, e.id) and isEphemeral in (None, e.ephemeral)
+        ]
+    )
 
 
 def token_view(caller: Caller, token: Token) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""The private network's names, for Python processes on the local Railway.
+"""Resolves the private network's names in Python processes on the local Railway.
 
-On Railway `<service>.railway.internal` resolves at run time and each service has a port space of
-its own. Here all share one machine: a name and the port it declares resolve to the loopback port
-that the service really listens on. RAILWAY_LOCAL_HOSTS names the file that says which.
+On Railway `<service>.railway.internal` resolves at run time, and each service has a port space of
+its own. Here all services share one machine: a service's name and declared port resolve to the
+loopback port that it listens on. The file RAILWAY_LOCAL_HOSTS maps one to the other.
 """
 
 import contextlib
@@ -13,8 +13,8 @@ import socket
 _system_getaddrinfo = socket.getaddrinfo
 
 
-def _real(host, port):  # type: ignore[no-untyped-def]
-    """Where a name of the private network is; any other host and port as they are."""
+def _local_address(host, port):  # type: ignore[no-untyped-def]
+    """Return the host and port for a name of the private network; others are unchanged."""
     name = host.decode() if isinstance(host, bytes) else host
     if not isinstance(name, str) or not name.endswith(".railway.internal"):
         return host, port
@@ -24,21 +24,21 @@ def _real(host, port):  # type: ignore[no-untyped-def]
     if ports is None:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
     address = "::1" if hosts.get("ipv6") else "127.0.0.1"
-    return address, ports.get(str(port), 9)  # nobody listens on a port nobody declared
+    return address, ports.get(str(port), 9)  # discard: nothing listens on an undeclared port
 
 
 def _getaddrinfo(host, port, *args, **kwargs):  # type: ignore[no-untyped-def]
-    return _system_getaddrinfo(*_real(host, port), *args, **kwargs)
+    return _system_getaddrinfo(*_local_address(host, port), *args, **kwargs)
 
 
 def _patch_uvloop():  # type: ignore[no-untyped-def]
-    """uvloop resolves names by itself."""
+    """Patch uvloop too: it resolves names without `socket`."""
     import uvloop
 
     system = uvloop.Loop.create_connection
 
     def create_connection(self, factory, host=None, port=None, **kwargs):  # type: ignore[no-untyped-def]
-        return system(self, factory, *_real(host, port), **kwargs)
+        return system(self, factory, *_local_address(host, port), **kwargs)
 
     uvloop.Loop.create_connection = create_connection
 

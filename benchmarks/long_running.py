@@ -1,4 +1,4 @@
-"""The rows of `invoke bench` that take longer than a request: tail, scale, endurance, image."""
+"""The longer measurements of `invoke bench`: tail latency, scale, endurance, image."""
 
 from __future__ import annotations
 
@@ -27,48 +27,54 @@ UPGRADE = (
     b"GET /socket HTTP/1.1\r\nhost: bench\r\nconnection: Upgrade\r\nupgrade: websocket\r\n"
     b"sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
 )
-SOCKETS = 9_500  # with 20,000 descriptors, which is what most machines allow, near the limit
+SOCKETS = 9_500  # two descriptors each: near 20,000, the limit on most machines
 DEPLOYMENTS = 200
 
 
-def hold(server: Server, count: int) -> list[socket.socket]:
-    """That many open WebSockets."""
-    held = []
+def open_websockets(server: Server, count: int) -> list[socket.socket]:
+    """Open `count` WebSockets."""
+    sockets = []
     for _ in range(count):
         sock = socket.create_connection(("127.0.0.1", server.port), 10)
         sock.sendall(UPGRADE)
         assert sock.recv(4096).startswith(b"HTTP/1.1 101")
-        held.append(sock)
-    return held
+        sockets.append(sock)
+    return sockets
 
 
 def tail(server: Server, rate: int, seconds: float) -> dict[str, float]:
-    """Milliseconds from when a request was due to its answer, at a steady rate (open loop)."""
+    """Return percentiles of the milliseconds from a request's due time to its answer.
+
+    The rate, in requests a second, does not depend on the answers (open loop).
+    """
     command = [sys.executable, "-m", "benchmarks.load", "open", str(server.port), "/"]
     command += [str(rate), str(seconds)]
-    said = servers.run_load(command)
-    return {k: float(v) for k, v in json.loads(said).items()}
+    output = servers.run_load(command)
+    return {k: float(v) for k, v in json.loads(output).items()}
 
 
 def tail_at_saturation(server: Server, seconds: float) -> float:
-    """Milliseconds at the 99th percentile, 32 connections that ask again at once (closed loop)."""
+    """Return the 99th percentile in milliseconds with 32 busy connections (closed loop)."""
     command = ["wrk", "-t1", "-c32", f"-d{int(seconds)}", "--latency"]
-    said = servers.run_load([*command, f"http://127.0.0.1:{server.port}/"])
-    found = re.search(r"99%\s+([\d.]+)(us|ms|s)\b", said)
-    assert found is not None, said
-    return float(found[1]) * {"us": 0.001, "ms": 1.0, "s": 1000.0}[found[2]]
+    output = servers.run_load([*command, f"http://127.0.0.1:{server.port}/"])
+    match = re.search(r"99%\s+([\d.]+)(us|ms|s)\b", output)
+    assert match is not None, output
+    return float(match[1]) * {"us": 0.001, "ms": 1.0, "s": 1000.0}[match[2]]
 
 
 def scale(
     server: Server, store: str, cost: Callable[[Server, float], float], seconds: float
 ) -> dict[str, float]:
-    """What a small request costs with many sockets open and many deployments known, as a ratio to
-    what it costs with none; measured in turns, since the machine is noisy."""
+    """Return the ratio of a small request's cost with many sockets and deployments to that without,
+    and the memory of a socket.
+
+    The two are measured in turns, since the machine is noisy.
+    """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     client = redis.Redis.from_url(store)
 
-    def know(count: int) -> None:
+    def store_records(count: int) -> None:
         for n in range(count):
             key = f"pulse:railway:deployment:old-{n}"
             client.set(key, json.dumps({"deployment_id": f"old-{n}", "state": "draining"}))
@@ -81,23 +87,25 @@ def scale(
     without, with_all, memory = [], [], 0.0
     for _ in range(4):
         without.append(cost(server, seconds))
-        know(DEPLOYMENTS)
+        store_records(DEPLOYMENTS)
         before = server.rss
-        held = hold(server, SOCKETS)
+        sockets = open_websockets(server, SOCKETS)
         time.sleep(1)
         memory = memory or (server.rss - before) / SOCKETS / 1024
         with_all.append(cost(server, seconds))
-        for sock in held:
+        for sock in sockets:
             sock.close()
-        know(0)
+        store_records(0)
     return {"cost ratio": min(with_all) / min(without), "memory a socket, KB": memory}
 
 
 def endurance(
     server: Server, cost: Callable[[Server, float], float], requests: int, sockets: int
 ) -> dict[str, float]:
-    """Descriptors and memory after many requests and sockets that came and went, beside what they
-    were after the first tenth, when every pool is warm."""
+    """Return the growth of descriptors and memory over many requests and sockets.
+
+    The growth counts from the first tenth on, when every pool is warm.
+    """
 
     def descriptors() -> int:
         return len(os.listdir(f"/proc/{server.pid}/fd"))
@@ -109,11 +117,11 @@ def endurance(
             each = cost(server, 10.0)
             played[0] += (server.cpu - began) / each * 1e6
         for _ in range(int(sockets * share / 500)):
-            for sock in hold(server, 500):
+            for sock in open_websockets(server, 500):
                 sock.close()
 
     def rest() -> tuple[int, int]:
-        time.sleep(8)  # idle connections are closed
+        time.sleep(8)  # until idle connections are closed
         return descriptors(), server.rss
 
     played = [0.0]
@@ -129,7 +137,10 @@ def endurance(
 
 
 def image(store: str, folder: Path) -> dict[str, float]:
-    """What the runtime image's lock installs, and how fast it is up: compiled, as in the image."""
+    """Return the size of the packages in the runtime image, and its start times.
+
+    All is compiled, as in the image.
+    """
     lock = servers.ROOT / "runtime.lock"
     name = f"runtime-{hashlib.sha256(lock.read_bytes()).hexdigest()[:12]}"
     python = environment.python(name, "--no-deps", "--require-hashes", "-r", str(lock))
