@@ -76,7 +76,7 @@ class EdgeClient(router.Client):  # type: ignore[misc]
             self.answer(request, JSONResponse(said, 404))
             return
         try:
-            await router.forward(request, deployment)
+            await router.forward(request, deployment, hedge=False)
         except router.UpstreamError:
             self.answer(request, failed())
 
