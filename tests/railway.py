@@ -1,4 +1,4 @@
-"""The local Railway as it is, but that control commands are forked (see zygote.py).
+"""The local Railway as it is, but that control commands and janitors are forked (see zygote.py).
 
 python -m tests.railway ROOT BIN    BIN: the folder of the `pulse-railway` that containers get
 """

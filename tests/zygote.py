@@ -1,5 +1,5 @@
 """Runs `pulse-railway`, and routers, in processes that are forked, not started: a verb imports
-Pulse for 1.5 s, a control command and a router Redis and uvicorn for 0.25 s.
+Pulse for 1.5 s, a control command, a janitor and a router Redis and uvicorn for 0.25 s.
 
     python -m tests.zygote SOCKET verbs|routers
 
@@ -28,19 +28,25 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 # What a container of the local Railway has as `pulse-railway`: a process that is told and killed
-# like the real one, and whose end is the forked one's. `serve` and the like are the real one.
+# like the real one, and whose end is the forked one's. `serve` and the like are the real one. Its
+# `python` is the real one, too, but for the janitor.
 CLIENT = """#!{python} -SE
 import json, os, socket, sys
-if sys.argv[1:2] != ["control"]:
+janitor = sys.argv[1:] == ["-m", "janitor"]
+if sys.argv[1:2] != ["control"] and not janitor:
     os.execv({real!r}, [{real!r}, *sys.argv[1:]])
 with socket.socket(socket.AF_UNIX) as connection:
     connection.connect({path!r})
-    request = dict(arguments=sys.argv[1:], env=dict(os.environ), cwd=os.getcwd())
+    request = dict(arguments=sys.argv[1:], env=dict(os.environ), cwd=os.getcwd(), python=janitor)
     body = json.dumps(request).encode()
     message = len(body).to_bytes(4) + body
     connection.sendall(message[socket.send_fds(connection, [message], [1, 2]) :])
     connection.recv(4)
     sys.exit(int.from_bytes(connection.recv(4), signed=True))
+"""
+PYTHON = """#!/bin/sh
+[ "$*" = "-m janitor" ] && exec {client} "$@"
+exec {python} "$@"
 """
 
 
@@ -205,7 +211,10 @@ class Zygote:
         self.bin.mkdir()
         client, real = self.bin / "pulse-railway", Path(sys.executable).with_name("pulse-railway")
         client.write_text(CLIENT.format(python=sys.executable, real=str(real), path=self.path))
-        client.chmod(0o755)
+        python = self.bin / "python"
+        python.write_text(PYTHON.format(python=sys.executable, client=client))
+        for script in (client, python):
+            script.chmod(0o755)
         self.process = subprocess.Popen([sys.executable, "-m", "tests.zygote", self.path, what])
 
     def send(self, connection: socket.socket, fds: list[int], **request: Any) -> None:
