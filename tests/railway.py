@@ -1,4 +1,4 @@
-"""The local Railway with forked control commands (see zygote.py).
+"""The local Railway with forked control commands and janitors (see zygote.py).
 
 python -m tests.railway ROOT BIN    BIN: the folder of the containers' `pulse-railway`
 """

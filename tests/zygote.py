@@ -1,5 +1,5 @@
 """Runs `pulse-railway`, and routers, in forked processes, which saves imports: 1.5 s a verb
-(Pulse), 0.25 s a control command or a router (Redis and uvicorn).
+(Pulse), 0.25 s a control command, a janitor or a router (Redis and uvicorn).
 
     python -m tests.zygote SOCKET verbs|routers
 
@@ -28,19 +28,25 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 # `pulse-railway` in the containers of the local Railway. It can be killed like the real program,
-# and its end ends the forked process. Commands other than `control` run the real program.
+# and its end ends the forked process. Commands other than `control` run the real program, and so
+# does its `python`, but for the janitor.
 CLIENT = """#!{python} -SE
 import json, os, socket, sys
-if sys.argv[1:2] != ["control"]:
+janitor = sys.argv[1:] == ["-m", "janitor"]
+if sys.argv[1:2] != ["control"] and not janitor:
     os.execv({real!r}, [{real!r}, *sys.argv[1:]])
 with socket.socket(socket.AF_UNIX) as connection:
     connection.connect({path!r})
-    request = dict(arguments=sys.argv[1:], env=dict(os.environ), cwd=os.getcwd())
+    request = dict(arguments=sys.argv[1:], env=dict(os.environ), cwd=os.getcwd(), python=janitor)
     body = json.dumps(request).encode()
     message = len(body).to_bytes(4) + body
     connection.sendall(message[socket.send_fds(connection, [message], [1, 2]) :])
     connection.recv(4)
     sys.exit(int.from_bytes(connection.recv(4), signed=True))
+"""
+PYTHON = """#!/bin/sh
+[ "$*" = "-m janitor" ] && exec {client} "$@"
+exec {python} "$@"
 """
 
 
@@ -205,7 +211,10 @@ class Zygote:
         self.bin.mkdir()
         client, real = self.bin / "pulse-railway", Path(sys.executable).with_name("pulse-railway")
         client.write_text(CLIENT.format(python=sys.executable, real=str(real), path=self.path))
-        client.chmod(0o755)
+        python = self.bin / "python"
+        python.write_text(PYTHON.format(python=sys.executable, client=client))
+        for script in (client, python):
+            script.chmod(0o755)
         self.process = subprocess.Popen([sys.executable, "-m", "tests.zygote", self.path, what])
 
     def send(self, connection: socket.socket, fds: list[int], **request: Any) -> None:

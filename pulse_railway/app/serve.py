@@ -130,11 +130,11 @@ def children_of_pulse_run(words: list[str]) -> list[dict[str, Any]]:
     return (json.loads(answer.stdout) if answer.returncode == 0 else []) or itself
 
 
-def start(command: dict[str, Any]) -> int:
-    """Start a child in its own process group, and return its process id. Raises OSError."""
+def start(command: dict[str, Any]) -> subprocess.Popen[bytes]:
+    """Start a child in its own process group. Raises OSError."""
     return subprocess.Popen(
         command["args"], cwd=command.get("cwd"), env=command.get("env"), process_group=0
-    ).pid
+    )
 
 
 def run_app(argv: list[str] | None = None) -> int:
@@ -150,12 +150,13 @@ def run_app(argv: list[str] | None = None) -> int:
     become_subreaper()
     remove_lock()
     commands = [{"args": argv}] if argv else children_of_pulse_run(command())
-    children = set()
+    children = {}  # kept, since a Popen that is collected waits for its process by itself
     for child in commands:
         if received:
             break
         try:
-            children.add(start(child))
+            process = start(child)
+            children[process.pid] = process
         except OSError as error:
             print(f"error: {child['args'][0]}: {error.strerror}", file=sys.stderr)
             send_signal(list(descendants(os.getpid())), signal.SIGKILL)

@@ -78,7 +78,7 @@ class EdgeClient(router.Client):  # type: ignore[misc]
             self.answer(request, JSONResponse(body, 404))
             return
         try:
-            await router.forward(request, deployment)
+            await router.forward(request, deployment, hedge=False)
         except router.UpstreamError:
             self.answer(request, failed_response())
 
