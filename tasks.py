@@ -36,8 +36,8 @@ def demo(_: Any, once: bool = False, job: bool = False) -> None:
 
 @task(help={"args": "more arguments for pytest"})
 def test(c: Context, args: str = "") -> None:
-    """Run the tests, six files at a time: most of them wait."""
-    pytest = f"{sys.executable} -m pytest -n 6 --dist loadfile --no-loadscope-reorder {args}"
+    """Run the tests, five files at a time: most of them wait."""
+    pytest = f"{sys.executable} -m pytest -n 5 --dist loadfile --no-loadscope-reorder {args}"
     # bytecode is kept whatever the shell says: six workers would compile pytest's plugins anew
     c.run(pytest, pty=False, env={"PYTHONDONTWRITEBYTECODE": ""})
 

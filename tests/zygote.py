@@ -14,7 +14,9 @@ and of the wheel start real processes nevertheless. Each process imports `router
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
+import importlib.machinery
 import json
 import os
 import runpy
@@ -67,6 +69,8 @@ def serve(path: str, what: str) -> None:
     runtime_image.load("control" if what == "verbs" else "router")  # for what it imports
     for name in runtime_image.SCRIPTS:
         sys.modules.pop(name.removesuffix(".py"), None)
+    keep_code([runtime_image.sources() / name for name in runtime_image.SCRIPTS])
+    gc.freeze()  # what is here already is not collected in each process anew
     parent = os.getppid()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # handlers are not waited for
     with socket.socket(socket.AF_UNIX) as listener:
@@ -84,6 +88,22 @@ def serve(path: str, what: str) -> None:
                 handle(connection)
                 os._exit(0)
             connection.close()
+
+
+def keep_code(scripts: list[Path]) -> None:
+    """Compile the runtime's scripts once: each container has copies of them, and no bytecode."""
+    code = {
+        path.read_bytes(): compile(path.read_bytes(), path, "exec", dont_inherit=True)
+        for path in scripts
+    }
+    loader: Any = importlib.machinery.SourceFileLoader
+    compile_source = loader.source_to_code
+
+    def source_to_code(self: Any, data: Any, path: Any, **options: Any) -> Any:
+        known = code.get(data) if isinstance(data, bytes) else None
+        return known or compile_source(self, data, path, **options)
+
+    loader.source_to_code = source_to_code
 
 
 def handle(connection: socket.socket) -> None:
