@@ -1641,7 +1641,8 @@ class Client(asyncio.Protocol):
     early = b""  # what a client sent behind its handshake
     head_size = framing = 0  # framing: bytes of a chunked body that were none of it
     chunks = body_bytes = 0  # of the body, in the last read
-    lingers_since = stalled_since = 0.0  # stalled: when it stopped taking its answer
+    # head: when its first byte came; stalled: when the client stopped taking its answer
+    head_since = lingers_since = stalled_since = 0.0
 
     def __init__(self, *, server_state: Any, **_: Any) -> None:
         self.connections, self.tasks = server_state.connections, server_state.tasks
@@ -1693,6 +1694,8 @@ class Client(asyncio.Protocol):
                 self.early += data
             return
         if self.state is HEAD:
+            if not self.head_size:
+                self.head_since = self.touched
             self.head_size += len(data)
         self.chunks, self.body_bytes, self.head_in_read = 0, 0, False
         try:
@@ -1998,7 +2001,7 @@ class Client(asyncio.Protocol):
             transport.abort()
         elif arriving is None or arriving.answered:
             if self.head_size and self.state is HEAD:
-                if idle > limits.head_seconds:
+                if now - self.head_since > limits.head_seconds:
                     self.refuse(408)
             elif idle > (limits.keep_alive_seconds if arriving else limits.head_seconds):
                 (transport.abort if closing else self.close)()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import select
 import signal
 import socket
 import threading
@@ -302,6 +303,24 @@ def test_a_head_that_never_ends_is_ended(redis_server: Redis, run_router: Run) -
         c.send(b"GET / HTTP/1.1\r\nhost:")
         assert c.rest().startswith(b"HTTP/1.1 408")
         assert silent.closed_by_peer
+
+
+def test_a_head_that_comes_byte_by_byte_has_no_more_time(
+    redis_server: Redis, run_router: Run
+) -> None:
+    """Before, the limit counted silence: a byte every few seconds held a connection for ever."""
+    port = run_router(redis_server, {"head_seconds": 1.0}).port
+    for first in (b"", b"GET /healthz HTTP/1.1\r\nhost: a\r\n\r\n"):
+        with Connection.to(port) as slow:
+            if first:
+                slow.send(first)
+                assert read_answer(slow).status == 200
+            slow.send(b"GET / HTTP/1.1\r\nx: ")
+            began = time.monotonic()
+            while not select.select([slow.sock], [], [], 0.1)[0]:
+                assert time.monotonic() < began + 5
+                slow.send(b"y")
+            assert slow.rest().startswith(b"HTTP/1.1 408")
 
 
 GOOD = b"POST /a?b=c HTTP/1.1\r\nHost: x\r\nX-A: 1\r\nContent-Length: 5\r\n\r\nhello"
