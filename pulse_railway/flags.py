@@ -154,6 +154,8 @@ _ALL = (
     Flag("router_replicas", "router replicas", "NUMBER", int, 1),
     Flag("runtime_image", "a published image of router and janitor", "IMAGE",
          words="built on Railway", plugin=True),
+    Flag("repair", "create a janitor or env service of this stack again that was deleted",
+         kind=bool),
     Flag("owns_state", "claim the routing state of an external Redis if it has no owner",
          kind=bool),
     Flag("plan", "print the changes without making them", kind=bool),

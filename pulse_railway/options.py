@@ -94,6 +94,7 @@ class BaselineOptions:
     replace_app: bool = False
     notify: str | None = field(default=None, repr=False)
     owns_state: bool = False
+    repair: bool = False
     plan_only: bool = False
 
 

@@ -476,7 +476,8 @@ def partial(stack: Stack) -> str:
         are, it = ("are", "them") if len(stack.missing) > 1 else ("is", "it")
         lost = f"; {said}" if (said := lost_with_env(stack)) else ""
         return (
-            f"{missing} of this stack {are} missing: `pulse-railway ensure` makes {it} anew{lost}"
+            f"{missing} of this stack {are} missing: `pulse-railway ensure --repair` makes {it}"
+            f" anew{lost}"
         )
     if stack.router is None:
         there = f" (there is: {stack.no_such_router})" if stack.no_such_router else ""

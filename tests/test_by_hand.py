@@ -79,15 +79,18 @@ def step_01_the_janitor(edge: Project) -> None:
     before, token = running(edge, "edge-janitor"), edge.variables("edge-router")
     remove(edge, "edge-janitor")
     status = edge.ok("status")
-    said = "edge-janitor of this stack is missing: `pulse-railway ensure` makes it anew"
+    said = "edge-janitor of this stack is missing: `pulse-railway ensure --repair` makes it anew"
     assert (status["problem"], status["missing"]) == (said, ["edge-janitor"])
-    with_app = said.replace("ensure`", "ensure --app main.py`")
+    with_app = said.replace("--repair`", "--repair --app main.py`")
     assert with_app in edge.run("deploy", "main.py").error
     assert with_app in edge.run("scaffold", "main.py").error
-    plan = edge.ok("ensure", "main.py", "--plan")["planned"]
+    refused = ensure(edge)  # as the requirements say of a partial baseline
+    assert refused.code == 1
+    assert with_app in refused.error
+    plan = edge.ok("ensure", "main.py", "--repair", "--plan")["planned"]
     assert plan[0] == "edge-janitor: create"
     assert "edge-janitor" not in edge.services
-    done = ensure(edge)
+    done = ensure(edge, "--repair")
     assert done.code == 0, done.err
     assert "edge-janitor: create" in done.err
     assert running(edge, "edge-janitor") == before
@@ -101,9 +104,11 @@ def step_02_the_env_service(edge: Project) -> None:
     before, router = running(edge), edge.variables("edge-router")
     remove(edge, "edge-env")
     lost = "the variables of edge-env are lost; deployments refer to API_KEY"
-    said = "edge-env of this stack is missing: `pulse-railway ensure` makes it anew; " + lost
+    said = (
+        "edge-env of this stack is missing: `pulse-railway ensure --repair` makes it anew; " + lost
+    )
     assert edge.ok("status")["problem"].startswith(said)
-    done = ensure(edge)
+    done = ensure(edge, "--repair")
     assert done.code == 0, done.err
     assert f"warning: {lost}" in done.err
     assert "API_KEY" not in edge.variables("edge-env")
@@ -125,7 +130,7 @@ def step_03_killed_after_each_write(edge: Project) -> None:
     assert "edge-env, edge-janitor of this stack are missing" in edge.ok("status")["problem"]
     runs = 0
     window = ("--rollback-window-seconds", "0")
-    while killed(edge, "ensure", "main.py", *window):
+    while killed(edge, "ensure", "main.py", "--repair", *window):
         runs += 1
         assert runs < 15
     assert runs > 3

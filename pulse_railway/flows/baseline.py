@@ -113,7 +113,7 @@ def ensure(
             return stack, ["create router, env, janitor" + ("" if wanted.redis_url else ", Redis")]
         return create(api, stack, wanted, output), ["created the baseline"]
     require_believable(stack)
-    if stack.missing and not can_be_made(stack):
+    if stack.missing and not (wanted.repair and can_be_made(stack)):
         raise Failure(partial(stack))
     check_redis_mode(stack, wanted)
     check_redis_prefix(stack, wanted.redis_prefix)
