@@ -183,7 +183,7 @@ def test_a_service_that_no_deploy_of_this_stack_made_is_not_touched(room: Room) 
     """Somebody's own service with PULSE_DEPLOYMENT_ID."""
     report, deleted = room.run(service("own", ours=False), ttl=0)
     assert (deleted, report.failed) == ([], {})
-    assert report.kept["own"] == "no record names its service, and no deploy of this stack did"
+    assert report.kept["own"] == "no record names its service, and no deploy of this stack created it"
     assert room.record("own") is None
 
 
@@ -260,7 +260,7 @@ def test_pending_deployments(room: Room) -> None:
     lasting = "pending, and it runs or was promoted before: promote or delete it"
     assert report.kept == {
         "young": "being deployed",
-        "held": "held",
+        "held": "pinned",
         **dict.fromkeys(["answers", "runs", "was-active", "in-history"], lasting),
     }
 
@@ -633,7 +633,7 @@ def test_there_is_a_way_back_for_a_while(room: Room) -> None:
     all_of_them = [service(n) for n in ("oldest", "older", "last")]
     report, deleted = room.run(*all_of_them, window=200, keep=2)
     assert deleted == ["oldest"]
-    assert report.kept == {"older": "a way back", "last": "a way back"}
+    assert report.kept == {"older": "for a rollback", "last": "for a rollback"}
     assert room.run(*all_of_them[1:], window=200)[1] == ["older"]
     assert room.run(all_of_them[2], window=200)[1] == []
     # one whose service is gone is no way back, nor one that is being removed
@@ -749,8 +749,8 @@ def test_in_another_service_it_refuses_in_words(
     `--keep` keeps would go."""
     code, said = on_railway(ok(b"{}"), RAILWAY_SERVICE_NAME="pulse-router")
     assert code == 1
-    assert said.startswith("this is pulse-router: the janitor runs in its own service.")
-    assert "railway ssh --service pulse-janitor -- pulse-railway janitor run" in said
+    assert said.startswith("this is pulse-router: the janitor runs in its own service, ")
+    assert "its own service, pulse-janitor. Wait for its cron schedule, or use" in said
     for env in (
         {"RAILWAY_SERVICE_NAME": "pulse-janitor"},
         {"RAILWAY_SERVICE_NAME": "tidy", "PULSE_RAILWAY_JANITOR_SERVICE": "tidy"},
