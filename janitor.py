@@ -451,7 +451,7 @@ def run_lock(store: router.RedisStore) -> Iterator[bool]:
         yield locked
     finally:
         done.set()
-        control.give_back(store, token)
+        control.release_lock(store, token)
 
 
 def clean_up(
