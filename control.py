@@ -128,7 +128,7 @@ def register(
     """
     if routing.active == deployment_id:
         raise StateError(
-            f"{deployment_id} is the active deployment and cannot be registered anew", "active"
+            f"{deployment_id} is the active deployment and cannot be registered again", "active"
         )
     record = routing.records.get(deployment_id)
     tombstone = routing.tombstones.get(deployment_id)

@@ -235,7 +235,7 @@ class Unowned:
         if self.kind == "copy":
             return (
                 f"{name} was copied from another environment, with that one's address: nothing"
-                f" routes to it. Deploy anew; {delete} from this environment alone"
+                f" routes to it. Deploy again; {delete} from this environment alone"
             )
         if self.kind == "gone":
             return f"{name} ran under a router that is gone: {restore}; {delete}"
