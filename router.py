@@ -10,18 +10,18 @@
 #   "uvloop>=0.21; sys_platform != 'win32'",
 # ]
 # ///
-"""The router: every request of a Pulse app goes through this file.
+"""The router: all requests of a Pulse app pass through it.
 
     python router.py    serve on HOST (default: IPv4 and IPv6) and PORT (8000)
 
-How a request travels: `Client` parses and checks its head; `route` picks a deployment out of the
-in-memory `Table`; an `Exchange` copies the answer from a pooled `Upstream` connection to the
-client's, in the callbacks of the two, without a task. Where something has to be waited for, a
-connection or a deployment nobody knows yet, `handle` is the task that does. A WebSocket handshake
-goes the same way; once the backend has answered 101, `join` makes the two connections a tunnel of
-bytes. uvicorn has the server, its life span and its signals, Starlette the router's own answers.
-ASGI's events cannot carry what a proxy must keep (header case, reason phrases, 1xx, framing, a
-connection broken off), so this file speaks HTTP/1.1 by itself; docs/architecture.md says more."""
+`Client` parses and checks a request's head; `route` picks a deployment from the in-memory `Table`;
+an `Exchange` copies the answer from a pooled `Upstream` connection to the client's, in the
+callbacks of the two connections, without a task. If the request must wait, for a connection or for
+the lookup of an unknown deployment, `handle` is its task. A WebSocket handshake takes the same
+path; after the backend's 101, `join` makes the two connections a tunnel of bytes. uvicorn provides
+the server, its lifespan and its signals, Starlette the router's own answers. ASGI's events cannot
+carry what a proxy must keep (header case, reason phrases, 1xx, framing, aborted connections), so
+this file implements HTTP/1.1 itself; see docs/architecture.md."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ import os
 import signal
 import sys
 
-if __name__ == "__main__":  # a container's first process is deaf to what it has no handler for
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # until there is something to finish
-    sys.modules["router"] = sys.modules[__name__]  # by which the files beside it import this one
+if __name__ == "__main__":  # the kernel ignores signals that process 1 has no handler for
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # until uvicorn's handler is set
+    sys.modules["router"] = sys.modules[__name__]  # other files import this module by that name
 
 import asyncio
 import collections
@@ -76,7 +76,7 @@ if TYPE_CHECKING:
     type Store = RedisStore | SqliteStore
     type Then = Callable[[Exchange], None]
 
-VERSION = "0.4.0"  # of the package that this belongs to
+VERSION = "0.4.0"  # of the package
 
 
 # == Names shared with pulse_railway/contract.py; a test holds the two together =================
@@ -97,11 +97,11 @@ META_PATH = "/_pulse/meta"
 DEFAULT_PORT = 8000
 DEFAULT_REDIS_PREFIX = "pulse:railway"
 DEPLOYMENT_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,23}")
-LAST_PROMOTED_VARIABLE = "PULSE_RAILWAY_ACTIVE"  # on Railway: which deployment was promoted last
+LAST_PROMOTED_VARIABLE = "PULSE_RAILWAY_ACTIVE"  # on Railway: id of the deployment promoted last
 LAST_PROMOTED_AT_VARIABLE = "PULSE_RAILWAY_ACTIVE_AT"
 
 REPORT_LEASE = 120  # seconds that a router's report lasts
-SCAN_COUNT = 1000  # keys of Redis a step
+SCAN_COUNT = 1000  # keys per step of Redis' SCAN
 SERVICE_PREFIX = os.environ.get("PULSE_RAILWAY_SERVICE_PREFIX", "")
 
 log = logging.getLogger("pulse.router")
@@ -111,7 +111,7 @@ log = logging.getLogger("pulse.router")
 
 
 def number_from_env(variable: str, default: Any, kind: type = float, env: Any = os.environ) -> Any:
-    """A variable that holds seconds, or for int a whole number from 1. Raises SystemExit."""
+    """Return a variable's value: seconds, or for int a whole number from 1. Raises SystemExit."""
     text = env.get(variable)
     if text and kind is int and not re.fullmatch(r"0*[1-9]\d{0,8}", text, re.ASCII):
         raise SystemExit(f"{variable} takes a whole number from 1, not {text!r}")
@@ -122,66 +122,66 @@ def number_from_env(variable: str, default: Any, kind: type = float, env: Any = 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How long the router waits, and how much it takes: passed to what heeds them. Railway's edge
-    has its own: a head of 32 KB, 15 minutes for a request, 60 s for an idle connection."""
+    """The router's limits of time and size, passed to the functions that apply them. Railway's edge
+    has its own: a head of 32 KB, 15 minutes per request, 60 s for an idle connection."""
 
     # a client's connection
     connections: int = 1 << 30  # clients and tunnels; `serve` bounds them by the descriptors
     descriptors_kept: int = 64  # for the store, the listening socket, files
     head_bytes: int = 64 * 1024
     header_count: int = 512
-    head_seconds: float = 30.0  # until a request's head is in
+    head_seconds: float = 30.0  # until a request's head is complete
     framing_bytes: int = 16 * 1024  # chunk extensions and trailers, beyond 16 bytes a chunk
-    pipelined_requests: int = 64  # that wait for the answers before theirs
-    body_ahead_bytes: int = 64 * 1024  # read before the backend has taken what came earlier
+    pipelined_requests: int = 64  # that wait for earlier answers
+    body_ahead_bytes: int = 64 * 1024  # read ahead of the backend
     body_stall_seconds: float = 60.0  # until the next piece of a body
     write_stall_seconds: float = 300.0  # until the client takes the next piece of its answer
     keep_alive_seconds: float = 75.0  # of an idle connection: the edge closes first
-    idle_close_grace_seconds: float = 0.5  # at shutdown: a request may be on its way
-    linger_pause_seconds: float = 5.0  # of an upload that is dropped, after an early answer
-    linger_seconds: float = 30.0  # all of it
+    idle_close_grace_seconds: float = 0.5  # at shutdown, since a request may be in transit
+    linger_pause_seconds: float = 5.0  # between two pieces of a dropped upload
+    linger_seconds: float = 30.0  # for a dropped upload as a whole
     # a backend's connection
     connect_seconds: float = 5.0
-    resolved_seconds: float = 5.0  # that an address is remembered
-    resolver_threads: int = 64  # names looked up at once; a bad one may take many seconds
+    resolved_seconds: float = 5.0  # that an address is cached
+    resolver_threads: int = 64  # parallel lookups; a lookup can take many seconds
     response_seconds: float = 900.0  # until an answer begins, and between two pieces of it
     handshake_seconds: float = 30.0  # until a WebSocket handshake is answered
     answer_head_bytes: int = 256 * 1024
-    continue_seconds: float = 1.0  # a backend that ignores `Expect` gets the body after this
+    continue_seconds: float = 1.0  # then a backend that ignores `Expect` gets the body
     upstream_idle_seconds: float = 4.0  # uvicorn closes idle connections after 5 s
-    unsafe_idle_seconds: float = 1.0  # the same, for a request that may not be repeated
-    idle_upstreams: int = 256  # idle connections of a deployment
-    backend_seconds: float = 5.0  # until a question of the router's own is answered
+    unsafe_idle_seconds: float = 1.0  # the same for requests that may not be repeated
+    idle_upstreams: int = 256  # idle connections per deployment
+    backend_seconds: float = 5.0  # until the app's internal endpoints answer
     # a tunnel
-    half_closed_seconds: float = 60.0  # of silence
-    flush_seconds: float = 30.0  # to write what is left when the other end has gone
-    # assets that one deployment lacks and another has
-    hedge_delay_seconds: float = 0.2  # until the next deployment is asked too
+    half_closed_seconds: float = 60.0  # of silence in a half-closed tunnel
+    flush_seconds: float = 30.0  # to write the rest after the other end was lost
+    # assets that only some deployments have
+    hedge_delay_seconds: float = 0.2  # between two hedged requests
     hedge_timeout_seconds: float = 1.5  # until a hedged request is answered
-    ejection_seconds: float = 30.0  # that a deployment which gave no answer is not asked
-    asset_location_seconds: float = 300.0  # that the deployment which had one is remembered
+    ejection_seconds: float = 30.0  # without requests for assets, after no answer
+    asset_location_seconds: float = 300.0  # that an asset's deployment is cached
     asset_locations: int = 2000
-    asset_location_path_bytes: int = 512  # a longer path is not remembered
+    asset_location_path_bytes: int = 512  # longer paths are not cached
     # the routing state
-    start_seconds: float = 2.0  # for the first load; 503 is answered after that
+    start_seconds: float = 2.0  # for the first load; then requests get 503
     redis_seconds: float = 3.0
-    refresh_seconds: float = 15.0  # between two reads: 0.3.x writers announce nothing
-    lookup_seconds: float = 1.0  # between two reads for unknown ids
-    missing_seconds: float = 90.0  # that a deployment without record has to answer, or to fail
-    parallel_looks: int = 3  # at those deployments; the loop has five threads or more
-    provisional_seconds: float = 1.0  # between two tries while there is no state
-    scan_share: float = 0.02  # of the time, for looking for records that nobody announced
-    scan_step_seconds: float = 90.0
+    refresh_seconds: float = 15.0  # between two reads; 0.3.x announces no keys
+    lookup_seconds: float = 1.0  # between two lookups of unknown ids
+    missing_seconds: float = 90.0  # until a deployment without a record is kept or dropped
+    parallel_looks: int = 3  # requests to them at once; the loop has at least five threads
+    provisional_seconds: float = 1.0  # between two attempts without a state
+    scan_share: float = 0.02  # of the time, for scans of all keys
+    scan_step_seconds: float = 90.0  # between two steps of a slow scan
     report_seconds: float = 10.0  # between two reports while counters change
     report_idle_seconds: float = 45.0
     # the process
-    restarts: int = 3  # of a background task in `restart_seconds`; then the process ends
+    restarts: int = 3  # of a background task in `restart_seconds`, then the process ends
     restart_seconds: float = 60.0
     shutdown_seconds: float = 25.0
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Limits:
-        """The limits, with those that the environment sets. Raises SystemExit."""
+        """Return the limits, some of them from the environment. Raises SystemExit."""
         variables = {
             "half_closed_seconds": "PULSE_RAILWAY_ROUTER_HALF_CLOSED_SECONDS",
             "response_seconds": "PULSE_RAILWAY_ROUTER_RESPONSE_TIMEOUT",
@@ -196,7 +196,7 @@ DEFAULT_LIMITS = Limits()
 
 
 # == The routing state: what the store holds, as types ==========================================
-# The steps that change it are control.py's.
+# The steps that change it are in control.py.
 
 State = dict[str, str]  # store key without the prefix -> value, as it is stored
 Change = dict[str, str | None]  # None deletes the key
@@ -207,31 +207,31 @@ ACTIVE, PROMOTED, EPOCH, STORE_ID = ":active", ":promoted", ":epoch", ":store"
 TOMBSTONES, PROCESSED, HISTORY = ":removed", ":answers", ":history"
 MAINTENANCE, DEPLOY_LOCK, OWNER = ":maintenance", ":deploy:lock", ":owner"
 STAMP = re.compile(r"[A-Za-z0-9_-]{1,64}/[A-Za-z0-9_-]{1,64}")  # as ownership.parse takes it
-RECORD, REPORT = ":deployment:", ":router:"  # begin a key of one of many
+RECORD, REPORT = ":deployment:", ":router:"  # prefixes of keys
 TOMBSTONE_TTL = max(7 * 86_400.0, number_from_env("PULSE_RAILWAY_DRAIN_TTL_SECONDS", 0.0))
 TOMBSTONES_AT_MOST = 1000
-CLOCKS_MAY_DIFFER = 86_400.0  # a promotion that is later than that is no promotion
+CLOCKS_MAY_DIFFER = 86_400.0  # a promotion later than that is invalid
 PROCESSED_TTL = 3600.0
 HISTORY_AT_MOST = 100
 DEPTH_AT_MOST = 50  # of JSON
 
 
 def from_json(text: str | bytes) -> Any:
-    """Raises ValueError, also for a nesting that could end in RecursionError later."""
+    """Parse JSON. Raises ValueError, also for a nesting that could cause RecursionError later."""
     try:
-        level = [found := json.loads(text)]
+        level = [value := json.loads(text)]
     except RecursionError:
         raise ValueError from None
     for _ in range(DEPTH_AT_MOST):
         inner = [x.values() if isinstance(x, dict) else x for x in level if type(x) in (dict, list)]
-        level = [value for values in inner for value in values]
+        level = [x for values in inner for x in values]
         if not level:
-            return found
+            return value
     raise ValueError
 
 
 def json_object(text: str | bytes | None) -> Json:
-    """A JSON object as it is stored. Raises ValueError for anything else."""
+    """Parse a stored JSON object. Raises ValueError for anything else."""
     return cast(Json, an_object(from_json(text or "{}")))
 
 
@@ -239,7 +239,7 @@ def compact(value: object) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
-# What a field may hold: each returns the value, or raises ValueError.
+# Checks of a field's value: each returns the value or raises ValueError.
 
 
 def a_text(value: Any) -> str:
@@ -265,11 +265,11 @@ a_flag, an_object, a_page = (partial(an_instance, kind) for kind in (bool, dict,
 
 
 def an_address(value: Any) -> str:
-    """A base URL that a connection can be made to."""
+    """Check that a value is a base URL that can be connected to."""
     url = urllib.parse.urlsplit(a_text(value))
     if url.scheme != "http" or not url.hostname or url.port == 0:
         raise ValueError
-    url.hostname.encode("idna")  # a name that cannot be looked up: UnicodeError
+    url.hostname.encode("idna")  # UnicodeError, a ValueError, for an invalid host name
     return str(value).rstrip("/")
 
 
@@ -281,11 +281,11 @@ def or_none(parse: Callable[[Any], Any], value: Any) -> Any:
 
 
 def stored(parser: Callable[[Any], Any], default: Any = None, key: str = "") -> Any:
-    """A field of a record: what it may hold, and its name in the store where that is another."""
+    """Return a field of a record, with its check and its name in the store if it differs."""
     return field(default=default, metadata={"parser": parser, "key": key})
 
 
-# What no step of ours takes away: where it is missing, 0.3.x's janitor has written the record anew.
+# Fields that no step of ours removes: if one is missing, 0.3.x's janitor has rewritten the record.
 LASTING = tuple("address service_id registered_at promoted_at canary_at about instances".split())
 HOST_NAME = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?", re.IGNORECASE)
 
@@ -295,28 +295,28 @@ class Record:
     """A deployment as the store has it. Times are seconds since 1970 by the store's clock."""
 
     deployment_id: str
-    state: str = stored(a_text, "")  # pending, active, draining; another one is never removed
+    state: str = stored(a_text, "")  # pending, active, draining; other states are kept
     service_name: str | None = stored(a_text)
     address: str | None = stored(an_address)
     service_id: str | None = stored(a_text)
     registered_at: float | None = stored(a_time)
     promoted_at: float | None = stored(a_time)
     drain_started_at: float | None = stored(a_time)
-    rejected_at: float | None = stored(a_time)  # rolled back from, or a canary that was ended
-    canary_at: float | None = stored(a_time)  # its weight was set, or taken
-    retiring_at: float | None = stored(a_time)  # being removed: not routed to, never promoted
+    rejected_at: float | None = stored(a_time)  # rolled back from, or an aborted canary
+    canary_at: float | None = stored(a_time)  # when its weight was set or removed
+    retiring_at: float | None = stored(a_time)  # retired: neither routed to nor promoted
     bake_ended_at: float | None = stored(a_time)
-    pinned: bool = stored(a_flag, False, "held")  # it is meant to stay pending
-    weight: float | None = stored(a_percentage)  # of the new visitors: it is the canary
+    pinned: bool = stored(a_flag, False, "held")  # stays pending on purpose
+    weight: float | None = stored(a_percentage)  # percent of new visitors; set on the canary
     bake: float | None = stored(lambda v: a_time(an_object(v).get("until")))
-    about: Mapping[str, Any] | None = stored(an_object)  # commit, message, who
+    about: Mapping[str, Any] | None = stored(an_object)  # commit, message, author
     instances: Mapping[str, Any] | None = stored(an_object)
-    raw: Json = field(default_factory=dict)  # as it is stored, with what we do not know
-    ignored: tuple[str, ...] = ()  # fields that hold what they may not
+    raw: Json = field(default_factory=dict)  # as stored, with unknown fields
+    ignored: tuple[str, ...] = ()  # names of invalid fields
 
     @property
     def url(self) -> str | None:
-        """Where its backend is; 0.3.x wrote no address."""
+        """The backend's base URL. 0.3.x wrote no address, so it follows from the service name."""
         if self.address is None and self.service_name and HOST_NAME.fullmatch(self.service_name):
             return f"http://{self.service_name}.railway.internal:{DEFAULT_PORT}"
         return self.address
@@ -327,27 +327,27 @@ class Record:
 
     @property
     def changed_at(self) -> float:
-        """When something was last done to it."""
+        """The latest time in the record."""
         return max(getattr(self, name) or 0.0 for name in FIELDS if name.endswith("_at"))
 
     def as_draining(self, since: float) -> Record:
         return replace(self, state="draining", drain_started_at=since, weight=None, bake=None)
 
     def json(self) -> Json:
-        """In 0.3.x's shape, and with the fields of ours. A field that is ignored stays as it is."""
-        found = {**self.raw, "deployment_id": self.deployment_id}
+        """Return the record as 0.3.x stores it, plus our fields. An ignored field is unchanged."""
+        stored_record = {**self.raw, "deployment_id": self.deployment_id}
         for name, stored_field in FIELDS.items():
             value = getattr(self, stored_field.name)
             if name == "bake" and value is not None:
                 value = {"until": value}
             if not (value is None or value is False or value == ""):
-                found[name] = value
+                stored_record[name] = value
             elif name not in self.ignored:
-                found.pop(name, None)
-        found.setdefault("state", "pending")
-        found.setdefault("service_name", self.deployment_id)
-        found.setdefault("drain_started_at", None)
-        return found
+                stored_record.pop(name, None)
+        stored_record.setdefault("state", "pending")
+        stored_record.setdefault("service_name", self.deployment_id)
+        stored_record.setdefault("drain_started_at", None)
+        return stored_record
 
 
 # name in the store -> field of Record
@@ -355,15 +355,15 @@ FIELDS = {f.metadata["key"] or f.name: f for f in fields(Record) if f.metadata}
 
 
 def parse_record(deployment_id: str, text: str, latest: float = math.inf) -> Record:
-    """A record. `ignored` names the fields that hold what they may not, as a time to come."""
+    """Return a record. Its `ignored` names invalid fields, such as times after `latest`."""
     raw = or_none(json_object, text)
     if raw is None:
         return Record(deployment_id, ignored=("record",))
-    found: Json = {}
+    values: Json = {}
     ignored = []
     if (named := raw.get("deployment_id")) not in (None, deployment_id):
         ignored.append("deployment_id")
-        if isinstance(named, str) and DEPLOYMENT_ID.fullmatch(named):  # a copy of another's
+        if isinstance(named, str) and DEPLOYMENT_ID.fullmatch(named):  # a copy of another record
             return Record(deployment_id, raw=raw, ignored=tuple(ignored))
     for name, stored_field in FIELDS.items():
         if raw.get(name) is not None:
@@ -371,14 +371,14 @@ def parse_record(deployment_id: str, text: str, latest: float = math.inf) -> Rec
             if value is None or (name.endswith("_at") and value > latest):
                 ignored.append(name)
             else:
-                found[stored_field.name] = value
-    return Record(deployment_id, **found, raw=raw, ignored=tuple(ignored))
+                values[stored_field.name] = value
+    return Record(deployment_id, **values, raw=raw, ignored=tuple(ignored))
 
 
 @dataclass(frozen=True)
 class Promotion:
     deployment_id: str
-    at: float  # by the store's clock; 0: not known
+    at: float  # seconds since 1970 by the store's clock; 0: not known
 
 
 @dataclass(frozen=True)
@@ -387,13 +387,13 @@ class Tombstone:
     service_id: str | None = None
 
     def buries(self, record: Record) -> bool:
-        """Is this record of what was removed? The id on a new service is another deployment."""
+        """Is this the removed deployment's record? The id may be reused on a new service."""
         return self.service_id == record.service_id and (record.registered_at or 0.0) <= self.at
 
 
 @dataclass(frozen=True)
 class Maintenance:
-    """Everybody gets a page, since then."""
+    """Maintenance is on: all visitors get a page."""
 
     since: float
     page: str | None = None  # HTML
@@ -411,60 +411,60 @@ class DeployLock:
 
 @dataclass(frozen=True)
 class Routing:
-    """The whole routing state. A step is a pure function from one to the next."""
+    """The whole routing state. A step is a pure function from one state to the next."""
 
     now: float = field(default=0.0, compare=False)  # by the store's clock
-    active: str | None = field(default=None, metadata={"key": ACTIVE})  # its id
-    promoted: Promotion | None = field(default=None, metadata={"key": PROMOTED})  # the last one
-    epoch: int = field(default=0, metadata={"key": EPOCH})  # each of our changes raises it
-    # which contents these are: another, or none: data was lost
+    active: str | None = field(default=None, metadata={"key": ACTIVE})  # a deployment id
+    promoted: Promotion | None = field(default=None, metadata={"key": PROMOTED})  # the last
+    epoch: int = field(default=0, metadata={"key": EPOCH})  # raised by each change of ours
+    # identifies the contents: if it differs or is missing, the store has lost data
     store_id: str | None = field(default=None, metadata={"key": STORE_ID})
     records: Mapping[str, Record] = field(default_factory=dict)  # newest registration first
-    # what was removed; the nonces of commands, and when they were carried out
+    # removed deployments; nonces of commands with the time when they were carried out
     tombstones: Mapping[str, Tombstone] = field(default_factory=dict, metadata={"key": TOMBSTONES})
     processed: Mapping[str, float] = field(default_factory=dict, metadata={"key": PROCESSED})
-    # what was done, by whom and why, the oldest first
+    # changes with author and reason, the oldest first
     history: tuple[Json, ...] = field(default=(), metadata={"key": HISTORY})
     maintenance: Maintenance | None = field(default=None, metadata={"key": MAINTENANCE})
     lock: DeployLock | None = field(default=None, metadata={"key": DEPLOY_LOCK})
-    owner: str | None = field(default=None, metadata={"key": OWNER})  # None: it says nothing
-    problems: tuple[str, ...] = ()  # what was ignored
-    keys: frozenset[str] = frozenset()  # of FIXED, those that are there
+    owner: str | None = field(default=None, metadata={"key": OWNER})  # None: no owner
+    problems: tuple[str, ...] = ()  # one message per ignored value
+    keys: frozenset[str] = frozenset()  # the keys of FIXED in the store
 
     @property
     def canary(self) -> Record | None:
-        """The deployment that a share of the new visitors gets, beside the active one."""
-        found = (r for r in self.records.values() if r.is_canary and r.deployment_id != self.active)
-        return next(found, None)
+        """The deployment that gets a share of the new visitors beside the active one."""
+        canaries = (r for r in self.records.values() if r.is_canary)
+        return next((r for r in canaries if r.deployment_id != self.active), None)
 
     @property
     def promoted_by_other(self) -> bool:
-        """Was the active one promoted by a writer that does not write PROMOTED: 0.3.x, or an
-        earlier version of ours? Then that was after what PROMOTED names; where the store has no id
-        either, on a store that had lost its data."""
+        """Was the active deployment promoted by 0.3.x or an earlier version of ours, which do not
+        write PROMOTED? That was after the promotion in PROMOTED. If the store has no id either, it
+        was on a store that had lost its data."""
         if self.promoted:
             return self.active not in (None, self.promoted.deployment_id)
         return self.active is not None and self.store_id is None
 
     @property
     def promotion(self) -> Promotion | None:
-        """The promotion that `active` comes from."""
+        """The promotion that made `active` active."""
         at = self.promoted.at if self.promoted else math.inf if self.promoted_by_other else 0.0
         return Promotion(self.active, at) if self.active else None
 
     def record_of_active(self) -> Record | None:
-        """Where its record is lost or has no address: on the service that is named after it."""
+        """The active record. If it is lost or has no address, its service name is the id."""
         if self.active is None:
             return None
         record = self.records.get(self.active) or Record(self.active, "active")
         return record if record.url else replace(record, service_name=SERVICE_PREFIX + self.active)
 
     def buries(self, record: Record) -> bool:
-        grave = self.tombstones.get(record.deployment_id)
-        return grave is not None and grave.buries(record)
+        tombstone = self.tombstones.get(record.deployment_id)
+        return tombstone is not None and tombstone.buries(record)
 
     def is_foreign(self, me: str | None) -> bool:
-        """Is it another stack's? `me` is an owner, None where nobody knows (outside Railway)."""
+        """Does the state have another owner than `me`, which is None outside Railway?"""
         return me is not None and self.owner not in (None, me)
 
 
@@ -472,9 +472,9 @@ FIXED = {f.metadata["key"]: f.name for f in fields(Routing) if f.metadata}  # ke
 
 
 def parse(state: State, now: float) -> Routing:
-    """The routing state. What cannot be read is ignored, kept as it is, and in `problems`."""
+    """Return the routing state. Invalid values are ignored, left as stored, and in `problems`."""
     problems: list[str] = []
-    latest = now + CLOCKS_MAY_DIFFER  # what is later than that would win over all that comes
+    latest = now + CLOCKS_MAY_DIFFER  # a later time would win over all promotions to come
 
     def read(key: str, parser: Callable[[Json], Any]) -> Any:
         if key not in state:
@@ -502,7 +502,7 @@ def parse(state: State, now: float) -> Routing:
                 problems.append(f"{name}: no address follows from its record")
     active = state.get(ACTIVE) or None
     own = records.get(active or "")
-    if own and own.retiring_at:  # never the active one
+    if own and own.retiring_at:  # no step retires the active deployment
         records[own.deployment_id] = replace(own, retiring_at=None)
         problems.append(f"{active}: retiring_at, although it is active")
     newest = sorted(records.values(), key=lambda r: (r.registered_at or 0, r.deployment_id))
@@ -511,11 +511,11 @@ def parse(state: State, now: float) -> Routing:
     owner = checked(OWNER, state.get(OWNER), STAMP.fullmatch)
     promoted = read(PROMOTED, lambda f: Promotion(a_text(f["deployment_id"]), a_time(f["at"])))
     promoted = checked(PROMOTED, promoted, lambda p: p.at <= latest, "is in the future")
-    graves = read(TOMBSTONES, _tombstones) or {}
-    to_come = [name for name, grave in graves.items() if grave.at > latest]
-    problems += [f"{TOMBSTONES} of {name} is in the future" for name in to_come]
+    tombstones = read(TOMBSTONES, _tombstones) or {}
+    in_future = [name for name, tombstone in tombstones.items() if tombstone.at > latest]
+    problems += [f"{TOMBSTONES} of {name} is in the future" for name in in_future]
     closed = read(MAINTENANCE, _maintenance)
-    if closed is None and MAINTENANCE in state:  # who closed the site wants it closed
+    if closed is None and MAINTENANCE in state:  # an invalid value still closes the site
         closed = Maintenance(now)
     return Routing(
         now,
@@ -524,8 +524,8 @@ def parse(state: State, now: float) -> Routing:
         int(epoch or 0),
         state.get(STORE_ID),
         {record.deployment_id: record for record in reversed(newest)},
-        {name: grave for name, grave in graves.items() if name not in to_come},
-        read(PROCESSED, lambda found: {k: v.at for k, v in _tombstones(found).items()}) or {},
+        {name: tombstone for name, tombstone in tombstones.items() if name not in in_future},
+        read(PROCESSED, lambda f: {k: v.at for k, v in _tombstones(f).items()}) or {},
         _history(state, latest, problems),
         closed,
         read(DEPLOY_LOCK, _lock),
@@ -535,40 +535,40 @@ def parse(state: State, now: float) -> Routing:
     )
 
 
-def _tombstones(found: Json) -> dict[str, Tombstone]:
-    kept = {}
-    for name, entry in found.items():
+def _tombstones(entries: Json) -> dict[str, Tombstone]:
+    tombstones = {}
+    for name, entry in entries.items():
         with contextlib.suppress(ValueError):
             at = a_time(an_object(entry).get("at"))
-            kept[name] = Tombstone(at, or_none(a_text, entry.get("service_id")))
-    return kept
+            tombstones[name] = Tombstone(at, or_none(a_text, entry.get("service_id")))
+    return tombstones
 
 
-def _maintenance(found: Json) -> Maintenance:
-    page, by = or_none(a_page, found.get("page")), or_none(a_text, found.get("by"))
-    since, again = or_none(a_time, found.get("since")), or_none(a_time, found.get("retry_after"))
+def _maintenance(entry: Json) -> Maintenance:
+    page, by = or_none(a_page, entry.get("page")), or_none(a_text, entry.get("by"))
+    since, again = or_none(a_time, entry.get("since")), or_none(a_time, entry.get("retry_after"))
     return Maintenance(since or 0.0, page or None, int(again or 30), by)
 
 
-def _lock(found: Json) -> DeployLock:
-    by, since = or_none(a_text, found.get("by")), a_time(found["since"])
-    return DeployLock(a_text(found["holder"]), by, since, a_time(found["until"]))
+def _lock(entry: Json) -> DeployLock:
+    by, since = or_none(a_text, entry.get("by")), a_time(entry["since"])
+    return DeployLock(a_text(entry["holder"]), by, since, a_time(entry["until"]))
 
 
 def _history(state: State, latest: float, problems: list[str]) -> tuple[Json, ...]:
-    found = or_none(from_json, state.get(HISTORY) or "[]")
-    if not isinstance(found, list):
+    history = or_none(from_json, state.get(HISTORY) or "[]")
+    if not isinstance(history, list):
         problems.append(f"{HISTORY} is not understood")
         return ()
-    entries = (entry for entry in found if isinstance(entry, dict))
+    entries = (entry for entry in history if isinstance(entry, dict))
     named = (entry for entry in entries if or_none(a_text, entry.get("what")))
     known_time = partial(a_number, latest)
     return tuple(entry for entry in named if or_none(known_time, entry.get("at")) is not None)
 
 
 def changes(old: Routing, new: Routing) -> Change:
-    """What has to be written so that the store, which holds `old`, holds `new`. With its id, a
-    promotion by 0.3.x gets its time: with neither it is later than all others (`promotion`)."""
+    """Return what must be written to bring a store from the state `old` to `new`. Together with the
+    store's id, a promotion by 0.3.x gets a time: without both, it is the latest (`promotion`)."""
     change: Change = {}
 
     def put(key: str, before: object, after: object, text: Callable[[], str]) -> None:
@@ -594,51 +594,51 @@ def changes(old: Routing, new: Routing) -> Change:
         if after != old.records.get(name):
             change[RECORD + name] = compact(after.json()) if after else None
     if change:
-        if new.store_id is None and change.keys() != {OWNER}:  # an owner alone is no data yet
+        if new.store_id is None and change.keys() != {OWNER}:  # an owner alone is no data
             change[STORE_ID] = secrets.token_hex(8)
-        found = old.promotion
-        if STORE_ID in change and found and found.at == math.inf and new.active == old.active:
-            named = new.promoted or replace(found, at=next_time(new))
-            change[PROMOTED] = compact(vars(named))
+        last = old.promotion
+        if STORE_ID in change and last and last.at == math.inf and new.active == old.active:
+            promotion = new.promoted or replace(last, at=next_time(new))
+            change[PROMOTED] = compact(vars(promotion))
         change[EPOCH] = str(max(old.epoch, new.epoch) + 1)
     return change
 
 
-# -- which memory is right ---------------------------------------------------------------------
+# -- repair of lost data -----------------------------------------------------------------------
 
 
 def repaired(store: Routing, known: Routing, new_id: str, alive: Collection[str] = ()) -> Routing:
-    """What the store should hold, given what a router knows. Pure; its own outcome stays as it is.
+    """Return the state that the store should have, given the state that a router knows. Idempotent.
 
-    The latest promotion is active, whatever the epochs. A store with another id, or none, or with
-    a lower epoch, has lost data: all that is known comes back. In any other, keys and fields come
-    back that are gone although no writer of ours was there, who raises the epoch. A record that is
-    gone may have been deleted by 0.3.x: it comes back where it is the active one's, or among
-    `alive`, those that still answer. What is known of another owner's state is worth nothing.
-    `new_id` is for a store that has none, or that is an earlier copy."""
+    The deployment promoted last is active, whatever the epochs. A store with another id, no id or a
+    lower epoch has lost data: everything that is known is restored. In any other store, keys and
+    fields are restored that are missing although no writer of ours has raised the epoch. A missing
+    record may have been deleted by 0.3.x: it is restored if it is the active one's or in `alive`,
+    the deployments that still answer. Nothing known of another owner's state is restored. `new_id`
+    is for a store without an id, and for an earlier copy."""
     other = bool(store.owner and known.owner) and store.owner != known.owner
     if known.store_id is None or other:  # nothing is known yet
-        named = store.store_id or (new_id if store.active else None)
-        return replace(store, store_id=named)
+        store_id = store.store_id or (new_id if store.active else None)
+        return replace(store, store_id=store_id)
     lost = store.store_id != known.store_id or store.epoch < known.epoch
-    # an earlier version of ours raises no epoch, but notes each command that it carries out
+    # an earlier version of ours raises no epoch, but writes the nonce of each command
     untouched = store.epoch == known.epoch and all(
         key not in store.keys or getattr(store, FIXED[key]) == getattr(known, FIXED[key])
         for key in (PROCESSED, HISTORY)
     )
     new = _recovered(store, known) if lost else _completed(store, known, untouched)
     if store.store_id is None or (lost and store.store_id == known.store_id):
-        new = replace(new, store_id=new_id)  # so that other routers add what they know
-    if OWNER not in store.keys:  # nobody of ours takes it away
+        new = replace(new, store_id=new_id)  # so that other routers restore what they know
+    if OWNER not in store.keys:  # no step of ours removes it
         new = replace(new, owner=known.owner)
-    mine, theirs = known.promotion, store.promotion
-    if mine and (theirs is None or theirs.at < mine.at):
-        new = replace(new, active=mine.deployment_id, promoted=known.promoted)
+    last, in_store = known.promotion, store.promotion
+    if last and (in_store is None or in_store.at < last.at):
+        new = replace(new, active=last.deployment_id, promoted=known.promoted)
     elif (
         known.active not in (None, store.active)
         and (store.promoted_by_other or store.promoted is None)
         and (lost or store.promoted == known.promoted)
-    ):  # seen as it happens: it is given its time
+    ):  # a promotion by 0.3.x, just seen: it gets a time
         new = replace(new, promoted=Promotion(str(store.active), next_time(store, known)))
     records = dict(new.records)
     for name, record in known.records.items():
@@ -651,73 +651,73 @@ def repaired(store: Routing, known: Routing, new_id: str, alive: Collection[str]
 
 
 def next_time(*routings: Routing) -> float:
-    """When something is promoted now: by the store's clock, and after all that was promoted."""
+    """Return the time of a promotion now: the store's, and later than all earlier ones."""
     times = [routing.promoted.at for routing in routings if routing.promoted]
     return max([routings[0].now, *(at + 0.001 for at in times)])
 
 
 def _completed(store: Routing, known: Routing, untouched: bool) -> Routing:
-    """A store that lost single keys or fields. `untouched`: nobody raised the epoch meanwhile."""
+    """Return a state with lost keys and fields restored. `untouched`: nobody raised the epoch."""
     lost = [key for key in FIXED if key not in store.keys and key in known.keys]
     if not untouched:
         lost = [PROMOTED] if PROMOTED in lost and store.active == known.active else []
-    back = {FIXED[key]: getattr(known, FIXED[key]) for key in lost}
+    restored = {FIXED[key]: getattr(known, FIXED[key]) for key in lost}
     records = {
         name: _filled(record, known.records.get(name), untouched)
         for name, record in store.records.items()
     }
-    return replace(store, **back, records=records)
+    return replace(store, **restored, records=records)
 
 
 def _filled(record: Record, known: Record | None, untouched: bool) -> Record:
-    """A record with the fields back that a writer who does not know them has dropped. What 0.3.x
-    has promoted or drained is no longer what it was."""
+    """Return a record with the fields restored that an older writer has dropped. After a promotion
+    or drain by 0.3.x, the fields of the former state are not restored."""
     if known is None or record.service_id not in (None, known.service_id):
-        return record  # nothing is known of it, or the id is on another service
+        return record  # not known, or the id is on another service
     names: tuple[str, ...] = LASTING
     if untouched and record.state == known.state:
         names = (*LASTING, "rejected_at", "retiring_at", "weight", "bake", "held")
     attributes = [FIELDS[name].name for name in names if name not in record.ignored]
     values = {name: getattr(record, name) for name in attributes}
-    lost = [n for n, value in values.items() if value is None or value is False]  # not 0, a weight
+    lost = [n for n, value in values.items() if value is None or value is False]  # 0 is a weight
     return replace(record, **{name: getattr(known, name) for name in lost})
 
 
 def _recovered(store: Routing, known: Routing) -> Routing:
-    """A store that is empty, another one, or a copy of an earlier moment: with all that is known.
-    Of a record that both have, the version is right that was changed last."""
-    earlier = store.store_id == known.store_id and EPOCH in store.keys  # else a key was lost
-    graves = dict(store.tombstones)
-    for name, grave in known.tombstones.items():
-        graves[name] = max(grave, graves.get(name, grave), key=lambda g: g.at)
+    """Return the state for an empty store, another store, or an earlier copy: all that is known is
+    restored. Of a record that both have, the version that was changed last is kept."""
+    earlier = store.store_id == known.store_id and EPOCH in store.keys  # else only a key was lost
+    tombstones = dict(store.tombstones)
+    for name, tombstone in known.tombstones.items():
+        tombstones[name] = max(tombstone, tombstones.get(name, tombstone), key=lambda t: t.at)
     records = dict(store.records)
     for name, record in known.records.items():
-        there = records.get(name)
-        if there is None:  # one that is being removed: that goes on
-            if record.retiring_at or name not in graves or not graves[name].buries(record):
+        in_store = records.get(name)
+        if in_store is None:  # a removal in progress continues
+            if record.retiring_at or name not in tombstones or not tombstones[name].buries(record):
                 records[name] = record
-        elif (record.changed_at, earlier) > (there.changed_at, False):
-            records[name] = replace(record, raw={**there.raw, **record.raw})
-    for name, grave in list(graves.items()):
+        elif (record.changed_at, earlier) > (in_store.changed_at, False):
+            records[name] = replace(record, raw={**in_store.raw, **record.raw})
+    for name, tombstone in list(tombstones.items()):
         buried = records.get(name)
         if buried is None or buried.retiring_at:
             continue
-        if grave.buries(buried):
-            del records[name]  # it was removed, before the store went back in time
+        if tombstone.buries(buried):
+            del records[name]  # removed after the store's earlier copy was made
         else:
-            del graves[name]  # the id is on a new service
+            del tombstones[name]  # the id is reused on a new service
     noted = {compact(entry): entry for entry in (*known.history, *store.history)}
     history = tuple(sorted(noted.values(), key=lambda e: float(e["at"])))[-HISTORY_AT_MOST:]
     closed = known.maintenance if earlier else store.maintenance or known.maintenance
     switches = [e["what"] for e in history if str(e["what"]).startswith("maintenance ")]
-    if switches:  # the last one is right, whoever still knows what was before
+    if switches:  # the last switch in the history decides
         on = switches[-1] == "maintenance on"
         closed = (store.maintenance or known.maintenance) if on else None
     return replace(
         store,
         epoch=max(store.epoch, known.epoch),
         records=records,
-        tombstones=graves,
+        tombstones=tombstones,
         processed={**known.processed, **store.processed},
         history=history,
         maintenance=closed,
@@ -728,27 +728,27 @@ def _recovered(store: Routing, known: Routing) -> Routing:
 def _with_one_active(
     records: Mapping[str, Record], routing: Routing, before: Collection[str | None]
 ) -> dict[str, Record]:
-    """The records with one active one, where `before` may have been so, and with one canary."""
-    found = dict(records)
+    """Return the records with one active deployment and one canary. `before`: formerly active."""
+    new_records = dict(records)
     for name, record in records.items():
         if name == routing.active:
-            found[name] = replace(
+            new_records[name] = replace(
                 record, state="active", drain_started_at=None, weight=None, retiring_at=None
             )
         elif record.state == "active" and name in before:
-            found[name] = record.as_draining(routing.now)
-    canaries = sorted((r for r in found.values() if r.is_canary), key=lambda r: r.changed_at)
+            new_records[name] = record.as_draining(routing.now)
+    canaries = sorted((r for r in new_records.values() if r.is_canary), key=lambda r: r.changed_at)
     for record in canaries[:-1]:
-        found[record.deployment_id] = replace(record, weight=None, bake=None)
-    return found
+        new_records[record.deployment_id] = replace(record, weight=None, bake=None)
+    return new_records
 
 
 # == The stores =================================================================================
-# Each step is one transaction: a process killed anywhere leaves the old state or the new one.
+# Each step is one transaction: a process that is killed leaves the old state or the new one.
 
 
 class RedisStore:
-    """The routing state in Redis, under `prefix`; keys that are written end after `ttl` seconds."""
+    """The routing state in Redis under `prefix`. Keys that it writes expire after `ttl` seconds."""
 
     def __init__(
         self, url: str, prefix: str, ttl: int | None = None, limits: Limits = DEFAULT_LIMITS
@@ -756,13 +756,13 @@ class RedisStore:
         self.url, self.prefix, self.ttl = url, prefix, ttl
         self.options: Json = {
             "decode_responses": True,
-            "encoding_errors": "replace",  # what is no UTF-8 is not understood, and no error
+            "encoding_errors": "replace",  # a value that is no UTF-8 is invalid, not an error
             "socket_timeout": limits.redis_seconds,
             "socket_connect_timeout": limits.redis_seconds,
         }
         self.client = redis.Redis.from_url(
             url,
-            # a connection that has died meanwhile is made anew; one that hangs is not asked again
+            # a dead connection is made again, once; a timeout is not retried
             retry=redis.retry.Retry(redis.backoff.NoBackoff(), 1, (redis.ConnectionError,)),
             **self.options,
         )
@@ -770,7 +770,7 @@ class RedisStore:
         self.fixed = [prefix + key for key in FIXED]
 
     def read(self, transaction: Any = None) -> Routing:
-        """The state. A transaction ends with an error where somebody writes to it meanwhile."""
+        """Return the state. In a transaction, a concurrent write makes EXEC fail (WATCH)."""
         client = transaction or self.client
         keys = [*self.fixed, *self.client.scan_iter(self.pattern, count=SCAN_COUNT)]
         if transaction:
@@ -779,8 +779,8 @@ class RedisStore:
         return parse(self.state(keys, values), now[0] + now[1] / 1e6)
 
     def apply(self, step: Step) -> Routing:
-        """Take a step and write what it changes, or nothing if it raises. Returns what the store
-        holds then. The change raises the epoch, and is announced to the routers."""
+        """Carry out a step in a transaction and return the new state. If the step raises, nothing
+        is written. A change raises the epoch and is announced to the routers."""
 
         def attempt(pipe: Any) -> Routing:
             before = self.read(pipe)
@@ -796,19 +796,19 @@ class RedisStore:
                 pipe.publish(f"{self.prefix}:events", json.dumps(sorted(change)))
             return written(after, change)
 
-        # once more where somebody else has written in between
+        # repeated if another client has written meanwhile
         client = cast(Any, self.client)
         return cast(Routing, client.transaction(attempt, *self.fixed, value_from_callable=True))
 
     def announce(self) -> None:
-        """Have every router read the whole state."""
+        """Ask every router to read the whole state."""
         self.client.publish(f"{self.prefix}:events", "[]")
 
     def disconnect(self) -> None:
         self.client.connection_pool.disconnect()
 
     async def follow(self, table: Table) -> None:
-        """Keep the table as the store says, and report what this router serves."""
+        """Keep the table up to date with the store, and report what this router serves."""
         client = redis.asyncio.Redis.from_url(self.url, **self.options)
         async with client, client.pubsub(ignore_subscribe_messages=True) as pubsub:
             await pubsub.subscribe(f"{self.prefix}:events")
@@ -820,18 +820,18 @@ class RedisStore:
 
 
 class Follower:
-    """A router's connection to the store. The state is read in one MGET (what is fixed, and the
-    records that are known, announced or asked for): at the beginning, on every announcement, when
-    the table asks, and every `refresh_seconds`. Sessions may share this Redis, so going through all
-    of its keys is for the beginning and for what is announced without names; after that it is done
-    a step at a time."""
+    """A router's connection to the store. The state is read in one MGET (the fixed keys, and the
+    records that are known, announced or looked up): at the start, on every announcement, when the
+    table asks, and every `refresh_seconds`. Sessions may be in the same Redis, so all keys are
+    scanned only at the start and after an announcement without names; otherwise one step of SCAN
+    follows every `scan_step_seconds`."""
 
     def __init__(self, store: RedisStore, client: redis.asyncio.Redis, table: Table) -> None:
         self.store, self.client, self.table, self.limits = store, client, table, table.limits
-        self.keys: set[str] = set()  # of records that are announced, or found
+        self.keys: set[str] = set()  # of records that were announced or scanned
         self.next_read = self.next_scan = self.next_step = 0.0
         self.scan_all, self.cursor = True, 0
-        self.next_report = self.report_by = 0.0  # if the counters have changed; in any case
+        self.next_report = self.report_by = 0.0  # report_by: also without changes
         self.reported: Json = {}
 
     async def run(self, pubsub: redis.asyncio.client.PubSub) -> None:
@@ -846,7 +846,7 @@ class Follower:
                 pause = min(self.next_read, self.next_report) - time.monotonic()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(event.wait(), max(pause, 0.0))
-            listener.result()  # a lost connection shows here
+            listener.result()  # raises if the connection was lost
         except asyncio.CancelledError:
             with contextlib.suppress(redis.RedisError, OSError, TimeoutError):
                 if not self.table.other_owner:
@@ -864,7 +864,7 @@ class Follower:
                 names = [str(name) for name in from_json(message["data"])]
                 self.keys |= {self.store.prefix + n for n in names if n.startswith(RECORD)}
                 self.scan_all = self.scan_all or not names
-            except (ValueError, TypeError):  # 0.3.x's name nothing
+            except (ValueError, TypeError):  # 0.3.x's announcements name no keys
                 self.scan_all = True
             self.next_read = 0.0
             self.table.refresh_event.set()
@@ -875,16 +875,16 @@ class Follower:
         await self.scan()
         known = {self.store.prefix + RECORD + name for name in {*table.routing.records, *lookups}}
         keys, self.keys = [*self.store.fixed, *(known | self.keys)], set()
-        found = await self.read_keys(keys)
-        if await table.repair(self.store, found):
-            found = await self.read_keys(keys)
-        table.note_missing(found)
-        table.load(found)
+        routing = await self.read_keys(keys)
+        if await table.repair(self.store, routing):
+            routing = await self.read_keys(keys)
+        table.note_missing(routing)
+        table.load(routing)
         table.pending_lookups -= lookups
 
     async def scan(self) -> None:
-        """Look for records that nobody announced: all keys of Redis where that was asked for and
-        takes but its share of the time, else the next few."""
+        """Look for records that were not announced: in all keys of Redis if `scan_all` is set and
+        its share of the time allows it, else among the next few."""
         began = time.monotonic()
         if self.scan_all and began >= self.next_scan:
             self.scan_all = False
@@ -893,8 +893,8 @@ class Follower:
             took = time.monotonic() - began
             self.next_scan = began + took + took / self.limits.scan_share
         elif began >= self.next_step:
-            self.cursor, found = await self.client.scan(self.cursor, self.store.pattern, SCAN_COUNT)
-            self.keys |= {str(key) for key in found}
+            self.cursor, names = await self.client.scan(self.cursor, self.store.pattern, SCAN_COUNT)
+            self.keys |= {str(key) for key in names}
         else:
             return
         self.next_step = began + self.limits.scan_step_seconds
@@ -908,7 +908,7 @@ class Follower:
         return parse(state, time.time())
 
     async def report(self) -> None:
-        """Say what this router serves: at once for a new epoch, soon for new counts."""
+        """Report what this router serves: a new epoch at once, new counts at intervals."""
         now, table, epoch = time.monotonic(), self.table, self.table.routing.epoch
         if not table.other_owner and epoch == self.reported.get("epoch") and now < self.next_report:
             return
@@ -920,7 +920,7 @@ class Follower:
             return
         served = {"active": table.routing.active, "epoch": epoch, "since": table.since}
         report = {"version": runtime_version(), "identity": table.me} | served | METRICS.counters()
-        if report != self.reported or now >= self.report_by:  # not for what changes by itself
+        if report != self.reported or now >= self.report_by:  # uptime and tasks alone are no change
             self.reported, self.report_by = report, now + self.limits.report_idle_seconds
             uptime, tasks = round(time.time() - METRICS.started_at), len(asyncio.all_tasks())
             text = compact({**report, "uptime_seconds": uptime, "tasks": tasks})
@@ -928,7 +928,7 @@ class Follower:
 
 
 def written(after: Routing, change: Change) -> Routing:
-    """What the store holds after a step whose change was written."""
+    """Return the state of the store after a step whose change was written."""
     if not change:
         return after
     promoted = change.get(PROMOTED)
@@ -941,7 +941,7 @@ def written(after: Routing, change: Change) -> Routing:
 
 
 def store_from_env(env: Mapping[str, str], limits: Limits = DEFAULT_LIMITS) -> Store:
-    """The store that the environment names: REDIS_URL on Railway, PULSE_KV_* elsewhere."""
+    """Return the store that REDIS_URL names, or PULSE_KV_* outside Railway. Raises SystemExit."""
     prefix = (env.get("PULSE_RAILWAY_REDIS_PREFIX") or DEFAULT_REDIS_PREFIX).rstrip(":")
     kind = env.get("PULSE_KV_KIND") or "redis"
     if kind == "sqlite":
@@ -958,7 +958,7 @@ def store_from_env(env: Mapping[str, str], limits: Limits = DEFAULT_LIMITS) -> S
 
 
 def promotion_from_env(env: Mapping[str, str]) -> Promotion | None:
-    """What Railway says was promoted last: of this container, as of its own deployment."""
+    """Return the last promotion by Railway's variables, which are as old as the container."""
     name = env.get(LAST_PROMOTED_VARIABLE) or ""
     if not DEPLOYMENT_ID.fullmatch(name):
         return None
