@@ -971,7 +971,7 @@ def promotion_from_env(env: Mapping[str, str]) -> Promotion | None:
 
 @dataclass(slots=True)
 class Deployment:
-    """One backend: where it is, and the idle connections to it."""
+    """A backend: its address, and the idle connections to it."""
 
     id: str
     state: str
@@ -980,61 +980,61 @@ class Deployment:
     header: bytes
     tally: Tally = field(default_factory=lambda: Tally())
     idle: collections.deque[Upstream] = field(default_factory=collections.deque)
-    ejected_until: float = 0.0  # monotonic; until then it is asked for no other's assets
+    ejected_until: float = 0.0  # monotonic; until then it gets no hedged requests
 
 
 @dataclass
 class Missing:
-    """A record that the store has no longer, although nobody of ours has removed it."""
+    """A record that is missing in the store although no step of ours has removed it."""
 
     since: float  # monotonic
-    answers: bool = False  # its backend did, the last time
-    failing_since: float | None = None  # no connection to it since
+    answers: bool = False  # did its backend answer the last time?
+    failing_since: float | None = None  # monotonic; no connection since then
 
 
 class Table:
-    """All known deployments, in memory. A request never waits for the store to use it."""
+    """All known deployments, in memory. Requests use it without waiting for the store."""
 
     def __init__(self, env: Mapping[str, str], limits: Limits = DEFAULT_LIMITS) -> None:
         self.limits, self.last_promoted = limits, promotion_from_env(env)
-        self.me = self.copy = None  # this stack's stamp; what to say where it is a copy of another
+        self.me = self.copy = None  # this stack's stamp; the error message in a copied environment
         if env.get("RAILWAY_ENVIRONMENT_ID"):
             import ownership
 
             self.me, self.copy = ownership.name(env), ownership.copy_refusal(env)
-        self.other_owner: str | None = None  # whose the store is, where it is not this stack's
+        self.other_owner: str | None = None  # the store's owner, if it is another stack
         self.deployments: dict[bytes, Deployment] = {}
         self.active: Deployment | None = None
         self.canary: Deployment | None = None
-        self.weight = 0.0  # percent of the new visitors that the canary gets
+        self.weight = 0.0  # percent of new visitors that get the canary
         self.closed: Maintenance | None = None
-        self.routing = Routing()  # the last that was good
+        self.routing = Routing()  # the last state that was loaded
         self.since = 0.0  # when this epoch was first served, in seconds since 1970
         self.loaded = False
-        self.loaded_at = 0.0  # monotonic, the last time
-        self.provisional = False  # `active` is what Railway said, for want of a state
+        self.loaded_at = 0.0  # monotonic, of the last load
+        self.provisional = False  # `active` comes from Railway's variable, without a state
         self.missing: dict[str, Missing] = {}
         self.looking: asyncio.Task[None] | None = None
-        self.changed = asyncio.Event()  # set at every load, for those who wait for one
+        self.changed = asyncio.Event()  # set at every load, and replaced
         self.refresh_event = asyncio.Event()  # asks for a load
-        self.pending_lookups: set[str] = set()  # ids that the next load should look for
+        self.pending_lookups: set[str] = set()  # ids to look up at the next load
         self.looked_at = 0.0
-        # path -> the deployment that had it, and until when (monotonic) that is believed
+        # path -> the deployment that had it, and until when that is cached (monotonic)
         self.asset_locations: dict[bytes, tuple[str, float]] = {}
 
     @property
     def lost(self) -> bool:
-        """Has the store lost its data, and did this router not know them?"""
+        """Has the store lost its data, which this router does not know either?"""
         return self.loaded and self.routing.active is None and self.last_promoted is not None
 
     @property
     def empty(self) -> bool:
-        """Is nothing deployed, or has the store lost it? Not every router can tell the two."""
+        """Is nothing deployed, or is the state lost? A router cannot always distinguish them."""
         return self.lost or (self.routing.active is None and not self.routing.records)
 
     def health(self) -> Response:
-        """Can anything be served? A store in which nothing was ever deployed is as it should be. A
-        copy is ready to say that it is one."""
+        """Return the answer of /healthz: 503 only while nothing can be served. A store without any
+        deployment yet is healthy, and so is a copy, which answers with its error message."""
         ready = bool(self.copy) or self.active is not None or (self.loaded and not self.lost)
         answer: Json = {"ok": ready}
         if self.copy:
@@ -1046,39 +1046,39 @@ class Table:
             answer["stale_seconds"] = round(age)
         return JSONResponse(answer, 200 if ready else 503)
 
-    # -- what the store holds ------------------------------------------------------------------
+    # -- the state in the store ----------------------------------------------------------------
 
-    def other(self, found: Routing) -> str | None:
-        """Whose the store is, where it is another stack's: it is served, and nothing is written.
-        One that has lost its owner's key still is that owner's."""
-        owner = found.owner or self.other_owner
+    def other(self, state: Routing) -> str | None:
+        """Return the store's owner if it is another stack; then the state is served, not written.
+        A store that has lost its owner's key still has that owner."""
+        owner = state.owner or self.other_owner
         return owner if self.me is not None and owner != self.me else None
 
-    def keeps(self, found: Routing) -> bool:
-        """Is what is known served on? The store holds other contents by now, of another owner; or
-        it was another owner's, who alone writes back what it has lost."""
-        was, is_now = self.routing.is_foreign(self.me), found.is_foreign(self.me)
-        replaced = is_now and not was and found.store_id != self.routing.store_id
-        return replaced or ((was or is_now) and found.active is None)
+    def keeps(self, state: Routing) -> bool:
+        """Must the known state be kept? It must if the store has contents of another owner now, or
+        if a state of another owner is lost, since only that owner's routers restore it."""
+        was, is_now = self.routing.is_foreign(self.me), state.is_foreign(self.me)
+        replaced = is_now and not was and state.store_id != self.routing.store_id
+        return replaced or ((was or is_now) and state.active is None)
 
-    async def repair(self, store: Store, found: Routing) -> bool:
-        """Write back what the store has lost: was there anything? Where it names another active one
-        than this router knows, that is not given up for one that cannot be connected to."""
+    async def repair(self, store: Store, state: Routing) -> bool:
+        """Write back what the store has lost, and return whether anything was lost. Another active
+        deployment in the store is not replaced by one that cannot be connected to."""
         known, loop = self.routing, asyncio.get_running_loop()
-        since = time.monotonic() - self.limits.missing_seconds  # they have answered for a while
+        since = time.monotonic() - self.limits.missing_seconds  # missing for long enough
         alive = {name for name, m in self.missing.items() if m.answers and m.since <= since}
         new_id = secrets.token_hex(8)
-        if self.other(found) or not changes(found, repaired(found, known, new_id, alive)):
+        if self.other(state) or not changes(state, repaired(state, known, new_id, alive)):
             return False
-        mine, other = known.record_of_active(), found.record_of_active()
+        ours, other = known.record_of_active(), state.record_of_active()
         refused = None
-        if mine and other and mine.deployment_id != other.deployment_id:
-            if await loop.run_in_executor(None, look, mine, self.limits) == "unreachable":
+        if ours and other and ours.deployment_id != other.deployment_id:
+            if await loop.run_in_executor(None, look, ours, self.limits) == "unreachable":
                 known = replace(known, active=None, promoted=None)
-            elif other.deployment_id not in found.records:  # is there such a deployment at all?
+            elif other.deployment_id not in state.records:  # it may not exist
                 at_other = await loop.run_in_executor(None, look, other, self.limits)
                 refused = other.deployment_id if at_other == "unreachable" else None
-        if known.active and (found.store_id, found.active) != (known.store_id, known.active):
+        if known.active and (state.store_id, state.active) != (known.store_id, known.active):
             log.error("the store has lost data: writing back what this router knows")
 
         def step(store: Routing) -> Routing:
@@ -1094,17 +1094,18 @@ class Table:
             store.disconnect()
         return True
 
-    def note_missing(self, found: Routing) -> None:
-        """Keep the deployments whose records nobody of ours has removed, and ask them."""
-        lost = {k: r for k, r in self.routing.records.items() if k not in found.records}
-        gone = [record for record in lost.values() if not found.buries(record)]
+    def note_missing(self, state: Routing) -> None:
+        """Keep deployments whose records no step of ours has removed, and send them requests."""
+        lost = {k: r for k, r in self.routing.records.items() if k not in state.records}
+        unexplained = [record for record in lost.values() if not state.buries(record)]
         before, now = self.missing, time.monotonic()
-        self.missing = {r.deployment_id: before.get(r.deployment_id, Missing(now)) for r in gone}
-        if gone and (self.looking is None or self.looking.done()):
-            self.looking = asyncio.create_task(self.look_at(gone))
+        ids = [record.deployment_id for record in unexplained]
+        self.missing = {name: before.get(name, Missing(now)) for name in ids}
+        if unexplained and (self.looking is None or self.looking.done()):
+            self.looking = asyncio.create_task(self.look_at(unexplained))
 
     async def look_at(self, records: list[Record]) -> None:
-        """A few at a time: many that are silent would keep `repair` from its thread."""
+        """Ask a few at a time, so that silent ones do not take all threads from `repair`."""
         loop, gate = asyncio.get_running_loop(), asyncio.Semaphore(self.limits.parallel_looks)
 
         async def look_once(record: Record) -> None:
@@ -1117,22 +1118,23 @@ class Table:
 
         await asyncio.gather(*map(look_once, records))
 
-    def load(self, found: Routing) -> None:
+    def load(self, state: Routing) -> None:
+        """Use a state that was read, with the records that are missing in it."""
         self.loaded_at = now = time.monotonic()
-        other = self.other(found)
+        other = self.other(state)
         if other != self.other_owner:
             change = f"of {other}: it is served, nothing is written" if other else "no longer so"
             log.error("another stack's routing state: %s", change)
             self.other_owner = other
-        if self.active and not self.provisional and self.keeps(found):
-            found = self.routing
+        if self.active and not self.provisional and self.keeps(state):
+            state = self.routing
         kept = {
             name: self.routing.records[name]
             for name, m in self.missing.items()
             if name in self.routing.records
             and (m.failing_since is None or now - m.failing_since < self.limits.missing_seconds)
         }
-        routing = replace(found, records={**found.records, **kept})
+        routing = replace(state, records={**state.records, **kept})
         if routing != self.routing or not self.loaded:
             if routing.epoch != self.routing.epoch or not self.loaded:
                 self.since = round(time.time(), 3)
@@ -1144,12 +1146,13 @@ class Table:
         self.changed = asyncio.Event()
 
     def take_over(self, routing: Routing) -> None:
+        """Make the table's entries those of a state."""
         known: dict[bytes, Deployment] = {}
         records = dict(routing.records)
         if active := routing.record_of_active():
             records[active.deployment_id] = active
         for name, record in records.items():
-            # one that is being removed is gone for its tabs: they reload, and meet no 502
+            # a retired one has no entry, so that its tabs reload instead of getting 502
             entry = None if record.retiring_at else self._entry(record)
             if entry:
                 known[name.encode()] = entry
@@ -1170,7 +1173,7 @@ class Table:
         self.closed = routing.maintenance
 
     def _entry(self, record: Record) -> Deployment | None:
-        """The table's entry for a record; the one we have where nothing but its state changed."""
+        """Return a record's entry: the present one if the address is the same, or a new one."""
         name = record.deployment_id
         if not DEPLOYMENT_ID.fullmatch(name) or not record.url:
             return None
@@ -1185,7 +1188,7 @@ class Table:
         return Deployment(name, record.state, host, port, header, tally)
 
     async def serve_without_state(self) -> None:
-        """While there is no state, serve what Railway says was active, where that answers."""
+        """Without a state, serve the deployment of Railway's variable if it answers."""
         loop = asyncio.get_running_loop()
         while True:
             if self.last_promoted and self.active is None and (self.lost or not self.loaded):
@@ -1200,10 +1203,10 @@ class Table:
                         self.closed = Maintenance(0.0)
             await asyncio.sleep(self.limits.provisional_seconds)
 
-    # -- what a request needs ------------------------------------------------------------------
+    # -- for requests --------------------------------------------------------------------------
 
     async def find(self, affinity_id: bytes) -> Deployment | None:
-        """The deployment of that id. An unknown one is worth one refresh, now and then."""
+        """Return the deployment of an id. An unknown id causes a read of the store, but rarely."""
         known = self.deployments.get(affinity_id)
         text = affinity_id.decode("latin-1")
         if known or not DEPLOYMENT_ID.fullmatch(text):
@@ -1220,12 +1223,12 @@ class Table:
         return self.deployments.get(affinity_id)
 
     def others(self, first: Deployment, path: bytes) -> list[Deployment]:
-        """The deployments to ask for what `first` lacks: first the one that had this path lately,
-        then the newest. Those that gave no answer lately (`ejected_until`) are left out."""
+        """Return the deployments to ask for what `first` lacks: the one that had this path lately,
+        then the newest. Ejected ones (`ejected_until`) are left out."""
         now = time.monotonic()
-        had_by, until = self.asset_locations.get(path, ("", 0.0))
-        found = [d for d in self.deployments.values() if d is not first and d.ejected_until < now]
-        return sorted(found, key=lambda d: d.id != had_by) if until > now else found
+        location, until = self.asset_locations.get(path, ("", 0.0))
+        others = [d for d in self.deployments.values() if d is not first and d.ejected_until < now]
+        return sorted(others, key=lambda d: d.id != location) if until > now else others
 
     def cache_asset_location(self, path: bytes, deployment: Deployment) -> None:
         if len(path) > self.limits.asset_location_path_bytes:
@@ -1249,12 +1252,13 @@ class Table:
 
 
 TABLE = Table(os.environ)  # `serve` makes another, with its limits
-ACCESS_LOG: telemetry.AccessLog | None = None  # where it is asked for
-TELEMETRY = ("PULSE_RAILWAY_ACCESS_LOG", "PULSE_RAILWAY_METRICS_PORT", "OTEL_")  # who asks
+ACCESS_LOG: telemetry.AccessLog | None = None  # if a variable asks for it
+# begin the variables that load telemetry.py
+TELEMETRY = ("PULSE_RAILWAY_ACCESS_LOG", "PULSE_RAILWAY_METRICS_PORT", "OTEL_")
 
 
-# == Counters, for `control status`, for who watches a new version, and for what is exported ====
-# Plain lists: they are on the path of every request. BUCKETS are OpenTelemetry's, in seconds.
+# == Counters: for `control status`, the bake of a new version, and the exported metrics ========
+# Plain lists, since every request updates them. BUCKETS are OpenTelemetry's, in seconds.
 
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
 METHODS = frozenset(b"GET HEAD POST PUT DELETE CONNECT OPTIONS TRACE PATCH".split())
@@ -1272,22 +1276,22 @@ class Histogram:
 
 @dataclass(slots=True)
 class Tally:
-    """What came of one deployment's requests."""
+    """Counts of outcomes of one deployment's requests."""
 
-    # by method and status // 100; others than the known methods are OpenTelemetry's _OTHER
+    # by method and status // 100; unknown methods are OpenTelemetry's _OTHER
     answers: collections.defaultdict[tuple[bytes, int], Histogram] = field(
         default_factory=lambda: collections.defaultdict(Histogram)
     )
     first_byte: Histogram = field(default_factory=Histogram)
-    errors: collections.Counter[str] = field(default_factory=collections.Counter)  # by their kind
-    failed: int = 0  # of these, what is not among the answers: broken off, or another answered
-    tunnels: int = 0  # that were opened
+    errors: collections.Counter[str] = field(default_factory=collections.Counter)  # by kind
+    failed: int = 0  # errors without an answer in `answers`: broken off, or another answered
+    tunnels: int = 0  # number of opened tunnels
 
     def answered(self, method: bytes, status: int, seconds: float) -> None:
         self.answers[method if method in METHODS else b"_OTHER", status // 100].add(seconds)
 
     def summary(self) -> tuple[list[int], int, list[int]]:
-        """Answers by status class, failures without one, answers by bucket of duration."""
+        """Return answers by status class, failures without one, answers by bucket of duration."""
         classes = [0] * 10
         for (_, status), histogram in self.answers.items():
             classes[status] += sum(histogram.counts)
@@ -1300,12 +1304,12 @@ class Metrics:
     name: str = ""
     started_at: float = field(default_factory=time.time)
     requests: int = 0
-    errors: int = 0  # answers the router made itself because a backend failed
+    errors: int = 0  # answers by the router itself for failed backends
     stale: int = 0
     rejected: int = 0  # connections, at the limit
     tunnels_opened: int = 0
     tunnels_open: int = 0
-    own: Tally = field(default_factory=Tally)  # answers of the router's own
+    own: Tally = field(default_factory=Tally)  # the router's own answers
     tallies: dict[str, Tally] = field(default_factory=dict)  # by deployment
 
     def counters(self) -> Json:
@@ -1323,7 +1327,7 @@ class Metrics:
             "tunnels_opened": self.tunnels_opened,
             "requests_per_deployment": {name: sum(t[0]) for name, t in tallies.items()},
             "tallies": {name: t for name, t in tallies.items() if t[1] or any(t[0])},
-            "in_flight": collections.Counter(in_use),  # a download needs no tab to be in use
+            "in_flight": collections.Counter(in_use),  # a download without a tab counts, too
         }
 
 
@@ -1334,13 +1338,13 @@ METRICS = Metrics()
 
 
 def requests_under_way() -> list[str]:
-    """Their deployments' ids."""
+    """Return the deployment id of each request in progress."""
     exchanges = (client.exchange for client in Client.instances)
     return [e.upstream.deployment.id for e in exchanges if e and not e.state.finished]
 
 
 class UpstreamError(Exception):
-    """The backend did not answer. `status` is what the client is told."""
+    """The backend did not answer. The client gets `status` and `detail`."""
 
     def __init__(self, status: int, detail: str, *, sent: bool = False) -> None:
         super().__init__(detail)
@@ -1351,14 +1355,14 @@ class UpstreamError(Exception):
 
 
 class Upstream(asyncio.Protocol):
-    """One connection to a backend. What it brings is for the `Exchange` that holds it."""
+    """A connection to a backend. It passes what it reads to its `Exchange`."""
 
     __slots__ = ("again", "deployment", "exchange", "idle_since", "transport")
 
     def __init__(self, deployment: Deployment) -> None:
         self.deployment = deployment
         self.exchange: Exchange | None = None
-        self.again = False  # from the pool, for a request that may be repeated if this is dead
+        self.again = False  # pooled, and its request may be repeated if the connection is dead
         self.idle_since = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -1367,7 +1371,7 @@ class Upstream(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self.exchange is not None:
             self.exchange.feed(data)
-        else:  # an answer that nobody asked for
+        else:  # an answer without a request
             self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -1387,7 +1391,7 @@ class Upstream(asyncio.Protocol):
 
 
 def reset(transport: asyncio.Transport) -> None:
-    """Close a connection with a TCP reset, as the other side's was."""
+    """Close a connection with a TCP reset, so that the peer sees an abort."""
     if (sock := transport.get_extra_info("socket")) is not None:
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -1404,8 +1408,8 @@ def idle_connections() -> int:
 
 
 class Resolver:
-    """Names to addresses, by Python's own resolver in threads: one question at a time for a name,
-    so that a bad one holds one thread, and an answer is good for a few seconds."""
+    """Resolves host names by Python's resolver in threads. A name has one lookup at a time, so
+    that a slow one takes one thread. Addresses are cached for `resolved_seconds`."""
 
     def __init__(self, limits: Limits = DEFAULT_LIMITS) -> None:
         self.limits = limits
@@ -1414,37 +1418,38 @@ class Resolver:
         self.threads = concurrent.futures.ThreadPoolExecutor(limits.resolver_threads, "resolver")
 
     async def addresses(self, host: str, port: int) -> tuple[list[Any], bool]:
-        """All addresses of a name, and whether they were remembered. Raises OSError."""
+        """Return all addresses of a name, and whether they were cached. Raises OSError."""
         key = host, port
-        until, found = self.known.get(key, (0.0, []))
+        until, cached = self.known.get(key, (0.0, []))
         if time.monotonic() < until:
-            return found, True
+            return cached, True
         if key not in self.asking:
-            # not loop.getaddrinfo: uvloop's own would pass by what Python's resolver is told
+            # not loop.getaddrinfo: uvloop's own bypasses Python's socket module
             ask = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
-            asked = self.asking[key] = asyncio.get_running_loop().run_in_executor(self.threads, ask)
-            asked.add_done_callback(partial(self.remember, key))
+            lookup = asyncio.get_running_loop().run_in_executor(self.threads, ask)
+            self.asking[key] = lookup
+            lookup.add_done_callback(partial(self.remember, key))
         return await asyncio.shield(self.asking[key]), False
 
-    def remember(self, key: tuple[str, int], asked: asyncio.Future[list[Any]]) -> None:
+    def remember(self, key: tuple[str, int], lookup: asyncio.Future[list[Any]]) -> None:
         del self.asking[key]
-        if not (asked.cancelled() or asked.exception()):
+        if not (lookup.cancelled() or lookup.exception()):
             now = time.monotonic()
             self.known = {k: v for k, v in self.known.items() if v[0] > now}
-            self.known[key] = now + self.limits.resolved_seconds, asked.result()
+            self.known[key] = now + self.limits.resolved_seconds, lookup.result()
 
 
 RESOLVER = Resolver()
 
 
 async def connect(deployment: Deployment, timeout: float) -> Upstream:
-    """A new connection. Every address of the name is tried, a later one 250 ms after the one
-    before it (RFC 8305), so that a name with a dead IPv6 address costs little. Raises
-    UpstreamError: 502 where the backend refuses, 504 where it does not answer in time."""
+    """Open a new connection. All addresses of the name are tried, 250 ms after one another (RFC
+    8305), so that a dead IPv6 address costs little. Raises UpstreamError: 502 if the backend
+    refuses the connection, 504 if it does not answer within `timeout` seconds."""
     clients, limit = len(Client.instances) + len(TunnelEnd.open), TABLE.limits.connections
     if clients > limit // 2 and clients + idle_connections() > limit:
         for other in TABLE.deployments.values():
-            close_idle(other)  # descriptors are short, and this one is needed
+            close_idle(other)  # their descriptors are needed for this connection
     host, port = deployment.host, deployment.port
     create = asyncio.get_running_loop().create_connection
     try:
@@ -1452,14 +1457,14 @@ async def connect(deployment: Deployment, timeout: float) -> Upstream:
             if ":" in host or host.replace(".", "").isdigit():  # an address
                 return (await create(lambda: Upstream(deployment), host, port))[1]
             while True:
-                addresses, remembered = await RESOLVER.addresses(host, port)
+                addresses, was_cached = await RESOLVER.addresses(host, port)
                 try:
                     sock = await start_connection(addresses, happy_eyeballs_delay=0.25)
                     return (await create(lambda: Upstream(deployment), sock=sock))[1]
                 except OSError:
                     RESOLVER.known.pop((host, port), None)
-                    if not remembered:
-                        raise  # else it may have moved
+                    if not was_cached:
+                        raise  # a cached address may be outdated: look the name up again
     except TimeoutError:
         RESOLVER.known.pop((host, port), None)
         raise UpstreamError(504, "the deployment does not answer") from None
@@ -1468,16 +1473,16 @@ async def connect(deployment: Deployment, timeout: float) -> Upstream:
 
 
 # == The states of a client's connection and of an exchange ======================================
-# An event that a state's row does not have is a fault of the router's own: KeyError.
+# An event that is not in a state's row is a bug of the router: KeyError.
 
 ClientEvent = Literal["head", "handshake", "end", "early", "bad head", "refused", "101", "close"]
 ExchangeEvent = Literal["head", "end", "101", "missing", "client gone", "reset", "lost", "timeout"]
 
 
 class ClientState(Enum):
-    """How far a client's connection is: its reading side, since several requests can wait. In it,
-    `parses`: what comes goes to the parser; `may_answer`: a request may be begun, and its answer
-    written; `may_read`: from the socket, if its requests allow it (`Client.update_reading`)."""
+    """The state of a client's connection: of its reading side, since several requests can wait.
+    `parses`: data go to the parser; `may_answer`: a request may be begun and its answer written;
+    `may_read`: the socket may be read, if the requests allow it (`Client.update_reading`)."""
 
     # what it is; parses, may_answer, may_read
     HEAD = "between two requests, or in a head", True, True, True
@@ -1496,7 +1501,7 @@ class ClientState(Enum):
 
 
 class ExchangeState(Enum):
-    """How far an exchange is. Those that nothing leads on from are how it can end."""
+    """The state of an exchange. States without a following state are its outcomes."""
 
     WAITING = "the request is sent, or being sent"
     ANSWERING = "the answer's head has gone to the client"
@@ -1509,7 +1514,7 @@ class ExchangeState(Enum):
     LOST = "no answer, nothing sent yet"
     TIMED_OUT = "no answer in time, nothing sent yet"
 
-    after: dict[ExchangeEvent, ExchangeState]  # what may happen, and what it is then
+    after: dict[ExchangeEvent, ExchangeState]  # what may happen, and the state after it
     finished: bool
 
 
@@ -1520,9 +1525,9 @@ WAITING, ANSWERING, OK, SWITCHED, MISSING, GONE, BROKEN, RESET, LOST, TIMED_OUT 
 CLIENT: dict[ClientEvent, dict[ClientState, ClientState]] = {
     "head": {HEAD: BODY},
     "handshake": {HEAD: HANDSHAKE},
-    # HEAD: of a request that comes again, without its upgrade; CLOSED: of what is dropped
+    # HEAD: a request that is parsed again without its upgrade; CLOSED: a dropped request
     "end": {HEAD: HEAD, BODY: HEAD, HANDSHAKE: HANDSHAKE, LINGERING: CLOSED, CLOSED: CLOSED},
-    "early": {BODY: LINGERING},  # an answer before the end of its request
+    "early": {BODY: LINGERING},  # the answer was complete before the request
     "bad head": {HEAD: REFUSED},  # behind a request that is not answered yet
     "refused": {HEAD: DROPPING, BODY: DROPPING},  # too many clients; a bad body, before any answer
     "101": {HANDSHAKE: TUNNEL},
@@ -1534,8 +1539,8 @@ EXCHANGE: dict[ExchangeEvent, dict[ExchangeState, ExchangeState]] = {
     "101": {WAITING: SWITCHED},
     "missing": {WAITING: MISSING},  # a hedged answer that says: not here
     "client gone": {WAITING: GONE, ANSWERING: GONE},
-    "reset": {WAITING: RESET},  # the connection, from the pool, of what may be repeated
-    "lost": {WAITING: LOST, ANSWERING: BROKEN},  # any other, or what comes is no answer
+    "reset": {WAITING: RESET},  # of a pooled connection, for a request that may be repeated
+    "lost": {WAITING: LOST, ANSWERING: BROKEN},  # of any other, or an invalid answer
     "timeout": {WAITING: TIMED_OUT},
 }
 for _state in ClientState:
@@ -1549,8 +1554,8 @@ for _stage in ExchangeState:
 
 
 def client_limit(configured: int | None, limits: Limits) -> int:
-    """How many clients may be connected at once, after this process has got as many descriptors as
-    it may: half of them, or what is configured where that is fewer."""
+    """Raise the process's limit of descriptors as far as allowed, and return how many clients may
+    be connected at once: half of the descriptors, or `configured` if that is fewer."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # above the kernel's own limit
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -1561,12 +1566,12 @@ def client_limit(configured: int | None, limits: Limits) -> int:
 
 CHUNKED = b"transfer-encoding: chunked\r\n"
 
-# RFC 9110 section 7.6.1: meant for one connection only. `Connection` itself names more.
+# RFC 9110 section 7.6.1: for one connection only. The header `Connection` names more.
 HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer"
     b" transfer-encoding upgrade".split()
 )
-NOT_NAMED_AWAY = frozenset((b"content-length", b"host"))  # they frame and address the message
+NOT_NAMED_AWAY = frozenset((b"content-length", b"host"))  # `Connection` cannot remove these
 CHECKED_HEADERS = frozenset((b"host", b"content-length", b"transfer-encoding", b"expect"))
 
 
@@ -1575,7 +1580,7 @@ def error_response(status: int, detail: str = "") -> Response:
 
 
 class BadRequest(Exception):
-    """A request head that this router will not pass on."""
+    """A request head that this router refuses."""
 
     def __init__(self, why: str, status: int = 400) -> None:
         super().__init__(why)
@@ -1583,36 +1588,36 @@ class BadRequest(Exception):
 
 
 class Request:
-    """One request. Several can be on a connection at once: the head of a pipelined one is
-    parsed while the one before it is being answered."""
+    """A request. A connection can have several at once: the head of a pipelined request is parsed
+    while the request before it is answered."""
 
-    more_body = True  # is some of it still to come?
-    gone = False  # so is its client, or its body cannot be read
-    begun = False  # its answer is
+    more_body = True  # the body is not complete yet
+    gone = False  # the client has gone, or the body is invalid
+    begun = False  # a byte of the answer was written
     answered = False
-    visitor = b""  # who is told so by a cookie, for the time of a canary
+    visitor = b""  # id of a visitor who gets a cookie, during a canary
 
     def __init__(self, client: Client, method: bytes, version: str, keep_alive: bool) -> None:
         self.client, self.method, self.version = client, method, version
         self.keep_alive, self.has_body = keep_alive, client.has_body
-        self.url, self.fields = client.url, client.fields  # as they were sent
+        self.url, self.fields = client.url, client.fields  # as received
         self.handshake = client.state is HANDSHAKE
         self.expects_continue = client.expects_continue
-        self.body = bytearray()  # what has come of it and has not been taken
-        self.arrived = asyncio.Event()  # set when more comes, and at every end
+        self.body = bytearray()  # received and not taken yet
+        self.arrived = asyncio.Event()  # set when data arrive, and at every end
         path, _, query = self.url.partition(b"?")
         if not path.startswith(b"/") or b"#" in self.url:
-            # absolute-form (RFC 9112 section 3.2.2), `*`, or a fragment, which says nothing here
+            # absolute-form (RFC 9112 section 3.2.2), `*`, or a fragment, which is ignored
             parsed = httptools.parse_url(self.url)
             path, query = parsed.path or b"/", parsed.query or b""
         self.path, self.query = path, query
 
     def values(self, field: bytes) -> list[bytes]:
-        """Of a header field, by its name in lower case."""
+        """Return the values of a header field, by its name in lower case."""
         return [value for _, name, value in self.fields if name == field]
 
     async def read(self) -> bytes:
-        """The next piece of the body; nothing at its end, and where nobody waits for an answer."""
+        """Return the next piece of the body; empty at its end, and if no answer is needed."""
         client = self.client
         if self.expects_continue and not client.transport.is_closing():
             self.expects_continue = False
@@ -1630,24 +1635,24 @@ class Request:
 class Client(asyncio.Protocol):
     """A client's connection: its requests are parsed, checked, and answered one after the other.
 
-    uvicorn's server makes it, counts it among its `connections`, and calls `shutdown`. Nothing of
-    ASGI is between here and a backend: its cycle and task cost a third of a small request."""
+    uvicorn's server creates it, counts it in `connections`, and calls `shutdown`. ASGI is not used
+    between client and backend: its cycle and task take a third of the time of a small request."""
 
     instances: ClassVar[set[Client]] = set()  # all open ones, for close_overdue
 
-    # what a connection begins with
+    # initial values of a connection
     state = HEAD
     chunked = head_in_read = ending = reading_paused = False
-    early = b""  # what a client sent behind its handshake
-    head_size = framing = 0  # framing: bytes of a chunked body that were none of it
-    chunks = body_bytes = 0  # of the body, in the last read
-    lingers_since = stalled_since = 0.0  # stalled: when it stopped taking its answer
+    early = b""  # data received after a handshake
+    head_size = framing = 0  # framing: bytes of chunk headers and trailers
+    chunks = body_bytes = 0  # of the last read
+    lingers_since = stalled_since = 0.0  # stalled: when the client stopped reading
 
     def __init__(self, *, server_state: Any, **_: Any) -> None:
         self.connections, self.tasks = server_state.connections, server_state.tasks
         self.loop = asyncio.get_running_loop()
         self.parser: Any = self.new_parser()
-        self.arriving: Request | None = None  # the request that is read now, or was last
+        self.arriving: Request | None = None  # the request being read, or read last
         self.waiting: collections.deque[Request] = collections.deque()  # not begun yet
         self.request: Request | None = None  # being answered
         self.exchange: Exchange | None = None
@@ -1656,7 +1661,7 @@ class Client(asyncio.Protocol):
         self.transport = cast(asyncio.Transport, transport)
         peer = transport.get_extra_info("peername")
         self.peer = str(peer[0]).encode() if peer else b""
-        self.touched = self.loop.time()  # when the client last sent, or was last answered
+        self.touched = self.loop.time()  # when data were last received, or an answer ended
         self.connections.add(self)
         Client.instances.add(self)
         if (open_now := len(Client.instances) + len(TunnelEnd.open)) > TABLE.limits.connections:
@@ -1675,12 +1680,12 @@ class Client(asyncio.Protocol):
         if self.exchange:
             self.exchange.end("client gone")
 
-    def happens(self, event: ClientEvent) -> None:  # each request's own events do it in place
+    def happens(self, event: ClientEvent) -> None:  # frequent events assign `state` in place
         self.state = self.state.after[event]
 
     def new_parser(self) -> Any:
         parser = httptools.HttpRequestParser(self)
-        # or it fails at what follows a request that asks for `connection: close`
+        # else it fails at data after a request with `connection: close`
         parser.set_dangerous_leniencies(lenient_data_after_close=True)
         return parser
 
@@ -1719,15 +1724,15 @@ class Client(asyncio.Protocol):
             self.update_reading()
 
     def begin(self) -> None:
-        """Send the next request that waits on its way: with as much of its body as has come."""
+        """Route the next waiting request, with the part of its body that was received."""
         self.request = self.waiting.popleft()
         self.route(self.request)
 
-    def route(self, request: Request) -> None:  # telemetry.py has another one
+    def route(self, request: Request) -> None:  # telemetry.py overrides it
         route(request)
 
     def refuse(self, status: int) -> None:
-        """Answer what cannot be parsed, after the answers before it, and hang up."""
+        """Answer an invalid request after the earlier answers, and close the connection."""
         arriving = self.arriving
         if self.state is BODY and arriving:
             self.abort_request(arriving, status)
@@ -1735,14 +1740,14 @@ class Client(asyncio.Protocol):
             arriving.keep_alive = False
             self.happens("bad head")
         else:
-            if self.state is HEAD:  # else it is answered, and the rest is dropped
+            if self.state is HEAD:  # else the request was answered, and its rest is dropped
                 METRICS.requests += 1
                 METRICS.own.answered(b"", status, self.loop.time() - self.touched)
                 self.send_response(error_response(status))
             self.close()
 
     def abort_request(self, arriving: Request, status: int) -> None:
-        """End a request whose body is bad: its backend must not take what it has for the whole."""
+        """End a request with an invalid body: the backend must not take it as complete."""
         arriving.gone = True
         arriving.arrived.set()
         alone = len(self.waiting) + (self.request is not None) == 1
@@ -1757,18 +1762,18 @@ class Client(asyncio.Protocol):
             self.linger("refused")
 
     def reject(self, open_now: int) -> None:
-        """Near the limit of descriptors, newcomers are told so; those who are there go on. Each
-        of them may need a second descriptor, to its backend."""
+        """Answer a new client with 503 near the limit of descriptors: each present client may need
+        a second one, for its backend."""
         METRICS.rejected += 1
-        if open_now > TABLE.limits.connections * 1.05 + 16:  # no descriptors for politeness either
+        if open_now > TABLE.limits.connections * 1.05 + 16:  # too few descriptors even for a 503
             self.transport.abort()
             return
         self.send_response(error_response(503, "too many connections"))
         self.linger("refused")
 
     def check_framing(self, received: int) -> None:
-        """Bound what a chunked body holds besides its bytes: sizes, extensions, trailers. Some
-        is allowed for each chunk, and as much again as the body has."""
+        """Limit a chunked body's chunk headers, extensions and trailers. 16 bytes per chunk are
+        allowed, and as many bytes as the body has."""
         extra = received - 2 * self.body_bytes - 16 * self.chunks
         self.framing = max(0, self.framing + extra)
         if self.framing > TABLE.limits.framing_bytes:
@@ -1778,7 +1783,7 @@ class Client(asyncio.Protocol):
 
     def on_message_begin(self) -> None:
         self.url = b""
-        self.fields: list[tuple[bytes, bytes, bytes]] = []  # name as written, in lower case, value
+        self.fields: list[tuple[bytes, bytes, bytes]] = []  # name as sent, in lower case, value
         self.expects_continue = False
 
     def on_url(self, url: bytes) -> None:
@@ -1786,8 +1791,8 @@ class Client(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self.state is not HEAD:
-            # A trailer: dropped, since merged into the headers it could say anything of what was
-            # checked already: a second host, an affinity (RFC 9110 section 6.5.1).
+            # A trailer. It is dropped, since merged into the headers it could contradict what was
+            # checked before, such as the host or the affinity (RFC 9110 section 6.5.1).
             self.framing += len(name) + len(value) + 4
             if self.framing > TABLE.limits.framing_bytes:
                 raise BadRequest("trailers too large", 431)
@@ -1801,8 +1806,8 @@ class Client(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         if self.state is not HEAD:
-            return  # behind an upload that was answered early
-        if self.head_size > TABLE.limits.head_bytes:  # with what came behind it
+            return  # after an upload that was answered early
+        if self.head_size > TABLE.limits.head_bytes:  # may include data behind the head
             size = sum(len(name) + len(value) + 4 for name, _, value in self.fields)
             if len(self.url) + size > TABLE.limits.head_bytes:
                 raise BadRequest("head too large", 431)
@@ -1816,7 +1821,7 @@ class Client(asyncio.Protocol):
         if handshake := parser.should_upgrade():
             protocols = [value.lower() for _, name, value in self.fields if name == b"upgrade"]
             if method != b"GET" or self.has_body or protocols[-1:] != [b"websocket"]:
-                return  # no WebSocket (RFC 6455 section 4.1): it comes again, as a plain request
+                return  # no WebSocket (RFC 6455 section 4.1): parsed again as a plain request
             if behind:
                 raise BadRequest("a handshake behind a request")
         self.state = self.state.after["handshake" if handshake else "head"]
@@ -1826,8 +1831,8 @@ class Client(asyncio.Protocol):
         self.waiting.append(self.arriving)
 
     def check_head(self, method: bytes, version: str) -> None:
-        """Refuse what request smugglers use (RFC 9112 sections 3.2, 5 and 6.3). llhttp has already
-        refused bare CR and LF, bad names, and chunked not being last."""
+        """Refuse heads that allow request smuggling (RFC 9112 sections 3.2, 5 and 6.3). llhttp has
+        already refused bare CR and LF, invalid names, and chunked before another coding."""
         lengths = hosts = 0
         self.chunked = self.has_body = False
         for _, name, value in self.fields:
@@ -1850,7 +1855,7 @@ class Client(asyncio.Protocol):
             raise BadRequest("conflicting message lengths")
         if method == b"CONNECT":
             raise BadRequest("this is no forward proxy")
-        if version not in ("1.0", "1.1"):  # the parser takes HTTP/0.9 and HTTP/2.0 for it too
+        if version not in ("1.0", "1.1"):  # the parser accepts HTTP/0.9 and HTTP/2.0, too
             raise BadRequest("HTTP/1.0 or HTTP/1.1, please", 505)
         if hosts > 1 or (hosts == 0 and version == "1.1"):
             raise BadRequest("one host header, please")
@@ -1858,8 +1863,8 @@ class Client(asyncio.Protocol):
             raise BadRequest("HTTP/1.0 has no transfer codings")
 
     def head_without_upgrade(self) -> bytes:
-        """The head that was read, as a request that asks for no upgrade: a server may ignore one
-        (RFC 9110 section 7.8), but the parser would not read the body."""
+        """Return the head that was read, without its upgrade. A server may ignore an upgrade (RFC
+        9110 section 7.8), but the parser would not read the body."""
         version = self.parser.get_http_version().encode()
         head = [b"%b %b HTTP/%b\r\n" % (self.parser.get_method(), self.url, version)]
         for name, lower, value in self.fields:
@@ -1886,7 +1891,7 @@ class Client(asyncio.Protocol):
     # -- answering -----------------------------------------------------------------------------
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run what has to wait. The server ends these when its time for an orderly end is over."""
+        """Run a request that must wait as a task. The server cancels it at the shutdown limit."""
         task = self.loop.create_task(work)
         self.tasks.add(task)
         task.add_done_callback(self.worked)
@@ -1900,7 +1905,7 @@ class Client(asyncio.Protocol):
     def answer(
         self, request: Request, response: Response, instead_of: Deployment | None = None
     ) -> None:
-        """An answer of the router's own, or in place of a deployment that gave none."""
+        """Send the router's own answer, or one in place of a deployment that gave none."""
         self.send_response(response, request)
         took = self.loop.time() - self.touched
         tally, name = (instead_of.tally, instead_of.id) if instead_of else (METRICS.own, None)
@@ -1910,7 +1915,7 @@ class Client(asyncio.Protocol):
         self.finish(request)
 
     def send_response(self, response: Response, request: Request | None = None) -> None:
-        """Write an answer of the router's own, if one may be. Without a request, it is the last."""
+        """Write the router's own answer if the state allows it; without a request the last one."""
         if not self.state.may_answer or self.transport.is_closing():
             return
         status = http.HTTPStatus(response.status_code)
@@ -1922,7 +1927,7 @@ class Client(asyncio.Protocol):
         self.transport.write(b"".join([head, *lines, b"\r\n", body]))
 
     def finish(self, request: Request, close: bool = False) -> None:
-        """The answer is written: on to the next request, or the connection ends."""
+        """After an answer, begin the next request or close the connection."""
         request.answered, self.request = True, None
         request.arrived.set()
         self.touched = self.loop.time()
@@ -1939,13 +1944,13 @@ class Client(asyncio.Protocol):
                 self.update_reading()
 
     def close(self) -> None:
-        """Close the connection, after what is still to be written."""
+        """Close the connection after its buffer is written."""
         self.happens("close")
         self.transport.close()
 
     def update_reading(self) -> None:
-        """Read from the socket, or not: as the state and its requests allow it. One request is
-        parsed ahead of its turn; a body stays `body_ahead_bytes` ahead of the backend."""
+        """Pause or resume the socket by the state and its requests. One request is parsed ahead of
+        its turn; a body is read ahead of the backend by at most `body_ahead_bytes`."""
         state, arriving = self.state, self.arriving
         if state is CLOSED or state is TUNNEL:
             return
@@ -1965,8 +1970,8 @@ class Client(asyncio.Protocol):
             self.exchange.upstream.transport.resume_reading()
 
     def shutdown(self) -> None:
-        """The server ends: this connection does after the answers that are under way, and one
-        that waits for a request after a moment: it may have been sent already."""
+        """Close the connection after the answers in progress, since the server ends. An idle one is
+        closed after `idle_close_grace_seconds`, since a request may be in transit."""
         self.ending = True
         if self.arriving:
             self.arriving.keep_alive = False
@@ -1977,16 +1982,16 @@ class Client(asyncio.Protocol):
             self.close()
 
     def linger(self, why: ClientEvent) -> None:
-        """The answer is out but the upload is not in: a close now would reset the connection and
-        lose the answer, so read and drop for a while (RFC 9112 section 9.6)."""
+        """Read and drop the rest of an upload that was answered early: a close would reset the
+        connection, and the client would lose the answer (RFC 9112 section 9.6)."""
         self.happens(why)
         self.touched = self.lingers_since = self.loop.time()
         self.update_reading()
         if not self.transport.is_closing() and self.transport.can_write_eof():
-            self.transport.write_eof()  # the client need not wait for the rest to see the end
+            self.transport.write_eof()  # so that the client sees the end at once
 
     def check_time(self, now: float) -> None:
-        """End what has been given all the time that it gets."""
+        """End the connection's state if its limit of time is over. `now` is of the loop's clock."""
         limits, transport, arriving = TABLE.limits, self.transport, self.arriving
         idle, closing = now - self.touched, transport.is_closing()
         stalled = now - self.stalled_since if self.stalled_since else 0.0
@@ -2009,7 +2014,7 @@ class Client(asyncio.Protocol):
 
 
 async def close_overdue() -> None:
-    """Every second, close the connections whose time is up."""
+    """Close connections over their limits of time, every second."""
     loop, limits = asyncio.get_running_loop(), TABLE.limits
     while True:
         await asyncio.sleep(1.0)
