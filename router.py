@@ -2029,22 +2029,22 @@ async def close_overdue() -> None:
                 pool.popleft().transport.close()
 
 
-# == One request and its answer =================================================================
+# == A request and its answer ===================================================================
 
 
 class Exchange:
-    """Copies one answer from an upstream to a client, chunk by chunk as it comes.
+    """Copies an answer from an upstream to a client, in pieces as they arrive.
 
-    Everything runs in the callbacks of the two connections, and `then` is called when the two are
-    parted. A client that reads slowly pauses the upstream, so memory stays flat."""
+    All code runs in the callbacks of the two connections. `then` is called when they are detached.
+    A client that reads slowly pauses the upstream, so that memory is bounded."""
 
-    # what an exchange begins with
+    # initial values of an exchange
     state = WAITING
     writable: asyncio.Event | None = None  # for the task that sends the body
     go_ahead: asyncio.Event | None = None
-    reason = tail = b""  # tail: what came behind a 101
+    reason = tail = b""  # tail: data behind a 101
     status = bytes_out = head_size = 0
-    answered_at = heard = 0.0  # when its answer's head came; when the backend was heard last
+    answered_at = heard = 0.0  # times of the answer's head and of its last data
     chunked = until_close = close = False
     keep = True
 
@@ -2052,15 +2052,15 @@ class Exchange:
         client = self.client = request.client
         self.request, self.upstream, self.then = request, upstream, then
         self.parser = httptools.HttpResponseParser(self)
-        self.hedge = hedge  # an answer that says "not here" is swallowed: see `is_miss`
-        self.began = time.monotonic()  # loop.time() stands still within one turn of the loop
+        self.hedge = hedge  # a missing asset is not passed on: see `is_miss`
+        self.began = time.monotonic()  # loop.time() is constant within an iteration of the loop
         self.fields: list[tuple[bytes, bytes]] = []
         self.out: list[bytes] = []
         self.head_only = request.method == b"HEAD"
         self.version_10 = request.version == "1.0"
         upstream.exchange = self
         if client.exchange is None:
-            client.exchange = self  # else one of several that are asked; the answer's is the one
+            client.exchange = self  # else this is a hedged request; the one with an answer sets it
 
     # -- from the upstream ---------------------------------------------------------------------
 
@@ -2092,7 +2092,7 @@ class Exchange:
     def on_message_begin(self) -> None:
         self.fields = []
         if self.state.finished:
-            self.keep = False  # a second answer, which nobody asked for
+            self.keep = False  # a second answer, without a request
 
     def on_status(self, status: bytes) -> None:
         self.reason += status
@@ -2102,7 +2102,7 @@ class Exchange:
             self.fields.append((name, value))
 
     def on_headers_complete(self) -> None:
-        """The head of an answer is in: write the client's."""
+        """The head of an answer is complete: make the client's."""
         if self.state is not WAITING:
             return
         parser, request = self.parser, self.request
@@ -2115,7 +2115,7 @@ class Exchange:
             return
         if self.hedge:
             missed = is_miss(request.path, status, self.fields)
-            if missed or request.begun or request.gone:  # or another was first
+            if missed or request.begun or request.gone:  # another hedged request was faster
                 self.keep = parser.should_keep_alive()
                 self.happens("missing")
                 return
@@ -2141,10 +2141,10 @@ class Exchange:
             elif lower == b"x-pulse-selected-deployment" and self.upstream.deployment.header:
                 continue
             append(name + b": " + value + b"\r\n")
-        if drop is not HOP_BY_HOP:  # Connection may name a header that stood before it
+        if drop is not HOP_BY_HOP:  # Connection may name a header before it
             out[1:] = [line for line in out[1:] if line.partition(b":")[0].lower() not in drop]
         append(self.upstream.deployment.header)
-        if page:  # affinity.js reads there which deployment a document is from
+        if page:  # affinity.js reads the document's deployment from it
             append(b'server-timing: pulse;desc="%b"\r\n' % self.upstream.deployment.id.encode())
         if request.visitor:
             out += visitor_cookie(request, self.fields)
@@ -2153,7 +2153,7 @@ class Exchange:
         self.keep = parser.should_keep_alive() and not self.until_close
         if not length and not empty:
             if self.version_10:
-                self.close = True  # nothing but the end of the connection can end this body
+                self.close = True  # only the end of the connection can end this body
             else:
                 self.chunked = True
                 append(CHUNKED)
@@ -2175,7 +2175,7 @@ class Exchange:
     def informational(self, status: int, reason: bytes) -> None:
         if status == 100:
             if self.go_ahead:
-                self.go_ahead.set()  # reading the body sends the client its own 100
+                self.go_ahead.set()  # `Request.read` sends the client's 100
         elif not self.version_10:
             head = [b"HTTP/1.1 %d %b\r\n" % (status, reason)]
             head += [n + b": " + v + b"\r\n" for n, v in self.fields if n.lower() not in HOP_BY_HOP]
@@ -2195,11 +2195,11 @@ class Exchange:
         if self.state is not ANSWERING:
             return
         if self.chunked:
-            self.out.append(b"0\r\n\r\n")  # trailers, if there were any, end here
+            self.out.append(b"0\r\n\r\n")  # trailers are dropped
         self.state = self.state.after["end"]
 
     def flush(self) -> None:
-        """Write what one read brought, in one go."""
+        """Write all output of one read at once."""
         out = self.out
         if out:
             self.out = []
@@ -2220,7 +2220,7 @@ class Exchange:
             self.broken("the backend broke its answer off")
 
     def broken(self, why: str) -> None:
-        """Too late for another answer: what the client has must not look complete."""
+        """End a partial answer so that the client does not take it as complete."""
         self.keep = False
         if self.state is ANSWERING:
             log.warning("%s: %s", self.upstream.deployment.id, why)
@@ -2228,21 +2228,21 @@ class Exchange:
             tally.failed += 1
             tally.errors["broken_off"] += 1
             self.flush()
-            if self.version_10:  # nothing else would tell it from a complete answer
+            if self.version_10:  # only a reset distinguishes it from a complete answer
                 reset(self.client.transport)
             else:
                 self.client.close()
         self.end("lost")
 
     def check_time(self) -> None:
-        """Give up on a backend that does not begin to answer, or falls silent in its answer."""
+        """End an exchange whose backend does not begin its answer, or falls silent in it."""
         limits = TABLE.limits
         limit = limits.handshake_seconds if self.request.handshake else limits.response_seconds
         if self.state.finished or time.monotonic() - (self.heard or self.began) <= limit:
             return
         if self.state is WAITING:
             self.give_up()
-        elif not self.client.stalled_since:  # else it is the client that is slow
+        elif not self.client.stalled_since:  # else the client is slow
             self.broken("the backend fell silent in its answer")
 
     def give_up(self) -> None:
@@ -2255,15 +2255,15 @@ class Exchange:
         self.state = self.state.after[event]
 
     def end(self, event: ExchangeEvent) -> None:
-        """End without a whole answer, where this has not ended yet."""
+        """End without a complete answer, unless the exchange has ended already."""
         if not self.state.finished:
             self.happens(event)
             self.keep = False
             self.return_to_pool()
 
     def return_to_pool(self) -> None:
-        """Part the two connections. The upstream's goes back to the pool, or is closed; that of a
-        tunnel stays as it is."""
+        """Detach the two connections. The upstream's returns to the pool or is closed, except in a
+        tunnel."""
         upstream, client = self.upstream, self.client
         if upstream.exchange is not self:
             return
@@ -2276,7 +2276,7 @@ class Exchange:
         if self.writable:
             self.writable.set()
         sending = self.request.more_body or self.request.body
-        # the body of an answer that was held back is still on its way
+        # the body of a miss is not read yet
         unread = self.state is MISSING and not self.head_only
         pool = upstream.deployment.idle
         reusable = self.keep and not (sending or unread or upstream.transport.is_closing())
@@ -2290,7 +2290,7 @@ class Exchange:
     # -- to the upstream -----------------------------------------------------------------------
 
     def send(self, head: list[bytes]) -> asyncio.Task[None] | None:
-        """Send the request: at once where all of it is here, else its body by a task."""
+        """Send the request: at once if it is complete, else its body by the returned task."""
         request, write = self.request, self.upstream.transport.write
         chunked = head[-2] == CHUNKED
         if request.more_body or len(request.body) > TABLE.limits.body_ahead_bytes:
@@ -2307,7 +2307,7 @@ class Exchange:
         return None
 
     async def send_body(self, chunked: bool) -> None:
-        """Copy the body as it comes in, at the pace the backend takes it."""
+        """Copy the body as it arrives, at the pace of the backend."""
         request, write = self.request, self.upstream.transport.write
         if self.go_ahead:
             with contextlib.suppress(TimeoutError):
@@ -2316,7 +2316,7 @@ class Exchange:
                 return
         while not self.state.finished and (piece := await request.read()):
             if self.state.finished:
-                return  # type: ignore[unreachable]  # it changes while we wait
+                return  # type: ignore[unreachable]  # the state changes during await
             write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
             if self.writable:
                 await self.writable.wait()
@@ -2325,8 +2325,8 @@ class Exchange:
 
 
 def request_head(request: Request, deployment: Deployment) -> list[bytes]:
-    """The lines of the request for the backend: the client's, byte for byte and in order, less
-    the hop-by-hop ones, plus the forwarding headers that the edge has not set."""
+    """Return the request's head for the backend: the client's lines, byte for byte and in order,
+    without hop-by-hop headers, plus the forwarding headers that the edge has not set."""
     url = request.url
     if not url.startswith(b"/"):  # absolute-form and `*`
         has_query = b"?" in url.partition(b"#")[0]
@@ -2347,7 +2347,7 @@ def request_head(request: Request, deployment: Deployment) -> list[bytes]:
         if lower in FORWARDED:
             seen[lower] = value
         out.append(name + b": " + value + b"\r\n")
-    if drop is not HOP_BY_HOP:  # Connection may name a header that stood before it
+    if drop is not HOP_BY_HOP:  # Connection may name a header before it
         out[4:] = [line for line in out[4:] if line.partition(b":")[0].lower() not in drop]
     if b"host" not in seen:  # HTTP/1.0
         host = f"[{deployment.host}]" if ":" in deployment.host else deployment.host
@@ -2371,12 +2371,12 @@ SAFE_TO_REPEAT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE"))
 
 
 def repeatable(request: Request) -> bool:
-    """May it be sent once more, where a pooled connection had died (RFC 9110 section 9.2.2)?"""
+    """May a request be sent again if a pooled connection was dead (RFC 9110 section 9.2.2)?"""
     return request.method in SAFE_TO_REPEAT and not request.has_body
 
 
 def from_pool(request: Request, deployment: Deployment) -> Upstream | None:
-    """The idle connection used last, if it has not been idle for too long."""
+    """Return the idle connection that was used last, if it has not been idle for too long."""
     pool, now, limits = deployment.idle, request.client.loop.time(), TABLE.limits
     again = repeatable(request)
     max_idle = limits.upstream_idle_seconds if again else limits.unsafe_idle_seconds
@@ -2394,9 +2394,9 @@ def from_pool(request: Request, deployment: Deployment) -> Upstream | None:
 async def forward(
     request: Request, target: Deployment, hedge: bool, timeout: float = 0, fresh: bool = False
 ) -> ExchangeState:
-    """Send the client's request to a deployment and its answer back, on a `fresh` connection or a
-    pooled one, within `timeout` seconds. Returns how it ended, as `Exchange` has it; raises
-    UpstreamError where nothing has been sent to the client yet."""
+    """Send a request to a deployment and its answer to the client, on a pooled connection unless
+    `fresh`. A `timeout` in seconds is for a hedged request. Returns the exchange's outcome. Raises
+    UpstreamError if it failed before anything was sent to the client."""
     upstream = None if fresh else from_pool(request, target)
     upstream = upstream or await connect(target, timeout or TABLE.limits.connect_seconds)
     if request.gone:
@@ -2422,7 +2422,7 @@ async def forward(
 
 
 def record_outcome(exchange: Exchange) -> ExchangeState:
-    """Do what is to be done when an exchange has ended. Returns and raises as `forward`."""
+    """Count an ended exchange, and go on as its outcome says. Returns and raises as `forward`."""
     request, deployment, outcome = exchange.request, exchange.upstream.deployment, exchange.state
     if outcome is LOST:
         detail = "the deployment closed the connection without an answer"
@@ -2443,14 +2443,14 @@ def record_outcome(exchange: Exchange) -> ExchangeState:
     return outcome
 
 
-# == WebSockets: a handshake, then bytes ========================================================
+# == WebSockets: tunnels of bytes ===============================================================
 
 
 class TunnelEnd(asyncio.Protocol):
-    """One end of a tunnel. What comes in goes out at the other end. Each end may say that it has
-    no more to send (a half-close), and the other goes on talking. The tunnel is over when both
-    have, when either connection is lost, or when a half-closed one has been silent for
-    `half_closed_seconds`. What is still to be written then has `flush_seconds`."""
+    """One end of a tunnel. It writes what it reads to the other end. After a half-close (EOF) of
+    one end, the other may go on sending. The tunnel ends when both ends have sent EOF, when a
+    connection is lost, or when a half-closed tunnel was silent for `half_closed_seconds`. Then
+    buffers are written for at most `flush_seconds`."""
 
     __slots__ = ("deployment", "ended", "lost", "peer", "since", "transport")
     open: ClassVar[set[TunnelEnd]] = set()  # the clients' ends, until both connections are gone
@@ -2458,8 +2458,8 @@ class TunnelEnd(asyncio.Protocol):
     def __init__(self, transport: asyncio.Transport, deployment: str) -> None:
         self.transport, self.deployment = transport, deployment
         self.peer: TunnelEnd = self
-        self.ended = self.lost = False  # it sends no more; its connection is gone
-        self.since = 0.0  # of a tunnel that is ending: the last sign of life
+        self.ended = self.lost = False  # EOF was received; the connection was lost
+        self.since = 0.0  # of an ending tunnel: time of the last data
 
     def data_received(self, data: bytes) -> None:
         self.peer.transport.write(data)
@@ -2470,10 +2470,10 @@ class TunnelEnd(asyncio.Protocol):
         peer = self.peer
         self.ended, self.since = True, time.monotonic()
         if peer.ended or peer.lost or not peer.transport.can_write_eof():
-            # Nobody else would close a connection whose two halves have ended: before, each
-            # tunnel that closed in order kept its two descriptors.
+            # No other code closes a connection with both halves ended, and a tunnel would keep its
+            # two descriptors.
             peer.transport.close()
-            return False  # and this one closes
+            return False  # asyncio closes this one
         if not peer.transport.is_closing():
             peer.transport.write_eof()
         return True
@@ -2509,8 +2509,8 @@ class TunnelEnd(asyncio.Protocol):
 
 
 def join(client: Client, exchange: Exchange) -> None:
-    """The backend said 101: pass that on and let the bytes run. After any other answer a connection
-    ends: what stood behind the handshake may not pass unread."""
+    """Pass a backend's 101 on, and make the two connections a tunnel. After any other answer to a
+    handshake the connection closes, since data behind the handshake are not checked."""
     upstream = exchange.upstream
     head = [b"HTTP/1.1 101 Switching Protocols\r\n"]
     head += [n + b": " + v + b"\r\n" for n, v in exchange.fields]
@@ -2519,7 +2519,7 @@ def join(client: Client, exchange: Exchange) -> None:
     client.connections.discard(client)
     Client.instances.discard(client)
     if client.transport.is_closing() or upstream.transport.is_closing():
-        client.close()  # one end has gone meanwhile
+        client.close()  # one end was closed meanwhile
         upstream.transport.close()
         return
     client.happens("101")
@@ -2549,20 +2549,20 @@ ASSET_PREFIXES = tuple(prefix.encode() for prefix in _PREFIXES if prefix)
 
 
 def affinity(request: Request) -> bytes:
-    """The deployment id that a request carries, query before header, or nothing."""
+    """Return the deployment id in a request, from the query or else the header, or nothing."""
     query = request.query
-    if query and (found := QUERY_AFFINITY.search(query)) and found[1]:
-        return urllib.parse.unquote_to_bytes(found[1])
+    if query and (match := QUERY_AFFINITY.search(query)) and match[1]:
+        return urllib.parse.unquote_to_bytes(match[1])
     values = request.values(b"x-pulse-deployment")
     return values[0].strip() if values else b""
 
 
 def is_internal(raw: bytes) -> bool:
-    """Is this the internal prefix, in any spelling that a backend could undo?"""
+    """Is a path below INTERNAL_PREFIX, in any encoding that a backend could decode?"""
     if not SUSPECT_PATH.search(raw):
         return False
     path = raw.decode("latin-1")
-    for _ in range(5):  # decoded more than once on the way
+    for _ in range(5):  # servers on the path may decode it more than once
         path, before = urllib.parse.unquote(path), path
         if path == before:
             break
@@ -2572,14 +2572,14 @@ def is_internal(raw: bytes) -> bool:
 
 
 def local_location(value: str, host: str) -> str | None:
-    """A redirect target on this host, or None: `x-pulse-client-loader-location` is the client's
-    word, and an open redirect would be worth having for a phisher."""
-    here = rf"(https?://{re.escape(host)}(?![^/?#])|/(?!/))[^\x00-\x20\x7f\\]*"
-    return value if host and re.fullmatch(here, value, re.IGNORECASE) else None
+    """Return a redirect target if it is on this host. The client sends it in the header
+    `x-pulse-client-loader-location`, and an open redirect would help phishing."""
+    same_host = rf"(https?://{re.escape(host)}(?![^/?#])|/(?!/))[^\x00-\x20\x7f\\]*"
+    return value if host and re.fullmatch(same_host, value, re.IGNORECASE) else None
 
 
 def route(request: Request) -> None:
-    """Send a request on its way: at once where nothing has to be waited for, else in a task."""
+    """Forward a request at once if nothing must be waited for, else in a task."""
     METRICS.requests += 1
     client, path, table = request.client, request.path, TABLE
     if path == OWN_HEALTH_PATH:
@@ -2608,7 +2608,7 @@ def route(request: Request) -> None:
 
 
 def on_done(affinity_id: bytes, exchange: Exchange) -> None:
-    """What was sent on its way at once has ended."""
+    """Go on after an exchange that `route` began without a task."""
     request = exchange.request
     if exchange.state is RESET:
         request.client.spawn(handle(request, affinity_id, fresh=True))
@@ -2623,16 +2623,16 @@ def on_done(affinity_id: bytes, exchange: Exchange) -> None:
 
 
 def pick_default(request: Request) -> Deployment | None:
-    """The deployment of a request that names none. During a canary its visitor is drawn for, with
-    the same outcome in every router: a page, its assets, `fetch` calls and socket get the same."""
+    """Return the deployment of a request without affinity. During a canary the visitor's id
+    decides, in all routers alike: a page, its assets, `fetch` calls and socket get the same."""
     if TABLE.canary is None:
         return TABLE.active
-    drawn = in_canary_bucket(visitor_of(request), TABLE.canary.id, TABLE.weight)
-    return TABLE.canary if drawn else TABLE.active
+    in_bucket = in_canary_bucket(visitor_of(request), TABLE.canary.id, TABLE.weight)
+    return TABLE.canary if in_bucket else TABLE.active
 
 
 def in_canary_bucket(visitor: bytes, deployment_id: str, weight: float) -> bool:
-    """Is this visitor among the `weight` percent that get the canary? If so, at larger ones too."""
+    """Is a visitor among the `weight` percent with the canary? It stays so at larger weights."""
     digest = hashlib.blake2b(visitor, digest_size=8, key=deployment_id.encode()).digest()
     return int.from_bytes(digest) < weight / 100 * (1 << 64)
 
@@ -2641,27 +2641,27 @@ VISITOR = re.compile(rb"(?:^|;) *" + VISITOR_COOKIE.encode() + rb"=([0-9a-f]{16}
 
 
 def visitor_of(request: Request) -> bytes:
-    """Who asks: a cookie of ours says so. Without one, it is client address and user agent, which
-    the cookie then fixes (`request.visitor`), since the address may change. An app's own session
-    cookie comes with the first page only, and the page's assets would be drawn for anew."""
+    """Return a visitor's id, from our cookie, or else from client address and user agent. That id
+    is kept in the cookie (`request.visitor`), since the address may change. An app's session cookie
+    comes with the first page only, and that page's assets could get another deployment."""
     address = agent = forwarded = b""
     for _, name, value in request.fields:
         if name == b"cookie":
-            if found := VISITOR.search(value):
-                return found[1]
+            if match := VISITOR.search(value):
+                return match[1]
         elif name == b"user-agent":
             agent = value
-        elif name == b"x-real-ip":  # Railway's edge sets it
+        elif name == b"x-real-ip":  # set by Railway's edge
             address = value
         elif name == b"x-forwarded-for":
             forwarded = value.partition(b",")[0].strip()
-    who = (address or forwarded or request.client.peer) + b"\n" + agent
-    request.visitor = hashlib.blake2b(who, digest_size=8).hexdigest().encode()
+    client = (address or forwarded or request.client.peer) + b"\n" + agent
+    request.visitor = hashlib.blake2b(client, digest_size=8).hexdigest().encode()
     return request.visitor
 
 
 def visitor_cookie(request: Request, fields: list[tuple[bytes, bytes]]) -> list[bytes]:
-    """The header line that gives a visitor its cookie: with a page, which caches do not share."""
+    """Return the header line of a visitor's cookie; only for a page, which caches do not share."""
     if not is_html(fields):
         return []
     schemes = [value.strip().lower() for value in request.values(b"x-forwarded-proto")]
@@ -2687,7 +2687,7 @@ INTERNAL_TOKEN = os.environ.get("PULSE_RAILWAY_INTERNAL_TOKEN", "").encode()
 
 
 def closed_response(request: Request, closed: Maintenance) -> Response:
-    """What everybody gets while the app is not to be used."""
+    """Return the answer to visitors during maintenance."""
     headers = {"retry-after": str(closed.retry_after), "cache-control": "no-store"}
     if any(b"text/html" in value for value in request.values(b"accept")):
         again = f"<meta http-equiv=refresh content={closed.retry_after}>{PAGE}"
@@ -2697,23 +2697,23 @@ def closed_response(request: Request, closed: Maintenance) -> Response:
 
 
 def bypasses_maintenance(request: Request) -> bool:
-    """Does this get to the app in maintenance too? Its health check does, and who shows the
-    internal token: `deploy` looks at the version that it brings up."""
-    shown = request.values(INTERNAL_TOKEN_HEADER.encode())
-    trusted = INTERNAL_TOKEN and any(hmac.compare_digest(v, INTERNAL_TOKEN) for v in shown)
+    """Does a request reach the app during maintenance? The health check does, and a request with
+    the internal token, by which `deploy` checks a new version."""
+    tokens = request.values(INTERNAL_TOKEN_HEADER.encode())
+    trusted = INTERNAL_TOKEN and any(hmac.compare_digest(v, INTERNAL_TOKEN) for v in tokens)
     return bool(trusted) or request.path == HEALTH_PATH.encode()
 
 
-# -- a request that has to wait ----------------------------------------------------------------
+# -- requests that must wait -------------------------------------------------------------------
 
 
 async def handle(request: Request, affinity_id: bytes, *, fresh: bool = False) -> None:
-    """Answer a request that has to wait: for a lookup, for a connection, for other deployments."""
+    """Answer a request that must wait for a lookup, a connection or other deployments."""
     target = await TABLE.find(affinity_id) if affinity_id else pick_default(request)
     reloads = request.handshake and QUERY_RELOAD.search(request.query)
-    if target is None and reloads and not TABLE.provisional:  # which does not know who is gone
+    if target is None and reloads and not TABLE.provisional:  # no stale answers without a state
         METRICS.stale += 1
-        target = TABLE.active  # which tells the tab to reload
+        target = TABLE.active  # it tells the tab to reload
     if target is None:
         request.client.answer(request, stale_response(request, affinity_id))
         return
@@ -2723,7 +2723,7 @@ async def handle(request: Request, affinity_id: bytes, *, fresh: bool = False) -
         active = TABLE.active
         unsent = not error.sent or (error.status == 502 and repeatable(request))
         if active and unsent and not (affinity_id or target is active or request.begun):
-            target.tally.failed += 1  # a canary that is down costs no visitor anything
+            target.tally.failed += 1  # the active deployment answers for a failed canary
             target.tally.errors[error.kind] += 1
             try:
                 await answer_by(request, active, affinity_id)
@@ -2736,14 +2736,14 @@ async def handle(request: Request, affinity_id: bytes, *, fresh: bool = False) -
 async def answer_by(
     request: Request, target: Deployment, affinity_id: bytes, fresh: bool = False
 ) -> None:
-    """Answer from a deployment, or from others what it lacks. Raises as `forward`."""
+    """Answer from a deployment; a missing asset from others. Raises as `forward`."""
     outcome = await forward(request, target, may_hedge(request, affinity_id), fresh=fresh)
     if outcome is MISSING and not await fetch_from_others(request, target):
         await forward(request, target, hedge=False)
 
 
 def answer_for(request: Request, target: Deployment, error: UpstreamError) -> None:
-    """The answer where a backend gave none."""
+    """Answer with 502 or 504 in place of a backend."""
     METRICS.errors += 1
     target.tally.errors[error.kind] += 1
     response = error_response(error.status, error.detail)
@@ -2752,7 +2752,7 @@ def answer_for(request: Request, target: Deployment, error: UpstreamError) -> No
 
 
 def may_hedge(request: Request, affinity_id: bytes) -> bool:
-    """May other deployments answer this where its own cannot?"""
+    """May other deployments answer a request if the chosen one lacks the asset?"""
     unsafe = request.method not in (b"GET", b"HEAD") or request.has_body
     if affinity_id or len(TABLE.deployments) < 2 or unsafe:
         return False
@@ -2760,9 +2760,9 @@ def may_hedge(request: Request, affinity_id: bytes) -> bool:
 
 
 async def fetch_from_others(request: Request, first: Deployment) -> bool:
-    """Send hedged requests for what `first` lacks: to the next deployment as soon as one lacks it
-    too, or `hedge_delay_seconds` after the one before. The first that has it answers.
-    Returns: did one?"""
+    """Send hedged requests for an asset that `first` lacks: to the next deployment when one lacks
+    it too, or `hedge_delay_seconds` after the one before. The first that has the asset answers.
+    Returns whether one has."""
     loop, path, limits = request.client.loop, request.url, TABLE.limits
     others = collections.deque(TABLE.others(first, path))
     asking: dict[asyncio.Task[ExchangeState], Deployment] = {}
@@ -2780,7 +2780,7 @@ async def fetch_from_others(request: Request, first: Deployment) -> bool:
                     if task.result() is not MISSING:
                         TABLE.cache_asset_location(path, other)
                         return True
-                except UpstreamError:  # down or frozen: not every asset of a page waits for it
+                except UpstreamError:  # down or frozen: other assets of a page must not wait
                     other.ejected_until = time.monotonic() + limits.ejection_seconds
         return request.gone
     finally:
@@ -2789,7 +2789,7 @@ async def fetch_from_others(request: Request, first: Deployment) -> bool:
 
 
 def stale_response(request: Request, affinity_id: bytes) -> Response:
-    """What a request gets whose deployment is not known."""
+    """Return the answer to a request whose deployment is not known."""
     if not TABLE.loaded or TABLE.empty or TABLE.provisional:
         why = "nothing is deployed, or the routing state is lost"
         why = why if TABLE.loaded else "not loaded yet"
@@ -2820,13 +2820,13 @@ def stale_response(request: Request, affinity_id: bytes) -> Response:
     return JSONResponse({"detail": "stale affinity"}, 409, headers=answer)
 
 
-DISCOVERY_PATH = b"/__manifest"  # where React Router asks a build for its routes
+DISCOVERY_PATH = b"/__manifest"  # React Router's request for a build's routes
 
 
 def is_miss(path: bytes, status: int, fields: list[tuple[bytes, bytes]]) -> bool:
-    """Does this answer mean that the deployment does not have what was asked for? Of an asset: a
-    404, or a page in place of a file, as an app with a catch-all route answers. Of routes: a 204
-    that demands a reload, as another build answers."""
+    """Does an answer mean that the deployment lacks the asset or the routes? For an asset: a 404,
+    or a page in place of a file, as from an app with a catch-all route. For routes: a 204 with a
+    reload header, as from another build."""
     if not path.startswith(ASSET_PREFIXES):
         return status == 204 and any(n.lower() == b"x-remix-reload-document" for n, _ in fields)
     page = status == 200 and not path.endswith((b".html", b".htm")) and is_html(fields)
@@ -2837,8 +2837,8 @@ def is_miss(path: bytes, status: int, fields: list[tuple[bytes, bytes]]) -> bool
 
 
 async def supervise(name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Keep a background task running. One that ends is started again; after `restarts` in
-    `restart_seconds` (Limits) the process ends in order, with a status that is not 0."""
+    """Restart a background task when it ends. After `restarts` in `restart_seconds` (Limits) the
+    process shuts down with status 1."""
     limits = TABLE.limits
     ends: collections.deque[float] = collections.deque(maxlen=limits.restarts)
     while True:
@@ -2846,7 +2846,7 @@ async def supervise(name: str, work: Callable[[], Coroutine[Any, Any, None]]) ->
         try:
             await work()
         except Exception as error:
-            # Not its message, which can hold a secret: that of a Redis error has the URL.
+            # Not its message, which can have a secret: a Redis error's has the URL.
             frames = "".join(traceback.format_tb(error.__traceback__))
             why = f"{type(error).__name__}\n{frames}"
         log.error("the task `%s` has ended, and starts again: %s", name, why)
@@ -2861,7 +2861,7 @@ async def supervise(name: str, work: Callable[[], Coroutine[Any, Any, None]]) ->
 @contextlib.asynccontextmanager
 async def lifespan(_: Starlette) -> AsyncIterator[None]:
     host = os.environ.get("RAILWAY_REPLICA_ID") or socket.gethostname()
-    METRICS.name = f"{host}-{secrets.token_hex(3)}"  # a restarted router begins to count anew
+    METRICS.name = f"{host}-{secrets.token_hex(3)}"  # new at each start, as are the counts
     store = store_from_env(os.environ, TABLE.limits)
     work = {
         "routing state": partial(TABLE.follow, store),
@@ -2869,7 +2869,7 @@ async def lifespan(_: Starlette) -> AsyncIterator[None]:
         "timeouts": close_overdue,
         **app.state.telemetry,
     }
-    if TABLE.copy:  # the store may be another environment's
+    if TABLE.copy:  # the store may belong to another environment
         del work["routing state"], work["without state"]
         log.error(TABLE.copy)
         TABLE.changed.set()
@@ -2887,11 +2887,11 @@ async def lifespan(_: Starlette) -> AsyncIterator[None]:
 
 
 app = Starlette(lifespan=lifespan)
-app.state.telemetry = {}  # its background tasks
+app.state.telemetry = {}  # telemetry's background tasks
 
 
 def listen(host: str | None, port: int) -> socket.socket:
-    """A listening socket; without a host, on IPv4 and IPv6. Raises SystemExit."""
+    """Return a listening socket; without a host, on IPv4 and IPv6. Raises SystemExit."""
     create = partial(socket.create_server, backlog=2048)
     if not host and socket.has_dualstack_ipv6():
         with contextlib.suppress(OSError, OverflowError):
@@ -2900,12 +2900,12 @@ def listen(host: str | None, port: int) -> socket.socket:
     try:
         return create((host or "", port), family=family)
     except (OSError, OverflowError) as error:
-        why = os.strerror(error.errno or 0) if isinstance(error, OSError) else "there is none"
+        why = os.strerror(error.errno or 0) if isinstance(error, OSError) else "no such port"
         raise SystemExit(f"port {port} cannot be listened on: {why}") from None
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, whose shutdown does not wait for tunnels: they are closed last."""
+    """uvicorn's server, with a shutdown that does not wait for tunnels: they are closed last."""
 
     async def _wait_tasks_to_complete(self) -> None:
         while (self.server_state.connections or self.server_state.tasks) and not self.force_exit:
@@ -2915,14 +2915,14 @@ class Server(uvicorn.Server):
 def serve(limits: Limits) -> None:
     global ACCESS_LOG, RESOLVER, TABLE
     port = number_from_env("PORT", DEFAULT_PORT, int)
-    store_from_env(os.environ)  # a missing variable shows before the port is taken
+    store_from_env(os.environ)  # raises for a missing variable before the port is opened
     configured = number_from_env("PULSE_RAILWAY_ROUTER_CONNECTION_LIMIT", None, int)
     limits = replace(limits, connections=client_limit(configured, limits))
     RESOLVER, TABLE = Resolver(limits), Table(os.environ, limits)
     if os.environ.get("PULSE_RAILWAY_ROUTER_WORKERS"):
         log.warning("PULSE_RAILWAY_ROUTER_WORKERS has no effect: give the service replicas")
     sock = listen(os.environ.get("HOST"), port)
-    # What is wrong with a variable that concerns nothing else is one line in the log.
+    # An invalid variable of telemetry is logged in one line.
     if any(value and name.startswith(TELEMETRY) for name, value in os.environ.items()):
         import telemetry
 
@@ -2937,11 +2937,11 @@ def serve(limits: Limits) -> None:
         raise SystemExit(1)
 
 
-# == The app's internal endpoints, asked by the metrics, the control commands and the janitor ===
+# == The app's internal endpoints: for the metrics, the control commands and the janitor ========
 
 
 def connection_to(record: Record, limits: Limits = DEFAULT_LIMITS) -> http.client.HTTPConnection:
-    """Plain HTTP, no proxy. Raises OSError, and ValueError for a record without an address."""
+    """Return an HTTP connection. Raises ValueError for a record without an address."""
     url = urllib.parse.urlsplit(record.url or "")
     if not url.hostname:
         raise ValueError
@@ -2949,8 +2949,8 @@ def connection_to(record: Record, limits: Limits = DEFAULT_LIMITS) -> http.clien
 
 
 def look(record: Record, limits: Limits = DEFAULT_LIMITS) -> str:
-    """What is at a deployment's address: `answers` (over HTTP, and as no other deployment),
-    `other`, `silent` (it takes connections), `unreachable` (no name, or no connection)."""
+    """Return what is at a deployment's address: `answers`, `other` (another deployment answers),
+    `silent` (it accepts connections only), `unreachable` (no such name, or no connection)."""
     try:
         connection = connection_to(record, limits)
         connection.connect()
@@ -2971,7 +2971,7 @@ SCRIPTS = "router.py control.py janitor.py telemetry.py sqlite_store.py ownershi
 
 @cache
 def runtime_version() -> str:
-    """This version, and a digest of what is in its image: as `ensure` notes it on the service."""
+    """Return this version with a digest of the image's files, as `ensure` notes it."""
     folder, digest = os.path.dirname(os.path.realpath(__file__)), hashlib.sha256()
     try:
         for name in ("Dockerfile.router", *SCRIPTS, "runtime.lock"):
@@ -2983,7 +2983,7 @@ def runtime_version() -> str:
 
 
 def main(argv: list[str], limits: Limits | None = None) -> int:
-    """Serve until the process is told to end. `limits`: in place of the environment's."""
+    """Serve until a signal ends the process. `limits` replace those of the environment."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s %(message)s")
     if argv:
         print(__doc__, file=sys.stderr)
