@@ -1487,11 +1487,11 @@ class ClientState(Enum):
     # what it is; parses, may_answer, may_read
     HEAD = "between two requests, or in a head", True, True, True
     BODY = "in the body of a request", True, True, True
-    HANDSHAKE = "a handshake has come: what follows is the tunnel's", False, True, False
-    REFUSED = "nothing more is understood; the answers that are due come first", False, True, False
-    LINGERING = "answered; the rest of the upload is read up to its end", True, False, True
-    DROPPING = "answered; what comes is not understood, and dropped", False, False, True
-    TUNNEL = "the two ends of a tunnel have the connections", False, False, False
+    HANDSHAKE = "after a handshake: further data belong to the tunnel", False, True, False
+    REFUSED = "after an invalid request: earlier answers are still written", False, True, False
+    LINGERING = "answered; the rest of the upload is read and dropped", True, False, True
+    DROPPING = "answered; data are dropped without parsing", False, False, True
+    TUNNEL = "the connection belongs to a tunnel", False, False, False
     CLOSED = "closed, or closing", False, False, False
 
     def __init__(self, about: str, parses: bool, may_answer: bool, may_read: bool) -> None:
@@ -1505,14 +1505,14 @@ class ExchangeState(Enum):
 
     WAITING = "the request is sent, or being sent"
     ANSWERING = "the answer's head has gone to the client"
-    OK = "the answer is whole"
-    SWITCHED = "a tunnel now"
-    MISSING = "an answer that was held back: not here"
-    GONE = "the client left"
-    BROKEN = "too late for another answer"
-    RESET = "its pooled connection had died: once more, on another"
-    LOST = "no answer, nothing sent yet"
-    TIMED_OUT = "no answer in time, nothing sent yet"
+    OK = "the answer is complete"
+    SWITCHED = "the two connections are a tunnel"
+    MISSING = "the deployment lacks the asset; its answer was dropped"
+    GONE = "the client has closed its connection"
+    BROKEN = "the answer broke off after its head"
+    RESET = "the pooled connection was dead: sent again on another"
+    LOST = "the connection was lost before an answer"
+    TIMED_OUT = "no answer in time"
 
     after: dict[ExchangeEvent, ExchangeState]  # what may happen, and the state after it
     finished: bool
