@@ -546,7 +546,7 @@ def mend(
 ) -> bool:
     """Bring the store and Railway's variables to the later promotion of the two.
 
-    Returns whether the active deployment was wrong or lost.
+    Returns whether the two named different deployments, or the state was lost.
     """
     last, healed = inventory.promoted, False
     if not inventory.backends and routing.active is None:
@@ -865,7 +865,7 @@ def notify(env: dict[str, str], report: Report) -> None:
     try:
         httpx.post(env[NOTIFY], json=body, timeout=10).raise_for_status()
     except (httpx.HTTPError, httpx.InvalidURL) as error:  # its message has the URL, a secret
-        log.warning("%s was not told: %s", NOTIFY, type(error).__name__)
+        log.warning("the notification to %s failed: %s", NOTIFY, type(error).__name__)
 
 
 def options(argv: list[str]) -> dict[str, str]:
