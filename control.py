@@ -10,14 +10,14 @@
 #   "uvloop>=0.21; sys_platform != 'win32'",
 # ]
 # ///
-"""What changes the routing state: the steps, and the control commands that take them.
+"""The steps that change the routing state, and the control commands that carry them out.
 
     python control.py <command>    active, status, register, promote, ...
 
 A command runs inside the router's container (`railway ssh --service <router> -- "pulse-railway
-control ..."`), or the janitor carries it out. It is one transaction on the store; then it waits
-until the routers serve what it has written. The types, the parser, the writer and the merge of
-two memories are router.py's, since a router heals the store.
+control ..."`), or the janitor carries it out. It is one transaction on the store. Then it waits
+until the routers serve the new state. The state's types, parser and writer, and the repair of lost
+data, are in router.py, since a router repairs the store.
 """
 
 from __future__ import annotations
@@ -51,18 +51,21 @@ RAILWAY_RUNTIME = ("RAILWAY_SERVICE_ID", "RAILWAY_REPLICA_ID", "RAILWAY_PRIVATE_
 HEAL_WAIT = 8.0  # seconds that a command waits for a router to write lost state back
 REPORT_WAIT = 10.0  # seconds that a command waits until every router serves what it has written
 REPORT_POLL = 0.05
-SILENT_SECONDS = 60.0  # a router that has not reported for so long holds up no promotion
-LATE_SECONDS = 3600.0  # in which a command may still arrive that was sent before another
-OTHER_VERSION_SECONDS = 30.0  # in which a router that reports no epoch has read the state
+SILENT_SECONDS = 60.0  # a promotion does not wait for a router without a report for so long
+LATE_SECONDS = 3600.0  # a command may arrive so long after it was sent
+OTHER_VERSION_SECONDS = 30.0  # until a router that reports no epoch has read the state
 JANITOR_LOCK = ":janitor:lock"
-OUR_LOCK_PREFIX = "steps-"  # begins a holder's name whose every change is one transaction
-COMMAND_LOCK_SECONDS = 30  # longer than a command takes
-LEASE_AT_MOST = 3600.0  # seconds: longer than any version's router or janitor asks for
+OUR_LOCK_PREFIX = "steps-"  # of a lock's holder that changes the state by transactions only
+COMMAND_LOCK_SECONDS = 30  # more than the duration of a command
+LEASE_AT_MOST = 3600.0  # seconds; no version of router or janitor sets a longer one
 JANITOR_WAIT = 15.0  # seconds that a command waits for an older janitor to end
 
 
 class StateError(Exception):
-    """A control command that would leave the routing state wrong. `reason` is for programs."""
+    """A control command that would leave the routing state wrong is refused.
+
+    `reason` is a word for programs.
+    """
 
     def __init__(self, message: str, reason: str = "refused") -> None:
         super().__init__(message)
@@ -73,30 +76,32 @@ class StateError(Exception):
 
 
 def with_records(routing: Routing, *records: Record) -> Routing:
+    """Return the state with these records added or replaced."""
     return replace(routing, records={**routing.records, **{r.deployment_id: r for r in records}})
 
 
 def is_older_than(routing: Routing, last: Promotion | None) -> bool:
-    """Is `last`, what Railway says was promoted last, newer than what the store holds?"""
+    """Is the last promotion that Railway knows of (`last`) newer than the store's?"""
     if last is None or routing.promotion is None:
         return last is not None
     if routing.promotion.at != last.at:
         return routing.promotion.at < last.at
-    # an earlier version of our CLI has noted its promotion without the time, or an earlier
-    # janitor, late, what it had read before it was rolled back from
+    # Of equal times either can be newer: an earlier version of the CLI wrote its promotion without
+    # a time, and an earlier janitor wrote a promotion that was rolled back since it had read it.
     differs = routing.active != last.deployment_id
-    left = routing.records.get(last.deployment_id)
-    if left and left.rejected_at and left.rejected_at >= last.at:
+    record = routing.records.get(last.deployment_id)
+    if record and record.rejected_at and record.rejected_at >= last.at:
         return False
     return differs and last.at > 0 and not routing.promoted_by_other
 
 
 def is_lost(routing: Routing, last: Promotion | None) -> bool:
-    """Has the store lost data that a control command would take for never there?"""
+    """Has the store lost data, so that a control command would decide on a partial state?"""
     return last is not None and (routing.store_id is None or is_older_than(routing, last))
 
 
 def refuse_active(routing: Routing, deployment_id: str) -> None:
+    """Raise StateError if the deployment is active."""
     if routing.active == deployment_id:
         raise StateError(
             f"{deployment_id} is active: promote or deploy another one first", "active"
@@ -112,25 +117,27 @@ def register(
     service_id: str | None = None,
     about: Json | None = None,
 ) -> Routing:
-    """A deployment that runs but is not yet chosen: reachable by affinity only. `pinned`: it is
-    meant to stay so, and the janitor does not take it for a deploy that died. `about`: its commit,
-    author and message, and who deployed it.
+    """Add a pending deployment: it runs, and is reachable by affinity only.
 
-    A command that comes late, when the deployment has been removed already, is refused: it is
-    known by its Railway service. The id on a new service starts clean.
+    A command that arrives after the removal of its deployment is refused; the id of the Railway
+    service shows that. A deployment id on a new service gets a new record.
+
+    Args:
+        pinned: it stays pending on purpose, so that the janitor does not remove it.
+        about: its commit, author and message, and who deployed it.
     """
     if routing.active == deployment_id:
         raise StateError(
-            f"{deployment_id} is the active deployment and cannot be registered anew", "active"
+            f"{deployment_id} is the active deployment and cannot be registered again", "active"
         )
     record = routing.records.get(deployment_id)
-    grave = routing.tombstones.get(deployment_id)
+    tombstone = routing.tombstones.get(deployment_id)
     if record and record.retiring_at:
-        grave = grave or router.Tombstone(record.retiring_at, record.service_id)
-    if grave:
-        # 0.3.x names no service: then what comes soon after the removal was sent before it
-        late = service_id is None and routing.now - grave.at < LATE_SECONDS
-        if late or (service_id and service_id == grave.service_id):
+        tombstone = tombstone or router.Tombstone(record.retiring_at, record.service_id)
+    if tombstone:
+        # 0.3.x passes no service id: a command soon after the removal was sent before it
+        late = service_id is None and routing.now - tombstone.at < LATE_SECONDS
+        if late or (service_id and service_id == tombstone.service_id):
             raise StateError(f"{deployment_id} was removed and cannot be registered", "removed")
         record = None
     record = record or Record(deployment_id)
@@ -146,11 +153,12 @@ def register(
         about=about or record.about,
     )
     require_address(new)
-    graves = {k: v for k, v in routing.tombstones.items() if k != deployment_id}
-    return replace(with_records(routing, new), tombstones=graves)
+    tombstones = {k: v for k, v in routing.tombstones.items() if k != deployment_id}
+    return replace(with_records(routing, new), tombstones=tombstones)
 
 
 def require_address(record: Record) -> None:
+    """Raise StateError for a record without an address."""
     if record.url is None:
         raise StateError(
             f"no address follows from the service name {record.service_name!r}, and none is known"
@@ -158,15 +166,18 @@ def require_address(record: Record) -> None:
 
 
 def refuse_unless_active(routing: Routing, expected: str | None) -> None:
+    """Raise StateError if another deployment than `expected` is active."""
     if expected and routing.active != expected:
         raise StateError(f"{routing.active or 'none'} is active by now, not {expected}", "changed")
 
 
 def promotable(routing: Routing, deployment_id: str, service_id: str | None = None) -> Record:
-    """Its record. Raises StateError for one that is unknown or being removed.
+    """Return the record of a deployment that is to be promoted.
+
+    Raises StateError if the deployment is unknown or being removed.
 
     Args:
-        service_id: of its service, which runs: a record that is lost is made anew.
+        service_id: of its running service; with it, a lost record is created again.
     """
     record = routing.records.get(deployment_id)
     if record is None and deployment_id not in routing.tombstones:
@@ -196,15 +207,16 @@ def set_active(
     rolls_back: bool = False,
     bake: float | None = None,
 ) -> Routing:
-    """Make a deployment active. Only the one that was active drains; pending ones stay pending,
-    and a canary that is another one gets no more visitors.
+    """Make a deployment active; the deployment that was active drains.
+
+    Pending deployments stay pending. Another deployment that is the canary loses its weight.
 
     Args:
-        draining: what 0.3.x clients send: it names every other service, so it only tells the
-            service name of the deployment that was active.
-        instead_of: the deployment that has to be active; where another one is, nothing is done.
-        rolls_back: the one that was active is no way back from here on.
-        bake: watched for so many seconds; kept with the record until `finish_bake`.
+        draining: sent by 0.3.x's clients for every other service; only the service name of the
+            deployment that was active is used.
+        instead_of: the deployment that must be active now. Raises StateError otherwise.
+        rolls_back: the deployment that was active is no target of a rollback from now on.
+        bake: seconds for which the deployment is watched; in its record until `finish_bake`.
     """
     hints = {item["deployment_id"]: item for item in draining}
     if deployment_id in hints:
@@ -250,8 +262,11 @@ def set_canary_weight(
     instead_of: str | None = None,
     bake: float | None = None,
 ) -> Routing:
-    """Give a deployment that share of the new visitors, in percent: it is the canary, of which
-    there is one. It stays until it is promoted or aborted."""
+    """Make a deployment the canary, which gets `weight` percent of the new visitors.
+
+    There is at most one canary. It stays until it is promoted or aborted. `instead_of` and `bake`
+    are as in `set_active`.
+    """
     if routing.active is None:
         raise StateError("no deployment is active: promote it without a weight", "inactive")
     refuse_unless_active(routing, instead_of)
@@ -264,7 +279,8 @@ def set_canary_weight(
             "canary",
         )
     record = promotable(routing, deployment_id, service_id)
-    until = record.bake if record.bake and record.bake > routing.now else None  # else cut off
+    # a bake whose time is over was interrupted
+    until = record.bake if record.bake and record.bake > routing.now else None
     record = replace(
         record,
         state="pending",
@@ -281,7 +297,7 @@ def set_canary_weight(
 
 
 def abort_canary(routing: Routing, deployment_id: str) -> Routing:
-    """End a canary: nobody new gets it, and it drains."""
+    """End a canary: new visitors are not routed to it, and it drains."""
     record = routing.records.get(deployment_id)
     if record is None or not record.is_canary:
         raise StateError(f"{deployment_id} is no canary (any more)", "changed")
@@ -290,7 +306,7 @@ def abort_canary(routing: Routing, deployment_id: str) -> Routing:
 
 
 def finish_bake(routing: Routing, deployment_id: str) -> Routing:
-    """The bake of a deployment is over, and it stays."""
+    """Note that the bake of a deployment is over, and that the deployment stays."""
     record = routing.records.get(deployment_id)
     if record is None:
         return routing
@@ -300,7 +316,13 @@ def finish_bake(routing: Routing, deployment_id: str) -> Routing:
 def set_maintenance(
     routing: Routing, page: str | None, retry_after: int, by: str | None, off: bool = False
 ) -> Routing:
-    """Everybody gets a page that says so, or the app again."""
+    """Switch maintenance on or off. While it is on, all visitors get a page instead of the app.
+
+    Args:
+        page: HTML; None for the router's own page.
+        retry_after: seconds, for the header Retry-After.
+        by: who asks for it.
+    """
     if off:
         return replace(routing, maintenance=None)
     since = routing.maintenance.since if routing.maintenance else routing.now
@@ -308,39 +330,43 @@ def set_maintenance(
 
 
 def deploy_lock(routing: Routing, holder: str, by: str | None, lease: float) -> Routing:
-    """Hold the deploy lock for `lease` seconds from now; who holds it already holds it for longer.
-    Raises StateError where somebody else does."""
+    """Take the deploy lock for `lease` seconds from now, or renew it for its holder.
+
+    Raises StateError while another holder has it.
+    """
     lock, now = routing.lock, routing.now
-    mine = lock is not None and lock.holder == holder
-    if lock and not mine and lock.until > now:
+    renewed = lock is not None and lock.holder == holder
+    if lock and not renewed and lock.until > now:
         since = time.strftime("%H:%M:%S UTC", time.gmtime(lock.since))
         raise StateError(f"{lock.by or 'somebody'} deploys since {since}", "locked")
-    since_then = lock.since if lock and mine else now
-    return replace(routing, lock=router.DeployLock(holder, by, since_then, now + lease))
+    locked_since = lock.since if lock and renewed else now
+    return replace(routing, lock=router.DeployLock(holder, by, locked_since, now + lease))
 
 
 def unlock(routing: Routing, holder: str | None) -> Routing:
-    """Give the deploy lock back; without a holder, take it from whoever has it."""
+    """Release the deploy lock of this holder; without a holder, anybody's."""
     if routing.lock and holder in (None, routing.lock.holder):
         return replace(routing, lock=None)
     return routing
 
 
 def set_owner(routing: Routing, owner: str, instead_of: str | None = None) -> Routing:
-    """Make the state this owner's. Raises StateError where another one has it, who is not the one
-    that this is claimed from."""
+    """Make `owner` the owner of the state.
+
+    Raises StateError if it has another owner than `instead_of`.
+    """
     if routing.owner not in (None, owner, instead_of):
         raise StateError(f"the routing state is of {routing.owner}, and was not claimed", "owner")
     return replace(routing, owner=owner)
 
 
 def is_bare(routing: Routing) -> bool:
-    """Does the state hold nothing that another stack could mean?"""
+    """Is the state empty, so that no other stack can be using it?"""
     return routing.active is None and not routing.records and router.OWNER not in routing.keys
 
 
 def claiming_bare(step: Step, me: str | None) -> Step:
-    """`step`, which makes a state that is nobody's and holds nothing this owner's."""
+    """Return `step`, preceded by making `me` the owner of an empty state."""
 
     def inner(routing: Routing) -> Routing:
         return step(set_owner(routing, me) if me and is_bare(routing) else routing)
@@ -349,7 +375,7 @@ def claiming_bare(step: Step, me: str | None) -> Step:
 
 
 def delete(routing: Routing, deployment_id: str) -> Routing:
-    """Forget a deployment that is not active. Forgetting an unknown one changes nothing."""
+    """Delete the record of a deployment that is not active. An unknown one changes nothing."""
     refuse_active(routing, deployment_id)
     record = routing.records.get(deployment_id)
     if record is None:
@@ -359,21 +385,24 @@ def delete(routing: Routing, deployment_id: str) -> Routing:
 
 
 def add_tombstone(routing: Routing, deployment_id: str, service_id: str | None) -> Routing:
-    grave = Tombstone(routing.now, service_id)
-    return replace(routing, tombstones={**routing.tombstones, deployment_id: grave})
+    """Note that a deployment was removed, so that a late command cannot register it."""
+    tombstone = Tombstone(routing.now, service_id)
+    return replace(routing, tombstones={**routing.tombstones, deployment_id: tombstone})
 
 
 def retire(routing: Routing, deployment_id: str, service_id: str | None = None) -> Routing:
-    """Take a deployment out of the routing, to be removed: from here on it can be neither
-    registered nor promoted."""
+    """Take a deployment out of the routing before its removal.
+
+    From then on it can be neither registered nor promoted.
+    """
     refuse_active(routing, deployment_id)
     record = routing.records.get(deployment_id)
     if record and not record.retiring_at:
         routing = with_records(routing, replace(record, retiring_at=routing.now))
-    grave = routing.tombstones.get(deployment_id)
-    known = record or grave
+    tombstone = routing.tombstones.get(deployment_id)
+    known = record or tombstone
     service_id = service_id or (known.service_id if known else None)
-    if grave and grave.service_id == service_id:
+    if tombstone and tombstone.service_id == service_id:
         return routing
     return add_tombstone(routing, deployment_id, service_id)
 
@@ -381,28 +410,29 @@ def retire(routing: Routing, deployment_id: str, service_id: str | None = None) 
 def retire_if_unchanged(
     routing: Routing, deployment_id: str, judged: Record | None, service_id: str | None
 ) -> Routing:
-    """Retire a deployment, if its record still is what was judged (None: there was none)."""
+    """Retire a deployment. Raises StateError if its record is no longer `judged` (None: none)."""
     if routing.records.get(deployment_id) != judged:
         raise StateError(f"{deployment_id} has changed meanwhile", "changed")
     return retire(routing, deployment_id, service_id)
 
 
 def retired_for(routing: Routing, deployment_id: str) -> float:
-    """The seconds since a deployment was retired; what had no record then has a tombstone."""
-    record, grave = routing.records.get(deployment_id), routing.tombstones.get(deployment_id)
-    at = record.retiring_at if record else grave.at if grave else None
+    """Return the seconds since a deployment was retired, by its record or its tombstone."""
+    record = routing.records.get(deployment_id)
+    tombstone = routing.tombstones.get(deployment_id)
+    at = record.retiring_at if record else tombstone.at if tombstone else None
     return routing.now - (routing.now if at is None else at)
 
 
 def mark_draining(routing: Routing, deployment_id: str, judged: Record) -> Routing:
-    """A record that says active and is not the active one drains from now on."""
+    """Mark a deployment as draining whose record says active although another one is."""
     if routing.records.get(deployment_id) != judged or routing.active == deployment_id:
         return routing
     return with_records(routing, judged.as_draining(routing.now))
 
 
 def adopt_orphan(routing: Routing, record: Record) -> Routing:
-    """A running deployment that has no record drains from now on; the active one gets its own."""
+    """Add the record of a running deployment without one: draining, or active if it is."""
     if record.deployment_id in routing.records:
         return routing
     if routing.active == record.deployment_id:
@@ -418,29 +448,35 @@ def rebuild_records(
     at: float | None = None,
     closed: float | None = None,
 ) -> Routing:
-    """Rebuild lost state from records that were made of what runs on Railway. What the store knows
-    already is left as it is.
+    """Rebuild lost state from the services that run on Railway. Known fields are kept.
+
+    Raises StateError if nothing is lost, and if `active` does not run or is being removed.
 
     Args:
-        active: what is active then; where the store has not lost it, only its record is rebuilt.
-        chosen: somebody has named `active`: it is, whatever the store says.
-        at: when `active` was promoted, as Railway says.
-        closed: since when the site is in maintenance, as Railway says.
+        running: a record for each service that runs on Railway.
+        active: the deployment to make active. If the store still knows an active deployment, only
+            its record is rebuilt, unless `chosen`.
+        chosen: a person has named `active`: it becomes active whatever the store says.
+        at: when `active` was promoted, in seconds since 1970, by Railway's variable.
+        closed: since when maintenance is on, by Railway's variable.
     """
     promoted = Promotion(active, at) if at else None
     if not chosen and routing.active and not is_older_than(routing, promoted):
-        if not any(lacks(routing, made) for made in running) and routing.active in routing.records:
+        if (
+            not any(is_unrecorded(routing, rebuilt) for rebuilt in running)
+            and routing.active in routing.records
+        ):
             raise StateError(f"{routing.active} is active: there is nothing to restore", "active")
         active, promoted = routing.active, routing.promoted
     elif chosen or promoted is None:
         promoted = Promotion(active, router.next_time(routing))
     records = dict(routing.records)
-    for made in running:
-        name = made.deployment_id
+    for rebuilt in running:
+        name = rebuilt.deployment_id
         if name in records:
-            records[name] = fill_from(records[name], made)
-        elif lacks(routing, made):
-            records[name] = made if name == active else made.as_draining(routing.now)
+            records[name] = fill_from(records[name], rebuilt)
+        elif is_unrecorded(routing, rebuilt):
+            records[name] = rebuilt if name == active else rebuilt.as_draining(routing.now)
     if active not in records:
         removed = active in routing.tombstones
         why = "is being removed: restore another one" if removed else "does not run on Railway"
@@ -460,22 +496,22 @@ def rebuild_records(
     )
 
 
-def lacks(routing: Routing, made: Record) -> bool:
-    """Has the state lost the record of this one, which runs?"""
-    return made.deployment_id not in routing.records and not routing.buries(made)
+def is_unrecorded(routing: Routing, running: Record) -> bool:
+    """Does the state have no record of this running deployment, which was not removed?"""
+    return running.deployment_id not in routing.records and not routing.buries(running)
 
 
-def fill_from(record: Record, made: Record) -> Record:
-    """A record of the store, with what it lacks of one that was made of what runs on Railway."""
+def fill_from(record: Record, rebuilt: Record) -> Record:
+    """Return a record of the store with its missing fields taken from a rebuilt one."""
     names = ("service_name", "address", "service_id", "registered_at")
-    return replace(record, **{n: getattr(made, n) for n in names if getattr(record, n) is None})
+    return replace(record, **{n: getattr(rebuilt, n) for n in names if getattr(record, n) is None})
 
 
-# -- around a step -----------------------------------------------------------------------------
+# -- decorators of a step ----------------------------------------------------------------------
 
 
 def refuse_if_lost(step: Step, last_promoted: Promotion | None) -> Step:
-    """`step`, refused where the store has lost its data: it would take what is left for all."""
+    """Return `step`, which raises StateError while the store has lost data (see `is_lost`)."""
 
     def inner(routing: Routing) -> Routing:
         if last_promoted and is_lost(routing, last_promoted):
@@ -490,19 +526,19 @@ def refuse_if_lost(step: Step, last_promoted: Promotion | None) -> Step:
 
 
 def refuse_foreign(routing: Routing, me: str | None) -> Routing:
-    """Raises StateError where the state is another owner's. `me` is None outside Railway."""
+    """Return the state. Raises StateError if another owner has it. `me` is None outside Railway."""
     if routing.is_foreign(me):
         raise StateError(ownership.foreign_words(str(routing.owner)), "owner")
     return routing
 
 
 def owned(step: Step, me: str | None) -> Step:
-    """`step`, refused where the state is another owner's."""
+    """Return `step`, which raises StateError if the state has another owner."""
     return lambda routing: step(refuse_foreign(routing, me))
 
 
 class OwnedStore(router.RedisStore):
-    """The store for the steps of one owner: each is refused where the state is another's."""
+    """A store whose steps are refused if the state has another owner than `me`."""
 
     def __init__(self, url: str, prefix: str, me: str | None, ttl: int | None = None) -> None:
         super().__init__(url, prefix, ttl)
@@ -513,7 +549,7 @@ class OwnedStore(router.RedisStore):
 
 
 def idempotent(step: Step, nonce: str) -> Step:
-    """`step`, carried out once for its nonce: who lost the answer asks again."""
+    """Return `step`, which is carried out once for its nonce, so that a caller can retry."""
 
     def inner(routing: Routing) -> Routing:
         if nonce in routing.processed:
@@ -525,14 +561,19 @@ def idempotent(step: Step, nonce: str) -> Step:
 
 
 def with_history(step: Step, what: str, deployment_id: str, **facts: Any) -> Step:
-    """`step`, noted in the history where it changes anything."""
+    """Return `step` with an entry in the history if it changes the state.
+
+    Args:
+        what: the kind of change.
+        facts: further fields of the entry, such as `by` and `why`; empty ones are left out.
+    """
 
     def inner(routing: Routing) -> Routing:
         new = step(routing)
         if new == routing:
             return routing
         entry = {"at": routing.now, "what": what, "deployment_id": deployment_id}
-        entry["active"] = routing.active  # until then
+        entry["active"] = routing.active  # before the step
         entry |= {key: str(value)[:300] for key, value in facts.items() if value}
         return replace(new, history=(*new.history, entry)[-router.HISTORY_AT_MOST :])
 
@@ -540,17 +581,17 @@ def with_history(step: Step, what: str, deployment_id: str, **facts: Any) -> Ste
 
 
 def with_unlock(step: Step, holder: str) -> Step:
-    """`step`, and the deploy lock given back, at once."""
+    """Return `step`, with the release of the deploy lock in the same transaction."""
     return lambda routing: step(unlock(routing, holder))
 
 
-# -- the app's internal endpoints ---------------------------------------------------------------
+# -- the app's internal endpoints --------------------------------------------------------------
 
 
 def ask_backend(record: Record, path: str, token: str, method: str = "GET") -> Json:
-    """Call one of the app's internal endpoints, from inside the private network.
+    """Call one of the app's internal endpoints in the private network, and return its answer.
 
-    Raises OSError or ValueError where it does not answer with a JSON object.
+    Raises OSError, and ValueError for anything but a JSON object with status 200.
     """
     try:
         status, body = backend_answer(record, path, {router.INTERNAL_TOKEN_HEADER: token}, method)
@@ -564,7 +605,10 @@ def ask_backend(record: Record, path: str, token: str, method: str = "GET") -> J
 def backend_answer(
     record: Record, path: str, headers: Mapping[str, str], method: str = "GET"
 ) -> tuple[int, bytes]:
-    """Status and body. Raises OSError, ValueError, http.client.HTTPException."""
+    """Return status and body of an answer.
+
+    Raises OSError, http.client.HTTPException, and ValueError for a record without an address.
+    """
     with contextlib.closing(router.connection_to(record)) as connection:
         connection.request(method, path, headers=dict(headers))
         answer = connection.getresponse()
@@ -572,8 +616,10 @@ def backend_answer(
 
 
 def sessions(record: Record, token: str) -> int | None:
-    """How many render sessions a deployment holds; None where it does not say so in a whole number:
-    it is deleted where there are none."""
+    """Return the number of a deployment's render sessions; None without a valid answer.
+
+    A deployment with 0 sessions is deleted, so anything but a whole number is None.
+    """
     try:
         count = ask_backend(record, SESSIONS_PATH, token).get("render_session_count")
     except (OSError, ValueError):
@@ -582,7 +628,7 @@ def sessions(record: Record, token: str) -> int | None:
 
 
 def reload_tabs(record: Record, token: str) -> int:
-    """Tell the tabs of a deployment that is about to be deleted to reload: how many were told."""
+    """Tell the open tabs of a deployment to reload, and return how many were told."""
     with contextlib.suppress(OSError, ValueError):
         path = RELOAD_PATH
         count = ask_backend(record, path, token, method="POST").get("reloaded_socket_count")
@@ -590,18 +636,18 @@ def reload_tabs(record: Record, token: str) -> int:
     return 0
 
 
-# -- the routers that are to serve it ------------------------------------------------------------
+# -- waiting for the routers -------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Served:
-    """Who serves an epoch, and who does not yet."""
+    """The routers' reports, and the routers that do not serve an epoch yet."""
 
     reports: list[Json]
-    behind: list[str]  # by name
+    behind: list[str]  # names of routers
 
     def under_way(self, deployment_id: str, epoch: int) -> int:
-        """Requests and sockets of a deployment, by the reports that were made since."""
+        """Return the number of requests and sockets of a deployment, by reports since `epoch`."""
         counts = (
             r.get("in_flight", {}).get(deployment_id, 0)
             for r in self.reports
@@ -611,13 +657,13 @@ class Served:
 
 
 def router_epoch(report: Json) -> int | None:
-    """The epoch that a router serves; None: it is of another version, and does not say."""
+    """Return the epoch that a router serves; None for a version that does not report it."""
     epoch = report.get("epoch")
     return epoch if type(epoch) is int else None
 
 
 def reports(store: router.Store) -> list[Json]:
-    """What each router last said of itself, with `age`, the seconds since."""
+    """Return the last report of each router, with its `age` in seconds."""
     if not isinstance(store, router.RedisStore):
         return []
     pattern = f"{store.prefix}{router.REPORT}*"
@@ -625,7 +671,7 @@ def reports(store: router.Store) -> list[Json]:
 
 
 def read_reports(store: router.RedisStore, keys: list[str]) -> list[Json]:
-    """Those that have a lease: without one a report never ends, and no router has written it."""
+    """Return the reports under these keys. A key without a lease was not written by a router."""
     if not keys:
         return []
     with store.client.pipeline(transaction=False) as pipe:
@@ -633,68 +679,71 @@ def read_reports(store: router.RedisStore, keys: list[str]) -> list[Json]:
         for key in keys:
             pipe.pttl(key)
         values, *leases = pipe.execute()
-    found = []
-    for key, text, left in zip(keys, values, leases, strict=True):
-        if text is not None and is_lease(left):
-            age = max(router.REPORT_LEASE - left / 1000, 0.0)
+    valid_reports = []
+    for key, text, milliseconds in zip(keys, values, leases, strict=True):
+        if text is not None and is_lease(milliseconds):
+            age = max(router.REPORT_LEASE - milliseconds / 1000, 0.0)
             name = key.removeprefix(store.prefix + router.REPORT)
             with contextlib.suppress(ValueError):
                 report = {**router.json_object(text), "router": name, "age": round(age, 1)}
-                found.append(report | checked_report(report))
-    return found
+                valid_reports.append(report | checked_report(report))
+    return valid_reports
 
 
-def is_lease(left: int) -> bool:
-    """Does a key that has so many milliseconds left, as PTTL says, end in time?"""
-    return 0 <= left <= LEASE_AT_MOST * 1000
+def is_lease(milliseconds: int) -> bool:
+    """Is this answer of Redis' PTTL a lease that ends within LEASE_AT_MOST seconds?"""
+    return 0 <= milliseconds <= LEASE_AT_MOST * 1000
 
 
 def reports_without_lease(store: router.Store) -> list[str]:
-    """Keys that stand where routers report, and that no router has written: they never end."""
+    """Return the keys of reports that were not written by a router, since they never expire."""
     if not isinstance(store, router.RedisStore):
         return []
     pattern = f"{store.prefix}{router.REPORT}*"
     keys = sorted(store.client.scan_iter(pattern, count=router.SCAN_COUNT))
-    gone = -2  # since the scan
-    return [k for k in keys if (left := store.client.pttl(k)) != gone and not is_lease(left)]
+    expired = -2  # PTTL's answer for a key that has gone since the scan
+    return [k for k in keys if (pttl := store.client.pttl(k)) != expired and not is_lease(pttl)]
 
 
 def checked_report(report: Json) -> Json:
-    """What others read in a report, as it has to be, whatever was there."""
+    """Return the fields that are read of a report, with valid types; invalid ones are empty."""
     counters = ("requests", "errors", "tunnels_open", "uptime_seconds")
-    kept: Json = {n: report[n] if type(report.get(n)) is int else 0 for n in counters}
+    checked: Json = {n: report[n] if type(report.get(n)) is int else 0 for n in counters}
     for name in ("in_flight", "tallies"):
-        kept[name] = report[name] if isinstance(report.get(name), dict) else {}
-    return kept
+        checked[name] = report[name] if isinstance(report.get(name), dict) else {}
+    return checked
 
 
 def wait_for_routers(
     store: router.Store, epoch: int, since: float, deletes: bool, timeout: float | None = None
 ) -> Served:
-    """Wait until every router serves this epoch, at most REPORT_WAIT seconds.
+    """Wait until every router serves this epoch, and return their reports.
 
     Args:
-        since: seconds since the epoch began, for those that do not report one.
-        deletes: something is deleted then, so that one that is silent counts until its lease is
-            over, and one of another version until it has read the state for sure.
+        since: seconds since the epoch began; decides for routers that report no epoch.
+        deletes: a service is deleted afterwards. So a silent router counts as behind until its
+            report expires, and a router of another version for OTHER_VERSION_SECONDS.
+        timeout: seconds; None for REPORT_WAIT.
     """
-    found = reports(store)
+    router_reports = reports(store)
     deadline = time.monotonic() + (REPORT_WAIT if timeout is None else timeout)
     while True:
-        behind = [str(r["router"]) for r in found if _is_behind(r, epoch, since, deletes)]
+        behind = [str(r["router"]) for r in router_reports if _is_behind(r, epoch, since, deletes)]
         waited_for = [
             r
-            for r in found
+            for r in router_reports
             if r["router"] in behind and (router_epoch(r) is not None) and r["age"] < SILENT_SECONDS
         ]
         if not waited_for or time.monotonic() > deadline:
-            return Served(found, behind)
+            return Served(router_reports, behind)
         time.sleep(REPORT_POLL)
         assert isinstance(store, router.RedisStore)
-        found = read_reports(store, [f"{store.prefix}{router.REPORT}{r['router']}" for r in found])
+        names = [r["router"] for r in router_reports]
+        router_reports = read_reports(store, [f"{store.prefix}{router.REPORT}{n}" for n in names])
 
 
 def _is_behind(report: Json, epoch: int, since: float, deletes: bool) -> bool:
+    """Must `wait_for_routers` count this router as behind? The arguments are the same."""
     served = router_epoch(report)
     if served is None:
         return not deletes or since < OTHER_VERSION_SECONDS
@@ -702,8 +751,10 @@ def _is_behind(report: Json, epoch: int, since: float, deletes: bool) -> bool:
 
 
 def keep_while_routers_report(store: router.RedisStore, routing: Routing) -> None:
-    """Where the keys of a state end by themselves: have them all last as long from when a router
-    reported last. Nothing lasts where none has reported lately."""
+    """Renew the expiry of all keys of a state with a TTL, counted from the last router report.
+
+    Without a recent report nothing is renewed, so that the state of a deleted copy expires.
+    """
     ages = [report["age"] for report in reports(store)] if store.ttl else []
     if not ages:
         return
@@ -714,7 +765,7 @@ def keep_while_routers_report(store: router.RedisStore, routing: Routing) -> Non
         pipe.execute()
 
 
-# -- the commands --------------------------------------------------------------------------------
+# -- the commands ------------------------------------------------------------------------------
 
 
 def status_answer(
@@ -723,15 +774,16 @@ def status_answer(
     last_promoted: Promotion | None,
     env: Mapping[str, str] | None = None,
 ) -> Json:
+    """Return what `control status` answers."""
     routing, me = store.read(), ownership.name(env or {})
     problems = list(routing.problems)
     if copy := ownership.copy_refusal(env or {}):
         problems.append(copy)
     elif routing.is_foreign(me):
         problems.append(ownership.foreign_words(str(routing.owner)))
-    found = list(routing.records.values())
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # some may not answer
-        counts = list(pool.map(lambda record: sessions(record, token), found))
+    records = list(routing.records.values())
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # a silent one takes seconds
+        counts = list(pool.map(lambda record: sessions(record, token), records))
     canary, lock = routing.canary, routing.lock
     closed = routing.maintenance and {**vars(routing.maintenance)}
     if closed:
@@ -749,7 +801,7 @@ def status_answer(
         "copy_of": ownership.copied_from(env or {}),
         "problems": problems,
         "deployments": [
-            {**record_answer(r), "sessions": n} for r, n in zip(found, counts, strict=True)
+            {**record_answer(r), "sessions": n} for r, n in zip(records, counts, strict=True)
         ],
         "routers": reports(store),
         "reports_without_lease": reports_without_lease(store),
@@ -757,15 +809,17 @@ def status_answer(
 
 
 def record_answer(record: Record) -> Json:
-    """A record without what could not be understood of it."""
+    """Return a record as JSON, without its invalid fields."""
     fields = {k: v for k, v in record.json().items() if k not in record.ignored}
     names = {"deployment_id": record.deployment_id, "state": record.state or "unknown"}
     return {**fields, **names, "ignored": list(record.ignored)}
 
 
 def probe(store: router.Store, deployment_id: str, path: str | None) -> Json:
-    """What is at a deployment's address (`at`: see `router.look`), seen from inside, where the
-    public address cannot be asked; and the status of a page of it."""
+    """Return what answers at a deployment's address, seen from the private network.
+
+    `at` is the answer of `router.look`; `status` that of the page `path`, if it is given.
+    """
     routing = store.read()
     record = routing.records.get(deployment_id)
     if deployment_id == routing.active:
@@ -781,7 +835,7 @@ def probe(store: router.Store, deployment_id: str, path: str | None) -> Json:
 
 
 def page_status(record: Record, path: str) -> int | None:
-    """The status of a page; None where there is no answer."""
+    """Return the status of a page; None without an answer."""
     try:
         return backend_answer(record, path, {"accept": "text/html"})[0]
     except (OSError, ValueError, http.client.HTTPException):
@@ -789,7 +843,7 @@ def page_status(record: Record, path: str) -> int | None:
 
 
 def serving_answer(served: Served) -> Json:
-    """Who serves it, for an answer."""
+    """Return the part of an answer that says which routers serve the state."""
     names = ("router", "version", "epoch", "age")
     routers = [{name: report.get(name) for name in names} for report in served.reports]
     return {"routers": routers, "behind": served.behind}
@@ -815,96 +869,102 @@ def json_object(value: str) -> Json:
 
 
 def percent(value: str) -> float:
-    found = float(value)
-    if not 0 <= found <= 100:
+    percentage = float(value)
+    if not 0 <= percentage <= 100:
         raise argparse.ArgumentTypeError("expected a number from 0 to 100")
-    return found
+    return percentage
 
 
 def moment(value: str) -> float:
-    """Seconds since 1970, or a length of time in seconds."""
-    found = float(value)
-    if not 0 <= found < math.inf:
+    """Parse seconds since 1970, or a duration in seconds."""
+    seconds = float(value)
+    if not 0 <= seconds < math.inf:
         raise argparse.ArgumentTypeError("expected a number of seconds")
-    return found
+    return seconds
 
 
 def some_text(value: str) -> str:
-    """What can be stored and shown, whatever a host or a person is called."""
+    """Return a name without control characters, cut to 300 characters."""
     return "".join(c if c.isprintable() else " " for c in value)[:300]
 
 
 def draining_list(value: str) -> list[Json]:
     with contextlib.suppress(ValueError, KeyError, TypeError):
-        found = {i["deployment_id"]: i for i in router.from_json(value)}
-        for item in found.values():
+        items = {i["deployment_id"]: i for i in router.from_json(value)}
+        for item in items.values():
             router.a_text(item.get("service_name") or "none")
-        return list(found.values())
+        return list(items.values())
     raise argparse.ArgumentTypeError("expected a JSON list of objects with a deployment_id")
 
 
 def record_list(value: str) -> list[Record]:
     with contextlib.suppress(ValueError, KeyError, TypeError):
         items = [(i["deployment_id"], json.dumps(i)) for i in router.from_json(value)]
-        found = [router.parse_record(valid_id(name), text) for name, text in items]
-        if not any(record.ignored for record in found):
-            return found
+        records = [router.parse_record(valid_id(name), text) for name, text in items]
+        if not any(record.ignored for record in records):
+            return records
     raise argparse.ArgumentTypeError("expected a JSON list of objects with a deployment_id")
 
 
-def a_length(value: float) -> float:
-    """Of time in seconds, from now on."""
+def a_duration(value: float) -> float:
+    """Return a number of seconds. Raises ValueError if it is negative or too large."""
     return router.a_number(1e10, value)
 
 
-def a_positive_length(value: float) -> float:
-    return a_length(value - 1) + 1
+def a_positive_duration(value: float) -> float:
+    """Return a number of seconds from 1. Raises ValueError."""
+    return a_duration(value - 1) + 1
 
 
-# What a router would not understand in the state is not written: these are the parser's own checks.
+# The checks of the state's parser: no command writes what a router would ignore.
 ACCEPTED: dict[str, Callable[[Any], Any]] = {
     "service_name": router.a_text,
     "active_service_name": router.a_text,
     "service_id": router.a_text,
     "address": router.an_address,
     "holder": router.a_text,
-    "bake": a_length,
-    "lease": a_length,
-    "retry_after": a_positive_length,
+    "bake": a_duration,
+    "lease": a_duration,
+    "retry_after": a_positive_duration,
     "maintenance_since": router.a_time,
 }
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raises StateError for a value that the routing state cannot hold."""
-    for name, accepted in ACCEPTED.items():
+    """Raise StateError for a value that the routing state cannot hold."""
+    for name, check in ACCEPTED.items():
         value = getattr(args, name, None)
         try:
-            accepted(value) if value is not None else None
+            check(value) if value is not None else None
         except ValueError:
             flag = name.replace("_", "-")
             raise StateError(f"--{flag} cannot be {value!r}: nothing was changed") from None
 
 
 def control_parser() -> argparse.ArgumentParser:
+    """Return the parser of all control commands. Their names and flags never change."""
     parser = argparse.ArgumentParser(prog="pulse-railway control", description=control.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--nonce", help="comes back in the answer; carried out once")
-    common.add_argument("--intent", metavar="ID[@AT]", help="what Railway says was promoted last")
+    common.add_argument("--nonce", help="repeated in the answer; a nonce is carried out once")
+    common.add_argument(
+        "--intent", metavar="ID[@AT]", help="the last promotion, by Railway's variables"
+    )
     common.add_argument("--by", type=some_text, help="who asks, for the history")
     common.add_argument("--why", help="for the history")
-    common.add_argument("--unlock", metavar="HOLDER", help="give the deploy lock back, too")
+    common.add_argument("--unlock", metavar="HOLDER", help="release the deploy lock, too")
 
-    def command(name: str, says: str) -> Callable[..., Any]:
-        return commands.add_parser(name, help=says, parents=[common]).add_argument
+    def command(name: str, summary: str) -> Callable[..., Any]:
+        return commands.add_parser(name, help=summary, parents=[common]).add_argument
 
     command("active", "the active deployment")
     command("status", "everything in the routing state, with session counts")
-    command("history", "what was done, by whom and why")
-    add = command("probe", "what answers at a deployment's address, and which routers know of it")
+    command("history", "the changes of the routing state, with author and reason")
+    add = command(
+        "probe", "what answers at a deployment's address, and which routers serve the state"
+    )
     add("--deployment-id", type=valid_id, required=True)
-    add("--path", help="a page of it, to see its status")
+    add("--path", help="a page of the app; the answer has its status")
     add = command("register", "add a pending deployment")
     add("--deployment-id", type=valid_id, required=True)
     add("--service-name", required=True)
@@ -912,47 +972,51 @@ def control_parser() -> argparse.ArgumentParser:
     add("--address", help="the backend's base URL")
     add("--hold", action="store_true", help="leave it pending until it is promoted")
     add("--about", type=json_object, help="its commit, author, message, as JSON")
-    add = command("promote", "make a deployment active, drain the one before")
+    add = command("promote", "make a deployment active; the active one drains")
     add("--active-deployment-id", type=valid_id, required=True)
     add("--active-service-name", required=True)
-    add("--service-id", help="Railway's id of its service: a record that is lost is made anew")
+    add("--service-id", help="Railway's id of its service; with it, a lost record is created again")
     add("--draining-json", type=draining_list, default=[])
     add("--address", help="the backend's base URL")
     add("--weight", type=percent, help="as the canary, for this percentage of new visitors")
-    add("--instead-of", type=valid_id, help="only where this one is active")
-    add("--rolls-back", action="store_true", help="the one before is no way back from then on")
-    add("--bake", type=moment, metavar="SECONDS", help="it is watched for so long")
+    add("--instead-of", type=valid_id, help="only if this one is active")
+    add(
+        "--rolls-back",
+        action="store_true",
+        help="the active one is no rollback target from then on",
+    )
+    add("--bake", type=moment, metavar="SECONDS", help="how long it is watched")
     add = command("withdraw", "end a canary: it drains")
     add("--deployment-id", type=valid_id, required=True)
-    add = command("baked", "a deployment's bake is over, and it stays")
+    add = command("baked", "end a deployment's bake; the deployment stays")
     add("--deployment-id", type=valid_id, required=True)
-    add = command("maintenance", "answer everybody with a page, or with the app again")
+    add = command("maintenance", "switch maintenance on or off")
     add("switch", choices=["on", "off"])
     add("--page", help="HTML")
     add("--retry-after", type=int, default=30, metavar="SECONDS")
-    add = command("lock", "hold the deploy lock")
+    add = command("lock", "take or renew the deploy lock")
     add("--holder", required=True)
     add("--lease", type=moment, required=True, metavar="SECONDS")
-    add = command("unlock", "give the deploy lock back, or take it from whoever has it")
+    add = command("unlock", "release the deploy lock; without --holder, anybody's")
     add("--holder")
-    add = command("retire", "take a deployment out of the routing, to be removed")
+    add = command("retire", "take a deployment out of the routing before its removal")
     add("--deployment-id", type=valid_id, required=True)
     add("--service-id", help="Railway's id of the service")
-    add = command("delete", "forget a deployment that is not active")
+    add = command("delete", "delete the record of a deployment that is not active")
     add("--deployment-id", type=valid_id, required=True)
     add = command("restore", "rebuild lost state")
     add("--active-deployment-id", type=valid_id, required=True)
     add("--records-json", type=record_list, required=True)
-    add("--chosen", action="store_true", help="it is active then, whatever the store says")
-    add("--maintenance-since", type=moment, help="the site is closed, as Railway says")
-    add = command("claim", "make the routing state this stack's")
+    add("--chosen", action="store_true", help="make it active whatever the store says")
+    add("--maintenance-since", type=moment, help="maintenance is on, by Railway's variables")
+    add = command("claim", "make this stack the owner of the routing state")
     add("--owner", type=valid_stamp, required=True, metavar="ENVIRONMENT/ROUTER")
-    add("--instead-of", type=valid_stamp, metavar="ENVIRONMENT/ROUTER", help="whose it is so far")
+    add("--instead-of", type=valid_stamp, metavar="ENVIRONMENT/ROUTER", help="the present owner")
     return parser
 
 
 def step_of(args: argparse.Namespace) -> Step:
-    """The change that a control command makes, with its entry in the history."""
+    """Return the step of a control command, with its entry in the history."""
     name: str = getattr(args, "deployment_id", "")
     noted = {"by": args.by, "why": args.why}
     match args.command:
@@ -1025,27 +1089,26 @@ def step_of(args: argparse.Namespace) -> Step:
 
 
 def time_of(promoted: Promotion | None, deployment_id: str) -> float | None:
-    """When a deployment was promoted, as Railway says."""
+    """Return when a deployment was promoted, by Railway's variables; None if not known."""
     return promoted.at if promoted and promoted.deployment_id == deployment_id else None
 
 
-# What needs no complete state, or is what mends it.
+# These commands need no complete state, or repair it.
 ALLOWED_WHEN_LOST = ("restore", "lock", "unlock", "maintenance", "claim")
 READ_ONLY = ("active", "status", "history", "probe")
-# What an older janitor would undo, or delete.
+# These commands are undone by a janitor of 0.3.x that runs at the same time.
 EXCLUDES_OLD_JANITORS = ("promote", "restore")
-# What the routers are waited for: who gets which deployment changes.
+# These commands change which visitors get which deployment, so they wait for the routers.
 WAITS_FOR_ROUTERS = ("promote", "withdraw", "retire", "maintenance", "restore")
 
 
 @contextlib.contextmanager
 def older_janitors_kept_out(store: router.Store) -> Iterator[None]:
-    """Keep janitors of 0.3.x from running meanwhile; one that runs is waited for, at most
-    JANITOR_WAIT seconds.
+    """Keep janitors of 0.3.x from running, by holding the janitor's lock.
 
-    Their steps are no transactions: what was active when they began they write again, and they
-    delete what has been promoted since. No janitor runs while the lock is held. One of ours does
-    no harm, and is not waited for.
+    Waits for at most JANITOR_WAIT seconds until such a janitor ends. It uses no transactions: it
+    writes the deployment back that was active when it began, and deletes one that was promoted
+    since. A janitor of this version does no harm and is not waited for.
     """
     if not isinstance(store, router.RedisStore):
         yield
@@ -1060,16 +1123,21 @@ def older_janitors_kept_out(store: router.Store) -> Iterator[None]:
     try:
         yield
     finally:
-        give_back(store, holder)
+        release_lock(store, holder)
 
 
 def take_lock(store: router.RedisStore, holder: str, lease: int) -> bool:
-    """Take the janitor's lock for `lease` seconds, where nobody holds it: what is no string, or has
-    no lease, is nobody's of any version, and would never end."""
+    """Take the janitor's lock for `lease` seconds. Returns False if another holder has it.
+
+    A key of another type or without a lease was written by no version; it would never expire, and
+    is replaced.
+    """
     key = f"{store.prefix}{JANITOR_LOCK}"
     if store.client.set(key, holder, nx=True, ex=lease):
         return True
-    if store.client.mget([key]) == [holder]:  # the answer was lost, and it was asked again
+    if store.client.mget([key]) == [
+        holder
+    ]:  # the answer to SET was lost, and the client repeated it
         return True
     with store.client.pipeline() as pipe:
         pipe.watch(key)  # type: ignore[no-untyped-call]
@@ -1079,12 +1147,12 @@ def take_lock(store: router.RedisStore, holder: str, lease: int) -> bool:
         pipe.set(key, holder, ex=lease)
         try:
             return bool(pipe.execute()[0])
-        except redis.WatchError:  # somebody else was faster
+        except redis.WatchError:  # another holder was faster
             return False
 
 
-def give_back(store: router.RedisStore, holder: str) -> None:
-    """Release the janitor's lock, where it still is this holder's."""
+def release_lock(store: router.RedisStore, holder: str) -> None:
+    """Release the janitor's lock if this holder still has it."""
     key = f"{store.prefix}{JANITOR_LOCK}"
     with contextlib.suppress(redis.RedisError), store.client.pipeline() as pipe:
         pipe.watch(key)  # type: ignore[no-untyped-call]
@@ -1095,32 +1163,38 @@ def give_back(store: router.RedisStore, holder: str) -> None:
 
 
 def change_state(store: router.Store, args: argparse.Namespace, me: str | None = None) -> Routing:
-    """Carry a writing command out, once for its nonce, and return what the store holds then. Where
-    the store has lost its data, the routers are given time to write it back. Raises StateError."""
+    """Carry out a command that writes, once for its nonce, and return the new state.
+
+    If the store has lost data, waits for at most HEAL_WAIT seconds until a router has written them
+    back. Raises StateError.
+
+    Args:
+        me: the owner that this container works for; None outside Railway.
+    """
     check_arguments(args)
     step = step_of(args)
-    if args.command == "claim":  # it does the same when it comes twice, and notes nothing of it
+    if args.command == "claim":  # idempotent by itself, and not in the history
         if me not in (None, args.owner):
             raise StateError(f"this is {me}, and claims nothing for {args.owner}", "owner")
         return store.apply(step)
-    if args.command == "lock":  # a deploy's first, where `ensure` did not reach the state
+    if args.command == "lock":  # a deploy's first command; `ensure` may not have reached Redis
         step = claiming_bare(step, me)
     if args.unlock:
         step = with_unlock(step, args.unlock)
     if args.command not in ALLOWED_WHEN_LOST:
         step = refuse_if_lost(step, args.promoted)
     step = owned(step, me)
-    # before another owner's janitor is kept out
+    # refused here already, so that the janitor of another owner is not kept out
     if args.command in EXCLUDES_OLD_JANITORS and me is not None:
         before = store.read()
         if args.nonce not in before.processed:
             refuse_foreign(before, me)
-    if args.command == "restore":  # what routers know is more than what Railway shows
+    if args.command == "restore":  # a router knows more than Railway shows
         wait_for_healing(store, args.promoted)
     if args.nonce:
         step = idempotent(step, args.nonce)
-    apart = older_janitors_kept_out(store) if args.command in EXCLUDES_OLD_JANITORS else None
-    with apart or contextlib.nullcontext():
+    exclusion = older_janitors_kept_out(store) if args.command in EXCLUDES_OLD_JANITORS else None
+    with exclusion or contextlib.nullcontext():
         deadline = time.monotonic() + HEAL_WAIT
         while True:
             try:
@@ -1133,22 +1207,28 @@ def change_state(store: router.Store, args: argparse.Namespace, me: str | None =
 
 
 def wait_for_healing(store: router.Store, last: Promotion | None) -> Routing:
-    """The state, when the routers have had the time to write back what they know."""
+    """Wait until a router has written lost data back, and return the state.
+
+    Waits for at most HEAL_WAIT seconds; the state can still be lost then. `last` is the last
+    promotion that Railway knows of.
+    """
     deadline = time.monotonic() + HEAL_WAIT
     while True:
         routing = store.read()
-        done = routing.active is not None and not is_lost(routing, last)
-        if done or time.monotonic() > deadline:
+        complete = routing.active is not None and not is_lost(routing, last)
+        if complete or time.monotonic() > deadline:
             return routing
         store.announce()
         time.sleep(0.25)
 
 
 def carry_out(argv: list[str], env: Mapping[str, str]) -> Json:
-    """One control command's answer: it has the command's name, the nonce that was given, and the
-    version that carried it out. `reason` says why it is not ok: `store` where the store did not
-    answer, so that it is not known whether the command ran. Raises SystemExit for arguments that
-    it does not know."""
+    """Carry out a control command and return its answer.
+
+    The answer has the command's name, its nonce and this version. If it is not ok, it has `error`
+    and `reason`; the reason `store` means that Redis did not answer, so it is not known whether the
+    command was carried out. Raises SystemExit for invalid arguments.
+    """
     args = control_parser().parse_args(argv)
     args.promoted = router.promotion_from_env(env)
     if args.intent:
@@ -1172,7 +1252,7 @@ def carry_out(argv: list[str], env: Mapping[str, str]) -> Json:
             case "probe":
                 answer = {"ok": True, **probe(store, args.deployment_id, args.path)}
             case _:
-                answer = {"ok": True, **changed(store, args, token, ownership.name(env))}
+                answer = {"ok": True, **change_answer(store, args, token, ownership.name(env))}
     except StateError as error:
         answer = {"ok": False, "error": str(error), "reason": error.reason}
     except (redis.RedisError, sqlite3.Error, OSError) as error:
@@ -1185,10 +1265,10 @@ def carry_out(argv: list[str], env: Mapping[str, str]) -> Json:
     return {**answer, "command": args.command, "nonce": args.nonce, "version": version}
 
 
-def changed(
+def change_answer(
     store: router.Store, args: argparse.Namespace, token: str, me: str | None = None
 ) -> Json:
-    """Change the state, wait for the routers, and say what the caller needs to know of it."""
+    """Carry out a command that writes, wait for the routers, and return the answer's fields."""
     routing = change_state(store, args, me)
     answer: Json = {}
     if args.command == "claim":
@@ -1211,9 +1291,11 @@ def changed(
 
 
 def control(argv: list[str]) -> int:
-    """Run one control command inside the router service. The last line on stdout is its answer, a
-    JSON object."""
-    control_parser().parse_args(argv)  # help, and what is wrong with it, anywhere
+    """Run a control command inside the router service, and return the exit status.
+
+    The last line on stdout is the answer, a JSON object.
+    """
+    control_parser().parse_args(argv)  # --help and errors of arguments work outside Railway, too
     if not any(os.environ.get(name) for name in RAILWAY_RUNTIME):
         print("run this inside the router service, with `railway ssh`", file=sys.stderr)
         return 1

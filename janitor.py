@@ -11,24 +11,29 @@
 #   "uvloop>=0.21; sys_platform != 'win32'",
 # ]
 # ///
-"""The janitor: removes deployments that nobody uses any more. Railway runs it on a cron.
+"""The janitor: removes deployments that nobody uses any more. Railway runs it on a cron schedule.
 
     python janitor.py [run]
 
-Each run asks every draining deployment how many sessions it holds. None left: the service is
-deleted, but for the one that was active last, which stays for a while to roll back to. The drain
-TTL over: its tabs are told to reload, then it is deleted. Not answering: it is kept until the TTL.
-A deploy that died on the way is removed after an hour: one whose deployment Railway shows as
-failed, crashed or never begun, where nothing answers, and that was never promoted. The active
-deployment is never touched, nor what has changed since it was judged, nor a service that neither
-the routing state names nor a deploy of this stack has made, nor one of another owner.
-In a copy of an environment, or where the routing state is another stack's, a run does nothing.
+Each run asks every draining deployment for its number of sessions:
 
-The record is retired first. When every router has said that it serves that, the Railway service is
-deleted, and the record goes last, so a run that is killed anywhere is finished by the next one.
+- No sessions: the service is deleted. The deployment that was active last stays for the rollback
+  window.
+- The drain TTL is over: its tabs are told to reload, then the service is deleted.
+- No answer: the deployment stays until the drain TTL is over.
 
-Where the routing state is lost, or older than what Railway says was promoted last (the router
-service's variable PULSE_RAILWAY_ACTIVE), a run mends that, and deletes nothing.
+A failed deploy is removed after an hour, if its deployment on Railway failed, crashed or never
+started, its address cannot be reached, and it was never promoted. A run never touches the active
+deployment, a deployment that has changed since the run read it, a service that neither the routing
+state names nor a deploy of this stack created, or a service of another owner. In a copy of an
+environment, or if the routing state belongs to another stack, a run does nothing.
+
+The record is retired first. When every router has reported that it serves the retirement, the
+Railway service is deleted. The record is deleted last, so the next run completes a run that was
+killed at any point.
+
+If the routing state is lost, or older than the last promotion that Railway knows of (the router
+service's variable PULSE_RAILWAY_ACTIVE), a run repairs the state and deletes nothing.
 """
 
 from __future__ import annotations
@@ -36,7 +41,7 @@ from __future__ import annotations
 import signal
 import sys
 
-if __name__ == "__main__":  # ends a run in order: its lock is given back
+if __name__ == "__main__":  # SystemExit releases the run's lock
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 import argparse
@@ -64,21 +69,22 @@ import router
 from router import Json, Promotion, Record, Routing
 
 API_URL = "https://backboard.railway.com/graphql/v2"
-LOCK_SECONDS = 60  # renewed while the run lasts
-CALL_SECONDS = 60  # for one answer of Railway's
-DEAD_DEPLOY_SECONDS = 3600
-NEVER_RAN = (None, "FAILED", "CRASHED", "REMOVED", "SKIPPED")  # of a deployment on Railway
-GONE_SECONDS = 60  # a record that is younger may have a service that Railway does not show yet
-MAINTENANCE = "PULSE_RAILWAY_MAINTENANCE"  # on the router service: since when the site is closed
-MAINTENANCE_OFF = "PULSE_RAILWAY_MAINTENANCE_OFF"  # when it was opened last
-RUN = "PULSE_RAILWAY_DEPLOY_RUN"  # on a backend: the run of `deploy` that created it
+LOCK_SECONDS = 60  # lease of the run's lock, renewed during the run
+CALL_SECONDS = 60  # until one answer of Railway's API is complete
+DEAD_DEPLOY_SECONDS = 3600  # a younger deploy may still be under way
+# statuses of a Railway deployment that does not run
+NEVER_RAN = (None, "FAILED", "CRASHED", "REMOVED", "SKIPPED")
+GONE_SECONDS = 60  # the service of a younger record may not be listed by Railway yet
+MAINTENANCE = "PULSE_RAILWAY_MAINTENANCE"  # on the router service: since when maintenance is on
+MAINTENANCE_OFF = "PULSE_RAILWAY_MAINTENANCE_OFF"  # when maintenance ended last
+RUN = "PULSE_RAILWAY_DEPLOY_RUN"  # on a backend: the `deploy` run that created it
 INTERNAL_TOKEN = "PULSE_RAILWAY_INTERNAL_TOKEN"
 RELOAD_GRACE_SECONDS = 3.0
 NOTIFY = "PULSE_RAILWAY_NOTIFY_URL"
-OWNS_STATE = "PULSE_RAILWAY_OWNS_STATE"  # on the router service: 1, by `ensure --owns-state`
+OWNS_STATE = "PULSE_RAILWAY_OWNS_STATE"  # on the router service: 1 if set by `ensure --owns-state`
 OTHER_STACK = "its service belongs to another stack"
 CONTROL = "PULSE_RAILWAY_CONTROL"  # {"nonce": ..., "words": [...], "until": seconds since 1970}
-CONTROL_ANSWER = "PULSE_RAILWAY_CONTROL_ANSWER"  # the control command's own answer
+CONTROL_ANSWER = "PULSE_RAILWAY_CONTROL_ANSWER"  # the answer of that control command
 
 SERVICES = """
 query Services($project: String!, $environment: String!) {
@@ -95,26 +101,31 @@ log = logging.getLogger("pulse.janitor")
 
 
 class GraphqlError(RuntimeError):
-    """Railway's API has understood the document, and says no: its own words."""
+    """Railway's API has refused a valid document. The message is Railway's."""
 
 
 class Contradiction(Exception):
-    """The state contradicts itself: nothing is deleted, and a person is told what to run."""
+    """The routing state and Railway's services contradict each other, so nothing is deleted.
+
+    The message says which command resolves the contradiction.
+    """
 
 
 @dataclass(frozen=True)
 class Service:
+    """A backend service on Railway."""
+
     id: str
     name: str
     deployment: str
     age: float  # seconds
-    status: str | None = None  # of its latest deployment
-    ours: bool = False  # a deploy has made it
-    stamped: bool = True  # it says itself whose it is
+    status: str | None = None  # of the latest deployment on Railway
+    ours: bool = False  # `deploy` created it: it has the variable RUN
+    stamped: bool = True  # it has the variable PULSE_RAILWAY_STACK
     replicas: int = 1
 
     def record(self) -> Record:
-        """The record of a deployment of which no more is known than what runs."""
+        """Return a record with no more than what Railway shows of the service."""
         return Record(
             self.deployment,
             service_name=self.name,
@@ -125,53 +136,60 @@ class Service:
 
 @dataclass(frozen=True)
 class Inventory:
-    """What stands on Railway."""
+    """The services of this stack on Railway, and the variables that its runs depend on."""
 
-    backends: list[Service]  # of this stack
+    backends: list[Service]  # of this stack only
     router_id: str | None = None
-    promoted: Promotion | None = None  # what was promoted last, as the router service says
-    closed: float | None = None  # since when the site is in maintenance, as it says
-    opened: float | None = None  # when the last maintenance ended, as it says
+    promoted: Promotion | None = None  # the last promotion, by the router service's variables
+    closed: float | None = None  # since when maintenance is on, by the same
+    opened: float | None = None  # when the last maintenance ended, by the same
     janitor_id: str | None = None
-    request: str = ""  # what PULSE_RAILWAY_CONTROL holds
-    answer: str = ""
-    others: Mapping[str, str] = field(default_factory=dict)  # deployment -> why it is not touched
+    request: str = ""  # the janitor service's PULSE_RAILWAY_CONTROL
+    answer: str = ""  # the janitor service's PULSE_RAILWAY_CONTROL_ANSWER
+    others: Mapping[str, str] = field(default_factory=dict)  # deployment -> why it is left alone
     identity: str | None = None  # this stack's stamp
-    stamped: bool = False  # the router service carries it
-    owns_state: bool = False  # a state that nobody owns is this stack's, whatever it holds
+    stamped: bool = False  # the router service has this stamp
+    owns_state: bool = False  # an ownerless state belongs to this stack, whatever its contents
 
 
 @dataclass
 class Report:
-    """What a run did, printed as one JSON line."""
+    """What a run did. `main` prints it as one line of JSON."""
 
     deleted: list[str] = field(default_factory=list)
-    left_empty: list[str] = field(default_factory=list)  # of those, whose service is still there
-    expired: list[str] = field(default_factory=list)
-    kept: dict[str, str] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)  # what could not be done, and why
-    restored: str | None = None
-    claimed: str | None = None  # the owner that the routing state has got
+    left_empty: list[str] = field(
+        default_factory=list
+    )  # deleted, but the empty service remains on Railway
+    expired: list[str] = field(default_factory=list)  # deleted, since the drain TTL was over
+    kept: dict[str, str] = field(default_factory=dict)  # deployment -> reason
+    failed: dict[str, str] = field(default_factory=dict)  # deployment -> error
+    restored: str | None = None  # the active deployment of a state that was rebuilt
+    claimed: str | None = None  # the owner that this run wrote into the routing state
     problems: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Retention:
-    """For how long what is kept."""
+    """How long draining deployments are kept."""
 
     drain_ttl: float = 86_400.0  # seconds
-    rollback_window: float = 0.0  # seconds from when it was active that there is a way back to it
-    keep: int = 0  # the last so many that were active, until the drain TTL
+    rollback_window: float = 0.0  # seconds; keeps the deployment that was active last
+    keep: int = 0  # number of formerly active deployments that stay until the drain TTL
 
-    def ways_back(self, routing: Routing, there: Collection[str]) -> set[str]:
-        """Those that stay although their last tab has gone, so that `rollback` has somewhere to go:
-        of those that have a service (`there`) what was active last, for the window, and the last
-        `keep`."""
+    def rollback_targets(self, routing: Routing, running: Collection[str]) -> set[str]:
+        """Return the deployments that are kept for `rollback` after their last tab has closed.
+
+        These are the deployment that was active last, during the rollback window, and the last
+        `keep` deployments.
+
+        Args:
+            running: ids of the deployments that have a service. Only these are returned.
+        """
         drained = [
             (r.drain_started_at, r.deployment_id)
             for r in routing.records.values()
             if r.state == "draining" and r.drain_started_at and not (r.rejected_at or r.retiring_at)
-            if r.deployment_id in there
+            if r.deployment_id in running
         ]
         drained.sort(reverse=True)
         kept = drained[: self.keep]
@@ -181,7 +199,10 @@ class Retention:
 
 
 class Railway:
-    """The calls the janitor makes. The token may be a project's or an account's."""
+    """The janitor's calls to Railway's API.
+
+    RAILWAY_TOKEN may be a project token or an account token, which need different headers.
+    """
 
     def __init__(self, env: Mapping[str, str]) -> None:
         self.project = env["RAILWAY_PROJECT_ID"]
@@ -192,8 +213,8 @@ class Railway:
         self.url = env.get("PULSE_RAILWAY_API_URL") or API_URL
         self.client = httpx.Client(timeout=30)
         self.headers = {"Project-Access-Token": self.token}
-        self.token_is_known = False  # is it certain which kind it is?
-        self.me = ownership.identity(env)
+        self.token_kind_known = False
+        self.identity = ownership.identity(env)
         self.deletion = ownership.Deletion(
             lambda document, **variables: self.call(document, **variables),
             GraphqlError,
@@ -203,9 +224,9 @@ class Railway:
         )
 
     def call(self, document: str, **variables: Any) -> dict[str, Any]:
-        """One request, tried up to three times where Railway is busy or away.
+        """Send one request and return its data. An HTTP failure is retried twice.
 
-        Raises httpx.HTTPError, GraphqlError, or RuntimeError where its answer is not understood.
+        Raises httpx.HTTPError, GraphqlError, and RuntimeError for an invalid answer.
         """
         for attempt in range(3):
             try:
@@ -225,11 +246,11 @@ class Railway:
         errors, data = answer.get("errors"), answer.get("data")
         if isinstance(errors, list) and errors:
             message = "; ".join(str(e.get("message") if isinstance(e, dict) else e) for e in errors)
-            unknown = not self.token_is_known and "Project-Access-Token" in self.headers
+            unknown = not self.token_kind_known and "Project-Access-Token" in self.headers
             if unknown and "not authorized" in message.lower():
                 self.headers = {"Authorization": f"Bearer {self.token}"}
                 return self.call(document, **variables)
-            if not self.token_is_known and "not authorized" in message.lower():
+            if not self.token_kind_known and "not authorized" in message.lower():
                 message = (
                     f"its RAILWAY_TOKEN does not open this environment: run `pulse-railway ensure`"
                     f" with one that does ({message})"
@@ -237,11 +258,11 @@ class Railway:
             raise GraphqlError(message)
         if errors or not data or not isinstance(data, dict):
             raise RuntimeError("Railway's answer is not one of its API")
-        self.token_is_known = True
+        self.token_kind_known = True
         return data
 
     def ask(self, request: Json) -> bytes:
-        """One answer of Railway's, whole within CALL_SECONDS. Raises httpx.HTTPError."""
+        """Return the body of one answer. Raises httpx.HTTPError, also after CALL_SECONDS."""
         deadline, body = time.monotonic() + CALL_SECONDS, b""
         with self.client.stream("POST", self.url, json=request, headers=self.headers) as response:
             response.raise_for_status()
@@ -252,11 +273,12 @@ class Railway:
         return body
 
     def inspect(self, routing: Routing | None = None) -> Inventory:
-        """The backends of this stack, and what its router and janitor say. Raises Contradiction in
-        a copy of an environment.
+        """Return the backends of this stack, and what the variables of its router and janitor say.
+
+        Raises Contradiction in a copy of an environment.
 
         Args:
-            routing: the state, which names backends that do not say themselves whose they are.
+            routing: the routing state; its records name the backends that have no stamp.
         """
         data = self.call(SERVICES, project=self.project, environment=self.environment)
         config = data["environment"]["config"]
@@ -266,7 +288,7 @@ class Railway:
             if counts and None not in counts:
                 node["numReplicas"] = sum(count or 0 for count in counts)
         if not nodes:
-            return Inventory([], identity=str(self.me) if self.me else None)
+            return Inventory([], identity=str(self.identity) if self.identity else None)
         parameters = ", ".join(f"$s{i}: String!" for i in range(len(nodes)))
         fields = "\n".join(
             f"  s{i}: variables(projectId: $project, environmentId: $environment,"
@@ -288,35 +310,36 @@ class Railway:
         }
         by_name = {service.name: service for service in services.values()}
         janitor = by_name.get(self.janitor)
-        own = (services.get(self.me.router_id) if self.me else None) or by_name.get(self.router)
-        of_router: Mapping[str, str] = own.variables if own else {}
-        if own and all(name.startswith("RAILWAY_") for name in of_router):
+        own_router = services.get(self.identity.router_id) if self.identity else None
+        own_router = own_router or by_name.get(self.router)
+        router_variables: Mapping[str, str] = own_router.variables if own_router else {}
+        if own_router and all(name.startswith("RAILWAY_") for name in router_variables):
             raise RuntimeError(
-                f"Railway shows no variables of {own.name}: its answer is not believed, and the"
-                " next run asks again"
+                f"Railway shows no variables of {own_router.name}, which cannot be right: the next"
+                " run asks again"
             )
-        if own and own.stamp and own.stamp.environment_id != self.environment:
-            raise Contradiction(ownership.copy_words(own.stamp.environment_id))
-        router_id = own.id if own else None
-        stamp = (own.stamp if own else None) or self.me
-        if own and (stamp is None or stamp.router_id != own.id):
-            stamp = ownership.Stamp(self.environment, own.id)
+        if own_router and own_router.stamp and own_router.stamp.environment_id != self.environment:
+            raise Contradiction(ownership.copy_words(own_router.stamp.environment_id))
+        router_id = own_router.id if own_router else None
+        stamp = (own_router.stamp if own_router else None) or self.identity
+        if own_router and (stamp is None or stamp.router_id != own_router.id):
+            stamp = ownership.Stamp(self.environment, own_router.id)
         backends, others = self.backends(nodes, services, router_id or "", routing or Routing())
-        of_janitor: Mapping[str, str] = janitor.variables if janitor else {}
+        janitor_variables: Mapping[str, str] = janitor.variables if janitor else {}
         return Inventory(
             backends,
             router_id,
-            router.promotion_from_env(of_router),
-            time_in(of_router, MAINTENANCE),
-            time_in(of_router, MAINTENANCE_OFF),
+            router.promotion_from_env(router_variables),
+            time_in(router_variables, MAINTENANCE),
+            time_in(router_variables, MAINTENANCE_OFF),
             janitor.id if janitor else None,
-            of_janitor.get(CONTROL) or "",
-            of_janitor.get(CONTROL_ANSWER) or "",
+            janitor_variables.get(CONTROL) or "",
+            janitor_variables.get(CONTROL_ANSWER) or "",
             others,
             str(stamp) if stamp else None,
-            own is not None and own.stamp == stamp,
-            of_router.get(OWNS_STATE) == "1"
-            or ownership.is_managed(of_router.get(ownership.REDIS_URL, "")),
+            own_router is not None and own_router.stamp == stamp,
+            router_variables.get(OWNS_STATE) == "1"
+            or ownership.is_managed(router_variables.get(ownership.REDIS_URL, "")),
         )
 
     def backends(
@@ -326,7 +349,14 @@ class Railway:
         router_id: str,
         routing: Routing,
     ) -> tuple[list[Service], dict[str, str]]:
-        """The backends of this stack, and of the others why they are not touched."""
+        """Return the backends of this stack, and for each other backend why it is left alone.
+
+        Args:
+            nodes: Railway's service instances.
+            services: the same services with their variables, by id.
+            router_id: of this stack's router; empty if there is none.
+            routing: the routing state; its records name the backends that have no stamp.
+        """
         backends = [
             backend(node, services[node["serviceId"]])
             for node in nodes
@@ -334,22 +364,22 @@ class Railway:
         ]
         named = {router_id: {b.id for b in backends if routing_names(routing, b)}}
         owners = ownership.owners(self.environment, list(services.values()), named)
-        own = services.get(router_id) or ownership.Service("", self.router, {})
-        names = ownership.names_of(own, list(services.values()))
-        mine, others = [], {}
-        for found in backends:
-            whose, service = owners[found.id], services[found.id]
-            if whose == ownership.Owner("stack", router_id):
-                mine.append(found)
+        own_router = services.get(router_id) or ownership.Service("", self.router, {})
+        names = ownership.names_of(own_router, list(services.values()))
+        own_backends, others = [], {}
+        for candidate in backends:
+            owner, service = owners[candidate.id], services[candidate.id]
+            if owner == ownership.Owner("stack", router_id):
+                own_backends.append(candidate)
             else:
-                left = ownership.unowned(service, whose, names, router_id)
-                others[found.deployment] = left.words() if left else OTHER_STACK
-        for found in mine:
-            others.pop(found.deployment, None)
-        return mine, others
+                unowned = ownership.unowned(service, owner, names, router_id)
+                others[candidate.deployment] = unowned.words() if unowned else OTHER_STACK
+        for candidate in own_backends:
+            others.pop(candidate.deployment, None)
+        return own_backends, others
 
-    def remember(self, service_id: str, values: dict[str, str]) -> None:
-        """Set variables of a service; nothing is deployed anew."""
+    def set_variables(self, service_id: str, values: dict[str, str]) -> None:
+        """Set variables of a service without a new deployment of it."""
         self.call(
             ownership.SET_VARIABLES,
             input={
@@ -362,11 +392,12 @@ class Railway:
         )
 
     def delete(self, service: Service) -> bool:
-        """False: it could not be deleted, and nothing of it runs any more."""
+        """Delete a service. False: Railway did not delete it, and it is empty now."""
         return self.deletion.delete(service.id)
 
 
 def backend(node: dict[str, Any], service: ownership.Service) -> Service:
+    """Return a backend as the janitor sees it, from Railway's service instance (`node`)."""
     return Service(
         service.id,
         service.name,
@@ -380,27 +411,28 @@ def backend(node: dict[str, Any], service: ownership.Service) -> Service:
 
 
 def routing_names(routing: Routing, service: Service) -> bool:
-    """Does the routing state name this service: in a record, or as what is being removed?"""
+    """Does the routing state name this service, in a record or in a tombstone?"""
     name = service.deployment
     record = routing.record_of_active() if name == routing.active else routing.records.get(name)
     if record is None:
-        grave = routing.tombstones.get(name)
-        return grave is not None and grave.service_id == service.id
+        tombstone = routing.tombstones.get(name)
+        return tombstone is not None and tombstone.service_id == service.id
     if record.service_id:
         return record.service_id == service.id
     return record.service_name in (None, service.name)
 
 
 def time_in(variables: Mapping[str, str], name: str) -> float | None:
+    """Return the time in a variable, in seconds since 1970; None if it is unset or invalid."""
     value = variables.get(name) or ""
     return float(value) if re.fullmatch(r"[0-9]{1,11}(\.[0-9]+)?", value) else None
 
 
 @contextlib.contextmanager
 def run_lock(store: router.RedisStore) -> Iterator[bool]:
-    """Hold the janitor's lock; it is renewed until the run ends, so that it cannot expire on it.
+    """Hold the lock of janitor runs, and renew its lease until the run ends.
 
-    Yields False where another run holds it.
+    Yields False if another run holds the lock.
     """
     key = f"{store.prefix}{control.JANITOR_LOCK}"
     token = control.OUR_LOCK_PREFIX + secrets.token_hex(8)
@@ -412,138 +444,154 @@ def run_lock(store: router.RedisStore) -> Iterator[bool]:
                 if store.client.get(key) == token:
                     store.client.expire(key, LOCK_SECONDS)
 
-    try:  # from before it is taken: a signal can come as soon as it is
-        held = control.take_lock(store, token, LOCK_SECONDS)
-        if held:
+    try:  # begins before the lock is taken, since a signal can arrive right after that
+        locked = control.take_lock(store, token, LOCK_SECONDS)
+        if locked:
             threading.Thread(target=renew, daemon=True).start()
-        yield held
+        yield locked
     finally:
         done.set()
-        control.give_back(store, token)
+        control.release_lock(store, token)
 
 
 def clean_up(
     store: router.RedisStore,
     railway: Railway,
     routing: Routing,
-    found: Inventory,
+    inventory: Inventory,
     token: str,
     retention: Retention,
 ) -> Report:
-    """One run on what was read: the routing state first, then what stands on Railway. Raises
-    Contradiction, and whatever Railway or Redis raise while the state is mended."""
+    """Carry out one run and return its report.
+
+    Raises Contradiction, and the exceptions of Railway's API and Redis while the state is repaired.
+
+    Args:
+        routing: the routing state, read before the inventory.
+        inventory: what Railway shows.
+        token: for the internal endpoints of the backends.
+    """
     report = Report(problems=list(routing.problems))
-    routing = claim_unowned(store, routing, found, report)
-    stamp_backends(railway, routing, found)
-    if mend(store, railway, routing, found, report):
-        return report  # what it means for the others, the next run sees
-    check(routing, found)
-    by_id = {service.deployment: service for service in found.backends}
-    ways_back = retention.ways_back(routing, by_id.keys())
-    run = Run(store, railway, routing, found, token, report)
+    routing = claim_unowned(store, routing, inventory, report)
+    stamp_backends(railway, routing, inventory)
+    if mend(store, railway, routing, inventory, report):
+        return report  # the next run judges by the repaired state
+    check(routing, inventory)
+    by_id = {service.deployment: service for service in inventory.backends}
+    rollback_targets = retention.rollback_targets(routing, by_id.keys())
+    run = Run(store, railway, routing, inventory, token, report)
     for name, record in routing.records.items():
         service = by_id.get(name)
-        if name in found.others:
+        if name in inventory.others:
             continue
-        with run.failing_alone(name):
+        with run.isolate_failure(name):
             verdict = run.judge(record, service, retention.drain_ttl)
-            if verdict == "stray":  # of 0.3.x, which could be cut off between two writes
+            if verdict == "stray":  # 0.3.x could be killed between its two writes
                 step = functools.partial(control.mark_draining, deployment_id=name, judged=record)
                 store.apply(step)
-                verdict = "keep: was active beside the active one, drains from now on"
-            if verdict == "drained" and name in ways_back:
-                verdict = "keep: a way back"
+                verdict = "keep: was active beside the active deployment, draining from now on"
+            if verdict == "drained" and name in rollback_targets:
+                verdict = "keep: for a rollback"
             if not verdict.startswith("keep"):
                 run.remove(name, record, service, verdict)
             elif verdict != "keep: active":
                 report.kept[name] = verdict.removeprefix("keep: ")
-    for service in found.backends:
+    for service in inventory.backends:
         if service.deployment not in routing.records:
-            with run.failing_alone(service.deployment):
-                run.unregistered(service)
-    for name, why in found.others.items():
+            with run.isolate_failure(service.deployment):
+                run.handle_unregistered(service)
+    for name, why in inventory.others.items():
         if name in routing.records or why != OTHER_STACK:
             report.kept[name] = why
     return report
 
 
 def claim_unowned(
-    store: router.RedisStore, routing: Routing, found: Inventory, report: Report
+    store: router.RedisStore, routing: Routing, inventory: Inventory, report: Report
 ) -> Routing:
-    """Make a routing state that nobody owns this stack's, where its router carries its stamp and
-    nobody else can mean that state: it holds nothing, lies in this environment, or was given to
-    this stack by a person."""
-    me = found.identity
-    if me is None or not found.stamped or router.OWNER in routing.keys:
+    """Write this stack as the owner of a routing state without one, and return the state.
+
+    The router must have its stamp, and no other stack may use the state: the state is empty, its
+    Redis is in this environment, or a person has assigned it to this stack (`owns_state`).
+    """
+    identity = inventory.identity
+    if identity is None or not inventory.stamped or router.OWNER in routing.keys:
         return routing
 
     def step(routing: Routing) -> Routing:
-        if router.OWNER in routing.keys or not (control.is_bare(routing) or found.owns_state):
+        if router.OWNER in routing.keys or not (control.is_bare(routing) or inventory.owns_state):
             return routing
-        return control.set_owner(routing, me)
+        return control.set_owner(routing, identity)
 
     owner = store.apply(step).owner
-    report.claimed = me if owner == me else None
+    report.claimed = identity if owner == identity else None
     return replace(routing, owner=owner)
 
 
-def stamp_backends(railway: Railway, routing: Routing, found: Inventory) -> None:
-    """Write onto the backends that this stack's state names whose they are."""
-    if not found.stamped or found.identity is None or routing.owner != found.identity:
+def stamp_backends(railway: Railway, routing: Routing, inventory: Inventory) -> None:
+    """Set PULSE_RAILWAY_STACK on the backends that this stack's routing state names."""
+    if not inventory.stamped or inventory.identity is None or routing.owner != inventory.identity:
         return
-    for service in found.backends:
+    for service in inventory.backends:
         if not service.stamped and routing_names(routing, service):
-            railway.remember(service.id, {ownership.STACK: found.identity})
+            railway.set_variables(service.id, {ownership.STACK: inventory.identity})
 
 
 def mend(
-    store: router.RedisStore, railway: Railway, routing: Routing, found: Inventory, report: Report
+    store: router.RedisStore,
+    railway: Railway,
+    routing: Routing,
+    inventory: Inventory,
+    report: Report,
 ) -> bool:
-    """Bring the store, and what Railway says was promoted last, to the later of the two. Says
-    whether there was anything to mend."""
-    last, healed = found.promoted, False
-    if not found.backends and routing.active is None:
+    """Bring the store and Railway's variables to the later promotion of the two.
+
+    Returns whether the two named different deployments, or the state was lost.
+    """
+    last, healed = inventory.promoted, False
+    if not inventory.backends and routing.active is None:
         return False
     if routing.active is None or control.is_lost(routing, last):
         routing = control.wait_for_healing(store, last)
         if routing.active is None or control.is_older_than(routing, last):
-            report.restored = rebuild_from_railway(store, routing, found, report)
+            report.restored = rebuild_from_railway(store, routing, inventory, report)
             return True
         healed = True
-    if routing.promoted_by_other:  # it is given the time at which we learn of it
-        now = routing.active
+    if routing.promoted_by_other:  # such a promotion has no time: it gets the present
+        active = routing.active
 
-        def note(routing: Routing) -> Routing:
-            if routing.active != now or not routing.promoted_by_other:
+        def add_time(routing: Routing) -> Routing:
+            if routing.active != active or not routing.promoted_by_other:
                 return routing
-            return replace(routing, promoted=Promotion(now, router.next_time(routing)))
+            return replace(routing, promoted=Promotion(active, router.next_time(routing)))
 
-        routing = store.apply(note)
+        routing = store.apply(add_time)
     differs = last is not None and last.deployment_id != routing.active
-    if found.router_id and routing.active and routing.promotion != last:
+    if inventory.router_id and routing.active and routing.promotion != last:
         at = routing.promotion.at if routing.promotion else 0.0
         values = {
             router.LAST_PROMOTED_VARIABLE: routing.active,
             router.LAST_PROMOTED_AT_VARIABLE: repr(at) if at else "",
         }
-        railway.remember(found.router_id, values)
-    mend_maintenance(store, railway, routing, found)
+        railway.set_variables(inventory.router_id, values)
+    mend_maintenance(store, railway, routing, inventory)
     return differs or healed
 
 
 def rebuild_from_railway(
-    store: router.RedisStore, routing: Routing, found: Inventory, report: Report
+    store: router.RedisStore, routing: Routing, inventory: Inventory, report: Report
 ) -> str | None:
-    """Rebuild the routing state that Redis has lost, or bring it to what was promoted last.
+    """Rebuild a lost routing state, or make the deployment active that was promoted last.
 
-    Returns the deployment that is active then. Raises Contradiction where nobody knows.
+    Returns the deployment that is active then; None if the state was left as it is. Raises
+    Contradiction if no active deployment is known.
     """
-    last = found.promoted
-    if last is None or last.deployment_id not in {s.deployment for s in found.backends}:
+    last = inventory.promoted
+    if last is None or last.deployment_id not in {s.deployment for s in inventory.backends}:
         if routing.active is None:
             raise Contradiction(
                 "there are deployments but none is active: run `pulse-railway restore"
-                " --deployment-id ...` with the one that is to be"
+                " --deployment-id ...` with the one to make active"
             )
         gone = last.deployment_id if last else "what was active"
         report.problems.append(
@@ -553,10 +601,10 @@ def rebuild_from_railway(
         return None
     step = functools.partial(
         control.rebuild_records,
-        running=[service.record() for service in found.backends],
+        running=[service.record() for service in inventory.backends],
         active=last.deployment_id,
         at=last.at,
-        closed=found.closed,
+        closed=inventory.closed,
     )
     store.apply(control.with_history(step, "restore", last.deployment_id, by="janitor"))
     log.warning("the routing state was lost, or an older one: restored from Railway")
@@ -564,44 +612,50 @@ def rebuild_from_railway(
 
 
 def mend_maintenance(
-    store: router.RedisStore, railway: Railway, routing: Routing, found: Inventory
+    store: router.RedisStore, railway: Railway, routing: Routing, inventory: Inventory
 ) -> None:
-    """Keep what the router service says of the maintenance as the state has it. A site that was
-    closed, and that nobody has opened, is closed again; one that was opened since, opened."""
-    if found.router_id is None or (routing.maintenance is None and found.closed is None):
+    """Make the router service's variables and the routing state agree about maintenance.
+
+    The later switch wins. If the state has none, maintenance is on again where the variables say so
+    and the history has no later end of it.
+    """
+    if inventory.router_id is None or (routing.maintenance is None and inventory.closed is None):
         return
     switches = [e for e in routing.history if str(e["what"]).startswith("maintenance ")]
-    opened = bool(switches) and switches[-1]["what"] == "maintenance off"
+    ended = bool(switches) and switches[-1]["what"] == "maintenance off"
     if routing.maintenance:
         since = routing.maintenance.since
-        if found.opened and 0 < since < found.opened:  # the state is of before that
+        if inventory.opened and 0 < since < inventory.opened:  # the state is older than that
 
             def reopen(routing: Routing) -> Routing:
-                still = routing.maintenance and routing.maintenance.since == since
-                return replace(routing, maintenance=None) if still else routing
+                unchanged = routing.maintenance and routing.maintenance.since == since
+                return replace(routing, maintenance=None) if unchanged else routing
 
             store.apply(control.with_history(reopen, "maintenance off", "", by="janitor"))
-        elif found.closed is None:
-            railway.remember(found.router_id, {MAINTENANCE: repr(since), MAINTENANCE_OFF: ""})
-    elif opened and float(switches[-1]["at"]) >= (found.closed or 0.0):
+        elif inventory.closed is None:
+            railway.set_variables(
+                inventory.router_id, {MAINTENANCE: repr(since), MAINTENANCE_OFF: ""}
+            )
+    elif ended and float(switches[-1]["at"]) >= (inventory.closed or 0.0):
         at = repr(float(switches[-1]["at"]))
-        railway.remember(found.router_id, {MAINTENANCE: "", MAINTENANCE_OFF: at})
+        railway.set_variables(inventory.router_id, {MAINTENANCE: "", MAINTENANCE_OFF: at})
     else:
-        closed = router.Maintenance(found.closed or 0.0)
+        closed = router.Maintenance(inventory.closed or 0.0)
         store.apply(lambda routing: replace(routing, maintenance=routing.maintenance or closed))
 
 
-def check(routing: Routing, found: Inventory) -> None:
-    """Raises Contradiction where the state and the services cannot both be right."""
-    names: dict[str, str] = {}
-    for service in found.backends:
-        other = names.setdefault(service.deployment, service.name)
+def check(routing: Routing, inventory: Inventory) -> None:
+    """Raise Contradiction if the routing state and the services cannot both be right."""
+    service_names: dict[str, str] = {}
+    for service in inventory.backends:
+        other = service_names.setdefault(service.deployment, service.name)
         if other != service.name:
             raise Contradiction(
                 f"deployment {service.deployment} is on two services, {other} and {service.name}:"
                 " delete the wrong one on Railway"
             )
-    if routing.active and routing.active not in names and routing.active not in found.others:
+    known = {*service_names, *inventory.others}
+    if routing.active and routing.active not in known:
         raise Contradiction(
             f"the active deployment {routing.active} has no service: promote another with"
             " `pulse-railway promote`, or deploy"
@@ -610,47 +664,60 @@ def check(routing: Routing, found: Inventory) -> None:
 
 @dataclass
 class Run:
-    """What the deployments of one run are judged by, and what is done to them."""
+    """One run: what it judges deployments by, and the changes that it makes.
+
+    `routers_behind`: a router did not report in time, so the run waits for none any more.
+    """
 
     store: router.RedisStore
     railway: Railway
     routing: Routing
-    found: Inventory
+    inventory: Inventory
     token: str
     report: Report
     routers_behind: bool = False
 
     @contextlib.contextmanager
-    def failing_alone(self, name: str) -> Iterator[None]:
-        """What fails at one deployment is reported, and the others have their turn."""
+    def isolate_failure(self, name: str) -> Iterator[None]:
+        """Report a failure at one deployment, so that the run continues with the others."""
         try:
             yield
         except (control.StateError, RuntimeError, httpx.HTTPError) as error:
-            words = str(error) if not isinstance(error, httpx.HTTPError) else type(error).__name__
-            self.report.failed[name] = words
-            log.error("%s: %s", name, words)
+            message = str(error) if not isinstance(error, httpx.HTTPError) else type(error).__name__
+            self.report.failed[name] = message
+            log.error("%s: %s", name, message)
 
     def judge(self, record: Record, service: Service | None, drain_ttl: float) -> str:
-        """What is to become of a deployment: `keep: <why>`, `stray`, `drained`, `expired`, `gone`
-        or `dead`."""
+        """Return the verdict on a deployment.
+
+        `keep: <reason>`; `stray` (its record says active, and another one is); or why it is
+        removed: `drained`, `expired`, `gone` (its service was deleted on Railway), `dead` (its
+        deploy failed).
+
+        Args:
+            service: its service; None if Railway lists none.
+            drain_ttl: seconds.
+        """
         now, name = self.routing.now, record.deployment_id
         if name == self.routing.active:
             return "keep: active"
         if record.retiring_at:
-            return "drained"  # an earlier run, or `delete`, was cut off
+            return "drained"  # an earlier run, or `delete`, was interrupted
         expires = record.state == "draining" and record.drain_started_at is not None
         if expires and now - (record.drain_started_at or now) >= drain_ttl:
             return "expired"
         if record.ignored or record.state not in ("active", "pending", "draining"):
-            what = ", ".join(record.ignored) or f"state {record.state!r}"
-            return f"keep: not understood ({what}): `pulse-railway delete` removes it"
+            problem = ", ".join(record.ignored) or f"state {record.state!r}"
+            return f"keep: not understood ({problem}): `pulse-railway delete` removes it"
         if record.state == "active":
             return "stray"
-        # the records were read before the services, and a service is there before its record
+        # A service is created before its record, and the records were read before the services. So
+        # this service was deleted on Railway by hand: its tabs reload instead of getting 502.
         if service is None and now - (record.registered_at or 0) > GONE_SECONDS:
-            # deleted on Railway by hand: its tabs are to reload, not to meet 502
-            at = router.look(record)
-            return "gone" if at == "unreachable" else f"keep: {at}, but Railway does not list it"
+            reachability = router.look(record)
+            if reachability == "unreachable":
+                return "gone"
+            return f"keep: {reachability}, but Railway does not list it"
         if record.state == "pending":
             return self.judge_pending(record, service)
         count = control.sessions(record, self.token)
@@ -659,13 +726,14 @@ class Run:
         if count:
             return f"keep: {count} sessions"
         if service and service.replicas != 1:
-            return f"keep: {service.replicas} replicas, of which one said that it has no session"
+            return f"keep: {service.replicas} replicas, of which one has reported no session"
         under_way = self.under_way(name)
         return f"keep: {under_way} requests under way" if under_way else "drained"
 
     def judge_pending(self, record: Record, service: Service | None) -> str:
+        """Return the verdict on a pending deployment, as `judge` does."""
         if record.pinned:
-            return "keep: held"
+            return "keep: pinned"
         age = service.age if service else 0.0
         if record.registered_at:
             age = self.routing.now - record.registered_at
@@ -676,44 +744,48 @@ class Run:
         return "dead"
 
     def may_run(self, record: Record, service: Service | None) -> bool:
-        """Silence alone is no death."""
+        """May a deployment run that does not answer? False only if it certainly does not."""
         name = record.deployment_id
         promoted = (
             record.promoted_at is not None
-            or (self.found.promoted and self.found.promoted.deployment_id == name)
+            or (self.inventory.promoted and self.inventory.promoted.deployment_id == name)
             or self.was_promoted(name)
         )
         runs = service is not None and service.status not in NEVER_RAN
         return promoted or runs or router.look(record) != "unreachable"
 
-    def was_promoted(self, name: str, lately: float = math.inf) -> bool:
-        """Does the history say so, in so many seconds?"""
+    def was_promoted(self, name: str, within: float = math.inf) -> bool:
+        """Does the history have a promotion of this deployment in the last `within` seconds?"""
         return any(
             entry.get("deployment_id") == name
             and entry["what"] in ("promote", "rollback", "restore")
-            and self.routing.now - entry["at"] < lately
+            and self.routing.now - entry["at"] < within
             for entry in self.routing.history
         )
 
     def under_way(self, name: str) -> int:
-        """Requests and sockets, as the routers last said."""
+        """Return its number of requests and sockets, by the last reports of the routers."""
         return control.Served(control.reports(self.store), []).under_way(name, 0)
 
-    def unregistered(self, service: Service) -> None:
-        """A service without a record: its deploy died before it was registered, or Redis has lost
-        its record. It is adopted where it may run, else removed; after an hour, since it may be
-        on its way, unless it was promoted already."""
+    def handle_unregistered(self, service: Service) -> None:
+        """Adopt a service without a record if it may run, else remove it.
+
+        Its deploy failed before the registration, or Redis has lost its record. For an hour nothing
+        is done, since its deploy may be under way, unless it was promoted already.
+        """
         name, record = service.deployment, service.record()
         if name == self.routing.active:
             self.store.apply(functools.partial(control.adopt_orphan, record=record))
             return
         if not service.ours:
-            self.report.kept[name] = "no record names its service, and no deploy of this stack did"
+            self.report.kept[name] = (
+                "no record names its service, and no deploy of this stack created it"
+            )
             return
         if service.age <= DEAD_DEPLOY_SECONDS and not self.was_promoted(name, service.age):
             return
-        grave = self.routing.tombstones.get(name)
-        removed = grave is not None and grave.service_id == service.id
+        tombstone = self.routing.tombstones.get(name)
+        removed = tombstone is not None and tombstone.service_id == service.id
         if removed or not self.may_run(record, service):
             self.remove(name, None, service, "dead")
         else:
@@ -721,14 +793,21 @@ class Run:
             self.report.kept[name] = "no record named it: draining from now on"
 
     def remove(self, name: str, judged: Record | None, service: Service | None, why: str) -> None:
-        """Delete a deployment, if it still is what was judged. It is retired first, so that nobody
-        promotes it meanwhile; when every router serves that, its tabs are told to reload."""
+        """Delete a deployment whose record has not changed since it was judged.
+
+        The record is retired first, so that the deployment cannot be promoted meanwhile. When every
+        router serves the retirement, the tabs are told to reload.
+
+        Args:
+            judged: the record that the verdict is about; None if there was none.
+            why: the verdict, for the history.
+        """
         try:
             service_id = service.id if service else None
             routing = self.store.apply(
                 lambda state: control.retire_if_unchanged(state, name, judged, service_id)
             )
-        except control.StateError as error:  # promoted, rolled back to, or drained anew
+        except control.StateError as error:  # promoted, rolled back to, or drained again
             self.report.kept[name] = str(error)
             return
         since = control.retired_for(routing, name)
@@ -754,16 +833,16 @@ class Run:
             self.report.expired.append(name)
 
 
-def carry_out_request(found: Inventory, env: Mapping[str, str]) -> Json | None:
-    """Carry out the control command that was left for us, and return its answer.
+def carry_out_request(inventory: Inventory, env: Mapping[str, str]) -> Json | None:
+    """Carry out the control command in the janitor's variable, and return its answer.
 
-    None where there is nothing to do: no command, one that was answered, one whose caller waits
-    no longer and must not be surprised by it.
+    Returns None if there is no command, if it was answered already, or if its caller does not wait
+    any longer and must not be surprised by it.
     """
     try:
-        request = router.from_json(found.request or "null")
+        request = router.from_json(inventory.request or "null")
         nonce, words = request["nonce"], [str(word) for word in request["words"]]
-        answered = (router.from_json(found.answer or "null") or {}).get("nonce")
+        answered = (router.from_json(inventory.answer or "null") or {}).get("nonce")
         if nonce == answered or time.time() > float(request["until"]):
             return None
         name = words[0]
@@ -777,7 +856,7 @@ def carry_out_request(found: Inventory, env: Mapping[str, str]) -> Json | None:
 
 
 def notify(env: dict[str, str], report: Report) -> None:
-    """Tell who wants to know that a deployment was removed under its tabs."""
+    """Send a notification if a deployment with open tabs was removed."""
     if not report.expired or not env.get(NOTIFY):
         return
     names = ", ".join(report.expired)
@@ -785,13 +864,15 @@ def notify(env: dict[str, str], report: Report) -> None:
     body = {"text": text, "event": "forced removal", "by": "janitor", "deployments": report.expired}
     try:
         httpx.post(env[NOTIFY], json=body, timeout=10).raise_for_status()
-    except (httpx.HTTPError, httpx.InvalidURL) as error:  # its text holds the URL, a secret
-        log.warning("%s was not told: %s", NOTIFY, type(error).__name__)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:  # its message has the URL, a secret
+        log.warning("the notification to %s failed: %s", NOTIFY, type(error).__name__)
 
 
 def options(argv: list[str]) -> dict[str, str]:
-    """The variables that flags set; on Railway `ensure` has set them all. The flags are 0.3.x's,
-    of which some name what is no longer needed."""
+    """Return the variables that the flags set. On Railway `ensure` has set them all.
+
+    The flags are those of 0.3.x; some of them have no effect any more.
+    """
     parser = argparse.ArgumentParser(
         prog="pulse-railway janitor",
         description=__doc__,
@@ -817,6 +898,7 @@ def options(argv: list[str]) -> dict[str, str]:
 
 
 def main(argv: list[str]) -> int:
+    """Carry out one run, or the control command that is requested. Returns the exit status."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s %(message)s")
     env = {**os.environ, **options(argv)}
     if not any(env.get(name) for name in control.RAILWAY_RUNTIME):
@@ -844,26 +926,26 @@ def main(argv: list[str]) -> int:
     railway = Railway(env)
     try:
         before = store.read()
-        if store.me is None or is_foreign(before, store.me):  # Railway knows better
+        if store.me is None or is_foreign(before, store.me):  # Railway's variables are newer
             store.me = railway.inspect().identity
         foreign = is_foreign(before, store.me)
-        with contextlib.nullcontext(False) if foreign else run_lock(store) as held:
+        with contextlib.nullcontext(False) if foreign else run_lock(store) as locked:
             routing = store.read()
-            found = railway.inspect(routing)
-            store.me = found.identity
-            env = {**env, **({ownership.STACK: found.identity} if found.identity else {})}
-            answer = carry_out_request(found, env)  # whoever holds the lock
-            if found.janitor_id and answer:
-                railway.remember(found.janitor_id, {CONTROL_ANSWER: json.dumps(answer)})
+            inventory = railway.inspect(routing)
+            store.me = inventory.identity
+            env = {**env, **({ownership.STACK: inventory.identity} if inventory.identity else {})}
+            answer = carry_out_request(inventory, env)  # also while another run holds the lock
+            if inventory.janitor_id and answer:
+                railway.set_variables(inventory.janitor_id, {CONTROL_ANSWER: json.dumps(answer)})
                 print(json.dumps({"carried_out": answer.get("command"), "ok": answer["ok"]}))
                 return 0
             if is_foreign(routing, store.me):
                 raise control.StateError(ownership.foreign_words(str(routing.owner)), "owner")
-            if not held:
+            if not locked:
                 print(json.dumps({"skipped": "another run holds the lock"}))
                 return 0
             control.keep_while_routers_report(store, routing)
-            report = clean_up(store, railway, routing, found, token, retention)
+            report = clean_up(store, railway, routing, inventory, token, retention)
         notify(env, report)
     except (Contradiction, control.StateError, RuntimeError) as error:
         print(f"refused: {error}", file=sys.stderr)
@@ -877,20 +959,23 @@ def main(argv: list[str]) -> int:
 
 
 def is_foreign(routing: Routing, me: str | None) -> bool:
-    """Another owner's, and be it that this container does not know its own."""
+    """Is the state another owner's? A container without an identity owns none."""
     return routing.owner not in (None, me)
 
 
 def in_another_service(env: Mapping[str, str]) -> str:
-    """Is this not the janitor's service? Elsewhere the limits that `ensure` has set are missing,
-    and what `--keep` keeps would be deleted."""
-    here = env.get("RAILWAY_SERVICE_NAME")
+    """Return the error message for a run in another service than the janitor's; else "".
+
+    Other services lack the limits that `ensure` sets on the janitor, so that a run there would
+    delete what `--keep` keeps.
+    """
+    service = env.get("RAILWAY_SERVICE_NAME")
     janitor = env.get("PULSE_RAILWAY_JANITOR_SERVICE") or "pulse-janitor"
-    if here in (None, janitor):
+    if service in (None, janitor):
         return ""
     return (
-        f"this is {here}: the janitor runs in its own service. Run it there, with `railway ssh"
-        f" --service {janitor} -- pulse-railway janitor run`, or from its page on Railway"
+        f"this is {service}: the janitor runs in its own service, {janitor}. Wait for its cron"
+        ' schedule, or use "Run now" of that service on Railway\'s dashboard'
     )
 
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Whose a service is. A Railway environment can hold several stacks, each with a router of its own,
-and it can be a copy of another one, made with all of its variables.
+"""The owner of a service. A Railway environment can hold several stacks, each with a router of its
+own, and it can be a copy of another environment, with all of that one's variables.
 
-Every service of a stack carries its owner as a literal variable, PULSE_RAILWAY_STACK: a reference
-would render anew in a copy. It answers for the verbs, the janitor and the router alike, so it
-imports nothing but the standard library.
+Every service of a stack has its owner in the variable PULSE_RAILWAY_STACK, its stamp. The value is
+a literal, since Railway would render a reference with the ids of the copy. The verbs, the janitor
+and the router use this file, so it imports nothing but the standard library.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any
 
 STACK = "PULSE_RAILWAY_STACK"  # <environment id>/<router service id>
 DEPLOYMENT_ID = "PULSE_DEPLOYMENT_ID"
-ROUTER_SERVICE = "PULSE_RAILWAY_SERVICE"  # on a janitor, as the next two: what they are called
+ROUTER_SERVICE = "PULSE_RAILWAY_SERVICE"  # on a janitor, as the next two: the service's name
 JANITOR_SERVICE = "PULSE_RAILWAY_JANITOR_SERVICE"
 REDIS_SERVICE = "PULSE_RAILWAY_REDIS_SERVICE"
 REDIS_URL = "REDIS_URL"
 REDIS_PREFIX = "PULSE_RAILWAY_REDIS_PREFIX"
-REMOVED = "PULSE_RAILWAY_REMOVED"  # on a service that could not be deleted: since when it is empty
-ENVIRONMENT_ID, SERVICE_ID = "RAILWAY_ENVIRONMENT_ID", "RAILWAY_SERVICE_ID"  # Railway's own
+REMOVED = "PULSE_RAILWAY_REMOVED"  # on an empty service that Railway did not delete: since when
+ENVIRONMENT_ID, SERVICE_ID = "RAILWAY_ENVIRONMENT_ID", "RAILWAY_SERVICE_ID"  # set by Railway
 
 REFERENCE = re.compile(r"\$\{\{\s*([^.}]+?)\.([A-Za-z0-9_]+)\s*\}\}")
 _STAMP = re.compile(r"([A-Za-z0-9_-]{1,64})/([A-Za-z0-9_-]{1,64})")
@@ -32,7 +32,7 @@ _STAMP = re.compile(r"([A-Za-z0-9_-]{1,64})/([A-Za-z0-9_-]{1,64})")
 
 @dataclass(frozen=True)
 class Stamp:
-    """An owner: a router in an environment."""
+    """A stamp: it names an owner, which is a router in an environment."""
 
     environment_id: str
     router_id: str
@@ -42,14 +42,14 @@ class Stamp:
 
 
 def parse(text: str | None) -> Stamp | None:
-    """A stamp, or None for what is none: unset, a reference, junk."""
-    found = _STAMP.fullmatch(text or "")
-    return Stamp(found[1], found[2]) if found else None
+    """Return the stamp in a variable's value; None if it is unset, a reference or invalid."""
+    match = _STAMP.fullmatch(text or "")
+    return Stamp(match[1], match[2]) if match else None
 
 
 @dataclass(frozen=True)
 class Service:
-    """A service of an environment, with its variables as they are written down."""
+    """A service of an environment, with its variables before references are rendered."""
 
     id: str
     name: str
@@ -65,18 +65,18 @@ class Service:
 
     @property
     def is_empty(self) -> bool:
-        """It was to be deleted, Railway did not let that happen, and nothing of it runs."""
+        """Was this service to be deleted, and Railway did not delete it, so that it is empty?"""
         return bool(self.variables.get(REMOVED))
 
     def refers_to(self) -> set[str]:
-        """The names of the services that its variables refer to."""
+        """Return the names of the services that its variables refer to."""
         values = self.variables.values()
-        return {found[1] for value in values for found in REFERENCE.finditer(value)}
+        return {match[1] for value in values for match in REFERENCE.finditer(value)}
 
 
 @dataclass(frozen=True)
 class Names:
-    """What the services of one stack are called; None: there is none that this is known of."""
+    """The names of one stack's services; None for a service that is not known."""
 
     router: str
     janitor: str | None
@@ -86,10 +86,11 @@ class Names:
 
 @dataclass(frozen=True)
 class Owner:
-    """Whose a service is: a stack's of this environment (`router_id`), or
+    """The owner of a service, by kind.
 
-    `copy`: of another environment, of which this one is a copy; `gone`: of a router that is no
-    longer in this environment; `nobody`: it says nothing, and nothing says it.
+    `stack`: the stack of router `router_id` in this environment. `copy`: a stack of another
+    environment, of which this one is a copy. `gone`: a router that is no longer in this
+    environment. `nobody`: neither its stamp nor anything else names an owner.
     """
 
     kind: str  # stack, copy, gone, nobody
@@ -100,15 +101,18 @@ NOBODY = Owner("nobody")
 
 
 def is_janitor(service: Service) -> bool:
-    """It names itself, and its router."""
+    """Is this a janitor: does it have its own name in JANITOR_SERVICE?"""
     return service.variables.get(JANITOR_SERVICE) == service.name and not service.is_backend
 
 
 def routers(services: Sequence[Service]) -> list[Service]:
-    """The routers of an environment: those that are their own owner, and, of those without a
-    stamp, what a janitor names or what has the routing state's variables."""
+    """Return the routers of an environment.
+
+    A service is a router if its stamp names itself. Without a stamp it is one if a janitor names
+    it, or if it has the variables of the routing state.
+    """
     named = {s.variables.get(ROUTER_SERVICE) for s in services if is_janitor(s)}
-    found = []
+    found_routers = []
     for service in services:
         if service.is_backend or is_janitor(service):
             continue
@@ -118,14 +122,16 @@ def routers(services: Sequence[Service]) -> list[Service]:
             has_state = REDIS_PREFIX in service.variables and REDIS_URL in service.variables
             is_router = service.name in named or has_state
         if is_router:
-            found.append(service)
-    return found
+            found_routers.append(service)
+    return found_routers
 
 
 def names_of(router: Service, services: Sequence[Service]) -> Names:
-    """What the services of a router's stack are called: those that carry its stamp, else what
-    router, janitor and backends refer to, and 0.3.x's rule that the env service is named after the
-    router."""
+    """Return the names of the services in a router's stack.
+
+    They are the services with the router's stamp, else those that router, janitor and backends
+    refer to. 0.3.x names the env service after the router.
+    """
     stamped = [s for s in services if s.stamp and s.stamp == router.stamp and not s.is_backend]
     janitor = next(
         (
@@ -135,17 +141,17 @@ def names_of(router: Service, services: Sequence[Service]) -> Names:
         ),
         None,
     )
-    there = {s.name for s in services}
+    existing = {s.name for s in services}
     redis = (janitor.variables.get(REDIS_SERVICE) if janitor else None) or next(
-        (found[1] for found in REFERENCE.finditer(router.variables.get(REDIS_URL, ""))), None
+        (match[1] for match in REFERENCE.finditer(router.variables.get(REDIS_URL, ""))), None
     )
     taken = {router.name, redis, janitor.name if janitor else None}
     backends = (s.refers_to() for s in services if s.is_backend)
     referred = {name for names in backends if router.name in names for name in names}
     candidates = [
         *(s.name for s in stamped if JANITOR_SERVICE not in s.variables),
-        *sorted(referred & there),
-        *({f"{router.name.removesuffix('-router')}-env"} & there),
+        *sorted(referred & existing),
+        *({f"{router.name.removesuffix('-router')}-env"} & existing),
     ]
     env = next((name for name in candidates if name not in taken), None)
     return Names(router.name, janitor.name if janitor else None, redis, env)
@@ -156,11 +162,11 @@ def owners(
     services: Sequence[Service],
     named: Mapping[str, Collection[str]] | None = None,
 ) -> dict[str, Owner]:
-    """Whose each service is, by its id.
+    """Return the owner of each service, by the service's id.
 
     Args:
         services: all of the environment, with their variables.
-        named: for a router's id, the ids of the services that its routing state names.
+        named: by a router's id, the ids of the services that its routing state names.
     """
     names = {router.id: names_of(router, services) for router in routers(services)}
     return {s.id: _owner(environment_id, s, names, named or {}) for s in services}
@@ -172,7 +178,7 @@ def _owner(
     names: Mapping[str, Names],
     named: Mapping[str, Collection[str]],
 ) -> Owner:
-    """`names`: of each router's stack, by the router's id."""
+    """Return the owner of a service. `names` and `named` are by router id."""
     if stamp := service.stamp:
         if stamp.environment_id != environment_id:
             return Owner("copy", stamp.router_id)
@@ -180,38 +186,40 @@ def _owner(
     if service.id in names:
         return Owner("stack", service.id)
     stack = service.variables.get(STACK)
-    reference = REFERENCE.fullmatch(stack or "")  # 0.3.x's deploy refers to all that pulse-env has
-    if stack and not (reference and reference[2] == STACK):  # not understood
+    # 0.3.x's `deploy` writes a reference to each variable of pulse-env; other values are invalid
+    reference = REFERENCE.fullmatch(stack or "")
+    if stack and not (reference and reference[2] == STACK):
         return NOBODY
     for router_id, ids in named.items():
         if service.id in ids:
             return Owner("stack", router_id)
     if not service.is_backend:
-        of = [router_id for router_id, own in names.items() if service.name in vars(own).values()]
-    elif len(names) == 1:  # else nobody's, and only 0.3.x's says nothing of its stack
-        of = list(names)
+        candidates = [r for r, own in names.items() if service.name in vars(own).values()]
+    elif len(names) == 1:  # only backends of 0.3.x have no stamp, and it makes one stack
+        candidates = list(names)
     else:
         refers = service.refers_to()
-        of = [r for r, own in names.items() if refers & {own.router, own.env}]
-    return Owner("stack", of[0]) if len(of) == 1 else NOBODY
+        candidates = [r for r, own in names.items() if refers & {own.router, own.env}]
+    return Owner("stack", candidates[0]) if len(candidates) == 1 else NOBODY
 
 
 @dataclass(frozen=True)
 class Unowned:
-    """A backend that no stack of this environment owns, as one of its stacks sees it."""
+    """A backend without an owner in this environment, from the view of one of its stacks."""
 
     name: str
     deployment_id: str
     kind: str  # of Owner: copy, gone, nobody
-    related: bool  # it came with this stack's copy, was its former router's, or is nobody's
+    # copied with this stack, of its former router, or nobody's; so this stack may handle it
+    related: bool
 
     @property
     def can_be_restored(self) -> bool:
-        """A copied one has the original's address, and with an external Redis its sessions."""
+        """A copied backend cannot: it has the original's address, and may have its sessions."""
         return self.related and self.kind != "copy"
 
     def words(self) -> str:
-        """Why it is left alone, and what can be done with it."""
+        """Return why the backend is left alone, and the commands that restore or delete it."""
         name = self.deployment_id
         delete = f"`pulse-railway delete --deployment-id {name}` removes it"
         restore = (
@@ -227,7 +235,7 @@ class Unowned:
         if self.kind == "copy":
             return (
                 f"{name} was copied from another environment, with that one's address: nothing"
-                f" routes to it. Deploy anew; {delete} from this environment alone"
+                f" routes to it. Deploy again; {delete} from this environment alone"
             )
         if self.kind == "gone":
             return f"{name} ran under a router that is gone: {restore}; {delete}"
@@ -238,10 +246,12 @@ class Unowned:
 
 
 def unowned(service: Service, owner: Owner, names: Names, router_id: str) -> Unowned | None:
-    """A backend as a stack sees it that does not own it; None where another stack does.
+    """Return a service as an unowned backend; None if a stack owns it or it is no backend.
 
     Args:
-        names: of the stack's services, as router_id is its router's.
+        owner: of the service.
+        names: of the services of the stack that asks.
+        router_id: of that stack's router.
     """
     if owner.kind == "stack" or not service.is_backend or service.is_empty:
         return None
@@ -256,8 +266,10 @@ def unowned(service: Service, owner: Owner, names: Names, router_id: str) -> Uno
 
 
 def identity(env: Mapping[str, str]) -> Stamp | None:
-    """The owner that a router's or janitor's container works for; None outside Railway, and in the
-    janitor of a stack that was never stamped."""
+    """Return the owner that the container of a router or janitor works for.
+
+    None outside Railway, and in the janitor of a stack without stamps.
+    """
     environment_id = env.get(ENVIRONMENT_ID)
     if not environment_id:
         return None
@@ -271,24 +283,25 @@ def identity(env: Mapping[str, str]) -> Stamp | None:
 
 
 def copied_from(env: Mapping[str, str]) -> str | None:
-    """The environment that this container's variables were made for, where it is another one."""
+    """Return the environment that a container was copied from; None if it was not copied."""
     stamp, here = parse(env.get(STACK)), env.get(ENVIRONMENT_ID)
     return stamp.environment_id if stamp and here and stamp.environment_id != here else None
 
 
 def name(env: Mapping[str, str]) -> str | None:
-    """A container's identity as it stands in the routing state."""
-    found = identity(env)
-    return str(found) if found else None
+    """Return a container's identity as the routing state has it (`:owner`), or None."""
+    stamp = identity(env)
+    return str(stamp) if stamp else None
 
 
 def copy_refusal(env: Mapping[str, str]) -> str | None:
-    """What is said in place of everything else in a copy; None elsewhere."""
-    found = copied_from(env)
-    return copy_words(found) if found else None
+    """Return the error message for a container in a copied environment; None elsewhere."""
+    original = copied_from(env)
+    return copy_words(original) if original else None
 
 
 def copy_words(environment_id: str) -> str:
+    """Return the error message for a copy of that environment."""
     return (
         f"this environment is a copy of {environment_id}: nothing is served, changed or deleted in"
         " it until `pulse-railway ensure` takes possession"
@@ -296,7 +309,7 @@ def copy_words(environment_id: str) -> str:
 
 
 def foreign_words(owner: str) -> str:
-    """What is said where the routing state has another owner."""
+    """Return the error message for a routing state of another owner."""
     return (
         f"the routing state belongs to another stack ({owner}, as environment and router):"
         " nothing is changed. `pulse-railway ensure` says what to do"
@@ -304,16 +317,21 @@ def foreign_words(owner: str) -> str:
 
 
 def replicas(config: Any, service_id: str) -> dict[str, int | None]:
-    """How many replicas of a service an environment's `config` gives each region, None where it
-    names the region alone. They decide: `numReplicas` follows them."""
+    """Return a service's number of replicas by region; None for a region without a number.
+
+    Railway's `multiRegionConfig` decides; its `numReplicas` follows.
+
+    Args:
+        config: of the environment, in the shape of EnvironmentConfig in Railway's schema.
+    """
     of_service = ((config or {}).get("services") or {}).get(service_id) or {}
-    given = (of_service.get("deploy") or {}).get("multiRegionConfig") or {}
-    return {region: r.get("numReplicas") if r else 0 for region, r in given.items()}
+    regions = (of_service.get("deploy") or {}).get("multiRegionConfig") or {}
+    return {region: r.get("numReplicas") if r else 0 for region, r in regions.items()}
 
 
 def is_managed(redis_url: str) -> bool:
-    """Does this router variable, as it is written down, name a Redis of the same environment?"""
-    if any(found[1] != "shared" for found in REFERENCE.finditer(redis_url)):
+    """Does REDIS_URL, before rendering, name a Redis service of the same environment?"""
+    if any(match[1] != "shared" for match in REFERENCE.finditer(redis_url)):
         return True
     try:
         host = urllib.parse.urlsplit(redis_url).hostname
@@ -322,7 +340,7 @@ def is_managed(redis_url: str) -> bool:
     return (host or "").endswith(".railway.internal")
 
 
-# -- how a service leaves its environment, and no other --------------------------------------------
+# -- deleting a service in one environment only ----------------------------------------------------
 
 REACH = """
 query Reach($project: String!) {
@@ -388,31 +406,31 @@ mutation SetVariables($input: VariableCollectionUpsertInput!) {
 }
 """
 
-READ_BACK_SECONDS = 60.0  # in which a deletion by patch is to show
-LEAST_SECONDS = 5.0  # ... of each, where others before it had no effect
-LONGEST_PAUSE = 15.0
-STOPPED = ("FAILED", "REMOVED", "REMOVING", "SKIPPED")  # of deployments
+READ_BACK_SECONDS = 60.0  # until all deletions by patch must show
+LEAST_SECONDS = 5.0  # at least so long for each, even if earlier ones had no effect
+LONGEST_PAUSE = 15.0  # seconds between two reads
+STOPPED = ("FAILED", "REMOVED", "REMOVING", "SKIPPED")  # statuses of Railway deployments
 
 
 class NotUnderstood(RuntimeError):
-    """Railway's answer does not say that something was done."""
+    """Railway's answer does not confirm that a change was made."""
 
 
 @dataclass
 class Deletion:
-    """How a service is deleted in one environment.
+    """Deletes services in one environment.
 
-    Railway's schema says that `serviceDelete` acts on all environments that are no forks, its CLI
-    that it acts on one. So it is called only where no other environment has anything of the
-    service, and the token sees all of them: `canAccess` of each that is listed. (A project's token
-    lists its own alone.) Else a patch takes the service out of this environment. Where that has no
-    effect, what runs of the service here is stopped, and the empty service marked with REMOVED.
+    By Railway's schema `serviceDelete` acts on all environments that are no forks, by its CLI on
+    one. So it is called only if no other environment uses the service, and if the token sees all
+    environments (`canAccess` of each that is listed; a project token lists only its own). Otherwise
+    a patch deletes the service in this environment. If the patch has no effect, the service's
+    deployments here are stopped, and the empty service gets the variable REMOVED.
 
     Args:
-        call: sends a document with its variables, which may be repeated, and returns its data.
-        refused: what `call` raises where Railway says no.
-        for_one_environment: is the token a project's?
-        timeout: seconds in which patches are to show, for all deletions together.
+        call: sends a GraphQL document with its variables and returns the data; it may retry.
+        refused: the exception of `call` if Railway refuses a document.
+        for_one_environment: is the token a project token?
+        timeout: seconds until patches must show, for all deletions together.
     """
 
     call: Callable[..., Any]
@@ -423,9 +441,9 @@ class Deletion:
     timeout: float = field(default_factory=lambda: READ_BACK_SECONDS)
 
     def delete(self, service_id: str) -> bool:
-        """True: the service is not in this environment any more. False: it is empty, and marked.
+        """Delete a service. False: Railway did not delete it; it is empty and has REMOVED.
 
-        Raises NotUnderstood, and what `call` raises. It can be called again then.
+        Raises NotUnderstood and the exceptions of `call`; then it can be called again.
         """
         if not self.for_one_environment() and self._is_nowhere_else(service_id):
             return self._delete(service_id)
@@ -435,12 +453,11 @@ class Deletion:
         return False
 
     def _is_nowhere_else(self, service_id: str) -> bool:
-        """Do all environments show that none but this one has a deployment of the service, or says
-        whose it is there?"""
+        """Is it certain that no other environment has a deployment or a stamp of the service?"""
         try:
-            found = self.call(REACH, project=self.project_id)["project"]["environments"]
-            nodes = [edge["node"] for edge in found["edges"]]
-            pages = [found, *(node["serviceInstances"] for node in nodes)]
+            environments = self.call(REACH, project=self.project_id)["project"]["environments"]
+            nodes = [edge["node"] for edge in environments["edges"]]
+            pages = [environments, *(node["serviceInstances"] for node in nodes)]
             if any(page["pageInfo"]["hasNextPage"] for page in pages):
                 return False
             if not all(node["canAccess"] is True for node in nodes):
@@ -457,13 +474,15 @@ class Deletion:
                     if edge["node"]["latestDeployment"]:
                         return False
                     others.append(node["id"])
-            return not others or self._says_nothing(service_id, others)
+            return not others or self._has_no_stamp(service_id, others)
         except (self.refused, KeyError, TypeError):
             return False
 
-    def _says_nothing(self, service_id: str, environments: list[str]) -> bool:
-        """Is there no stamp on the service in these environments? One of which no variables show
-        is not believed: Railway itself sets some on each."""
+    def _has_no_stamp(self, service_id: str, environments: list[str]) -> bool:
+        """Is the service without a stamp in these environments?
+
+        Railway sets variables on each service, so an answer without any is no proof.
+        """
         ids = {f"e{i}": environment for i, environment in enumerate(environments)}
         parameters = ", ".join(f"${name}: String!" for name in ids)
         fields = "\n".join(
@@ -472,12 +491,13 @@ class Deletion:
             for name in ids
         )
         head = f"query Stamps($project: String!, $service: String!, {parameters})"
-        found = self.call(
+        variables = self.call(
             f"{head} {{\n{fields}\n}}", project=self.project_id, service=service_id, **ids
         )
-        return all(found[name] and not found[name].get(STACK) for name in ids)
+        return all(variables[name] and not variables[name].get(STACK) for name in ids)
 
     def _delete(self, service_id: str) -> bool:
+        """Delete by `serviceDelete`. Raises NotUnderstood if Railway does not confirm it."""
         try:
             answer = self.call(SERVICE_DELETE, service=service_id, environment=self.environment_id)
         except self.refused as error:
@@ -491,14 +511,14 @@ class Deletion:
         return True
 
     def _take_out(self, service_id: str) -> bool:
-        """Delete by a patch of this environment, and look whether it had an effect."""
+        """Delete by a patch of this environment. False: Railway still lists the service."""
         patch = {"services": {service_id: {"isDeleted": True}}}
         began = time.monotonic()
         deadline, pause = began + max(self.timeout, LEAST_SECONDS), 1.0
         try:
             self.call(TAKE_OUT, environment=self.environment_id, patch=patch)
         except self.refused:
-            deadline = began  # it may be gone already
+            deadline = began  # the service may be gone already, so it is looked up once
         while self._is_here(service_id):
             if time.monotonic() + pause > deadline:
                 self.timeout = max(0.0, self.timeout - (time.monotonic() - began))
@@ -508,26 +528,28 @@ class Deletion:
         return True
 
     def _is_here(self, service_id: str) -> bool:
-        """Is the service in this environment? An answer without any service is not believed: the
-        router is there."""
-        found = self.call(HERE, project=self.project_id, environment=self.environment_id)
+        """Does Railway list the service in this environment?
+
+        The router at least is listed, so an answer without services raises NotUnderstood.
+        """
+        data = self.call(HERE, project=self.project_id, environment=self.environment_id)
         try:
-            edges = found["environment"]["serviceInstances"]["edges"]
-            there = {edge["node"]["serviceId"] for edge in edges}
+            edges = data["environment"]["serviceInstances"]["edges"]
+            listed = {edge["node"]["serviceId"] for edge in edges}
         except (KeyError, TypeError):
-            there = set()
-        if not there:
+            listed = set()
+        if not listed:
             raise NotUnderstood("Railway does not say which services there are: try again")
-        return service_id in there
+        return service_id in listed
 
     def _empty(self, service_id: str) -> None:
-        """Stop what runs of a service here, or comes up, and mark it."""
+        """Stop all deployments of a service here, and set REMOVED on it."""
         where = {"service": service_id, "environment": self.environment_id}
         try:
-            found = self.call(RUNNING, **where)["serviceInstance"]
-            latest = found["latestDeployment"]
-            coming = [latest] if latest and latest["status"] not in STOPPED else []
-            running = {d["id"] for d in [*found["activeDeployments"], *coming]}
+            instance = self.call(RUNNING, **where)["serviceInstance"]
+            latest = instance["latestDeployment"]
+            starting = [latest] if latest and latest["status"] not in STOPPED else []
+            running = {d["id"] for d in [*instance["activeDeployments"], *starting]}
         except (KeyError, TypeError):
             raise NotUnderstood(
                 "Railway does not say what runs of the service: try again"

@@ -10,18 +10,18 @@
 #   "uvloop>=0.21; sys_platform != 'win32'",
 # ]
 # ///
-"""The router: every request of a Pulse app goes through this file.
+"""The router: all requests of a Pulse app pass through it.
 
     python router.py    serve on HOST (default: IPv4 and IPv6) and PORT (8000)
 
-How a request travels: `Client` parses and checks its head; `route` picks a deployment out of the
-in-memory `Table`; an `Exchange` copies the answer from a pooled `Upstream` connection to the
-client's, in the callbacks of the two, without a task. Where something has to be waited for, a
-connection or a deployment nobody knows yet, `handle` is the task that does. A WebSocket handshake
-goes the same way; once the backend has answered 101, `join` makes the two connections a tunnel of
-bytes. uvicorn has the server, its life span and its signals, Starlette the router's own answers.
-ASGI's events cannot carry what a proxy must keep (header case, reason phrases, 1xx, framing, a
-connection broken off), so this file speaks HTTP/1.1 by itself; docs/architecture.md says more."""
+`Client` parses and checks a request's head; `route` picks a deployment from the in-memory `Table`;
+an `Exchange` copies the answer from a pooled `Upstream` connection to the client's, in the
+callbacks of the two connections, without a task. If the request must wait, for a connection or for
+the lookup of an unknown deployment, `handle` is its task. A WebSocket handshake takes the same
+path; after the backend's 101, `join` makes the two connections a tunnel of bytes. uvicorn provides
+the server, its lifespan and its signals, Starlette the router's own answers. ASGI's events cannot
+carry what a proxy must keep (header case, reason phrases, 1xx, framing, aborted connections), so
+this file implements HTTP/1.1 itself; see docs/architecture.md."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ import os
 import signal
 import sys
 
-if __name__ == "__main__":  # a container's first process is deaf to what it has no handler for
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # until there is something to finish
-    sys.modules["router"] = sys.modules[__name__]  # by which the files beside it import this one
+if __name__ == "__main__":  # the kernel ignores signals that process 1 has no handler for
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # until uvicorn's handler is set
+    sys.modules["router"] = sys.modules[__name__]  # other files import this module by that name
 
 import asyncio
 import collections
@@ -76,7 +76,7 @@ if TYPE_CHECKING:
     type Store = RedisStore | SqliteStore
     type Then = Callable[[Exchange], None]
 
-VERSION = "0.4.0"  # of the package that this belongs to
+VERSION = "0.4.0"  # of the package
 
 
 # == Names shared with pulse_railway/contract.py; a test holds the two together =================
@@ -97,11 +97,11 @@ META_PATH = "/_pulse/meta"
 DEFAULT_PORT = 8000
 DEFAULT_REDIS_PREFIX = "pulse:railway"
 DEPLOYMENT_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,23}")
-LAST_PROMOTED_VARIABLE = "PULSE_RAILWAY_ACTIVE"  # on Railway: which deployment was promoted last
+LAST_PROMOTED_VARIABLE = "PULSE_RAILWAY_ACTIVE"  # on Railway: id of the deployment promoted last
 LAST_PROMOTED_AT_VARIABLE = "PULSE_RAILWAY_ACTIVE_AT"
 
 REPORT_LEASE = 120  # seconds that a router's report lasts
-SCAN_COUNT = 1000  # keys of Redis a step
+SCAN_COUNT = 1000  # keys per step of Redis' SCAN
 SERVICE_PREFIX = os.environ.get("PULSE_RAILWAY_SERVICE_PREFIX", "")
 
 log = logging.getLogger("pulse.router")
@@ -111,7 +111,7 @@ log = logging.getLogger("pulse.router")
 
 
 def number_from_env(variable: str, default: Any, kind: type = float, env: Any = os.environ) -> Any:
-    """A variable that holds seconds, or for int a whole number from 1. Raises SystemExit."""
+    """Return a variable's value: seconds, or for int a whole number from 1. Raises SystemExit."""
     text = env.get(variable)
     if text and kind is int and not re.fullmatch(r"0*[1-9]\d{0,8}", text, re.ASCII):
         raise SystemExit(f"{variable} takes a whole number from 1, not {text!r}")
@@ -122,66 +122,66 @@ def number_from_env(variable: str, default: Any, kind: type = float, env: Any = 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How long the router waits, and how much it takes: passed to what heeds them. Railway's edge
-    has its own: a head of 32 KB, 15 minutes for a request, 60 s for an idle connection."""
+    """The router's limits of time and size, passed to the functions that apply them. Railway's edge
+    has its own: a head of 32 KB, 15 minutes per request, 60 s for an idle connection."""
 
     # a client's connection
     connections: int = 1 << 30  # clients and tunnels; `serve` bounds them by the descriptors
     descriptors_kept: int = 64  # for the store, the listening socket, files
     head_bytes: int = 64 * 1024
     header_count: int = 512
-    head_seconds: float = 30.0  # until a request's head is in
+    head_seconds: float = 30.0  # until a request's head is complete
     framing_bytes: int = 16 * 1024  # chunk extensions and trailers, beyond 16 bytes a chunk
-    pipelined_requests: int = 64  # that wait for the answers before theirs
-    body_ahead_bytes: int = 64 * 1024  # read before the backend has taken what came earlier
+    pipelined_requests: int = 64  # that wait for earlier answers
+    body_ahead_bytes: int = 64 * 1024  # read ahead of the backend
     body_stall_seconds: float = 60.0  # until the next piece of a body
     write_stall_seconds: float = 300.0  # until the client takes the next piece of its answer
     keep_alive_seconds: float = 75.0  # of an idle connection: the edge closes first
-    idle_close_grace_seconds: float = 0.5  # at shutdown: a request may be on its way
-    linger_pause_seconds: float = 5.0  # of an upload that is dropped, after an early answer
-    linger_seconds: float = 30.0  # all of it
+    idle_close_grace_seconds: float = 0.5  # at shutdown, since a request may be in transit
+    linger_pause_seconds: float = 5.0  # between two pieces of a dropped upload
+    linger_seconds: float = 30.0  # for a dropped upload as a whole
     # a backend's connection
     connect_seconds: float = 5.0
-    resolved_seconds: float = 5.0  # that an address is remembered
-    resolver_threads: int = 64  # names looked up at once; a bad one may take many seconds
+    resolved_seconds: float = 5.0  # that an address is cached
+    resolver_threads: int = 64  # parallel lookups; a lookup can take many seconds
     response_seconds: float = 900.0  # until an answer begins, and between two pieces of it
     handshake_seconds: float = 30.0  # until a WebSocket handshake is answered
     answer_head_bytes: int = 256 * 1024
-    continue_seconds: float = 1.0  # a backend that ignores `Expect` gets the body after this
+    continue_seconds: float = 1.0  # then a backend that ignores `Expect` gets the body
     upstream_idle_seconds: float = 4.0  # uvicorn closes idle connections after 5 s
-    unsafe_idle_seconds: float = 1.0  # the same, for a request that may not be repeated
-    idle_upstreams: int = 256  # idle connections of a deployment
-    backend_seconds: float = 5.0  # until a question of the router's own is answered
+    unsafe_idle_seconds: float = 1.0  # the same for requests that may not be repeated
+    idle_upstreams: int = 256  # idle connections per deployment
+    backend_seconds: float = 5.0  # until the app's internal endpoints answer
     # a tunnel
-    half_closed_seconds: float = 60.0  # of silence
-    flush_seconds: float = 30.0  # to write what is left when the other end has gone
-    # assets that one deployment lacks and another has
-    hedge_delay_seconds: float = 0.2  # until the next deployment is asked too
+    half_closed_seconds: float = 60.0  # of silence in a half-closed tunnel
+    flush_seconds: float = 30.0  # to write the rest after the other end was lost
+    # assets that only some deployments have
+    hedge_delay_seconds: float = 0.2  # between two hedged requests
     hedge_timeout_seconds: float = 1.5  # until a hedged request is answered
-    ejection_seconds: float = 30.0  # that a deployment which gave no answer is not asked
-    asset_location_seconds: float = 300.0  # that the deployment which had one is remembered
+    ejection_seconds: float = 30.0  # without requests for assets, after no answer
+    asset_location_seconds: float = 300.0  # that an asset's deployment is cached
     asset_locations: int = 2000
-    asset_location_path_bytes: int = 512  # a longer path is not remembered
+    asset_location_path_bytes: int = 512  # longer paths are not cached
     # the routing state
-    start_seconds: float = 2.0  # for the first load; 503 is answered after that
+    start_seconds: float = 2.0  # for the first load; then requests get 503
     redis_seconds: float = 3.0
-    refresh_seconds: float = 15.0  # between two reads: 0.3.x writers announce nothing
-    lookup_seconds: float = 1.0  # between two reads for unknown ids
-    missing_seconds: float = 90.0  # that a deployment without record has to answer, or to fail
-    parallel_looks: int = 3  # at those deployments; the loop has five threads or more
-    provisional_seconds: float = 1.0  # between two tries while there is no state
-    scan_share: float = 0.02  # of the time, for looking for records that nobody announced
-    scan_step_seconds: float = 90.0
+    refresh_seconds: float = 15.0  # between two reads; 0.3.x announces no keys
+    lookup_seconds: float = 1.0  # between two lookups of unknown ids
+    missing_seconds: float = 90.0  # until a deployment without a record is kept or dropped
+    parallel_looks: int = 3  # requests to them at once; the loop has at least five threads
+    provisional_seconds: float = 1.0  # between two attempts without a state
+    scan_share: float = 0.02  # of the time, for scans of all keys
+    scan_step_seconds: float = 90.0  # between two steps of a slow scan
     report_seconds: float = 10.0  # between two reports while counters change
     report_idle_seconds: float = 45.0
     # the process
-    restarts: int = 3  # of a background task in `restart_seconds`; then the process ends
+    restarts: int = 3  # of a background task in `restart_seconds`, then the process ends
     restart_seconds: float = 60.0
     shutdown_seconds: float = 25.0
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Limits:
-        """The limits, with those that the environment sets. Raises SystemExit."""
+        """Return the limits, some of them from the environment. Raises SystemExit."""
         variables = {
             "half_closed_seconds": "PULSE_RAILWAY_ROUTER_HALF_CLOSED_SECONDS",
             "response_seconds": "PULSE_RAILWAY_ROUTER_RESPONSE_TIMEOUT",
@@ -196,7 +196,7 @@ DEFAULT_LIMITS = Limits()
 
 
 # == The routing state: what the store holds, as types ==========================================
-# The steps that change it are control.py's.
+# The steps that change it are in control.py.
 
 State = dict[str, str]  # store key without the prefix -> value, as it is stored
 Change = dict[str, str | None]  # None deletes the key
@@ -207,31 +207,31 @@ ACTIVE, PROMOTED, EPOCH, STORE_ID = ":active", ":promoted", ":epoch", ":store"
 TOMBSTONES, PROCESSED, HISTORY = ":removed", ":answers", ":history"
 MAINTENANCE, DEPLOY_LOCK, OWNER = ":maintenance", ":deploy:lock", ":owner"
 STAMP = re.compile(r"[A-Za-z0-9_-]{1,64}/[A-Za-z0-9_-]{1,64}")  # as ownership.parse takes it
-RECORD, REPORT = ":deployment:", ":router:"  # begin a key of one of many
+RECORD, REPORT = ":deployment:", ":router:"  # prefixes of keys
 TOMBSTONE_TTL = max(7 * 86_400.0, number_from_env("PULSE_RAILWAY_DRAIN_TTL_SECONDS", 0.0))
 TOMBSTONES_AT_MOST = 1000
-CLOCKS_MAY_DIFFER = 86_400.0  # a promotion that is later than that is no promotion
+CLOCKS_MAY_DIFFER = 86_400.0  # a promotion later than that is invalid
 PROCESSED_TTL = 3600.0
 HISTORY_AT_MOST = 100
 DEPTH_AT_MOST = 50  # of JSON
 
 
 def from_json(text: str | bytes) -> Any:
-    """Raises ValueError, also for a nesting that could end in RecursionError later."""
+    """Parse JSON. Raises ValueError, also for a nesting that could cause RecursionError later."""
     try:
-        level = [found := json.loads(text)]
+        level = [value := json.loads(text)]
     except RecursionError:
         raise ValueError from None
     for _ in range(DEPTH_AT_MOST):
         inner = [x.values() if isinstance(x, dict) else x for x in level if type(x) in (dict, list)]
-        level = [value for values in inner for value in values]
+        level = [x for values in inner for x in values]
         if not level:
-            return found
+            return value
     raise ValueError
 
 
 def json_object(text: str | bytes | None) -> Json:
-    """A JSON object as it is stored. Raises ValueError for anything else."""
+    """Parse a stored JSON object. Raises ValueError for anything else."""
     return cast(Json, an_object(from_json(text or "{}")))
 
 
@@ -239,7 +239,7 @@ def compact(value: object) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
-# What a field may hold: each returns the value, or raises ValueError.
+# Checks of a field's value: each returns the value or raises ValueError.
 
 
 def a_text(value: Any) -> str:
@@ -265,11 +265,11 @@ a_flag, an_object, a_page = (partial(an_instance, kind) for kind in (bool, dict,
 
 
 def an_address(value: Any) -> str:
-    """A base URL that a connection can be made to."""
+    """Check that a value is a base URL that can be connected to."""
     url = urllib.parse.urlsplit(a_text(value))
     if url.scheme != "http" or not url.hostname or url.port == 0:
         raise ValueError
-    url.hostname.encode("idna")  # a name that cannot be looked up: UnicodeError
+    url.hostname.encode("idna")  # UnicodeError, a ValueError, for an invalid host name
     return str(value).rstrip("/")
 
 
@@ -281,11 +281,11 @@ def or_none(parse: Callable[[Any], Any], value: Any) -> Any:
 
 
 def stored(parser: Callable[[Any], Any], default: Any = None, key: str = "") -> Any:
-    """A field of a record: what it may hold, and its name in the store where that is another."""
+    """Return a field of a record, with its check and its name in the store if it differs."""
     return field(default=default, metadata={"parser": parser, "key": key})
 
 
-# What no step of ours takes away: where it is missing, 0.3.x's janitor has written the record anew.
+# Fields that no step of ours removes: if one is missing, 0.3.x's janitor has rewritten the record.
 LASTING = tuple("address service_id registered_at promoted_at canary_at about instances".split())
 HOST_NAME = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?", re.IGNORECASE)
 
@@ -295,28 +295,28 @@ class Record:
     """A deployment as the store has it. Times are seconds since 1970 by the store's clock."""
 
     deployment_id: str
-    state: str = stored(a_text, "")  # pending, active, draining; another one is never removed
+    state: str = stored(a_text, "")  # pending, active, draining; other states are kept
     service_name: str | None = stored(a_text)
     address: str | None = stored(an_address)
     service_id: str | None = stored(a_text)
     registered_at: float | None = stored(a_time)
     promoted_at: float | None = stored(a_time)
     drain_started_at: float | None = stored(a_time)
-    rejected_at: float | None = stored(a_time)  # rolled back from, or a canary that was ended
-    canary_at: float | None = stored(a_time)  # its weight was set, or taken
-    retiring_at: float | None = stored(a_time)  # being removed: not routed to, never promoted
+    rejected_at: float | None = stored(a_time)  # rolled back from, or an aborted canary
+    canary_at: float | None = stored(a_time)  # when its weight was set or removed
+    retiring_at: float | None = stored(a_time)  # retired: neither routed to nor promoted
     bake_ended_at: float | None = stored(a_time)
-    pinned: bool = stored(a_flag, False, "held")  # it is meant to stay pending
-    weight: float | None = stored(a_percentage)  # of the new visitors: it is the canary
+    pinned: bool = stored(a_flag, False, "held")  # stays pending on purpose
+    weight: float | None = stored(a_percentage)  # percent of new visitors; set on the canary
     bake: float | None = stored(lambda v: a_time(an_object(v).get("until")))
-    about: Mapping[str, Any] | None = stored(an_object)  # commit, message, who
+    about: Mapping[str, Any] | None = stored(an_object)  # commit, message, author
     instances: Mapping[str, Any] | None = stored(an_object)
-    raw: Json = field(default_factory=dict)  # as it is stored, with what we do not know
-    ignored: tuple[str, ...] = ()  # fields that hold what they may not
+    raw: Json = field(default_factory=dict)  # as stored, with unknown fields
+    ignored: tuple[str, ...] = ()  # names of invalid fields
 
     @property
     def url(self) -> str | None:
-        """Where its backend is; 0.3.x wrote no address."""
+        """The backend's base URL. 0.3.x wrote no address, so it follows from the service name."""
         if self.address is None and self.service_name and HOST_NAME.fullmatch(self.service_name):
             return f"http://{self.service_name}.railway.internal:{DEFAULT_PORT}"
         return self.address
@@ -327,27 +327,27 @@ class Record:
 
     @property
     def changed_at(self) -> float:
-        """When something was last done to it."""
+        """The latest time in the record."""
         return max(getattr(self, name) or 0.0 for name in FIELDS if name.endswith("_at"))
 
     def as_draining(self, since: float) -> Record:
         return replace(self, state="draining", drain_started_at=since, weight=None, bake=None)
 
     def json(self) -> Json:
-        """In 0.3.x's shape, and with the fields of ours. A field that is ignored stays as it is."""
-        found = {**self.raw, "deployment_id": self.deployment_id}
+        """Return the record as 0.3.x stores it, plus our fields. An ignored field is unchanged."""
+        stored_record = {**self.raw, "deployment_id": self.deployment_id}
         for name, stored_field in FIELDS.items():
             value = getattr(self, stored_field.name)
             if name == "bake" and value is not None:
                 value = {"until": value}
             if not (value is None or value is False or value == ""):
-                found[name] = value
+                stored_record[name] = value
             elif name not in self.ignored:
-                found.pop(name, None)
-        found.setdefault("state", "pending")
-        found.setdefault("service_name", self.deployment_id)
-        found.setdefault("drain_started_at", None)
-        return found
+                stored_record.pop(name, None)
+        stored_record.setdefault("state", "pending")
+        stored_record.setdefault("service_name", self.deployment_id)
+        stored_record.setdefault("drain_started_at", None)
+        return stored_record
 
 
 # name in the store -> field of Record
@@ -355,15 +355,15 @@ FIELDS = {f.metadata["key"] or f.name: f for f in fields(Record) if f.metadata}
 
 
 def parse_record(deployment_id: str, text: str, latest: float = math.inf) -> Record:
-    """A record. `ignored` names the fields that hold what they may not, as a time to come."""
+    """Return a record. Its `ignored` names invalid fields, such as times after `latest`."""
     raw = or_none(json_object, text)
     if raw is None:
         return Record(deployment_id, ignored=("record",))
-    found: Json = {}
+    values: Json = {}
     ignored = []
     if (named := raw.get("deployment_id")) not in (None, deployment_id):
         ignored.append("deployment_id")
-        if isinstance(named, str) and DEPLOYMENT_ID.fullmatch(named):  # a copy of another's
+        if isinstance(named, str) and DEPLOYMENT_ID.fullmatch(named):  # a copy of another record
             return Record(deployment_id, raw=raw, ignored=tuple(ignored))
     for name, stored_field in FIELDS.items():
         if raw.get(name) is not None:
@@ -371,14 +371,14 @@ def parse_record(deployment_id: str, text: str, latest: float = math.inf) -> Rec
             if value is None or (name.endswith("_at") and value > latest):
                 ignored.append(name)
             else:
-                found[stored_field.name] = value
-    return Record(deployment_id, **found, raw=raw, ignored=tuple(ignored))
+                values[stored_field.name] = value
+    return Record(deployment_id, **values, raw=raw, ignored=tuple(ignored))
 
 
 @dataclass(frozen=True)
 class Promotion:
     deployment_id: str
-    at: float  # by the store's clock; 0: not known
+    at: float  # seconds since 1970 by the store's clock; 0: not known
 
 
 @dataclass(frozen=True)
@@ -387,13 +387,13 @@ class Tombstone:
     service_id: str | None = None
 
     def buries(self, record: Record) -> bool:
-        """Is this record of what was removed? The id on a new service is another deployment."""
+        """Is this the removed deployment's record? The id may be reused on a new service."""
         return self.service_id == record.service_id and (record.registered_at or 0.0) <= self.at
 
 
 @dataclass(frozen=True)
 class Maintenance:
-    """Everybody gets a page, since then."""
+    """Maintenance is on: all visitors get a page."""
 
     since: float
     page: str | None = None  # HTML
@@ -411,60 +411,60 @@ class DeployLock:
 
 @dataclass(frozen=True)
 class Routing:
-    """The whole routing state. A step is a pure function from one to the next."""
+    """The whole routing state. A step is a pure function from one state to the next."""
 
     now: float = field(default=0.0, compare=False)  # by the store's clock
-    active: str | None = field(default=None, metadata={"key": ACTIVE})  # its id
-    promoted: Promotion | None = field(default=None, metadata={"key": PROMOTED})  # the last one
-    epoch: int = field(default=0, metadata={"key": EPOCH})  # each of our changes raises it
-    # which contents these are: another, or none: data was lost
+    active: str | None = field(default=None, metadata={"key": ACTIVE})  # a deployment id
+    promoted: Promotion | None = field(default=None, metadata={"key": PROMOTED})  # the last
+    epoch: int = field(default=0, metadata={"key": EPOCH})  # raised by each change of ours
+    # identifies the contents: if it differs or is missing, the store has lost data
     store_id: str | None = field(default=None, metadata={"key": STORE_ID})
     records: Mapping[str, Record] = field(default_factory=dict)  # newest registration first
-    # what was removed; the nonces of commands, and when they were carried out
+    # removed deployments; nonces of commands with the time when they were carried out
     tombstones: Mapping[str, Tombstone] = field(default_factory=dict, metadata={"key": TOMBSTONES})
     processed: Mapping[str, float] = field(default_factory=dict, metadata={"key": PROCESSED})
-    # what was done, by whom and why, the oldest first
+    # changes with author and reason, the oldest first
     history: tuple[Json, ...] = field(default=(), metadata={"key": HISTORY})
     maintenance: Maintenance | None = field(default=None, metadata={"key": MAINTENANCE})
     lock: DeployLock | None = field(default=None, metadata={"key": DEPLOY_LOCK})
-    owner: str | None = field(default=None, metadata={"key": OWNER})  # None: it says nothing
-    problems: tuple[str, ...] = ()  # what was ignored
-    keys: frozenset[str] = frozenset()  # of FIXED, those that are there
+    owner: str | None = field(default=None, metadata={"key": OWNER})  # None: no owner
+    problems: tuple[str, ...] = ()  # one message per ignored value
+    keys: frozenset[str] = frozenset()  # the keys of FIXED in the store
 
     @property
     def canary(self) -> Record | None:
-        """The deployment that a share of the new visitors gets, beside the active one."""
-        found = (r for r in self.records.values() if r.is_canary and r.deployment_id != self.active)
-        return next(found, None)
+        """The deployment that gets a share of the new visitors beside the active one."""
+        canaries = (r for r in self.records.values() if r.is_canary)
+        return next((r for r in canaries if r.deployment_id != self.active), None)
 
     @property
     def promoted_by_other(self) -> bool:
-        """Was the active one promoted by a writer that does not write PROMOTED: 0.3.x, or an
-        earlier version of ours? Then that was after what PROMOTED names; where the store has no id
-        either, on a store that had lost its data."""
+        """Was the active deployment promoted by 0.3.x or an earlier version of ours, which do not
+        write PROMOTED? That was after the promotion in PROMOTED. If the store has no id either, it
+        was on a store that had lost its data."""
         if self.promoted:
             return self.active not in (None, self.promoted.deployment_id)
         return self.active is not None and self.store_id is None
 
     @property
     def promotion(self) -> Promotion | None:
-        """The promotion that `active` comes from."""
+        """The promotion that made `active` active."""
         at = self.promoted.at if self.promoted else math.inf if self.promoted_by_other else 0.0
         return Promotion(self.active, at) if self.active else None
 
     def record_of_active(self) -> Record | None:
-        """Where its record is lost or has no address: on the service that is named after it."""
+        """The active record. If it is lost or has no address, its service name is the id."""
         if self.active is None:
             return None
         record = self.records.get(self.active) or Record(self.active, "active")
         return record if record.url else replace(record, service_name=SERVICE_PREFIX + self.active)
 
     def buries(self, record: Record) -> bool:
-        grave = self.tombstones.get(record.deployment_id)
-        return grave is not None and grave.buries(record)
+        tombstone = self.tombstones.get(record.deployment_id)
+        return tombstone is not None and tombstone.buries(record)
 
     def is_foreign(self, me: str | None) -> bool:
-        """Is it another stack's? `me` is an owner, None where nobody knows (outside Railway)."""
+        """Does the state have another owner than `me`, which is None outside Railway?"""
         return me is not None and self.owner not in (None, me)
 
 
@@ -472,9 +472,9 @@ FIXED = {f.metadata["key"]: f.name for f in fields(Routing) if f.metadata}  # ke
 
 
 def parse(state: State, now: float) -> Routing:
-    """The routing state. What cannot be read is ignored, kept as it is, and in `problems`."""
+    """Return the routing state. Invalid values are ignored, left as stored, and in `problems`."""
     problems: list[str] = []
-    latest = now + CLOCKS_MAY_DIFFER  # what is later than that would win over all that comes
+    latest = now + CLOCKS_MAY_DIFFER  # a later time would win over all promotions to come
 
     def read(key: str, parser: Callable[[Json], Any]) -> Any:
         if key not in state:
@@ -502,7 +502,7 @@ def parse(state: State, now: float) -> Routing:
                 problems.append(f"{name}: no address follows from its record")
     active = state.get(ACTIVE) or None
     own = records.get(active or "")
-    if own and own.retiring_at:  # never the active one
+    if own and own.retiring_at:  # no step retires the active deployment
         records[own.deployment_id] = replace(own, retiring_at=None)
         problems.append(f"{active}: retiring_at, although it is active")
     newest = sorted(records.values(), key=lambda r: (r.registered_at or 0, r.deployment_id))
@@ -511,11 +511,11 @@ def parse(state: State, now: float) -> Routing:
     owner = checked(OWNER, state.get(OWNER), STAMP.fullmatch)
     promoted = read(PROMOTED, lambda f: Promotion(a_text(f["deployment_id"]), a_time(f["at"])))
     promoted = checked(PROMOTED, promoted, lambda p: p.at <= latest, "is in the future")
-    graves = read(TOMBSTONES, _tombstones) or {}
-    to_come = [name for name, grave in graves.items() if grave.at > latest]
-    problems += [f"{TOMBSTONES} of {name} is in the future" for name in to_come]
+    tombstones = read(TOMBSTONES, _tombstones) or {}
+    in_future = [name for name, tombstone in tombstones.items() if tombstone.at > latest]
+    problems += [f"{TOMBSTONES} of {name} is in the future" for name in in_future]
     closed = read(MAINTENANCE, _maintenance)
-    if closed is None and MAINTENANCE in state:  # who closed the site wants it closed
+    if closed is None and MAINTENANCE in state:  # an invalid value still closes the site
         closed = Maintenance(now)
     return Routing(
         now,
@@ -524,8 +524,8 @@ def parse(state: State, now: float) -> Routing:
         int(epoch or 0),
         state.get(STORE_ID),
         {record.deployment_id: record for record in reversed(newest)},
-        {name: grave for name, grave in graves.items() if name not in to_come},
-        read(PROCESSED, lambda found: {k: v.at for k, v in _tombstones(found).items()}) or {},
+        {name: tombstone for name, tombstone in tombstones.items() if name not in in_future},
+        read(PROCESSED, lambda f: {k: v.at for k, v in _tombstones(f).items()}) or {},
         _history(state, latest, problems),
         closed,
         read(DEPLOY_LOCK, _lock),
@@ -535,40 +535,40 @@ def parse(state: State, now: float) -> Routing:
     )
 
 
-def _tombstones(found: Json) -> dict[str, Tombstone]:
-    kept = {}
-    for name, entry in found.items():
+def _tombstones(entries: Json) -> dict[str, Tombstone]:
+    tombstones = {}
+    for name, entry in entries.items():
         with contextlib.suppress(ValueError):
             at = a_time(an_object(entry).get("at"))
-            kept[name] = Tombstone(at, or_none(a_text, entry.get("service_id")))
-    return kept
+            tombstones[name] = Tombstone(at, or_none(a_text, entry.get("service_id")))
+    return tombstones
 
 
-def _maintenance(found: Json) -> Maintenance:
-    page, by = or_none(a_page, found.get("page")), or_none(a_text, found.get("by"))
-    since, again = or_none(a_time, found.get("since")), or_none(a_time, found.get("retry_after"))
+def _maintenance(entry: Json) -> Maintenance:
+    page, by = or_none(a_page, entry.get("page")), or_none(a_text, entry.get("by"))
+    since, again = or_none(a_time, entry.get("since")), or_none(a_time, entry.get("retry_after"))
     return Maintenance(since or 0.0, page or None, int(again or 30), by)
 
 
-def _lock(found: Json) -> DeployLock:
-    by, since = or_none(a_text, found.get("by")), a_time(found["since"])
-    return DeployLock(a_text(found["holder"]), by, since, a_time(found["until"]))
+def _lock(entry: Json) -> DeployLock:
+    by, since = or_none(a_text, entry.get("by")), a_time(entry["since"])
+    return DeployLock(a_text(entry["holder"]), by, since, a_time(entry["until"]))
 
 
 def _history(state: State, latest: float, problems: list[str]) -> tuple[Json, ...]:
-    found = or_none(from_json, state.get(HISTORY) or "[]")
-    if not isinstance(found, list):
+    history = or_none(from_json, state.get(HISTORY) or "[]")
+    if not isinstance(history, list):
         problems.append(f"{HISTORY} is not understood")
         return ()
-    entries = (entry for entry in found if isinstance(entry, dict))
+    entries = (entry for entry in history if isinstance(entry, dict))
     named = (entry for entry in entries if or_none(a_text, entry.get("what")))
     known_time = partial(a_number, latest)
     return tuple(entry for entry in named if or_none(known_time, entry.get("at")) is not None)
 
 
 def changes(old: Routing, new: Routing) -> Change:
-    """What has to be written so that the store, which holds `old`, holds `new`. With its id, a
-    promotion by 0.3.x gets its time: with neither it is later than all others (`promotion`)."""
+    """Return what must be written to bring a store from the state `old` to `new`. Together with the
+    store's id, a promotion by 0.3.x gets a time: without both, it is the latest (`promotion`)."""
     change: Change = {}
 
     def put(key: str, before: object, after: object, text: Callable[[], str]) -> None:
@@ -594,51 +594,51 @@ def changes(old: Routing, new: Routing) -> Change:
         if after != old.records.get(name):
             change[RECORD + name] = compact(after.json()) if after else None
     if change:
-        if new.store_id is None and change.keys() != {OWNER}:  # an owner alone is no data yet
+        if new.store_id is None and change.keys() != {OWNER}:  # an owner alone is no data
             change[STORE_ID] = secrets.token_hex(8)
-        found = old.promotion
-        if STORE_ID in change and found and found.at == math.inf and new.active == old.active:
-            named = new.promoted or replace(found, at=next_time(new))
-            change[PROMOTED] = compact(vars(named))
+        last = old.promotion
+        if STORE_ID in change and last and last.at == math.inf and new.active == old.active:
+            promotion = new.promoted or replace(last, at=next_time(new))
+            change[PROMOTED] = compact(vars(promotion))
         change[EPOCH] = str(max(old.epoch, new.epoch) + 1)
     return change
 
 
-# -- which memory is right ---------------------------------------------------------------------
+# -- repair of lost data -----------------------------------------------------------------------
 
 
 def repaired(store: Routing, known: Routing, new_id: str, alive: Collection[str] = ()) -> Routing:
-    """What the store should hold, given what a router knows. Pure; its own outcome stays as it is.
+    """Return the state that the store should have, given the state that a router knows. Idempotent.
 
-    The latest promotion is active, whatever the epochs. A store with another id, or none, or with
-    a lower epoch, has lost data: all that is known comes back. In any other, keys and fields come
-    back that are gone although no writer of ours was there, who raises the epoch. A record that is
-    gone may have been deleted by 0.3.x: it comes back where it is the active one's, or among
-    `alive`, those that still answer. What is known of another owner's state is worth nothing.
-    `new_id` is for a store that has none, or that is an earlier copy."""
+    The deployment promoted last is active, whatever the epochs. A store with another id, no id or a
+    lower epoch has lost data: everything that is known is restored. In any other store, keys and
+    fields are restored that are missing although no writer of ours has raised the epoch. A missing
+    record may have been deleted by 0.3.x: it is restored if it is the active one's or in `alive`,
+    the deployments that still answer. Nothing known of another owner's state is restored. `new_id`
+    is for a store without an id, and for an earlier copy."""
     other = bool(store.owner and known.owner) and store.owner != known.owner
     if known.store_id is None or other:  # nothing is known yet
-        named = store.store_id or (new_id if store.active else None)
-        return replace(store, store_id=named)
+        store_id = store.store_id or (new_id if store.active else None)
+        return replace(store, store_id=store_id)
     lost = store.store_id != known.store_id or store.epoch < known.epoch
-    # an earlier version of ours raises no epoch, but notes each command that it carries out
+    # an earlier version of ours raises no epoch, but writes the nonce of each command
     untouched = store.epoch == known.epoch and all(
         key not in store.keys or getattr(store, FIXED[key]) == getattr(known, FIXED[key])
         for key in (PROCESSED, HISTORY)
     )
     new = _recovered(store, known) if lost else _completed(store, known, untouched)
     if store.store_id is None or (lost and store.store_id == known.store_id):
-        new = replace(new, store_id=new_id)  # so that other routers add what they know
-    if OWNER not in store.keys:  # nobody of ours takes it away
+        new = replace(new, store_id=new_id)  # so that other routers restore what they know
+    if OWNER not in store.keys:  # no step of ours removes it
         new = replace(new, owner=known.owner)
-    mine, theirs = known.promotion, store.promotion
-    if mine and (theirs is None or theirs.at < mine.at):
-        new = replace(new, active=mine.deployment_id, promoted=known.promoted)
+    last, in_store = known.promotion, store.promotion
+    if last and (in_store is None or in_store.at < last.at):
+        new = replace(new, active=last.deployment_id, promoted=known.promoted)
     elif (
         known.active not in (None, store.active)
         and (store.promoted_by_other or store.promoted is None)
         and (lost or store.promoted == known.promoted)
-    ):  # seen as it happens: it is given its time
+    ):  # a promotion by 0.3.x, just seen: it gets a time
         new = replace(new, promoted=Promotion(str(store.active), next_time(store, known)))
     records = dict(new.records)
     for name, record in known.records.items():
@@ -651,73 +651,73 @@ def repaired(store: Routing, known: Routing, new_id: str, alive: Collection[str]
 
 
 def next_time(*routings: Routing) -> float:
-    """When something is promoted now: by the store's clock, and after all that was promoted."""
+    """Return the time of a promotion now: the store's, and later than all earlier ones."""
     times = [routing.promoted.at for routing in routings if routing.promoted]
     return max([routings[0].now, *(at + 0.001 for at in times)])
 
 
 def _completed(store: Routing, known: Routing, untouched: bool) -> Routing:
-    """A store that lost single keys or fields. `untouched`: nobody raised the epoch meanwhile."""
+    """Return a state with lost keys and fields restored. `untouched`: nobody raised the epoch."""
     lost = [key for key in FIXED if key not in store.keys and key in known.keys]
     if not untouched:
         lost = [PROMOTED] if PROMOTED in lost and store.active == known.active else []
-    back = {FIXED[key]: getattr(known, FIXED[key]) for key in lost}
+    restored = {FIXED[key]: getattr(known, FIXED[key]) for key in lost}
     records = {
         name: _filled(record, known.records.get(name), untouched)
         for name, record in store.records.items()
     }
-    return replace(store, **back, records=records)
+    return replace(store, **restored, records=records)
 
 
 def _filled(record: Record, known: Record | None, untouched: bool) -> Record:
-    """A record with the fields back that a writer who does not know them has dropped. What 0.3.x
-    has promoted or drained is no longer what it was."""
+    """Return a record with the fields restored that an older writer has dropped. After a promotion
+    or drain by 0.3.x, the fields of the former state are not restored."""
     if known is None or record.service_id not in (None, known.service_id):
-        return record  # nothing is known of it, or the id is on another service
+        return record  # not known, or the id is on another service
     names: tuple[str, ...] = LASTING
     if untouched and record.state == known.state:
         names = (*LASTING, "rejected_at", "retiring_at", "weight", "bake", "held")
     attributes = [FIELDS[name].name for name in names if name not in record.ignored]
     values = {name: getattr(record, name) for name in attributes}
-    lost = [n for n, value in values.items() if value is None or value is False]  # not 0, a weight
+    lost = [n for n, value in values.items() if value is None or value is False]  # 0 is a weight
     return replace(record, **{name: getattr(known, name) for name in lost})
 
 
 def _recovered(store: Routing, known: Routing) -> Routing:
-    """A store that is empty, another one, or a copy of an earlier moment: with all that is known.
-    Of a record that both have, the version is right that was changed last."""
-    earlier = store.store_id == known.store_id and EPOCH in store.keys  # else a key was lost
-    graves = dict(store.tombstones)
-    for name, grave in known.tombstones.items():
-        graves[name] = max(grave, graves.get(name, grave), key=lambda g: g.at)
+    """Return the state for an empty store, another store, or an earlier copy: all that is known is
+    restored. Of a record that both have, the version that was changed last is kept."""
+    earlier = store.store_id == known.store_id and EPOCH in store.keys  # else only a key was lost
+    tombstones = dict(store.tombstones)
+    for name, tombstone in known.tombstones.items():
+        tombstones[name] = max(tombstone, tombstones.get(name, tombstone), key=lambda t: t.at)
     records = dict(store.records)
     for name, record in known.records.items():
-        there = records.get(name)
-        if there is None:  # one that is being removed: that goes on
-            if record.retiring_at or name not in graves or not graves[name].buries(record):
+        in_store = records.get(name)
+        if in_store is None:  # a removal in progress continues
+            if record.retiring_at or name not in tombstones or not tombstones[name].buries(record):
                 records[name] = record
-        elif (record.changed_at, earlier) > (there.changed_at, False):
-            records[name] = replace(record, raw={**there.raw, **record.raw})
-    for name, grave in list(graves.items()):
+        elif (record.changed_at, earlier) > (in_store.changed_at, False):
+            records[name] = replace(record, raw={**in_store.raw, **record.raw})
+    for name, tombstone in list(tombstones.items()):
         buried = records.get(name)
         if buried is None or buried.retiring_at:
             continue
-        if grave.buries(buried):
-            del records[name]  # it was removed, before the store went back in time
+        if tombstone.buries(buried):
+            del records[name]  # removed after the store's earlier copy was made
         else:
-            del graves[name]  # the id is on a new service
+            del tombstones[name]  # the id is reused on a new service
     noted = {compact(entry): entry for entry in (*known.history, *store.history)}
     history = tuple(sorted(noted.values(), key=lambda e: float(e["at"])))[-HISTORY_AT_MOST:]
     closed = known.maintenance if earlier else store.maintenance or known.maintenance
     switches = [e["what"] for e in history if str(e["what"]).startswith("maintenance ")]
-    if switches:  # the last one is right, whoever still knows what was before
+    if switches:  # the last switch in the history decides
         on = switches[-1] == "maintenance on"
         closed = (store.maintenance or known.maintenance) if on else None
     return replace(
         store,
         epoch=max(store.epoch, known.epoch),
         records=records,
-        tombstones=graves,
+        tombstones=tombstones,
         processed={**known.processed, **store.processed},
         history=history,
         maintenance=closed,
@@ -728,27 +728,27 @@ def _recovered(store: Routing, known: Routing) -> Routing:
 def _with_one_active(
     records: Mapping[str, Record], routing: Routing, before: Collection[str | None]
 ) -> dict[str, Record]:
-    """The records with one active one, where `before` may have been so, and with one canary."""
-    found = dict(records)
+    """Return the records with one active deployment and one canary. `before`: formerly active."""
+    new_records = dict(records)
     for name, record in records.items():
         if name == routing.active:
-            found[name] = replace(
+            new_records[name] = replace(
                 record, state="active", drain_started_at=None, weight=None, retiring_at=None
             )
         elif record.state == "active" and name in before:
-            found[name] = record.as_draining(routing.now)
-    canaries = sorted((r for r in found.values() if r.is_canary), key=lambda r: r.changed_at)
+            new_records[name] = record.as_draining(routing.now)
+    canaries = sorted((r for r in new_records.values() if r.is_canary), key=lambda r: r.changed_at)
     for record in canaries[:-1]:
-        found[record.deployment_id] = replace(record, weight=None, bake=None)
-    return found
+        new_records[record.deployment_id] = replace(record, weight=None, bake=None)
+    return new_records
 
 
 # == The stores =================================================================================
-# Each step is one transaction: a process killed anywhere leaves the old state or the new one.
+# Each step is one transaction: a process that is killed leaves the old state or the new one.
 
 
 class RedisStore:
-    """The routing state in Redis, under `prefix`; keys that are written end after `ttl` seconds."""
+    """The routing state in Redis under `prefix`. Keys that it writes expire after `ttl` seconds."""
 
     def __init__(
         self, url: str, prefix: str, ttl: int | None = None, limits: Limits = DEFAULT_LIMITS
@@ -756,13 +756,13 @@ class RedisStore:
         self.url, self.prefix, self.ttl = url, prefix, ttl
         self.options: Json = {
             "decode_responses": True,
-            "encoding_errors": "replace",  # what is no UTF-8 is not understood, and no error
+            "encoding_errors": "replace",  # a value that is no UTF-8 is invalid, not an error
             "socket_timeout": limits.redis_seconds,
             "socket_connect_timeout": limits.redis_seconds,
         }
         self.client = redis.Redis.from_url(
             url,
-            # a connection that has died meanwhile is made anew; one that hangs is not asked again
+            # a dead connection is made again, once; a timeout is not retried
             retry=redis.retry.Retry(redis.backoff.NoBackoff(), 1, (redis.ConnectionError,)),
             **self.options,
         )
@@ -770,7 +770,7 @@ class RedisStore:
         self.fixed = [prefix + key for key in FIXED]
 
     def read(self, transaction: Any = None) -> Routing:
-        """The state. A transaction ends with an error where somebody writes to it meanwhile."""
+        """Return the state. In a transaction, a concurrent write makes EXEC fail (WATCH)."""
         client = transaction or self.client
         keys = [*self.fixed, *self.client.scan_iter(self.pattern, count=SCAN_COUNT)]
         if transaction:
@@ -779,8 +779,8 @@ class RedisStore:
         return parse(self.state(keys, values), now[0] + now[1] / 1e6)
 
     def apply(self, step: Step) -> Routing:
-        """Take a step and write what it changes, or nothing if it raises. Returns what the store
-        holds then. The change raises the epoch, and is announced to the routers."""
+        """Carry out a step in a transaction and return the new state. If the step raises, nothing
+        is written. A change raises the epoch and is announced to the routers."""
 
         def attempt(pipe: Any) -> Routing:
             before = self.read(pipe)
@@ -796,19 +796,19 @@ class RedisStore:
                 pipe.publish(f"{self.prefix}:events", json.dumps(sorted(change)))
             return written(after, change)
 
-        # once more where somebody else has written in between
+        # repeated if another client has written meanwhile
         client = cast(Any, self.client)
         return cast(Routing, client.transaction(attempt, *self.fixed, value_from_callable=True))
 
     def announce(self) -> None:
-        """Have every router read the whole state."""
+        """Ask every router to read the whole state."""
         self.client.publish(f"{self.prefix}:events", "[]")
 
     def disconnect(self) -> None:
         self.client.connection_pool.disconnect()
 
     async def follow(self, table: Table) -> None:
-        """Keep the table as the store says, and report what this router serves."""
+        """Keep the table up to date with the store, and report what this router serves."""
         client = redis.asyncio.Redis.from_url(self.url, **self.options)
         async with client, client.pubsub(ignore_subscribe_messages=True) as pubsub:
             await pubsub.subscribe(f"{self.prefix}:events")
@@ -820,18 +820,18 @@ class RedisStore:
 
 
 class Follower:
-    """A router's connection to the store. The state is read in one MGET (what is fixed, and the
-    records that are known, announced or asked for): at the beginning, on every announcement, when
-    the table asks, and every `refresh_seconds`. Sessions may share this Redis, so going through all
-    of its keys is for the beginning and for what is announced without names; after that it is done
-    a step at a time."""
+    """A router's connection to the store. The state is read in one MGET (the fixed keys, and the
+    records that are known, announced or looked up): at the start, on every announcement, when the
+    table asks, and every `refresh_seconds`. Sessions may be in the same Redis, so all keys are
+    scanned only at the start and after an announcement without names; otherwise one step of SCAN
+    follows every `scan_step_seconds`."""
 
     def __init__(self, store: RedisStore, client: redis.asyncio.Redis, table: Table) -> None:
         self.store, self.client, self.table, self.limits = store, client, table, table.limits
-        self.keys: set[str] = set()  # of records that are announced, or found
+        self.keys: set[str] = set()  # of records that were announced or scanned
         self.next_read = self.next_scan = self.next_step = 0.0
         self.scan_all, self.cursor = True, 0
-        self.next_report = self.report_by = 0.0  # if the counters have changed; in any case
+        self.next_report = self.report_by = 0.0  # report_by: also without changes
         self.reported: Json = {}
 
     async def run(self, pubsub: redis.asyncio.client.PubSub) -> None:
@@ -846,7 +846,7 @@ class Follower:
                 pause = min(self.next_read, self.next_report) - time.monotonic()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(event.wait(), max(pause, 0.0))
-            listener.result()  # a lost connection shows here
+            listener.result()  # raises if the connection was lost
         except asyncio.CancelledError:
             with contextlib.suppress(redis.RedisError, OSError, TimeoutError):
                 if not self.table.other_owner:
@@ -864,7 +864,7 @@ class Follower:
                 names = [str(name) for name in from_json(message["data"])]
                 self.keys |= {self.store.prefix + n for n in names if n.startswith(RECORD)}
                 self.scan_all = self.scan_all or not names
-            except (ValueError, TypeError):  # 0.3.x's name nothing
+            except (ValueError, TypeError):  # 0.3.x's announcements name no keys
                 self.scan_all = True
             self.next_read = 0.0
             self.table.refresh_event.set()
@@ -875,16 +875,16 @@ class Follower:
         await self.scan()
         known = {self.store.prefix + RECORD + name for name in {*table.routing.records, *lookups}}
         keys, self.keys = [*self.store.fixed, *(known | self.keys)], set()
-        found = await self.read_keys(keys)
-        if await table.repair(self.store, found):
-            found = await self.read_keys(keys)
-        table.note_missing(found)
-        table.load(found)
+        routing = await self.read_keys(keys)
+        if await table.repair(self.store, routing):
+            routing = await self.read_keys(keys)
+        table.note_missing(routing)
+        table.load(routing)
         table.pending_lookups -= lookups
 
     async def scan(self) -> None:
-        """Look for records that nobody announced: all keys of Redis where that was asked for and
-        takes but its share of the time, else the next few."""
+        """Look for records that were not announced: in all keys of Redis if `scan_all` is set and
+        its share of the time allows it, else among the next few."""
         began = time.monotonic()
         if self.scan_all and began >= self.next_scan:
             self.scan_all = False
@@ -893,8 +893,8 @@ class Follower:
             took = time.monotonic() - began
             self.next_scan = began + took + took / self.limits.scan_share
         elif began >= self.next_step:
-            self.cursor, found = await self.client.scan(self.cursor, self.store.pattern, SCAN_COUNT)
-            self.keys |= {str(key) for key in found}
+            self.cursor, names = await self.client.scan(self.cursor, self.store.pattern, SCAN_COUNT)
+            self.keys |= {str(key) for key in names}
         else:
             return
         self.next_step = began + self.limits.scan_step_seconds
@@ -908,7 +908,7 @@ class Follower:
         return parse(state, time.time())
 
     async def report(self) -> None:
-        """Say what this router serves: at once for a new epoch, soon for new counts."""
+        """Report what this router serves: a new epoch at once, new counts at intervals."""
         now, table, epoch = time.monotonic(), self.table, self.table.routing.epoch
         if not table.other_owner and epoch == self.reported.get("epoch") and now < self.next_report:
             return
@@ -920,7 +920,7 @@ class Follower:
             return
         served = {"active": table.routing.active, "epoch": epoch, "since": table.since}
         report = {"version": runtime_version(), "identity": table.me} | served | METRICS.counters()
-        if report != self.reported or now >= self.report_by:  # not for what changes by itself
+        if report != self.reported or now >= self.report_by:  # uptime and tasks alone are no change
             self.reported, self.report_by = report, now + self.limits.report_idle_seconds
             uptime, tasks = round(time.time() - METRICS.started_at), len(asyncio.all_tasks())
             text = compact({**report, "uptime_seconds": uptime, "tasks": tasks})
@@ -928,7 +928,7 @@ class Follower:
 
 
 def written(after: Routing, change: Change) -> Routing:
-    """What the store holds after a step whose change was written."""
+    """Return the state of the store after a step whose change was written."""
     if not change:
         return after
     promoted = change.get(PROMOTED)
@@ -941,7 +941,7 @@ def written(after: Routing, change: Change) -> Routing:
 
 
 def store_from_env(env: Mapping[str, str], limits: Limits = DEFAULT_LIMITS) -> Store:
-    """The store that the environment names: REDIS_URL on Railway, PULSE_KV_* elsewhere."""
+    """Return the store that REDIS_URL names, or PULSE_KV_* outside Railway. Raises SystemExit."""
     prefix = (env.get("PULSE_RAILWAY_REDIS_PREFIX") or DEFAULT_REDIS_PREFIX).rstrip(":")
     kind = env.get("PULSE_KV_KIND") or "redis"
     if kind == "sqlite":
@@ -958,7 +958,7 @@ def store_from_env(env: Mapping[str, str], limits: Limits = DEFAULT_LIMITS) -> S
 
 
 def promotion_from_env(env: Mapping[str, str]) -> Promotion | None:
-    """What Railway says was promoted last: of this container, as of its own deployment."""
+    """Return the last promotion by Railway's variables, which are as old as the container."""
     name = env.get(LAST_PROMOTED_VARIABLE) or ""
     if not DEPLOYMENT_ID.fullmatch(name):
         return None
@@ -971,7 +971,7 @@ def promotion_from_env(env: Mapping[str, str]) -> Promotion | None:
 
 @dataclass(slots=True)
 class Deployment:
-    """One backend: where it is, and the idle connections to it."""
+    """A backend: its address, and the idle connections to it."""
 
     id: str
     state: str
@@ -980,61 +980,61 @@ class Deployment:
     header: bytes
     tally: Tally = field(default_factory=lambda: Tally())
     idle: collections.deque[Upstream] = field(default_factory=collections.deque)
-    ejected_until: float = 0.0  # monotonic; until then it is asked for no other's assets
+    ejected_until: float = 0.0  # monotonic; until then it gets no hedged requests
 
 
 @dataclass
 class Missing:
-    """A record that the store has no longer, although nobody of ours has removed it."""
+    """A record that is missing in the store although no step of ours has removed it."""
 
     since: float  # monotonic
-    answers: bool = False  # its backend did, the last time
-    failing_since: float | None = None  # no connection to it since
+    answers: bool = False  # did its backend answer the last time?
+    failing_since: float | None = None  # monotonic; no connection since then
 
 
 class Table:
-    """All known deployments, in memory. A request never waits for the store to use it."""
+    """All known deployments, in memory. Requests use it without waiting for the store."""
 
     def __init__(self, env: Mapping[str, str], limits: Limits = DEFAULT_LIMITS) -> None:
         self.limits, self.last_promoted = limits, promotion_from_env(env)
-        self.me = self.copy = None  # this stack's stamp; what to say where it is a copy of another
+        self.me = self.copy = None  # this stack's stamp; the error message in a copied environment
         if env.get("RAILWAY_ENVIRONMENT_ID"):
             import ownership
 
             self.me, self.copy = ownership.name(env), ownership.copy_refusal(env)
-        self.other_owner: str | None = None  # whose the store is, where it is not this stack's
+        self.other_owner: str | None = None  # the store's owner, if it is another stack
         self.deployments: dict[bytes, Deployment] = {}
         self.active: Deployment | None = None
         self.canary: Deployment | None = None
-        self.weight = 0.0  # percent of the new visitors that the canary gets
+        self.weight = 0.0  # percent of new visitors that get the canary
         self.closed: Maintenance | None = None
-        self.routing = Routing()  # the last that was good
+        self.routing = Routing()  # the last state that was loaded
         self.since = 0.0  # when this epoch was first served, in seconds since 1970
         self.loaded = False
-        self.loaded_at = 0.0  # monotonic, the last time
-        self.provisional = False  # `active` is what Railway said, for want of a state
+        self.loaded_at = 0.0  # monotonic, of the last load
+        self.provisional = False  # `active` comes from Railway's variable, without a state
         self.missing: dict[str, Missing] = {}
         self.looking: asyncio.Task[None] | None = None
-        self.changed = asyncio.Event()  # set at every load, for those who wait for one
+        self.changed = asyncio.Event()  # set at every load, and replaced
         self.refresh_event = asyncio.Event()  # asks for a load
-        self.pending_lookups: set[str] = set()  # ids that the next load should look for
+        self.pending_lookups: set[str] = set()  # ids to look up at the next load
         self.looked_at = 0.0
-        # path -> the deployment that had it, and until when (monotonic) that is believed
+        # path -> the deployment that had it, and until when that is cached (monotonic)
         self.asset_locations: dict[bytes, tuple[str, float]] = {}
 
     @property
     def lost(self) -> bool:
-        """Has the store lost its data, and did this router not know them?"""
+        """Has the store lost its data, which this router does not know either?"""
         return self.loaded and self.routing.active is None and self.last_promoted is not None
 
     @property
     def empty(self) -> bool:
-        """Is nothing deployed, or has the store lost it? Not every router can tell the two."""
+        """Is nothing deployed, or is the state lost? A router cannot always distinguish them."""
         return self.lost or (self.routing.active is None and not self.routing.records)
 
     def health(self) -> Response:
-        """Can anything be served? A store in which nothing was ever deployed is as it should be. A
-        copy is ready to say that it is one."""
+        """Return the answer of /healthz: 503 only while nothing can be served. A store without any
+        deployment yet is healthy, and so is a copy, which answers with its error message."""
         ready = bool(self.copy) or self.active is not None or (self.loaded and not self.lost)
         answer: Json = {"ok": ready}
         if self.copy:
@@ -1046,39 +1046,39 @@ class Table:
             answer["stale_seconds"] = round(age)
         return JSONResponse(answer, 200 if ready else 503)
 
-    # -- what the store holds ------------------------------------------------------------------
+    # -- the state in the store ----------------------------------------------------------------
 
-    def other(self, found: Routing) -> str | None:
-        """Whose the store is, where it is another stack's: it is served, and nothing is written.
-        One that has lost its owner's key still is that owner's."""
-        owner = found.owner or self.other_owner
+    def other(self, state: Routing) -> str | None:
+        """Return the store's owner if it is another stack; then the state is served, not written.
+        A store that has lost its owner's key still has that owner."""
+        owner = state.owner or self.other_owner
         return owner if self.me is not None and owner != self.me else None
 
-    def keeps(self, found: Routing) -> bool:
-        """Is what is known served on? The store holds other contents by now, of another owner; or
-        it was another owner's, who alone writes back what it has lost."""
-        was, is_now = self.routing.is_foreign(self.me), found.is_foreign(self.me)
-        replaced = is_now and not was and found.store_id != self.routing.store_id
-        return replaced or ((was or is_now) and found.active is None)
+    def keeps(self, state: Routing) -> bool:
+        """Must the known state be kept? It must if the store has contents of another owner now, or
+        if a state of another owner is lost, since only that owner's routers restore it."""
+        was, is_now = self.routing.is_foreign(self.me), state.is_foreign(self.me)
+        replaced = is_now and not was and state.store_id != self.routing.store_id
+        return replaced or ((was or is_now) and state.active is None)
 
-    async def repair(self, store: Store, found: Routing) -> bool:
-        """Write back what the store has lost: was there anything? Where it names another active one
-        than this router knows, that is not given up for one that cannot be connected to."""
+    async def repair(self, store: Store, state: Routing) -> bool:
+        """Write back what the store has lost, and return whether anything was lost. Another active
+        deployment in the store is not replaced by one that cannot be connected to."""
         known, loop = self.routing, asyncio.get_running_loop()
-        since = time.monotonic() - self.limits.missing_seconds  # they have answered for a while
+        since = time.monotonic() - self.limits.missing_seconds  # missing for long enough
         alive = {name for name, m in self.missing.items() if m.answers and m.since <= since}
         new_id = secrets.token_hex(8)
-        if self.other(found) or not changes(found, repaired(found, known, new_id, alive)):
+        if self.other(state) or not changes(state, repaired(state, known, new_id, alive)):
             return False
-        mine, other = known.record_of_active(), found.record_of_active()
+        ours, other = known.record_of_active(), state.record_of_active()
         refused = None
-        if mine and other and mine.deployment_id != other.deployment_id:
-            if await loop.run_in_executor(None, look, mine, self.limits) == "unreachable":
+        if ours and other and ours.deployment_id != other.deployment_id:
+            if await loop.run_in_executor(None, look, ours, self.limits) == "unreachable":
                 known = replace(known, active=None, promoted=None)
-            elif other.deployment_id not in found.records:  # is there such a deployment at all?
+            elif other.deployment_id not in state.records:  # it may not exist
                 at_other = await loop.run_in_executor(None, look, other, self.limits)
                 refused = other.deployment_id if at_other == "unreachable" else None
-        if known.active and (found.store_id, found.active) != (known.store_id, known.active):
+        if known.active and (state.store_id, state.active) != (known.store_id, known.active):
             log.error("the store has lost data: writing back what this router knows")
 
         def step(store: Routing) -> Routing:
@@ -1094,17 +1094,18 @@ class Table:
             store.disconnect()
         return True
 
-    def note_missing(self, found: Routing) -> None:
-        """Keep the deployments whose records nobody of ours has removed, and ask them."""
-        lost = {k: r for k, r in self.routing.records.items() if k not in found.records}
-        gone = [record for record in lost.values() if not found.buries(record)]
+    def note_missing(self, state: Routing) -> None:
+        """Keep deployments whose records no step of ours has removed, and send them requests."""
+        lost = {k: r for k, r in self.routing.records.items() if k not in state.records}
+        unexplained = [record for record in lost.values() if not state.buries(record)]
         before, now = self.missing, time.monotonic()
-        self.missing = {r.deployment_id: before.get(r.deployment_id, Missing(now)) for r in gone}
-        if gone and (self.looking is None or self.looking.done()):
-            self.looking = asyncio.create_task(self.look_at(gone))
+        ids = [record.deployment_id for record in unexplained]
+        self.missing = {name: before.get(name, Missing(now)) for name in ids}
+        if unexplained and (self.looking is None or self.looking.done()):
+            self.looking = asyncio.create_task(self.look_at(unexplained))
 
     async def look_at(self, records: list[Record]) -> None:
-        """A few at a time: many that are silent would keep `repair` from its thread."""
+        """Ask a few at a time, so that silent ones do not take all threads from `repair`."""
         loop, gate = asyncio.get_running_loop(), asyncio.Semaphore(self.limits.parallel_looks)
 
         async def look_once(record: Record) -> None:
@@ -1117,22 +1118,23 @@ class Table:
 
         await asyncio.gather(*map(look_once, records))
 
-    def load(self, found: Routing) -> None:
+    def load(self, state: Routing) -> None:
+        """Use a state that was read, with the records that are missing in it."""
         self.loaded_at = now = time.monotonic()
-        other = self.other(found)
+        other = self.other(state)
         if other != self.other_owner:
             change = f"of {other}: it is served, nothing is written" if other else "no longer so"
             log.error("another stack's routing state: %s", change)
             self.other_owner = other
-        if self.active and not self.provisional and self.keeps(found):
-            found = self.routing
+        if self.active and not self.provisional and self.keeps(state):
+            state = self.routing
         kept = {
             name: self.routing.records[name]
             for name, m in self.missing.items()
             if name in self.routing.records
             and (m.failing_since is None or now - m.failing_since < self.limits.missing_seconds)
         }
-        routing = replace(found, records={**found.records, **kept})
+        routing = replace(state, records={**state.records, **kept})
         if routing != self.routing or not self.loaded:
             if routing.epoch != self.routing.epoch or not self.loaded:
                 self.since = round(time.time(), 3)
@@ -1144,12 +1146,13 @@ class Table:
         self.changed = asyncio.Event()
 
     def take_over(self, routing: Routing) -> None:
+        """Make the table's entries those of a state."""
         known: dict[bytes, Deployment] = {}
         records = dict(routing.records)
         if active := routing.record_of_active():
             records[active.deployment_id] = active
         for name, record in records.items():
-            # one that is being removed is gone for its tabs: they reload, and meet no 502
+            # a retired one has no entry, so that its tabs reload instead of getting 502
             entry = None if record.retiring_at else self._entry(record)
             if entry:
                 known[name.encode()] = entry
@@ -1170,7 +1173,7 @@ class Table:
         self.closed = routing.maintenance
 
     def _entry(self, record: Record) -> Deployment | None:
-        """The table's entry for a record; the one we have where nothing but its state changed."""
+        """Return a record's entry: the present one if the address is the same, or a new one."""
         name = record.deployment_id
         if not DEPLOYMENT_ID.fullmatch(name) or not record.url:
             return None
@@ -1185,7 +1188,7 @@ class Table:
         return Deployment(name, record.state, host, port, header, tally)
 
     async def serve_without_state(self) -> None:
-        """While there is no state, serve what Railway says was active, where that answers."""
+        """Without a state, serve the deployment of Railway's variable if it answers."""
         loop = asyncio.get_running_loop()
         while True:
             if self.last_promoted and self.active is None and (self.lost or not self.loaded):
@@ -1200,10 +1203,10 @@ class Table:
                         self.closed = Maintenance(0.0)
             await asyncio.sleep(self.limits.provisional_seconds)
 
-    # -- what a request needs ------------------------------------------------------------------
+    # -- for requests --------------------------------------------------------------------------
 
     async def find(self, affinity_id: bytes) -> Deployment | None:
-        """The deployment of that id. An unknown one is worth one refresh, now and then."""
+        """Return the deployment of an id. An unknown id causes a read of the store, but rarely."""
         known = self.deployments.get(affinity_id)
         text = affinity_id.decode("latin-1")
         if known or not DEPLOYMENT_ID.fullmatch(text):
@@ -1220,12 +1223,12 @@ class Table:
         return self.deployments.get(affinity_id)
 
     def others(self, first: Deployment, path: bytes) -> list[Deployment]:
-        """The deployments to ask for what `first` lacks: first the one that had this path lately,
-        then the newest. Those that gave no answer lately (`ejected_until`) are left out."""
+        """Return the deployments to ask for what `first` lacks: the one that had this path lately,
+        then the newest. Ejected ones (`ejected_until`) are left out."""
         now = time.monotonic()
-        had_by, until = self.asset_locations.get(path, ("", 0.0))
-        found = [d for d in self.deployments.values() if d is not first and d.ejected_until < now]
-        return sorted(found, key=lambda d: d.id != had_by) if until > now else found
+        location, until = self.asset_locations.get(path, ("", 0.0))
+        others = [d for d in self.deployments.values() if d is not first and d.ejected_until < now]
+        return sorted(others, key=lambda d: d.id != location) if until > now else others
 
     def cache_asset_location(self, path: bytes, deployment: Deployment) -> None:
         if len(path) > self.limits.asset_location_path_bytes:
@@ -1249,12 +1252,13 @@ class Table:
 
 
 TABLE = Table(os.environ)  # `serve` makes another, with its limits
-ACCESS_LOG: telemetry.AccessLog | None = None  # where it is asked for
-TELEMETRY = ("PULSE_RAILWAY_ACCESS_LOG", "PULSE_RAILWAY_METRICS_PORT", "OTEL_")  # who asks
+ACCESS_LOG: telemetry.AccessLog | None = None  # if a variable asks for it
+# begin the variables that load telemetry.py
+TELEMETRY = ("PULSE_RAILWAY_ACCESS_LOG", "PULSE_RAILWAY_METRICS_PORT", "OTEL_")
 
 
-# == Counters, for `control status`, for who watches a new version, and for what is exported ====
-# Plain lists: they are on the path of every request. BUCKETS are OpenTelemetry's, in seconds.
+# == Counters: for `control status`, the bake of a new version, and the exported metrics ========
+# Plain lists, since every request updates them. BUCKETS are OpenTelemetry's, in seconds.
 
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
 METHODS = frozenset(b"GET HEAD POST PUT DELETE CONNECT OPTIONS TRACE PATCH".split())
@@ -1272,22 +1276,22 @@ class Histogram:
 
 @dataclass(slots=True)
 class Tally:
-    """What came of one deployment's requests."""
+    """Counts of outcomes of one deployment's requests."""
 
-    # by method and status // 100; others than the known methods are OpenTelemetry's _OTHER
+    # by method and status // 100; unknown methods are OpenTelemetry's _OTHER
     answers: collections.defaultdict[tuple[bytes, int], Histogram] = field(
         default_factory=lambda: collections.defaultdict(Histogram)
     )
     first_byte: Histogram = field(default_factory=Histogram)
-    errors: collections.Counter[str] = field(default_factory=collections.Counter)  # by their kind
-    failed: int = 0  # of these, what is not among the answers: broken off, or another answered
-    tunnels: int = 0  # that were opened
+    errors: collections.Counter[str] = field(default_factory=collections.Counter)  # by kind
+    failed: int = 0  # errors without an answer in `answers`: broken off, or another answered
+    tunnels: int = 0  # number of opened tunnels
 
     def answered(self, method: bytes, status: int, seconds: float) -> None:
         self.answers[method if method in METHODS else b"_OTHER", status // 100].add(seconds)
 
     def summary(self) -> tuple[list[int], int, list[int]]:
-        """Answers by status class, failures without one, answers by bucket of duration."""
+        """Return answers by status class, failures without one, answers by bucket of duration."""
         classes = [0] * 10
         for (_, status), histogram in self.answers.items():
             classes[status] += sum(histogram.counts)
@@ -1300,12 +1304,12 @@ class Metrics:
     name: str = ""
     started_at: float = field(default_factory=time.time)
     requests: int = 0
-    errors: int = 0  # answers the router made itself because a backend failed
+    errors: int = 0  # answers by the router itself for failed backends
     stale: int = 0
     rejected: int = 0  # connections, at the limit
     tunnels_opened: int = 0
     tunnels_open: int = 0
-    own: Tally = field(default_factory=Tally)  # answers of the router's own
+    own: Tally = field(default_factory=Tally)  # the router's own answers
     tallies: dict[str, Tally] = field(default_factory=dict)  # by deployment
 
     def counters(self) -> Json:
@@ -1323,7 +1327,7 @@ class Metrics:
             "tunnels_opened": self.tunnels_opened,
             "requests_per_deployment": {name: sum(t[0]) for name, t in tallies.items()},
             "tallies": {name: t for name, t in tallies.items() if t[1] or any(t[0])},
-            "in_flight": collections.Counter(in_use),  # a download needs no tab to be in use
+            "in_flight": collections.Counter(in_use),  # a download without a tab counts, too
         }
 
 
@@ -1334,13 +1338,13 @@ METRICS = Metrics()
 
 
 def requests_under_way() -> list[str]:
-    """Their deployments' ids."""
+    """Return the deployment id of each request in progress."""
     exchanges = (client.exchange for client in Client.instances)
     return [e.upstream.deployment.id for e in exchanges if e and not e.state.finished]
 
 
 class UpstreamError(Exception):
-    """The backend did not answer. `status` is what the client is told."""
+    """The backend did not answer. The client gets `status` and `detail`."""
 
     def __init__(self, status: int, detail: str, *, sent: bool = False) -> None:
         super().__init__(detail)
@@ -1351,14 +1355,14 @@ class UpstreamError(Exception):
 
 
 class Upstream(asyncio.Protocol):
-    """One connection to a backend. What it brings is for the `Exchange` that holds it."""
+    """A connection to a backend. It passes what it reads to its `Exchange`."""
 
     __slots__ = ("again", "deployment", "exchange", "idle_since", "transport")
 
     def __init__(self, deployment: Deployment) -> None:
         self.deployment = deployment
         self.exchange: Exchange | None = None
-        self.again = False  # from the pool, for a request that may be repeated if this is dead
+        self.again = False  # pooled, and its request may be repeated if the connection is dead
         self.idle_since = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -1367,7 +1371,7 @@ class Upstream(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self.exchange is not None:
             self.exchange.feed(data)
-        else:  # an answer that nobody asked for
+        else:  # an answer without a request
             self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -1387,7 +1391,7 @@ class Upstream(asyncio.Protocol):
 
 
 def reset(transport: asyncio.Transport) -> None:
-    """Close a connection with a TCP reset, as the other side's was."""
+    """Close a connection with a TCP reset, so that the peer sees an abort."""
     if (sock := transport.get_extra_info("socket")) is not None:
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -1404,8 +1408,8 @@ def idle_connections() -> int:
 
 
 class Resolver:
-    """Names to addresses, by Python's own resolver in threads: one question at a time for a name,
-    so that a bad one holds one thread, and an answer is good for a few seconds."""
+    """Resolves host names by Python's resolver in threads. A name has one lookup at a time, so
+    that a slow one takes one thread. Addresses are cached for `resolved_seconds`."""
 
     def __init__(self, limits: Limits = DEFAULT_LIMITS) -> None:
         self.limits = limits
@@ -1414,37 +1418,38 @@ class Resolver:
         self.threads = concurrent.futures.ThreadPoolExecutor(limits.resolver_threads, "resolver")
 
     async def addresses(self, host: str, port: int) -> tuple[list[Any], bool]:
-        """All addresses of a name, and whether they were remembered. Raises OSError."""
+        """Return all addresses of a name, and whether they were cached. Raises OSError."""
         key = host, port
-        until, found = self.known.get(key, (0.0, []))
+        until, cached = self.known.get(key, (0.0, []))
         if time.monotonic() < until:
-            return found, True
+            return cached, True
         if key not in self.asking:
-            # not loop.getaddrinfo: uvloop's own would pass by what Python's resolver is told
+            # not loop.getaddrinfo: uvloop's own bypasses Python's socket module
             ask = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
-            asked = self.asking[key] = asyncio.get_running_loop().run_in_executor(self.threads, ask)
-            asked.add_done_callback(partial(self.remember, key))
+            lookup = asyncio.get_running_loop().run_in_executor(self.threads, ask)
+            self.asking[key] = lookup
+            lookup.add_done_callback(partial(self.remember, key))
         return await asyncio.shield(self.asking[key]), False
 
-    def remember(self, key: tuple[str, int], asked: asyncio.Future[list[Any]]) -> None:
+    def remember(self, key: tuple[str, int], lookup: asyncio.Future[list[Any]]) -> None:
         del self.asking[key]
-        if not (asked.cancelled() or asked.exception()):
+        if not (lookup.cancelled() or lookup.exception()):
             now = time.monotonic()
             self.known = {k: v for k, v in self.known.items() if v[0] > now}
-            self.known[key] = now + self.limits.resolved_seconds, asked.result()
+            self.known[key] = now + self.limits.resolved_seconds, lookup.result()
 
 
 RESOLVER = Resolver()
 
 
 async def connect(deployment: Deployment, timeout: float) -> Upstream:
-    """A new connection. Every address of the name is tried, a later one 250 ms after the one
-    before it (RFC 8305), so that a name with a dead IPv6 address costs little. Raises
-    UpstreamError: 502 where the backend refuses, 504 where it does not answer in time."""
+    """Open a new connection. All addresses of the name are tried, 250 ms after one another (RFC
+    8305), so that a dead IPv6 address costs little. Raises UpstreamError: 502 if the backend
+    refuses the connection, 504 if it does not answer within `timeout` seconds."""
     clients, limit = len(Client.instances) + len(TunnelEnd.open), TABLE.limits.connections
     if clients > limit // 2 and clients + idle_connections() > limit:
         for other in TABLE.deployments.values():
-            close_idle(other)  # descriptors are short, and this one is needed
+            close_idle(other)  # their descriptors are needed for this connection
     host, port = deployment.host, deployment.port
     create = asyncio.get_running_loop().create_connection
     try:
@@ -1452,14 +1457,14 @@ async def connect(deployment: Deployment, timeout: float) -> Upstream:
             if ":" in host or host.replace(".", "").isdigit():  # an address
                 return (await create(lambda: Upstream(deployment), host, port))[1]
             while True:
-                addresses, remembered = await RESOLVER.addresses(host, port)
+                addresses, was_cached = await RESOLVER.addresses(host, port)
                 try:
                     sock = await start_connection(addresses, happy_eyeballs_delay=0.25)
                     return (await create(lambda: Upstream(deployment), sock=sock))[1]
                 except OSError:
                     RESOLVER.known.pop((host, port), None)
-                    if not remembered:
-                        raise  # else it may have moved
+                    if not was_cached:
+                        raise  # a cached address may be outdated: look the name up again
     except TimeoutError:
         RESOLVER.known.pop((host, port), None)
         raise UpstreamError(504, "the deployment does not answer") from None
@@ -1468,25 +1473,25 @@ async def connect(deployment: Deployment, timeout: float) -> Upstream:
 
 
 # == The states of a client's connection and of an exchange ======================================
-# An event that a state's row does not have is a fault of the router's own: KeyError.
+# An event that is not in a state's row is a bug of the router: KeyError.
 
 ClientEvent = Literal["head", "handshake", "end", "early", "bad head", "refused", "101", "close"]
 ExchangeEvent = Literal["head", "end", "101", "missing", "client gone", "reset", "lost", "timeout"]
 
 
 class ClientState(Enum):
-    """How far a client's connection is: its reading side, since several requests can wait. In it,
-    `parses`: what comes goes to the parser; `may_answer`: a request may be begun, and its answer
-    written; `may_read`: from the socket, if its requests allow it (`Client.update_reading`)."""
+    """The state of a client's connection: of its reading side, since several requests can wait.
+    `parses`: data go to the parser; `may_answer`: a request may be begun and its answer written;
+    `may_read`: the socket may be read, if the requests allow it (`Client.update_reading`)."""
 
     # what it is; parses, may_answer, may_read
     HEAD = "between two requests, or in a head", True, True, True
     BODY = "in the body of a request", True, True, True
-    HANDSHAKE = "a handshake has come: what follows is the tunnel's", False, True, False
-    REFUSED = "nothing more is understood; the answers that are due come first", False, True, False
-    LINGERING = "answered; the rest of the upload is read up to its end", True, False, True
-    DROPPING = "answered; what comes is not understood, and dropped", False, False, True
-    TUNNEL = "the two ends of a tunnel have the connections", False, False, False
+    HANDSHAKE = "after a handshake: further data belong to the tunnel", False, True, False
+    REFUSED = "after an invalid request: earlier answers are still written", False, True, False
+    LINGERING = "answered; the rest of the upload is read and dropped", True, False, True
+    DROPPING = "answered; data are dropped without parsing", False, False, True
+    TUNNEL = "the connection belongs to a tunnel", False, False, False
     CLOSED = "closed, or closing", False, False, False
 
     def __init__(self, about: str, parses: bool, may_answer: bool, may_read: bool) -> None:
@@ -1496,20 +1501,20 @@ class ClientState(Enum):
 
 
 class ExchangeState(Enum):
-    """How far an exchange is. Those that nothing leads on from are how it can end."""
+    """The state of an exchange. States without a following state are its outcomes."""
 
     WAITING = "the request is sent, or being sent"
     ANSWERING = "the answer's head has gone to the client"
-    OK = "the answer is whole"
-    SWITCHED = "a tunnel now"
-    MISSING = "an answer that was held back: not here"
-    GONE = "the client left"
-    BROKEN = "too late for another answer"
-    RESET = "its pooled connection had died: once more, on another"
-    LOST = "no answer, nothing sent yet"
-    TIMED_OUT = "no answer in time, nothing sent yet"
+    OK = "the answer is complete"
+    SWITCHED = "the two connections are a tunnel"
+    MISSING = "the deployment lacks the asset; its answer was dropped"
+    GONE = "the client has closed its connection"
+    BROKEN = "the answer broke off after its head"
+    RESET = "the pooled connection was dead: sent again on another"
+    LOST = "the connection was lost before an answer"
+    TIMED_OUT = "no answer in time"
 
-    after: dict[ExchangeEvent, ExchangeState]  # what may happen, and what it is then
+    after: dict[ExchangeEvent, ExchangeState]  # what may happen, and the state after it
     finished: bool
 
 
@@ -1520,9 +1525,9 @@ WAITING, ANSWERING, OK, SWITCHED, MISSING, GONE, BROKEN, RESET, LOST, TIMED_OUT 
 CLIENT: dict[ClientEvent, dict[ClientState, ClientState]] = {
     "head": {HEAD: BODY},
     "handshake": {HEAD: HANDSHAKE},
-    # HEAD: of a request that comes again, without its upgrade; CLOSED: of what is dropped
+    # HEAD: a request that is parsed again without its upgrade; CLOSED: a dropped request
     "end": {HEAD: HEAD, BODY: HEAD, HANDSHAKE: HANDSHAKE, LINGERING: CLOSED, CLOSED: CLOSED},
-    "early": {BODY: LINGERING},  # an answer before the end of its request
+    "early": {BODY: LINGERING},  # the answer was complete before the request
     "bad head": {HEAD: REFUSED},  # behind a request that is not answered yet
     "refused": {HEAD: DROPPING, BODY: DROPPING},  # too many clients; a bad body, before any answer
     "101": {HANDSHAKE: TUNNEL},
@@ -1534,8 +1539,8 @@ EXCHANGE: dict[ExchangeEvent, dict[ExchangeState, ExchangeState]] = {
     "101": {WAITING: SWITCHED},
     "missing": {WAITING: MISSING},  # a hedged answer that says: not here
     "client gone": {WAITING: GONE, ANSWERING: GONE},
-    "reset": {WAITING: RESET},  # the connection, from the pool, of what may be repeated
-    "lost": {WAITING: LOST, ANSWERING: BROKEN},  # any other, or what comes is no answer
+    "reset": {WAITING: RESET},  # of a pooled connection, for a request that may be repeated
+    "lost": {WAITING: LOST, ANSWERING: BROKEN},  # of any other, or an invalid answer
     "timeout": {WAITING: TIMED_OUT},
 }
 for _state in ClientState:
@@ -1549,8 +1554,8 @@ for _stage in ExchangeState:
 
 
 def client_limit(configured: int | None, limits: Limits) -> int:
-    """How many clients may be connected at once, after this process has got as many descriptors as
-    it may: half of them, or what is configured where that is fewer."""
+    """Raise the process's limit of descriptors as far as allowed, and return how many clients may
+    be connected at once: half of the descriptors, or `configured` if that is fewer."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # above the kernel's own limit
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -1561,12 +1566,12 @@ def client_limit(configured: int | None, limits: Limits) -> int:
 
 CHUNKED = b"transfer-encoding: chunked\r\n"
 
-# RFC 9110 section 7.6.1: meant for one connection only. `Connection` itself names more.
+# RFC 9110 section 7.6.1: for one connection only. The header `Connection` names more.
 HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer"
     b" transfer-encoding upgrade".split()
 )
-NOT_NAMED_AWAY = frozenset((b"content-length", b"host"))  # they frame and address the message
+NOT_NAMED_AWAY = frozenset((b"content-length", b"host"))  # `Connection` cannot remove these
 CHECKED_HEADERS = frozenset((b"host", b"content-length", b"transfer-encoding", b"expect"))
 
 
@@ -1575,7 +1580,7 @@ def error_response(status: int, detail: str = "") -> Response:
 
 
 class BadRequest(Exception):
-    """A request head that this router will not pass on."""
+    """A request head that this router refuses."""
 
     def __init__(self, why: str, status: int = 400) -> None:
         super().__init__(why)
@@ -1583,36 +1588,36 @@ class BadRequest(Exception):
 
 
 class Request:
-    """One request. Several can be on a connection at once: the head of a pipelined one is
-    parsed while the one before it is being answered."""
+    """A request. A connection can have several at once: the head of a pipelined request is parsed
+    while the request before it is answered."""
 
-    more_body = True  # is some of it still to come?
-    gone = False  # so is its client, or its body cannot be read
-    begun = False  # its answer is
+    more_body = True  # the body is not complete yet
+    gone = False  # the client has gone, or the body is invalid
+    begun = False  # a byte of the answer was written
     answered = False
-    visitor = b""  # who is told so by a cookie, for the time of a canary
+    visitor = b""  # id of a visitor who gets a cookie, during a canary
 
     def __init__(self, client: Client, method: bytes, version: str, keep_alive: bool) -> None:
         self.client, self.method, self.version = client, method, version
         self.keep_alive, self.has_body = keep_alive, client.has_body
-        self.url, self.fields = client.url, client.fields  # as they were sent
+        self.url, self.fields = client.url, client.fields  # as received
         self.handshake = client.state is HANDSHAKE
         self.expects_continue = client.expects_continue
-        self.body = bytearray()  # what has come of it and has not been taken
-        self.arrived = asyncio.Event()  # set when more comes, and at every end
+        self.body = bytearray()  # received and not taken yet
+        self.arrived = asyncio.Event()  # set when data arrive, and at every end
         path, _, query = self.url.partition(b"?")
         if not path.startswith(b"/") or b"#" in self.url:
-            # absolute-form (RFC 9112 section 3.2.2), `*`, or a fragment, which says nothing here
+            # absolute-form (RFC 9112 section 3.2.2), `*`, or a fragment, which is ignored
             parsed = httptools.parse_url(self.url)
             path, query = parsed.path or b"/", parsed.query or b""
         self.path, self.query = path, query
 
     def values(self, field: bytes) -> list[bytes]:
-        """Of a header field, by its name in lower case."""
+        """Return the values of a header field, by its name in lower case."""
         return [value for _, name, value in self.fields if name == field]
 
     async def read(self) -> bytes:
-        """The next piece of the body; nothing at its end, and where nobody waits for an answer."""
+        """Return the next piece of the body; empty at its end, and if no answer is needed."""
         client = self.client
         if self.expects_continue and not client.transport.is_closing():
             self.expects_continue = False
@@ -1630,25 +1635,25 @@ class Request:
 class Client(asyncio.Protocol):
     """A client's connection: its requests are parsed, checked, and answered one after the other.
 
-    uvicorn's server makes it, counts it among its `connections`, and calls `shutdown`. Nothing of
-    ASGI is between here and a backend: its cycle and task cost a third of a small request."""
+    uvicorn's server creates it, counts it in `connections`, and calls `shutdown`. ASGI is not used
+    between client and backend: its cycle and task take a third of the time of a small request."""
 
     instances: ClassVar[set[Client]] = set()  # all open ones, for close_overdue
 
-    # what a connection begins with
+    # initial values of a connection
     state = HEAD
     chunked = head_in_read = ending = reading_paused = False
-    early = b""  # what a client sent behind its handshake
-    head_size = framing = 0  # framing: bytes of a chunked body that were none of it
-    chunks = body_bytes = 0  # of the body, in the last read
-    # head: when its first byte came; stalled: when the client stopped taking its answer
+    early = b""  # data received after a handshake
+    head_size = framing = 0  # framing: bytes of chunk headers and trailers
+    chunks = body_bytes = 0  # of the last read
+    # head: when its first byte came; stalled: when the client stopped reading
     head_since = lingers_since = stalled_since = 0.0
 
     def __init__(self, *, server_state: Any, **_: Any) -> None:
         self.connections, self.tasks = server_state.connections, server_state.tasks
         self.loop = asyncio.get_running_loop()
         self.parser: Any = self.new_parser()
-        self.arriving: Request | None = None  # the request that is read now, or was last
+        self.arriving: Request | None = None  # the request being read, or read last
         self.waiting: collections.deque[Request] = collections.deque()  # not begun yet
         self.request: Request | None = None  # being answered
         self.exchange: Exchange | None = None
@@ -1657,7 +1662,7 @@ class Client(asyncio.Protocol):
         self.transport = cast(asyncio.Transport, transport)
         peer = transport.get_extra_info("peername")
         self.peer = str(peer[0]).encode() if peer else b""
-        self.touched = self.loop.time()  # when the client last sent, or was last answered
+        self.touched = self.loop.time()  # when data were last received, or an answer ended
         self.connections.add(self)
         Client.instances.add(self)
         if (open_now := len(Client.instances) + len(TunnelEnd.open)) > TABLE.limits.connections:
@@ -1676,12 +1681,12 @@ class Client(asyncio.Protocol):
         if self.exchange:
             self.exchange.end("client gone")
 
-    def happens(self, event: ClientEvent) -> None:  # each request's own events do it in place
+    def happens(self, event: ClientEvent) -> None:  # frequent events assign `state` in place
         self.state = self.state.after[event]
 
     def new_parser(self) -> Any:
         parser = httptools.HttpRequestParser(self)
-        # or it fails at what follows a request that asks for `connection: close`
+        # else it fails at data after a request with `connection: close`
         parser.set_dangerous_leniencies(lenient_data_after_close=True)
         return parser
 
@@ -1722,15 +1727,15 @@ class Client(asyncio.Protocol):
             self.update_reading()
 
     def begin(self) -> None:
-        """Send the next request that waits on its way: with as much of its body as has come."""
+        """Route the next waiting request, with the part of its body that was received."""
         self.request = self.waiting.popleft()
         self.route(self.request)
 
-    def route(self, request: Request) -> None:  # telemetry.py has another one
+    def route(self, request: Request) -> None:  # telemetry.py overrides it
         route(request)
 
     def refuse(self, status: int) -> None:
-        """Answer what cannot be parsed, after the answers before it, and hang up."""
+        """Answer an invalid request after the earlier answers, and close the connection."""
         arriving = self.arriving
         if self.state is BODY and arriving:
             self.abort_request(arriving, status)
@@ -1738,14 +1743,14 @@ class Client(asyncio.Protocol):
             arriving.keep_alive = False
             self.happens("bad head")
         else:
-            if self.state is HEAD:  # else it is answered, and the rest is dropped
+            if self.state is HEAD:  # else the request was answered, and its rest is dropped
                 METRICS.requests += 1
                 METRICS.own.answered(b"", status, self.loop.time() - self.touched)
                 self.send_response(error_response(status))
             self.close()
 
     def abort_request(self, arriving: Request, status: int) -> None:
-        """End a request whose body is bad: its backend must not take what it has for the whole."""
+        """End a request with an invalid body: the backend must not take it as complete."""
         arriving.gone = True
         arriving.arrived.set()
         alone = len(self.waiting) + (self.request is not None) == 1
@@ -1760,18 +1765,18 @@ class Client(asyncio.Protocol):
             self.linger("refused")
 
     def reject(self, open_now: int) -> None:
-        """Near the limit of descriptors, newcomers are told so; those who are there go on. Each
-        of them may need a second descriptor, to its backend."""
+        """Answer a new client with 503 near the limit of descriptors: each present client may need
+        a second one, for its backend."""
         METRICS.rejected += 1
-        if open_now > TABLE.limits.connections * 1.05 + 16:  # no descriptors for politeness either
+        if open_now > TABLE.limits.connections * 1.05 + 16:  # too few descriptors even for a 503
             self.transport.abort()
             return
         self.send_response(error_response(503, "too many connections"))
         self.linger("refused")
 
     def check_framing(self, received: int) -> None:
-        """Bound what a chunked body holds besides its bytes: sizes, extensions, trailers. Some
-        is allowed for each chunk, and as much again as the body has."""
+        """Limit a chunked body's chunk headers, extensions and trailers. 16 bytes per chunk are
+        allowed, and as many bytes as the body has."""
         extra = received - 2 * self.body_bytes - 16 * self.chunks
         self.framing = max(0, self.framing + extra)
         if self.framing > TABLE.limits.framing_bytes:
@@ -1781,7 +1786,7 @@ class Client(asyncio.Protocol):
 
     def on_message_begin(self) -> None:
         self.url = b""
-        self.fields: list[tuple[bytes, bytes, bytes]] = []  # name as written, in lower case, value
+        self.fields: list[tuple[bytes, bytes, bytes]] = []  # name as sent, in lower case, value
         self.expects_continue = False
 
     def on_url(self, url: bytes) -> None:
@@ -1789,8 +1794,8 @@ class Client(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self.state is not HEAD:
-            # A trailer: dropped, since merged into the headers it could say anything of what was
-            # checked already: a second host, an affinity (RFC 9110 section 6.5.1).
+            # A trailer. It is dropped, since merged into the headers it could contradict what was
+            # checked before, such as the host or the affinity (RFC 9110 section 6.5.1).
             self.framing += len(name) + len(value) + 4
             if self.framing > TABLE.limits.framing_bytes:
                 raise BadRequest("trailers too large", 431)
@@ -1804,8 +1809,8 @@ class Client(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         if self.state is not HEAD:
-            return  # behind an upload that was answered early
-        if self.head_size > TABLE.limits.head_bytes:  # with what came behind it
+            return  # after an upload that was answered early
+        if self.head_size > TABLE.limits.head_bytes:  # may include data behind the head
             size = sum(len(name) + len(value) + 4 for name, _, value in self.fields)
             if len(self.url) + size > TABLE.limits.head_bytes:
                 raise BadRequest("head too large", 431)
@@ -1819,7 +1824,7 @@ class Client(asyncio.Protocol):
         if handshake := parser.should_upgrade():
             protocols = [value.lower() for _, name, value in self.fields if name == b"upgrade"]
             if method != b"GET" or self.has_body or protocols[-1:] != [b"websocket"]:
-                return  # no WebSocket (RFC 6455 section 4.1): it comes again, as a plain request
+                return  # no WebSocket (RFC 6455 section 4.1): parsed again as a plain request
             if behind:
                 raise BadRequest("a handshake behind a request")
         self.state = self.state.after["handshake" if handshake else "head"]
@@ -1829,8 +1834,8 @@ class Client(asyncio.Protocol):
         self.waiting.append(self.arriving)
 
     def check_head(self, method: bytes, version: str) -> None:
-        """Refuse what request smugglers use (RFC 9112 sections 3.2, 5 and 6.3). llhttp has already
-        refused bare CR and LF, bad names, and chunked not being last."""
+        """Refuse heads that allow request smuggling (RFC 9112 sections 3.2, 5 and 6.3). llhttp has
+        already refused bare CR and LF, invalid names, and chunked before another coding."""
         lengths = hosts = 0
         self.chunked = self.has_body = False
         for _, name, value in self.fields:
@@ -1853,7 +1858,7 @@ class Client(asyncio.Protocol):
             raise BadRequest("conflicting message lengths")
         if method == b"CONNECT":
             raise BadRequest("this is no forward proxy")
-        if version not in ("1.0", "1.1"):  # the parser takes HTTP/0.9 and HTTP/2.0 for it too
+        if version not in ("1.0", "1.1"):  # the parser accepts HTTP/0.9 and HTTP/2.0, too
             raise BadRequest("HTTP/1.0 or HTTP/1.1, please", 505)
         if hosts > 1 or (hosts == 0 and version == "1.1"):
             raise BadRequest("one host header, please")
@@ -1861,8 +1866,8 @@ class Client(asyncio.Protocol):
             raise BadRequest("HTTP/1.0 has no transfer codings")
 
     def head_without_upgrade(self) -> bytes:
-        """The head that was read, as a request that asks for no upgrade: a server may ignore one
-        (RFC 9110 section 7.8), but the parser would not read the body."""
+        """Return the head that was read, without its upgrade. A server may ignore an upgrade (RFC
+        9110 section 7.8), but the parser would not read the body."""
         version = self.parser.get_http_version().encode()
         head = [b"%b %b HTTP/%b\r\n" % (self.parser.get_method(), self.url, version)]
         for name, lower, value in self.fields:
@@ -1889,7 +1894,7 @@ class Client(asyncio.Protocol):
     # -- answering -----------------------------------------------------------------------------
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run what has to wait. The server ends these when its time for an orderly end is over."""
+        """Run a request that must wait as a task. The server cancels it at the shutdown limit."""
         task = self.loop.create_task(work)
         self.tasks.add(task)
         task.add_done_callback(self.worked)
@@ -1903,7 +1908,7 @@ class Client(asyncio.Protocol):
     def answer(
         self, request: Request, response: Response, instead_of: Deployment | None = None
     ) -> None:
-        """An answer of the router's own, or in place of a deployment that gave none."""
+        """Send the router's own answer, or one in place of a deployment that gave none."""
         self.send_response(response, request)
         took = self.loop.time() - self.touched
         tally, name = (instead_of.tally, instead_of.id) if instead_of else (METRICS.own, None)
@@ -1913,7 +1918,7 @@ class Client(asyncio.Protocol):
         self.finish(request)
 
     def send_response(self, response: Response, request: Request | None = None) -> None:
-        """Write an answer of the router's own, if one may be. Without a request, it is the last."""
+        """Write the router's own answer if the state allows it; without a request the last one."""
         if not self.state.may_answer or self.transport.is_closing():
             return
         status = http.HTTPStatus(response.status_code)
@@ -1925,7 +1930,7 @@ class Client(asyncio.Protocol):
         self.transport.write(b"".join([head, *lines, b"\r\n", body]))
 
     def finish(self, request: Request, close: bool = False) -> None:
-        """The answer is written: on to the next request, or the connection ends."""
+        """After an answer, begin the next request or close the connection."""
         request.answered, self.request = True, None
         request.arrived.set()
         self.touched = self.loop.time()
@@ -1942,13 +1947,13 @@ class Client(asyncio.Protocol):
                 self.update_reading()
 
     def close(self) -> None:
-        """Close the connection, after what is still to be written."""
+        """Close the connection after its buffer is written."""
         self.happens("close")
         self.transport.close()
 
     def update_reading(self) -> None:
-        """Read from the socket, or not: as the state and its requests allow it. One request is
-        parsed ahead of its turn; a body stays `body_ahead_bytes` ahead of the backend."""
+        """Pause or resume the socket by the state and its requests. One request is parsed ahead of
+        its turn; a body is read ahead of the backend by at most `body_ahead_bytes`."""
         state, arriving = self.state, self.arriving
         if state is CLOSED or state is TUNNEL:
             return
@@ -1968,8 +1973,8 @@ class Client(asyncio.Protocol):
             self.exchange.upstream.transport.resume_reading()
 
     def shutdown(self) -> None:
-        """The server ends: this connection does after the answers that are under way, and one
-        that waits for a request after a moment: it may have been sent already."""
+        """Close the connection after the answers in progress, since the server ends. An idle one is
+        closed after `idle_close_grace_seconds`, since a request may be in transit."""
         self.ending = True
         if self.arriving:
             self.arriving.keep_alive = False
@@ -1980,16 +1985,16 @@ class Client(asyncio.Protocol):
             self.close()
 
     def linger(self, why: ClientEvent) -> None:
-        """The answer is out but the upload is not in: a close now would reset the connection and
-        lose the answer, so read and drop for a while (RFC 9112 section 9.6)."""
+        """Read and drop the rest of an upload that was answered early: a close would reset the
+        connection, and the client would lose the answer (RFC 9112 section 9.6)."""
         self.happens(why)
         self.touched = self.lingers_since = self.loop.time()
         self.update_reading()
         if not self.transport.is_closing() and self.transport.can_write_eof():
-            self.transport.write_eof()  # the client need not wait for the rest to see the end
+            self.transport.write_eof()  # so that the client sees the end at once
 
     def check_time(self, now: float) -> None:
-        """End what has been given all the time that it gets."""
+        """End the connection's state if its limit of time is over. `now` is of the loop's clock."""
         limits, transport, arriving = TABLE.limits, self.transport, self.arriving
         idle, closing = now - self.touched, transport.is_closing()
         stalled = now - self.stalled_since if self.stalled_since else 0.0
@@ -2012,7 +2017,7 @@ class Client(asyncio.Protocol):
 
 
 async def close_overdue() -> None:
-    """Every second, close the connections whose time is up."""
+    """Close connections over their limits of time, every second."""
     loop, limits = asyncio.get_running_loop(), TABLE.limits
     while True:
         await asyncio.sleep(1.0)
@@ -2027,22 +2032,22 @@ async def close_overdue() -> None:
                 pool.popleft().transport.close()
 
 
-# == One request and its answer =================================================================
+# == A request and its answer ===================================================================
 
 
 class Exchange:
-    """Copies one answer from an upstream to a client, chunk by chunk as it comes.
+    """Copies an answer from an upstream to a client, in pieces as they arrive.
 
-    Everything runs in the callbacks of the two connections, and `then` is called when the two are
-    parted. A client that reads slowly pauses the upstream, so memory stays flat."""
+    All code runs in the callbacks of the two connections. `then` is called when they are detached.
+    A client that reads slowly pauses the upstream, so that memory is bounded."""
 
-    # what an exchange begins with
+    # initial values of an exchange
     state = WAITING
     writable: asyncio.Event | None = None  # for the task that sends the body
     go_ahead: asyncio.Event | None = None
-    reason = tail = b""  # tail: what came behind a 101
+    reason = tail = b""  # tail: data behind a 101
     status = bytes_out = head_size = 0
-    answered_at = heard = 0.0  # when its answer's head came; when the backend was heard last
+    answered_at = heard = 0.0  # times of the answer's head and of its last data
     chunked = until_close = close = False
     keep = True
 
@@ -2050,15 +2055,15 @@ class Exchange:
         client = self.client = request.client
         self.request, self.upstream, self.then = request, upstream, then
         self.parser = httptools.HttpResponseParser(self)
-        self.hedge = hedge  # an answer that says "not here" is swallowed: see `is_miss`
-        self.began = time.monotonic()  # loop.time() stands still within one turn of the loop
+        self.hedge = hedge  # a missing asset is not passed on: see `is_miss`
+        self.began = time.monotonic()  # loop.time() is constant within an iteration of the loop
         self.fields: list[tuple[bytes, bytes]] = []
         self.out: list[bytes] = []
         self.head_only = request.method == b"HEAD"
         self.version_10 = request.version == "1.0"
         upstream.exchange = self
         if client.exchange is None:
-            client.exchange = self  # else one of several that are asked; the answer's is the one
+            client.exchange = self  # else this is a hedged request; the one with an answer sets it
 
     # -- from the upstream ---------------------------------------------------------------------
 
@@ -2090,7 +2095,7 @@ class Exchange:
     def on_message_begin(self) -> None:
         self.fields = []
         if self.state.finished:
-            self.keep = False  # a second answer, which nobody asked for
+            self.keep = False  # a second answer, without a request
 
     def on_status(self, status: bytes) -> None:
         self.reason += status
@@ -2100,7 +2105,7 @@ class Exchange:
             self.fields.append((name, value))
 
     def on_headers_complete(self) -> None:
-        """The head of an answer is in: write the client's."""
+        """The head of an answer is complete: make the client's."""
         if self.state is not WAITING:
             return
         parser, request = self.parser, self.request
@@ -2113,7 +2118,7 @@ class Exchange:
             return
         if self.hedge:
             missed = is_miss(request.path, status, self.fields)
-            if missed or request.begun or request.gone:  # or another was first
+            if missed or request.begun or request.gone:  # another hedged request was faster
                 self.keep = parser.should_keep_alive()
                 self.happens("missing")
                 return
@@ -2139,10 +2144,10 @@ class Exchange:
             elif lower == b"x-pulse-selected-deployment" and self.upstream.deployment.header:
                 continue
             append(name + b": " + value + b"\r\n")
-        if drop is not HOP_BY_HOP:  # Connection may name a header that stood before it
+        if drop is not HOP_BY_HOP:  # Connection may name a header before it
             out[1:] = [line for line in out[1:] if line.partition(b":")[0].lower() not in drop]
         append(self.upstream.deployment.header)
-        if page:  # affinity.js reads there which deployment a document is from
+        if page:  # affinity.js reads the document's deployment from it
             append(b'server-timing: pulse;desc="%b"\r\n' % self.upstream.deployment.id.encode())
         if request.visitor:
             out += visitor_cookie(request, self.fields)
@@ -2151,7 +2156,7 @@ class Exchange:
         self.keep = parser.should_keep_alive() and not self.until_close
         if not length and not empty:
             if self.version_10:
-                self.close = True  # nothing but the end of the connection can end this body
+                self.close = True  # only the end of the connection can end this body
             else:
                 self.chunked = True
                 append(CHUNKED)
@@ -2173,7 +2178,7 @@ class Exchange:
     def informational(self, status: int, reason: bytes) -> None:
         if status == 100:
             if self.go_ahead:
-                self.go_ahead.set()  # reading the body sends the client its own 100
+                self.go_ahead.set()  # `Request.read` sends the client's 100
         elif not self.version_10:
             head = [b"HTTP/1.1 %d %b\r\n" % (status, reason)]
             head += [n + b": " + v + b"\r\n" for n, v in self.fields if n.lower() not in HOP_BY_HOP]
@@ -2193,11 +2198,11 @@ class Exchange:
         if self.state is not ANSWERING:
             return
         if self.chunked:
-            self.out.append(b"0\r\n\r\n")  # trailers, if there were any, end here
+            self.out.append(b"0\r\n\r\n")  # trailers are dropped
         self.state = self.state.after["end"]
 
     def flush(self) -> None:
-        """Write what one read brought, in one go."""
+        """Write all output of one read at once."""
         out = self.out
         if out:
             self.out = []
@@ -2218,7 +2223,7 @@ class Exchange:
             self.broken("the backend broke its answer off")
 
     def broken(self, why: str) -> None:
-        """Too late for another answer: what the client has must not look complete."""
+        """End a partial answer so that the client does not take it as complete."""
         self.keep = False
         if self.state is ANSWERING:
             log.warning("%s: %s", self.upstream.deployment.id, why)
@@ -2226,21 +2231,21 @@ class Exchange:
             tally.failed += 1
             tally.errors["broken_off"] += 1
             self.flush()
-            if self.version_10:  # nothing else would tell it from a complete answer
+            if self.version_10:  # only a reset distinguishes it from a complete answer
                 reset(self.client.transport)
             else:
                 self.client.close()
         self.end("lost")
 
     def check_time(self) -> None:
-        """Give up on a backend that does not begin to answer, or falls silent in its answer."""
+        """End an exchange whose backend does not begin its answer, or falls silent in it."""
         limits = TABLE.limits
         limit = limits.handshake_seconds if self.request.handshake else limits.response_seconds
         if self.state.finished or time.monotonic() - (self.heard or self.began) <= limit:
             return
         if self.state is WAITING:
             self.give_up()
-        elif not self.client.stalled_since:  # else it is the client that is slow
+        elif not self.client.stalled_since:  # else the client is slow
             self.broken("the backend fell silent in its answer")
 
     def give_up(self) -> None:
@@ -2253,15 +2258,15 @@ class Exchange:
         self.state = self.state.after[event]
 
     def end(self, event: ExchangeEvent) -> None:
-        """End without a whole answer, where this has not ended yet."""
+        """End without a complete answer, unless the exchange has ended already."""
         if not self.state.finished:
             self.happens(event)
             self.keep = False
             self.return_to_pool()
 
     def return_to_pool(self) -> None:
-        """Part the two connections. The upstream's goes back to the pool, or is closed; that of a
-        tunnel stays as it is."""
+        """Detach the two connections. The upstream's returns to the pool or is closed, except in a
+        tunnel."""
         upstream, client = self.upstream, self.client
         if upstream.exchange is not self:
             return
@@ -2274,7 +2279,7 @@ class Exchange:
         if self.writable:
             self.writable.set()
         sending = self.request.more_body or self.request.body
-        # the body of an answer that was held back is still on its way
+        # the body of a miss is not read yet
         unread = self.state is MISSING and not self.head_only
         pool = upstream.deployment.idle
         reusable = self.keep and not (sending or unread or upstream.transport.is_closing())
@@ -2288,7 +2293,7 @@ class Exchange:
     # -- to the upstream -----------------------------------------------------------------------
 
     def send(self, head: list[bytes]) -> asyncio.Task[None] | None:
-        """Send the request: at once where all of it is here, else its body by a task."""
+        """Send the request: at once if it is complete, else its body by the returned task."""
         request, write = self.request, self.upstream.transport.write
         chunked = head[-2] == CHUNKED
         if request.more_body or len(request.body) > TABLE.limits.body_ahead_bytes:
@@ -2305,7 +2310,7 @@ class Exchange:
         return None
 
     async def send_body(self, chunked: bool) -> None:
-        """Copy the body as it comes in, at the pace the backend takes it."""
+        """Copy the body as it arrives, at the pace of the backend."""
         request, write = self.request, self.upstream.transport.write
         if self.go_ahead:
             with contextlib.suppress(TimeoutError):
@@ -2314,7 +2319,7 @@ class Exchange:
                 return
         while not self.state.finished and (piece := await request.read()):
             if self.state.finished:
-                return  # type: ignore[unreachable]  # it changes while we wait
+                return  # type: ignore[unreachable]  # the state changes during await
             write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
             if self.writable:
                 await self.writable.wait()
@@ -2323,8 +2328,8 @@ class Exchange:
 
 
 def request_head(request: Request, deployment: Deployment) -> list[bytes]:
-    """The lines of the request for the backend: the client's, byte for byte and in order, less
-    the hop-by-hop ones, plus the forwarding headers that the edge has not set."""
+    """Return the request's head for the backend: the client's lines, byte for byte and in order,
+    without hop-by-hop headers, plus the forwarding headers that the edge has not set."""
     url = request.url
     if not url.startswith(b"/"):  # absolute-form and `*`
         has_query = b"?" in url.partition(b"#")[0]
@@ -2345,7 +2350,7 @@ def request_head(request: Request, deployment: Deployment) -> list[bytes]:
         if lower in FORWARDED:
             seen[lower] = value
         out.append(name + b": " + value + b"\r\n")
-    if drop is not HOP_BY_HOP:  # Connection may name a header that stood before it
+    if drop is not HOP_BY_HOP:  # Connection may name a header before it
         out[4:] = [line for line in out[4:] if line.partition(b":")[0].lower() not in drop]
     if b"host" not in seen:  # HTTP/1.0
         host = f"[{deployment.host}]" if ":" in deployment.host else deployment.host
@@ -2369,12 +2374,12 @@ SAFE_TO_REPEAT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE"))
 
 
 def repeatable(request: Request) -> bool:
-    """May it be sent once more, where a pooled connection had died (RFC 9110 section 9.2.2)?"""
+    """May a request be sent again if a pooled connection was dead (RFC 9110 section 9.2.2)?"""
     return request.method in SAFE_TO_REPEAT and not request.has_body
 
 
 def from_pool(request: Request, deployment: Deployment) -> Upstream | None:
-    """The idle connection used last, if it has not been idle for too long."""
+    """Return the idle connection that was used last, if it has not been idle for too long."""
     pool, now, limits = deployment.idle, request.client.loop.time(), TABLE.limits
     again = repeatable(request)
     max_idle = limits.upstream_idle_seconds if again else limits.unsafe_idle_seconds
@@ -2392,9 +2397,9 @@ def from_pool(request: Request, deployment: Deployment) -> Upstream | None:
 async def forward(
     request: Request, target: Deployment, hedge: bool, timeout: float = 0, fresh: bool = False
 ) -> ExchangeState:
-    """Send the client's request to a deployment and its answer back, on a `fresh` connection or a
-    pooled one, within `timeout` seconds. Returns how it ended, as `Exchange` has it; raises
-    UpstreamError where nothing has been sent to the client yet."""
+    """Send a request to a deployment and its answer to the client, on a pooled connection unless
+    `fresh`. A `timeout` in seconds is for a hedged request. Returns the exchange's outcome. Raises
+    UpstreamError if it failed before anything was sent to the client."""
     upstream = None if fresh else from_pool(request, target)
     upstream = upstream or await connect(target, timeout or TABLE.limits.connect_seconds)
     if request.gone:
@@ -2420,7 +2425,7 @@ async def forward(
 
 
 def record_outcome(exchange: Exchange) -> ExchangeState:
-    """Do what is to be done when an exchange has ended. Returns and raises as `forward`."""
+    """Count an ended exchange, and go on as its outcome says. Returns and raises as `forward`."""
     request, deployment, outcome = exchange.request, exchange.upstream.deployment, exchange.state
     if outcome is LOST:
         detail = "the deployment closed the connection without an answer"
@@ -2441,14 +2446,14 @@ def record_outcome(exchange: Exchange) -> ExchangeState:
     return outcome
 
 
-# == WebSockets: a handshake, then bytes ========================================================
+# == WebSockets: tunnels of bytes ===============================================================
 
 
 class TunnelEnd(asyncio.Protocol):
-    """One end of a tunnel. What comes in goes out at the other end. Each end may say that it has
-    no more to send (a half-close), and the other goes on talking. The tunnel is over when both
-    have, when either connection is lost, or when a half-closed one has been silent for
-    `half_closed_seconds`. What is still to be written then has `flush_seconds`."""
+    """One end of a tunnel. It writes what it reads to the other end. After a half-close (EOF) of
+    one end, the other may go on sending. The tunnel ends when both ends have sent EOF, when a
+    connection is lost, or when a half-closed tunnel was silent for `half_closed_seconds`. Then
+    buffers are written for at most `flush_seconds`."""
 
     __slots__ = ("deployment", "ended", "lost", "peer", "since", "transport")
     open: ClassVar[set[TunnelEnd]] = set()  # the clients' ends, until both connections are gone
@@ -2456,8 +2461,8 @@ class TunnelEnd(asyncio.Protocol):
     def __init__(self, transport: asyncio.Transport, deployment: str) -> None:
         self.transport, self.deployment = transport, deployment
         self.peer: TunnelEnd = self
-        self.ended = self.lost = False  # it sends no more; its connection is gone
-        self.since = 0.0  # of a tunnel that is ending: the last sign of life
+        self.ended = self.lost = False  # EOF was received; the connection was lost
+        self.since = 0.0  # of an ending tunnel: time of the last data
 
     def data_received(self, data: bytes) -> None:
         self.peer.transport.write(data)
@@ -2468,10 +2473,10 @@ class TunnelEnd(asyncio.Protocol):
         peer = self.peer
         self.ended, self.since = True, time.monotonic()
         if peer.ended or peer.lost or not peer.transport.can_write_eof():
-            # Nobody else would close a connection whose two halves have ended: before, each
-            # tunnel that closed in order kept its two descriptors.
+            # No other code closes a connection with both halves ended, and a tunnel would keep its
+            # two descriptors.
             peer.transport.close()
-            return False  # and this one closes
+            return False  # asyncio closes this one
         if not peer.transport.is_closing():
             peer.transport.write_eof()
         return True
@@ -2507,8 +2512,8 @@ class TunnelEnd(asyncio.Protocol):
 
 
 def join(client: Client, exchange: Exchange) -> None:
-    """The backend said 101: pass that on and let the bytes run. After any other answer a connection
-    ends: what stood behind the handshake may not pass unread."""
+    """Pass a backend's 101 on, and make the two connections a tunnel. After any other answer to a
+    handshake the connection closes, since data behind the handshake are not checked."""
     upstream = exchange.upstream
     head = [b"HTTP/1.1 101 Switching Protocols\r\n"]
     head += [n + b": " + v + b"\r\n" for n, v in exchange.fields]
@@ -2517,7 +2522,7 @@ def join(client: Client, exchange: Exchange) -> None:
     client.connections.discard(client)
     Client.instances.discard(client)
     if client.transport.is_closing() or upstream.transport.is_closing():
-        client.close()  # one end has gone meanwhile
+        client.close()  # one end was closed meanwhile
         upstream.transport.close()
         return
     client.happens("101")
@@ -2547,20 +2552,20 @@ ASSET_PREFIXES = tuple(prefix.encode() for prefix in _PREFIXES if prefix)
 
 
 def affinity(request: Request) -> bytes:
-    """The deployment id that a request carries, query before header, or nothing."""
+    """Return the deployment id in a request, from the query or else the header, or nothing."""
     query = request.query
-    if query and (found := QUERY_AFFINITY.search(query)) and found[1]:
-        return urllib.parse.unquote_to_bytes(found[1])
+    if query and (match := QUERY_AFFINITY.search(query)) and match[1]:
+        return urllib.parse.unquote_to_bytes(match[1])
     values = request.values(b"x-pulse-deployment")
     return values[0].strip() if values else b""
 
 
 def is_internal(raw: bytes) -> bool:
-    """Is this the internal prefix, in any spelling that a backend could undo?"""
+    """Is a path below INTERNAL_PREFIX, in any encoding that a backend could decode?"""
     if not SUSPECT_PATH.search(raw):
         return False
     path = raw.decode("latin-1")
-    for _ in range(5):  # decoded more than once on the way
+    for _ in range(5):  # servers on the path may decode it more than once
         path, before = urllib.parse.unquote(path), path
         if path == before:
             break
@@ -2570,14 +2575,14 @@ def is_internal(raw: bytes) -> bool:
 
 
 def local_location(value: str, host: str) -> str | None:
-    """A redirect target on this host, or None: `x-pulse-client-loader-location` is the client's
-    word, and an open redirect would be worth having for a phisher."""
-    here = rf"(https?://{re.escape(host)}(?![^/?#])|/(?!/))[^\x00-\x20\x7f\\]*"
-    return value if host and re.fullmatch(here, value, re.IGNORECASE) else None
+    """Return a redirect target if it is on this host. The client sends it in the header
+    `x-pulse-client-loader-location`, and an open redirect would help phishing."""
+    same_host = rf"(https?://{re.escape(host)}(?![^/?#])|/(?!/))[^\x00-\x20\x7f\\]*"
+    return value if host and re.fullmatch(same_host, value, re.IGNORECASE) else None
 
 
 def route(request: Request) -> None:
-    """Send a request on its way: at once where nothing has to be waited for, else in a task."""
+    """Forward a request at once if nothing must be waited for, else in a task."""
     METRICS.requests += 1
     client, path, table = request.client, request.path, TABLE
     if path == OWN_HEALTH_PATH:
@@ -2606,7 +2611,7 @@ def route(request: Request) -> None:
 
 
 def on_done(affinity_id: bytes, exchange: Exchange) -> None:
-    """What was sent on its way at once has ended."""
+    """Go on after an exchange that `route` began without a task."""
     request = exchange.request
     if exchange.state is RESET:
         request.client.spawn(handle(request, affinity_id, fresh=True))
@@ -2621,16 +2626,16 @@ def on_done(affinity_id: bytes, exchange: Exchange) -> None:
 
 
 def pick_default(request: Request) -> Deployment | None:
-    """The deployment of a request that names none. During a canary its visitor is drawn for, with
-    the same outcome in every router: a page, its assets, `fetch` calls and socket get the same."""
+    """Return the deployment of a request without affinity. During a canary the visitor's id
+    decides, in all routers alike: a page, its assets, `fetch` calls and socket get the same."""
     if TABLE.canary is None:
         return TABLE.active
-    drawn = in_canary_bucket(visitor_of(request), TABLE.canary.id, TABLE.weight)
-    return TABLE.canary if drawn else TABLE.active
+    in_bucket = in_canary_bucket(visitor_of(request), TABLE.canary.id, TABLE.weight)
+    return TABLE.canary if in_bucket else TABLE.active
 
 
 def in_canary_bucket(visitor: bytes, deployment_id: str, weight: float) -> bool:
-    """Is this visitor among the `weight` percent that get the canary? If so, at larger ones too."""
+    """Is a visitor among the `weight` percent with the canary? It stays so at larger weights."""
     digest = hashlib.blake2b(visitor, digest_size=8, key=deployment_id.encode()).digest()
     return int.from_bytes(digest) < weight / 100 * (1 << 64)
 
@@ -2639,27 +2644,27 @@ VISITOR = re.compile(rb"(?:^|;) *" + VISITOR_COOKIE.encode() + rb"=([0-9a-f]{16}
 
 
 def visitor_of(request: Request) -> bytes:
-    """Who asks: a cookie of ours says so. Without one, it is client address and user agent, which
-    the cookie then fixes (`request.visitor`), since the address may change. An app's own session
-    cookie comes with the first page only, and the page's assets would be drawn for anew."""
+    """Return a visitor's id, from our cookie, or else from client address and user agent. That id
+    is kept in the cookie (`request.visitor`), since the address may change. An app's session cookie
+    comes with the first page only, and that page's assets could get another deployment."""
     address = agent = forwarded = b""
     for _, name, value in request.fields:
         if name == b"cookie":
-            if found := VISITOR.search(value):
-                return found[1]
+            if match := VISITOR.search(value):
+                return match[1]
         elif name == b"user-agent":
             agent = value
-        elif name == b"x-real-ip":  # Railway's edge sets it
+        elif name == b"x-real-ip":  # set by Railway's edge
             address = value
         elif name == b"x-forwarded-for":
             forwarded = value.partition(b",")[0].strip()
-    who = (address or forwarded or request.client.peer) + b"\n" + agent
-    request.visitor = hashlib.blake2b(who, digest_size=8).hexdigest().encode()
+    client = (address or forwarded or request.client.peer) + b"\n" + agent
+    request.visitor = hashlib.blake2b(client, digest_size=8).hexdigest().encode()
     return request.visitor
 
 
 def visitor_cookie(request: Request, fields: list[tuple[bytes, bytes]]) -> list[bytes]:
-    """The header line that gives a visitor its cookie: with a page, which caches do not share."""
+    """Return the header line of a visitor's cookie; only for a page, which caches do not share."""
     if not is_html(fields):
         return []
     schemes = [value.strip().lower() for value in request.values(b"x-forwarded-proto")]
@@ -2685,7 +2690,7 @@ INTERNAL_TOKEN = os.environ.get("PULSE_RAILWAY_INTERNAL_TOKEN", "").encode()
 
 
 def closed_response(request: Request, closed: Maintenance) -> Response:
-    """What everybody gets while the app is not to be used."""
+    """Return the answer to visitors during maintenance."""
     headers = {"retry-after": str(closed.retry_after), "cache-control": "no-store"}
     if any(b"text/html" in value for value in request.values(b"accept")):
         again = f"<meta http-equiv=refresh content={closed.retry_after}>{PAGE}"
@@ -2695,23 +2700,23 @@ def closed_response(request: Request, closed: Maintenance) -> Response:
 
 
 def bypasses_maintenance(request: Request) -> bool:
-    """Does this get to the app in maintenance too? Its health check does, and who shows the
-    internal token: `deploy` looks at the version that it brings up."""
-    shown = request.values(INTERNAL_TOKEN_HEADER.encode())
-    trusted = INTERNAL_TOKEN and any(hmac.compare_digest(v, INTERNAL_TOKEN) for v in shown)
+    """Does a request reach the app during maintenance? The health check does, and a request with
+    the internal token, by which `deploy` checks a new version."""
+    tokens = request.values(INTERNAL_TOKEN_HEADER.encode())
+    trusted = INTERNAL_TOKEN and any(hmac.compare_digest(v, INTERNAL_TOKEN) for v in tokens)
     return bool(trusted) or request.path == HEALTH_PATH.encode()
 
 
-# -- a request that has to wait ----------------------------------------------------------------
+# -- requests that must wait -------------------------------------------------------------------
 
 
 async def handle(request: Request, affinity_id: bytes, *, fresh: bool = False) -> None:
-    """Answer a request that has to wait: for a lookup, for a connection, for other deployments."""
+    """Answer a request that must wait for a lookup, a connection or other deployments."""
     target = await TABLE.find(affinity_id) if affinity_id else pick_default(request)
     reloads = request.handshake and QUERY_RELOAD.search(request.query)
-    if target is None and reloads and not TABLE.provisional:  # which does not know who is gone
+    if target is None and reloads and not TABLE.provisional:  # no stale answers without a state
         METRICS.stale += 1
-        target = TABLE.active  # which tells the tab to reload
+        target = TABLE.active  # it tells the tab to reload
     if target is None:
         request.client.answer(request, stale_response(request, affinity_id))
         return
@@ -2721,7 +2726,7 @@ async def handle(request: Request, affinity_id: bytes, *, fresh: bool = False) -
         active = TABLE.active
         unsent = not error.sent or (error.status == 502 and repeatable(request))
         if active and unsent and not (affinity_id or target is active or request.begun):
-            target.tally.failed += 1  # a canary that is down costs no visitor anything
+            target.tally.failed += 1  # the active deployment answers for a failed canary
             target.tally.errors[error.kind] += 1
             try:
                 await answer_by(request, active, affinity_id)
@@ -2734,14 +2739,14 @@ async def handle(request: Request, affinity_id: bytes, *, fresh: bool = False) -
 async def answer_by(
     request: Request, target: Deployment, affinity_id: bytes, fresh: bool = False
 ) -> None:
-    """Answer from a deployment, or from others what it lacks. Raises as `forward`."""
+    """Answer from a deployment; a missing asset from others. Raises as `forward`."""
     outcome = await forward(request, target, may_hedge(request, affinity_id), fresh=fresh)
     if outcome is MISSING and not await fetch_from_others(request, target):
         await forward(request, target, hedge=False)
 
 
 def answer_for(request: Request, target: Deployment, error: UpstreamError) -> None:
-    """The answer where a backend gave none."""
+    """Answer with 502 or 504 in place of a backend."""
     METRICS.errors += 1
     target.tally.errors[error.kind] += 1
     response = error_response(error.status, error.detail)
@@ -2750,7 +2755,7 @@ def answer_for(request: Request, target: Deployment, error: UpstreamError) -> No
 
 
 def may_hedge(request: Request, affinity_id: bytes) -> bool:
-    """May other deployments answer this where its own cannot?"""
+    """May other deployments answer a request if the chosen one lacks the asset?"""
     unsafe = request.method not in (b"GET", b"HEAD") or request.has_body
     if affinity_id or len(TABLE.deployments) < 2 or unsafe:
         return False
@@ -2758,9 +2763,9 @@ def may_hedge(request: Request, affinity_id: bytes) -> bool:
 
 
 async def fetch_from_others(request: Request, first: Deployment) -> bool:
-    """Send hedged requests for what `first` lacks: to the next deployment as soon as one lacks it
-    too, or `hedge_delay_seconds` after the one before. The first that has it answers.
-    Returns: did one?"""
+    """Send hedged requests for an asset that `first` lacks: to the next deployment when one lacks
+    it too, or `hedge_delay_seconds` after the one before. The first that has the asset answers.
+    Returns whether one has."""
     loop, path, limits = request.client.loop, request.url, TABLE.limits
     others = collections.deque(TABLE.others(first, path))
     asking: dict[asyncio.Task[ExchangeState], Deployment] = {}
@@ -2778,7 +2783,7 @@ async def fetch_from_others(request: Request, first: Deployment) -> bool:
                     if task.result() is not MISSING:
                         TABLE.cache_asset_location(path, other)
                         return True
-                except UpstreamError:  # down or frozen: not every asset of a page waits for it
+                except UpstreamError:  # down or frozen: other assets of a page must not wait
                     other.ejected_until = time.monotonic() + limits.ejection_seconds
         return request.gone
     finally:
@@ -2787,7 +2792,7 @@ async def fetch_from_others(request: Request, first: Deployment) -> bool:
 
 
 def stale_response(request: Request, affinity_id: bytes) -> Response:
-    """What a request gets whose deployment is not known."""
+    """Return the answer to a request whose deployment is not known."""
     if not TABLE.loaded or TABLE.empty or TABLE.provisional:
         why = "nothing is deployed, or the routing state is lost"
         why = why if TABLE.loaded else "not loaded yet"
@@ -2818,13 +2823,13 @@ def stale_response(request: Request, affinity_id: bytes) -> Response:
     return JSONResponse({"detail": "stale affinity"}, 409, headers=answer)
 
 
-DISCOVERY_PATH = b"/__manifest"  # where React Router asks a build for its routes
+DISCOVERY_PATH = b"/__manifest"  # React Router's request for a build's routes
 
 
 def is_miss(path: bytes, status: int, fields: list[tuple[bytes, bytes]]) -> bool:
-    """Does this answer mean that the deployment does not have what was asked for? Of an asset: a
-    404, or a page in place of a file, as an app with a catch-all route answers. Of routes: a 204
-    that demands a reload, as another build answers."""
+    """Does an answer mean that the deployment lacks the asset or the routes? For an asset: a 404,
+    or a page in place of a file, as from an app with a catch-all route. For routes: a 204 with a
+    reload header, as from another build."""
     if not path.startswith(ASSET_PREFIXES):
         return status == 204 and any(n.lower() == b"x-remix-reload-document" for n, _ in fields)
     page = status == 200 and not path.endswith((b".html", b".htm")) and is_html(fields)
@@ -2835,8 +2840,8 @@ def is_miss(path: bytes, status: int, fields: list[tuple[bytes, bytes]]) -> bool
 
 
 async def supervise(name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Keep a background task running. One that ends is started again; after `restarts` in
-    `restart_seconds` (Limits) the process ends in order, with a status that is not 0."""
+    """Restart a background task when it ends. After `restarts` in `restart_seconds` (Limits) the
+    process shuts down with status 1."""
     limits = TABLE.limits
     ends: collections.deque[float] = collections.deque(maxlen=limits.restarts)
     while True:
@@ -2844,7 +2849,7 @@ async def supervise(name: str, work: Callable[[], Coroutine[Any, Any, None]]) ->
         try:
             await work()
         except Exception as error:
-            # Not its message, which can hold a secret: that of a Redis error has the URL.
+            # Not its message, which can have a secret: a Redis error's has the URL.
             frames = "".join(traceback.format_tb(error.__traceback__))
             why = f"{type(error).__name__}\n{frames}"
         log.error("the task `%s` has ended, and starts again: %s", name, why)
@@ -2859,7 +2864,7 @@ async def supervise(name: str, work: Callable[[], Coroutine[Any, Any, None]]) ->
 @contextlib.asynccontextmanager
 async def lifespan(_: Starlette) -> AsyncIterator[None]:
     host = os.environ.get("RAILWAY_REPLICA_ID") or socket.gethostname()
-    METRICS.name = f"{host}-{secrets.token_hex(3)}"  # a restarted router begins to count anew
+    METRICS.name = f"{host}-{secrets.token_hex(3)}"  # new at each start, as are the counts
     store = store_from_env(os.environ, TABLE.limits)
     work = {
         "routing state": partial(TABLE.follow, store),
@@ -2867,7 +2872,7 @@ async def lifespan(_: Starlette) -> AsyncIterator[None]:
         "timeouts": close_overdue,
         **app.state.telemetry,
     }
-    if TABLE.copy:  # the store may be another environment's
+    if TABLE.copy:  # the store may belong to another environment
         del work["routing state"], work["without state"]
         log.error(TABLE.copy)
         TABLE.changed.set()
@@ -2885,11 +2890,11 @@ async def lifespan(_: Starlette) -> AsyncIterator[None]:
 
 
 app = Starlette(lifespan=lifespan)
-app.state.telemetry = {}  # its background tasks
+app.state.telemetry = {}  # telemetry's background tasks
 
 
 def listen(host: str | None, port: int) -> socket.socket:
-    """A listening socket; without a host, on IPv4 and IPv6. Raises SystemExit."""
+    """Return a listening socket; without a host, on IPv4 and IPv6. Raises SystemExit."""
     create = partial(socket.create_server, backlog=2048)
     if not host and socket.has_dualstack_ipv6():
         with contextlib.suppress(OSError, OverflowError):
@@ -2898,12 +2903,12 @@ def listen(host: str | None, port: int) -> socket.socket:
     try:
         return create((host or "", port), family=family)
     except (OSError, OverflowError) as error:
-        why = os.strerror(error.errno or 0) if isinstance(error, OSError) else "there is none"
+        why = os.strerror(error.errno or 0) if isinstance(error, OSError) else "no such port"
         raise SystemExit(f"port {port} cannot be listened on: {why}") from None
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, whose shutdown does not wait for tunnels: they are closed last."""
+    """uvicorn's server, with a shutdown that does not wait for tunnels: they are closed last."""
 
     async def _wait_tasks_to_complete(self) -> None:
         while (self.server_state.connections or self.server_state.tasks) and not self.force_exit:
@@ -2913,14 +2918,14 @@ class Server(uvicorn.Server):
 def serve(limits: Limits) -> None:
     global ACCESS_LOG, RESOLVER, TABLE
     port = number_from_env("PORT", DEFAULT_PORT, int)
-    store_from_env(os.environ)  # a missing variable shows before the port is taken
+    store_from_env(os.environ)  # raises for a missing variable before the port is opened
     configured = number_from_env("PULSE_RAILWAY_ROUTER_CONNECTION_LIMIT", None, int)
     limits = replace(limits, connections=client_limit(configured, limits))
     RESOLVER, TABLE = Resolver(limits), Table(os.environ, limits)
     if os.environ.get("PULSE_RAILWAY_ROUTER_WORKERS"):
         log.warning("PULSE_RAILWAY_ROUTER_WORKERS has no effect: give the service replicas")
     sock = listen(os.environ.get("HOST"), port)
-    # What is wrong with a variable that concerns nothing else is one line in the log.
+    # An invalid variable of telemetry is logged in one line.
     if any(value and name.startswith(TELEMETRY) for name, value in os.environ.items()):
         import telemetry
 
@@ -2935,11 +2940,11 @@ def serve(limits: Limits) -> None:
         raise SystemExit(1)
 
 
-# == The app's internal endpoints, asked by the metrics, the control commands and the janitor ===
+# == The app's internal endpoints: for the metrics, the control commands and the janitor ========
 
 
 def connection_to(record: Record, limits: Limits = DEFAULT_LIMITS) -> http.client.HTTPConnection:
-    """Plain HTTP, no proxy. Raises OSError, and ValueError for a record without an address."""
+    """Return an HTTP connection. Raises ValueError for a record without an address."""
     url = urllib.parse.urlsplit(record.url or "")
     if not url.hostname:
         raise ValueError
@@ -2947,8 +2952,8 @@ def connection_to(record: Record, limits: Limits = DEFAULT_LIMITS) -> http.clien
 
 
 def look(record: Record, limits: Limits = DEFAULT_LIMITS) -> str:
-    """What is at a deployment's address: `answers` (over HTTP, and as no other deployment),
-    `other`, `silent` (it takes connections), `unreachable` (no name, or no connection)."""
+    """Return what is at a deployment's address: `answers`, `other` (another deployment answers),
+    `silent` (it accepts connections only), `unreachable` (no such name, or no connection)."""
     try:
         connection = connection_to(record, limits)
         connection.connect()
@@ -2969,7 +2974,7 @@ SCRIPTS = "router.py control.py janitor.py telemetry.py sqlite_store.py ownershi
 
 @cache
 def runtime_version() -> str:
-    """This version, and a digest of what is in its image: as `ensure` notes it on the service."""
+    """Return this version with a digest of the image's files, as `ensure` notes it."""
     folder, digest = os.path.dirname(os.path.realpath(__file__)), hashlib.sha256()
     try:
         for name in ("Dockerfile.router", *SCRIPTS, "runtime.lock"):
@@ -2981,7 +2986,7 @@ def runtime_version() -> str:
 
 
 def main(argv: list[str], limits: Limits | None = None) -> int:
-    """Serve until the process is told to end. `limits`: in place of the environment's."""
+    """Serve until a signal ends the process. `limits` replace those of the environment."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s %(message)s")
     if argv:
         print(__doc__, file=sys.stderr)

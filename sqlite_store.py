@@ -28,6 +28,7 @@ class SqliteStore:
         )
 
     def read(self) -> router.Routing:
+        """Return the state."""
         rows = self.db.execute(
             "SELECT key, value FROM pulse_kv"
             " WHERE substr(key, 1, ?) = ? AND (expires_at IS NULL OR expires_at > ?)",
@@ -55,12 +56,13 @@ class SqliteStore:
         return router.written(after, change)
 
     def announce(self) -> None:
-        pass  # `follow` polls
+        """Do nothing, since `follow` polls."""
 
     def disconnect(self) -> None:
-        pass
+        """Do nothing, since a file has no connection pool."""
 
     async def follow(self, table: router.Table) -> None:
+        """Keep the table up to date by reading the file every 50 ms. Raises OSError."""
         while True:
             table.refresh_event.clear()
             try:

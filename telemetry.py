@@ -1,8 +1,8 @@
-"""What a router tells of itself, where it is asked to: an access log, and its metrics.
+"""A router's access log and metrics.
 
-router.py loads this file when PULSE_RAILWAY_ACCESS_LOG, PULSE_RAILWAY_METRICS_PORT or one of
-OpenTelemetry's variables is set, and `start` says what they ask for. A variable that is wrong is
-one line in the log: nothing here keeps a router from serving.
+router.py loads this file if PULSE_RAILWAY_ACCESS_LOG, PULSE_RAILWAY_METRICS_PORT or a variable of
+OpenTelemetry is set, and calls `start`. An invalid variable is logged in one line; no error in this
+file keeps a router from serving.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ import router
 from router import BUCKETS, METRICS, Client, Histogram, Json, Request
 
 REQUEST_ID = b"x-railway-request-id"  # set by Railway's edge
-LOG_RATE = 400  # lines of the access log a second; Railway keeps 500 of a replica
-LOG_FLUSH = 0.2  # how long a line may wait
-LOG_AHEAD = 20_000  # lines that wait for a reader that does not read
-TABS_EVERY = 10.0  # at most so often the deployments are asked for their sessions, for the metrics
-DESCRIPTORS_EVERY = 10.0  # at most so often descriptors are counted
-TABS_TIMEOUT = 2.0  # a reader of the metrics waits so long for the sessions
-LAST_PUSH = 1.0  # for the push at the end
+LOG_RATE = 400  # lines of the access log per second; Railway keeps 500 per replica
+LOG_FLUSH = 0.2  # seconds between two writes
+LOG_AHEAD = 20_000  # lines kept in memory while stdout is not read
+TABS_EVERY = 10.0  # seconds at least between two questions for the deployments' sessions
+DESCRIPTORS_EVERY = 10.0  # seconds at least between two counts of descriptors
+TABS_TIMEOUT = 2.0  # seconds that a scrape waits for the sessions
+LAST_PUSH = 1.0  # seconds for the push at shutdown
 
 log = logging.getLogger("pulse.router")
 
@@ -50,7 +50,7 @@ Tasks = dict[str, Callable[[], Coroutine[Any, Any, None]]]
 
 
 def start(env: Mapping[str, str]) -> tuple[AccessLog | None, Tasks]:
-    """The access log and the background tasks that the environment asks for."""
+    """Return the access log, if it is on, and the background tasks by name."""
     tasks: Tasks = {}
     access_log = None
     if env.get("PULSE_RAILWAY_ACCESS_LOG", "") not in ("", "0", "false"):
@@ -63,7 +63,7 @@ def start(env: Mapping[str, str]) -> tuple[AccessLog | None, Tasks]:
 
 
 def metrics_port(env: Mapping[str, str]) -> socket.socket | None:
-    """What the metrics are scraped on, if anything."""
+    """Return the listening socket of the metrics; None if there is to be none, or it failed."""
     text = env.get("PULSE_RAILWAY_METRICS_PORT")
     if not text:
         return None
@@ -78,7 +78,7 @@ def metrics_port(env: Mapping[str, str]) -> socket.socket | None:
 
 
 def export_interval(env: Mapping[str, str]) -> float:
-    """Seconds between two pushes."""
+    """Return the seconds between two pushes."""
     try:
         return (
             float(router.number_from_env("OTEL_METRIC_EXPORT_INTERVAL", 60_000.0, env=env)) / 1000
@@ -92,20 +92,23 @@ def export_interval(env: Mapping[str, str]) -> float:
 
 
 class AccessLog:
-    """Lines wait here for a fraction of a second and are written by a thread, so that a slow reader
-    holds no request up. Above `rate` lines a second, of which Railway drops what is over 500 of a
-    replica, every n-th is written and says so (`sample`); errors always are."""
+    """Writes one JSON line per answer to stdout.
+
+    Lines are written by a thread every LOG_FLUSH seconds, so that a slow reader delays no request.
+    Above `rate` lines per second only every n-th is written, with n as its `sample`; Railway drops
+    what exceeds 500 per replica. Lines about errors are always written.
+    """
 
     def __init__(self, rate: int) -> None:
         self.rate = rate
         self.lines: list[str] = []
-        self.seen = self.kept = self.dropped = 0  # in this second, but for `dropped`
+        self.seen = self.kept = self.dropped = 0  # in this second, except `dropped`
         self.sample = 1
-        self.idle = threading.Event()  # nothing is being written
+        self.idle = threading.Event()  # set while no thread writes
         self.idle.set()
 
     def admits(self, error: bool) -> bool:
-        """Is the next line to be written? Asked before it is made."""
+        """Is the next line to be written? Called before the line is made, which costs time."""
         self.seen += 1
         too_many = not error and (self.seen % self.sample or self.kept >= self.rate)
         if too_many or len(self.lines) >= LOG_AHEAD:
@@ -114,6 +117,7 @@ class AccessLog:
         return True
 
     def add(self, line: Json, error: bool) -> None:
+        """Add a line that was admitted."""
         self.kept += 1
         if self.sample > 1 and not error:
             line["sample"] = self.sample
@@ -122,8 +126,13 @@ class AccessLog:
     def answered(
         self, request: Request, status: int, deployment: str | None, size: int, took: float
     ) -> None:
-        """Log one answer; status 0 is none, the client had gone. Paths only: a query can carry a
-        secret."""
+        """Log an answer. The query is left out, since it can have a secret.
+
+        Args:
+            status: 0 if the client closed the connection before an answer.
+            size: bytes of the body.
+            took: seconds.
+        """
         if not self.admits(status >= 500):
             return
         path = urllib.parse.unquote(request.path.decode("latin-1"))
@@ -146,24 +155,26 @@ class AccessLog:
         )
 
     def second(self) -> None:
-        """The next second begins: how much of it can be written is known from the one before."""
+        """Begin the next second, with a sample rate by the number of lines in the last one."""
         self.sample = -(-self.seen // self.rate) or 1
         self.seen = self.kept = 0
 
     def flush(self) -> None:
+        """Start a thread that writes all lines, unless one is still writing."""
         if self.lines and self.idle.is_set():
             self.idle.clear()
             text, self.lines = "".join(self.lines), []
-            # a daemon, since nobody may read what it writes, and the process has to end
+            # a daemon, so that the process can end although nobody reads stdout
             threading.Thread(target=self.write, args=(text.encode(),), daemon=True).start()
 
     def write(self, data: bytes) -> None:
-        with contextlib.suppress(OSError):  # nobody reads it any more
+        with contextlib.suppress(OSError):  # stdout was closed by its reader
             while data:
                 data = data[os.write(1, data) :]
         self.idle.set()
 
     async def run(self) -> None:
+        """Write lines until cancelled; then write what is left, for at most 1.5 seconds."""
         try:
             for turn in itertools.count(1):
                 await asyncio.sleep(LOG_FLUSH)
@@ -171,74 +182,87 @@ class AccessLog:
                 if turn % round(1 / LOG_FLUSH) == 0:
                     self.second()
         finally:
-            for _ in range(2):  # what is being written, and what came meanwhile
+            for _ in range(2):  # for the lines being written, and those added meanwhile
                 self.idle.wait(0.5)
                 self.flush()
             self.idle.wait(0.5)
 
 
-# -- the metrics: the same as Prometheus text on a port of their own, and pushed as
-# OTLP. The names are OpenTelemetry's where it has one, and Prometheus' rendering of those
-# (https://opentelemetry.io/docs/specs/otel/compatibility/prometheus_and_openmetrics/).
+# -- the metrics: Prometheus text on a port of their own, and the same pushed as OTLP ------------
+# The names are OpenTelemetry's semantic conventions if there is one for a metric, rendered for
+# Prometheus by https://opentelemetry.io/docs/specs/otel/compatibility/prometheus_and_openmetrics/.
 
 Labels = tuple[tuple[str, str], ...]
-Value = float | list[float]  # of a histogram: its counts by bucket, and the sum
+Value = float | list[float]  # a histogram has its counts by bucket, then the sum
 Metrics = dict[tuple[str, Labels], Value]
 
 
 @dataclass(frozen=True)
 class Family:
+    """A metric without its data points."""
+
     kind: str  # counter, gauge, histogram
     unit: str
     description: str
 
     def prometheus(self, name: str) -> str:
+        """Return the metric's name in Prometheus."""
         suffix = {"s": "_seconds", "By": "_bytes"}.get(self.unit, "")
         return name.replace(".", "_") + suffix + ("_total" if self.kind == "counter" else "")
 
 
 FAMILIES = {
-    "http.server.request.duration": Family("histogram", "s", "Requests, until their answer ended"),
-    "http.server.active_requests": Family("gauge", "{request}", "Requests under way"),
-    "pulse.router.first_byte.duration": Family(
-        "histogram", "s", "Requests, until their answer began"
+    "http.server.request.duration": Family(
+        "histogram", "s", "From a request to the end of its answer"
     ),
-    "pulse.router.upstream.errors": Family("counter", "{error}", "What deployments did wrong"),
+    "http.server.active_requests": Family("gauge", "{request}", "Requests in progress"),
+    "pulse.router.first_byte.duration": Family(
+        "histogram", "s", "From a request to the start of its answer"
+    ),
+    "pulse.router.upstream.errors": Family("counter", "{error}", "Failures of deployments by kind"),
     "pulse.router.websockets": Family("gauge", "{connection}", "Open WebSockets"),
     "pulse.router.websockets.opened": Family("counter", "{connection}", "WebSockets opened"),
     "pulse.router.stale": Family(
         "counter", "{request}", "Requests of tabs of a removed deployment"
     ),
     "pulse.router.connections": Family(
-        "gauge", "{connection}", "Connected clients, less WebSockets"
+        "gauge", "{connection}", "Connected clients without WebSockets"
     ),
     "pulse.router.connections.refused": Family(
-        "counter", "{connection}", "Clients turned away at the limit"
+        "counter", "{connection}", "Clients rejected at the connection limit"
     ),
-    "pulse.router.log.dropped": Family("counter", "{line}", "Lines left out of the access log"),
-    "pulse.router.table.age": Family("gauge", "s", "Since the routing state was last read"),
+    "pulse.router.log.dropped": Family("counter", "{line}", "Lines not written to the access log"),
+    "pulse.router.table.age": Family("gauge", "s", "Time since the routing state was last read"),
     "pulse.router.deployments": Family("gauge", "{deployment}", "Deployments by state"),
     "pulse.router.sessions": Family("gauge", "{session}", "Render sessions of a deployment"),
-    "process.cpu.time": Family("counter", "s", "Of the router's processes"),
-    "process.memory.usage": Family("gauge", "By", "Resident memory of the router's processes"),
+    "process.cpu.time": Family("counter", "s", "CPU time of the router's process"),
+    "process.memory.usage": Family("gauge", "By", "Resident memory of the router's process"),
     "process.open_file_descriptor.count": Family("gauge", "{count}", "Open descriptors"),
 }
 
 
-DOTTED = {"http_request_method": "http.request.method", "error_type": "error.type"}  # OTel's own
+DOTTED = {
+    "http_request_method": "http.request.method",
+    "error_type": "error.type",
+}  # as OpenTelemetry spells them
 
 
 def collect_metrics(tab_counts: Mapping[str, int], log_dropped: int = 0) -> Metrics:
-    """What this process has counted."""
-    found: Metrics = {}
+    """Return all metrics of this process.
+
+    Args:
+        tab_counts: render sessions by deployment.
+        log_dropped: lines not written to the access log.
+    """
+    metrics: Metrics = {}
 
     def put(family: str, value: Value, **labels: str) -> None:
-        found[family, tuple(labels.items())] = value
+        metrics[family, tuple(labels.items())] = value
 
     def histogram(family: str, values: Histogram, **labels: str) -> None:
         put(family, [*values.counts, round(values.total, 6)], **labels)
 
-    # "-" is no deployment: the router's own answers
+    # the deployment "-" stands for the router's own answers
     for name, tally in [("-", METRICS.own), *METRICS.tallies.items()]:
         for (method, status), values in tally.answers.items():
             labels = {"http_request_method": method.decode(), "status_class": f"{status}xx"}
@@ -267,11 +291,11 @@ def collect_metrics(tab_counts: Mapping[str, int], log_dropped: int = 0) -> Metr
     with contextlib.suppress(OSError), open("/proc/self/statm") as statm:
         put("process.memory.usage", int(statm.read().split()[1]) * resource.getpagesize())
         put("process.open_file_descriptor.count", open_descriptors())
-    return found
+    return metrics
 
 
 def _per_interval(seconds: float, work: Callable[[], int]) -> Callable[[], int]:
-    """`work`, done at most so often: counting many descriptors takes milliseconds."""
+    """Return `work`, with its result kept for `seconds`: counting many descriptors is slow."""
     last, until = 0, 0.0
 
     def inner() -> int:
@@ -286,12 +310,12 @@ def _per_interval(seconds: float, work: Callable[[], int]) -> Callable[[], int]:
 open_descriptors = _per_interval(DESCRIPTORS_EVERY, lambda: len(os.listdir("/proc/self/fd")))
 
 
-def render_prometheus(found: Metrics) -> str:
-    """Prometheus' text format."""
+def render_prometheus(metrics: Metrics) -> str:
+    """Return the metrics in Prometheus' text format."""
     lines = []
     for name, family in FAMILIES.items():
         title = family.prometheus(name)
-        points = [(labels, v) for (other, labels), v in found.items() if other == name]
+        points = [(labels, v) for (other, labels), v in metrics.items() if other == name]
         if points:
             lines += [f"# HELP {title} {family.description}", f"# TYPE {title} {family.kind}"]
         for labels, value in points:
@@ -308,8 +332,11 @@ def render_prometheus(found: Metrics) -> str:
     return "\n".join(lines) + "\n"
 
 
-def encode_otlp(found: Metrics, resource_attributes: Mapping[str, str]) -> Json:
-    """An ExportMetricsServiceRequest in OTLP's JSON encoding, in which 64-bit integers are text."""
+def encode_otlp(metrics: Metrics, resource_attributes: Mapping[str, str]) -> Json:
+    """Return an ExportMetricsServiceRequest in OTLP's JSON encoding.
+
+    64-bit integers are strings there, by the JSON mapping of Protocol Buffers.
+    """
     now = str(time.time_ns())
     began = str(int(METRICS.started_at * 1e9))
 
@@ -325,9 +352,9 @@ def encode_otlp(found: Metrics, resource_attributes: Mapping[str, str]) -> Json:
             return {**at, **histogram, "bucketCounts": [str(count) for count in counts]}
         return {**at, **({"asDouble": value} if value % 1 else {"asInt": str(int(value))})}
 
-    metrics: list[Json] = []
+    encoded: list[Json] = []
     for name, family in FAMILIES.items():
-        points = [point(labels, v) for (other, labels), v in found.items() if other == name]
+        points = [point(labels, v) for (other, labels), v in metrics.items() if other == name]
         about: Json = {"aggregationTemporality": 2, "dataPoints": points}  # cumulative
         if family.kind == "counter":
             data = {"sum": {**about, "isMonotonic": True}}
@@ -336,25 +363,25 @@ def encode_otlp(found: Metrics, resource_attributes: Mapping[str, str]) -> Json:
         else:
             data = {"gauge": {"dataPoints": points}}
         if points:
-            metrics.append(
+            encoded.append(
                 {"name": name, "unit": family.unit, "description": family.description, **data}
             )
     return {
         "resourceMetrics": [
             {
                 "resource": {"attributes": attributes(resource_attributes.items())},
-                "scopeMetrics": [{"scope": {"name": "pulse-railway"}, "metrics": metrics}],
+                "scopeMetrics": [{"scope": {"name": "pulse-railway"}, "metrics": encoded}],
             }
         ]
     }
 
 
 def push_target(env: Mapping[str, str]) -> tuple[str, dict[str, str]] | None:
-    """Where OTLP is pushed to, and with which headers; None for nowhere.
+    """Return the endpoint that OTLP is pushed to, and its headers; None if nothing is pushed.
 
-    By OpenTelemetry's variables: to an endpoint of the metrics' own, or to the common one where
-    OTEL_METRICS_EXPORTER names otlp. The common one alone is not enough: Railway's tracing gives
-    it to every service, and takes traces only.
+    OpenTelemetry's variables name an endpoint for metrics, or one for all signals. The latter is
+    used only if OTEL_METRICS_EXPORTER is otlp, since Railway's tracing sets it on every service and
+    takes traces only.
     """
     exporters = {name.strip().lower() for name in env.get("OTEL_METRICS_EXPORTER", "").split(",")}
     if "none" in exporters or env.get("OTEL_SDK_DISABLED", "").lower() == "true":
@@ -373,22 +400,24 @@ def push_target(env: Mapping[str, str]) -> tuple[str, dict[str, str]] | None:
     pairs = (env.get("OTEL_EXPORTER_OTLP_HEADERS") or "").split(",")
     headers = {
         name.strip(): urllib.parse.unquote(value.strip())
-        for name, mark, value in (pair.partition("=") for pair in pairs)
-        if mark
+        for name, equals, value in (pair.partition("=") for pair in pairs)
+        if equals
     }
     return endpoint, headers
 
 
 def resource_attributes(env: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """OTLP's."""
+    """Return the attributes of OTLP's resource: this router."""
     pairs = (pair.partition("=") for pair in (env.get("OTEL_RESOURCE_ATTRIBUTES") or "").split(","))
-    configured = {name.strip(): urllib.parse.unquote(value) for name, mark, value in pairs if mark}
+    configured = {
+        name.strip(): urllib.parse.unquote(value) for name, equals, value in pairs if equals
+    }
     name = env.get("OTEL_SERVICE_NAME") or env.get("RAILWAY_SERVICE_NAME") or "pulse-router"
     return {"service.name": name, "service.instance.id": METRICS.name, **configured}
 
 
 class Exporter:
-    """Hands out what this router has counted: to whoever scrapes `port`, and by pushing."""
+    """Exports the metrics: `port` is scraped, and `push_to` gets them every `every` seconds."""
 
     def __init__(
         self,
@@ -399,35 +428,42 @@ class Exporter:
     ) -> None:
         self.port, self.push_to, self.every, self.access_log = port, push_to, every, access_log
         self.tab_counts: dict[str, int] = {}
-        self.tabs_asked = 0.0
+        self.tabs_asked_at = 0.0  # monotonic
         self.asking: asyncio.Task[None] | None = None
-        self.reports_failure = True  # that the receiver does not answer
+        self.reports_failure = True  # False once a failed push was logged
 
     def collect(self) -> Metrics:
         return collect_metrics(self.tab_counts, self.access_log.dropped if self.access_log else 0)
 
     async def count_tabs(self) -> None:
-        """Ask the deployments for their sessions, now and then, and wait for it for a moment."""
+        """Ask the deployments for their sessions if the last time is TABS_EVERY seconds ago.
+
+        Waits for at most TABS_TIMEOUT seconds; later answers count for the next scrape.
+        """
         now = time.monotonic()
-        if now - self.tabs_asked > TABS_EVERY and (self.asking is None or self.asking.done()):
-            self.tabs_asked = now
+        if now - self.tabs_asked_at > TABS_EVERY and (self.asking is None or self.asking.done()):
+            self.tabs_asked_at = now
             self.asking = asyncio.get_running_loop().create_task(self.ask_tabs())
         if self.asking:
             await asyncio.wait({self.asking}, timeout=TABS_TIMEOUT)
 
     async def ask_tabs(self) -> None:
-        loop, found = asyncio.get_running_loop(), list(router.TABLE.routing.records.values())
+        """Ask all deployments for their sessions."""
+        loop, records = asyncio.get_running_loop(), list(router.TABLE.routing.records.values())
         with concurrent.futures.ThreadPoolExecutor(16) as pool:
             token = router.INTERNAL_TOKEN.decode("latin-1")
-            counts = [loop.run_in_executor(pool, control.sessions, r, token) for r in found]
-            answers = zip(found, await asyncio.gather(*counts), strict=True)
+            counts = [loop.run_in_executor(pool, control.sessions, r, token) for r in records]
+            answers = zip(records, await asyncio.gather(*counts), strict=True)
         self.tab_counts = {r.deployment_id: count for r, count in answers if count is not None}
 
     async def run(self) -> None:
+        """Serve scrapes and push until cancelled; then push once more."""
         loop = asyncio.get_running_loop()
         server, next_push = None, time.monotonic() + min(self.every, 5.0)
         if self.port:
-            state = uvicorn.server.ServerState()  # its connections hold up no end of the router's
+            state = (
+                uvicorn.server.ServerState()
+            )  # its own, so that a scrape does not delay the router's shutdown
             server = await loop.create_server(
                 functools.partial(MetricsConnection, server_state=state, exporter=self),
                 sock=self.port,
@@ -440,18 +476,19 @@ class Exporter:
                     await self.push()
                 await asyncio.sleep(1.0)
         finally:
-            if self.push_to:  # what the last one did not hold yet
+            if self.push_to:  # the counts since the last push
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self.push(), LAST_PUSH)
             if server:
                 server.close()
 
     async def push(self) -> None:
-        """Send it once. What is lost is in the next one: the counts are cumulative."""
+        """Push the metrics once. A lost push needs no retry, since the counts are cumulative."""
         body = json.dumps(encode_otlp(self.collect(), resource_attributes())).encode()
         await asyncio.get_running_loop().run_in_executor(None, self.send, body)
 
     def send(self, body: bytes) -> None:
+        """Send a push, and log a failure once until a push succeeds. Runs in a thread."""
         endpoint, headers = cast(tuple[str, dict[str, str]], self.push_to)
         headers = {"content-type": "application/json", **headers}
         try:
@@ -459,7 +496,7 @@ class Exporter:
             with urllib.request.urlopen(request, timeout=10):
                 self.reports_failure = True
         except (OSError, ValueError, http.client.HTTPException) as error:
-            if self.reports_failure:  # until it has answered again; its address may hold a secret
+            if self.reports_failure:  # the class only: the message can have the URL, a secret
                 log.error(
                     "metrics cannot be pushed (%s)", getattr(error, "code", type(error).__name__)
                 )
@@ -467,7 +504,7 @@ class Exporter:
 
 
 class MetricsConnection(Client):
-    """A connection to the port of the metrics: the same limits, another answer."""
+    """A connection to the port of the metrics. Its limits are those of other clients."""
 
     def __init__(self, *, exporter: Exporter, **options: Any) -> None:
         super().__init__(**options)
@@ -477,7 +514,8 @@ class MetricsConnection(Client):
         self.spawn(self.scrape(request))
 
     async def scrape(self, request: Request) -> None:
-        # only the private network: the edge adds REQUEST_ID
+        """Answer a request for the metrics. Only the private network gets them."""
+        # Railway's edge adds REQUEST_ID to each request from outside
         from_outside = any(lower == REQUEST_ID for _, lower, _ in request.fields)
         if from_outside or request.path != b"/metrics":
             response = router.error_response(404)

@@ -211,5 +211,5 @@ def step_08_a_janitor_in_the_router(site: LiveSite) -> None:
     done = site.inside("pulse-router", "pulse-railway janitor run")
     assert done.returncode == 1
     assert "this is pulse-router: the janitor runs in its own service" in done.stderr
-    assert "railway ssh --service pulse-janitor -- pulse-railway janitor run" in done.stderr
+    assert 'or use "Run now" of that service on Railway' in done.stderr
     assert site.project.services == before

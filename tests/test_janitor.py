@@ -48,16 +48,16 @@ class Railway:
         self.promoted, self.closed, self.opened = promoted, closed, opened
         self.refuses = refuses
         self.deleted: list[str] = []
-        self.remembered: list[dict[str, str]] = []
+        self.variables_set: list[dict[str, str]] = []
 
     def inspect(self) -> Any:
         return janitor.Inventory(
             self.services, "id-router", self.promoted, self.closed, self.opened
         )
 
-    def remember(self, service_id: str, values: dict[str, str]) -> None:
+    def set_variables(self, service_id: str, values: dict[str, str]) -> None:
         assert service_id == "id-router"
-        self.remembered.append(values)
+        self.variables_set.append(values)
 
     def delete(self, service: Any) -> bool:
         if service.deployment == self.refuses:
@@ -183,7 +183,8 @@ def test_a_service_that_no_deploy_of_this_stack_made_is_not_touched(room: Room) 
     """Somebody's own service with PULSE_DEPLOYMENT_ID."""
     report, deleted = room.run(service("own", ours=False), ttl=0)
     assert (deleted, report.failed) == ([], {})
-    assert report.kept["own"] == "no record names its service, and no deploy of this stack did"
+    reason = "no record names its service, and no deploy of this stack created it"
+    assert report.kept["own"] == reason
     assert room.record("own") is None
 
 
@@ -260,7 +261,7 @@ def test_pending_deployments(room: Room) -> None:
     lasting = "pending, and it runs or was promoted before: promote or delete it"
     assert report.kept == {
         "young": "being deployed",
-        "held": "held",
+        "held": "pinned",
         **dict.fromkeys(["answers", "runs", "was-active", "in-history"], lasting),
     }
 
@@ -338,7 +339,7 @@ def test_the_active_deployment_is_noted_on_railway(room: Room) -> None:
     promoted = room.store.read().promoted
     assert abs(promoted.at - time.time()) < 5
     noted = {"PULSE_RAILWAY_ACTIVE": "active", "PULSE_RAILWAY_ACTIVE_AT": repr(promoted.at)}
-    assert railway.remembered == [noted]
+    assert railway.variables_set == [noted]
     for before, remembered in (
         (router.Promotion("before", 5.0), [noted]),
         (router.Promotion("before", 0.0), [noted]),  # by an earlier version, without the time
@@ -347,7 +348,7 @@ def test_the_active_deployment_is_noted_on_railway(room: Room) -> None:
     ):
         railway = Railway(service("active"), service("before"), promoted=before)
         clean_up(room.store, railway)
-        assert railway.remembered == remembered
+        assert railway.variables_set == remembered
 
 
 def test_a_run_that_mends_what_was_promoted_last_deletes_nothing(room: Room) -> None:
@@ -398,7 +399,7 @@ def test_a_closed_site_stays_closed(room: Room) -> None:
     room.store.apply(control.step_of(switch))
     clean_up(room.store, railway)
     assert room.store.read().maintenance is None
-    (noted,) = railway.remembered
+    (noted,) = railway.variables_set
     assert noted["PULSE_RAILWAY_MAINTENANCE"] == ""
     assert time.time() - float(noted["PULSE_RAILWAY_MAINTENANCE_OFF"]) < 60
     switch = control.control_parser().parse_args(["maintenance", "on"])
@@ -407,7 +408,7 @@ def test_a_closed_site_stays_closed(room: Room) -> None:
     clean_up(room.store, railway)
     since = room.store.read().maintenance.since
     noted = {"PULSE_RAILWAY_MAINTENANCE": repr(since), "PULSE_RAILWAY_MAINTENANCE_OFF": ""}
-    assert railway.remembered == [noted]
+    assert railway.variables_set == [noted]
 
 
 def test_a_dump_from_while_it_was_closed_closes_nothing(room: Room) -> None:
@@ -425,7 +426,7 @@ def test_a_dump_from_while_it_was_closed_closes_nothing(room: Room) -> None:
     after = Railway(service("active"), promoted=promoted, opened=1001.0)
     clean_up(room.store, after)
     assert room.store.read().maintenance is None
-    assert after.remembered == []
+    assert after.variables_set == []
     assert room.store.read().history[-1]["what"] == "maintenance off"
 
 
@@ -505,7 +506,7 @@ def test_what_0_3_x_can_leave_behind_drains(room: Room) -> None:
     room.server.client.set("pulse:railway:active", "active")
     room.sessions(0)
     report, deleted = room.run(service("stray"), service("old"))
-    assert report.kept["stray"].startswith("was active beside the active one")
+    assert report.kept["stray"].startswith("was active beside the active deployment")
     assert (room.record("stray") or {})["state"] == "draining"
     assert (report.deleted, deleted) == (["old"], ["old"])
     assert room.run(service("stray"))[1] == ["stray"]
@@ -633,7 +634,7 @@ def test_there_is_a_way_back_for_a_while(room: Room) -> None:
     all_of_them = [service(n) for n in ("oldest", "older", "last")]
     report, deleted = room.run(*all_of_them, window=200, keep=2)
     assert deleted == ["oldest"]
-    assert report.kept == {"older": "a way back", "last": "a way back"}
+    assert report.kept == {"older": "for a rollback", "last": "for a rollback"}
     assert room.run(*all_of_them[1:], window=200)[1] == ["older"]
     assert room.run(all_of_them[2], window=200)[1] == []
     # one whose service is gone is no way back, nor one that is being removed
@@ -749,8 +750,8 @@ def test_in_another_service_it_refuses_in_words(
     `--keep` keeps would go."""
     code, said = on_railway(ok(b"{}"), RAILWAY_SERVICE_NAME="pulse-router")
     assert code == 1
-    assert said.startswith("this is pulse-router: the janitor runs in its own service.")
-    assert "railway ssh --service pulse-janitor -- pulse-railway janitor run" in said
+    assert said.startswith("this is pulse-router: the janitor runs in its own service, ")
+    assert "its own service, pulse-janitor. Wait for its cron schedule, or use" in said
     for env in (
         {"RAILWAY_SERVICE_NAME": "pulse-janitor"},
         {"RAILWAY_SERVICE_NAME": "tidy", "PULSE_RAILWAY_JANITOR_SERVICE": "tidy"},
@@ -863,7 +864,7 @@ def test_who_is_told_of_a_forced_removal(caplog: pytest.LogCaptureFixture) -> No
     for bad in (secret, "no-address-at-all", "http://[T0SECRET"):
         caplog.clear()
         janitor.notify({"PULSE_RAILWAY_NOTIFY_URL": bad}, report)
-        assert "PULSE_RAILWAY_NOTIFY_URL was not told: " in caplog.text
+        assert "the notification to PULSE_RAILWAY_NOTIFY_URL failed: " in caplog.text
         assert "T0SECRET" not in caplog.text
 
 

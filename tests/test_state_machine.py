@@ -323,10 +323,10 @@ class Life(RuleBasedStateMachine):
             )
             del self.services[service.deployment]
 
-        def remember(_: str, values: dict[str, str]) -> None:
+        def set_variables(_: str, values: dict[str, str]) -> None:
             self.last_promoted = router.promotion_from_env(values)
 
-        railway = types.SimpleNamespace(delete=delete, remember=remember)
+        railway = types.SimpleNamespace(delete=delete, set_variables=set_variables)
         limits = janitor.Retention(DAY, 900.0, keep)
         with self.store.killed_after(steps), contextlib.suppress(janitor.Contradiction):
             report = janitor.clean_up(self.store, railway, state, inventory, "", limits)

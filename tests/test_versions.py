@@ -362,6 +362,8 @@ class Rails:
         self.gate()
         self.variables |= values[0] if len(values) == 1 else {values[0]: values[1]}
 
+    set_variables = remember  # its name today
+
     def delete(self, service: Any) -> None:
         self.gate()
         assert self.site.state.active != service.deployment, "the active one's service"
