@@ -110,7 +110,7 @@ def step_03_the_edge_answers_in_place_of_the_router(
     stack = inspect(api, here.target, here.names)
     assert promote.rollback(api, stack, Output())["deployment_id"] == "second"
     assert told()
-    assert promote.choose(api, stack, "fourth", Output())["active"] is True
+    assert promote.check_and_promote(api, stack, "fourth", Output())["active"] is True
     assert told()
     project.faults()
     assert site.visited == project.active == "fourth"
@@ -155,7 +155,7 @@ def step_05_a_version_that_does_not_answer(site: LiveSite, monkeypatch: pytest.M
     monkeypatch.setattr(promote, "wait_until_routed", patiently)
     api = here.api()
     with pytest.raises(Failure) as failed:
-        promote.choose(api, inspect(api, here.target, here.names), "second", Output())
+        promote.check_and_promote(api, inspect(api, here.target, here.names), "second", Output())
     assert "second does not answer now, and nothing was changed" in str(failed.value)
     assert "--force promotes it all the same" in str(failed.value)
     assert project.active == "fourth"
@@ -176,7 +176,7 @@ def step_06_a_router_that_has_failed(site: LiveSite) -> None:
     assert site.visited == "fourth"
     assert project.ok("status")["problem"] == (
         "pulse-router is FAILED on Railway: see `pulse-railway logs --service pulse-router`;"
-        " `pulse-railway ensure` deploys it anew"
+        " `pulse-railway ensure` deploys it again"
     )
     assert project.ok("ensure", "main.py")["changed"] == ["pulse-router: deploy"]
     assert project.latest("pulse-router")["status"] == "SUCCESS"

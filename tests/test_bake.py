@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pulse_railway import config, router_commands, runtime_image
 from pulse_railway.errors import Failure, Interrupted, Refused
 from pulse_railway.flows import bake
-from pulse_railway.flows.bake import Count, Watch, verdict
+from pulse_railway.flows.bake import Count, Totals, verdict
 from pulse_railway.output import Output
 from pulse_railway.stack import Service, Stack
 from tests.test_rude_ssh import Recorder
@@ -71,27 +71,27 @@ def at(router: str, **tallies: list[Any]) -> dict[str, Any]:
 
 
 def test_routers_are_added_up_and_may_be_restarted() -> None:
-    watch = Watch()
-    watch.look([at("r1", new=tally(10), old=tally(500, 5)), at("r2")])
-    watch.begin("new")
-    assert watch.total("new") == Count(0, 0, (0,) * BUCKETS)
-    watch.look([at("r1", new=tally(30, 2, 1), old=tally(600, 6)), at("r2", new=tally(5))])
-    assert (watch.total("new").requests, watch.total("new").failed) == (28, 3)
-    assert watch.total("old").requests == 606
-    watch.look([at("r1b", new=tally(4))])  # r1 is gone: what it counted was so all the same
-    assert watch.total("new").requests == 32
-    assert sum(watch.total("new").seconds) == 31  # one had no answer, and so no duration
+    totals = Totals()
+    totals.update([at("r1", new=tally(10), old=tally(500, 5)), at("r2")])
+    totals.reset("new")
+    assert totals.total("new") == Count(0, 0, (0,) * BUCKETS)
+    totals.update([at("r1", new=tally(30, 2, 1), old=tally(600, 6)), at("r2", new=tally(5))])
+    assert (totals.total("new").requests, totals.total("new").failed) == (28, 3)
+    assert totals.total("old").requests == 606
+    totals.update([at("r1b", new=tally(4))])  # r1 is gone: what it counted was so all the same
+    assert totals.total("new").requests == 32
+    assert sum(totals.total("new").seconds) == 31  # one had no answer, and so no duration
 
 
 def test_a_router_of_another_version_counts_without_its_durations() -> None:
-    watch = Watch()
-    watch.look([at("r1", new=tally(10)), at("r2", new=tally(7, buckets=5))])
-    watch.begin("new")
-    watch.look([at("r1", new=tally(11)), at("r2", new=tally(9, buckets=5))])
-    assert watch.total("new").requests == 3
-    assert sum(watch.total("new").seconds) == 1
-    assert str(watch.total("new")).startswith("3 requests, 0.0% failed")
-    assert str(watch.total("nobody")) == "0 requests, none failed"
+    totals = Totals()
+    totals.update([at("r1", new=tally(10)), at("r2", new=tally(7, buckets=5))])
+    totals.reset("new")
+    totals.update([at("r1", new=tally(11)), at("r2", new=tally(9, buckets=5))])
+    assert totals.total("new").requests == 3
+    assert sum(totals.total("new").seconds) == 1
+    assert str(totals.total("new")).startswith("3 requests, 0.0% failed")
+    assert str(totals.total("nobody")) == "0 requests, none failed"
 
 
 # -- where it does not go as it should -----------------------------------------------------------
@@ -105,7 +105,7 @@ class Stage:
         self.told: list[str] = []
         self.lines: list[str] = []
         self.promotes: Callable[[], None] = lambda: None
-        monkeypatch.setattr(bake, "PAUSE", 0.0)
+        monkeypatch.setattr(bake, "POLL_INTERVAL", 0.0)
         monkeypatch.setattr(time, "sleep", lambda _: None)
         monkeypatch.setattr(router_commands, "read_state", self.state)
         for name, function in (
@@ -114,7 +114,7 @@ class Stage:
             ("promote", "send_promote"),
         ):
             monkeypatch.setattr(router_commands, function, self.note(name))
-        monkeypatch.setattr(bake, "remember_active", self.note("remember"))
+        monkeypatch.setattr(bake, "store_last_promoted", self.note("remember"))
         env: Any = ["e", "i", "prod-old", "", None, {}, [], None, None, {}]
         self.stack = Stack(config.Target("p", "e"), config.Names(), {"prod-old": Service(*env)})
         self.stack.services["prod-old"].variables["PULSE_DEPLOYMENT_ID"] = "old"
@@ -181,13 +181,15 @@ def test_a_bake_that_is_cut_off_leaves_everything(stage: Stage) -> None:
 
 def test_it_goes_back(stage: Stage) -> None:
     stage.says = looks(tally(0), tally(0, 60))
-    with pytest.raises(bake.WentBack, match=r"new did worse, and old is active again: 60 requests"):
+    with pytest.raises(
+        bake.RolledBack, match=r"new did worse, and old is active again: 60 requests"
+    ):
         stage.bake(60)
     assert stage.told == ["promote old", "remember old"]
     canary = {"canary": {"deployment_id": "new", "weight": 10}}
     stage.told.clear()
     stage.says = [{**look, **canary} for look in looks(tally(0), tally(0, 60))]
-    with pytest.raises(bake.WentBack, match="new did worse and is no canary any more"):
+    with pytest.raises(bake.RolledBack, match="new did worse and is no canary any more"):
         stage.bake(60, canary=True)
     assert stage.told == ["withdraw new"]
 
@@ -213,12 +215,12 @@ def test_a_tally_that_is_none_is_no_traceback(tally: Any) -> None:
     """Before, one key of Redis that somebody had written ended the bake, which then watched no
     more."""
     good = [[0, 0, 90, 0, 0, 10, 0, 0, 0, 0], 0, [100, *[0] * 14]]
-    watch = bake.Watch()
+    totals = bake.Totals()
     for seen in (good, tally, good):
-        watch.look([{"router": "r", "tallies": {"new": seen}}])
+        totals.update([{"router": "r", "tallies": {"new": seen}}])
         if seen is good:
-            watch.begin("new")
-        total = watch.total("new")
+            totals.reset("new")
+        total = totals.total("new")
         assert (total.requests, total.failed) == (0, 0)
         assert bake.verdict(total, total) == "unknown"
         assert str(total)

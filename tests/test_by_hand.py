@@ -12,7 +12,7 @@ import pytest
 
 from pulse_railway import contract
 from pulse_railway.config import Names, Target
-from pulse_railway.stack import Service, Stack, can_be_made, named_after, partial
+from pulse_railway.stack import Service, Stack, can_create_missing, missing_name, partial
 from tests.conftest import TINY, Project, play
 from tests.net import eventually
 from tests.test_local_environments import delete
@@ -79,7 +79,7 @@ def step_01_the_janitor(edge: Project) -> None:
     before, token = running(edge, "edge-janitor"), edge.variables("edge-router")
     remove(edge, "edge-janitor")
     status = edge.ok("status")
-    said = "edge-janitor of this stack is missing: `pulse-railway ensure` makes it anew"
+    said = "edge-janitor of this stack is missing: `pulse-railway ensure` creates it again"
     assert (status["problem"], status["missing"]) == (said, ["edge-janitor"])
     with_app = said.replace("ensure`", "ensure --app main.py`")
     assert with_app in edge.run("deploy", "main.py").error
@@ -101,7 +101,7 @@ def step_02_the_env_service(edge: Project) -> None:
     before, router = running(edge), edge.variables("edge-router")
     remove(edge, "edge-env")
     lost = "the variables of edge-env are lost; deployments refer to API_KEY"
-    said = "edge-env of this stack is missing: `pulse-railway ensure` makes it anew; " + lost
+    said = "edge-env of this stack is missing: `pulse-railway ensure` creates it again; " + lost
     assert edge.ok("status")["problem"].startswith(said)
     done = ensure(edge)
     assert done.code == 0, done.err
@@ -182,19 +182,19 @@ def a_stack(without: str, **of_router: str) -> Stack:
 
 
 def test_only_what_is_certainly_this_stacks_is_made_anew() -> None:
-    assert can_be_made(a_stack("pulse-janitor"))
-    assert can_be_made(a_stack("pulse-env"))
-    assert not can_be_made(a_stack(""))
-    assert not can_be_made(a_stack("pulse-redis"))
-    assert not can_be_made(a_stack("pulse-env", **{contract.STACK: ""}))  # 0.3.x's
+    assert can_create_missing(a_stack("pulse-janitor"))
+    assert can_create_missing(a_stack("pulse-env"))
+    assert not can_create_missing(a_stack(""))
+    assert not can_create_missing(a_stack("pulse-redis"))
+    assert not can_create_missing(a_stack("pulse-env", **{contract.STACK: ""}))  # 0.3.x's
     unstamped = a_stack("pulse-env")
     unstamped.services["pulse-redis"].variables = {}
-    assert not can_be_made(unstamped)
+    assert not can_create_missing(unstamped)
     renamed = a_stack("pulse-janitor")
     renamed.services["sweeper"] = renamed.services["pulse-env"].__class__(
         "s", "", "sweeper", "", None, {}, [], None, None, {contract.STACK: "e/pulse-router"}
     )
-    assert not can_be_made(renamed)
+    assert not can_create_missing(renamed)
     assert "If what is missing has another name" in partial(renamed)
 
 
@@ -211,4 +211,4 @@ def test_only_what_is_certainly_this_stacks_is_made_anew() -> None:
 def test_what_is_not_there_has_the_stacks_names(
     router: str, wanted: Names, was: str | None, name: str
 ) -> None:
-    assert named_after(router, wanted, "env", was) == name
+    assert missing_name(router, wanted, "env", was) == name

@@ -114,10 +114,10 @@ def test_a_clock_that_is_wrong() -> None:
         with pytest.raises(Failure, match=r"this machine's clock is 36\d\d s off: set it"):
             doctor.check_clock(railway.address)
         railway.answer = ok(b"{}", f"date: {formatdate(usegmt=True)}")
-        assert doctor.check_clock(railway.address) == ""
+        doctor.check_clock(railway.address)
         for lines in ([], ["date: the other day"]):
             railway.answer = ok(b"{}", *lines)
-            assert doctor.check_clock(railway.address) == ""
+            doctor.check_clock(railway.address)
 
 
 def test_a_router_of_another_version() -> None:

@@ -214,7 +214,7 @@ def test_an_intent_that_cannot_be_noted_is_a_warning(
 ) -> None:
     stack = inspect(here.api(), here.target, here.names)
     here.project.faults({"match": "variableCollectionUpsert", **KINDS["refused"]})
-    reachability.remember_active(here.api(), stack, "first", None, Output())
+    reachability.store_last_promoted(here.api(), stack, "first", None, Output())
     here.project.faults()
     said = capsys.readouterr().err
     assert "PULSE_RAILWAY_ACTIVE could not be written: Railway: Something went wrong" in said
@@ -286,7 +286,7 @@ def test_a_generated_name_that_is_taken_steps_on(here: InProcess) -> None:
 
 def test_a_watch_outlives_a_railway_that_is_away(here: InProcess) -> None:
     here.without_ssh()
-    here.monkeypatch.setattr(watch, "INSPECT_EVERY", 0.0)
+    here.monkeypatch.setattr(watch, "INSPECT_INTERVAL", 0.0)
     stack = inspect(here.api(), here.target, here.names)
     here.project.faults({"match": "environment", "error": "Something went wrong", "times": 1000})
     looks = watch.watch(here.api(), stack, 0.0)

@@ -44,23 +44,23 @@ STAMP = "260101-000000"
 def test_a_name_is_compared_whole() -> None:
     """Before, `remove --deployment-name prod` took prod-featu-..., of another name."""
     feature = service(f"prod-featu-{STAMP}", "prod-feature-x")
-    assert remove.by_name(stack(feature), "prod-feature-x") == feature.deployment_id
+    assert remove.find_by_name(stack(feature), "prod-feature-x") == feature.deployment_id
     for name in ("prod", "prod-feature", "prod-featu"):
         with pytest.raises(Failure, match=f"no deployment is named {name}"):
-            remove.by_name(stack(feature), name)
+            remove.find_by_name(stack(feature), name)
     prod = service(f"prod-{STAMP}", "Prod")
-    assert remove.by_name(stack(feature, prod), "prod") == prod.deployment_id
+    assert remove.find_by_name(stack(feature, prod), "prod") == prod.deployment_id
     with pytest.raises(Failure, match="several deployments are named prod"):
-        remove.by_name(stack(prod, service("prod-260101-000001", "prod")), "prod")
-    assert remove.by_name(stack(prod), f"prod-{STAMP}") == prod.deployment_id
+        remove.find_by_name(stack(prod, service("prod-260101-000001", "prod")), "prod")
+    assert remove.find_by_name(stack(prod), f"prod-{STAMP}") == prod.deployment_id
 
 
 def test_one_of_0_3_x_has_no_name_with_it() -> None:
     old = service(f"prod-{STAMP}", None), service(f"prod-eu-{STAMP}", None)
-    assert remove.by_name(stack(*old), "prod") == f"prod-{STAMP}"
-    assert remove.by_name(stack(*old), "prod eu") == f"prod-eu-{STAMP}"
+    assert remove.find_by_name(stack(*old), "prod") == f"prod-{STAMP}"
+    assert remove.find_by_name(stack(*old), "prod eu") == f"prod-eu-{STAMP}"
     cut = service(f"{naming.deployment_slug('prod-feature-x')}-{STAMP}", None)
-    assert remove.by_name(stack(cut), "prod-feature-x") == cut.deployment_id
+    assert remove.find_by_name(stack(cut), "prod-feature-x") == cut.deployment_id
 
 
 def test_a_name_without_letters_is_no_prod() -> None:

@@ -31,9 +31,9 @@ def test_nothing_that_serves_is_lost(request: pytest.FixtureRequest) -> None:
 
 
 def step_01_the_record_of_the_active_version_is_lost(site: LiveSite) -> None:
-    """Every verb makes it anew, and no visitor notices."""
+    """Every verb restores it, and no visitor notices."""
     project = site.project
-    said = "the record of new is lost: `pulse-railway restore` makes it anew"
+    said = "the record of new is lost: `pulse-railway restore` restores it"
     with site.visitors() as seen:
         site.delete_record("new")
         assert project.ok("status")["problems"] == [said]

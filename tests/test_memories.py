@@ -55,7 +55,7 @@ def step_02_an_older_snapshot_and_a_router_that_restarts(site: LiveSite) -> None
     assert site.visited == "good"
     assert project.ok("status")["problems"] == [
         "the routing state is lost, or an older one: new was promoted last, and good is active."
-        " Routers and janitor mend it by themselves; `pulse-railway restore` does it now"
+        " Routers and janitor restore it by themselves; `pulse-railway restore` does it now"
     ]
     empty = {"match": "variables", "service": "pulse-router", "gives": {}}
     project.faults(empty)  # once: the janitor does not take it for "nothing was promoted"

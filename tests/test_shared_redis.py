@@ -182,7 +182,7 @@ def test_a_deploy_in_a_copy_keeps_its_sessions_apart() -> None:
     wanted = SimpleNamespace(
         server_address=None, deployment_id="x", build_args={}, env={}, deployment_name="x"
     )
-    plan: Any = SimpleNamespace(app=app, wanted=wanted, deployment_id="x", image="i")
+    plan: Any = SimpleNamespace(app=app, options=wanted, deployment_id="x", image="i")
     found = backend_variables(plan, a_stack(**{contract.KEY_TTL: "86400"}))
     assert found[contract.SESSION_SCOPE] == "e-copy"
     assert found[contract.KEY_TTL] == f"${{{{pulse-router.{contract.KEY_TTL}}}}}"
@@ -206,7 +206,7 @@ def test_a_deploy_in_a_copy_keeps_its_sessions_apart() -> None:
 def test_a_person_says_whose_a_state_is(
     monkeypatch: pytest.MonkeyPatch, answer: bool | None, sharing: list[str] | None, ours: bool
 ) -> None:
-    monkeypatch.setattr(owner, "who_shares", lambda *_: sharing)
+    monkeypatch.setattr(owner, "environments_with_same_state", lambda *_: sharing)
     asked: list[str] = []
 
     def ask(question: str) -> bool | None:
@@ -214,7 +214,7 @@ def test_a_person_says_whose_a_state_is(
         return answer
 
     api: Any = None
-    assert owner.is_ours(api, a_stack(), "first", Output(), ask) is ours
+    assert owner.ask_user(api, a_stack(), "first", Output(), ask) is ours
     assert asked[:1] == ([] if sharing is None else asked)
     assert all(question.endswith(". Is it this stack's?") for question in asked)
     assert all(("staging" in question) == bool(sharing) for question in asked)
@@ -222,4 +222,4 @@ def test_a_person_says_whose_a_state_is(
 
 def test_a_project_token_knows_nothing_of_other_environments() -> None:
     api: Any = SimpleNamespace(is_project_token=True)
-    assert owner.who_shares(api, a_stack()) is None
+    assert owner.environments_with_same_state(api, a_stack()) is None

@@ -15,8 +15,8 @@ from pulse_railway import contract
 from pulse_railway import stack as stack_module
 from pulse_railway.config import Names, Target, Where
 from pulse_railway.errors import Failure
-from pulse_railway.flows.baseline import wanted_redis_prefix
-from pulse_railway.flows.status import of_regions
+from pulse_railway.flows.baseline import desired_redis_prefix
+from pulse_railway.flows.status import region_problems
 from pulse_railway.options import BaselineOptions
 from pulse_railway.railway.api import Api, GraphqlError
 from pulse_railway.railway.tokens import Token
@@ -230,7 +230,7 @@ def test_a_prefix_that_is_in_a_file_holds_for_a_copy_too() -> None:
     router = Service("r", "", "pulse-router", "", None, {}, [], None, None, of_router)
     own = Stack(Target("p", "e-copy"), Names(), {"pulse-router": router})
     check_redis_prefix(own, wanted.redis_prefix)
-    assert wanted_redis_prefix(own, wanted) == "shop:e-copy"
+    assert desired_redis_prefix(own, wanted) == "shop:e-copy"
     with pytest.raises(Failure, match="set up with --redis-prefix shop:e-copy"):
         other = Stack(Target("p", "other"), Names(), {"pulse-router": router})
         check_redis_prefix(other, wanted.redis_prefix)
@@ -421,7 +421,7 @@ def test_a_region_that_does_not_exist(base: Project, monkeypatch: pytest.MonkeyP
         ({"moon": 1, "us-west2": 1}, "`railway scale moon=0 us-west2=2 --service pulse-router`"),
     ):
         router.regions = dict(regions)
-        found = of_regions(api, stack)
+        found = region_problems(api, stack)
         assert said in str(found) if said else not found
         assert bool(api.calls) == bool(said)
 
@@ -506,8 +506,8 @@ def test_what_a_copy_keeps_apart_in_a_redis_that_it_shares() -> None:
     of_router = {contract.REDIS_PREFIX: "shop"}
     router = Service("r", "", "pulse-router", "", None, {}, [], None, None, of_router)
     stack = Stack(Target("p", "e-copy"), Names(), {"pulse-router": router})
-    assert wanted_redis_prefix(stack, wanted) == "shop"
+    assert desired_redis_prefix(stack, wanted) == "shop"
     stack.copied_from = "e"
-    assert wanted_redis_prefix(stack, wanted) == "shop:e-copy"
+    assert desired_redis_prefix(stack, wanted) == "shop:e-copy"
     stack.services["pulse-redis"] = replace(router, name="pulse-redis")  # its own
-    assert wanted_redis_prefix(stack, wanted) == "shop"
+    assert desired_redis_prefix(stack, wanted) == "shop"

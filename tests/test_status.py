@@ -26,7 +26,7 @@ from pulse_railway import cli, contract, router_commands, verbs
 from pulse_railway.config import ControlRoute, Names, Target, Where
 from pulse_railway.errors import Uncertain
 from pulse_railway.flows import logs as flows_logs
-from pulse_railway.flows.status import of_record, problems, status
+from pulse_railway.flows.status import problems, record_problems, status
 from pulse_railway.flows.watch import LENGTH, History
 from pulse_railway.options import LogsOptions
 from pulse_railway.output import Output
@@ -112,12 +112,12 @@ UP = {"active": "a", "lost": False, "epoch": 7, "deployments": [RECORD], "router
         (
             stack(A),
             UP | {"problems": ["a: address not understood"]},
-            ["a: address not understood", "it is ignored, and goes with that deployment"],
+            ["a: address not understood", "it is ignored, and is removed with that deployment"],
         ),
         (
             stack(A),
             UP | {"problems": [":promoted is not understood"]},
-            [":promoted is not understood", "the next promotion writes it anew"],
+            [":promoted is not understood", "the next promotion replaces it"],
         ),
         (
             stack(A),
@@ -127,7 +127,7 @@ UP = {"active": "a", "lost": False, "epoch": 7, "deployments": [RECORD], "router
         (
             stack(A),
             UP | {"problems": [":owner is not understood"]},
-            [":owner is not understood", "`pulse-railway ensure` writes it anew"],
+            [":owner is not understood", "`pulse-railway ensure` replaces it"],
         ),
         (  # before, its tabs were told to reload, and nothing was wrong
             stack(A, service("b", PULSE_DEPLOYMENT_ID="b")),
@@ -173,7 +173,7 @@ UP = {"active": "a", "lost": False, "epoch": 7, "deployments": [RECORD], "router
         (
             stack(A),
             UP | {"reports_without_lease": ["p:router:x"]},
-            ["p:router:x stands where routers report", "`redis-cli DEL p:router:x` in pulse-redis"],
+            ["p:router:x is where routers report", "`redis-cli DEL p:router:x` in pulse-redis"],
         ),
         (
             stack(A, intent=""),
@@ -220,7 +220,7 @@ def test_a_canary_whose_bake_was_cut_off_is_kept_as_one() -> None:
         return dict(routing.records["c"].json())
 
     baking = weigh(-120.0)
-    said = of_record(baking, stack(A))
+    said = record_problems(baking, stack(A))
     assert said[0].endswith("`pulse-railway promote --deployment-id c --weight 10` keeps it")
     assert "bake" not in weigh(None)
     assert "bake" in weigh(300.0)
@@ -276,23 +276,23 @@ def counted(router: str, good: int, bad: int) -> dict[str, Any]:
 
 def test_what_happened_between_two_looks() -> None:
     history = History()
-    history.look(result(row("a"), routers=[counted("r1", 100, 0), counted("r2", 50, 0)]), 0.0)
+    history.add(result(row("a"), routers=[counted("r1", 100, 0), counted("r2", 50, 0)]), 0.0)
     assert list(history.series["a"].requests) == [None]
-    history.look(result(row("a", 3), routers=[counted("r1", 110, 2), counted("r2", 58, 0)]), 10.0)
+    history.add(result(row("a", 3), routers=[counted("r1", 110, 2), counted("r2", 58, 0)]), 10.0)
     assert history.series["a"].requests[-1] == 2.0
     assert history.series["a"].errors[-1] == pytest.approx(0.2)
     # r2 was restarted and begins at 0; then nobody answers; then all of the gap is known
-    history.look(result(row("a"), routers=[counted("r1", 110, 2), counted("r2", 5, 0)]), 15.0)
+    history.add(result(row("a"), routers=[counted("r1", 110, 2), counted("r2", 5, 0)]), 15.0)
     assert history.series["a"].requests[-1] == 1.0
-    history.look(result(row("a", None), routers=[]), 20.0)
+    history.add(result(row("a", None), routers=[]), 20.0)
     assert list(history.series["a"].requests)[-1:] == [None]
-    history.look(result(row("a"), routers=[counted("r1", 120, 2), counted("r2", 5, 0)]), 25.0)
+    history.add(result(row("a"), routers=[counted("r1", 120, 2), counted("r2", 5, 0)]), 25.0)
     assert history.series["a"].requests[-1] == 1.0
     assert list(history.series["a"].sessions) == [1, 3, 1, None, 1]
-    history.look(result(row("b"), routers=[]), 30.0)
+    history.add(result(row("b"), routers=[]), 30.0)
     assert set(history.series) == {"b"}
     for n in range(100):
-        history.look(result(row("b"), routers=[]), 31.0 + n)
+        history.add(result(row("b"), routers=[]), 31.0 + n)
     assert len(history.series["b"].sessions) == LENGTH
 
 
@@ -385,8 +385,8 @@ def test_nothing_that_is_stored_is_a_traceback(
     with open(os.devnull, "w", encoding="utf-8") as null, contextlib.redirect_stdout(null):
         show_status(shown)
         for at in (1.0, 2.0):
-            looks.look({**shown, "routers": []}, at)
-            looks.look(shown, at + 0.5)
+            looks.add({**shown, "routers": []}, at)
+            looks.add(shown, at + 0.5)
         show_watch([(shown, looks)])
         show_history(asked("history", {"history": list(store.read().history)})["history"])
         json.dumps(shown)

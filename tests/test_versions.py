@@ -659,7 +659,7 @@ class Cli:
         state = self.site.state
         if state.active:  # as it is noted after each promotion
             at = state.promoted.at if state.promoted else time.time()
-            self.stack.intent = f"{state.active}@{at!r}"
+            self.stack.last_promotion = f"{state.active}@{at!r}"
         function = getattr(router_commands, TODAYS.get(name, f"send_{name}"))
         return function(None, self.stack, *words, **named)
 
@@ -728,7 +728,7 @@ def test_todays_cli_beside_an_older_router(
     assert all("--intent" in words for words in call.asked[3:])
     active = site.state.active
     site.server.client.flushall()
-    call.stack.intent = f"{active}@{time.time()!r}"
+    call.stack.last_promotion = f"{active}@{time.time()!r}"
     assert call("state")["lost"] is True
     with pytest.raises(Refused, match="run `pulse-railway restore`"):
         call("forget", "a")
