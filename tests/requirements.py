@@ -70,7 +70,7 @@ SENTENCES: dict[str, list[tuple[str, str, list[str]]]] = {
         ]),
         ("43-44", "deploy repairs nothing", [
             "test_bad_input.py::test_no_baseline",
-            "test_failures.py::test_nothing_is_made_where_the_router_cannot_be_asked",
+            "test_failures.py::test_nothing_is_created_without_an_answer_of_the_router",
         ]),
     ],
     "Model": [
@@ -118,7 +118,7 @@ SENTENCES: dict[str, list[tuple[str, str, list[str]]]] = {
         ("7-12", "register, verify by affinity, promote; the one before drains", [
             "test_verbs.py::step_05_a_pending_deployment_and_promote",
             "test_pages.py::test_a_page_that_does_not_come_up",
-            "test_rude_ssh.py::test_nothing_that_serves_is_lost",
+            "test_unreliable_ssh.py::test_no_active_deployment_is_lost",
         ]),
         ("13-15", "the janitor asks for sessions, deletes what is empty, forces what is old", [
             "test_janitor.py::test_draining_deployments",

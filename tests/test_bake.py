@@ -20,7 +20,7 @@ from pulse_railway.flows import bake
 from pulse_railway.flows.bake import Count, Totals, verdict
 from pulse_railway.output import Output
 from pulse_railway.stack import Service, Stack
-from tests.test_rude_ssh import Recorder
+from tests.test_unreliable_ssh import Recorder
 
 # -- the verdict -------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from pulse_railway.errors import Failure
 from pulse_railway.railway.api import Api
 from pulse_railway.railway.tokens import Token
 from tests.net import Backend, Connection, header, ok
-from tests.test_rude_ssh import Recorder
+from tests.test_unreliable_ssh import Recorder
 
 Says = Callable[..., Api]
 
