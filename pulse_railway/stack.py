@@ -264,46 +264,51 @@ def names_of_lost(names: Names, every: list[Any], owners: dict[str, Any]) -> Nam
     )
 
 
-def check_prefix(flag: str, given: str | None, stored: str | None) -> None:
-    """Raise Failure if a flag has another prefix than the stack, whose keys and services have it.
+def check_prefix(flag: str, prefix: str | None, stored: str | None) -> None:
+    """Raise Failure if a flag has another prefix than the stack's keys or services.
 
     The user may mean another stack.
     """
-    if given and given.rstrip(":-") != (stored or "").rstrip(":-"):
-        was = f"with {flag} {stored}" if stored else f"without {flag}"
-        raise Failure(f"this stack was set up {was}, and keeps its names: leave the flag out")
+    if prefix and prefix.rstrip(":-") != (stored or "").rstrip(":-"):
+        setup = f"with {flag} {stored}" if stored else f"without {flag}"
+        raise Failure(f"this stack was set up {setup}, and keeps its names: leave the flag out")
 
 
-def check_redis_prefix(stack: Stack, given: str | None) -> None:
-    """A copy's own prefix follows the original's, which invoke.yaml may hold."""
-    of_router = stack.router.variables if stack.router else {}
-    stored = of_router.get(contract.REDIS_PREFIX) or ""
-    check_prefix("--redis-prefix", given, stored.removesuffix(f":{stack.target.environment_id}"))
+def check_redis_prefix(stack: Stack, prefix: str | None) -> None:
+    """Raise Failure for another --redis-prefix than the stack's.
+
+    A copy's prefix is the original's, which invoke.yaml may have, and the environment's id.
+    """
+    variables = stack.router.variables if stack.router else {}
+    stored = variables.get(contract.REDIS_PREFIX) or ""
+    check_prefix("--redis-prefix", prefix, stored.removesuffix(f":{stack.target.environment_id}"))
 
 
 ANOTHER = "leave the flag out, or name the router of the stack that is meant (--service)"
 
 
 def check_redis(stack: Stack, service: str | None, url: str | None, prefix: str | None) -> None:
-    """A stack's Redis is found by its router. Raises Failure for flags that name another one, with
-    which another stack may be meant."""
+    """Raise Failure if flags describe another Redis than the router's: the user may mean another
+    stack."""
     if stack.router is None:
         return
     check_redis_prefix(stack, prefix)
     if service and (stack.external_redis or service != stack.names.redis):
-        is_at = "outside of the project" if stack.external_redis else f"{stack.names.redis}"
-        raise Failure(f"this stack's Redis is {is_at}, not --redis-service {service}: {ANOTHER}")
+        own = "outside of the project" if stack.external_redis else stack.names.redis
+        raise Failure(f"this stack's Redis is {own}, not --redis-service {service}: {ANOTHER}")
     if url and not may_be_redis(stack, url):
         raise Failure(f"--redis-url is not the address of this stack's Redis: {ANOTHER}")
 
 
 def may_be_redis(stack: Stack, url: str) -> bool:
-    """Can this be the address of the stack's Redis? One in the project has a private and a public
-    one, with the same password."""
+    """Return whether this can be the address of the stack's Redis.
+
+    A Redis in the project has a private and a public address, with the same password.
+    """
     assert stack.router is not None
-    present = stack.router.variables.get(contract.REDIS_URL, "")
-    if "${{" not in present:
-        return url.rstrip("/") == present.rstrip("/")
+    stored = stack.router.variables.get(contract.REDIS_URL, "")
+    if "${{" not in stored:
+        return url.rstrip("/") == stored.rstrip("/")
     password = stack.redis.variables.get("REDIS_PASSWORD") if stack.redis else None
     if not password or "${{" in password:
         return True

@@ -111,6 +111,6 @@ def known_active(stack: Stack, state: dict[str, Any]) -> str:
             f" --deployment-id with one of {joined(running)}"
         )
     raise Failure(
-        "nobody knows which deployment was active: pass --deployment-id with one of"
+        "it is not known which deployment was active: pass --deployment-id with one of"
         f" {joined(running)}"
     )
