@@ -43,8 +43,8 @@ def send_command(
     """
     nonce = secrets.token_hex(8)
     words = [command, *arguments, "--by", provenance.by()]
-    if stack.intent:
-        words += ["--intent", stack.intent]
+    if stack.last_promotion:
+        words += ["--intent", stack.last_promotion]
     choose_route(api, stack)
     deadline = time.monotonic() + RETRY_TIMEOUT
     for pause in (*pauses, None):

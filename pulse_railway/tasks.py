@@ -56,11 +56,11 @@ def scaffold(options: options.BaselineOptions, output: Output) -> None:
     """Create router, env, Redis and janitor in an environment that has none of them."""
     from pulse_railway import config
     from pulse_railway.flows import baseline
-    from pulse_railway.flows.owner import settle_owner
+    from pulse_railway.flows.owner import claim_state
 
     api, target = config.connect(options.where, output)
     stack = baseline.scaffold(api, target, options, output)
-    settle_owner(api, stack, output, ask, False)
+    claim_state(api, stack, output, ask, False)
     output.result(
         _stack_result(stack, ["created the baseline"], api),
         [f"the baseline is up at {stack.address}", "next: pulse-railway deploy"],
@@ -72,12 +72,12 @@ def ensure(options: options.BaselineOptions, output: Output) -> None:
     """Create the baseline in an empty environment, or reconcile a complete one."""
     from pulse_railway import config
     from pulse_railway.flows import baseline
-    from pulse_railway.flows.owner import settle_owner
+    from pulse_railway.flows.owner import claim_state
 
     api, target = config.connect(options.where, output)
     stack, done = baseline.ensure(api, target, options, output)
     if not options.plan_only:
-        settle_owner(api, stack, output, ask, options.owns_state)
+        claim_state(api, stack, output, ask, options.owns_state)
     if not done:
         summary = [f"nothing to change; the baseline is up at {stack.address}"]
     elif options.plan_only:
@@ -216,7 +216,7 @@ def remove(options: options.StackOptions, output: Output) -> None:
     from pulse_railway.flows import remove as flow
 
     api, stack = _stack(options, output)
-    chosen = flow.by_name(stack, str(options.deployment_name))
+    chosen = flow.find_by_name(stack, str(options.deployment_name))
     confirm(f"delete deployment {chosen}?", options.yes)
     result = flow.delete(api, stack, chosen, output)
     output.result(result, [f"{chosen} is gone"])

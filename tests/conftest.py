@@ -51,7 +51,7 @@ SLOW = {"test_story", "test_interop", "test_browser", "test_local", "test_runtim
 LONGEST = """
 test_life test_interop test_chaos test_memories test_signals test_verbs test_failures test_story
 test_versions test_lost_records test_answers test_first_deploy test_baseline test_ways test_soak
-test_rude_ssh test_reports test_pages test_local test_tunnel test_state_machine test_races
+test_unreliable_ssh test_reports test_pages test_local test_tunnel test_state_machine test_races
 """.split()
 
 

@@ -42,7 +42,7 @@ SENTENCES: dict[str, list[tuple[str, str, list[str]]]] = {
         ]),
         ("14-15", "ensure sets what is managed, and moves services into the router's group", [
             "test_verbs.py::step_02_ensure_changes_nothing_then_only_what_differs",
-            "test_baseline.py::test_the_canvas_and_what_is_managed",
+            "test_baseline.py::test_ensure_restores_groups_and_managed_settings",
         ]),
         ("17-18 23 37-40", "app, plugin, Dockerfile, web root, context, what overrides", [
             "test_bad_input.py::test_apps_that_cannot_be_deployed",
@@ -51,11 +51,11 @@ SENTENCES: dict[str, list[tuple[str, str, list[str]]]] = {
         ]),
         ("19-20", "scaffold: the template, on an empty project only", [
             "test_verbs.py::step_01_scaffold_refuses_a_second_time",
-            "test_baseline.py::test_the_canvas_and_what_is_managed",
+            "test_baseline.py::test_ensure_restores_groups_and_managed_settings",
         ]),
         ("21 41-42", "Redis in the project or an external one; no stack is switched", [
             "test_baseline.py::test_external_redis",
-            "test_baseline.py::test_a_managed_redis_is_not_switched",
+            "test_baseline.py::test_a_projects_redis_cannot_be_replaced_by_an_external_one",
         ]),
         ("24-29", "the target: by name or id, flags over plugin over what the token says", [
             "test_tokens.py::test_flags_before_plugin_before_environment",
@@ -70,12 +70,12 @@ SENTENCES: dict[str, list[tuple[str, str, list[str]]]] = {
         ]),
         ("43-44", "deploy repairs nothing", [
             "test_bad_input.py::test_no_baseline",
-            "test_failures.py::test_nothing_is_made_where_the_router_cannot_be_asked",
+            "test_failures.py::test_nothing_is_created_without_an_answer_of_the_router",
         ]),
     ],
     "Model": [
         ("1-5", "router, env, Redis, janitor on cron, one service a deployment", [
-            "test_baseline.py::test_the_canvas_and_what_is_managed",
+            "test_baseline.py::test_ensure_restores_groups_and_managed_settings",
             "test_baseline.py::test_external_redis",
         ]),
         ("6 9", "the state is in Redis", [
@@ -118,14 +118,14 @@ SENTENCES: dict[str, list[tuple[str, str, list[str]]]] = {
         ("7-12", "register, verify by affinity, promote; the one before drains", [
             "test_verbs.py::step_05_a_pending_deployment_and_promote",
             "test_pages.py::test_a_page_that_does_not_come_up",
-            "test_rude_ssh.py::test_nothing_that_serves_is_lost",
+            "test_unreliable_ssh.py::test_no_active_deployment_is_lost",
         ]),
         ("13-15", "the janitor asks for sessions, deletes what is empty, forces what is old", [
             "test_janitor.py::test_draining_deployments",
             "test_verbs.py::step_12_the_janitor_keeps_what_is_used_and_forces_what_is_old",
         ]),
         ("16-17", "the janitor is a cron service, at most every five minutes", [
-            "test_baseline.py::test_the_canvas_and_what_is_managed",
+            "test_baseline.py::test_ensure_restores_groups_and_managed_settings",
             "test_bad_input.py::test_values_that_do_not_fit",
         ]),
         ("18-19 21", "janitor run: in its service only", [

@@ -21,7 +21,7 @@ def nothing_is_remembered() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("verb", "given", "text", "then"),
+    ("verb", "flags", "text", "expected"),
     [
         ("status", {}, "run `pulse-railway deploy`", "run `pulse-railway deploy`"),
         (
@@ -34,8 +34,8 @@ def nothing_is_remembered() -> Iterator[None]:
         (
             "status",
             {"service": "edge", "app": "main.py"},
-            "`pulse-railway logs --service edge-redis` tells why",
-            "`pulse-railway logs --service edge-redis --app main.py` tells why",
+            "`pulse-railway logs --service edge-redis` shows why",
+            "`pulse-railway logs --service edge-redis --app main.py` shows why",
         ),
         (
             "promote",
@@ -54,29 +54,29 @@ def nothing_is_remembered() -> Iterator[None]:
         ),
     ],
 )
-def test_what_was_given_is_in_what_is_advised(
-    verb: str, given: dict[str, object], text: str, then: str
+def test_an_advised_command_has_the_users_flags(
+    verb: str, flags: dict[str, object], text: str, expected: str
 ) -> None:
-    advice.remember(verb, given)
-    assert advice.pasteable(text) == then
+    advice.remember(verb, flags)
+    assert advice.pasteable(text) == expected
 
 
-def test_it_is_in_what_a_verb_says(project: Project) -> None:
-    """In its error, on stdout with --json, and in what `status` names."""
+def test_verbs_print_commands_with_the_users_flags(project: Project) -> None:
+    """In the error, on stdout with --json, and in `status`."""
     env = {**project.env, "RAILWAY_PROJECT_ID": "", "RAILWAY_ENVIRONMENT_ID": ""}
     where = ("--project-id", project.id, "--environment", "production")
     command = f"`pulse-railway ensure --project-id {project.id} --environment production`"
     refused = pulse_railway("rollback", *where, "--json", env=env, cwd=TINY)
     assert command in refused.error
     assert command in refused.json["error"]
-    found = pulse_railway("status", *where, "--json", env=env, cwd=TINY).json["problems"]
-    assert command in str(found)
+    problems = pulse_railway("status", *where, "--json", env=env, cwd=TINY).json["problems"]
+    assert command in str(problems)
     checks = pulse_railway("doctor", "main.py", *where, "--json", env=env, cwd=TINY).json["checks"]
     assert command.replace("ensure", "ensure --app main.py") in str(checks)
 
 
 def texts(path: Path) -> list[str]:
-    """What stands in a file, `…` for values, f-strings whole."""
+    """Return a file's strings, with `…` for values in f-strings."""
     return [
         skeleton(node, {})
         for node in ast.walk(ast.parse(path.read_text()))
@@ -84,10 +84,10 @@ def texts(path: Path) -> list[str]:
     ]
 
 
-def test_every_command_that_is_advised_is_one() -> None:
-    found = {c for path in FILES for text in texts(path) for c in commands(text)}
-    assert len(found) > 25
-    for command in found:
+def test_every_advised_command_exists() -> None:
+    advised = {c for path in FILES for text in texts(path) for c in commands(text)}
+    assert len(advised) > 25
+    for command in advised:
         verb, *words = command.replace("…", " … ").split()
         taken = ["--help", *(flag.option for flag in help.flags(verb))]
         assert verb in [*tasks.ns.tasks, *help.OTHER_COMMANDS], command
@@ -96,5 +96,5 @@ def test_every_command_that_is_advised_is_one() -> None:
 
 
 def commands(text: str) -> list[str]:
-    """Those that end where the text does are a part of an f-string."""
+    """Return the advised commands of a text that end in it."""
     return re.findall(r"`pulse-railway ([a-z][^`]*)`", text)

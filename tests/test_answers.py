@@ -1,6 +1,6 @@
-"""Answers that are not what they seem: whoever does not understand one changes nothing.
+"""Wrong or incomplete answers of Railway: nothing is changed on an answer not understood.
 
-The whole local Railway plays it: router, janitor, Redis, backends and verbs are processes.
+The steps share one local Railway: router, janitor, Redis, backends and verbs are processes.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from tests.users import DEPLOY, LiveSite
 
 @pytest.fixture(scope="module")
 def site(base: Project) -> LiveSite:
-    """`first` drains, `second` is active and takes a variable of pulse-env's."""
-    found = LiveSite(base)
+    """`first` drains; `second` is active, and refers to a variable of pulse-env."""
+    site = LiveSite(base)
     base.stage.set_variables("pulse-env", {"SECRET_KEY": "a secret"})
-    found.deploy("second")
-    return found
+    site.deploy("second")
+    return site
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("site")
-def test_what_is_not_understood_is_not_acted_on(request: pytest.FixtureRequest) -> None:
+def test_an_answer_not_understood_changes_nothing(request: pytest.FixtureRequest) -> None:
     play(globals(), request)
 
 
-def written(project: Project) -> dict[str, Any]:
-    """All that a verb could have changed."""
+def everything(project: Project) -> dict[str, Any]:
+    """Return the state and variables that a verb can change."""
     state = {
         key: value for key, value in project.state.items() if key not in ("answers", "deploy:lock")
     }
@@ -43,7 +43,7 @@ def written(project: Project) -> dict[str, Any]:
 
 
 def empty(service: str | None, times: int = 1) -> dict[str, Any]:
-    """Of that service, or of all."""
+    """Return a fault: Railway answers with no variables of that service, or of any."""
     return {"match": "variables", "service": service, "gives": {}, "times": times}
 
 
@@ -52,24 +52,24 @@ DEPLOY_ONE = ["deploy", "main.py", "--deployment-id", "no"]
 
 
 def step_01_variables_that_read_empty(site: LiveSite) -> None:
-    """Nothing goes on: not with another internal token, nor without the users' variables."""
+    """No verb writes another internal token, nor deploys without the user's variables."""
     project = site.project
-    before = written(project)
-    of_router = "Railway shows no variables of pulse-router"
-    of_env = "second refers to SECRET_KEY of pulse-env, and Railway shows none of it"
-    for service, said, verbs in (
-        ("pulse-router", of_router, [ENSURE, DEPLOY_ONE, ["rollback"]]),
-        ("pulse-env", of_env, [DEPLOY_ONE, ["promote", "--deployment-id", "first"]]),
-        (None, of_router, [ENSURE]),
+    before = everything(project)
+    no_router = "Railway shows no variables of pulse-router"
+    no_env = "second refers to SECRET_KEY of pulse-env, and Railway shows none of it"
+    for service, reason, verbs in (
+        ("pulse-router", no_router, [ENSURE, DEPLOY_ONE, ["rollback"]]),
+        ("pulse-env", no_env, [DEPLOY_ONE, ["promote", "--deployment-id", "first"]]),
+        (None, no_router, [ENSURE]),
     ):
         for verb in verbs:
             project.faults(empty(service, times=1000))
             run = project.run(*verb)
             assert run.code == 1, verb
-            assert f"{said}: its answer is not believed, and nothing was changed" in run.error
-        assert said in project.ok("status")["problem"]
+            assert f"{reason}: its answer is not believed, and nothing was changed" in run.error
+        assert reason in project.ok("status")["problem"]
     project.faults()
-    assert written(project) == before
+    assert everything(project) == before
 
 
 def step_02_variables_that_read_empty_once(site: LiveSite) -> None:
@@ -91,27 +91,27 @@ def step_02_variables_that_read_empty_once(site: LiveSite) -> None:
 def step_03_the_edge_answers_in_place_of_the_router(
     site: LiveSite, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Users are served inside all the while: a healthy version is kept, and chosen."""
+    """The deployment answers in the private network: it is kept, and can be promoted."""
     project = site.project
     here = InProcess(project, monkeypatch)
     monkeypatch.setattr(reachability, "EDGE_TIMEOUT", 0.3)
     api = here.api()
-    said = f"Railway's edge answers in place of the router at {site.address} (status 502)"
+    warning = f"Railway's edge answers in place of the router at {site.address} (status 502)"
 
-    def told() -> bool:
-        return said in capsys.readouterr().err
+    def warned() -> bool:
+        return warning in capsys.readouterr().err
 
     project.faults(edge="json")
     assert site.get().json()["message"] == "Application failed to respond"
     assert here.deploy("fourth")["active"] is True
-    assert told()
+    assert warned()
     assert project.active == "fourth"
     project.faults(edge="html")
     stack = inspect(api, here.target, here.names)
     assert promote.rollback(api, stack, Output())["deployment_id"] == "second"
-    assert told()
-    assert promote.choose(api, stack, "fourth", Output())["active"] is True
-    assert told()
+    assert warned()
+    assert promote.check_and_promote(api, stack, "fourth", Output())["active"] is True
+    assert warned()
     project.faults()
     assert site.visited == project.active == "fourth"
 
@@ -119,7 +119,7 @@ def step_03_the_edge_answers_in_place_of_the_router(
 def step_04_an_answer_that_is_well_formed_and_odd(
     site: LiveSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a deploy has made goes, and one line is said."""
+    """The deploy is undone, with one line of error."""
     project = site.project
     before, records = project.services, set(project.records)
     for odd, flags in (("serviceCreate", []), ("deployment", ["--no-promote"])):
@@ -149,15 +149,15 @@ def step_05_a_version_that_does_not_answer(site: LiveSite, monkeypatch: pytest.M
     project.railway.graphql("mutation ($d: String!) { deploymentRemove(id: $d) }", d=gone)
     here = InProcess(project, monkeypatch)
 
-    def patiently(*given: Any, timeout: float = 1.0, **more: Any) -> None:
-        reachability.wait_until_routed(*given, timeout=1.0, **more)
+    def for_a_second(*args: Any, timeout: float = 1.0, **flags: Any) -> None:
+        reachability.wait_until_routed(*args, timeout=1.0, **flags)
 
-    monkeypatch.setattr(promote, "wait_until_routed", patiently)
+    monkeypatch.setattr(promote, "wait_until_routed", for_a_second)
     api = here.api()
     with pytest.raises(Failure) as failed:
-        promote.choose(api, inspect(api, here.target, here.names), "second", Output())
+        promote.check_and_promote(api, inspect(api, here.target, here.names), "second", Output())
     assert "second does not answer now, and nothing was changed" in str(failed.value)
-    assert "--force promotes it all the same" in str(failed.value)
+    assert "--force promotes it anyway" in str(failed.value)
     assert project.active == "fourth"
     assert project.ok("promote", "--deployment-id", "second", "--force")["active"] is True
     assert project.active == "second"
@@ -176,7 +176,7 @@ def step_06_a_router_that_has_failed(site: LiveSite) -> None:
     assert site.visited == "fourth"
     assert project.ok("status")["problem"] == (
         "pulse-router is FAILED on Railway: see `pulse-railway logs --service pulse-router`;"
-        " `pulse-railway ensure` deploys it anew"
+        " `pulse-railway ensure` deploys it again"
     )
     assert project.ok("ensure", "main.py")["changed"] == ["pulse-router: deploy"]
     assert project.latest("pulse-router")["status"] == "SUCCESS"
@@ -186,7 +186,7 @@ def step_06_a_router_that_has_failed(site: LiveSite) -> None:
 
 
 def step_07_a_service_that_railway_refuses_to_delete(site: LiveSite) -> None:
-    """The others have their turn in the same run, and it has its own in the next."""
+    """The janitor deletes the others in the same run, and this one in the next."""
     project = site.project
     (site.tabs / "third").write_text("0")
     site.deploy("fifth")
@@ -206,7 +206,7 @@ def step_07_a_service_that_railway_refuses_to_delete(site: LiveSite) -> None:
 
 
 def step_08_a_janitor_in_the_router(site: LiveSite) -> None:
-    """It has not the limits that `ensure` has set on the janitor's own service."""
+    """The router's service has no replica limit, unlike the janitor's."""
     before = site.project.services
     done = site.inside("pulse-router", "pulse-railway janitor run")
     assert done.returncode == 1

@@ -1,4 +1,4 @@
-"""What a stack can be besides the default: external Redis, published images, other names."""
+"""Stacks with other settings than the default: external Redis, published images, other names."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from tests.conftest import BASE, ROOT, TINY, Project, Redis
 from tests.net import ask, eventually, listens
 
 DOCKER = """#!/bin/sh
-# Stands in for docker, of which there is no daemon here: writes down how it was called, and
-# "pushes" the context to where the local Railway looks for images.
+# Replaces docker, whose daemon does not run here: records its arguments and environment.
 printf '%s\\n' "$*" >> "$DOCKER_LOG"
 env | sort >> "$DOCKER_LOG.env"
 while [ $# -gt 1 ]; do
@@ -32,7 +31,7 @@ echo "#1 building $image"
 
 @pytest.fixture
 def docker(tmp_path: Path) -> dict[str, str]:
-    """A PATH with a `docker` that records, and where it records to."""
+    """The folder of a `docker` that records its arguments, and its file."""
     folder = tmp_path / "docker-bin"
     folder.mkdir()
     script = folder / "docker"
@@ -65,13 +64,15 @@ def test_external_redis(new_project: Callable[[], Project]) -> None:
         server.stop()
 
 
-def test_a_managed_redis_is_not_switched(new_project: Callable[[], Project]) -> None:
+def test_a_projects_redis_cannot_be_replaced_by_an_external_one(
+    new_project: Callable[[], Project],
+) -> None:
     project = new_project()
     project.ok("ensure", "main.py")
     refused = project.run("ensure", "main.py", "--redis-url", "redis://elsewhere:6379")
     assert (refused.code, "another Redis" in refused.error) == (1, True)
     raw = project.variables("pulse-router")["REDIS_URL"]
-    assert raw == "${{pulse-redis.REDIS_URL}}"  # the password never left Railway
+    assert raw == "${{pulse-redis.REDIS_URL}}"  # a reference, so the password stays on Railway
 
 
 PATCH = """
@@ -82,42 +83,41 @@ mutation Move($environment: String!, $patch: EnvironmentConfig!) {
 
 
 def instances(project: Project) -> dict[str, dict[str, Any]]:
-    """Each service's instance as the local Railway keeps it."""
-    raw = json.loads((project.railway.root / "state.json").read_text())
+    """Return each service's instance in the local Railway's state."""
+    state = json.loads((project.railway.root / "state.json").read_text())
     return {
         s["name"]: next(i for i in s["instances"] if i["environment_id"] == project.environment)
-        for s in raw["services"]
+        for s in state["services"]
         if s["project_id"] == project.id
     }
 
 
-def test_the_canvas_and_what_is_managed(new_project: Callable[[], Project]) -> None:
-    """All of it is in the router's group, what is moved out is moved back, and what `ensure`
-    manages is set again; one backend replica."""
+def test_ensure_restores_groups_and_managed_settings(new_project: Callable[[], Project]) -> None:
+    """All services are in the router's group on Railway's canvas."""
     project = new_project()
     project.ok("ensure", "main.py")
     project.deploy("one")
-    found = instances(project)
-    assert set(found) == {*BASE, "one"}
-    groups = {instance["group_id"] for instance in found.values()}
+    before = instances(project)
+    assert set(before) == {*BASE, "one"}
+    groups = {instance["group_id"] for instance in before.values()}
     assert len(groups) == 1
     assert groups != {None}
-    assert found["pulse-janitor"]["settings"]["cronSchedule"] == "*/5 * * * *"
-    assert found["pulse-router"]["settings"]["healthcheckPath"] == "/healthz"
-    assert found["one"]["settings"]["healthcheckPath"] == "/_pulse/health"
+    assert before["pulse-janitor"]["settings"]["cronSchedule"] == "*/5 * * * *"
+    assert before["pulse-router"]["settings"]["healthcheckPath"] == "/healthz"
+    assert before["one"]["settings"]["healthcheckPath"] == "/_pulse/health"
     assert project.ok("ensure", "main.py")["changed"] == []
 
-    ids = {name: instance["service_id"] for name, instance in found.items()}
+    ids = {name: instance["service_id"] for name, instance in before.items()}
     moved = {ids[name]: {"groupId": None} for name in ("pulse-redis", "one")}
     changed = {ids["pulse-janitor"]: {"deploy": {"cronSchedule": "0 * * * *"}}}
     patch = {"services": {**moved, **changed}}
     project.railway.graphql(PATCH, environment=project.environment, patch=patch)
     assert instances(project)["one"]["group_id"] is None
-    said = project.ok("ensure", "main.py")["changed"]
-    assert len(said) == 4, said  # the last one: the janitor is deployed with it
-    again = instances(project)
-    assert {instance["group_id"] for instance in again.values()} == groups
-    assert again["pulse-janitor"]["settings"]["cronSchedule"] == "*/5 * * * *"
+    changes = project.ok("ensure", "main.py")["changed"]
+    assert len(changes) == 4, changes  # with the janitor's deployment
+    after = instances(project)
+    assert {instance["group_id"] for instance in after.values()} == groups
+    assert after["pulse-janitor"]["settings"]["cronSchedule"] == "*/5 * * * *"
     assert project.active == "one"
 
 
@@ -129,12 +129,12 @@ mutation Deploy($service: String!, $environment: String!) {
 
 
 def test_metrics_on_the_private_network(new_project: Callable[[], Project]) -> None:
-    """A variable on the router service, a redeploy, and its numbers are there; ensure leaves it."""
+    """A variable of the router's service enables them after a redeploy; `ensure` keeps it."""
     project, port = new_project(), free_port()
     project.ok("ensure", "main.py")
     project.deploy("one")
-    given = {"PULSE_RAILWAY_METRICS_PORT": str(port), "PULSE_RAILWAY_ACCESS_LOG": "1"}
-    project.stage.set_variables("pulse-router", given)
+    variables = {"PULSE_RAILWAY_METRICS_PORT": str(port), "PULSE_RAILWAY_ACCESS_LOG": "1"}
+    project.stage.set_variables("pulse-router", variables)
     service = project.stage.services()["pulse-router"]["serviceId"]
     project.railway.graphql(DEPLOY, service=service, environment=project.environment)
     eventually(lambda: listens(port), 30)
@@ -144,9 +144,9 @@ def test_metrics_on_the_private_network(new_project: Callable[[], Project]) -> N
     active = 'pulse_router_deployments{state="active"} 1'
     eventually(lambda: active in ask(port, "/metrics").body.decode())
     assert project.ok("ensure", "main.py")["changed"] == []
-    assert project.variables("pulse-router").items() >= given.items()
-    said = project.run("logs", "--service", "pulse-router").out
-    assert "GET /_pulse/meta 200" in said
+    assert project.variables("pulse-router").items() >= variables.items()
+    log = project.run("logs", "--service", "pulse-router").out
+    assert "GET /_pulse/meta 200" in log
 
 
 def test_service_prefix(new_project: Callable[[], Project], tmp_path: Path) -> None:
@@ -197,9 +197,9 @@ def test_image_mode(new_project: Callable[[], Project], docker: dict[str, str]) 
     assert f"-f {TINY / 'Dockerfile'}" in command
     assert "--build-arg PULSE_APP_FILE --build-arg PULSE_SERVER_ADDRESS" in command
     assert "very-secret-argument" not in command
-    given = Path(docker["DOCKER_LOG"] + ".env").read_text()
-    assert "TOKEN=very-secret-argument" in given
-    assert "PULSE_APP_FILE=main.py" in given
+    environment = Path(docker["DOCKER_LOG"] + ".env").read_text()
+    assert "TOKEN=very-secret-argument" in environment
+    assert "PULSE_APP_FILE=main.py" in environment
     assert project.get("/_pulse/meta")["deployment_id"] == "img-1"
     # a build that fails creates nothing
     verb = project.run(
@@ -257,7 +257,7 @@ def test_a_published_runtime_image(
 
 
 def test_no_secret_is_shown(new_project: Callable[[], Project], tmp_path: Path) -> None:
-    """Every verb with marked secrets; none of them in output, logs, or any child's arguments."""
+    """No secret is in a verb's output, a log, or a subprocess's arguments."""
     project = new_project()
     log = tmp_path / "arguments.log"
     real = Path(project.railway.root) / "bin" / "railway"
@@ -267,11 +267,11 @@ def test_no_secret_is_shown(new_project: Callable[[], Project], tmp_path: Path) 
     spy.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >> {log}\nexec {real} "$@"\n')
     spy.chmod(0o755)
     env = {"PATH": str(folder) + os.pathsep + project.env["PATH"]}
-    said = []
+    outputs = []
 
     def run(*arguments: str) -> None:
         verb = project.run(*arguments, **env)
-        said.append(verb.out + verb.err)
+        outputs.append(verb.out + verb.err)
         assert verb.code == 0, verb.err
 
     run("ensure", "main.py", "--token", project.env["RAILWAY_API_TOKEN"])
@@ -291,7 +291,7 @@ def test_no_secret_is_shown(new_project: Callable[[], Project], tmp_path: Path) 
     project.faults({"match": "environment", "error": f"bad {project.env['RAILWAY_API_TOKEN']}"})
     failed = project.run("status", **env)
     project.faults()
-    said.append(failed.out + failed.err)
+    outputs.append(failed.out + failed.err)
     router = project.variables("pulse-router")
     password = project.variables("pulse-redis")["REDIS_PASSWORD"]
     secrets = [
@@ -302,7 +302,7 @@ def test_no_secret_is_shown(new_project: Callable[[], Project], tmp_path: Path) 
         "marked-secret-2",
         "marked-secret-3",
     ]
-    everything = "\n".join(said) + log.read_text()
+    everything = "\n".join(outputs) + log.read_text()
     ids = {s["serviceId"] for s in project.stage.services().values()}
     state = json.loads((project.railway.root / "state.json").read_text())
     for deployment in state["deployments"]:
@@ -314,22 +314,22 @@ def test_no_secret_is_shown(new_project: Callable[[], Project], tmp_path: Path) 
     assert "ssh" in log.read_text()
 
 
-def test_listing_is_quick_and_output_plain(project: Project) -> None:
+def test_list_is_fast_and_help_has_no_escapes(project: Project) -> None:
     began = time.monotonic()
     verb = project.run("--list")
     assert verb.code == 0
     assert time.monotonic() - began < 1.0  # 0.2 s alone; the machine is shared
     for name in ("deploy", "ensure", "rollback", "janitor.run"):
         assert name in verb.out
-    helped = project.run("deploy", "--help")
-    assert "--image-repository" in helped.out
-    assert "\x1b" not in helped.out
+    help_run = project.run("deploy", "--help")
+    assert "--image-repository" in help_run.out
+    assert "\x1b" not in help_run.out
 
 
-def test_a_login_makes_no_baseline_and_keeps_one(
+def test_a_login_creates_no_baseline_and_can_update_one(
     base: Project, new_project: Callable[[], Project], tmp_path: Path
 ) -> None:
-    """It expires within the hour, and the janitor would be left without a token."""
+    """The login expires within an hour, after which the janitor would have no token."""
     login = {"user": {"accessToken": base.env["RAILWAY_API_TOKEN"]}}
     folder = tmp_path / ".railway"
     folder.mkdir()

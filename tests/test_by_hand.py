@@ -1,4 +1,4 @@
-"""Services of a stack that somebody deleted on Railway: what `status` says mends it."""
+"""Services of a stack that were deleted on Railway, and the command that restores them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import pytest
 
 from pulse_railway import contract
 from pulse_railway.config import Names, Target
-from pulse_railway.stack import Service, Stack, can_be_made, named_after, partial
+from pulse_railway.stack import Service, Stack, can_create_missing, missing_name, partial
 from tests.conftest import TINY, Project, play
 from tests.net import eventually
 from tests.test_local_environments import delete
 
-# ends as SIGKILL ends it after the n-th write that Railway has carried out
+# a verb that kills itself after its n-th mutation
 KILLED = """
 import os, sys
 from pulse_railway import cli
@@ -35,7 +35,7 @@ cli.main(sys.argv[2:])
 
 
 def killed(project: Project, *words: str, after: int = 1, **env: str) -> bool:
-    """Run a verb that is killed after so many writes. False: it came to its end before."""
+    """Run a verb that is killed after so many mutations. Returns False if it finished before."""
     command = [sys.executable, "-c", KILLED, str(after), *words]
     done = subprocess.run(
         command, env={**project.env, **env}, cwd=TINY, capture_output=True, text=True, timeout=120
@@ -45,14 +45,14 @@ def killed(project: Project, *words: str, after: int = 1, **env: str) -> bool:
 
 
 def remove(project: Project, *names: str) -> None:
-    """As somebody does on Railway's page."""
-    there = project.stage.services()
+    """Delete services, as on Railway's page."""
+    services = project.stage.services()
     for name in names:
-        delete(project, there[name]["serviceId"])
+        delete(project, services[name]["serviceId"])
 
 
 def running(project: Project, *but: str) -> dict[str, str]:
-    """The deployment of each service."""
+    """Return each service's deployment, except of env and `but`."""
     names = project.services - {"edge-env", *but}
     return {name: project.latest(name)["id"] for name in names}
 
@@ -63,23 +63,23 @@ def ensure(project: Project, *words: str) -> Any:
 
 @pytest.fixture(scope="module")
 def edge(project: Project) -> Project:
-    """A stack whose names have a prefix, with a variable of its user's."""
+    """A stack with a prefix in its names, and a variable of the user."""
     project.ok("ensure", "main.py", "--service-prefix", "edge")
     project.stage.set_variables("edge-env", {"API_KEY": "k"})
     project.deploy("first")
     return project
 
 
-def test_what_was_deleted_by_hand_is_made_anew(edge: Project, request: Any) -> None:
+def test_deleted_services_are_created_again(edge: Project, request: Any) -> None:
     play(globals(), request)
 
 
 def step_01_the_janitor(edge: Project) -> None:
-    """Before: delete the router, whose address goes with it, and scaffold."""
+    """The message has once advised to delete the router, and thus its address."""
     before, token = running(edge, "edge-janitor"), edge.variables("edge-router")
     remove(edge, "edge-janitor")
     status = edge.ok("status")
-    said = "edge-janitor of this stack is missing: `pulse-railway ensure --repair` makes it anew"
+    said = "edge-janitor of this stack is missing: `pulse-railway ensure --repair` creates it again"
     assert (status["problem"], status["missing"]) == (said, ["edge-janitor"])
     with_app = said.replace("--repair`", "--repair --app main.py`")
     assert with_app in edge.run("deploy", "main.py").error
@@ -105,7 +105,8 @@ def step_02_the_env_service(edge: Project) -> None:
     remove(edge, "edge-env")
     lost = "the variables of edge-env are lost; deployments refer to API_KEY"
     said = (
-        "edge-env of this stack is missing: `pulse-railway ensure --repair` makes it anew; " + lost
+        "edge-env of this stack is missing: `pulse-railway ensure --repair` creates it again; "
+        + lost
     )
     assert edge.ok("status")["problem"].startswith(said)
     done = ensure(edge, "--repair")
@@ -114,7 +115,7 @@ def step_02_the_env_service(edge: Project) -> None:
     assert "API_KEY" not in edge.variables("edge-env")
     assert (running(edge), edge.variables("edge-router")) == (before, router)
     assert edge.ok("ensure", "main.py")["changed"] == []
-    # which is not taken for an answer of Railway's that lacks something
+    # the new env service is not taken for an incomplete answer of Railway
     assert edge.ok("promote", "--deployment-id", "first")["active"]
     warned = edge.run("deploy", "main.py", "--deployment-id", "second")
     assert "warning: edge-env has no API_KEY, which first refers to" in warned.err
@@ -142,7 +143,7 @@ def step_03_killed_after_each_write(edge: Project) -> None:
 
 
 def step_04_the_router(edge: Project) -> None:
-    """Before: there is no baseline, and `ensure` made one with the usual names beside the rest."""
+    """`ensure` has once created a second baseline, with the default names."""
     remove(edge, "edge-router")
     rest = ("edge-env", "edge-janitor", "edge-redis")
     said = f"{', '.join(rest)} belonged to a router that is gone: delete {', '.join(rest)}"
@@ -162,7 +163,7 @@ def step_04_the_router(edge: Project) -> None:
 
 
 def step_05_railways_own_file_in_a_folder_above(edge: Project, tmp_path: Path) -> None:
-    """Its next apply would delete what `ensure` makes."""
+    """Its next apply would delete the services that `ensure` creates."""
     folder = tmp_path / "services" / "site"
     shutil.copytree(TINY, folder)
     file = tmp_path / ".railway" / "railway.ts"
@@ -186,25 +187,25 @@ def a_stack(without: str, **of_router: str) -> Stack:
     return Stack(Target("p", "e"), Names(), services)
 
 
-def test_only_what_is_certainly_this_stacks_is_made_anew() -> None:
-    assert can_be_made(a_stack("pulse-janitor"))
-    assert can_be_made(a_stack("pulse-env"))
-    assert not can_be_made(a_stack(""))
-    assert not can_be_made(a_stack("pulse-redis"))
-    assert not can_be_made(a_stack("pulse-env", **{contract.STACK: ""}))  # 0.3.x's
+def test_services_are_created_again_only_for_a_stack_that_is_known() -> None:
+    assert can_create_missing(a_stack("pulse-janitor"))
+    assert can_create_missing(a_stack("pulse-env"))
+    assert not can_create_missing(a_stack(""))
+    assert not can_create_missing(a_stack("pulse-redis"))
+    assert not can_create_missing(a_stack("pulse-env", **{contract.STACK: ""}))  # 0.3.x's
     unstamped = a_stack("pulse-env")
     unstamped.services["pulse-redis"].variables = {}
-    assert not can_be_made(unstamped)
+    assert not can_create_missing(unstamped)
     renamed = a_stack("pulse-janitor")
     renamed.services["sweeper"] = renamed.services["pulse-env"].__class__(
         "s", "", "sweeper", "", None, {}, [], None, None, {contract.STACK: "e/pulse-router"}
     )
-    assert not can_be_made(renamed)
+    assert not can_create_missing(renamed)
     assert "If what is missing has another name" in partial(renamed)
 
 
 @pytest.mark.parametrize(
-    ("router", "wanted", "was", "name"),
+    ("router", "names", "former", "name"),
     [
         ("pulse-router", Names(), None, "pulse-env"),
         ("edge-router", Names(), None, "edge-env"),
@@ -213,7 +214,7 @@ def test_only_what_is_certainly_this_stacks_is_made_anew() -> None:
         ("edge", Names(), None, "pulse-env"),
     ],
 )
-def test_what_is_not_there_has_the_stacks_names(
-    router: str, wanted: Names, was: str | None, name: str
+def test_the_name_of_a_missing_service(
+    router: str, names: Names, former: str | None, name: str
 ) -> None:
-    assert named_after(router, wanted, "env", was) == name
+    assert missing_name(router, names, "env", former) == name

@@ -1,4 +1,4 @@
-"""A share of the new visitors: who is drawn, and what becomes of them on a bad day."""
+"""A canary's share of new visitors: which visitors are in it, and failures of its backend."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ def visitor(n: int) -> bytes:
 
 @pytest.mark.parametrize("weight", [0, 1, 5, 10, 25, 50, 90, 100])
 def test_the_share_is_within_a_point(weight: float) -> None:
-    drawn = sum(router.in_canary_bucket(visitor(n), "prod-1", weight) for n in range(10_000))
-    assert abs(drawn / 100 - weight) <= (1 if 0 < weight < 100 else 0)
+    inside = sum(router.in_canary_bucket(visitor(n), "prod-1", weight) for n in range(10_000))
+    assert abs(inside / 100 - weight) <= (1 if 0 < weight < 100 else 0)
 
 
 @given(
     st.binary(max_size=40), st.from_regex(r"[a-z0-9][a-z0-9-]{0,23}", fullmatch=True),
     st.floats(0, 100), st.floats(0, 100),
 )  # fmt: skip
-def test_nobody_flips_back_as_the_share_grows(
-    who: bytes, name: str, some: float, more: float
+def test_no_visitor_leaves_a_share_that_grows(
+    visitor_id: bytes, name: str, weight: float, other: float
 ) -> None:
-    some, more = sorted((some, more))
-    assert router.in_canary_bucket(who, name, some) <= router.in_canary_bucket(who, name, more)
-    assert not router.in_canary_bucket(who, name, 0)
-    assert router.in_canary_bucket(who, name, 100)
+    low, high = sorted((weight, other))
+    in_bucket = router.in_canary_bucket
+    assert in_bucket(visitor_id, name, low) <= in_bucket(visitor_id, name, high)
+    assert not in_bucket(visitor_id, name, 0)
+    assert in_bucket(visitor_id, name, 100)
 
 
-def test_another_canary_draws_anew() -> None:
-    """Not always the same people."""
+def test_two_canaries_have_different_visitors() -> None:
     both = sum(
         router.in_canary_bucket(visitor(n), "a", 10)
         and router.in_canary_bucket(visitor(n), "b", 10)
@@ -69,16 +69,17 @@ class Canary:
     b: Backend
     ports: list[int]
 
-    def weigh(self, weight: float) -> None:
-        more = {"registered_at": 2, "weight": weight, "held": True}
-        self.redis.deployment("b", self.b.address, "pending", **more)
+    def set_weight(self, weight: float) -> None:
+        fields = {"registered_at": 2, "weight": weight, "held": True}
+        self.redis.deployment("b", self.b.address, "pending", **fields)
 
     def page(self, n: int, *lines: str, port: int = 0, path: str = "/") -> Answer:
-        """What visitor number `n` gets."""
+        """Return the answer to visitor number `n`."""
         address = f"x-real-ip: 10.0.{n // 250}.{n % 250}"
         return ask(port or self.ports[0], path, address, CHROME, *lines)
 
     def sides(self, visitors: int = 60, port: int = 0) -> list[bytes]:
+        """Return for each visitor which deployment answers: b"a" or b"b"."""
         return [self.page(n, port=port).body for n in range(visitors)]
 
 
@@ -86,13 +87,13 @@ class Canary:
 def canary(redis_server: Redis, run_router: Run) -> Iterator[Canary]:
     with Backend(ok(b"a", PAGE)) as a, Backend(ok(b"b", PAGE)) as b:
         redis_server.deployment("a", a.address, "active", registered_at=1)
-        found = Canary(redis_server, a, b, [])
-        found.weigh(50)
-        quick = {"report_seconds": 0.5}
-        found.ports = [run_router(redis_server, quick).port for _ in range(2)]
+        canary = Canary(redis_server, a, b, [])
+        canary.set_weight(50)
+        limits = {"report_seconds": 0.5}
+        canary.ports = [run_router(redis_server, limits).port for _ in range(2)]
         both = {b"a", b"b"}
-        eventually(lambda: all(set(found.sides(port=port)) == both for port in found.ports))
-        yield found
+        eventually(lambda: all(set(canary.sides(port=port)) == both for port in canary.ports))
+        yield canary
 
 
 def cookie_of(answer: Answer) -> str:
@@ -106,13 +107,13 @@ def test_every_router_agrees(canary: Canary) -> None:
 
 
 def test_a_page_its_assets_its_fetch_calls_and_its_socket_agree(canary: Canary) -> None:
-    """Also where the app's cookie comes with the page, and the address changes behind it."""
+    """The app's own cookie makes no difference, nor a new address or browser with the cookie."""
     for n in range(20):
         page = canary.page(n)
         cookie = cookie_of(page)
         assert cookie.startswith("pulse_railway_visitor=")
         for lines in (
-            [],  # at once, before the cookie came
+            [],  # a request before the page's cookie arrives
             ["cookie: session=1"],
             [f"cookie: session=1; {cookie}"],
             [f"cookie: {cookie}; session=1", "x-real-ip: 192.0.2.1", "user-agent: Other"],
@@ -133,8 +134,8 @@ def test_a_page_its_assets_its_fetch_calls_and_its_socket_agree(canary: Canary) 
 
 def test_the_cookie_comes_once_and_with_pages_only(canary: Canary) -> None:
     first = canary.page(1, "x-forwarded-proto: https")
-    said = first.header("set-cookie") or ""
-    assert said.endswith("; Path=/; Max-Age=2592000; HttpOnly; SameSite=Lax; Secure")
+    cookie = first.header("set-cookie") or ""
+    assert cookie.endswith("; Path=/; Max-Age=2592000; HttpOnly; SameSite=Lax; Secure")
     assert "Secure" not in (canary.page(1).header("set-cookie") or "")
     assert canary.page(1, f"cookie: {cookie_of(first)}").header("set-cookie") is None
     assert canary.page(1, "cookie: pulse_railway_visitor=nonsense").header("set-cookie")
@@ -143,15 +144,15 @@ def test_the_cookie_comes_once_and_with_pages_only(canary: Canary) -> None:
     assert canary.page(2).header("set-cookie") is None
 
 
-def test_it_grows_and_ends(canary: Canary) -> None:
+def test_a_share_grows_and_ends(canary: Canary) -> None:
     half = canary.sides()
-    canary.weigh(80)
+    canary.set_weight(80)
     eventually(lambda: canary.sides().count(b"b") > half.count(b"b"))
     more = canary.sides()
     assert all(after == b"b" for before, after in zip(half, more, strict=True) if before == b"b")
-    canary.weigh(100)
+    canary.set_weight(100)
     eventually(lambda: set(canary.sides()) == {b"b"})
-    canary.weigh(0)
+    canary.set_weight(0)
     eventually(lambda: set(canary.sides()) == {b"a"})
     assert canary.page(0, path="/?pulse_deployment=b").body == b"b"
     store = router.RedisStore(canary.redis.url, "pulse:railway")
@@ -159,23 +160,23 @@ def test_it_grows_and_ends(canary: Canary) -> None:
     eventually(lambda: canary.page(0).header("set-cookie") is None)
 
 
-def test_a_canary_that_is_down_costs_nobody_anything(canary: Canary) -> None:
+def test_visitors_of_a_canary_that_is_down_get_the_active_version(canary: Canary) -> None:
     expected = canary.sides(20)
-    canary.weigh(100)
+    canary.set_weight(100)
     eventually(lambda: set(canary.sides(20)) == {b"b"})
     canary.b.stop()
     assert canary.sides(20) == [b"a"] * 20
     upload = ask(canary.ports[0], "/", "x-real-ip: 10.0.0.1", CHROME, method="POST", body=b"x" * 9)
     assert (upload.status, upload.body) == (200, b"a")
     assert b"x" * 9 not in canary.b.heads
-    assert canary.page(0, path="/?pulse_deployment=b").status == 502  # its own tabs
+    assert canary.page(0, path="/?pulse_deployment=b").status == 502  # a tab of the canary
     assert expected
-    canary.a.stop()  # nobody is left
+    canary.a.stop()
     answer = canary.page(0)
     assert (answer.status, answer.header("x-pulse-selected-deployment")) == (502, "a")
 
 
-def test_redis_away_and_a_router_that_has_just_started(canary: Canary, run_router: Run) -> None:
+def test_the_share_outlives_redis_and_a_restarted_router(canary: Canary, run_router: Run) -> None:
     expected = canary.sides()
     fresh = run_router(canary.redis).port
     assert canary.sides(port=fresh) == expected
@@ -183,24 +184,24 @@ def test_redis_away_and_a_router_that_has_just_started(canary: Canary, run_route
     assert canary.sides() == expected
     late = run_router(canary.redis).port
     assert canary.page(0, port=late).status == 503
-    canary.redis.start()  # it has forgotten all; the routers have not
+    canary.redis.start()  # it has lost its data, which the routers restore
     eventually(lambda: canary.page(0, port=late).status == 200, 20)
     assert canary.sides(port=late) == expected
 
 
-def test_what_came_of_each_ones_requests_is_counted(canary: Canary) -> None:
-    canary.weigh(0)
+def test_each_deployments_requests_are_counted_by_outcome(canary: Canary) -> None:
+    canary.set_weight(0)
     eventually(lambda: set(canary.sides(20)) == {b"a"})
 
     def tally(name: str) -> Any:
         """[answers by class, failures, durations], summed over the routers."""
         keys = list(canary.redis.client.scan_iter("pulse:railway:router:*"))
-        said = [json.loads(str(v))["tallies"] for v in canary.redis.client.mget(keys) if v]
-        found = [one[name] for one in said if name in one]
+        reports = [json.loads(str(v))["tallies"] for v in canary.redis.client.mget(keys) if v]
+        tallies = [report[name] for report in reports if name in report]
         return [
-            [sum(t[0][i] for t in found) for i in range(10)],
-            sum(t[1] for t in found),
-            sum(sum(t[2]) for t in found),
+            [sum(t[0][i] for t in tallies) for i in range(10)],
+            sum(t[1] for t in tallies),
+            sum(sum(t[2]) for t in tallies),
         ]
 
     eventually(lambda: tally("a")[0][2] == tally("a")[2])
@@ -213,7 +214,7 @@ def test_what_came_of_each_ones_requests_is_counted(canary: Canary) -> None:
     canary.b.stop()
     time.sleep(0.1)
     assert canary.page(0, path="/?pulse_deployment=b").status == 502
-    # the router's own 502 in its place is among the answers, and no failure besides
+    # the router's own 502 is counted as an answer, not as a failure too
     eventually(lambda: tally("b")[0][5] == before[0][5] + 4)
     assert tally("b")[1] == before[1]
     assert tally("b")[0][4] == before[0][4] + 1
@@ -222,15 +223,17 @@ def test_what_came_of_each_ones_requests_is_counted(canary: Canary) -> None:
 # -- maintenance -------------------------------------------------------------------------------
 
 
-def test_maintenance(redis_server: Redis, run_router: Run) -> None:
+def test_maintenance_answers_all_but_health_checks_and_the_token(
+    redis_server: Redis, run_router: Run
+) -> None:
     with Backend(ok(b"app")) as a:
         redis_server.deployment("a", a.address)
         port = run_router(redis_server, PULSE_RAILWAY_INTERNAL_TOKEN="secret").port
         store = router.RedisStore(redis_server.url, "pulse:railway")
 
-        def switch(**how: Any) -> None:
-            given = {"page": None, "retry_after": 7, "by": "ada", **how}
-            store.apply(lambda state: control.set_maintenance(state, **given))
+        def switch(**changes: Any) -> None:
+            settings = {"page": None, "retry_after": 7, "by": "ada", **changes}
+            store.apply(lambda state: control.set_maintenance(state, **settings))
 
         eventually(lambda: ask(port).body == b"app")
         switch()

@@ -1,4 +1,4 @@
-"""A copy of an environment that shares the original's Redis: nothing of it outlives it for long."""
+"""A copy of an environment that shares the original's Redis: all its keys expire after its end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TTL = 60  # seconds: on a busy machine a copy takes a while
 
 
 def a_copy(url: str, name: str, ttl: int = TTL) -> dict[str, str]:
-    """The variables of its router."""
+    """Return the variables of a copy's router."""
     return {
         "REDIS_URL": url,
         contract.REDIS_PREFIX: f"pulse:railway:{name}",
@@ -32,8 +32,8 @@ def a_copy(url: str, name: str, ttl: int = TTL) -> dict[str, str]:
     }
 
 
-def lives(env: dict[str, str], name: str) -> None:
-    """What is written in a copy's life: by control commands, a deploy and its visitors."""
+def use_copy(env: dict[str, str], name: str) -> None:
+    """Write all keys of a copy, by control commands and a session."""
     for words in (
         f"claim --owner {name}/r",
         "register --deployment-id one --service-name one --address http://127.0.0.1:9",
@@ -66,18 +66,18 @@ def test_fifty_copies_leave_nothing_beyond_their_ttl(
     asyncio.run(visit({}, {"REDIS_URL": redis_server.url}))
     original = {key: client.get(key) for key in client.scan_iter("*")}
     for i in range(50):
-        lives(a_copy(redis_server.url, f"copy-{i}"), f"copy-{i}")
-        mine = [key for key in client.scan_iter("*") if f"copy-{i}" in key]
-        assert len(mine) > 8
-        assert all(0 <= client.pttl(key) <= TTL * 1000 for key in mine)
+        use_copy(a_copy(redis_server.url, f"copy-{i}"), f"copy-{i}")
+        own = [key for key in client.scan_iter("*") if f"copy-{i}" in key]
+        assert len(own) > 8
+        assert all(0 <= client.pttl(key) <= TTL * 1000 for key in own)
     lasting = [key for key in client.scan_iter("*") if not 0 <= client.pttl(key) <= TTL * 1000]
     assert {key: client.get(key) for key in lasting} == original
 
 
-def test_keys_last_for_as_long_as_a_router_reports(
+def test_the_janitor_renews_keys_while_a_router_reports(
     site: Site, run_router: Callable[..., Process]
 ) -> None:
-    """By the janitor's runs, and whoever has written them."""
+    """Also keys without an expiry, which 0.3.x writes."""
     env = a_copy(site.server.url, "copy", 60)
     store = router.store_from_env(env)
     client, old = site.server.client, "pulse:railway:copy:deployment:old"
@@ -99,7 +99,7 @@ def test_keys_last_for_as_long_as_a_router_reports(
         client.expire(key, 5)
     control.keep_while_routers_report(store, store.read())
     assert min(left()) > 50
-    # what the router heals ends, too
+    # keys that the router restores expire, too
     client.delete(f"{store.prefix}:active", f"{store.prefix}:store", f"{store.prefix}:promoted")
     store.announce()
     eventually(lambda: client.get(f"{store.prefix}:active") == "old")
@@ -113,7 +113,7 @@ def test_keys_last_for_as_long_as_a_router_reports(
     assert max(left()) <= 5
 
 
-def test_an_originals_keys_do_not_end(site: Site, run_router: Callable[..., Process]) -> None:
+def test_an_originals_keys_do_not_expire(site: Site, run_router: Callable[..., Process]) -> None:
     site.control("claim", "--owner", "e/one")
     up(run_router(site.server, QUICK))
     eventually(lambda: control.reports(site.store))
@@ -122,7 +122,7 @@ def test_an_originals_keys_do_not_end(site: Site, run_router: Callable[..., Proc
     assert {site.server.client.pttl(key) for key in keys} == {-1}
 
 
-def test_sessions_of_a_copy_end_with_it() -> None:
+def test_sessions_of_a_copy_expire() -> None:
     env = {contract.SESSION_SCOPE: "e-copy", contract.KEY_TTL: "3600"}
     store = RailwaySessionStore("redis://x", env=env, prefix="shop:")
     assert (store.prefix, store._ends) == ("shop:e-copy", 3600)

@@ -1,4 +1,4 @@
-"""A service is deleted in its environment, and in no other: by the verbs and by the janitor."""
+"""Verbs and janitor delete a service in its environment, and in no other."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ ownership: Any = runtime_image.load("ownership")
 janitor: Any = runtime_image.load("janitor")
 
 
-# -- which way, as a table -------------------------------------------------------------------------
+# -- serviceDelete or an environment patch ---------------------------------------------------------
 
 
-class Said(Exception):
-    """Railway says no."""
+class RailwayError(Exception):
+    """An error in Railway's answer."""
 
 
 def page(nodes: list[dict[str, Any]], more: bool = False) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def environment(
 
 
 class Railway:
-    """What it answers by the name of the document: data, or an error to raise."""
+    """An API with prepared answers, by the document's name: data, or an error to raise."""
 
     def __init__(self, *environments: dict[str, Any], more: bool = False, **answers: Any) -> None:
         self.calls: list[str] = []
@@ -70,9 +70,9 @@ class Railway:
             raise answer
         return answer
 
-    def delete(self, project_token: bool = False, patience: float = 60.0) -> Any:
+    def delete(self, project_token: bool = False, timeout: float = 60.0) -> Any:
         token = lambda: project_token  # noqa: E731
-        return ownership.Deletion(self.call, Said, "p", "e", token, patience).delete("s")
+        return ownership.Deletion(self.call, RailwayError, "p", "e", token, timeout).delete("s")
 
 
 def here(*services: str) -> dict[str, Any]:
@@ -89,23 +89,23 @@ STAMPED = {"e0": {"RAILWAY_PROJECT_ID": "p", ownership.STACK: "o/r"}}
     [
         (Railway(ALONE), True),
         (Railway(ALONE, environment("o", has=False)), True),
-        (Railway(ALONE, environment("o")), True),  # of a service that Railway has made in all
+        (Railway(ALONE, environment("o")), True),  # an empty instance, which Railway may create
         (Railway(ALONE, environment("o", RAN)), False),
         (Railway(ALONE, environment("o"), Stamps=STAMPED), False),
         (Railway(ALONE, environment("o"), Stamps={"e0": {}}), False),
-        (Railway(ALONE, environment("o"), Stamps=Said("no")), False),
+        (Railway(ALONE, environment("o"), Stamps=RailwayError("no")), False),
         (Railway(ALONE, environment("o", has=False, access=False)), False),
         (Railway(ALONE, environment("o", has=False, access=None)), False),
         (Railway(ALONE, environment("o", has=False, more=True)), False),
         (Railway(ALONE, more=True), False),
-        (Railway(environment("o", has=False)), False),  # without the one that is asked for
+        (Railway(environment("o", has=False)), False),  # not the service's own environment
         (Railway(), False),
-        (Railway(ALONE, Reach=Said("Not Authorized")), False),
+        (Railway(ALONE, Reach=RailwayError("Not Authorized")), False),
         (Railway(ALONE, Reach={"project": None}), False),
         (Railway(ALONE, Reach={"x": 1}), False),
     ],
 )
-def test_only_who_sees_all_environments_deletes_the_service(
+def test_the_service_is_deleted_only_if_no_other_environment_has_it(
     railway: Railway, by_delete: bool
 ) -> None:
     assert railway.delete() is True
@@ -115,13 +115,13 @@ def test_only_who_sees_all_environments_deletes_the_service(
     )
 
 
-def test_a_project_token_proves_nothing() -> None:
+def test_a_project_token_never_deletes_the_service() -> None:
     railway = Railway(ALONE)
     assert railway.delete(project_token=True) is True
     assert railway.calls == ["TakeOut", "Here"]
 
 
-def test_a_deletion_shows_within_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_deletion_is_confirmed_within_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
     monkeypatch.setattr(time, "monotonic", lambda: sum(slept))
     monkeypatch.setattr(time, "sleep", slept.append)
@@ -129,17 +129,17 @@ def test_a_deletion_shows_within_a_minute(monkeypatch: pytest.MonkeyPatch) -> No
     assert railway.delete(project_token=True) is True
     assert slept == [1, 2, 4, 8]
     railway = Railway(Here=here("router", "s"))
-    deletion = ownership.Deletion(railway.call, Said, "p", "e", lambda: True)
+    deletion = ownership.Deletion(railway.call, RailwayError, "p", "e", lambda: True)
     slept.clear()
     assert deletion.delete("s") is False
     assert 45 < sum(slept) <= 60
     slept.clear()
-    assert deletion.delete("s") is False  # what was without effect is not waited for again
+    assert deletion.delete("s") is False  # a second deletion without effect waits less
     assert 1 <= sum(slept) <= 20
 
 
 @pytest.mark.parametrize(
-    ("answers", "removed", "said"),
+    ("answers", "removed", "error"),
     [
         ({}, 0, None),
         ({"Running": (RAN | {"status": "SUCCESS"}, [RAN])}, 1, None),
@@ -156,34 +156,35 @@ def test_a_deletion_shows_within_a_minute(monkeypatch: pytest.MonkeyPatch) -> No
         ({"Running": (None, None)}, 0, "what runs"),
     ],
 )
-def test_what_cannot_be_deleted_is_stopped_and_marked(
-    answers: dict[str, Any], removed: int, said: str | None
+def test_a_service_that_cannot_be_deleted_is_stopped_and_marked(
+    answers: dict[str, Any], removed: int, error: str | None
 ) -> None:
     if running := answers.get("Running"):
         latest, active = running
         instance = {"latestDeployment": latest, "activeDeployments": active}
         answers = {**answers, "Running": {"serviceInstance": instance}}
-    railway = Railway(**{"TakeOut": Said("no"), "Here": here("router", "s"), **answers})
-    if said:
-        with pytest.raises(ownership.NotUnderstood, match=said):
+    railway = Railway(**{"TakeOut": RailwayError("no"), "Here": here("router", "s"), **answers})
+    if error:
+        with pytest.raises(ownership.NotUnderstood, match=error):
             railway.delete(project_token=True)
     else:
         assert railway.delete(project_token=True) is False
     assert railway.calls.count("DeploymentRemove") == removed
-    assert ("SetVariables" in railway.calls) == (said is None)
+    assert ("SetVariables" in railway.calls) == (error is None)
 
 
-def test_a_service_that_is_gone_already_is_what_was_wanted() -> None:
-    no, gone, there = Said("ServiceInstance not found"), here("router"), here("router", "s")
-    assert Railway(TakeOut=no, Here=gone).delete(project_token=True) is True
-    assert Railway(ALONE, ServiceDelete=no, Here=gone).delete() is True
-    with pytest.raises(Said):
-        Railway(ALONE, ServiceDelete=no, Here=there).delete()
+def test_a_service_that_does_not_exist_counts_as_deleted() -> None:
+    error = RailwayError("ServiceInstance not found")
+    without, with_service = here("router"), here("router", "s")
+    assert Railway(TakeOut=error, Here=without).delete(project_token=True) is True
+    assert Railway(ALONE, ServiceDelete=error, Here=without).delete() is True
+    with pytest.raises(RailwayError):
+        Railway(ALONE, ServiceDelete=error, Here=with_service).delete()
     with pytest.raises(ownership.NotUnderstood, match="does not say that it deleted"):
         Railway(ALONE, ServiceDelete={"serviceDelete": False}).delete()
 
 
-# -- the same on the local Railway, by both of its readings ----------------------------------------
+# -- on the local Railway, whose serviceDelete acts on one environment or on all -------------------
 
 
 @pytest.fixture
@@ -212,7 +213,7 @@ def by_janitor(service: Service, token: str) -> bool:
         "PULSE_RAILWAY_API_URL": service.project.railway.api,
     }
     railway = janitor.Railway(env)
-    railway.inspect()  # a run does so first
+    railway.inspect()  # the first step of a run
     return bool(railway.delete(janitor.Service(service.where["s"], "web", "web", 0.0)))
 
 
@@ -227,8 +228,7 @@ def token_of(service: Service, kind: str) -> str:
 def test_a_copys_deletion_leaves_the_original(
     web: Service, delete: Callable[[Service, str], bool], kind: str
 ) -> None:
-    """Before, an account's token deleted it in production too, where Railway acts as its schema
-    says."""
+    """Railway's schema lets serviceDelete delete the service in all environments."""
     copy = in_environment(web, web.project.duplicate("staging"))
     eventually(copy.get, 20)
     before, variables = web.get(), web.project.variables("web")
@@ -238,7 +238,7 @@ def test_a_copys_deletion_leaves_the_original(
     assert (copy.project.services, web.project.services) == ({"router"}, {"router", "web"})
     assert web.get() == before
     assert web.project.variables("web") == variables
-    # with the copy's gone, the original's is nobody else's
+    # now only the original has it
     web.project.faults()
     assert delete(web, token_of(web, "account")) is True
     assert web.project.services == {"router"}
@@ -246,22 +246,22 @@ def test_a_copys_deletion_leaves_the_original(
 
 @pytest.mark.parametrize("order", ["refuse", "ignore"])
 @pytest.mark.parametrize("delete", [by_verb, by_janitor])
-def test_what_railway_does_not_delete_is_left_empty(
+def test_a_service_that_railway_does_not_delete_is_left_empty(
     web: Service, delete: Callable[[Service, str], bool], order: str
 ) -> None:
     copy = in_environment(web, web.project.duplicate("staging"))
     eventually(copy.get, 20)
-    here, there = web.get(), copy.get()
+    original, copied = web.get(), copy.get()
     web.project.faults(every_environment=True, deletion_patch=order)
     assert delete(copy, token_of(copy, "project")) is False
-    eventually(lambda: gone(there), 20)
+    eventually(lambda: gone(copied), 20)
     assert copy.status == "REMOVED"
     assert copy.project.variables("web")[contract.REMOVED]
     assert contract.REMOVED not in web.project.variables("web")
-    assert web.get() == here
+    assert web.get() == original
 
 
-def test_an_environment_that_the_token_does_not_open_may_have_it(web: Service) -> None:
+def test_an_environment_hidden_from_the_token_may_have_the_service(web: Service) -> None:
     copy = in_environment(web, web.project.duplicate("staging", skipInitialDeploys=True))
     web.project.faults(every_environment=True, restricted=copy.project.environment)
     assert by_verb(web, token_of(web, "account")) is True
@@ -269,15 +269,15 @@ def test_an_environment_that_the_token_does_not_open_may_have_it(web: Service) -
     assert (web.project.services, copy.project.services) == ({"router"}, {"router", "web"})
 
 
-def test_an_empty_instance_elsewhere_goes_with_the_service(web: Service) -> None:
-    """As Railway may make it in all environments with `serviceCreate`."""
+def test_an_empty_instance_in_another_environment_is_deleted_too(web: Service) -> None:
+    """`serviceCreate` may create instances in all environments."""
     copy = in_environment(web, web.project.duplicate("staging", skipInitialDeploys=True))
     web.project.faults(every_environment=True)
     assert by_verb(web, token_of(web, "account")) is True
     assert copy.project.services == web.project.services == {"router"}
 
 
-def test_a_stamped_instance_elsewhere_stays(web: Service) -> None:
+def test_a_stamped_instance_in_another_environment_stays(web: Service) -> None:
     web.project.stage.set_variables("web", {contract.STACK: "e/r"})
     copy = in_environment(web, web.project.duplicate("staging", skipInitialDeploys=True))
     web.project.faults(every_environment=True)
@@ -286,7 +286,7 @@ def test_a_stamped_instance_elsewhere_stays(web: Service) -> None:
 
 
 @pytest.mark.parametrize("delete", [by_verb, by_janitor])
-def test_a_way_that_railway_does_not_explain_is_no_deletion(
+def test_an_unknown_error_is_not_taken_for_a_deletion(
     web: Service, delete: Callable[[Service, str], bool]
 ) -> None:
     before, token = web.get(), token_of(web, "project")
@@ -306,13 +306,13 @@ def test_a_way_that_railway_does_not_explain_is_no_deletion(
 
 
 def everything(project: Project) -> Any:
-    """The routing state, the variables and the processes of a stack."""
+    """Return a stack's routing state, variables, processes and services."""
     state = {k: v for k, v in project.state.items() if not k.startswith("router:")}
     variables = {name: project.variables(name) for name in project.services}
     return state, variables, pids(project), project.services
 
 
-def test_a_deploy_that_fails_where_nothing_can_be_deleted(base: Project) -> None:
+def test_a_failed_deploy_whose_service_cannot_be_deleted(base: Project) -> None:
     token = {"RAILWAY_TOKEN": Bearer(base, "undo").value}
     base.faults({"match": "serviceInstanceUpdate", "error": "No"}, deletion_patch="refuse")
     verb = base.run("deploy", "main.py", "--deployment-id", "third", **token)
@@ -326,8 +326,8 @@ def test_a_deploy_that_fails_where_nothing_can_be_deleted(base: Project) -> None
     assert base.services == BASE | {"first"}
 
 
-def test_a_copy_deletes_what_it_was_copied_with(base: Project) -> None:
-    """Deployments that say not whose they are, as 0.3.x makes them, are the copy's own."""
+def test_a_copy_deletes_its_copied_deployments(base: Project) -> None:
+    """Deployments without a stamp, as 0.3.x creates them, belong to the copy."""
     base.deploy("second")
     unstamp(base, "first", "second")
     before = everything(base)
@@ -335,7 +335,7 @@ def test_a_copy_deletes_what_it_was_copied_with(base: Project) -> None:
     eventually(lambda: has_settled(copy), 60)
     copy.ok("ensure", "main.py")
     for name in ("second", "first"):
-        copy.ok("promote", "--deployment-id", name, "--force")  # no router knows it: no wait
+        copy.ok("promote", "--deployment-id", name, "--force")  # no router has their records
     both = {"every_environment": True}
     cut = {"match": "deploymentRemove", "error": "Something went wrong"}
     base.faults(cut, **both, deletion_patch="refuse")

@@ -1,8 +1,7 @@
-"""What happens when a step fails.
+"""Failures of each step of `deploy`, `ensure` and `delete`.
 
-Every step of `deploy`, `ensure` and `delete` is made to fail: by 429, 502, a GraphQL error, a lost
-answer, a lost connection, a timeout. Afterwards the active deployment is untouched and no service
-is orphaned.
+The failures are 429, 502, a GraphQL error, a lost answer, a lost connection and a timeout. After
+each the active deployment is unchanged, and no service is left over.
 """
 
 from __future__ import annotations
@@ -47,12 +46,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "refused": {"error": "Something went wrong"},
     "lost": {"status": 502, "after": True},
     "cut off": {"drop": True},
-    "timeout": {"delay": 1.5},  # longer than what this process waits for
+    "timeout": {"delay": 1.5},  # longer than this process's TIMEOUT
 }
 
 
-# Queries go through one function, and so does serviceInstanceUpdate, which may be repeated: what
-# they recover from is tried at `deployment`, what they fail of at each.
+# All queries, and serviceInstanceUpdate, are repeated by one function: the failures that they
+# recover from are tested with `deployment` only, the others with each call.
 FATAL = ("502 always", "refused")
 FAILING = {
     "serviceCreate": KINDS,
@@ -64,7 +63,7 @@ FAILING = {
 
 
 class InProcess:
-    """The flows as a verb calls them, in this process: what a subprocess would add is start-up."""
+    """Runs flows as a verb does, in this process, which saves the start of a subprocess."""
 
     def __init__(self, project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
         for name, value in project.env.items():
@@ -74,15 +73,17 @@ class InProcess:
         monkeypatch.setattr(api_module, "TIMEOUT", httpx.Timeout(1.0))
         monkeypatch.setattr(time, "sleep", _quicker(time.sleep))
         self.project, self.monkeypatch = project, monkeypatch
-        way = config.ControlRoute("ssh", Path(project.env["PULSE_RAILWAY_SSH_KEY"]))
-        self.target = config.Target(project.id, project.environment, way)
+        route = config.ControlRoute("ssh", Path(project.env["PULSE_RAILWAY_SSH_KEY"]))
+        self.target = config.Target(project.id, project.environment, route)
         self.names = config.Names()
 
     def without_ssh(self) -> None:
-        """Control commands run in this process, on the project's real Redis: where it is not ssh
-        that is made to fail, its three processes a command only cost time."""
-        port = self.project.redis.connection_pool.connection_kwargs
-        env = {"REDIS_URL": f"redis://:{port['password']}@127.0.0.1:{port['port']}"}
+        """Run control commands in this process, on the project's Redis.
+
+        `railway ssh` takes three processes a command, which only costs time if ssh does not fail.
+        """
+        redis = self.project.redis.connection_pool.connection_kwargs
+        env = {"REDIS_URL": f"redis://:{redis['password']}@127.0.0.1:{redis['port']}"}
 
         def carry_out(_: Api, __: Stack, words: list[str]) -> Outcome:
             return Outcome(json.dumps(control.carry_out(words, env)), "", False)
@@ -99,8 +100,8 @@ class InProcess:
         return deploy.deploy(self.api(), self.target, plan, output)
 
     def ensure(self, **flags: Any) -> list[str]:
-        wanted = options.parse_baseline({"app": "main.py", "context": TINY, **flags}, Output())
-        return baseline.ensure(self.api(), self.target, wanted, Output())[1]
+        parsed = options.parse_baseline({"app": "main.py", "context": TINY, **flags}, Output())
+        return baseline.ensure(self.api(), self.target, parsed, Output())[1]
 
     def delete(self, deployment_id: str) -> None:
         api = self.api()
@@ -128,7 +129,7 @@ def test_a_deploy_that_fails_leaves_nothing(
     if call != "ssh":
         here.without_ssh()
     name = f"d-{DEPLOY_CALLS.index(call)}-{list(KINDS).index(kind)}"
-    # the first query of a kind is the inspection, the first ssh asks whether the way is open
+    # the first query of a kind belongs to the inspection, the first ssh to `lock`
     project.faults({"match": call, **KINDS[kind], "nth": 2 if call == "ssh" else 1})
     try:
         here.deploy(name, no_promote=True)
@@ -137,7 +138,7 @@ def test_a_deploy_that_fails_leaves_nothing(
         failed = failure
     project.faults()
     assert project.active == "first"
-    # a rate limit, and one bad answer to what may be repeated, cost time and nothing else
+    # a rate limit is repeated, and so is one 502 to a call that may be repeated
     if kind == "429" or (kind == "502" and call != "serviceCreate"):
         assert failed is None
     if failed is None:  # it recovered
@@ -145,10 +146,10 @@ def test_a_deploy_that_fails_leaves_nothing(
         assert project.records[name]["state"] == "pending"
         here.delete(name)
     else:
-        said = capsys.readouterr().err
-        assert "failed at: " in said or "projectToken" in call or "environment" in call, said
-        if (call, kind) == ("ssh", "502 always"):  # nobody could say that it may go
-            assert f"{name} stays" in said
+        printed = capsys.readouterr().err
+        assert "failed at: " in printed or "projectToken" in call or "environment" in call, printed
+        if (call, kind) == ("ssh", "502 always"):  # the router could not confirm the retirement
+            assert f"{name} stays" in printed
             assert name in project.services
             here.delete(name)
     assert project.services == BASE | {"first"}
@@ -173,7 +174,7 @@ def test_a_build_that_fails(here: InProcess, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize("kind", ["502 always", "refused"])
-def test_nothing_is_made_where_the_router_cannot_be_asked(here: InProcess, kind: str) -> None:
+def test_nothing_is_created_without_an_answer_of_the_router(here: InProcess, kind: str) -> None:
     here.project.faults({"match": "ssh", **KINDS[kind], "times": 1000})
     with pytest.raises(Failure, match="not known whether the router carried out `lock`"):
         here.deploy("no-way")
@@ -182,7 +183,7 @@ def test_nothing_is_made_where_the_router_cannot_be_asked(here: InProcess, kind:
 
 
 def test_a_promotion_whose_answer_is_lost(here: InProcess) -> None:
-    """`promote` ran, its answer did not come: it is asked what happened, and nothing is removed."""
+    """The command is repeated with its nonce, and returns the first outcome."""
     project = here.project
     project.faults({"match": "ssh", "nth": 3, "status": 502, "after": True})
     assert here.deploy("lost")["active"] is True
@@ -193,8 +194,8 @@ def test_a_promotion_whose_answer_is_lost(here: InProcess) -> None:
     here.delete("lost")
 
 
-def test_a_promotion_that_another_overtakes_is_told(here: InProcess) -> None:
-    """Both were promoted; this run waits for an answer that nobody gives any more."""
+def test_a_later_promotion_of_another_run_is_reported(here: InProcess) -> None:
+    """Both were promoted, and this run's deployment is not active any more."""
     here.without_ssh()
     api, output = here.api(), Output()
     stack = inspect(api, here.target, here.names)
@@ -209,19 +210,19 @@ def test_a_promotion_that_another_overtakes_is_told(here: InProcess) -> None:
         reachability.wait_until_routed(api, stack, "first", output, by_affinity=True, timeout=1.0)
 
 
-def test_an_intent_that_cannot_be_noted_is_a_warning(
+def test_a_failure_to_store_the_last_promotion_is_a_warning(
     here: InProcess, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stack = inspect(here.api(), here.target, here.names)
     here.project.faults({"match": "variableCollectionUpsert", **KINDS["refused"]})
-    reachability.remember_active(here.api(), stack, "first", None, Output())
+    reachability.store_last_promoted(here.api(), stack, "first", None, Output())
     here.project.faults()
     said = capsys.readouterr().err
     assert "PULSE_RAILWAY_ACTIVE could not be written: Railway: Something went wrong" in said
     assert "the janitor will" in said
 
 
-def test_what_fails_after_the_promotion_removes_nothing(
+def test_a_failure_after_the_promotion_removes_nothing(
     here: InProcess, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def unreachable(*_: Any) -> None:
@@ -247,7 +248,7 @@ def test_what_fails_after_the_promotion_removes_nothing(
         (Interrupted(15), True, "it is not certain that it may go: interrupted again."),
     ],
 )
-def test_what_an_undoing_that_fails_says(
+def test_messages_of_a_clean_up_that_fails(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     error: BaseException,
@@ -259,16 +260,16 @@ def test_what_an_undoing_that_fails_says(
         raise error
 
     monkeypatch.setattr(cleanup, "undo", undo)
-    wanted = options.parse_deploy({"app": "main.py", "context": TINY}, Output())
+    parsed = options.parse_deploy({"app": "main.py", "context": TINY}, Output())
     attempt = cleanup.Attempt("x", "prod-x", step="build and start", creating=True)
     api: Any = None
-    why = Failure("the build failed")
-    cleanup.clean_up(api, config.Target("p", "e"), wanted, attempt, Output(), why)
+    cause = Failure("the build failed")
+    cleanup.clean_up(api, config.Target("p", "e"), parsed, attempt, Output(), cause)
     assert said in capsys.readouterr().err
     assert attempt.promoted == (said == "x was promoted and stays")
 
 
-def test_a_generated_name_that_is_taken_steps_on(here: InProcess) -> None:
+def test_a_generated_name_that_is_taken_gets_a_later_time(here: InProcess) -> None:
     flags = {"app": "main.py", "context": TINY}
     plan = deploy.prepare(options.parse_deploy(flags, Output()), Output())
     stack = inspect(here.api(), here.target, here.names)
@@ -284,17 +285,17 @@ def test_a_generated_name_that_is_taken_steps_on(here: InProcess) -> None:
         deploy.free_name(given, stack)
 
 
-def test_a_watch_outlives_a_railway_that_is_away(here: InProcess) -> None:
+def test_a_watch_goes_on_without_railways_api(here: InProcess) -> None:
     here.without_ssh()
-    here.monkeypatch.setattr(watch, "INSPECT_EVERY", 0.0)
+    here.monkeypatch.setattr(watch, "INSPECT_INTERVAL", 0.0)
     stack = inspect(here.api(), here.target, here.names)
     here.project.faults({"match": "environment", "error": "Something went wrong", "times": 1000})
-    looks = watch.watch(here.api(), stack, 0.0)
-    result, _ = next(looks)
+    polls = watch.watch(here.api(), stack, 0.0)
+    result, _ = next(polls)
     assert result["problems"][0] == "Railway does not answer: Railway: Something went wrong"
     assert [row["deployment_id"] for row in result["deployments"]] == ["first"]
     here.project.faults()
-    result, _ = next(looks)
+    result, _ = next(polls)
     assert not any("Railway does not answer" in problem for problem in result["problems"])
 
 
@@ -335,7 +336,7 @@ ENSURE_CALLS = [
 
 
 @pytest.mark.parametrize("kind", ["429", "502 always", "refused", "lost"])
-def test_an_ensure_that_fails_is_taken_up_by_the_next(
+def test_the_next_ensure_completes_one_that_has_failed(
     new_project: Callable[[], Project], monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     project = new_project()
@@ -347,7 +348,7 @@ def test_an_ensure_that_fails_is_taken_up_by_the_next(
         except Failure:
             project.faults()
             if "pulse-router" in project.services and "pulse-env" in project.services:
-                continue  # the next round goes on from here
+                continue  # the next call to fail comes later
     project.faults()
     flows.ensure()
     assert project.services == BASE
@@ -355,10 +356,10 @@ def test_an_ensure_that_fails_is_taken_up_by_the_next(
     assert "PULSE_RAILWAY_SETUP" not in project.variables("pulse-env")
 
 
-def test_a_run_that_is_taken_up_with_another_redis(
+def test_an_unfinished_ensure_can_change_to_another_redis(
     new_project: Callable[[], Project], monkeypatch: pytest.MonkeyPatch, redis_server: Redis
 ) -> None:
-    """The template's Redis, which nothing has used yet, goes (requirements: --redis-url)."""
+    """The template's Redis is deleted, since nothing has used it (requirements: --redis-url)."""
     project = new_project()
     flows = InProcess(project, monkeypatch)
     project.faults({"match": "serviceCreate", **KINDS["refused"]})
@@ -403,8 +404,8 @@ def test_a_partial_baseline_is_refused(new_project: Callable[[], Project]) -> No
 DELETE = "mutation D($i: String!) { serviceDelete(id: $i) }"
 
 
-def test_what_goes_with_a_baseline_is_said_beforehand(new_project: Callable[[], Project]) -> None:
-    """... and a deployment that outlives it is routed to again."""
+def test_a_message_lists_what_is_lost_with_a_baseline(new_project: Callable[[], Project]) -> None:
+    """A deployment of the deleted baseline is restored in the new one."""
     project = new_project()
     project.ok("ensure", "main.py")
     project.deploy("survivor")
@@ -428,7 +429,7 @@ def test_what_goes_with_a_baseline_is_said_beforehand(new_project: Callable[[], 
     assert "survivor ran under a baseline that is gone" in again.err
     assert project.ok("restore", "--deployment-id", "survivor")["active"] == "survivor"
     assert project.get("/_pulse/meta")["deployment_id"] == "survivor"
-    # it runs with the internal token of the old baseline, until it starts anew
+    # it has the internal token of the old baseline until it is redeployed
     assert project.ok("status")["deployments"][0]["sessions"] is None
     project.ok("redeploy")
     assert project.ok("status")["deployments"][0]["sessions"] == 0

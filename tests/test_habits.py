@@ -28,10 +28,10 @@ from tests.net import eventually
 COMMAND = [sys.executable, "-m", "pulse_railway"]
 
 
-def service(made: str, name: str | None) -> Service:
-    variables = {contract.DEPLOYMENT_ID: made} | ({contract.NAME: name} if name else {})
+def service(deployment_id: str, name: str | None) -> Service:
+    variables = {contract.DEPLOYMENT_ID: deployment_id} | ({contract.NAME: name} if name else {})
     at = "2026-01-01T00:00:00Z"
-    return Service(made, "", made, at, None, {}, [], None, None, variables)
+    return Service(deployment_id, "", deployment_id, at, None, {}, [], None, None, variables)
 
 
 def stack(*services: Service) -> Stack:
@@ -42,39 +42,39 @@ STAMP = "260101-000000"
 
 
 def test_a_name_is_compared_whole() -> None:
-    """Before, `remove --deployment-name prod` took prod-featu-..., of another name."""
+    """`remove --deployment-name prod` has once removed prod-featu-..., which has another name."""
     feature = service(f"prod-featu-{STAMP}", "prod-feature-x")
-    assert remove.by_name(stack(feature), "prod-feature-x") == feature.deployment_id
+    assert remove.find_by_name(stack(feature), "prod-feature-x") == feature.deployment_id
     for name in ("prod", "prod-feature", "prod-featu"):
         with pytest.raises(Failure, match=f"no deployment is named {name}"):
-            remove.by_name(stack(feature), name)
+            remove.find_by_name(stack(feature), name)
     prod = service(f"prod-{STAMP}", "Prod")
-    assert remove.by_name(stack(feature, prod), "prod") == prod.deployment_id
+    assert remove.find_by_name(stack(feature, prod), "prod") == prod.deployment_id
     with pytest.raises(Failure, match="several deployments are named prod"):
-        remove.by_name(stack(prod, service("prod-260101-000001", "prod")), "prod")
-    assert remove.by_name(stack(prod), f"prod-{STAMP}") == prod.deployment_id
+        remove.find_by_name(stack(prod, service("prod-260101-000001", "prod")), "prod")
+    assert remove.find_by_name(stack(prod), f"prod-{STAMP}") == prod.deployment_id
 
 
-def test_one_of_0_3_x_has_no_name_with_it() -> None:
+def test_deployments_of_0_3_x_are_found_by_their_ids_form() -> None:
     old = service(f"prod-{STAMP}", None), service(f"prod-eu-{STAMP}", None)
-    assert remove.by_name(stack(*old), "prod") == f"prod-{STAMP}"
-    assert remove.by_name(stack(*old), "prod eu") == f"prod-eu-{STAMP}"
+    assert remove.find_by_name(stack(*old), "prod") == f"prod-{STAMP}"
+    assert remove.find_by_name(stack(*old), "prod eu") == f"prod-eu-{STAMP}"
     cut = service(f"{naming.deployment_slug('prod-feature-x')}-{STAMP}", None)
-    assert remove.by_name(stack(cut), "prod-feature-x") == cut.deployment_id
+    assert remove.find_by_name(stack(cut), "prod-feature-x") == cut.deployment_id
 
 
-def test_a_name_without_letters_is_no_prod() -> None:
+def test_a_name_without_letters_is_refused() -> None:
     with pytest.raises(ValueError, match="no letter or digit"):
         naming.generate_deployment_id("日本")
 
 
 def test_a_name_is_kept_with_its_service(base: Project) -> None:
     name = "prod-feature-login"
-    made = base.ok("deploy", "main.py", "--deployment-name", name)["deployment_id"]
-    assert base.variables(made)[contract.NAME] == name
+    deployment_id = base.ok("deploy", "main.py", "--deployment-name", name)["deployment_id"]
+    assert base.variables(deployment_id)[contract.NAME] == name
     base.ok("rollback")
     assert "no deployment is named prod" in base.run("remove", "--deployment-name", "prod").error
-    assert base.ok("remove", "--deployment-name", name)["deployment_id"] == made
+    assert base.ok("remove", "--deployment-name", name)["deployment_id"] == deployment_id
 
 
 @pytest.mark.parametrize("item", ["A B=c", "=x", "1A=x", "NOVALUE", "A-B=c"])
@@ -87,20 +87,20 @@ def test_a_variable_has_a_name(item: str) -> None:
 def test_the_console_script_reads_invoke_yaml(tmp_path: Path) -> None:
     (tmp_path / "invoke.yaml").write_text("pulse_railway:\n  app: from-the-file.py\n")
 
-    def says(*words: str) -> str:
+    def error_of(*words: str) -> str:
         return subprocess.run(
             [*COMMAND, *words], cwd=tmp_path, capture_output=True, text=True
         ).stderr
 
-    assert "no app at" in says("deploy")
-    assert "from-the-file.py" in says("deploy")
-    assert "given.py" in says("deploy", "given.py")
+    assert "no app at" in error_of("deploy")
+    assert "from-the-file.py" in error_of("deploy")
+    assert "given.py" in error_of("deploy", "given.py")
     (tmp_path / "invoke.yaml").write_text("pulse_railway:\n")
-    assert "which app?" in says("deploy")
+    assert "which app?" in error_of("deploy")
     (tmp_path / "invoke.yaml").write_text("pulse_railway: [x]\n")
-    assert says("deploy").startswith("error: the section pulse_railway of invoke.yaml")
+    assert error_of("deploy").startswith("error: the section pulse_railway of invoke.yaml")
     (tmp_path / "invoke.yaml").write_text("pulse_railway: {a: ]\n")
-    assert says("deploy").startswith("error: the Invoke configuration is no YAML")
+    assert error_of("deploy").startswith("error: the Invoke configuration is no YAML")
 
 
 def configured(**flags: Any) -> Context:
@@ -110,7 +110,7 @@ def configured(**flags: Any) -> Context:
 def test_a_verb_called_from_another_task(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It has the configuration's defaults, refuses a misspelt keyword, and returns its result."""
+    """It has the configuration's defaults, refuses unknown keywords, and returns its result."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Exit, match=r"configured\.py"):
         tasks.deploy(configured(app="configured.py"))
@@ -124,8 +124,8 @@ def test_a_verb_called_from_another_task(
 
     from pulse_railway import verbs
 
-    made = verbs.verb(["repository", "json"], parser="parse_image")(image)
-    assert made(configured(repository="r/x")) == {"image": "r/x:1"}
+    task = verbs.verb(["repository", "json"], parser="parse_image")(image)
+    assert task(configured(repository="r/x")) == {"image": "r/x:1"}
     assert "pushed" in capsys.readouterr().err
 
 
@@ -138,7 +138,7 @@ def test_a_failure_is_one_object_with_json(tmp_path: Path) -> None:
     assert done.stderr.splitlines()[-1] == f"error: {json.loads(done.stdout)['error']}"
 
 
-def test_a_reader_that_has_gone() -> None:
+def test_output_to_a_closed_pipe() -> None:
     for words in (["--list"], ["deploy", "--help"]):
         process = subprocess.Popen(
             [*COMMAND, *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -150,7 +150,7 @@ def test_a_reader_that_has_gone() -> None:
         assert process.stderr.read() == b""
 
 
-def test_ctrl_c_before_anything_was_asked(tmp_path: Path) -> None:
+def test_ctrl_c_while_the_app_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "main.py").write_text("import time\nopen('loading', 'w')\ntime.sleep(20)\n")
     process = subprocess.Popen(
         [*COMMAND, "deploy", "main.py"],
@@ -162,58 +162,60 @@ def test_ctrl_c_before_anything_was_asked(tmp_path: Path) -> None:
     )
     eventually((tmp_path / "loading").exists)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=20)
+    _, printed = process.communicate(timeout=20)
     assert process.returncode == 128 + signal.SIGINT
-    assert "Traceback" not in said
+    assert "Traceback" not in printed
 
 
-def test_the_janitor_says_what_it_takes() -> None:
+def test_the_janitors_help_lists_its_flags() -> None:
     done = subprocess.run([*COMMAND, "janitor", "--help"], capture_output=True, text=True)
     assert done.returncode == 0
     assert "--redis-prefix" in done.stdout
 
 
 def test_help_is_about_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
-    """Of Invoke's own options it says nothing; each verb's flags have a word for their value."""
+    """The help leaves out Invoke's own options; each flag with a value has a word for the value."""
     cli.main(["--help"])
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     listed = {word for verbs in help.GROUPS.values() for word in verbs}
     assert listed == {*tasks.ns.tasks, "serve", "janitor"}
     for verb in listed:
-        assert f"\n  {verb} " in said
+        assert f"\n  {verb} " in printed
     for verb in tasks.ns.tasks:
         if not help.flags(verb):
             continue
         cli.main([verb, "--help"])
-        said = capsys.readouterr().out
-        assert said.startswith(f"Usage: pulse-railway {verb}")
-        assert "core-opts" not in said
-        assert max(map(len, said.splitlines())) <= 100
+        printed = capsys.readouterr().out
+        assert printed.startswith(f"Usage: pulse-railway {verb}")
+        assert "core-opts" not in printed
+        assert max(map(len, printed.splitlines())) <= 100
         for flag in help.flags(verb):
-            assert (flag.value if flag.positional else f"  {flag.option}") in said
+            assert (flag.value if flag.positional else f"  {flag.option}") in printed
     cli.main(["help", "maintenance"])
     assert "pulse-railway maintenance on|off [flags]" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="did you mean deploy"):
         cli.main(["help", "deplot"])
 
 
-def test_a_zero_that_was_given_wins_over_the_file() -> None:
-    """0 == False, so `keep=0` in a task file counted as not given."""
+def test_a_zero_overrides_the_configuration() -> None:
+    """0 == False, so `keep=0` in a task file was once taken for a missing value."""
     from pulse_railway import verbs
 
     context = Context(Config(overrides={"pulse_railway": {"keep": 5, "json": True}}))
-    given = {"keep": 0, "json": False, "build_arg": []}
-    assert verbs.with_defaults(context, given) == {"keep": 0, "json": True, "build_arg": []}
+    flags = {"keep": 0, "json": False, "build_arg": []}
+    assert verbs.with_defaults(context, flags) == {"keep": 0, "json": True, "build_arg": []}
 
 
-def test_an_option_has_its_flag_s_kind_and_default() -> None:
-    """mypy needs the types of the options' fields, which is why they are written a second time."""
+def test_an_options_type_and_default_are_its_flags() -> None:
+    """The types are written twice, since mypy needs them in the options' classes."""
     compared = set()
     for kind in vars(options).values():
         if isinstance(kind, type) and is_dataclass(kind) and kind.__module__ == options.__name__:
             types = get_type_hints(kind)
             for option in fields(kind):
-                if (flag := FLAGS.get(option.name)) and flag.name != "app":  # that is loaded
+                if (
+                    flag := FLAGS.get(option.name)
+                ) and flag.name != "app":  # the app is loaded from the flag
                     accepted = get_args(types[flag.name]) or (types[flag.name],)
                     assert flag.kind in accepted or (flag.kind is dict and str in accepted)
                     assert option.default in (value({}, flag.name), MISSING)
@@ -221,6 +223,6 @@ def test_an_option_has_its_flag_s_kind_and_default() -> None:
     assert len(compared) > 20
 
 
-def test_a_verb_is_in_the_help_as_soon_as_it_is_a_task() -> None:
-    made = {name for name, value in vars(tasks).items() if isinstance(value, Task)}
-    assert made - {"janitor_run"} == set(tasks.ns.tasks)
+def test_every_task_is_a_verb_of_the_help() -> None:
+    defined = {name for name, value in vars(tasks).items() if isinstance(value, Task)}
+    assert defined - {"janitor_run"} == set(tasks.ns.tasks)

@@ -1,4 +1,4 @@
-"""`init` and `doctor`, for an app of one's own. tests/test_first_deploy.py does it by the docs."""
+"""`init` and `doctor` for a new app. tests/test_first_deploy.py follows the docs."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ def test_from_an_empty_folder_to_a_second_deploy(
     folder.mkdir()
     (folder / "main.py").write_text(APP.format(imports="", more=""))
 
-    owner = tmp_path / ".railway" / "railway.ts"  # above the app
-    owner.parent.mkdir()
-    owner.write_text("")
-    made = project.run("init", "--json", cwd=folder)
-    assert made.code == 0, made.err
-    assert "the next `railway config apply` deletes" in " ".join(made.err.split())
-    owner.unlink()
-    assert made.json["app"] == "main.py"
-    assert sorted(made.json["written"]) == sorted(
+    railway_file = tmp_path / ".railway" / "railway.ts"  # in the app's parent folder
+    railway_file.parent.mkdir()
+    railway_file.write_text("")
+    first = project.run("init", "--json", cwd=folder)
+    assert first.code == 0, first.err
+    assert "the next `railway config apply` deletes" in " ".join(first.err.split())
+    railway_file.unlink()
+    assert first.json["app"] == "main.py"
+    assert sorted(first.json["written"]) == sorted(
         (
             *("Dockerfile", "requirements.txt", ".dockerignore", ".railwayignore", "invoke.yaml"),
             *(".env.example", ".github/workflows/deploy.yml", "tasks.py"),
         )
     )
-    assert "give the app in main.py the plugin" in made.json["todo"][0]
+    assert "give the app in main.py the plugin" in first.json["todo"][0]
     assert "pulse-railway's own repository" not in (folder / "Dockerfile").read_text()
     yaml.safe_load((folder / ".github/workflows/deploy.yml").read_text())
 
@@ -65,14 +65,14 @@ def test_from_an_empty_folder_to_a_second_deploy(
     (web / "package.json").write_text(json.dumps(package))
     (web / "package-lock.json").write_text("{}")
 
-    looked = project.run("doctor", "--json", cwd=folder)
-    assert looked.code == 1
-    found = {check["name"]: check for check in looked.json["checks"]}
-    assert found["the baseline"]["verdict"] == "bad"
-    assert "run `pulse-railway ensure` first" in found["the baseline"]["said"]
-    assert found["the router"]["verdict"] == "skipped"
-    assert found["React's packages"]["verdict"] == "good"
-    assert "not in order: the baseline" in looked.json["error"]
+    examined = project.run("doctor", "--json", cwd=folder)
+    assert examined.code == 1
+    checks = {check["name"]: check for check in examined.json["checks"]}
+    assert checks["the baseline"]["verdict"] == "bad"
+    assert "run `pulse-railway ensure` first" in checks["the baseline"]["said"]
+    assert checks["the router"]["verdict"] == "skipped"
+    assert checks["React's packages"]["verdict"] == "good"
+    assert "not in order: the baseline" in examined.json["error"]
 
     with_address = (folder / "main.py").read_text()
     (folder / "main.py").write_text(
@@ -84,9 +84,9 @@ def test_from_an_empty_folder_to_a_second_deploy(
 
     ensured = project.run("ensure", cwd=folder)  # the app is in invoke.yaml now
     assert ensured.code == 0, ensured.err
-    well = project.run("doctor", cwd=folder)
-    assert well.code == 0, well.out + well.err
-    assert "✓ the router: answers" in well.out
+    healthy = project.run("doctor", cwd=folder)
+    assert healthy.code == 0, healthy.out + healthy.err
+    assert "✓ the router: answers" in healthy.out
     for _ in range(2):
         deployed = project.run("deploy", "--json", cwd=folder)
         assert deployed.code == 0, deployed.err
@@ -100,10 +100,10 @@ def test_from_an_empty_folder_to_a_second_deploy(
     (web / "package.json").write_text(json.dumps(package))
     (folder / ".env").write_text("X=1\n")
     (folder / ".railwayignore").unlink()
-    sick = project.run("doctor", cwd=folder)
-    assert sick.code == 1
-    assert "pulse-ui-client is 0.0.1" in sick.out
-    assert "! its files and settings: the upload holds .env" in sick.out
+    faulty = project.run("doctor", cwd=folder)
+    assert faulty.code == 1
+    assert "pulse-ui-client is 0.0.1" in faulty.out
+    assert "! its files and settings: the upload holds .env" in faulty.out
 
 
 @pytest.mark.parametrize("files", [{}, {"a.py": "ps.App()", "b.py": "app = ps.App()"}])

@@ -1,5 +1,7 @@
-"""`ensure` that is killed after each of its writes, in a copy and beside another stack on the same
-Redis. What served goes on serving, and the next run ends what was begun."""
+"""`ensure` killed after each of its writes, in a copy and beside another stack on the same Redis.
+
+The existing stack goes on unchanged, and the next run completes the new one.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,13 @@ WINDOW = ("--rollback-window-seconds", "0")
 
 
 class Site:
-    """A stack on a Redis of its own choice."""
+    """A stack on an external Redis."""
 
     def __init__(self, project: Project, redis: Redis) -> None:
         self.project, self.redis = project, redis
 
     def everything(self) -> dict[str, Any]:
-        """What another stack's `ensure` has to leave alone."""
+        """Return the state, variables and deployments that another stack must not change."""
         client = self.redis.client
         keys = sorted(k for k in client.scan_iter("*") if ":router:" not in k)
         services = self.project.services - {"pulse-env"}
@@ -37,13 +39,13 @@ class Site:
         }
 
     def tokens(self, environment: str) -> list[str]:
-        """The names of an environment's project tokens."""
-        found = self.project.railway.graphql(
+        """Return the names of an environment's project tokens."""
+        edges = self.project.railway.graphql(
             "query ($p: String!) { projectTokens(projectId: $p)"
             " { edges { node { name environmentId } } } }",
             p=self.project.id,
         )["projectTokens"]["edges"]
-        return [e["node"]["name"] for e in found if e["node"]["environmentId"] == environment]
+        return [e["node"]["name"] for e in edges if e["node"]["environmentId"] == environment]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,10 @@ def test_an_ensure_that_is_killed(site: Site, request: pytest.FixtureRequest) ->
 
 
 def runs_until_done(project: Project, *words: str, later: int = 0) -> int:
-    """Each run is killed after its first write, or by so many later than the one before."""
+    """Kill each run after its first write, or `later` writes later than the one before.
+
+    Returns the number of killed runs.
+    """
     runs = 0
     while killed(project, "ensure", "main.py", *WINDOW, *words, after=1 + runs * later):
         runs += 1
@@ -69,11 +74,11 @@ def runs_until_done(project: Project, *words: str, later: int = 0) -> int:
 
 
 def step_01_in_a_copy(site: Site) -> None:
-    """Before, each of the runs left a project token that nobody used."""
+    """Each killed run once left an unused project token."""
     before = site.everything()
     copy = site.project.duplicate("copy")
     eventually(lambda: has_settled(copy), 60)
-    assert runs_until_done(copy, later=1) >= 3  # it makes its token first, in each run
+    assert runs_until_done(copy, later=1) >= 3  # each run begins with its token
     assert copy.ok("ensure", "main.py")["changed"] == []
     assert site.tokens(copy.environment) == ["pulse-railway pulse-router"]
     copy.deploy("of-copy")
@@ -85,21 +90,21 @@ def step_01_in_a_copy(site: Site) -> None:
     assert now == before
 
 
-def step_02_a_token_that_somebody_deletes(site: Site) -> None:
-    """Before, `ensure` kept it for ever: the janitor could do nothing."""
+def step_02_a_deleted_token_is_replaced(site: Site) -> None:
+    """`ensure` once kept it, and the janitor could not work."""
     copy = site.project.within(
         next(e for e in environments(site.project) if e != site.project.environment)
     )
-    found = site.project.railway.graphql(
+    edges = site.project.railway.graphql(
         "query ($p: String!) { projectTokens(projectId: $p)"
         " { edges { node { id environmentId } } } }",
         p=copy.id,
     )["projectTokens"]["edges"]
-    for node in (edge["node"] for edge in found):  # its own
+    for node in (edge["node"] for edge in edges):
         if node["environmentId"] == copy.environment:
             document = "mutation ($i: String!) { projectTokenDelete(id: $i) }"
             site.project.railway.graphql(document, i=node["id"])
-    a_token_of_the_wrong_environment(site.project, copy)
+    check_token_of_another_environment(site.project, copy)
     refused = copy.janitor()["refused"]
     assert "RAILWAY_TOKEN does not open this environment: run `pulse-railway ensure`" in refused
     assert copy.ok("ensure", "main.py")["changed"]
@@ -108,35 +113,36 @@ def step_02_a_token_that_somebody_deletes(site: Site) -> None:
     copy.delete_environment()
 
 
-def a_token_of_the_wrong_environment(project: Project, copy: Project) -> None:
-    given = {"projectId": project.id, "environmentId": copy.environment, "name": "ci"}
+def check_token_of_another_environment(project: Project, copy: Project) -> None:
+    """Check that verbs refuse a token of another environment than the one asked for."""
+    values = {"projectId": project.id, "environmentId": copy.environment, "name": "ci"}
     document = "mutation ($i: ProjectTokenCreateInput!) { projectTokenCreate(input: $i) }"
-    token = project.railway.graphql(document, i=given)["projectTokenCreate"]
+    token = project.railway.graphql(document, i=values)["projectTokenCreate"]
     for verb in (["ensure", "main.py"], ["deploy", "main.py"], ["status"], ["rollback"]):
         refused = project.run(*verb, "--environment", "production", RAILWAY_TOKEN=token)
-        said = "error: the project token is for environment copy, not production"
-        assert (refused.code, refused.error) == (1, said)
-    # where its environment's variable alone says so: it is Railway's own in a container
+        message = "error: the project token is for environment copy, not production"
+        assert (refused.code, refused.error) == (1, message)
+    # RAILWAY_ENVIRONMENT_ID, which Railway sets in a container, is only a warning
     warned = project.run("status", RAILWAY_TOKEN=token)
     assert "for environment copy, which is worked on; RAILWAY_ENVIRONMENT_ID" in warned.err
 
 
 def environments(project: Project) -> list[str]:
-    found = project.railway.graphql(
+    edges = project.railway.graphql(
         "query ($p: String!) { project(id: $p) { environments { edges { node { id } } } } }",
         p=project.id,
     )["project"]["environments"]["edges"]
-    return [edge["node"]["id"] for edge in found]
+    return [edge["node"]["id"] for edge in edges]
 
 
 def step_03_beside_another_owner(site: Site) -> None:
-    """On its Redis, with its prefix."""
+    """Both stacks have the same Redis and prefix."""
     before = site.everything()
     other = Reader(site.project, site.redis).make("other")
     words = ("--service-prefix", "b", "--redis-url", site.redis.url)
     assert runs_until_done(other, *words) > 3
-    said = other.run("ensure", "main.py")
-    assert "the routing state belongs to another stack" in said.err
+    run = other.run("ensure", "main.py")
+    assert "the routing state belongs to another stack" in run.err
     assert "belongs to another stack" in str(other.ok("status")["problems"])
     assert (
         site.redis.client.get("pulse:railway:owner") == before["variables"]["one"][contract.STACK]

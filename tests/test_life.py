@@ -1,4 +1,4 @@
-"""The life of a deployment, by the verbs, on a local Railway: canary, bake, lock, maintenance."""
+"""Canary, bake, deploy lock, maintenance and notifications, by verbs on a local Railway."""
 
 from __future__ import annotations
 
@@ -32,20 +32,21 @@ def address(project: Project) -> str:
 
 
 def visits(project: Project, url: str, count: int = 40) -> list[str]:
-    """Which deployment each of so many new visitors gets."""
+    """Return the deployment that answers each of `count` new visitors."""
     trust = demo.tls_context(project.stage.bundle)
-    found = []
+    answered = []
     with httpx.Client(verify=trust, trust_env=False) as client:
         for n in range(count):
             agent = {"user-agent": f"visitor {n}"}
-            found.append(client.get(f"{url}/_pulse/meta", headers=agent).json()["deployment_id"])
+            answer = client.get(f"{url}/_pulse/meta", headers=agent).json()
+            answered.append(answer["deployment_id"])
             client.cookies.clear()
-    return found
+    return answered
 
 
 @contextlib.contextmanager
 def traffic(project: Project, url: str, path: str = "/work") -> Iterator[None]:
-    """Visitors that come all the time."""
+    """Send requests all the time, as visitors do."""
     done = threading.Event()
     trust = demo.tls_context(project.stage.bundle)
 
@@ -65,7 +66,7 @@ def traffic(project: Project, url: str, path: str = "/work") -> Iterator[None]:
 
 
 @pytest.mark.timeout(900)
-def test_a_deployment_goes_through_its_life(request: pytest.FixtureRequest) -> None:
+def test_canary_bake_lock_and_maintenance(request: pytest.FixtureRequest) -> None:
     play(globals(), request)
 
 
@@ -89,12 +90,12 @@ def step_01_a_canary_gets_a_share_and_is_ended(base: Project) -> None:
     assert (ended["deployment_id"], ended["ended"]) == ("first", "second")
     eventually(lambda: set(visits(base, url)) == {"first"})
     assert record(base, "second")["state"] == "draining"
-    nowhere = base.run("rollback")
-    assert "no earlier deployment" in nowhere.error  # never to what was rolled back from
+    refused = base.run("rollback")
+    assert "no earlier deployment" in refused.error  # not to the rolled back version
     assert base.run("promote", "--deployment-id", "first", "--weight", "5").code == 1
 
 
-def step_02_a_canary_is_promoted_in_the_end(base: Project) -> None:
+def step_02_a_canary_is_promoted(base: Project) -> None:
     base.ok("promote", "--deployment-id", "second", "--weight", "10")
     assert record(base, "second")["state"] == "pending"
     done = base.ok("promote", "--deployment-id", "second")
@@ -104,12 +105,12 @@ def step_02_a_canary_is_promoted_in_the_end(base: Project) -> None:
     assert "second" not in visits(base, done["address"])
 
 
-def step_03_another_promotion_ends_the_share_of_a_canary(base: Project) -> None:
+def step_03_another_promotion_ends_a_canary(base: Project) -> None:
     base.ok("promote", "--deployment-id", "second", "--weight", "100")
     base.deploy("hotfix")
     assert base.active == "hotfix"
-    left = record(base, "second")
-    assert (left["state"], left["held"], "weight" in left) == ("pending", True, False)
+    former = record(base, "second")
+    assert (former["state"], former["held"], "weight" in former) == ("pending", True, False)
     assert base.ok("status")["canary"] is None
     base.ok("delete", "--deployment-id", "second", "--yes")
     base.ok("rollback")
@@ -129,22 +130,22 @@ def step_04_a_first_deployment_cannot_be_a_canary(new_project: Callable[[], Proj
     assert "from 0 to 100" in project.run("deploy", "main.py", "--canary", "101").error
 
 
-def step_05_a_bake_goes_back_by_itself(base: Project) -> None:
+def step_05_a_bake_rolls_back(base: Project) -> None:
     assert base.active == "first"
     url = address(base)
     with traffic(base, url):
-        time.sleep(3)  # so that there is something to compare with
+        time.sleep(3)  # requests to compare with
         verb = base.run(
             "deploy", "main.py", "--deployment-id", "bad", "--bake", "60", "--env", "TINY_BROKEN=1"
         )
     assert verb.code == 1
     assert "bad did worse, and first is active again" in verb.error
     assert base.active == "first"
-    assert base.services >= {"bad"}  # its tabs are still there
-    left = record(base, "bad")
-    assert left["state"] == "draining"
-    assert left["rejected_at"]
-    assert "bake" not in left
+    assert base.services >= {"bad"}  # it still has tabs
+    rejected = record(base, "bad")
+    assert rejected["state"] == "draining"
+    assert rejected["rejected_at"]
+    assert "bake" not in rejected
     assert base.ok("status")["lock"] is None
     last = base.ok("history")["history"][-1]
     assert (last["what"], last["deployment_id"], last["active"]) == ("rollback", "first", "bad")
@@ -188,8 +189,8 @@ def step_07_a_bake_that_goes_well_and_one_that_is_killed(base: Project) -> None:
 def step_08_one_deploy_at_a_time(base: Project) -> None:
     key = "pulse:railway:deploy:lock"
     now = time.time()
-    held = {"holder": "x", "by": "eve@laptop", "since": now - 60, "until": now + 600}
-    base.redis.set(key, json.dumps(held))
+    lock = {"holder": "x", "by": "eve@laptop", "since": now - 60, "until": now + 600}
+    base.redis.set(key, json.dumps(lock))
     assert "eve@laptop has been deploying for 1 m" in base.run("status").out
     waited = base.run("deploy", "main.py", "--deployment-id", "late", "--lock-wait", "1")
     assert "eve@laptop deploys since" in waited.error
@@ -198,7 +199,7 @@ def step_08_one_deploy_at_a_time(base: Project) -> None:
     racing = base.run("deploy", "main.py", "--deployment-id", "racing")
     assert racing.code == 0
     assert "warning: eve@laptop deploys since" in racing.err
-    assert json.loads(base.redis.get(key) or "") == held
+    assert json.loads(base.redis.get(key) or "") == lock
     waiting: list[Any] = []
     thread = threading.Thread(
         target=lambda: waiting.append(
@@ -211,8 +212,8 @@ def step_08_one_deploy_at_a_time(base: Project) -> None:
     thread.join()
     assert waiting[0].code == 0, waiting[0].err
     assert "eve@laptop deploys since" in waiting[0].err
-    assert base.redis.get(key) is None  # given back
-    expired = held | {"until": now - 1}
+    assert base.redis.get(key) is None  # released
+    expired = lock | {"until": now - 1}
     base.redis.set(key, json.dumps(expired))
     base.deploy("after", "--lock-wait", "0")
     assert base.redis.get(key) is None
@@ -244,7 +245,7 @@ def step_09_maintenance(base: Project, tmp_path: Path) -> None:
         assert client.get(f"{url}/_pulse/health").status_code == 200
         assert "maintenance for" in base.run("status").out
         assert base.ok("status")["maintenance"]["by"]
-        base.deploy("in-maintenance")  # that is what it is for
+        base.deploy("in-maintenance")  # maintenance allows a deploy
         assert base.active == "in-maintenance"
         assert client.get(url).status_code == 503
         base.ok("maintenance", "off")
@@ -257,14 +258,14 @@ def step_09_maintenance(base: Project, tmp_path: Path) -> None:
 
 
 class Listener:
-    """Somebody who is told."""
+    """A server that records notifications."""
 
     def __init__(self, status: int = 200) -> None:
-        told = self.told = []  # type: ignore[var-annotated]
+        received = self.received = []  # type: ignore[var-annotated]
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
-                told.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+                received.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
                 self.send_response(status)
                 self.send_header("content-length", "0")
                 self.end_headers()
@@ -277,18 +278,18 @@ class Listener:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
 
-def step_10_somebody_is_told(base: Project) -> None:
-    listener, deaf = Listener(), Listener(500)
+def step_10_notifications(base: Project) -> None:
+    listener, failing = Listener(), Listener(500)
     base.deploy("told", "--notify", listener.url)
-    assert listener.told[-1]["ok"] is True
-    assert listener.told[-1]["text"].startswith("told is active at https://")
+    assert listener.received[-1]["ok"] is True
+    assert listener.received[-1]["text"].startswith("told is active at https://")
     env = {"PULSE_RAILWAY_NOTIFY_URL": listener.url}
     base.run("deploy", "main.py", "--deployment-id", "no", "--env", "TINY_FAILS=x", **env)
-    assert listener.told[-1]["text"].startswith("deploy failed: the build or start ended")
-    assert (listener.told[-1]["ok"], listener.told[-1]["deployment_id"]) == (False, "no")
+    assert listener.received[-1]["text"].startswith("deploy failed: the build or start ended")
+    assert (listener.received[-1]["ok"], listener.received[-1]["deployment_id"]) == (False, "no")
     base.ok("rollback", **env)
-    assert (listener.told[-1]["event"], listener.told[-1]["ok"]) == ("rollback", True)
-    verb = base.run("promote", "--deployment-id", "told", "--notify", deaf.url)
+    assert (listener.received[-1]["event"], listener.received[-1]["ok"]) == ("rollback", True)
+    verb = base.run("promote", "--deployment-id", "told", "--notify", failing.url)
     assert verb.code == 0
     assert "warning: the notification was not sent: 500" in verb.err
     assert "T0SECRET" not in verb.err + verb.out
@@ -297,7 +298,7 @@ def step_10_somebody_is_told(base: Project) -> None:
     assert "pulse-janitor: set PULSE_RAILWAY_NOTIFY_URL (secret)" in planned
 
 
-def step_11_what_runs_before_the_start(base: Project, tmp_path: Path) -> None:
+def step_11_the_pre_deploy_command(base: Project, tmp_path: Path) -> None:
     app = tmp_path / "app"
     shutil.copytree(TINY, app)
     main = app / "main.py"
@@ -312,7 +313,7 @@ def step_11_what_runs_before_the_start(base: Project, tmp_path: Path) -> None:
     done = base.run("deploy", "main.py", "--deployment-id", "migrates", cwd=app)
     assert done.code == 0, done.err
     assert note.read_text() == "migrated migrates\n"
-    assert not list(base.railway.root.glob("containers/*/x"))  # its files are not the app's
+    assert not list(base.railway.root.glob("containers/*/x"))  # it runs in a container of its own
     main.write_text(
         text.replace(
             "RailwayPlugin(", 'RailwayPlugin(\n    pre_deploy="echo no such table; exit 3",'
@@ -326,7 +327,7 @@ def step_11_what_runs_before_the_start(base: Project, tmp_path: Path) -> None:
     assert base.active == "migrates"
 
 
-def step_12_who_what_and_why(base: Project) -> None:
+def step_12_message_author_and_commit(base: Project) -> None:
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()

@@ -1,6 +1,6 @@
-"""Redis has lost a record, holds one that cannot be understood, or is empty or away.
+"""Redis has lost a record, holds an invalid one, is empty, or does not answer.
 
-The whole local Railway plays it: router, janitor, Redis, backends and verbs are processes.
+The steps share one local Railway: router, janitor, Redis, backends and verbs are processes.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from tests.users import DEPLOY, PREFIX, LiveSite
 
 @pytest.fixture(scope="module")
 def site(base: Project) -> LiveSite:
-    found = LiveSite(base)
-    found.deploy("old")
+    site = LiveSite(base)
+    site.deploy("old")
     base.ok("delete", "--deployment-id", "first")
-    found.deploy("new")
-    return found
+    site.deploy("new")
+    return site
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("site")
-def test_nothing_that_serves_is_lost(request: pytest.FixtureRequest) -> None:
+def test_running_deployments_outlive_their_records(request: pytest.FixtureRequest) -> None:
     play(globals(), request)
 
 
 def step_01_the_record_of_the_active_version_is_lost(site: LiveSite) -> None:
-    """Every verb makes it anew, and no visitor notices."""
+    """Each verb restores the record, and no visitor gets an error."""
     project = site.project
-    said = "the record of new is lost: `pulse-railway restore` makes it anew"
+    message = "the record of new is lost: `pulse-railway restore` restores it"
     with site.visitors() as seen:
         site.delete_record("new")
-        assert project.ok("status")["problems"] == [said]
+        assert project.ok("status")["problems"] == [message]
         assert project.ok("promote", "--deployment-id", "new")["active"] is True
         assert project.records["new"]["state"] == "active"
         site.delete_record("new")
@@ -48,14 +48,14 @@ def step_01_the_record_of_the_active_version_is_lost(site: LiveSite) -> None:
         project.redis.publish(f"{PREFIX}:events", "[]")  # or in 15 s a router reads by itself
         eventually(lambda: "new" in project.records)
     assert 404 not in seen
-    assert seen <= {200, 502}  # while it was started anew
+    assert seen <= {200, 502}  # 502 during the redeploy
 
     with site.visitors() as seen:
         site.restart_router()
         site.delete_record("new")
-        site.delete_record("old")  # drained, and nobody remembers it
+        site.delete_record("old")  # draining; the restarted router does not know it
         site.wait_for_router()
-        assert said in project.ok("status")["problems"]
+        assert message in project.ok("status")["problems"]
         assert site.visited == "new"
         assert project.ok("restore")["active"] == "new"
         assert project.records["new"]["service_id"]
@@ -67,8 +67,8 @@ def step_01_the_record_of_the_active_version_is_lost(site: LiveSite) -> None:
     site.assert_stable("new")
 
 
-def step_02_records_that_cannot_be_understood(site: LiveSite) -> None:
-    """A router goes on, a person is told which they are, and nothing removes them by itself."""
+def step_02_invalid_records(site: LiveSite) -> None:
+    """The router goes on, `status` lists the records, and only `delete` removes them."""
     project = site.project
     site.deploy("next", "--no-promote")
     site.deploy("odd", "--no-promote", tabs=0)
@@ -92,7 +92,7 @@ def step_02_records_that_cannot_be_understood(site: LiveSite) -> None:
 
 
 def step_03_a_router_that_starts_while_redis_is_away(site: LiveSite) -> None:
-    """It serves what Railway said was active when it was deployed, and then what Redis says."""
+    """The router serves the deployment in its variables, until it has the state from Redis."""
     project = site.project
     router = project.stage.services()["pulse-router"]["serviceId"]
     project.railway.graphql(DEPLOY, s=router, e=project.environment)
@@ -112,8 +112,8 @@ def step_03_a_router_that_starts_while_redis_is_away(site: LiveSite) -> None:
 
 
 def step_04_a_closed_site_and_an_emptied_redis(site: LiveSite) -> None:
-    """Between the router's restart and the janitor's run nobody knows that it was closed: the
-    router has the variables of its deployment, and only the janitor reads them anew."""
+    """The site is open between the router's restart and the janitor's run: the router has the
+    variables of its own deployment, and only the janitor reads the present ones."""
     project = site.project
     project.ok("maintenance", "on")
     assert site.get().status_code == 503

@@ -548,7 +548,7 @@ def test_who_knows_what_was_active() -> None:
     young, empty = {"active": "wrong", "uptime_seconds": 3}, {"active": None, "uptime_seconds": 900}
     old, gone = {"active": "right", "uptime_seconds": 90}, {"active": "gone", "uptime_seconds": 99}
     assert known_active(stack, {"routers": [young, empty, gone, old]}) == "right"
-    with pytest.raises(Failure, match=r"nobody knows .*: pass --deployment-id with one of "):
+    with pytest.raises(Failure, match=r"it is not known .*: pass --deployment-id with one of "):
         known_active(stack, {"routers": [empty]})
     noted = services["pulse-router"].variables
     noted["PULSE_RAILWAY_ACTIVE"] = "noted"

@@ -1,6 +1,6 @@
-"""Redis comes back with yesterday's contents: what was promoted last is active.
+"""Redis restarts with an older snapshot: the last promoted deployment becomes active again.
 
-The whole local Railway plays it: router, janitor, Redis, backends and verbs are processes.
+The steps share one local Railway: router, janitor, Redis, backends and verbs are processes.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from tests.users import DELETE, LiveSite
 
 @pytest.fixture(scope="module")
 def site(base: Project) -> LiveSite:
-    found = LiveSite(base)
-    found.deploy("good")
+    site = LiveSite(base)
+    site.deploy("good")
     base.ok("delete", "--deployment-id", "first")
-    return found
+    return site
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("site")
-def test_what_was_promoted_last_is_active(request: pytest.FixtureRequest) -> None:
+def test_the_last_promotion_outlives_an_older_snapshot(request: pytest.FixtureRequest) -> None:
     play(globals(), request)
 
 
@@ -34,7 +34,7 @@ SNAPSHOTS: dict[str, Path] = {}
 
 
 def step_01_an_older_snapshot_and_a_router_that_lives(site: LiveSite) -> None:
-    """In the snapshot the version that is right is a pending one, as old as a deploy that died."""
+    """In the snapshot the last promoted version is pending, as old as an unfinished deploy."""
     project = site.project
     site.deploy("new", "--no-promote", tabs=0)
     site.change_record("new", registered_at=time.time() - 4000, held=False)
@@ -49,16 +49,16 @@ def step_01_an_older_snapshot_and_a_router_that_lives(site: LiveSite) -> None:
 
 
 def step_02_an_older_snapshot_and_a_router_that_restarts(site: LiveSite) -> None:
-    """Only Railway's variable knows."""
+    """Only Railway's variable has the last promotion."""
     project = site.project
     site.lose(SNAPSHOTS["good"], restart=True)
     assert site.visited == "good"
     assert project.ok("status")["problems"] == [
         "the routing state is lost, or an older one: new was promoted last, and good is active."
-        " Routers and janitor mend it by themselves; `pulse-railway restore` does it now"
+        " Routers and janitor restore it by themselves; `pulse-railway restore` does it now"
     ]
     empty = {"match": "variables", "service": "pulse-router", "gives": {}}
-    project.faults(empty)  # once: the janitor does not take it for "nothing was promoted"
+    project.faults(empty)  # once: the janitor does not read it as "nothing was promoted"
     assert "Railway shows no variables of pulse-router" in project.janitor()["refused"]
     project.faults()
     assert site.last_promoted[0] == "new"
@@ -66,7 +66,7 @@ def step_02_an_older_snapshot_and_a_router_that_restarts(site: LiveSite) -> None
 
 
 def step_03_an_older_snapshot_after_a_rollback(site: LiveSite) -> None:
-    """It holds the version that was rolled back from, which does not come back."""
+    """The rolled back version, active in the snapshot, does not become active again."""
     project = site.project
     site.deploy("bad")
     SNAPSHOTS["bad"] = site.snapshot()
@@ -83,7 +83,7 @@ def step_03_an_older_snapshot_after_a_rollback(site: LiveSite) -> None:
 
 
 def step_04_the_service_of_what_was_promoted_last_is_gone(site: LiveSite) -> None:
-    """The other one stays, and a person makes that final."""
+    """The other version stays active, and `restore` makes that final."""
     project = site.project
     snapshot = site.snapshot()
     site.deploy("gone")

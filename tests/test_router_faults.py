@@ -191,7 +191,7 @@ def test_access_log_and_counters(redis_server: Redis, run_router: Run) -> None:
 
 
 @pytest.fixture
-def guarded(redis_server: Redis, run_router: Run) -> Iterator[tuple[Process, Backend]]:
+def routed(redis_server: Redis, run_router: Run) -> Iterator[tuple[Process, Backend]]:
     with Backend(ok(b"a")) as a:
         redis_server.deployment("a", a.address)
         router = run_router(redis_server)
@@ -231,8 +231,8 @@ BAD_HEADS = [
 
 
 @pytest.mark.parametrize("head", BAD_HEADS)
-def test_bad_heads_are_400(guarded: tuple[Process, Backend], head: bytes) -> None:
-    router, backend = guarded
+def test_bad_heads_are_400(routed: tuple[Process, Backend], head: bytes) -> None:
+    router, backend = routed
     before = len(backend.heads)
     with Connection.to(router.port) as c:
         c.send(head + b"GET /_pulse/internal/x HTTP/1.1\r\nhost: x\r\n\r\n")
@@ -243,8 +243,8 @@ def test_bad_heads_are_400(guarded: tuple[Process, Backend], head: bytes) -> Non
     assert ask(router.port).body == b"a"
 
 
-def test_bad_chunks_end_the_request(guarded: tuple[Process, Backend]) -> None:
-    router, _ = guarded
+def test_bad_chunks_end_the_request(routed: tuple[Process, Backend]) -> None:
+    router, _ = routed
     with Connection.to(router.port) as c:
         c.send(b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nzz\r\nabc\r\n")
         whole = c.rest()
@@ -252,8 +252,8 @@ def test_bad_chunks_end_the_request(guarded: tuple[Process, Backend]) -> None:
     assert ask(router.port).body == b"a"
 
 
-def test_sizes_are_limited(guarded: tuple[Process, Backend]) -> None:
-    router, _ = guarded
+def test_sizes_are_limited(routed: tuple[Process, Backend]) -> None:
+    router, _ = routed
     assert ask(router.port, "/" + "a" * 30_000).status == 200
     assert ask(router.port, "/", "x-large: " + "b" * 30_000).status == 200
     for head in (
@@ -272,8 +272,8 @@ def test_sizes_are_limited(guarded: tuple[Process, Backend]) -> None:
     assert ask(router.port).body == b"a"
 
 
-def test_header_injection_through_the_stale_answer(guarded: tuple[Process, Backend]) -> None:
-    router, _ = guarded
+def test_header_injection_through_the_stale_answer(routed: tuple[Process, Backend]) -> None:
+    router, _ = routed
     answer = ask(
         router.port,
         "/?pulse_deployment=gone",
@@ -284,8 +284,8 @@ def test_header_injection_through_the_stale_answer(guarded: tuple[Process, Backe
     assert answer.header("set-cookie") is None
 
 
-def test_slow_clients_do_not_hold_others_up(guarded: tuple[Process, Backend]) -> None:
-    router, _ = guarded
+def test_slow_clients_do_not_hold_others_up(routed: tuple[Process, Backend]) -> None:
+    router, _ = routed
     slow = [Connection.to(router.port) for _ in range(200)]
     for c in slow:
         c.send(b"GET / HTTP/1.1\r\nhost: ")
@@ -327,9 +327,9 @@ GOOD = b"POST /a?b=c HTTP/1.1\r\nHost: x\r\nX-A: 1\r\nContent-Length: 5\r\n\r\nh
 
 
 def test_10000_mangled_requests_leave_the_router_serving(
-    guarded: tuple[Process, Backend],
+    routed: tuple[Process, Backend],
 ) -> None:
-    router, _ = guarded
+    router, _ = routed
     rng = random.Random(20261124)
     pieces = [
         b"\r\n",
@@ -394,8 +394,8 @@ def test_10000_mangled_requests_leave_the_router_serving(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(data=st.binary(min_size=1, max_size=400))
-def test_arbitrary_bytes(guarded: tuple[Process, Backend], data: bytes) -> None:
-    router, _ = guarded
+def test_arbitrary_bytes(routed: tuple[Process, Backend], data: bytes) -> None:
+    router, _ = routed
     sock = socket.create_connection(("127.0.0.1", router.port))
     sock.settimeout(5)
     try:

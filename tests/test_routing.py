@@ -730,18 +730,18 @@ def test_a_missing_record_comes_back_where_it_is_needed() -> None:
     assert set(repair(parse({}), known).records) == {"a", "b", "c"}
 
 
-def test_intent_and_store() -> None:
-    """What Railway says was promoted last, against what the store says."""
+def test_a_state_is_older_than_railways_last_promotion() -> None:
+    """Railway's variables have the last promotion, with its time, as the state does."""
     routing = parse(STATE)
     cases = [
         (None, False),
         (router.Promotion("a", 5.0), False),
         (router.Promotion("b", 4.0), False),
         (router.Promotion("b", 6.0), True),
-        (router.Promotion("b", 0.0), False),  # noted by an earlier version, without its time
+        (router.Promotion("b", 0.0), False),  # written by an earlier version, without its time
     ]
-    for intent, older in cases:
-        assert control.is_older_than(routing, intent) == older, intent
+    for promotion, older in cases:
+        assert control.is_older_than(routing, promotion) == older, promotion
     assert control.is_older_than(parse({}), router.Promotion("b", 0.0))
     assert not control.is_older_than(parse({}), None)
     by_other = parse(STATE | {":active": "b"})

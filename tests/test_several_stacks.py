@@ -23,33 +23,33 @@ def section(title: str) -> str:
 
 
 class Reader:
-    """Who follows the page, with an account token."""
+    """Runs the page's commands, with an account token."""
 
     def __init__(self, project: Project, redis: Redis) -> None:
         self.project, self.redis = project, redis
 
     def follow(self, title: str, folder: Path = TINY) -> list[str]:
-        """What the commands of a section print; each has to succeed."""
+        """Run the commands of a section, each of which has to succeed, and return their output."""
         commands = "".join(re.findall(r"^```sh\n# [^\n]*\n(.*?)^```$", section(title), re.S | re.M))
         env = {"RAILWAY_ENVIRONMENT_ID": ""} if "--environment" in commands else {}
-        said = []
+        outputs = []
         for line in commands.splitlines():
             line = line.replace("$SHARED_REDIS_URL", self.redis.url)
             program, *words = shlex.split(line)
             assert program == "pulse-railway"
             verb = self.project.run(*words, cwd=folder, **env)
             assert verb.code == 0, f"{line}\n{verb.err}"
-            said.append(verb.out + verb.err)
-        assert said
-        return said
+            outputs.append(verb.out + verb.err)
+        assert outputs
+        return outputs
 
     def make(self, name: str) -> Project:
-        """An empty environment."""
-        made = self.project.railway.graphql(
+        """Create an empty environment."""
+        created = self.project.railway.graphql(
             "mutation C($i: EnvironmentCreateInput!) { environmentCreate(input: $i) { id } }",
             i={"projectId": self.project.id, "name": name},
         )
-        return self.project.within(made["environmentCreate"]["id"])
+        return self.project.within(created["environmentCreate"]["id"])
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def deployments(project: Project, *words: str) -> list[str]:
 
 def test_the_page(reader: Reader, request: pytest.FixtureRequest) -> None:
     play(globals(), request)
-    # whoever was there first has noticed nothing
+    # the first stack is unchanged
     assert deployments(reader.project, "--service", "pulse-router") == ["first"]
     assert reader.project.active == "first"
     assert reader.project.janitor()["deleted"] == []
@@ -109,5 +109,5 @@ def step_04_one_redis(reader: Reader) -> None:
     assert "a-1" not in status
     assert reader.redis.client.get("team-a:active") == "a-1"
     assert reader.redis.client.get("team-b:active") is None
-    # each has an owner before anything is deployed, so that a third one is refused
+    # each state has an owner before the first deploy, so that another stack is refused
     assert {reader.redis.client.get(f"team-{t}:owner") is not None for t in "ab"} == {True}

@@ -1,6 +1,6 @@
-"""A Redis outside of the project: whose its routing state is, and a copy of the environment on it.
+"""A Redis outside of the project: the owner of its routing state, and a copy of the environment.
 
-The steps go on where the one before ended. The whole local Railway plays it.
+The steps share one local Railway, each in the state that the one before has left.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ class Shared:
         return verb
 
     def state(self, of_copy: bool = False) -> dict[str, Any]:
-        """What is not the routers' word for what they serve."""
-        mine = f"pulse:railway:{self.copy.environment}:"
-        found = (key for key in self.client.scan_iter("*") if ":router:" not in key)
-        return {k: self.client.get(k) for k in sorted(found) if k.startswith(mine) == of_copy}
+        """Return the original's keys, or the copy's, without the routers' reports."""
+        prefix = f"pulse:railway:{self.copy.environment}:"
+        keys = (key for key in self.client.scan_iter("*") if ":router:" not in key)
+        return {k: self.client.get(k) for k in sorted(keys) if k.startswith(prefix) == of_copy}
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +59,11 @@ def shared(project: Project) -> Iterator[Shared]:
     server.stop()
 
 
-def test_a_redis_of_ones_own(shared: Shared, request: pytest.FixtureRequest) -> None:
+def test_an_external_redis(shared: Shared, request: pytest.FixtureRequest) -> None:
     play(globals(), request)
 
 
-def step_01_a_state_that_is_nobodys_stays_so(shared: Shared) -> None:
+def step_01_a_state_without_an_owner_is_not_claimed(shared: Shared) -> None:
     record = {"deployment_id": "first", "state": "active", "address": "http://127.0.0.1:9"}
     shared.client.set("pulse:railway:deployment:first", json.dumps(record))
     shared.client.set("pulse:railway:active", "first")
@@ -79,7 +79,7 @@ def step_01_a_state_that_is_nobodys_stays_so(shared: Shared) -> None:
     assert not shared.client.exists(OWNER)
 
 
-def step_02_until_somebody_says_so(shared: Shared) -> None:
+def step_02_owns_state_claims_it(shared: Shared) -> None:
     said = shared.ensure("--owns-state")
     assert "PULSE_RAILWAY_OWNS_STATE unset -> 1" in said.err
     assert "pulse-router: deploy" not in said.err
@@ -101,7 +101,7 @@ def step_03_other_owners(shared: Shared) -> None:
 
 
 def step_04_another_versions_deploy_in_a_copy(shared: Shared, tmp_path: Any) -> None:
-    """Before its `ensure`: of ours, and of 0.3.13."""
+    """Both this version and 0.3.13 refuse before the copy's `ensure`."""
     shared.project.deploy("one")
     before = shared.state()
     shared.copy = copy = shared.project.duplicate("staging")
@@ -122,8 +122,8 @@ def step_04_another_versions_deploy_in_a_copy(shared: Shared, tmp_path: Any) -> 
     assert shared.project.get("/_pulse/meta")["deployment_id"] == "one"
 
 
-def step_05_a_copy_lives_beside_the_original(shared: Shared) -> None:
-    """Through deploy, drain and a TTL."""
+def step_05_a_copy_beside_the_original(shared: Shared) -> None:
+    """Neither changes the other's keys in a deploy, a drain or a TTL's renewal."""
     project, copy = shared.project, shared.copy
     before, processes = shared.state(), pids(project)
     copy.ok("ensure", "main.py")
@@ -139,13 +139,13 @@ def step_05_a_copy_lives_beside_the_original(shared: Shared) -> None:
     assert copy.get("/_pulse/meta")["deployment_id"] == "copied-2"
     assert shared.state() == before
     assert pids(project) == processes
-    mine = shared.state(of_copy=True)
-    assert f"pulse:railway:{copy.environment}:active" in mine
-    assert all(0 < shared.client.ttl(key) <= 86_400 for key in mine)
-    for key in mine:
+    of_copy = shared.state(of_copy=True)
+    assert f"pulse:railway:{copy.environment}:active" in of_copy
+    assert all(0 < shared.client.ttl(key) <= 86_400 for key in of_copy)
+    for key in of_copy:
         shared.client.expire(key, 100)
-    assert copy.janitor()["exit"] == 0  # its router reports
-    assert all(86_000 < shared.client.ttl(key) <= 86_400 for key in mine)
+    assert copy.janitor()["exit"] == 0  # the copy's router renews them
+    assert all(86_000 < shared.client.ttl(key) <= 86_400 for key in of_copy)
 
     project.deploy("two")
     eventually(lambda: "one" in project.janitor()["deleted"], 20)
@@ -155,7 +155,7 @@ def step_05_a_copy_lives_beside_the_original(shared: Shared) -> None:
     assert copy.ok("ensure", "main.py")["changed"] == []
 
 
-def step_06_a_copy_that_is_deleted_leaves_nothing_for_long(shared: Shared) -> None:
+def step_06_the_keys_of_a_deleted_copy_expire(shared: Shared) -> None:
     before = shared.state()
     shared.copy.delete_environment()
     assert shared.project.janitor()["exit"] == 0
@@ -177,20 +177,20 @@ def a_stack(**of_router: str) -> Stack:
     return Stack(Target("p", "e-copy"), Names(), {"pulse-router": router, "pulse-env": env})
 
 
-def test_a_deploy_in_a_copy_keeps_its_sessions_apart() -> None:
+def test_a_deploy_in_a_copy_has_its_own_session_scope() -> None:
     app = SimpleNamespace(file="main.py", uses_session_store=True)
-    wanted = SimpleNamespace(
+    options = SimpleNamespace(
         server_address=None, deployment_id="x", build_args={}, env={}, deployment_name="x"
     )
-    plan: Any = SimpleNamespace(app=app, wanted=wanted, deployment_id="x", image="i")
-    found = backend_variables(plan, a_stack(**{contract.KEY_TTL: "86400"}))
-    assert found[contract.SESSION_SCOPE] == "e-copy"
-    assert found[contract.KEY_TTL] == f"${{{{pulse-router.{contract.KEY_TTL}}}}}"
-    found = backend_variables(plan, a_stack())
-    assert not {contract.SESSION_SCOPE, contract.KEY_TTL} & found.keys()
+    plan: Any = SimpleNamespace(app=app, options=options, deployment_id="x", image="i")
+    variables = backend_variables(plan, a_stack(**{contract.KEY_TTL: "86400"}))
+    assert variables[contract.SESSION_SCOPE] == "e-copy"
+    assert variables[contract.KEY_TTL] == f"${{{{pulse-router.{contract.KEY_TTL}}}}}"
+    variables = backend_variables(plan, a_stack())
+    assert not {contract.SESSION_SCOPE, contract.KEY_TTL} & variables.keys()
     app.uses_session_store = False
-    found = backend_variables(plan, a_stack(**{contract.KEY_TTL: "86400"}))
-    assert not {contract.SESSION_SCOPE, contract.KEY_TTL} & found.keys()
+    variables = backend_variables(plan, a_stack(**{contract.KEY_TTL: "86400"}))
+    assert not {contract.SESSION_SCOPE, contract.KEY_TTL} & variables.keys()
 
 
 @pytest.mark.parametrize(
@@ -200,13 +200,13 @@ def test_a_deploy_in_a_copy_keeps_its_sessions_apart() -> None:
         (True, ["staging"], True),
         (False, [], False),
         (None, [], False),
-        (True, None, False),  # a token of one environment: nobody can know
+        (True, None, False),  # the token does not show the other environments
     ],
 )
-def test_a_person_says_whose_a_state_is(
+def test_the_user_is_asked_for_the_owner_of_a_state(
     monkeypatch: pytest.MonkeyPatch, answer: bool | None, sharing: list[str] | None, ours: bool
 ) -> None:
-    monkeypatch.setattr(owner, "who_shares", lambda *_: sharing)
+    monkeypatch.setattr(owner, "environments_with_same_state", lambda *_: sharing)
     asked: list[str] = []
 
     def ask(question: str) -> bool | None:
@@ -214,12 +214,12 @@ def test_a_person_says_whose_a_state_is(
         return answer
 
     api: Any = None
-    assert owner.is_ours(api, a_stack(), "first", Output(), ask) is ours
+    assert owner.ask_user(api, a_stack(), "first", Output(), ask) is ours
     assert asked[:1] == ([] if sharing is None else asked)
     assert all(question.endswith(". Is it this stack's?") for question in asked)
     assert all(("staging" in question) == bool(sharing) for question in asked)
 
 
-def test_a_project_token_knows_nothing_of_other_environments() -> None:
+def test_a_project_token_does_not_show_other_environments() -> None:
     api: Any = SimpleNamespace(is_project_token=True)
-    assert owner.who_shares(api, a_stack()) is None
+    assert owner.environments_with_same_state(api, a_stack()) is None

@@ -1,4 +1,4 @@
-"""A signal at every step: Ctrl-C and SIGTERM clean up, and after a SIGKILL the next run goes on."""
+"""A signal at each step: after SIGINT and SIGTERM the run cleans up, after SIGKILL the next one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STEPS = ["inspect the baseline", "create the service", "build and start", "regis
     ("step", "number"),
     [
         *((step, number) for step in STEPS for number in (signal.SIGINT, signal.SIGKILL)),
-        ("create the service", signal.SIGTERM),  # which is handled as SIGINT is
+        ("create the service", signal.SIGTERM),  # has the same handler
     ],
 )
 def test_a_signal_during_deploy(base: Project, step: str, number: signal.Signals) -> None:
@@ -34,7 +34,7 @@ def test_a_signal_during_deploy(base: Project, step: str, number: signal.Signals
         "promote it": "ssh",
     }[step]
     nth = {"register": 2, "promote it": 3}.get(step, 1)
-    base.redis.delete("pulse:railway:deploy:lock")  # which a killed deploy leaves for an hour
+    base.redis.delete("pulse:railway:deploy:lock")  # left by a killed deploy
     base.faults({"match": slow, "nth": nth, "delay": 2.0})
     process = subprocess.Popen(
         [sys.executable, "-m", "pulse_railway", "deploy", "main.py", "--deployment-id", name],
@@ -46,9 +46,7 @@ def test_a_signal_during_deploy(base: Project, step: str, number: signal.Signals
         start_new_session=True,
     )
     assert process.stderr is not None
-    said = []
     for line in process.stderr:
-        said.append(line)
         if line.strip().startswith(step):
             break
     time.sleep(0.4)
@@ -61,8 +59,8 @@ def test_a_signal_during_deploy(base: Project, step: str, number: signal.Signals
         assert "interrupted at: " in rest
         assert base.services == BASE | {"first"}, rest
         assert set(base.records) == {"first"}
-    else:  # running it again succeeds, under another id or the same
-        # what was ordered and delayed happens all the same
+    else:  # another deploy succeeds
+        # Railway carries out the delayed call
         time.sleep(2.2 if step == "create the service" else 0.3)
         if step == "promote it":
             eventually(lambda: base.active == name, seconds=15)
@@ -79,7 +77,7 @@ def test_a_signal_during_deploy(base: Project, step: str, number: signal.Signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_an_ensure_that_is_killed_is_taken_up_by_the_next(
+def test_the_next_ensure_completes_one_that_was_killed(
     new_project: Callable[[], Project], number: signal.Signals
 ) -> None:
     project = new_project()

@@ -15,8 +15,8 @@ from pulse_railway import contract
 from pulse_railway import stack as stack_module
 from pulse_railway.config import Names, Target, Where
 from pulse_railway.errors import Failure
-from pulse_railway.flows.baseline import wanted_redis_prefix
-from pulse_railway.flows.status import of_regions
+from pulse_railway.flows.baseline import desired_redis_prefix
+from pulse_railway.flows.status import region_problems
 from pulse_railway.options import BaselineOptions
 from pulse_railway.railway.api import Api, GraphqlError
 from pulse_railway.railway.tokens import Token
@@ -30,7 +30,7 @@ DELETE_VARIABLE = "mutation ($i: VariableDeleteInput!) { variableDelete(input: $
 
 
 def app_with_names(folder: Path, router: str, env: str, redis: str, janitor: str) -> Path:
-    """The tiny app, whose stack has these names."""
+    """Write a copy of the tiny app with these names of its stack."""
     shutil.copytree(TINY, folder)
     main = folder / "main.py"
     names = {"router": router, "env": env, "redis": redis, "janitor": janitor}
@@ -41,7 +41,7 @@ def app_with_names(folder: Path, router: str, env: str, redis: str, janitor: str
 
 @pytest.fixture
 def shop(tmp_path: Path) -> Path:
-    """A second app."""
+    """A second app, with a stack of its own."""
     names = ("shop-router", "shop-env", "shop-redis", "shop-janitor")
     return app_with_names(tmp_path / "shop", *names)
 
@@ -59,7 +59,7 @@ def deployment_ids(project: Project) -> dict[str, str]:
 
 
 def unstamp(project: Project, *names: str) -> None:
-    """As a stack is that an earlier version has set up, or these services of it."""
+    """Delete the stamp of these services, or of all, as an earlier version leaves them."""
     for service in map(project.stage.services().__getitem__, names or project.services):
         project.railway.graphql(
             DELETE_VARIABLE,
@@ -72,7 +72,7 @@ def unstamp(project: Project, *names: str) -> None:
         )
 
 
-def test_ensure_stamps_what_is_there_and_deploys_nothing(base: Project) -> None:
+def test_ensure_stamps_existing_services_without_a_deploy(base: Project) -> None:
     router = base.stage.services()["pulse-router"]["serviceId"]
     stamp = f"{base.environment}/{router}"
     assert {base.variables(name)[contract.STACK] for name in base.services} == {stamp}
@@ -85,37 +85,39 @@ def test_ensure_stamps_what_is_there_and_deploys_nothing(base: Project) -> None:
 
 
 def test_two_stacks_in_one_environment(base: Project, shop: Path) -> None:
-    """Before, each janitor took the other's active deployment for an orphan, and `status`, `delete`
-    and `deploy` of one met the other's."""
+    """Each janitor has once adopted the other stack's active deployment as an orphan, and `status`,
+    `delete` and `deploy` have listed and changed the other stack's."""
     done = json_of(base, "ensure", "main.py", cwd=shop)
     assert done["changed"] == ["created the baseline"]
     refused = base.run("deploy", "main.py", "--deployment-id", "first", cwd=shop)
     assert refused.code == 1
     assert "first exists already" in refused.err
     json_of(base, "deploy", "main.py", "--deployment-id", "sold", cwd=shop)
-    they_live_apart(base, shop)
-    # where no app says which of the two: the one that is called as usual
+    check_separation(base, shop)
+    # without an app: the stack with the default names
     assert json_of(base, "status")["active"] == "first"
     assert json_of(base, "status", "--service", "shop-router")["active"] == "sold"
-    # a log is read wherever it is
+    # a log of either stack
     for service in ("pulse-router", "shop-router"):
         read = base.run("logs", "--service", service, "--json")
         assert read.code == 0, read.err
     assert json_of(base, "logs", "--deployment-id", "sold")["service"] == "sold"
-    # as an earlier version has set them up
+    # stacks of an earlier version
     unstamp(base)
-    they_live_apart(base, shop)
+    check_separation(base, shop)
     for cwd in (TINY, shop):
         changed = json_of(base, "ensure", "main.py", cwd=cwd)["changed"]
         assert len(changed) == 5
         assert all(contract.STACK in line for line in changed)
         assert json_of(base, "ensure", "main.py", cwd=cwd)["changed"] == []
-    they_live_apart(base, shop)
+    check_separation(base, shop)
 
 
-def they_live_apart(project: Project, shop: Path) -> None:
-    ours, shops = (TINY, "first", "pulse-router"), (shop, "sold", "shop-router")
-    for (cwd, own, router), (_, other, _) in ((ours, shops), (shops, ours)):
+def check_separation(project: Project, shop: Path) -> None:
+    """Check that neither stack's verbs, routers and page show or change the other's deployment."""
+    tiny_stack, shop_stack = (TINY, "first", "pulse-router"), (shop, "sold", "shop-router")
+    for stack, other_stack in ((tiny_stack, shop_stack), (shop_stack, tiny_stack)):
+        (cwd, own, router), (_, other, other_router) = stack, other_stack
         status = json_of(project, "status", "--app", "main.py", cwd=cwd)
         assert [row["deployment_id"] for row in status["deployments"]] == [own]
         assert status["active"] == own
@@ -126,45 +128,44 @@ def they_live_apart(project: Project, shop: Path) -> None:
             refused = project.run(verb, "--app", "main.py", "--deployment-id", other, cwd=cwd)
             assert refused.code == 1
             assert f"there is no deployment {other}" in refused.err
-        history = project.run("history", "--service", router).out  # before, the usual router's
+        history = project.run("history", "--service", router).out  # not the default router's
         assert own in history
         assert other not in history
-        page = shown(project, router)
+        page = local_page(project, router)
         assert [row["deployment_id"] for row in page["routing"]["deployments"]] == [own]
-        whose = {s["deployment_id"]: (s["own"], s["owner"]) for s in page["services"]}
-        assert whose[own][0]
-        assert whose[other] == (False, f"stack of {shops[2] if own == 'first' else ours[2]}")
+        owners = {s["deployment_id"]: (s["own"], s["owner"]) for s in page["services"]}
+        assert owners[own][0]
+        assert owners[other] == (False, f"stack of {other_router}")
 
 
-def shown(project: Project, router: str) -> dict[str, Any]:
-    """What the local Railway's page shows of the stack with this router."""
+def local_page(project: Project, router: str) -> dict[str, Any]:
+    """Return the data of the local Railway's page for the stack with this router."""
     url = project.railway.api.replace("/graphql/v2", "/local/picture")
     where = {"project": project.id, "environment": project.environment}
     stacks = {s["name"]: s["id"] for s in httpx.get(url, params=where).json()["stacks"]}
     assert len(stacks) == 2
 
     def settled() -> bool:
-        found.append(httpx.get(url, params={**where, "stack": stacks[router]}).json())
-        return "deployments" in (found[-1]["routing"] or {})
+        pages.append(httpx.get(url, params={**where, "stack": stacks[router]}).json())
+        return "deployments" in (pages[-1]["routing"] or {})
 
-    found: list[dict[str, Any]] = []
+    pages: list[dict[str, Any]] = []
     eventually(settled, 20)
-    return found[-1]
+    return pages[-1]
 
 
-def test_a_router_that_is_not_there_is_not_guessed(base: Project) -> None:
-    """Before: delete pulse-env, pulse-janitor, pulse-redis, and scaffold."""
+def test_a_router_name_that_does_not_exist_is_refused(base: Project) -> None:
+    """The message has once advised to delete pulse-env, pulse-janitor and pulse-redis."""
     for verb in (["redeploy"], ["status"], ["delete", "--deployment-id", "first"]):
-        said = base.run(*verb, "--service", "pulse-routr")
-        if said.code == 0:  # status says it among its problems
-            said.err += said.out
-        assert "no router is called pulse-routr; there is: pulse-router" in said.err
-        assert "Delete" not in said.err
+        run = base.run(*verb, "--service", "pulse-routr")
+        printed = run.err + run.out  # `status` prints it as a problem
+        assert "no router is called pulse-routr; there is: pulse-router" in printed
+        assert "Delete" not in printed
     assert base.active == "first"
 
 
-def test_a_flag_does_not_contradict_the_app(base: Project, shop: Path) -> None:
-    """Before, `--service` was ignored where invoke.yaml had an app."""
+def test_a_flag_that_contradicts_the_app_is_refused(base: Project, shop: Path) -> None:
+    """`--service` was once ignored if invoke.yaml had an app."""
     words = ("status", "--app", "main.py", "--service")
     refused = base.run(*words, "pulse-router", cwd=shop)
     assert refused.code == 1
@@ -172,7 +173,7 @@ def test_a_flag_does_not_contradict_the_app(base: Project, shop: Path) -> None:
     assert "no router is called nonsense" in base.run(*words, "nonsense").out
 
 
-def test_names_that_a_stack_was_set_up_with_stay(base: Project) -> None:
+def test_a_stacks_prefixes_and_redis_cannot_be_changed(base: Project) -> None:
     for flag, value, was in (
         ("--redis-prefix", "other", "with --redis-prefix pulse:railway"),
         ("--service-prefix", "x", "without --service-prefix"),
@@ -180,26 +181,26 @@ def test_names_that_a_stack_was_set_up_with_stay(base: Project) -> None:
         verbs = (
             ["ensure"] if flag == "--redis-prefix" else ["ensure", "deploy", "status", "rollback"]
         )
-        for verb in verbs:  # before, a deploy replaced the site of the stack that is there
+        for verb in verbs:  # a deploy has once replaced the existing stack's app
             app = ["main.py"] if verb in ("ensure", "deploy") else []
             refused = base.run(verb, *app, flag, value)
             assert refused.code == 1, verb
             assert f"this stack was set up {was}" in refused.err
     delete = ("delete", "--deployment-id", "first", "--yes")
-    url = "redis://u:of-another@h:1"  # before, these were ignored
-    for flag, value, said in (
+    url = "redis://u:of-another@h:1"
+    for flag, value, message in (
         ("--redis-service", "other", "this stack's Redis is pulse-redis, not --redis-service oth"),
         ("--redis-url", url, "--redis-url is not the address of this stack's Redis"),
         ("--redis-prefix", "other", "this stack was set up with --redis-prefix pulse:railway"),
     ):
         refused = base.run(*delete, flag, value)
-        assert said in refused.error
+        assert message in refused.error
         assert "of-another" not in refused.err
     assert base.active == "first"
 
 
 @pytest.mark.parametrize(
-    ("stored", "given", "said"),
+    ("stored", "flags", "message"),
     [
         ("${{pulse-redis.REDIS_URL}}", {"service": "pulse-redis"}, None),
         ("${{pulse-redis.REDIS_URL}}", {"service": "x"}, "is pulse-redis, not --redis-service x"),
@@ -211,33 +212,35 @@ def test_names_that_a_stack_was_set_up_with_stay(base: Project) -> None:
         ("redis://h:1", {"service": "pulse-redis"}, "is outside of the project"),
     ],
 )
-def test_flags_name_no_other_redis(stored: str, given: dict[str, str], said: str | None) -> None:
+def test_flags_for_another_redis_are_refused(
+    stored: str, flags: dict[str, str], message: str | None
+) -> None:
     redis = Service("m", "", "pulse-redis", "", None, {}, [], None, None, {"REDIS_PASSWORD": "p/"})
     router = Service("r", "", "pulse-router", "", None, {}, [], None, None, {"REDIS_URL": stored})
-    there = [router, redis] if "$" in stored else [router]
-    stack = Stack(Target("p", "e"), Names(), {s.name: s for s in there})
-    flags = {"service": None, "url": None, "prefix": None, **given}
-    if said is None:
-        check_redis(stack, **flags)
+    services = [router, redis] if "$" in stored else [router]
+    stack = Stack(Target("p", "e"), Names(), {s.name: s for s in services})
+    all_flags = {"service": None, "url": None, "prefix": None, **flags}
+    if message is None:
+        check_redis(stack, **all_flags)
     else:
-        with pytest.raises(Failure, match=said):
-            check_redis(stack, **flags)
+        with pytest.raises(Failure, match=message):
+            check_redis(stack, **all_flags)
 
 
-def test_a_prefix_that_is_in_a_file_holds_for_a_copy_too() -> None:
-    wanted = BaselineOptions(Where(), Names(), redis_prefix="shop")
+def test_a_configured_prefix_is_valid_for_a_copy() -> None:
+    options = BaselineOptions(Where(), Names(), redis_prefix="shop")
     of_router = {contract.REDIS_PREFIX: "shop:e-copy"}
     router = Service("r", "", "pulse-router", "", None, {}, [], None, None, of_router)
     own = Stack(Target("p", "e-copy"), Names(), {"pulse-router": router})
-    check_redis_prefix(own, wanted.redis_prefix)
-    assert wanted_redis_prefix(own, wanted) == "shop:e-copy"
+    check_redis_prefix(own, options.redis_prefix)
+    assert desired_redis_prefix(own, options) == "shop:e-copy"
     with pytest.raises(Failure, match="set up with --redis-prefix shop:e-copy"):
         other = Stack(Target("p", "other"), Names(), {"pulse-router": router})
-        check_redis_prefix(other, wanted.redis_prefix)
+        check_redis_prefix(other, options.redis_prefix)
 
 
 def test_a_copied_environment(base: Project) -> None:
-    """Before, its tokens, its intent and what its verbs did were the original's."""
+    """Its tokens and its last promotion were once the original's, which its verbs changed."""
     original = {name: base.variables(name) for name in base.services}
     before = deployment_ids(base)
     copy = base.duplicate("staging")
@@ -268,8 +271,8 @@ def test_a_copied_environment(base: Project) -> None:
     copy.deploy("fresh")
     assert copy.ok("status")["active"] == "fresh"
     assert copy.get("/_pulse/meta")["deployment_id"] == "fresh"
-    what_was_copied_can_be_deleted(copy)
-    # the original has noticed nothing
+    check_that_copied_deployments_can_be_deleted(copy)
+    # the original is unchanged
     assert {name: base.variables(name) for name in original} == original
     assert deployment_ids(base) == before
     assert base.get("/_pulse/meta")["deployment_id"] == "first"
@@ -277,41 +280,41 @@ def test_a_copied_environment(base: Project) -> None:
     assert base.get("/_pulse/meta")["deployment_id"] == "first"
 
 
-def what_was_copied_can_be_deleted(copy: Project) -> None:
-    """Before, it was in no list, and no verb that the janitor named found it."""
-    said = "first was copied from another environment"
+def check_that_copied_deployments_can_be_deleted(copy: Project) -> None:
+    """A copied deployment was once in no list, and the verb that the janitor advised failed."""
+    message = "first was copied from another environment"
     status = copy.ok("status")
     states = {row["deployment_id"]: row["state"] for row in status["deployments"]}
     assert states == {"first": "copied", "fresh": "active"}
     assert status["problems"] == []
-    assert said in copy.run("status").out
+    assert message in copy.run("status").out
     kept = copy.janitor()["kept"]["first"]
-    assert said in kept
+    assert message in kept
     assert "restore" not in kept
     for verb in ("promote", "restore", "redeploy"):
-        assert said in copy.run(verb, "--deployment-id", "first").error
+        assert message in copy.run(verb, "--deployment-id", "first").error
     assert "`pulse-railway delete --deployment-id first`" in kept
     copy.ok("delete", "--deployment-id", "first", "--yes")
     assert "first" not in copy.services
     assert [row["deployment_id"] for row in copy.ok("status")["deployments"]] == ["fresh"]
 
 
-def test_a_stack_with_names_of_its_own_is_found(
+def test_a_stack_with_other_names_is_found_without_an_app(
     new_project: Callable[[], Project], tmp_path: Path
 ) -> None:
-    """Before: the baseline is partial, delete edge-router, memory and sweeper."""
+    """The message has once advised to delete edge-router, memory and sweeper."""
     app = app_with_names(tmp_path / "app", "edge-router", "edge-env", "memory", "sweeper")
     project = new_project()
     json_of(project, "ensure", "main.py", cwd=app)
     unstamp(project)
     json_of(project, "deploy", "main.py", "--deployment-id", "one", cwd=app)
-    assert json_of(project, "status")["active"] == "one"  # nobody says how it is called
+    assert json_of(project, "status")["active"] == "one"
     assert json_of(project, "status")["missing"] == []
     assert json_of(project, "redeploy", "--service", "edge-router")["deployment_id"] == "one"
 
 
-def test_what_a_router_that_was_deleted_ran_is_taken_over(base: Project, shop: Path) -> None:
-    """Beside another stack. Before, it was nobody's for ever."""
+def test_deployments_of_a_deleted_router_are_taken_over(base: Project, shop: Path) -> None:
+    """Beside another stack, they could once not be assigned to a new router."""
     json_of(base, "ensure", "main.py", cwd=shop)
     json_of(base, "deploy", "main.py", "--deployment-id", "late", cwd=shop)
     ids = {name: at["serviceId"] for name, at in base.stage.services().items()}
@@ -321,36 +324,36 @@ def test_what_a_router_that_was_deleted_ran_is_taken_over(base: Project, shop: P
     json_of(base, "ensure", "main.py", cwd=shop)
     status = json_of(base, "status", "--app", "main.py", cwd=shop)
     assert status["deployments"] == []
-    (said,) = (line for line in status["problems"] if "late" in line)
-    assert "`pulse-railway restore --deployment-id late --app main.py`" in said
+    (problem,) = (line for line in status["problems"] if "late" in line)
+    assert "`pulse-railway restore --deployment-id late --app main.py`" in problem
     assert "late" not in str(json_of(base, "status", "--service", "pulse-router"))
     restored = json_of(base, "restore", "--app", "main.py", "--deployment-id", "late", cwd=shop)
     assert restored["active"] == "late"
     assert json_of(base, "status", "--app", "main.py", cwd=shop)["active"] == "late"
     assert base.active == "first"
-    what_is_nobodys_can_be_taken_or_deleted(base, shop)
+    check_that_unowned_deployments_can_be_taken_over_or_deleted(base, shop)
 
 
-def what_is_nobodys_can_be_taken_or_deleted(base: Project, shop: Path) -> None:
-    """Before, the commands that were named for it found nothing."""
+def check_that_unowned_deployments_can_be_taken_over_or_deleted(base: Project, shop: Path) -> None:
+    """The commands in the messages once did not find these deployments."""
     create(base, "stray")
     base.stage.set_variables("stray", {contract.DEPLOYMENT_ID: "stray"})
     words = ("--service", "pulse-router")
-    said = str(json_of(base, "status", *words)["problems"])
-    assert "`pulse-railway delete --deployment-id stray --service pulse-router` removes it" in said
+    problems = str(json_of(base, "status", *words)["problems"])
+    delete = "`pulse-railway delete --deployment-id stray --service pulse-router` removes it"
+    assert delete in problems
     assert json_of(base, "delete", "--deployment-id", "stray", "--yes", *words)["deleted"]
     assert "stray" not in base.services
     base.stage.set_variables("late", {contract.STACK: "junk"})
-    said = str(json_of(base, "status", "--app", "main.py", cwd=shop)["problems"])
-    assert "`pulse-railway restore --deployment-id late --app main.py` makes it" in said
+    problems = str(json_of(base, "status", "--app", "main.py", cwd=shop)["problems"])
+    assert "`pulse-railway restore --deployment-id late --app main.py` makes it" in problems
     json_of(base, "restore", "--app", "main.py", "--deployment-id", "late", cwd=shop)
     router = base.stage.services()["shop-router"]["serviceId"]
     assert base.variables("late")[contract.STACK] == f"{base.environment}/{router}"
 
 
-def test_what_other_hands_have_changed_is_said_and_mended(base: Project) -> None:
-    """Before, `railway scale` on a backend broke affinity, and `status` said that nothing was
-    wrong."""
+def test_changes_made_on_railway_are_reported_and_reverted(base: Project) -> None:
+    """`railway scale` on a backend breaks affinity, which `status` once did not report."""
     ids = {name: at["serviceId"] for name, at in base.stage.services().items()}
     two = {"us-west2": {"numReplicas": 2}}  # what `railway scale us-west2=2` commits
     apart = {"europe-west4-drams3a": {"numReplicas": 2}, "us-west2": {"numReplicas": 1}}
@@ -372,9 +375,9 @@ def test_what_other_hands_have_changed_is_said_and_mended(base: Project) -> None
         "numReplicas, startCommand of pulse-janitor was changed on Railway: `pulse-railway ensure`"
         in str(problems)
     )
-    silent = base.run("doctor", "main.py", "--json", cwd=TINY, PATH="/usr/bin:/bin")
-    said = [check["said"] for check in silent.json["checks"] if check["verdict"] == "bad"]
-    assert "startCommand of pulse-janitor" in str(said), "also where the router is out of reach"
+    no_router = base.run("doctor", "main.py", "--json", cwd=TINY, PATH="/usr/bin:/bin")
+    bad = [check["said"] for check in no_router.json["checks"] if check["verdict"] == "bad"]
+    assert "startCommand of pulse-janitor" in str(bad), "also if the router cannot be reached"
     json_of(base, "ensure", "main.py")
     assert json_of(base, "ensure", "main.py")["changed"] == []
     read = "query ($e: String!) { environment(id: $e) { config(decryptVariables: false) } }"
@@ -382,14 +385,14 @@ def test_what_other_hands_have_changed_is_said_and_mended(base: Project) -> None
     janitor = config["services"][ids["pulse-janitor"]]["deploy"]["multiRegionConfig"]
     assert {region: at for region, at in janitor.items() if at} == {
         "europe-west4-drams3a": {"numReplicas": 1}
-    }, "in the region that it was in"
+    }, "the janitor stays in its region"
     one = {ids["first"]: {"deploy": {"multiRegionConfig": {"us-west2": {"numReplicas": 1}}}}}
     base.railway.graphql(document, e=base.environment, p={"services": one})
     eventually(lambda: json_of(base, "status", "--service", "pulse-router")["problems"] == [], 60)
 
 
-def test_services_in_no_region(base: Project) -> None:
-    """Before, nothing was wrong with them."""
+def test_services_without_a_replica(base: Project) -> None:
+    """`status` once did not report them."""
     ids = {name: at["serviceId"] for name, at in base.stage.services().items()}
     none = {"deploy": {"multiRegionConfig": {"us-west2": {"numReplicas": 0}}}}
     patch = {ids["pulse-router"]: none, ids["pulse-redis"]: none}
@@ -410,24 +413,24 @@ def test_services_in_no_region(base: Project) -> None:
 
 
 def test_a_region_that_does_not_exist(base: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Railway is asked only where it may not exist."""
+    """Railway is asked for its regions only if a region is not in our list."""
     monkeypatch.setenv(contract.API_URL_VARIABLE, base.railway.api)
     api = Api(Token(base.env["RAILWAY_API_TOKEN"], "RAILWAY_API_TOKEN"))
     router = Service("r", "", "pulse-router", "", None, {}, [], None, None)
     stack = Stack(Target(base.id, base.environment), Names(), {"pulse-router": router})
-    for regions, said in (
+    for regions, advice in (
         ({"us-west2": 2}, ""),
         ({"moon": 2}, "`railway scale moon=0 us-west2=2 --service pulse-router`"),
         ({"moon": 1, "us-west2": 1}, "`railway scale moon=0 us-west2=2 --service pulse-router`"),
     ):
         router.regions = dict(regions)
-        found = of_regions(api, stack)
-        assert said in str(found) if said else not found
-        assert bool(api.calls) == bool(said)
+        problems = region_problems(api, stack)
+        assert advice in str(problems) if advice else not problems
+        assert bool(api.calls) == bool(advice)
 
 
 @pytest.mark.parametrize(
-    ("regions", "replicas", "then"),
+    ("regions", "replicas", "expected"),
     [
         ({"a": 2}, 1, {"a": 1}),
         ({"a": 1, "b": 1}, 1, {"a": 1, "b": 0}),
@@ -436,78 +439,77 @@ def test_a_region_that_does_not_exist(base: Project, monkeypatch: pytest.MonkeyP
         ({"a": 3, "b": 1}, 3, {"a": 2, "b": 1}),
     ],
 )
-def test_so_many_replicas_in_the_regions_that_they_are_in(
-    regions: dict[str, int], replicas: int, then: dict[str, int]
+def test_replicas_stay_in_their_regions(
+    regions: dict[str, int], replicas: int, expected: dict[str, int]
 ) -> None:
-    assert scaled(regions, replicas) == then
+    assert scaled(regions, replicas) == expected
 
 
 def test_a_service_that_is_deleted_while_the_stack_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its janitor deletes whenever it likes. Before, any verb ended with "Service not found"."""
-    says = iter([GraphqlError("Service not found"), None])
+    """A janitor can delete a service between the two queries: then both are sent again."""
+    answers = iter([GraphqlError("Service not found"), None])
 
     def variables(*_: Any) -> None:
-        if error := next(says):
+        if error := next(answers):
             raise error
 
     monkeypatch.setattr(stack_module, "read_services", lambda _, to, n: Stack(to, n, {}))
     monkeypatch.setattr(stack_module, "read_variables", variables)
     assert stack_module.inspect(cast(Any, None), Target("p", "e"), Names()).services == {}
-    assert next(says, "both were read") == "both were read"
+    assert next(answers, "both were read") == "both were read"
 
 
 BASELINE = ("pulse-env", "pulse-redis", "pulse-janitor")
 
 
 def part_of(*names: str, stamp: str = "", others: str = "", **variables: str) -> Stack:
-    """A stack with these services, and another one of the environment."""
+    """Return a stack with these services, and another service of the environment."""
     variables |= {contract.STACK: stamp} if stamp else {}
-    found = {n: Service(n, "", n, "", None, {}, [], None, None, dict(variables)) for n in names}
-    beside = [Service(others, "", others, "", None, {}, [], None, None)] if others else []
-    return Stack(Target("p", "e"), Names(), found, beside)
+    own = {n: Service(n, "", n, "", None, {}, [], None, None, dict(variables)) for n in names}
+    other = [Service(others, "", others, "", None, {}, [], None, None)] if others else []
+    return Stack(Target("p", "e"), Names(), own, other)
 
 
-def test_a_stack_whose_router_has_another_name_is_not_to_be_deleted() -> None:
-    """Before: delete pulse-env, pulse-janitor, pulse-redis, and scaffold."""
-    said = partial(part_of(*BASELINE))
-    assert "pulse-env, pulse-janitor, pulse-redis found, pulse-router missing" in said
-    assert "pass --service" in said
-    assert "Nothing says whose pulse-env, pulse-janitor, pulse-redis is" in said
-    assert "scaffold" not in said
-    said = partial(replace(part_of(*BASELINE), no_such_router="edge"))
-    assert "no router is called pulse-router (there is: edge)" in said
+def test_no_deletion_is_advised_if_the_router_may_have_another_name() -> None:
+    message = partial(part_of(*BASELINE))
+    assert "pulse-env, pulse-janitor, pulse-redis found, pulse-router missing" in message
+    assert "pass --service" in message
+    assert "Nothing says whose pulse-env, pulse-janitor, pulse-redis is" in message
+    assert "scaffold" not in message
+    message = partial(replace(part_of(*BASELINE), no_such_router="edge"))
+    assert "no router is called pulse-router (there is: edge)" in message
 
 
-def test_what_a_router_that_is_gone_has_left_is_to_be_deleted() -> None:
-    said = partial(part_of(*BASELINE, stamp="e/lost"))
-    assert "delete pulse-env, pulse-janitor, pulse-redis on Railway and run" in said
-    assert "all sessions and the routing state" in said
-    # a service of that id is there, whatever its variables show
+def test_deletion_of_a_deleted_routers_services_is_advised() -> None:
+    message = partial(part_of(*BASELINE, stamp="e/lost"))
+    assert "delete pulse-env, pulse-janitor, pulse-redis on Railway and run" in message
+    assert "all sessions and the routing state" in message
+    # the router's service exists, whatever its variables show
     assert "scaffold" not in partial(part_of(*BASELINE, stamp="e/lost", others="lost"))
     assert "scaffold" not in partial(part_of(*BASELINE, stamp="elsewhere/lost"))
 
 
-def test_a_name_alone_makes_no_service_this_stacks() -> None:
-    """Before, all that was called as usual was to be deleted with the router."""
+def test_a_default_name_does_not_show_the_owner() -> None:
+    """The message has once advised to delete all services with default names."""
     stack = part_of("pulse-router", "pulse-env", "pulse-redis")
-    said = partial(stack)
-    assert "Nothing says whose pulse-env, pulse-redis is" in said
-    assert "delete pulse-router on Railway" in said
-    assert "all sessions" not in said
+    message = partial(stack)
+    assert "Nothing says whose pulse-env, pulse-redis is" in message
+    assert "delete pulse-router on Railway" in message
+    assert "all sessions" not in message
     stack.services["pulse-router"].variables["REDIS_URL"] = "${{pulse-redis.REDIS_URL}}"
     stack.services["pulse-env"].variables[contract.STACK] = "e/pulse-router"
-    said = partial(stack)
-    assert "Nothing says" not in said
-    assert "delete pulse-env, pulse-redis, pulse-router on Railway" in said
+    message = partial(stack)
+    assert "Nothing says" not in message
+    assert "delete pulse-env, pulse-redis, pulse-router on Railway" in message
 
 
-def test_what_a_copy_keeps_apart_in_a_redis_that_it_shares() -> None:
-    wanted = BaselineOptions(Where(), Names())
+def test_a_copy_has_its_own_prefix_in_a_shared_redis() -> None:
+    options = BaselineOptions(Where(), Names())
     of_router = {contract.REDIS_PREFIX: "shop"}
     router = Service("r", "", "pulse-router", "", None, {}, [], None, None, of_router)
     stack = Stack(Target("p", "e-copy"), Names(), {"pulse-router": router})
-    assert wanted_redis_prefix(stack, wanted) == "shop"
+    assert desired_redis_prefix(stack, options) == "shop"
     stack.copied_from = "e"
-    assert wanted_redis_prefix(stack, wanted) == "shop:e-copy"
+    assert desired_redis_prefix(stack, options) == "shop:e-copy"
     stack.services["pulse-redis"] = replace(router, name="pulse-redis")  # its own
-    assert wanted_redis_prefix(stack, wanted) == "shop"
+    assert desired_redis_prefix(stack, options) == "shop"

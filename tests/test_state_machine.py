@@ -215,7 +215,7 @@ class Life(RuleBasedStateMachine):
                 assert record.weight is None
 
     @rule(pick=st.integers(0, 50), weight=st.integers(0, 100), kill=KILL)
-    def weigh(self, pick: int, weight: int, kill: bool) -> None:
+    def set_canary_weight(self, pick: int, weight: int, kill: bool) -> None:
         active = self.active
         names = sorted(self.services.keys() - {active}) or ["never"]
         name = names[pick % len(names)]

@@ -1,4 +1,4 @@
-"""`status` names what is wrong, and the command that mends it."""
+"""`status` reports each problem with the command that solves it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from pulse_railway import cli, contract, router_commands, verbs
 from pulse_railway.config import ControlRoute, Names, Target, Where
 from pulse_railway.errors import Uncertain
 from pulse_railway.flows import logs as flows_logs
-from pulse_railway.flows.status import of_record, problems, status
+from pulse_railway.flows.status import problems, record_problems, status
 from pulse_railway.flows.watch import LENGTH, History
 from pulse_railway.options import LogsOptions
 from pulse_railway.output import Output
@@ -44,12 +44,12 @@ def service(name: str, status: str = "SUCCESS", **variables: str) -> Service:
     return Service(f"s-{name}", "", name, at, None, {}, domains, None, status, variables)
 
 
-def stack(*more: Service, intent: str = "a", without: str = "", broken: str = "") -> Stack:
-    base = {contract.RUNTIME_VERSION: "1", contract.LAST_PROMOTED: intent, **SET}
+def stack(*more: Service, last_promoted: str = "a", without: str = "", broken: str = "") -> Stack:
+    base = {contract.RUNTIME_VERSION: "1", contract.LAST_PROMOTED: last_promoted, **SET}
     names = ("pulse-router", "pulse-env", "pulse-redis", "pulse-janitor")
     stable = [service(n, "CRASHED" if n == broken else "SUCCESS", **base) for n in names]
-    found = [s for s in (*stable, *more) if s.name != without]
-    return Stack(Target("p", "e"), Names(), {s.name: s for s in found})
+    services = [s for s in (*stable, *more) if s.name != without]
+    return Stack(Target("p", "e"), Names(), {s.name: s for s in services})
 
 
 A = service("a", PULSE_DEPLOYMENT_ID="a")
@@ -59,7 +59,7 @@ UP = {"active": "a", "lost": False, "epoch": 7, "deployments": [RECORD], "router
 
 
 @pytest.mark.parametrize(
-    ("found", "state", "says"),
+    ("read", "state", "parts"),
     [
         (stack(A), UP, []),
         (
@@ -68,12 +68,12 @@ UP = {"active": "a", "lost": False, "epoch": 7, "deployments": [RECORD], "router
             ["is lost, or an older one: a was promoted last", "restore`"],
         ),
         (
-            stack(A, service("b", PULSE_DEPLOYMENT_ID="b"), intent="b"),
+            stack(A, service("b", PULSE_DEPLOYMENT_ID="b"), last_promoted="b"),
             UP | {"lost": True},
             ["b was promoted last, and a is active", "restore`"],
         ),
         (
-            stack(A, intent="gone"),
+            stack(A, last_promoted="gone"),
             UP | {"lost": True},
             ["gone was promoted last, and its service is gone", "restore --deployment-id a`"],
         ),
@@ -112,12 +112,12 @@ UP = {"active": "a", "lost": False, "epoch": 7, "deployments": [RECORD], "router
         (
             stack(A),
             UP | {"problems": ["a: address not understood"]},
-            ["a: address not understood", "it is ignored, and goes with that deployment"],
+            ["a: address not understood", "it is ignored, and is removed with that deployment"],
         ),
         (
             stack(A),
             UP | {"problems": [":promoted is not understood"]},
-            [":promoted is not understood", "the next promotion writes it anew"],
+            [":promoted is not understood", "the next promotion replaces it"],
         ),
         (
             stack(A),
@@ -127,9 +127,9 @@ UP = {"active": "a", "lost": False, "epoch": 7, "deployments": [RECORD], "router
         (
             stack(A),
             UP | {"problems": [":owner is not understood"]},
-            [":owner is not understood", "`pulse-railway ensure` writes it anew"],
+            [":owner is not understood", "`pulse-railway ensure` replaces it"],
         ),
-        (  # before, its tabs were told to reload, and nothing was wrong
+        (  # its tabs reload, which was once not reported
             stack(A, service("b", PULSE_DEPLOYMENT_ID="b")),
             UP,
             ["b runs without a record", "`pulse-railway restore`", "delete --deployment-id b`"],
@@ -149,7 +149,7 @@ UP = {"active": "a", "lost": False, "epoch": 7, "deployments": [RECORD], "router
             UP | {"routers": [{"router": "r", "identity": i} for i in ("e/s-pulse-router", "o/x")]},
             ["routers of other stacks serve it too (o/x,", "`pulse-railway ensure --owns-state`"],
         ),
-        (  # which is foreign by now, and takes its report back
+        (  # the other router has not yet withdrawn its report
             stack(A),
             UP | {"owner": "e/s-pulse-router", "routers": [{"router": "r", "identity": "o/x"}]},
             [],
@@ -173,15 +173,15 @@ UP = {"active": "a", "lost": False, "epoch": 7, "deployments": [RECORD], "router
         (
             stack(A),
             UP | {"reports_without_lease": ["p:router:x"]},
-            ["p:router:x stands where routers report", "`redis-cli DEL p:router:x` in pulse-redis"],
+            ["p:router:x is where routers report", "`redis-cli DEL p:router:x` in pulse-redis"],
         ),
         (
-            stack(A, intent=""),
+            stack(A, last_promoted=""),
             UP | {"active": None},
             ["no deployment is active", "promote", "rest"],
         ),
-        (stack(intent=""), UP | {"active": None}, []),  # nothing was deployed yet
-        (  # before, commands for what is another stack's
+        (stack(last_promoted=""), UP | {"active": None}, []),  # nothing was deployed yet
+        (  # commands for another stack's state were once advised
             stack(A),
             UP | {"owner": "elsewhere/router", "lost": True},
             ["belongs to another stack (elsewhere/router,", "`pulse-railway ensure` says"],
@@ -202,62 +202,62 @@ UP = {"active": "a", "lost": False, "epoch": 7, "deployments": [RECORD], "router
         (Stack(Target("p", "e"), Names(), {}), None, ["no baseline", "ensure`"]),
     ],
 )
-def test_a_problem_is_named_with_its_command(found: Stack, state: Any, says: list[str]) -> None:
-    said = problems(found, state, None)
-    assert len(said) == bool(says), said
-    for words in says:
-        assert words in said[0]
+def test_a_problem_is_reported_with_its_command(read: Stack, state: Any, parts: list[str]) -> None:
+    messages = problems(read, state, None)
+    assert len(messages) == bool(parts), messages
+    for part in parts:
+        assert part in messages[0]
 
 
-def test_a_canary_whose_bake_was_cut_off_is_kept_as_one() -> None:
-    """Before, the advice was a command that finished it; and the mark stayed."""
+def test_the_advice_after_an_interrupted_bake_keeps_the_canary() -> None:
+    """The command in the message has once made the canary active, and kept the record's `bake`."""
     records = {name: router.Record(name, of) for name, of in (("a", "active"), ("c", "pending"))}
     routing = router.Routing(time.time(), "a", records=records)
 
-    def weigh(bake: float | None) -> dict[str, Any]:
+    def set_weight(bake: float | None) -> dict[str, Any]:
         nonlocal routing
         routing = control.set_canary_weight(routing, "c", "c", 10.0, bake=bake)
         return dict(routing.records["c"].json())
 
-    baking = weigh(-120.0)
-    said = of_record(baking, stack(A))
-    assert said[0].endswith("`pulse-railway promote --deployment-id c --weight 10` keeps it")
-    assert "bake" not in weigh(None)
-    assert "bake" in weigh(300.0)
-    assert "bake" in weigh(None), "one that goes on stays known"
+    overdue = set_weight(-120.0)
+    messages = record_problems(overdue, stack(A))
+    assert messages[0].endswith("`pulse-railway promote --deployment-id c --weight 10` keeps it")
+    assert "bake" not in set_weight(None)
+    assert "bake" in set_weight(300.0)
+    assert "bake" in set_weight(None), "a bake that is not over is kept"
 
 
 def test_a_redis_that_hangs(base: Project) -> None:
-    """Before: 33 s, and every deployment was `unregistered`."""
+    """`status` has once taken 33 s, and shown every deployment as `unregistered`."""
     stats = base.railway.api.replace("/graphql/v2", "/local/stats")
     pid = base.stage.get(stats).json()["pids"]["pulse-redis"]
     os.kill(pid, signal.SIGSTOP)
     try:
         began = time.monotonic()
-        found = base.ok("status")
+        answer = base.ok("status")
         took = time.monotonic() - began
-        shown = base.run("status").out
+        printed = base.run("status").out
     finally:
         os.kill(pid, signal.SIGCONT)
     assert took < 20
-    assert [row["state"] for row in found["deployments"]] == ["unknown"]
-    assert "Redis does not answer: the routers serve what they know" in found["problem"]
-    assert "pulse-railway logs --service pulse-redis" in shown
+    assert [row["state"] for row in answer["deployments"]] == ["unknown"]
+    assert "Redis does not answer: the routers serve what they know" in answer["problem"]
+    assert "pulse-railway logs --service pulse-redis" in printed
     assert base.ok("status")["problems"] == []
 
 
-# -- what people see ---------------------------------------------------------------------------
+# -- output -----------------------------------------------------------------------------------
 
 
 def row(name: str, sessions: int | None = 1, state: str = "active") -> dict[str, Any]:
-    facts = {"railway": "SUCCESS", "age_seconds": 5, "weight": None, "rolled_back": False}
-    return {"deployment_id": name, "state": state, "sessions": sessions, "about": {}, **facts}
+    fields = {"railway": "SUCCESS", "age_seconds": 5, "weight": None, "rolled_back": False}
+    return {"deployment_id": name, "state": state, "sessions": sessions, "about": {}, **fields}
 
 
 def result(*rows: dict[str, Any], routers: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
     baseline = [{"service": "pulse-redis", "railway": "SUCCESS", "version": None}]
     empty = dict.fromkeys(("address", "canary", "maintenance", "lock"))
-    found = {
+    fields = {
         "active": "a",
         "baseline": baseline,
         "missing": [],
@@ -266,7 +266,7 @@ def result(*rows: dict[str, Any], routers: list[dict[str, Any]], **more: Any) ->
         **empty,
         **more,
     }
-    return {**found, "deployments": list(rows), "routers": routers}
+    return {**fields, "deployments": list(rows), "routers": routers}
 
 
 def counted(router: str, good: int, bad: int) -> dict[str, Any]:
@@ -274,25 +274,25 @@ def counted(router: str, good: int, bad: int) -> dict[str, Any]:
     return {"router": router, "tallies": {"a": [classes, 0, []]}}
 
 
-def test_what_happened_between_two_looks() -> None:
+def test_rates_are_computed_between_two_polls() -> None:
     history = History()
-    history.look(result(row("a"), routers=[counted("r1", 100, 0), counted("r2", 50, 0)]), 0.0)
+    history.add(result(row("a"), routers=[counted("r1", 100, 0), counted("r2", 50, 0)]), 0.0)
     assert list(history.series["a"].requests) == [None]
-    history.look(result(row("a", 3), routers=[counted("r1", 110, 2), counted("r2", 58, 0)]), 10.0)
+    history.add(result(row("a", 3), routers=[counted("r1", 110, 2), counted("r2", 58, 0)]), 10.0)
     assert history.series["a"].requests[-1] == 2.0
     assert history.series["a"].errors[-1] == pytest.approx(0.2)
-    # r2 was restarted and begins at 0; then nobody answers; then all of the gap is known
-    history.look(result(row("a"), routers=[counted("r1", 110, 2), counted("r2", 5, 0)]), 15.0)
+    # r2 restarts and counts from 0; then no router answers; then the next rate covers the gap
+    history.add(result(row("a"), routers=[counted("r1", 110, 2), counted("r2", 5, 0)]), 15.0)
     assert history.series["a"].requests[-1] == 1.0
-    history.look(result(row("a", None), routers=[]), 20.0)
+    history.add(result(row("a", None), routers=[]), 20.0)
     assert list(history.series["a"].requests)[-1:] == [None]
-    history.look(result(row("a"), routers=[counted("r1", 120, 2), counted("r2", 5, 0)]), 25.0)
+    history.add(result(row("a"), routers=[counted("r1", 120, 2), counted("r2", 5, 0)]), 25.0)
     assert history.series["a"].requests[-1] == 1.0
     assert list(history.series["a"].sessions) == [1, 3, 1, None, 1]
-    history.look(result(row("b"), routers=[]), 30.0)
+    history.add(result(row("b"), routers=[]), 30.0)
     assert set(history.series) == {"b"}
     for n in range(100):
-        history.look(result(row("b"), routers=[]), 31.0 + n)
+        history.add(result(row("b"), routers=[]), 31.0 + n)
     assert len(history.series["b"].sessions) == LENGTH
 
 
@@ -303,24 +303,24 @@ def test_a_trend_is_drawn_from_zero() -> None:
     assert sparkline([]) == "?"
 
 
-def test_the_truth_is_in_words(capsys: pytest.CaptureFixture[str]) -> None:
-    """In a pipe there is no colour: a service that is down has to say so."""
-    found = result(row("a"), row("b", None, "draining"), routers=[])
-    show_status(found)
-    said = capsys.readouterr().out
-    assert "● pulse-redis  up" in said
-    assert "a is active, and nothing is wrong" in said
-    found["baseline"][0]["railway"] = "CRASHED"
-    found["problems"] = ["pulse-redis is CRASHED on Railway: see `pulse-railway logs ...`"]
-    show_status(found)
-    said = capsys.readouterr().out
-    assert "● pulse-redis  CRASHED" in said
-    assert "problem: pulse-redis is CRASHED" in said
-    assert "nothing is wrong" not in said
-    assert "\x1b" not in said
+def test_a_failed_service_is_named_without_color(capsys: pytest.CaptureFixture[str]) -> None:
+    """Output to a pipe has no color."""
+    shown = result(row("a"), row("b", None, "draining"), routers=[])
+    show_status(shown)
+    printed = capsys.readouterr().out
+    assert "● pulse-redis  up" in printed
+    assert "a is active, and nothing is wrong" in printed
+    shown["baseline"][0]["railway"] = "CRASHED"
+    shown["problems"] = ["pulse-redis is CRASHED on Railway: see `pulse-railway logs ...`"]
+    show_status(shown)
+    printed = capsys.readouterr().out
+    assert "● pulse-redis  CRASHED" in printed
+    assert "problem: pulse-redis is CRASHED" in printed
+    assert "nothing is wrong" not in printed
+    assert "\x1b" not in printed
 
 
-# -- what anybody has written into Redis ---------------------------------------------------------
+# -- invalid data in Redis -----------------------------------------------------------------------
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec=None)),
@@ -337,8 +337,8 @@ FACTS = st.dictionaries(st.sampled_from("since until at holder by page retry_aft
 TALLIES = st.dictionaries(st.just("a"), JSON | st.tuples(st.lists(JSON), JSON, st.lists(JSON)))
 
 
-class Holds:
-    """A store that holds this."""
+class MemoryStore:
+    """A store with this state."""
 
     def __init__(self, state: dict[str, str]) -> None:
         self.state = state
@@ -347,12 +347,12 @@ class Holds:
         return router.parse(self.state, time.time())
 
 
-def asked(command: str, answer: dict[str, Any]) -> dict[str, Any]:
-    """An answer as it comes from the router."""
+def parsed(command: str, answer: dict[str, Any]) -> dict[str, Any]:
+    """Return a router's answer as a verb parses it."""
     line = json.dumps({**answer, "command": command, "nonce": "n"})
-    found = router_commands.parse_answer(line, command, "n")
-    assert found
-    return found
+    answer_or_none = router_commands.parse_answer(line, command, "n")
+    assert answer_or_none
+    return answer_or_none
 
 
 @given(
@@ -368,38 +368,38 @@ def asked(command: str, answer: dict[str, Any]) -> dict[str, Any]:
     max_examples=150,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-def test_nothing_that_is_stored_is_a_traceback(
+def test_no_stored_data_causes_a_traceback(
     monkeypatch: pytest.MonkeyPatch, records: Any, entries: list[Any], others: Any, tallies: Any
 ) -> None:
-    """Before, a surrogate, a missing field and a commit that is a list were one, and so was a
-    message with brackets, which was taken for rich's markup."""
-    found = {f":deployment:{name}": record for name, record in records.items()} | others
-    noted = [{"at": 5, "what": "promote", **e} if isinstance(e, dict) else e for e in entries]
-    store = Holds({k: json.dumps(v) for k, v in {**found, ":history": noted}.items()})
+    """These have caused tracebacks: a surrogate, a missing field, a commit that is a list, and a
+    message with brackets, which was parsed as rich's markup."""
+    keys = {f":deployment:{name}": record for name, record in records.items()} | others
+    history = [{"at": 5, "what": "promote", **e} if isinstance(e, dict) else e for e in entries]
+    store = MemoryStore({k: json.dumps(v) for k, v in {**keys, ":history": history}.items()})
     monkeypatch.setattr(control, "sessions", lambda *_: 1)
-    state = asked("status", control.status_answer(cast(Any, store), "", None))
+    state = parsed("status", control.status_answer(cast(Any, store), "", None))
     state["routers"] = [{"router": "r", "tallies": tallies, **control.checked_report({})}]
     monkeypatch.setattr(router_commands, "read_state", lambda *_, **__: state)
     shown = status(cast(Any, None), stack(A))
-    looks = History()
+    rates = History()
     with open(os.devnull, "w", encoding="utf-8") as null, contextlib.redirect_stdout(null):
         show_status(shown)
         for at in (1.0, 2.0):
-            looks.look({**shown, "routers": []}, at)
-            looks.look(shown, at + 0.5)
-        show_watch([(shown, looks)])
-        show_history(asked("history", {"history": list(store.read().history)})["history"])
+            rates.add({**shown, "routers": []}, at)
+            rates.add(shown, at + 0.5)
+        show_watch([(shown, rates)])
+        show_history(parsed("history", {"history": list(store.read().history)})["history"])
         json.dumps(shown)
 
 
 def test_a_message_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
-    """Before, `[WIP]` was shown, `[wip]` was not, and `[/wip]` was a traceback."""
+    """rich parses `[wip]` as markup, which is not shown, and raises for `[/wip]`."""
     show_history([{"at": 5, "what": "promote", "why": "[wip] [/wip] :smile: [red]x"}])
     assert "[wip] [/wip] :smile: [red]x" in capsys.readouterr().out
 
 
-def test_a_line_that_has_no_encoding_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As `logs` prints a service's."""
+def test_a_line_that_cannot_be_encoded_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`logs` prints any line of a service."""
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii"))
     verbs.run_verb(lambda *_: print("\u25cf \ud800", flush=True), "raw_flags", {})
@@ -409,15 +409,15 @@ def test_a_line_that_has_no_encoding_is_printed(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("depth", [60, 900, 990, 9_000, 99_999])
 @pytest.mark.parametrize("shape", ['{"a":', "["])
 def test_json_that_is_nested_too_deeply(depth: int, shape: str) -> None:
-    """Before, it was a traceback of `control`, and in Redis one of the router, which ends when that
-    happens three times."""
+    """It has caused a traceback of `control`, and from Redis three tracebacks of the router, which
+    then ends."""
     text = shape * depth + "0" + {"[": "]"}.get(shape, "}") * depth
     record = f'{{"deployment_id":"a","state":"draining","about":{{"x":{text}}}}}'
     state = {":active": "b", ":deployment:a": record, ":history": f"[{text}]", ":removed": text}
-    found = router.parse(state, 5.0)
-    assert found.records["a"].ignored == ("record",)
-    assert len(found.problems) == 3
-    assert router.repaired(found, found, "x").records == found.records
+    routing = router.parse(state, 5.0)
+    assert routing.records["a"].ignored == ("record",)
+    assert len(routing.problems) == 3
+    assert router.repaired(routing, routing, "x").records == routing.records
     words = [
         "register",
         "--deployment-id",
@@ -433,15 +433,15 @@ def test_json_that_is_nested_too_deeply(depth: int, shape: str) -> None:
             control.control_parser().parse_args(command)
 
 
-# -- what is said where there is little to say ----------------------------------------------------
+# -- messages without an answer --------------------------------------------------------------------
 
 
 def test_a_redis_that_is_down_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before, a promotion was silent for 38 s, and then did not say what to do."""
-    said: list[str] = []
-    here = stack(A)
-    way = ControlRoute("ssh", None, said.append, checked=True)
-    here = replace(here, target=replace(here.target, control_route=way))
+    """A promotion has once printed nothing for 38 s, and then no advice."""
+    printed: list[str] = []
+    own = stack(A)
+    route = ControlRoute("ssh", None, printed.append, checked=True)
+    own = replace(own, target=replace(own.target, control_route=route))
 
     def by_ssh(_: Any, __: Any, words: list[str]) -> ssh.Outcome:
         answer = {"command": words[0], "nonce": words[-1], "ok": False, "reason": "store"}
@@ -451,26 +451,24 @@ def test_a_redis_that_is_down_is_named_at_once(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(router_commands, "by_ssh", by_ssh)
     monkeypatch.setattr(time, "sleep", lambda _: None)
     with pytest.raises(Uncertain) as failure:
-        router_commands.send_promote(cast(Any, None), here, "a", "a")
-    assert said == ["the router's Redis does not answer (TimeoutError): asking again for 30 s"]
+        router_commands.send_promote(cast(Any, None), own, "a", "a")
+    assert printed == ["the router's Redis does not answer (TimeoutError): asking again for 30 s"]
     assert str(failure.value).endswith(
         "`promote`: the router's Redis does not answer (TimeoutError): see `pulse-railway logs"
         " --service pulse-redis`, and run this again when it is back"
     )
 
 
-def test_a_service_that_has_said_nothing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_empty_log(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     api = Mock()
     api.call.return_value = {"deploymentLogs": []}
     monkeypatch.setattr(flows_logs, "latest", lambda *_: {"s-a": {"id": "d"}})
-    wanted = LogsOptions(Where(), Names(), deployment_id="a")
-    flows_logs.logs(api, stack(A).target, A, wanted, Output())
+    options = LogsOptions(Where(), Names(), deployment_id="a")
+    flows_logs.logs(api, stack(A).target, A, options, Output())
     assert capsys.readouterr().err.strip() == "a has said nothing yet"
 
 
-def test_a_verb_that_is_not_told_which() -> None:
+def test_maintenance_needs_on_or_off() -> None:
     with pytest.raises(SystemExit, match=r"^error: which\? `pulse-railway maintenance on\|off`$"):
         cli.rewrite(["maintenance", "--json"])
     assert cli.rewrite(["maintenance", "on", "--json"]) == ["maintenance", "on", "--json"]
@@ -493,47 +491,47 @@ def test_watching_in_a_pipe(base: Project) -> None:
     process = watching(base)
     assert process.stdout
     try:
-        said = ""
-        while said.count(" is active, and nothing is wrong") < 3:
+        printed = ""
+        while printed.count(" is active, and nothing is wrong") < 3:
             line = process.stdout.readline().decode()
-            assert line, said
-            said += line
+            assert line, printed
+            printed += line
         process.send_signal(signal.SIGINT)
         assert process.wait(15) == 128 + signal.SIGINT
     finally:
         process.kill()
         process.wait()
         process.stdout.close()
-    rows = [x for x in said.splitlines() if x.startswith(active) and " is active" not in x]
+    rows = [x for x in printed.splitlines() if x.startswith(active) and " is active" not in x]
     assert len(rows) >= 3
-    assert "requests/s" in said
+    assert "requests/s" in printed
     assert any(bar in rows[-1] for bar in BARS)
-    assert "\x1b" not in said
+    assert "\x1b" not in printed
 
 
 def test_watching_on_a_terminal(base: Project) -> None:
-    """One picture that is drawn anew, and the cursor is back at the end."""
-    ours, theirs = pty.openpty()
-    process = watching(base, theirs)
-    os.close(theirs)
-    said = b""
+    """The picture is redrawn in place, and the cursor is shown again at the end."""
+    own_end, its_end = pty.openpty()
+    process = watching(base, its_end)
+    os.close(its_end)
+    printed = b""
     try:
         deadline = time.monotonic() + 60
-        while said.count(b"nothing is wrong") < 3 and time.monotonic() < deadline:
-            if select.select([ours], [], [], 1)[0]:
-                said += os.read(ours, 1 << 16)
+        while printed.count(b"nothing is wrong") < 3 and time.monotonic() < deadline:
+            if select.select([own_end], [], [], 1)[0]:
+                printed += os.read(own_end, 1 << 16)
         process.send_signal(signal.SIGINT)
-        with contextlib.suppress(OSError):  # the other side has gone
+        with contextlib.suppress(OSError):  # the process has closed its end
             while time.monotonic() < deadline:
-                said += os.read(ours, 1 << 16)
+                printed += os.read(own_end, 1 << 16)
         assert process.wait(15) == 128 + signal.SIGINT
     finally:
         process.kill()
         process.wait()
-        os.close(ours)
-    assert b"\x1b[?25l" in said
-    assert said.rstrip().endswith(b"\x1b[?25h")
-    assert b"\x1b[1A\x1b[2K" in said  # the picture before was taken away
+        os.close(own_end)
+    assert b"\x1b[?25l" in printed
+    assert printed.rstrip().endswith(b"\x1b[?25h")
+    assert b"\x1b[1A\x1b[2K" in printed  # the previous picture is erased
 
 
 def test_watching_is_not_for_programs(base: Project) -> None:

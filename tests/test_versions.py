@@ -322,11 +322,11 @@ def test_an_emptied_store_is_mended_by_routers_of_both_versions(
 class Rails:
     """What stands on Railway while a janitor runs, and what is done at which of its steps."""
 
-    def __init__(self, site: Site, intent: Any) -> None:
+    def __init__(self, site: Site, promotion: Any) -> None:
         self.site = site
         self.services = {name: f"s-{name}" for name in "abc"}
-        self.variables = {"PULSE_RAILWAY_ACTIVE": intent.deployment_id}
-        self.variables["PULSE_RAILWAY_ACTIVE_AT"] = repr(intent.at)
+        self.variables = {"PULSE_RAILWAY_ACTIVE": promotion.deployment_id}
+        self.variables["PULSE_RAILWAY_ACTIVE_AT"] = repr(promotion.at)
         self.step = 0
         self.at: list[int] = []  # the steps before which the commands come
         self.refused: str | None = None
@@ -342,8 +342,8 @@ class Rails:
         del self.at[:1]
         promoted = self.site.state.promoted
         if len(self.at) == 1:
-            intent = "@".join(self.variables.values())
-            words = ["--instead-of", "b", "--rolls-back", "--intent", intent]
+            promotion = "@".join(self.variables.values())
+            words = ["--instead-of", "b", "--rolls-back", "--intent", promotion]
             answer = self.site.promote("a", *words)
             self.refused = answer.get("error")
         elif not self.refused and promoted.deployment_id == "a":
@@ -439,12 +439,12 @@ def test_a_rollback_at_every_step_of_an_older_janitor(
     """`last`: what Railway was told to be promoted last; not b, where 0.3.13 has promoted that."""
     monkeypatch.setattr(control, "HEAL_WAIT", 0.0)
     site.deploy("c")
-    intent = {"c": site.state.promoted}
+    promoted = {"c": site.state.promoted}
     site.deploy("a", "b")
-    intent["b"] = site.state.promoted
+    promoted["b"] = site.state.promoted
     site.tabs("a", 0)
     kept = site.keys()
-    rails = Rails(site, intent[last])
+    rails = Rails(site, promoted[last])
     limits = before.janitor.Limits(86_400.0, window, 0)
 
     store = stepping(site, before, rails, monkeypatch)
@@ -453,7 +453,7 @@ def test_a_rollback_at_every_step_of_an_older_janitor(
         if at[1] > steps:
             continue
         site.reset(kept)
-        rails.__init__(site, intent[last])  # type: ignore[misc]
+        rails.__init__(site, promoted[last])  # type: ignore[misc]
         rails.at = list(at)
         state = store.read()
         rails.gate()
@@ -544,14 +544,14 @@ def test_a_rollback_at_every_step_of_the_janitor_of_0_3_13(
     """
     monkeypatch.setattr(control, "HEAL_WAIT", 0.0)
     site.deploy("c", "a", "b")
-    intent = site.state.promoted
+    promoted = site.state.promoted
     site.tabs("a", tabs)
     kept = site.keys()
     names = ("service_id", "service_name", "deployment_id")
     steps, position, refused = 1, 0, 0
     while position <= steps:
         site.reset(kept)
-        rails, watcher = Rails(site, intent), Router(site)
+        rails, watcher = Rails(site, promoted), Router(site)
         watcher.look()
         rails.at = [0, 0]
 
@@ -641,7 +641,7 @@ class Cli:
         self.asked: list[list[str]] = []
         way = SimpleNamespace(kind="ssh", key=None, checked=True)
         self.stack: Any = SimpleNamespace(
-            intent=None,
+            last_promotion=None,
             target=SimpleNamespace(project_id="p", environment_id="e", control_route=way),
             names=SimpleNamespace(router="pulse-router"),
             router=SimpleNamespace(variables={}),
@@ -661,7 +661,7 @@ class Cli:
         state = self.site.state
         if state.active:  # as it is noted after each promotion
             at = state.promoted.at if state.promoted else time.time()
-            self.stack.intent = f"{state.active}@{at!r}"
+            self.stack.last_promotion = f"{state.active}@{at!r}"
         function = getattr(router_commands, TODAYS.get(name, f"send_{name}"))
         return function(None, self.stack, *words, **named)
 
@@ -730,7 +730,7 @@ def test_todays_cli_beside_an_older_router(
     assert all("--intent" in words for words in call.asked[3:])
     active = site.state.active
     site.server.client.flushall()
-    call.stack.intent = f"{active}@{time.time()!r}"
+    call.stack.last_promotion = f"{active}@{time.time()!r}"
     assert call("state")["lost"] is True
     with pytest.raises(Refused, match="run `pulse-railway restore`"):
         call("forget", "a")

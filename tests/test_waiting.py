@@ -1,4 +1,4 @@
-"""Waiting for Railway's deployments, whose states come from a server that says what it is told."""
+"""Waiting for Railway's deployments, with a server that returns prepared states."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from pulse_railway.errors import Failure
 from pulse_railway.railway.api import Api
 from pulse_railway.railway.tokens import Token
 from tests.net import Backend, Connection, header, ok
-from tests.test_rude_ssh import Recorder
+from tests.test_unreliable_ssh import Recorder
 
-Says = Callable[..., Api]
+MakeApi = Callable[..., Api]
 
 
 @pytest.fixture
-def railway(monkeypatch: pytest.MonkeyPatch) -> Iterator[Says]:
-    """`railway(data, ...)`: an API that gives these answers, the last one for ever."""
+def railway(monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeApi]:
+    """A function: `railway(data, ...)` returns an API with these answers, and repeats the last."""
     monkeypatch.setattr(time, "sleep", lambda _: None)
     answers: list[dict[str, Any]] = []
 
     def handle(c: Connection) -> None:
         while head := c.head():
             c.read(int(header(head, "content-length") or 0))
-            said = answers.pop(0) if len(answers) > 1 else answers[0]
-            c.send(ok(json.dumps(said).encode()))
+            answer = answers.pop(0) if len(answers) > 1 else answers[0]
+            c.send(ok(json.dumps(answer).encode()))
 
     with Backend(handle=handle) as backend:
         monkeypatch.setenv(contract.API_URL_VARIABLE, backend.address)
 
-        def make(*says: dict[str, Any]) -> Api:
-            answers[:] = [x if "errors" in x else {"data": x} for x in says]
+        def make(*bodies: dict[str, Any]) -> Api:
+            answers[:] = [body if "errors" in body else {"data": body} for body in bodies]
             api = Api(Token("t", "flag"))
             api._scope_is_read = True
             return api
@@ -48,8 +48,8 @@ TARGET = config.Target("p", "e")
 
 def latest(**deployments: tuple[str, str]) -> dict[str, Any]:
     nodes = [
-        {"serviceId": name, "latestDeployment": {"id": said[0], "status": said[1]}}
-        for name, said in deployments.items()
+        {"serviceId": name, "latestDeployment": {"id": deployment_id, "status": status}}
+        for name, (deployment_id, status) in deployments.items()
     ]
     return {"environment": {"serviceInstances": {"edges": [{"node": node} for node in nodes]}}}
 
@@ -63,9 +63,8 @@ def runtime(*log: str) -> dict[str, Any]:
     return {"deploymentLogs": [{"timestamp": "t", "message": text} for text in log]}
 
 
-def test_an_older_deployment_is_waited_past(railway: Says) -> None:
-    """Railway's latest can be the one before for a moment: neither its success nor its failure is
-    that of the one that was asked for."""
+def test_an_older_deployments_status_is_ignored(railway: MakeApi) -> None:
+    """Railway's latest deployment can be the previous one for a moment."""
     lines: list[str] = []
     api = railway(
         latest(r=("old", "SUCCESS")),
@@ -77,18 +76,18 @@ def test_an_older_deployment_is_waited_past(railway: Says) -> None:
     assert lines == ["router queued", "router building"]
 
 
-def test_one_of_several_that_fails_is_named(railway: Says) -> None:
+def test_one_of_several_that_fails_is_named(railway: MakeApi) -> None:
     api = railway(
         latest(r=("1", "SUCCESS"), j=("2", "BUILDING")),
         latest(r=("1", "SUCCESS"), j=("2", "FAILED")),
         one("FAILED", "step 1", "no space left"),
     )
-    names = {"r": "router", "j": "janitor", "x": "not there yet"}
+    names = {"r": "router", "j": "janitor", "x": "missing"}
     with pytest.raises(Failure, match=r"of janitor ended as FAILED\n.*step 1\n.*no space left$"):
         waiting.wait_for_services(api, TARGET, names, {}, Recorder([]))
 
 
-def test_a_build_shows_its_log_and_how_it_ended(railway: Says) -> None:
+def test_a_builds_log_and_outcome_are_printed(railway: MakeApi) -> None:
     lines: list[str] = []
     api = railway(one("BUILDING", "a"), one("BUILDING", "a", "b"), one("SUCCESS", "a", "b", "c"))
     waiting.wait_for_build(api, "d", Recorder(lines))
@@ -105,7 +104,7 @@ def test_a_build_shows_its_log_and_how_it_ended(railway: Says) -> None:
         waiting.wait_for_build(railway(one("NEEDS_APPROVAL")), "d", Recorder([]))
 
 
-def test_a_wait_ends(railway: Says) -> None:
+def test_a_wait_times_out(railway: MakeApi) -> None:
     with pytest.raises(Failure, match=r"the deployment of router took longer than 0 s"):
         waiting.wait_for_services(
             railway(latest()), TARGET, {"r": "router"}, {}, Recorder([]), timeout=0

@@ -29,7 +29,7 @@ from pulse_railway.railway.tokens import Token
 from pulse_railway.router_commands import choose_route
 from pulse_railway.stack import Stack
 from tests.conftest import BASE, TINY, Project, set_faults
-from tests.test_rude_ssh import BAD_DAY, FOREIGN
+from tests.test_unreliable_ssh import FOREIGN, SSH_ERRORS
 
 # -- what the key must be ----------------------------------------------------------------------
 
@@ -163,7 +163,7 @@ def test_each_cause_has_its_sentence(
     assert "Using SSH key" not in outcome.message
 
 
-@pytest.mark.parametrize("line", [x for x in BAD_DAY if "Host key" not in x])
+@pytest.mark.parametrize("line", [x for x in SSH_ERRORS if "Host key" not in x])
 def test_a_bad_day_is_no_missing_key(cli: Cli, line: str) -> None:
     """CLI 5 prints "Using SSH key" on every run; every failure was told as a missing key."""
     cli.says("", f"Using SSH key from file /x/id_ed25519: me\n{line}\n", 255)
@@ -293,14 +293,14 @@ def test_a_stranger_does_not_know_the_relay(two: Project) -> None:
 
 
 LOST = [
-    *({"says": line, "exit": 255} for line in BAD_DAY if "Host key" not in line),
+    *({"says": line, "exit": 255} for line in SSH_ERRORS if "Host key" not in line),
     {"drop": True},
     {"prints": "", "exit": 0},
     *({"prints": text, "exit": 0} for text in FOREIGN[:3]),
 ]
 
 
-# every other one before the command ran; test_rude_ssh.py has all of them, in all verbs
+# every other one before the command ran; test_unreliable_ssh.py has all of them, in all verbs
 @pytest.mark.parametrize(
     ("answer", "after"), [(answer, bool(i % 2)) for i, answer in enumerate(LOST)], ids=str
 )

@@ -1,1 +1,1 @@
-"""What each verb does, one file a flow, named as the verb or verbs that it serves."""
+"""The verbs' flows, a file for each verb or pair of verbs."""

@@ -1,8 +1,8 @@
-"""`--bake`: watch a new version after the switch, and go back by itself where it does worse.
+"""`--bake`: watch a new version after its promotion, and roll back if more of its requests fail.
 
-The routers count each deployment's answers by status class, its failures and its durations. What
-is judged is the share of requests that failed (5xx, or no answer), the new version's from when the
-bake began beside that of the one before it.
+The routers count each deployment's responses by status class, its failures and its durations. The
+bake compares the share of failed requests (5xx, or no response): the new version's, from the start
+of the bake, with that of the version before it.
 """
 
 from __future__ import annotations
@@ -15,31 +15,31 @@ from typing import Any, Literal
 
 from pulse_railway import router_commands
 from pulse_railway.errors import Failure, Interrupted, Refused
-from pulse_railway.flows.reachability import remember_active
+from pulse_railway.flows.reachability import store_last_promoted
 from pulse_railway.output import Output
 from pulse_railway.railway.api import Api
 from pulse_railway.runtime_image import load
 from pulse_railway.stack import Stack
 
-LEAST = 30  # requests of the new version, before which nothing is said of it
-CONFIDENCE = 0.99  # that it does worse, before it is rolled back
+MIN_REQUESTS = 30  # of a version, below which its share of failures is not judged
+CONFIDENCE = 0.99  # that the new version does worse, required for a rollback
 Z = statistics.NormalDist().inv_cdf(CONFIDENCE)  # one-sided
-USUAL = 0.05  # the share that may fail where the one before had too few requests to compare
-PAUSE = 10.0  # seconds between two looks; each is a control command, so
-MOST_LOOKS = 20  # ... a long bake looks less often
+DEFAULT_FAILED_SHARE = 0.05  # allowed if the version before had fewer than MIN_REQUESTS
+POLL_INTERVAL = 10.0  # seconds, at least; each poll is a control command
+MAX_POLLS = 20  # in one bake: a long one polls less often
 
 
-class WentBack(Failure):
-    """The new version did worse, and the one before is active again."""
+class RolledBack(Failure):
+    """The new version did worse, and the version before it is active again."""
 
 
 @dataclass(frozen=True)
 class Count:
-    """What came of a deployment's requests."""
+    """The number of a deployment's requests, by outcome and duration."""
 
     requests: int = 0
-    failed: int = 0  # 5xx, or no answer
-    seconds: tuple[int, ...] = ()  # by the router's buckets of duration
+    failed: int = 0  # 5xx, or no response
+    seconds: tuple[int, ...] = ()  # requests in each of the router's duration buckets
 
     def __sub__(self, other: Count) -> Count:
         before = other.seconds or (0,) * len(self.seconds)
@@ -62,8 +62,7 @@ class Count:
 
 
 def count(tally: Any) -> Count:
-    """One router's tally of a deployment, as its `status` has it; none where it holds anything but
-    counts."""
+    """Return one router's tally of a deployment, from `status`; 0 if the tally is not valid."""
     try:
         classes, failed, seconds = tally
         counts = [*classes, failed, *seconds]
@@ -77,8 +76,10 @@ def count(tally: Any) -> Count:
 
 
 def quantile(buckets: tuple[int, ...], share: float) -> float:
-    """The bound of the bucket within which that share of the requests lies; 0 for none, or
-    where it is beyond the last bound."""
+    """Return the upper bound, in seconds, of the bucket that holds this quantile.
+
+    0 if there are no requests, or if the quantile is beyond the last bound.
+    """
     total, so_far = sum(buckets), 0
     for bound, number in zip(load("router").BUCKETS, buckets, strict=False):
         so_far += number
@@ -88,7 +89,7 @@ def quantile(buckets: tuple[int, ...], share: float) -> float:
 
 
 def bounds(count: Count) -> tuple[float, float]:
-    """Wilson's interval of the share that failed: it is below, or above, with CONFIDENCE."""
+    """Return Wilson's score interval of the share that failed: each bound holds with CONFIDENCE."""
     n = count.requests
     if not n:
         return 0.0, 1.0
@@ -99,54 +100,67 @@ def bounds(count: Count) -> tuple[float, float]:
 
 
 def verdict(new: Count, old: Count) -> Literal["unknown", "well", "worse"]:
-    """Does the new version do worse? It does where the least that its share can be is more than
-    the most that the other's can be."""
-    if new.requests < LEAST:
+    """Compare the shares of failed requests.
+
+    "worse" if the lower bound of the new version's share is above the upper bound of the old one's;
+    "unknown" if the new version has had fewer than MIN_REQUESTS.
+    """
+    if new.requests < MIN_REQUESTS:
         return "unknown"
-    usual = bounds(old)[1] if old.requests >= LEAST else USUAL
-    return "worse" if bounds(new)[0] > usual else "well"
+    allowed = bounds(old)[1] if old.requests >= MIN_REQUESTS else DEFAULT_FAILED_SHARE
+    return "worse" if bounds(new)[0] > allowed else "well"
 
 
 @dataclass
-class Watch:
-    """Counts over several routers, each of which may be restarted and then begins at 0."""
+class Totals:
+    """Sums of the routers' counts, by deployment and router.
 
-    base: dict[tuple[str, str], Count] = field(default_factory=dict)
+    A router that restarts has a new id and counts from 0, so its earlier counts are kept.
+    """
+
+    base: dict[tuple[str, str], Count] = field(default_factory=dict)  # not included in the sum
     last: dict[tuple[str, str], Count] = field(default_factory=dict)
 
-    def look(self, routers: list[dict[str, Any]]) -> None:
+    def update(self, routers: list[dict[str, Any]]) -> None:
         for router in routers:
             for name, tally in (router.get("tallies") or {}).items():
                 self.last[name, router["router"]] = count(tally)
 
-    def begin(self, name: str) -> None:
-        """What this deployment has been asked so far is not counted."""
-        self.base |= {key: seen for key, seen in self.last.items() if key[0] == name}
+    def reset(self, name: str) -> None:
+        """Leave out this deployment's requests up to now."""
+        self.base |= {key: counted for key, counted in self.last.items() if key[0] == name}
 
     def total(self, name: str) -> Count:
-        found = Count()
-        for key, seen in self.last.items():
+        total = Count()
+        for key, counted in self.last.items():
             if key[0] == name:
-                found += seen - self.base.get(key, Count())
-        return found
+                total += counted - self.base.get(key, Count())
+        return total
 
 
 def bake(
     api: Api, stack: Stack, new: str, old: str, seconds: int, output: Output, canary: bool
 ) -> dict[str, Any]:
-    """Watch `new` for that long, as a step. Returns what was seen; raises WentBack where it did
-    worse. Cut off, it leaves everything as it is, and `status` says that nobody watches any more.
+    """Watch `new` as a step, and return the verdict with both deployments' counts.
+
+    An interrupted bake changes nothing, and `status` reports that the bake was cut off.
+
+    Args:
+        seconds: the bake's duration.
+        canary: `new` is the canary, not the active deployment.
+
+    Raises RolledBack if `new` does worse.
     """
     try:
         with output.step(f"watch it for {seconds} s"):
             return _watch(api, stack, new, old, seconds, output, canary)
-    except WentBack:
+    except RolledBack:
         raise
     except (Failure, Interrupted) as error:
-        what = "interrupted" if isinstance(error, Interrupted) else "failed"
+        outcome = "interrupted" if isinstance(error, Interrupted) else "failed"
         output.say(
-            f"the bake was {what}: {new} stays as it is, unwatched; `pulse-railway rollback` goes"
-            " back"
+            f"the bake was {outcome}: {new} stays as it is, unwatched; `pulse-railway rollback`"
+            " goes back"
         )
         raise
 
@@ -154,39 +168,40 @@ def bake(
 def _watch(
     api: Api, stack: Stack, new: str, old: str, seconds: int, output: Output, canary: bool
 ) -> dict[str, Any]:
-    watch, began, looks = Watch(), time.monotonic(), 0
-    pause = max(PAUSE, seconds / MOST_LOOKS)
+    totals, began, polls = Totals(), time.monotonic(), 0
+    interval = max(POLL_INTERVAL, seconds / MAX_POLLS)
     while True:
         passed = time.monotonic() - began
         try:
             state = router_commands.read_state(api, stack)
         except Refused:
             raise
-        except Failure as failure:  # on no answer nothing is done
+        except Failure as failure:  # without the counts there is nothing to judge
             output.warn(f"the bake goes on without a look: {failure}")
             state = None
         if state:
-            watch.look(state["routers"])
-            if not looks:
-                watch.begin(new)
-            looks += 1
-            still = (state["canary"] or {}).get("deployment_id") if canary else state["active"]
-            if still != new:
-                return _seen(watch, new, old, f"over: {still or 'none'} took its place")
-            of_new, of_old = watch.total(new), watch.total(old)
-            output.waiting(f"{passed:.0f} of {seconds} s: {of_new}; {old}: {of_old}")
-            if verdict(of_new, of_old) == "worse":
-                go_back(api, stack, new, old, f"{of_new}; {old}: {of_old}", output, canary)
+            totals.update(state["routers"])
+            if not polls:
+                totals.reset(new)
+            polls += 1
+            current = (state["canary"] or {}).get("deployment_id") if canary else state["active"]
+            if current != new:
+                return _result(totals, new, old, f"over: {current or 'none'} took its place")
+            new_count, old_count = totals.total(new), totals.total(old)
+            counts = f"{new_count}; {old}: {old_count}"
+            output.waiting(f"{passed:.0f} of {seconds} s: {counts}")
+            if verdict(new_count, old_count) == "worse":
+                roll_back(api, stack, new, old, counts, output, canary)
         if passed >= seconds:
             break
-        time.sleep(min(pause, max(seconds - passed, 0.1)))
+        time.sleep(min(interval, max(seconds - passed, 0.1)))
     router_commands.send_finish_bake(api, stack, new)
-    judged = verdict(watch.total(new), watch.total(old))
-    return _seen(watch, new, old, "well" if judged == "well" else "too few requests to judge")
+    judged = verdict(totals.total(new), totals.total(old))
+    return _result(totals, new, old, "well" if judged == "well" else "too few requests to judge")
 
 
-def _seen(watch: Watch, new: str, old: str, verdict: str) -> dict[str, Any]:
-    counts = {name: watch.total(name) for name in (new, old)}
+def _result(totals: Totals, new: str, old: str, verdict: str) -> dict[str, Any]:
+    counts = {name: totals.total(name) for name in (new, old)}
     return {
         "verdict": verdict,
         **{
@@ -196,17 +211,20 @@ def _seen(watch: Watch, new: str, old: str, verdict: str) -> dict[str, Any]:
     }
 
 
-def go_back(
-    api: Api, stack: Stack, new: str, old: str, seen: str, output: Output, canary: bool
+def roll_back(
+    api: Api, stack: Stack, new: str, old: str, counts: str, output: Output, canary: bool
 ) -> None:
-    """Leave the new version. Raises WentBack, or Failure where there is no way back."""
-    why = f"bake: {seen}"
+    """Make `old` active again, or end the canary; then raise RolledBack.
+
+    Raises Failure if that is not possible.
+    """
+    why = f"bake: {counts}"
     if canary:
         router_commands.send_abort_canary(api, stack, new, why, output.warn)
-        raise WentBack(f"{new} did worse and is no canary any more: {seen}")
+        raise RolledBack(f"{new} did worse and is no canary any more: {counts}")
     service = stack.backend(old)
     if service is None:
-        raise Failure(f"{new} does worse ({seen}), but {old} is gone: it stays active")
+        raise Failure(f"{new} does worse ({counts}), but {old} is gone: {new} stays active")
     try:
         promoted = router_commands.send_promote(
             api,
@@ -219,6 +237,6 @@ def go_back(
             warn=output.warn,
         )
     except Refused as refused:
-        raise Failure(f"{new} does worse ({seen}), but nothing was done: {refused}") from None
-    remember_active(api, stack, old, promoted, output)
-    raise WentBack(f"{new} did worse, and {old} is active again: {seen}")
+        raise Failure(f"{new} does worse ({counts}), but nothing was done: {refused}") from None
+    store_last_promoted(api, stack, old, promoted, output)
+    raise RolledBack(f"{new} did worse, and {old} is active again: {counts}")

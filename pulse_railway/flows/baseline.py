@@ -1,7 +1,7 @@
-"""`scaffold` and `ensure`: the stable services, router, env, Redis and janitor.
+"""`scaffold` and `ensure`: create and update the stable services: router, env, Redis and janitor.
 
-The desired state is data (`desired`), the present one is read (`stack.inspect`), and the
-difference (`plan`) is both what `ensure --plan` prints and what `ensure` carries out.
+The desired state is data (`desired`), and `stack.inspect` reads the present one. `ensure --plan`
+prints their difference (`plan`); `ensure` applies it.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ from pulse_railway.services import (
 from pulse_railway.stack import (
     Service,
     Stack,
-    can_be_made,
+    can_create_missing,
     check_redis_prefix,
-    goes_with,
+    find_stack,
     inspect,
     joined,
+    lost_with_baseline,
     lost_with_env,
     of_router,
-    own_stack,
     partial,
     read_services,
     read_variables,
-    require_believable,
+    require_complete_answer,
 )
 from pulse_railway.waiting import FAILED_STATES, poll, wait_for_services
 
-# On a service whose creation has not ended: a run that was cut off is taken up by the next.
+# A variable of each service that an unfinished `scaffold` has created: the next run completes them.
 UNFINISHED = "PULSE_RAILWAY_SETUP"
 LOGIN_IS_NOT_DURABLE = (
     "a Railway CLI login is not written into the router and the janitor, since it expires: set"
@@ -57,94 +57,94 @@ LOGIN_IS_NOT_DURABLE = (
 )
 
 
-def scaffold(api: Api, target: Target, wanted: BaselineOptions, output: Output) -> Stack:
-    """Create the baseline in an environment that has none of it.
-
-    Raises Failure where any of it exists.
-    """
-    tell_of_danger(wanted, output)
+def scaffold(api: Api, target: Target, options: BaselineOptions, output: Output) -> Stack:
+    """Create the baseline, and return the stack. Raises Failure if a part of one exists."""
+    warn_of_config_file(options, output)
     with output.step("inspect the project"):
-        stack = inspect(api, target, wanted.names)
+        stack = inspect(api, target, options.names)
     if stack.baseline and not unfinished(stack):
         exists = f"a baseline exists already: {joined(s.name for s in stack.baseline)}. `scaffold`"
         if stack.missing:
             raise Failure(f"{exists} only creates a fresh one; {partial(stack)}")
-        if len(of_router(stack)) < len(stack.baseline):  # nothing says whose the rest is
+        if len(of_router(stack)) < len(stack.baseline):  # the owner of the others is not known
             raise Failure(f"{exists} only creates a fresh one: use `pulse-railway ensure`")
         raise Failure(
             f"{exists} only creates a fresh one: use `pulse-railway ensure`, or delete those"
-            " services first" + goes_with(stack)
+            " services first" + lost_with_baseline(stack)
         )
-    tell_of_orphans(stack, output)
-    return create(api, stack, wanted, output)
+    warn_of_orphans(stack, output)
+    return create(api, stack, options, output)
 
 
-def tell_of_danger(wanted: BaselineOptions, output: Output) -> None:
-    if wanted.app and (danger := config_files.would_delete(wanted.app.context)):
+def warn_of_config_file(options: BaselineOptions, output: Output) -> None:
+    if options.app and (danger := config_files.would_delete(options.app.context)):
         output.warn(danger)
 
 
-def tell_of_orphans(stack: Stack, output: Output) -> None:
-    """Deployments outlive the baseline that they ran under, and a new one knows nothing of them."""
+def warn_of_orphans(stack: Stack, output: Output) -> None:
+    """Warn of deployments whose baseline was deleted: a new baseline has no record of them."""
     if stack.backends and not stack.baseline:
         output.warn(
             f"{joined(str(s.deployment_id) for s in stack.backends)} ran under a baseline that is"
             f" gone, with its sessions and what {stack.names.env} held: set those variables again,"
-            " then `pulse-railway restore --deployment-id ...` routes to them, or deploy anew"
+            " then `pulse-railway restore --deployment-id ...` routes to them, or deploy again"
         )
 
 
 def ensure(
-    api: Api, target: Target, wanted: BaselineOptions, output: Output
+    api: Api, target: Target, options: BaselineOptions, output: Output
 ) -> tuple[Stack, list[str]]:
-    """Create the baseline in an empty environment, or reconcile a complete one.
+    """Create the baseline in an empty environment, or update an existing one.
 
-    An env service or a janitor that was deleted is made anew, where the rest says whose it is.
-    Returns the stack and what was (or, with `wanted.plan_only`, would be) done; nothing on the
-    second run. Raises Failure for another partial baseline, or one with another Redis than
-    `--redis-url`.
+    With `options.repair`, a deleted env service or janitor is created again if the other services
+    show their owner.
+    Returns the stack and the changes, one a line, that were made (with `options.plan_only`: would
+    be made); none on a second run. Raises Failure for any other partial baseline, or if the stack
+    has another Redis than `--redis-url`.
     """
-    tell_of_danger(wanted, output)
+    warn_of_config_file(options, output)
     with output.step("inspect the project"):
-        stack = inspect(api, target, wanted.names)
+        stack = inspect(api, target, options.names)
     if not stack.baseline or unfinished(stack):
-        tell_of_orphans(stack, output)
-        if wanted.plan_only:
-            return stack, ["create router, env, janitor" + ("" if wanted.redis_url else ", Redis")]
-        return create(api, stack, wanted, output), ["created the baseline"]
-    require_believable(stack)
-    if stack.missing and not (wanted.repair and can_be_made(stack)):
+        warn_of_orphans(stack, output)
+        if options.plan_only:
+            return stack, ["create router, env, janitor" + ("" if options.redis_url else ", Redis")]
+        return create(api, stack, options, output), ["created the baseline"]
+    require_complete_answer(stack)
+    if stack.missing and not (options.repair and can_create_missing(stack)):
         raise Failure(partial(stack))
-    check_redis_mode(stack, wanted)
-    check_redis_prefix(stack, wanted.redis_prefix)
-    if wanted.app:
-        app = app_identity.of_app(wanted.app)
-        app_identity.check_same_app(stack, app, wanted.replace_app, output)
+    check_redis_mode(stack, options)
+    check_redis_prefix(stack, options.redis_prefix)
+    if options.app:
+        app = app_identity.of_app(options.app)
+        app_identity.check_same_app(stack, app, options.replace_app, output)
     assert stack.router is not None
     if stack.copied_from:
-        tell_of_copy(stack, output)
-        token = own_project_token(api, stack, wanted.plan_only, output)
+        warn_of_copy(stack, output)
+        token = own_project_token(api, stack, options.plan_only, output)
         shared = secrets.token_urlsafe(32)
         keep_secret(token, shared)
     else:
-        token = runtime_token(api, stack, wanted.plan_only, output)
+        token = runtime_token(api, stack, options.plan_only, output)
         shared = internal_token(stack)
-    made = bool(stack.copied_from) and not api.scope()
-    missing = make_missing(api, stack, wanted.plan_only, output)
-    changes = plan(stack, wanted, token, shared, made)
+    token_made = bool(stack.copied_from) and not api.scope()
+    missing = create_missing(api, stack, options.plan_only, output)
+    changes = plan(stack, options, token, shared, token_made)
     lines = [f"{name}: create" for name in missing]
     lines += [line for change in changes for line in change.lines()]
-    if not wanted.plan_only:
-        if any(change.deploy for change in changes) and not wanted.runtime_image:
+    if not options.plan_only:
+        if any(change.deploy for change in changes) and not options.runtime_image:
             program.need("railway")
-        apply(api, stack, changes, wanted, output)
+        apply(api, stack, changes, options, output)
     return stack, lines
 
 
-def make_missing(api: Api, stack: Stack, plan_only: bool, output: Output) -> list[str]:
-    """Create the env service and the janitor where they are missing; returns their names. Each
-    carries from its first moment what it is known by: a run that is cut off is taken up by the
-    next, which writes the rest."""
+def create_missing(api: Api, stack: Stack, plan_only: bool, output: Output) -> list[str]:
+    """Create the env service and the janitor if they are missing, and return their names.
+
+    Each is created with the variables that identify it, so that the run after an interrupted one
+    finds it and writes the others.
+    """
     missing = stack.missing
     if not missing:
         return []
@@ -153,38 +153,38 @@ def make_missing(api: Api, stack: Stack, plan_only: bool, output: Output) -> lis
     if lost := lost_with_env(stack):
         output.warn(lost)
     for name in missing:
-        known_by = {contract.STACK: str(stack.stamp)}
+        identity = {contract.STACK: str(stack.stamp)}
         if name == stack.names.janitor:
-            known_by |= {
+            identity |= {
                 contract.ROUTER_SERVICE: stack.names.router,
                 contract.JANITOR_SERVICE: name,
             }
         group, service_id = stack.router.group_id, ""
         if not plan_only:
             with output.step(f"create {name}"):
-                service_id = create_service(api, stack.target, name, known_by, group_id=group)
-        made = Service(service_id, "", name, "", None, {}, [], group, None, known_by)
-        stack.services[name] = made
+                service_id = create_service(api, stack.target, name, identity, group_id=group)
+        service = Service(service_id, "", name, "", None, {}, [], group, None, identity)
+        stack.services[name] = service
     return missing
 
 
 def unfinished(stack: Stack) -> bool:
-    """Is what there is of a baseline what a run of ours left when it was cut off?"""
+    """Return whether the existing services are those of an interrupted `scaffold`."""
     return any(UNFINISHED in s.variables for s in stack.baseline)
 
 
-def check_redis_mode(stack: Stack, wanted: BaselineOptions) -> None:
+def check_redis_mode(stack: Stack, options: BaselineOptions) -> None:
     assert stack.router is not None
     present = stack.router.variables.get(contract.REDIS_URL)
-    if wanted.redis_url and (stack.redis or wanted.redis_url != present):
+    if options.redis_url and (stack.redis or options.redis_url != present):
         raise Failure(
             "this stack uses another Redis, and its sessions and state would be lost: delete the"
             " baseline and run `pulse-railway scaffold --redis-url ...`, or leave --redis-url out"
-            + goes_with(stack)
+            + lost_with_baseline(stack)
         )
 
 
-def tell_of_copy(stack: Stack, output: Output) -> None:
+def warn_of_copy(stack: Stack, output: Output) -> None:
     output.warn(
         f"this environment is a copy of {stack.copied_from}: its stack gets tokens of its own,"
         " and knows nothing of what was promoted there"
@@ -204,7 +204,10 @@ def tell_of_copy(stack: Stack, output: Output) -> None:
 
 
 def own_project_token(api: Api, stack: Stack, plan_only: bool, output: Output) -> str:
-    """The token of a copy's router and janitor: never the one that came with the copy."""
+    """Return a project token of this environment for router and janitor, created if need be.
+
+    A copied environment's variables hold the original's token, which must not be used.
+    """
     target = stack.target
     if api.scope():
         return api.token.value
@@ -212,7 +215,7 @@ def own_project_token(api: Api, stack: Stack, plan_only: bool, output: Output) -
         return "made by ensure"
     name = f"pulse-railway {stack.names.router}"
     delete_unused_tokens(api, target, name, output)
-    made = api.call(
+    created = api.call(
         documents.PROJECT_TOKEN_CREATE,
         input={
             "projectId": target.project_id,
@@ -220,15 +223,18 @@ def own_project_token(api: Api, stack: Stack, plan_only: bool, output: Output) -
             "name": name,
         },
     )
-    return str(made["projectTokenCreate"])
+    return str(created["projectTokenCreate"])
 
 
 def delete_unused_tokens(api: Api, target: Target, name: str, output: Output) -> None:
-    """Delete the project tokens of this name and environment. None is in use while the router
-    has none that opens it: a run has made them that was cut off before it wrote its token."""
+    """Delete the project tokens of this name and environment.
+
+    An interrupted run has created them, and has not written them to the router: the caller has
+    found no token on the router that opens the environment.
+    """
     try:
-        found = api.call(documents.PROJECT_TOKENS, project=target.project_id)["projectTokens"]
-        for token in (edge["node"] for edge in found["edges"]):
+        tokens = api.call(documents.PROJECT_TOKENS, project=target.project_id)["projectTokens"]
+        for token in (edge["node"] for edge in tokens["edges"]):
             if (token["name"], token["environmentId"]) == (name, target.environment_id):
                 api.call(documents.PROJECT_TOKEN_DELETE, id=token["id"])
     except GraphqlError as error:
@@ -238,17 +244,19 @@ def delete_unused_tokens(api: Api, target: Target, name: str, output: Output) ->
         )
 
 
-def wanted_redis_prefix(stack: Stack, wanted: BaselineOptions) -> str:
-    """What the routing state's keys are to begin with. In a copy that shares its Redis with the
-    original, they are kept apart by the environment's id."""
+def desired_redis_prefix(stack: Stack, options: BaselineOptions) -> str:
+    """Return the prefix of the routing state's keys.
+
+    A copy that shares its Redis with the original has the environment's id in its prefix.
+    """
     if stack.copied_from and not stack.redis:
         return f"{stack.redis_prefix}:{stack.target.environment_id}"
     stored = stack.router.variables.get(contract.REDIS_PREFIX) if stack.router else None
-    return stored or wanted.redis_prefix or contract.DEFAULT_REDIS_PREFIX
+    return stored or options.redis_prefix or contract.DEFAULT_REDIS_PREFIX
 
 
-# Where what was promoted last and what is to be carried out stand: not a copy's.
-ORIGINALS = (
+# The variables of a copy that describe the original's state, and are deleted.
+STATE_OF_ORIGINAL = (
     contract.LAST_PROMOTED,
     contract.LAST_PROMOTED_AT,
     contract.MAINTENANCE,
@@ -260,11 +268,14 @@ ORIGINALS = (
 
 
 def runtime_token(api: Api, stack: Stack, plan_only: bool, output: Output) -> str:
-    """The token that router and janitor get; one that was made for them is made anew where it opens
-    this environment no more. Raises Failure for a login where they have none."""
-    of_router = stack.router.variables if stack.router else {}
-    present = of_router.get(contract.RAILWAY_TOKEN)
-    if present and of_router.get(contract.TOKEN_MADE) and not api.scope():
+    """Return the token of router and janitor.
+
+    A token that `ensure` has created is replaced if it no longer opens this environment. Raises
+    Failure if they have none and the user has a Railway CLI login, which expires.
+    """
+    variables = stack.router.variables if stack.router else {}
+    present = variables.get(contract.RAILWAY_TOKEN)
+    if present and variables.get(contract.TOKEN_MADE) and not api.scope():
         if api.environment_of(present) == stack.target.environment_id:
             return present
         return own_project_token(api, stack, plan_only, output)
@@ -276,10 +287,10 @@ def runtime_token(api: Api, stack: Stack, plan_only: bool, output: Output) -> st
 
 
 def internal_token(stack: Stack) -> str:
-    """The secret that router, janitor and backends share. Backends hold it, so it stays: a new one
-    would be known to none of them.
+    """Return the secret that router, janitor and backends share.
 
-    Raises Failure where there are backends and nobody shows it.
+    It is never replaced, since running backends hold it. Raises Failure if there are backends and
+    no service shows it.
     """
     present = known_internal_token(stack)
     if present is None and stack.backends:
@@ -294,13 +305,13 @@ def internal_token(stack: Stack) -> str:
 
 
 def known_internal_token(stack: Stack) -> str | None:
-    """The secret as any service shows it: backends of 0.3.x hold it literally."""
+    """Return the secret as a service shows it (backends of 0.3.x hold its value), or None."""
     holders = (stack.router, stack.janitor, *stack.backends)
     values = (service.variables.get(contract.INTERNAL_TOKEN) for service in holders if service)
     return next((value for value in values if value and "${{" not in value), None)
 
 
-# What router and janitor cannot work without, whoever has changed it.
+# Router and janitor do not work without these settings: `ensure` restores them.
 ROUTER_SETTINGS: dict[str, Any] = {
     "healthcheckPath": contract.ROUTER_HEALTH_PATH,
     "startCommand": "python -m router",
@@ -315,7 +326,7 @@ JANITOR_SETTINGS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Desired:
-    """How one service should be."""
+    """The desired state of one service."""
 
     name: str
     variables: dict[str, str]
@@ -324,15 +335,19 @@ class Desired:
 
 def desired(
     stack: Stack,
-    wanted: BaselineOptions,
+    options: BaselineOptions,
     runtime_token: str,
     internal_token: str,
     token_made: bool = False,
 ) -> list[Desired]:
-    """The router and the janitor as they should be; env and Redis are the user's to configure."""
+    """Return the desired router and janitor. Env and Redis are configured by the user.
+
+    Args:
+        token_made: `runtime_token` was created by `ensure`.
+    """
     names = stack.names
-    if wanted.redis_url:
-        redis_url = wanted.redis_url
+    if options.redis_url:
+        redis_url = options.redis_url
     elif stack.redis:
         redis_url = f"${{{{{names.redis}.REDIS_URL}}}}"  # the password stays on Railway
     else:
@@ -342,15 +357,15 @@ def desired(
         contract.RAILWAY_TOKEN: runtime_token,
         contract.INTERNAL_TOKEN: internal_token,
         contract.REDIS_URL: redis_url,
-        contract.REDIS_PREFIX: wanted_redis_prefix(stack, wanted),
-        contract.DRAIN_TTL: str(wanted.drain_ttl),
-        contract.RUNTIME_VERSION: wanted.runtime_image or runtime_image.runtime_version(),
+        contract.REDIS_PREFIX: desired_redis_prefix(stack, options),
+        contract.DRAIN_TTL: str(options.drain_ttl),
+        contract.RUNTIME_VERSION: options.runtime_image or runtime_image.runtime_version(),
     }
     if shared[contract.REDIS_PREFIX].endswith(f":{stack.target.environment_id}"):  # a copy's own
-        shared[contract.KEY_TTL] = str(max(wanted.drain_ttl, contract.MIN_KEY_TTL_SECONDS))
+        shared[contract.KEY_TTL] = str(max(options.drain_ttl, contract.MIN_KEY_TTL_SECONDS))
     if names.prefix:
         shared[contract.SERVICE_PREFIX] = names.prefix
-    if not wanted.runtime_image:
+    if not options.runtime_image:
         shared[contract.DOCKERFILE_PATH] = "Dockerfile.router"
     made = {contract.TOKEN_MADE: "1"} if token_made else {}
     router = Desired(
@@ -358,7 +373,7 @@ def desired(
         {**shared, **made, contract.PORT: str(contract.DEFAULT_PORT)},
         {
             **ROUTER_SETTINGS,
-            "numReplicas": wanted.router_replicas,
+            "numReplicas": options.router_replicas,
             "healthcheckTimeout": 120,
             "overlapSeconds": 30,
             "drainingSeconds": 30,
@@ -366,62 +381,67 @@ def desired(
     )
     janitor_variables = {
         **shared,
-        contract.ROLLBACK_WINDOW: str(wanted.rollback_window),
-        contract.KEEP: str(wanted.keep),
+        contract.ROLLBACK_WINDOW: str(options.rollback_window),
+        contract.KEEP: str(options.keep),
         contract.ROUTER_SERVICE: names.router,
         contract.JANITOR_SERVICE: names.janitor,
     }
-    if wanted.notify:
-        janitor_variables[contract.NOTIFY_URL] = wanted.notify
-    if not wanted.redis_url and stack.redis:
+    if options.notify:
+        janitor_variables[contract.NOTIFY_URL] = options.notify
+    if not options.redis_url and stack.redis:
         janitor_variables[contract.REDIS_SERVICE] = names.redis
     janitor = Desired(
         names.janitor,
         janitor_variables,
-        {**JANITOR_SETTINGS, "cronSchedule": wanted.cron},
+        {**JANITOR_SETTINGS, "cronSchedule": options.cron},
     )
     return [router, janitor]
 
 
 def plan(
     stack: Stack,
-    wanted: BaselineOptions,
+    options: BaselineOptions,
     runtime_token: str,
     internal_token: str,
     token_made: bool = False,
 ) -> list[Change]:
-    """The difference between the present and the desired state. Empty: nothing to do."""
+    """Return the changes that lead from the present to the desired state."""
     router = stack.router
     assert router is not None
     own = [*stack.baseline, *([] if stack.copied_from else stack.backends)]
     changes = {s.name: Change(s) for s in own}
-    for goal in desired(stack, wanted, runtime_token, internal_token, token_made):
-        service, change = stack.services[goal.name], changes[goal.name]
+    for desired_state in desired(stack, options, runtime_token, internal_token, token_made):
+        service, change = stack.services[desired_state.name], changes[desired_state.name]
         change.variables = {
-            k: v for k, v in goal.variables.items() if service.variables.get(k) != v
+            k: v for k, v in desired_state.variables.items() if service.variables.get(k) != v
         }
         if stack.copied_from:
-            change.variables |= {name: "" for name in ORIGINALS if service.variables.get(name)}
-        change.settings = {k: v for k, v in goal.settings.items() if service.settings.get(k) != v}
-        if wanted.runtime_image and service.image != wanted.runtime_image:
-            change.settings["source"] = {"image": wanted.runtime_image}
-        elif not wanted.runtime_image and service.image:
+            change.variables |= {
+                name: "" for name in STATE_OF_ORIGINAL if service.variables.get(name)
+            }
+        change.settings = {
+            k: v for k, v in desired_state.settings.items() if service.settings.get(k) != v
+        }
+        if options.runtime_image and service.image != options.runtime_image:
+            change.settings["source"] = {"image": options.runtime_image}
+        elif not options.runtime_image and service.image:
             change.disconnect = True
-        stopped = service.stopped and goal.name == stack.names.router  # a cron run's end is one
-        waits = stopped or bool(service.variables.get(contract.UNDEPLOYED))
-        change.deploy = bool(change) or service.status != "SUCCESS" or waits
-        change.domain = goal.name == stack.names.router and not service.domains
-    name = wanted.app.plugin.name if wanted.app else None
+        # the janitor's deployment is stopped after each cron run
+        stopped = service.stopped and desired_state.name == stack.names.router
+        undeployed = bool(service.variables.get(contract.UNDEPLOYED))
+        change.deploy = bool(change) or service.status != "SUCCESS" or stopped or undeployed
+        change.domain = desired_state.name == stack.names.router and not service.domains
+    name = options.app.plugin.name if options.app else None
     if name and app_identity.stored_identity(stack).name != name:
         app = app_identity.AppIdentity(name)
-        app = app_identity.merge_stored(stack, app, wanted.replace_app)
+        app = app_identity.merge_stored(stack, app, options.replace_app)
         changes[stack.names.router].variables[contract.APP] = app_identity.to_json(app)
-    for change in changes.values():  # none of these deploys anything
+    for change in changes.values():  # the changes from here on need no deployment
         if router.group_id and change.service.group_id != router.group_id:
             change.group_id = router.group_id
         if change.service.variables.get(contract.STACK) != stack.stamp:
             change.variables[contract.STACK] = str(stack.stamp)
-    if wanted.owns_state and router.variables.get(contract.OWNS_STATE) != "1":
+    if options.owns_state and router.variables.get(contract.OWNS_STATE) != "1":
         changes[router.name].variables[contract.OWNS_STATE] = "1"
     return [change for change in changes.values() if change]
 
@@ -430,15 +450,17 @@ def apply(
     api: Api,
     stack: Stack,
     changes: list[Change],
-    wanted: BaselineOptions,
+    options: BaselineOptions,
     output: Output,
     started: dict[str, str | None] | None = None,
 ) -> None:
-    """Carry a plan out. Killed anywhere, the next run's plan holds what is left: what is written
-    and not deployed yet is marked, and the version variable is written last.
+    """Apply a plan.
+
+    After an interruption the next run's plan has the remaining changes: a service that is written
+    and not deployed has the variable UNDEPLOYED, and the version variable is written last.
 
     Args:
-        started: services that are starting already, by id, with the deployment to wait for.
+        started: services that are starting already: id -> the deployment to wait for, if known.
     """
     target = stack.target
     waiting = dict(started or {})
@@ -454,19 +476,18 @@ def apply(
     for change in changes:
         if change.deploy:
             service = change.service
-            waiting[service.id] = start_runtime(api, target, service, wanted, output)
+            waiting[service.id] = start_runtime(api, target, service, options, output)
     if waiting:
         names = {s.id: s.name for s in stack.services.values() if s.id in waiting}
         with output.step(f"wait for {joined(names.values())}"):
             wait_for_services(api, target, names, waiting, output)
-    finish(api, stack, changes, wanted)
+    finish(api, stack, changes, options)
 
 
-def finish(api: Api, stack: Stack, changes: list[Change], wanted: BaselineOptions) -> None:
-    """Note the version that runs now, and that all is deployed; take the mark of an unfinished
-    creation off."""
+def finish(api: Api, stack: Stack, changes: list[Change], options: BaselineOptions) -> None:
+    """Write the deployed version, and delete UNDEPLOYED and UNFINISHED."""
     target = stack.target
-    version = {contract.RUNTIME_VERSION: wanted.runtime_image or runtime_image.runtime_version()}
+    version = {contract.RUNTIME_VERSION: options.runtime_image or runtime_image.runtime_version()}
     deployed = [change for change in changes if change.deploy]
     marked = [s for s in stack.baseline if UNFINISHED in s.variables]
     inputs = {}
@@ -488,14 +509,14 @@ def finish(api: Api, stack: Stack, changes: list[Change], wanted: BaselineOption
 
 
 def start_runtime(
-    api: Api, target: Target, service: Service, wanted: BaselineOptions, output: Output
+    api: Api, target: Target, service: Service, options: BaselineOptions, output: Output
 ) -> str | None:
-    """Deploy the runtime on a service: the published image, or our sources uploaded.
+    """Deploy the published image, or the uploaded sources, on a service of the runtime.
 
-    Returns the deployment's id, where it is known.
+    Returns the deployment's id, or None if the CLI does not show it.
     """
-    if wanted.runtime_image:
-        with output.step(f"deploy {wanted.runtime_image} on {service.name}"):
+    if options.runtime_image:
+        with output.step(f"deploy {options.runtime_image} on {service.name}"):
             return deploy_service(api, target, service.id)
     with (
         output.step(f"upload the runtime to {service.name}"),
@@ -512,18 +533,21 @@ def start_runtime(
         )
 
 
-def create(api: Api, stack: Stack, wanted: BaselineOptions, output: Output) -> Stack:
-    """Template first: router, janitor and Redis land on the canvas as it lays them out."""
+def create(api: Api, stack: Stack, options: BaselineOptions, output: Output) -> Stack:
+    """Create the baseline from the template, which places router, janitor and Redis on the canvas.
+
+    Completes an interrupted creation. Returns the stack.
+    """
     target, names = stack.target, stack.names
-    expected = [names.router, names.janitor] + ([] if wanted.redis_url else [names.redis])
+    expected = [names.router, names.janitor] + ([] if options.redis_url else [names.redis])
     check_names(stack, {*expected, names.env})
     token = runtime_token(api, stack, False, output)
-    if not wanted.runtime_image:
+    if not options.runtime_image:
         program.need("railway")
     if not all(name in stack.services for name in expected):
-        if not stack.baseline:  # else a cut-off run's template: the rest of its services come
+        if not stack.baseline:  # else an interrupted run has deployed it: its services appear
             with output.step(f"deploy the template {contract.TEMPLATE_CODE}"):
-                deploy_template(api, target, names, wanted)
+                deploy_template(api, target, names, options)
         stack = _await_services(api, stack, expected, output)
     if names.env not in stack.services:
         with output.step(f"create {names.env}"):
@@ -531,36 +555,39 @@ def create(api: Api, stack: Stack, wanted: BaselineOptions, output: Output) -> S
             env_id = create_service(api, target, names.env, mark, group_id=None)
             env = Service(env_id, "", names.env, "", None, {}, [], None, None, mark)
             stack.services[names.env] = env
-    if wanted.redis_url and stack.redis:
+    if options.redis_url and stack.redis:
         with output.step(f"delete {names.redis}"):
             if not delete_service(api, target, stack.redis.id):
                 output.warn(left_empty(names.redis, None))
             del stack.services[names.redis]
     starting: dict[str, str | None] = {}
-    if stack.redis:  # the router is healthy once it has read its state
+    if stack.redis:  # the router's health check passes when Redis answers
         failed = stack.redis.status in FAILED_STATES
         starting[stack.redis.id] = deploy_service(api, target, stack.redis.id) if failed else None
-    shared = known_internal_token(stack) or secrets.token_urlsafe(32)  # beside orphans, too
+    # deployments of a deleted baseline hold a token, which is kept
+    shared = known_internal_token(stack) or secrets.token_urlsafe(32)
     keep_secret(shared)
-    changes = plan(stack, wanted, token, shared)
-    apply(api, stack, changes, wanted, output, starting)
+    changes = plan(stack, options, token, shared)
+    apply(api, stack, changes, options, output, starting)
     return stack
 
 
 def check_names(stack: Stack, needed: set[str]) -> None:
-    """Raises Failure where another environment of the project has services of these names: Railway
-    takes each name once, and would say so in the middle."""
+    """Raise Failure if another environment of the project has services of these names.
+
+    Railway accepts each name once in a project, and would refuse in the middle of the creation.
+    """
     here = stack.services.keys() | {service.name for service in stack.others}
-    elsewhere = needed & stack.taken - here
-    if elsewhere and stack.router:  # which keeps its prefix
+    taken = needed & stack.taken - here
+    if taken and stack.router:  # a new prefix is not possible
         raise Failure(
-            f"{joined(elsewhere)}: other environments of this project have services of these names,"
+            f"{joined(taken)}: other environments of this project have services of these names,"
             " and Railway takes each once. Name others, RailwayPlugin(env_service=...) and"
             " janitor_service, and run `pulse-railway ensure` again"
         )
-    if elsewhere:
+    if taken:
         raise Failure(
-            f"{joined(elsewhere)}: other environments of this project have services of these names."
+            f"{joined(taken)}: other environments of this project have services of these names."
             " Duplicate one of them on Railway and run `pulse-railway ensure` there, or give this"
             " stack names of its own (--service-prefix)"
         )
@@ -568,36 +595,37 @@ def check_names(stack: Stack, needed: set[str]) -> None:
 
 def _await_services(api: Api, stack: Stack, expected: list[str], output: Output) -> Stack:
     def ask() -> Stack | None:
-        found = read_services(api, stack.target, stack.names)
-        return found if all(name in found.services for name in expected) else None
+        environment = read_services(api, stack.target, stack.names)
+        complete = all(name in environment.services for name in expected)
+        return environment if complete else None
 
     with output.step(f"wait for {joined(expected)} to appear"):
-        found: Stack = poll(180.0, ask, "the template")
-        read_variables(api, found)
-    return own_stack(found)
+        environment: Stack = poll(180.0, ask, "the template")
+        read_variables(api, environment)
+    return find_stack(environment)
 
 
-def deploy_template(api: Api, target: Target, names: Names, wanted: BaselineOptions) -> None:
-    """Deploy the published template with our names, and without what this stack does not use."""
+def deploy_template(api: Api, target: Target, names: Names, options: BaselineOptions) -> None:
+    """Deploy the published template with our names, without Redis if `--redis-url` is given."""
     template = api.public(documents.TEMPLATE, code=contract.TEMPLATE_CODE)["template"]
     serialized = template["serializedConfig"]
-    ours = {
+    new_names = {
         contract.DEFAULT_ROUTER: names.router,
         contract.DEFAULT_JANITOR: names.janitor,
         contract.DEFAULT_REDIS: names.redis,
     }
     for key, service in list(serialized["services"].items()):
         published = service.get("name")
-        if published == contract.DEFAULT_REDIS and wanted.redis_url:
+        if published == contract.DEFAULT_REDIS and options.redis_url:
             del serialized["services"][key]
             continue
-        if published in ours:
-            service["name"] = ours[published]
+        if published in new_names:
+            service["name"] = new_names[published]
             mark = {"defaultValue": "1", "isOptional": True}
             service["variables"] = {**(service.get("variables") or {}), UNFINISHED: mark}
         if published in (contract.DEFAULT_ROUTER, contract.DEFAULT_JANITOR):
-            # what runs on them is deployed once they are configured
-            service["source"] = {"image": wanted.runtime_image} if wanted.runtime_image else {}
+            # `apply` deploys the runtime after the configuration
+            service["source"] = {"image": options.runtime_image} if options.runtime_image else {}
     api.call(
         documents.TEMPLATE_DEPLOY,
         input={

@@ -1,8 +1,8 @@
-"""What becomes of a deploy that does not get to its end.
+"""Clean up after a deploy that fails or is interrupted.
 
-Before the promotion, what the run made is removed, in this order: the router says, in an answer
-that counts, that the deployment is retired; its service is deleted; its record is forgotten. Where
-the router cannot be asked, nothing is deleted: the deployment could be the active one.
+Before the promotion all that the run has created is removed, in this order: the router confirms
+that the deployment is retired; its service is deleted; its record is deleted. If the router does
+not answer, nothing is deleted, since the deployment could be the active one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import httpx
 from pulse_railway import contract, router_commands
 from pulse_railway.config import Target
 from pulse_railway.errors import Failure, Interrupted, Refused
-from pulse_railway.flows.bake import WentBack
+from pulse_railway.flows.bake import RolledBack
 from pulse_railway.flows.signals import shielded
 from pulse_railway.options import DeployOptions
 from pulse_railway.output import Output
@@ -26,60 +26,60 @@ from pulse_railway.railway.api import Api
 from pulse_railway.services import delete_service, left_empty
 from pulse_railway.stack import Stack, inspect
 
-LATE_PAUSES = (0.0, 3.0, 7.0)  # seconds
+LATE_PAUSES = (0.0, 3.0, 7.0)  # seconds before each search for a service created without an answer
 
 
 @dataclass
 class Attempt:
-    """What a deploy has made so far, for cleaning up and for the result."""
+    """What a deploy has created so far, for its clean-up and its result."""
 
     deployment_id: str
     service_name: str
-    run: str = field(default_factory=lambda: secrets.token_hex(8))  # marks the service as ours
+    run: str = field(default_factory=lambda: secrets.token_hex(8))  # a variable of the service
     step: str = ""
     service_id: str | None = None
-    creating: bool = False  # a service may exist that we have no id of
-    registered: bool = False  # the router may know of it
-    promoted: bool = False  # or the canary: it has visitors
-    locked: bool = False  # the deploy lock is held, by `run`
-    previous: str | None = None  # what was active when it began
+    creating: bool = False  # the service may exist, even if its id is not known
+    registered: bool = False  # the router may have a record of the deployment
+    promoted: bool = False  # the deployment is active, or the canary
+    locked: bool = False  # this run may hold the deploy lock
+    previous: str | None = None  # the active deployment at the start
     railway_deployment: str | None = None
-    stack: Stack | None = None  # as it was inspected
+    stack: Stack | None = None  # after the inspection
 
 
 @contextlib.contextmanager
-def undone_on_failure(
-    api: Api, target: Target, wanted: DeployOptions, attempt: Attempt, output: Output
+def undo_on_failure(
+    api: Api, target: Target, options: DeployOptions, attempt: Attempt, output: Output
 ) -> Iterator[None]:
-    """What the block has made goes, whatever ends it, but for what a bake has gone back from."""
+    """Remove what the block has created if it raises; a rolled back deployment stays."""
     try:
         yield
-    except WentBack:
+    except RolledBack:
         raise
     except BaseException as error:
-        clean_up(api, target, wanted, attempt, output, error)
+        clean_up(api, target, options, attempt, output, error)
         raise
 
 
 def clean_up(
     api: Api,
     target: Target,
-    wanted: DeployOptions,
+    options: DeployOptions,
     attempt: Attempt,
     output: Output,
     error: BaseException,
 ) -> None:
-    """Say where a deploy ended, and remove what it made, if it was not promoted yet."""
-    what = "interrupted" if isinstance(error, Interrupted) else "failed"
-    output.say(f"{what} at: {attempt.step}")
-    began = attempt.creating  # `undo` takes it back once the service is gone
+    """Print the step at which a deploy ended; before the promotion, remove what it has created."""
+    outcome = "interrupted" if isinstance(error, Interrupted) else "failed"
+    output.say(f"{outcome} at: {attempt.step}")
+    began = attempt.creating  # `undo` resets it when the service is deleted
     if not began:
         return
     name = attempt.deployment_id
     if attempt.promoted:
         _stays(name, output)
         return
-    if wanted.keep_failed:
+    if options.keep_failed:
         output.say(
             "kept as asked, for an hour; then the janitor removes it. Sooner: `pulse-railway delete"
             f" --deployment-id {name}`"
@@ -87,22 +87,22 @@ def clean_up(
         return
     try:
         with output.step(f"remove {attempt.service_name}"):
-            stack = attempt.stack or Stack(target, wanted.app.names, {})
+            stack = attempt.stack or Stack(target, options.app.names, {})
             if not undo(api, stack, attempt):
                 output.warn(left_empty(attempt.service_name, name))
-    except (Exception, Interrupted) as why:
-        if isinstance(why, Refused) and why.reason == "active":  # it ran, its answer was lost
-            attempt.promoted = True
+    except (Exception, Interrupted) as undo_error:
+        if isinstance(undo_error, Refused) and undo_error.reason == "active":
+            attempt.promoted = True  # the promotion was carried out, and its answer was lost
             _stays(name, output)
-        elif not attempt.creating:
+        elif not attempt.creating:  # `undo` has deleted the service
             output.say(f"{attempt.service_name} is removed; its record is left to the janitor")
         else:
-            known = isinstance(why, Failure | httpx.HTTPError)
-            reason = str(why) if known else f"{type(why).__name__}: {why}"
-            reason = "interrupted again" if isinstance(why, Interrupted) else reason
+            known = isinstance(undo_error, Failure | httpx.HTTPError)
+            reason = str(undo_error) if known else f"{type(undo_error).__name__}: {undo_error}"
+            reason = "interrupted again" if isinstance(undo_error, Interrupted) else reason
             output.say(
                 f"{attempt.service_name} stays, since it is not certain that it may go: {reason}."
-                f" `pulse-railway status` tells whether {name} is active; if not, run"
+                f" `pulse-railway status` shows whether {name} is active; if not, run"
                 f" `pulse-railway delete --deployment-id {name}`. Else the janitor removes it after"
                 " an hour"
             )
@@ -115,9 +115,11 @@ def _stays(name: str, output: Output) -> None:
     )
 
 
-def release(api: Api, attempt: Attempt) -> None:
-    """Give the deploy lock back, if it can be done: it ends by itself, too. All is done by then, so
-    a signal that comes meanwhile does not make a deploy that has ended one that was interrupted."""
+def release_lock(api: Api, attempt: Attempt) -> None:
+    """Release the deploy lock, once; if that fails, its lease ends it.
+
+    The deploy has ended by then: a signal during the release does not count as an interruption.
+    """
     if attempt.locked and attempt.stack:
         attempt.locked = False
         with contextlib.suppress(Failure, Interrupted), shielded():
@@ -125,14 +127,14 @@ def release(api: Api, attempt: Attempt) -> None:
 
 
 def undo(api: Api, stack: Stack, attempt: Attempt) -> bool:
-    """Remove what a run made; False where its service is left empty. Raises Refused where it is
-    active, Failure where that is not known.
+    """Remove what a run has created. Returns False if its service is left empty.
 
-    What was never named to the router cannot be known to it, and goes without asking.
+    A deployment that was never sent to the router is deleted without a question to the router.
+    Raises Refused if the deployment is active, Failure if that is not known.
     """
     if attempt.registered:
         router_commands.send_retire(api, stack, attempt.deployment_id, attempt.service_id)
-    service_id = attempt.service_id or created_after_all(api, stack, attempt)
+    service_id = attempt.service_id or find_late_service(api, stack, attempt)
     deleted = not service_id or delete_service(api, stack.target, service_id)
     attempt.creating = False
     if attempt.registered:
@@ -140,12 +142,14 @@ def undo(api: Api, stack: Stack, attempt: Attempt) -> bool:
     return deleted
 
 
-def created_after_all(api: Api, stack: Stack, attempt: Attempt) -> str | None:
-    """The service whose creation had no answer: Railway may be at it still, so look repeatedly.
-    One of that name which another run made is not ours to delete."""
+def find_late_service(api: Api, stack: Stack, attempt: Attempt) -> str | None:
+    """Return the id of a service whose creation had no answer: Railway may create it late.
+
+    A service of that name with another run's RUN variable is not this run's to delete.
+    """
     for pause in LATE_PAUSES:
         time.sleep(pause)
-        found = inspect(api, stack.target, stack.names).services.get(attempt.service_name)
-        if found and found.variables.get(contract.RUN) == attempt.run:
-            return found.id
+        service = inspect(api, stack.target, stack.names).services.get(attempt.service_name)
+        if service and service.variables.get(contract.RUN) == attempt.run:
+            return service.id
     return None

@@ -1,7 +1,7 @@
-"""`deploy`: bring a new version up, verify it through the router, make it active.
+"""`deploy`: start a new version, verify it through the router, make it active.
 
-It reads as its steps do in the README. Before the promotion a failure or a signal removes what the
-run made; after it nothing is removed.
+The function `deploy` has the steps that the README lists. A failure or a signal before the
+promotion removes what the run has created; nothing is removed after the promotion.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from pulse_railway.build_context import secrets_in_image
 from pulse_railway.config import AppConfig, Target, inside
 from pulse_railway.errors import Failure, Refused
 from pulse_railway.flows.bake import bake
-from pulse_railway.flows.cleanup import Attempt, release, undone_on_failure
+from pulse_railway.flows.cleanup import Attempt, release_lock, undo_on_failure
 from pulse_railway.flows.reachability import (
     backend_address,
-    remember_active,
+    store_last_promoted,
     wait_until_active,
     wait_until_rendered,
     wait_until_routed,
@@ -40,17 +40,17 @@ from pulse_railway.waiting import latest, poll, runtime_tail, wait_for_build
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a deploy has decided before it creates anything."""
+    """What a deploy has decided before it creates anything."""
 
-    wanted: DeployOptions
+    options: DeployOptions
     deployment_id: str
-    dockerfile: Path  # relative to the context, as web_root
+    dockerfile: Path  # like web_root, relative to the context
     web_root: Path
     start_command: str
 
     @property
     def app(self) -> AppConfig:
-        return self.wanted.app
+        return self.options.app
 
     @property
     def service_name(self) -> str:
@@ -58,54 +58,56 @@ class Plan:
 
     @property
     def image(self) -> str | None:
-        repository = self.wanted.image_repository
+        repository = self.options.image_repository
         return f"{repository}:{self.deployment_id}" if repository else None
 
 
-def prepare(wanted: DeployOptions, output: Output) -> Plan:
-    """Check all that can be checked on this machine. Raises Failure."""
-    plan = check(wanted, output)
-    program.need("docker" if wanted.image_repository else "railway")
+def prepare(options: DeployOptions, output: Output) -> Plan:
+    """Check the app, its files and the programs that the deploy needs. Raises Failure."""
+    plan = check(options, output)
+    program.need("docker" if options.image_repository else "railway")
     return plan
 
 
-def check(wanted: DeployOptions, output: Output) -> Plan:
-    """Check the app and its files. Raises Failure."""
-    app, context = wanted.app, wanted.app.context
+def check(options: DeployOptions, output: Output) -> Plan:
+    """Check the app and its files, and return the plan. Raises Failure."""
+    app, context = options.app, options.app.context
     if not app.plugin.dockerfile:
         raise Failure("which Dockerfile? set RailwayPlugin(dockerfile=...)")
     dockerfile = inside(context, app.plugin.dockerfile, "the Dockerfile")
     if not (context / dockerfile).is_file():
         raise Failure(f"no Dockerfile at {context / dockerfile}: set RailwayPlugin(dockerfile=...)")
-    if wanted.web_root and Path(wanted.web_root).is_absolute():
-        raise Failure(f"--web-root {wanted.web_root} must be relative to the deploy context")
-    web_root = inside(context, wanted.web_root or app.web_root, "the web root")
+    if options.web_root and Path(options.web_root).is_absolute():
+        raise Failure(f"--web-root {options.web_root} must be relative to the deploy context")
+    web_root = inside(context, options.web_root or app.web_root, "the web root")
     if not (context / web_root).is_dir():
         raise Failure(f"no web root at {context / web_root}: pass --web-root")
     try:
-        chosen = wanted.deployment_id or naming.generate_deployment_id(wanted.deployment_name)
-        naming.backend_name(app.names.prefix, chosen)
+        deployment_id = options.deployment_id or naming.generate_deployment_id(
+            options.deployment_name
+        )
+        naming.backend_name(app.names.prefix, deployment_id)
     except ValueError as error:
         raise Failure(str(error)) from None
-    if wanted.image_repository:
-        if bad := secrets_in_image(context, context / dockerfile):
+    if options.image_repository:
+        if secret_files := secrets_in_image(context, context / dockerfile):
             raise Failure(
-                f"the image would hold {', '.join(bad)}: name them in"
+                f"the image would hold {', '.join(secret_files)}: name them in"
                 f" {context / '.dockerignore'}, or copy less in {dockerfile}"
             )
     else:
-        check_upload(wanted, dockerfile, web_root, output)
-    if not app.has_address and not app.plugin.start_command:  # else who knows how it starts
+        check_upload(options, dockerfile, web_root, output)
+    if not app.has_address and not app.plugin.start_command:  # which may not need it
         raise Failure(
             "the app has no server_address, without which Pulse does not start in production: pass"
             ' server_address=os.environ.get("PULSE_SERVER_ADDRESS") to ps.App; `deploy` sets it'
         )
-    if wanted.server_address and not wanted.server_address.startswith("https://"):
+    if options.server_address and not options.server_address.startswith("https://"):
         raise Failure(
-            f"the app's server address is {wanted.server_address}, and must be https in production:"
-            " set server_address on ps.App, or pass --server-address https://..."
+            f"the app's server address is {options.server_address}, and must be https in"
+            " production: set server_address on ps.App, or pass --server-address https://..."
         )
-    if wanted.replicas > 1:
+    if options.replicas > 1:
         output.warn("with several replicas a tab can reach one that does not know it: use 1")
     if "127.0.0.1" not in app.internal_address:
         output.warn(
@@ -113,32 +115,34 @@ def check(wanted: DeployOptions, output: Output) -> Plan:
             " can be rendered by another: leave internal_server_address out of ps.App"
         )
     return Plan(
-        wanted=wanted,
-        deployment_id=chosen,
+        options=options,
+        deployment_id=deployment_id,
         dockerfile=dockerfile,
         web_root=web_root,
         start_command=shell(app.plugin.start_command or contract.START_COMMAND),
     )
 
 
-def check_upload(wanted: DeployOptions, dockerfile: Path, web_root: Path, output: Output) -> None:
-    """Raises Failure where `railway up` would leave out what the build needs; warns of what it
-    would take along that it should not."""
-    context, gitignore = wanted.app.context, not wanted.no_gitignore
-    app = Path(wanted.app.file.partition(":")[0])
-    for what, path in (("Dockerfile", dockerfile), ("app", app), ("web root", web_root)):
-        if why := upload.left_out(context, path, gitignore=gitignore):
-            raise Failure(f"the {what} {path} would not be uploaded: {why}")
-    if found := upload.secrets_in_upload(context, gitignore=gitignore):
+def check_upload(options: DeployOptions, dockerfile: Path, web_root: Path, output: Output) -> None:
+    """Check the files that `railway up` uploads.
+
+    Warns of files that can hold secrets. Raises Failure if the upload lacks what the build needs.
+    """
+    context, gitignore = options.app.context, not options.no_gitignore
+    app = Path(options.app.file.partition(":")[0])
+    for label, path in (("Dockerfile", dockerfile), ("app", app), ("web root", web_root)):
+        if reason := upload.left_out(context, path, gitignore=gitignore):
+            raise Failure(f"the {label} {path} would not be uploaded: {reason}")
+    if files := upload.secrets_in_upload(context, gitignore=gitignore):
         output.warn(
-            f"the upload holds {', '.join(found[:5])}{' and more' if len(found) > 5 else ''}: name"
+            f"the upload holds {', '.join(files[:5])}{' and more' if len(files) > 5 else ''}: name"
             f" them in {context / '.railwayignore'}"
         )
 
 
 def check_secret(plan: Plan, stack: Stack) -> None:
-    """Raises Failure where the app would not start for want of PULSE_SECRET."""
-    if not plan.app.needs_secret or plan.wanted.env.get(PULSE_SECRET):
+    """Raise Failure if the app needs PULSE_SECRET, and neither env nor Dockerfile has it."""
+    if not plan.app.needs_secret or plan.options.env.get(PULSE_SECRET):
         return
     assert stack.env is not None
     in_image = PULSE_SECRET in (plan.app.context / plan.dockerfile).read_text(errors="replace")
@@ -151,24 +155,26 @@ def check_secret(plan: Plan, stack: Stack) -> None:
     )
 
 
-def tell_of_lost_variables(stack: Stack, output: Output) -> None:
-    """Warn of variables that the active version has from the env service, and a new one has not."""
+def warn_of_lost_variables(stack: Stack, output: Output) -> None:
+    """Warn of variables that the active version refers to, and the env service does not have."""
     active, env = stack.backend(stack.last_promoted or ""), stack.env
     assert env is not None
-    if active and (gone := references(active, env.name) - env.variables.keys()):
+    if active and (lost := references(active, env.name) - env.variables.keys()):
         output.warn(
-            f"{env.name} has no {joined(gone)}, which {active.deployment_id} refers to: set it"
+            f"{env.name} has no {joined(lost)}, which {active.deployment_id} refers to: set it"
             " there if the app needs it"
         )
 
 
 def free_name(plan: Plan, stack: Stack) -> Plan:
-    """A plan whose service name is free in the project. Generated ids step on a second; given ones
-    are refused."""
+    """Return a plan whose service name is not taken in the project.
+
+    A generated id gets a later time. Raises Failure if `--deployment-id` is taken.
+    """
     moment = datetime.now(UTC)
     ids = {service.deployment_id for service in [*stack.services.values(), *stack.others]}
     while plan.service_name in stack.taken or plan.deployment_id in ids:
-        if plan.wanted.deployment_id:
+        if plan.options.deployment_id:
             raise Failure(
                 f"deployment {plan.deployment_id} exists already: choose another --deployment-id"
             )
@@ -179,7 +185,7 @@ def free_name(plan: Plan, stack: Stack) -> Plan:
 
 
 def backend_variables(plan: Plan, stack: Stack) -> dict[str, str]:
-    """The variables of a backend service. Secrets are references: they stay on Railway."""
+    """Return the variables of a backend service. Secrets are references to other services."""
     names = stack.names
     env = stack.env
     assert env is not None
@@ -194,26 +200,26 @@ def backend_variables(plan: Plan, stack: Stack) -> dict[str, str]:
         contract.STACK: str(stack.stamp),
         contract.INTERNAL_TOKEN: f"${{{{{names.router}.{contract.INTERNAL_TOKEN}}}}}",
         contract.APP_FILE: plan.app.file,
-        contract.SERVER_ADDRESS: plan.wanted.server_address or stack.address,
-        contract.PUBLIC_ORIGIN: plan.wanted.server_address or stack.address,
+        contract.SERVER_ADDRESS: plan.options.server_address or stack.address,
+        contract.PUBLIC_ORIGIN: plan.options.server_address or stack.address,
         contract.PORT: str(contract.DEFAULT_PORT),
     }
-    if not plan.wanted.deployment_id:
-        managed[contract.NAME] = plan.wanted.deployment_name.strip()
+    if not plan.options.deployment_id:
+        managed[contract.NAME] = plan.options.deployment_name.strip()
     if plan.app.uses_session_store:
         managed[contract.SESSION_REDIS_URL] = f"${{{{{names.router}.{contract.REDIS_URL}}}}}"
         if stack.router and stack.router.variables.get(contract.KEY_TTL):
             managed[contract.SESSION_SCOPE] = stack.target.environment_id
             managed[contract.KEY_TTL] = f"${{{{{names.router}.{contract.KEY_TTL}}}}}"
-    build = {**plan.wanted.build_args}
+    build = {**plan.options.build_args}
     if not plan.image:
         build.setdefault(contract.WEB_ROOT, plan.web_root.as_posix())
         if plan.dockerfile.as_posix() != "Dockerfile":
             build[contract.DOCKERFILE_PATH] = plan.dockerfile.as_posix()
-    return {**build, **references, **plan.wanted.env, **managed}
+    return {**build, **references, **plan.options.env, **managed}
 
 
-PULSE_SECRET = "PULSE_SECRET"  # Pulse's own: what signs its session cookies
+PULSE_SECRET = "PULSE_SECRET"  # Pulse signs its session cookies with it
 BACKEND_SETTINGS: dict[str, Any] = {
     "healthcheckPath": contract.HEALTH_PATH,
     "healthcheckTimeout": 300,
@@ -223,35 +229,35 @@ BACKEND_SETTINGS: dict[str, Any] = {
 
 
 def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, Any]:
-    """Bring a new deployment up and make it the active one.
+    """Start a new deployment, make it active, or the canary, and return the verb's result.
 
-    Raises Failure where a step fails, saying which; before the promotion the service and the
-    record that this run made are removed (unless `plan.wanted.keep_failed`).
+    Raises Failure if a step fails, after printing the step. Before the promotion the service and
+    the record of this run are then removed (unless `plan.options.keep_failed`).
     """
     if not plan.image:
         program.need_railway(api)
     attempt = Attempt(plan.deployment_id, plan.service_name)
     began = time.monotonic()
     baking: dict[str, Any] | None = None
-    with interruptible(), contextlib.ExitStack() as at_end:
-        at_end.callback(release, api, attempt)
-        at_end.enter_context(undone_on_failure(api, target, plan.wanted, attempt, output))
+    with interruptible(), contextlib.ExitStack() as exit_stack:
+        exit_stack.callback(release_lock, api, attempt)
+        exit_stack.enter_context(undo_on_failure(api, target, plan.options, attempt, output))
         with step(output, attempt, "inspect the baseline"):
             stack = inspect(api, target, plan.app.names)
             require_baseline(stack)
             attempt.stack = stack
             check_secret(plan, stack)
-            tell_of_lost_variables(stack, output)
+            warn_of_lost_variables(stack, output)
             identity = app_identity.of_app(plan.app)
-            app_identity.check_same_app(stack, identity, plan.wanted.replace_app, output)
-            app = replace(plan.app, names=stack.names)  # as they were when it was set up
-            plan = free_name(replace(plan, wanted=replace(plan.wanted, app=app)), stack)
+            app_identity.check_same_app(stack, identity, plan.options.replace_app, output)
+            app = replace(plan.app, names=stack.names)  # the existing services' names
+            plan = free_name(replace(plan, options=replace(plan.options, app=app)), stack)
             attempt.deployment_id, attempt.service_name = (
                 plan.deployment_id,
                 plan.service_name,
             )
-        with step(output, attempt, "ask the router"):  # the way to it is open, before a build
-            ask_router(api, stack, plan, attempt, output)
+        with step(output, attempt, "ask the router"):  # a failure here saves the build
+            lock_deploy(api, stack, plan, attempt, output)
         output.say(f"deployment {plan.deployment_id}")
         if plan.image:
             with step(output, attempt, f"build and push {plan.image}"):
@@ -266,20 +272,20 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
             wait_until_routed(api, stack, plan.deployment_id, output, by_affinity=True)
         with step(output, attempt, f"see its page {plan.app.plugin.check_path}"):
             wait_for_page(api, stack, plan, attempt, output)
-        if plan.wanted.canary is not None:
-            with step(output, attempt, f"give it {plan.wanted.canary:g} % of new visitors"):
+        if plan.options.canary is not None:
+            with step(output, attempt, f"give it {plan.options.canary:g} % of new visitors"):
                 promote_new(api, stack, plan, attempt, output)
-        elif plan.wanted.promote:
+        elif plan.options.promote:
             with step(output, attempt, "promote it"):
                 promote_new(api, stack, plan, attempt, output)
             with step(output, attempt, "reach it without affinity"):
                 wait_until_active(api, stack, plan.deployment_id, output)
-        if seconds := to_bake(plan, attempt):
-            canary = plan.wanted.canary is not None
+        if seconds := bake_seconds(plan, attempt):
+            canary = plan.options.canary is not None
             attempt.step = f"watch it for {seconds} s"
             old = str(attempt.previous)
             baking = bake(api, stack, attempt.deployment_id, old, seconds, output, canary)
-        app_identity.store_identity(api, stack, identity, plan.wanted.replace_app, output)
+        app_identity.store_identity(api, stack, identity, plan.options.replace_app, output)
         if danger := config_files.would_delete(plan.app.context):
             output.warn(danger)
     return {
@@ -288,13 +294,13 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
         "service_name": plan.service_name,
         "railway_deployment_id": attempt.railway_deployment,
         "image": plan.image,
-        "active": attempt.promoted and plan.wanted.canary is None,
-        "canary": plan.wanted.canary,
+        "active": attempt.promoted and plan.options.canary is None,
+        "canary": plan.options.canary,
         "bake": baking,
         "address": stack.address,
-        "server_address": plan.wanted.server_address or stack.address,
+        "server_address": plan.options.server_address or stack.address,
         "seconds": round(time.monotonic() - began, 1),
-        # 0.3.x's names for the same
+        # 0.3.x's names of these fields
         "backend_service_id": attempt.service_id,
         "backend_service_name": plan.service_name,
         "backend_image": plan.image,
@@ -310,21 +316,24 @@ def step(output: Output, attempt: Attempt, title: str) -> Iterator[None]:
         yield
 
 
-LOCK_LEASE = 3600  # seconds, beyond a bake: longer than all steps of a deploy may take
-LOCK_POLL = 10.0
+LOCK_LEASE = 3600  # seconds, plus the bake: more than all steps of a deploy may take
+LOCK_POLL = 10.0  # seconds
 
 
-def ask_router(api: Api, stack: Stack, plan: Plan, attempt: Attempt, output: Output) -> None:
-    """See that the way to the router is open before anything is built, and take the deploy lock,
-    so that others see who deploys. Raises Failure where a canary could not be one."""
-    wanted = plan.wanted
-    deadline = time.monotonic() + (wanted.lock_wait or 0)
+def lock_deploy(api: Api, stack: Stack, plan: Plan, attempt: Attempt, output: Output) -> None:
+    """Take the deploy lock, which also shows that the router can be reached, before the build.
+
+    Without `--lock-wait` a lock of another run is only a warning. Raises Failure if the lock is
+    not free in time, or if a canary is asked for and not possible.
+    """
+    options = plan.options
+    deadline = time.monotonic() + (options.lock_wait or 0)
     while True:
         try:
-            lease = LOCK_LEASE + wanted.bake
-            attempt.locked = True  # it may be, from here on
+            lease = LOCK_LEASE + options.bake
+            attempt.locked = True  # before the command, whose answer may be lost
             attempt.previous, lost = router_commands.send_lock(api, stack, attempt.run, lease)
-            if lost and (wanted.bake or wanted.canary is not None):
+            if lost and (options.bake or options.canary is not None):
                 raise Failure(
                     "the routing state is lost, or an older one: there is nothing certain to"
                     " compare with or to go back to; run `pulse-railway restore` first"
@@ -334,7 +343,7 @@ def ask_router(api: Api, stack: Stack, plan: Plan, attempt: Attempt, output: Out
             attempt.locked = False
             if refused.reason != "locked":
                 raise
-            if wanted.lock_wait is None:
+            if options.lock_wait is None:
                 output.warn(
                     f"{refused}: both go on, and the one that is promoted last is active;"
                     " --lock-wait SECONDS waits"
@@ -343,12 +352,12 @@ def ask_router(api: Api, stack: Stack, plan: Plan, attempt: Attempt, output: Out
                 break
             if time.monotonic() >= deadline:
                 raise Failure(
-                    f"{refused}, after {wanted.lock_wait} s still: if that run is dead,"
+                    f"{refused}, still after {options.lock_wait} s: if that run is dead,"
                     " `pulse-railway unlock`"
                 ) from None
             output.waiting(str(refused))
         time.sleep(min(LOCK_POLL, max(deadline - time.monotonic(), 0.1)))
-    if wanted.canary is None:
+    if options.canary is None:
         return
     if attempt.previous is None:
         raise Failure("a canary stands beside an active deployment, and none is active: deploy one")
@@ -359,9 +368,9 @@ def ask_router(api: Api, stack: Stack, plan: Plan, attempt: Attempt, output: Out
         )
 
 
-def to_bake(plan: Plan, attempt: Attempt) -> int:
-    """For how many seconds it is watched: there has to be something to go back to."""
-    return plan.wanted.bake if attempt.previous else 0
+def bake_seconds(plan: Plan, attempt: Attempt) -> int:
+    """Return the bake's duration in seconds; 0 if there is no version for a rollback."""
+    return plan.options.bake if attempt.previous else 0
 
 
 def build_image(plan: Plan, stack: Stack, output: Output) -> None:
@@ -369,8 +378,8 @@ def build_image(plan: Plan, stack: Stack, output: Output) -> None:
     arguments = {
         contract.APP_FILE: plan.app.file,
         contract.WEB_ROOT: plan.web_root.as_posix(),
-        contract.SERVER_ADDRESS: plan.wanted.server_address or stack.address,
-        **plan.wanted.build_args,
+        contract.SERVER_ADDRESS: plan.options.server_address or stack.address,
+        **plan.options.build_args,
     }
     docker.build(
         image=plan.image,
@@ -384,8 +393,8 @@ def build_image(plan: Plan, stack: Stack, output: Output) -> None:
 def create_backend(api: Api, stack: Stack, plan: Plan, attempt: Attempt) -> None:
     assert stack.router is not None
     attempt.creating = True
-    before = plan.app.plugin.pre_deploy
-    pre_deploy = {"preDeployCommand": [before]} if before else {}
+    command = plan.app.plugin.pre_deploy
+    pre_deploy = {"preDeployCommand": [command]} if command else {}
     with shielded():
         create_service(
             api,
@@ -395,7 +404,7 @@ def create_backend(api: Api, stack: Stack, plan: Plan, attempt: Attempt) -> None
             group_id=stack.router.group_id,
             settings={
                 **BACKEND_SETTINGS,
-                "numReplicas": plan.wanted.replicas,
+                "numReplicas": plan.options.replicas,
                 "startCommand": plan.start_command,
                 **pre_deploy,
             },
@@ -405,7 +414,7 @@ def create_backend(api: Api, stack: Stack, plan: Plan, attempt: Attempt) -> None
 
 
 def start_backend(api: Api, stack: Stack, plan: Plan, attempt: Attempt, output: Output) -> None:
-    """Source mode: upload and build on Railway. Image mode: deploy the image that was pushed."""
+    """Upload the sources for a build on Railway, or deploy the pushed image; then wait."""
     assert attempt.service_id
     target = stack.target
     deployment: str | None
@@ -419,13 +428,13 @@ def start_backend(api: Api, stack: Stack, plan: Plan, attempt: Attempt, output: 
             environment=target.environment_id,
             service=plan.service_name,
             context=plan.app.context,
-            no_gitignore=plan.wanted.no_gitignore,
+            no_gitignore=plan.options.no_gitignore,
         )
-    if deployment is None:  # a CLI that does not say
+    if deployment is None:  # some CLIs do not print the deployment's id
 
         def ask() -> str | None:
-            found = latest(api, target).get(str(attempt.service_id))
-            return found["id"] if found else None
+            started = latest(api, target).get(str(attempt.service_id))
+            return started["id"] if started else None
 
         deployment = poll(60.0, ask, "Railway's answer to the upload")
     attempt.railway_deployment = deployment
@@ -435,7 +444,7 @@ def start_backend(api: Api, stack: Stack, plan: Plan, attempt: Attempt, output: 
 def register(api: Api, stack: Stack, plan: Plan, attempt: Attempt) -> None:
     assert attempt.service_id
     address = backend_address(api, stack.target, attempt.service_id)
-    attempt.registered = True  # it may have been, from here on
+    attempt.registered = True  # before the command, whose answer may be lost
     router_commands.send_register(
         api,
         stack,
@@ -443,38 +452,43 @@ def register(api: Api, stack: Stack, plan: Plan, attempt: Attempt) -> None:
         service_name=plan.service_name,
         service_id=attempt.service_id,
         address=address,
-        held=not plan.wanted.promote or plan.wanted.canary is not None,
-        about=provenance.about(plan.app.context, plan.wanted.message),
+        held=not plan.options.promote or plan.options.canary is not None,
+        about=provenance.about(plan.app.context, plan.options.message),
     )
 
 
 def wait_for_page(api: Api, stack: Stack, plan: Plan, attempt: Attempt, output: Output) -> None:
-    """Python's health check says nothing of React's server beside it, which renders the pages and
-    can come up later, or not at all. Raises Failure with what the deployment said last."""
+    """Wait until the deployment renders a page.
+
+    The health check reaches Python's server only; React's server, which renders the pages, can
+    start later or fail. Raises Failure with the end of the deployment's log.
+    """
     try:
         wait_until_rendered(api, stack, plan.deployment_id, plan.app.plugin.check_path, output)
     except Failure as failure:
-        said = runtime_tail(api, str(attempt.railway_deployment))
-        raise Failure(f"{failure}{said}") from None
+        log_tail = runtime_tail(api, str(attempt.railway_deployment))
+        raise Failure(f"{failure}{log_tail}") from None
 
 
 def promote_new(api: Api, stack: Stack, plan: Plan, attempt: Attempt, output: Output) -> None:
-    """Make it the active one, or the canary. The deploy lock is given back with it, where no bake
-    follows."""
-    wanted, seconds = plan.wanted, to_bake(plan, attempt)
+    """Make the new deployment active, or the canary.
+
+    If no bake follows, the same command releases the deploy lock.
+    """
+    options, seconds = plan.options, bake_seconds(plan, attempt)
     unlock = attempt.run if attempt.locked and not seconds else None
     promoted = router_commands.send_promote(
         api,
         stack,
         plan.deployment_id,
         plan.service_name,
-        weight=wanted.canary,
+        weight=options.canary,
         bake=seconds,
-        why=wanted.message,
+        why=options.message,
         unlock=unlock,
         warn=output.warn,
     )
     attempt.promoted = True
     attempt.locked = attempt.locked and not unlock
-    if wanted.canary is None:
-        remember_active(api, stack, plan.deployment_id, promoted, output)
+    if options.canary is None:
+        store_last_promoted(api, stack, plan.deployment_id, promoted, output)

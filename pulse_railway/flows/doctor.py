@@ -1,4 +1,4 @@
-"""`doctor`: what a deploy and a running stack need, and what to do where it is not so."""
+"""`doctor`: check what a deploy and a running stack need, and print how to correct it."""
 
 from __future__ import annotations
 
@@ -25,245 +25,262 @@ from pulse_railway.railway import config_files, program, tokens
 from pulse_railway.railway.api import Api
 from pulse_railway.stack import Stack, inspect, require_baseline
 
-CLOCK_MAY_DIFFER = 60.0  # seconds
+MAX_CLOCK_DIFFERENCE = 60.0  # seconds
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at, and what to do about it."""
+    """The result of one check, as the verb's JSON has it."""
 
     name: str
     verdict: Literal["good", "warning", "bad", "skipped"]
-    said: str = ""
+    said: str = ""  # details, or what to do
 
 
 @dataclass
 class Checkup:
+    """The results of all checks so far."""
+
     checks: list[Check] = field(default_factory=list)
 
-    def note(self, name: str, verdict: Literal["good", "warning", "bad"], said: str = "") -> None:
-        self.checks.append(Check(name, verdict, said))
+    def add(self, name: str, verdict: Literal["good", "warning", "bad"], details: str = "") -> None:
+        self.checks.append(Check(name, verdict, details))
 
-    def tried(self, name: str, look: Callable[[], str | None]) -> bool:
-        """Look, and note what was found; a Failure is what is wrong."""
+    def run(self, name: str, check: Callable[[], str | None]) -> bool:
+        """Run a check, and add its result. Returns False if it raises a Failure or a network error.
+
+        Args:
+            check: returns details.
+        """
         try:
-            self.note(name, "good", look() or "")
+            self.add(name, "good", check() or "")
             return True
         except Failure as failure:
-            self.note(name, "bad", str(failure))
+            self.add(name, "bad", str(failure))
         except (httpx.HTTPError, OSError) as error:
-            self.note(name, "bad", str(error) or type(error).__name__)
+            self.add(name, "bad", str(error) or type(error).__name__)
         return False
 
     def skip(self, *names: str, because: str) -> None:
+        """Add checks that are not possible because another one has failed."""
         self.checks += [Check(name, "skipped", f"after {because}") for name in names]
 
 
 class Warnings(Output):
-    """What a flow would say; only its warnings are kept."""
+    """An output that collects a flow's warnings, and prints nothing."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.kept: list[str] = []
+        self.lines: list[str] = []
 
     @contextlib.contextmanager
     def step(self, title: str) -> Iterator[None]:
         yield
 
     def warn(self, line: str) -> None:
-        self.kept.append(line)
+        self.lines.append(line)
 
 
 def doctor(flags: dict[str, Any], output: Output) -> dict[str, Any]:
-    """Look at everything, also behind what is wrong. Returns `checks` and `ok`; ok is False where
-    any of it would make a first deploy or a running stack fail."""
-    found = Checkup()
-    plan = check_app(found, flags)
-    api = check_token(found, flags, output)
+    """Run all checks, also after a failed one. Returns `checks` and `ok`.
+
+    `ok` is False if a check has found what makes a first deploy or a running stack fail.
+    """
+    checkup = Checkup()
+    plan = check_app(checkup, flags)
+    api = check_token(checkup, flags, output)
     if api is None:
-        found.skip(
+        checkup.skip(
             "Railway's CLI", "the project", "the baseline", "the router", because="the token"
         )
     else:
-        has_cli = check_programs(found, plan, api)
-        check_stack(found, flags, plan, api, has_cli)
-    checks = [replace(check, said=pasteable(check.said)) for check in found.checks]
+        has_cli = check_programs(checkup, plan, api)
+        check_stack(checkup, flags, plan, api, has_cli)
+    checks = [replace(check, said=pasteable(check.said)) for check in checkup.checks]
     bad = any(check.verdict == "bad" for check in checks)
     return {"ok": not bad, "checks": [asdict(check) for check in checks]}
 
 
-def check_app(found: Checkup, flags: dict[str, Any]) -> deploy.Plan | None:
-    """The app, its files, and what `deploy` would warn of before it begins."""
-    quiet = Warnings()
-    made: list[DeployOptions] = []
+def check_app(checkup: Checkup, flags: dict[str, Any]) -> deploy.Plan | None:
+    """Check the app and its files as `deploy` does. Returns the plan, or None."""
+    warnings = Warnings()
+    parsed: list[DeployOptions] = []
 
     def load() -> str:
-        made.append(options.parse_deploy(flags, quiet))
-        return f"{made[0].app.file}, with its RailwayPlugin"
+        parsed.append(options.parse_deploy(flags, warnings))
+        return f"{parsed[0].app.file}, with its RailwayPlugin"
 
-    if not found.tried("the app", load):
-        found.skip("its files and settings", "React's packages", because="the app")
+    if not checkup.run("the app", load):
+        checkup.skip("its files and settings", "React's packages", because="the app")
         return None
     plans: list[deploy.Plan] = []
-    found.tried("its files and settings", lambda: plans.append(deploy.check(made[0], quiet)))
-    for line in quiet.kept:
-        found.note("its files and settings", "warning", line)
-    for said in (
-        config_files.without_effect(made[0].app.context),
-        config_files.would_delete(made[0].app.context),
+    checkup.run("its files and settings", lambda: plans.append(deploy.check(parsed[0], warnings)))
+    for line in warnings.lines:
+        checkup.add("its files and settings", "warning", line)
+    for warning in (
+        config_files.without_effect(parsed[0].app.context),
+        config_files.would_delete(parsed[0].app.context),
     ):
-        if said:
-            found.note("Railway's configuration files", "warning", said)
-    check_react(found, made[0])
+        if warning:
+            checkup.add("Railway's configuration files", "warning", warning)
+    check_react(checkup, parsed[0])
     return plans[0] if plans else None
 
 
-def check_react(found: Checkup, wanted: DeployOptions) -> None:
-    """React's side of Pulse has to be of Python's version."""
-    path = wanted.app.context / (wanted.web_root or wanted.app.web_root) / "package.json"
+def check_react(checkup: Checkup, deploy_options: DeployOptions) -> None:
+    """Check that Pulse's npm package and its Python package have the same version."""
+    app = deploy_options.app
+    path = app.context / (deploy_options.web_root or app.web_root) / "package.json"
     try:
         client = json.loads(path.read_text())["dependencies"]["pulse-ui-client"]
         framework = version("pulse-framework")
     except (OSError, ValueError, KeyError, TypeError, PackageNotFoundError):
-        found.note("React's packages", "warning", f"{path} names no pulse-ui-client")
+        checkup.add("React's packages", "warning", f"{path} names no pulse-ui-client")
         return
     if str(client).lstrip("^~=v") != framework:
-        said = f"pulse-ui-client is {client} and pulse-framework {framework}: give both one version"
-        found.note("React's packages", "bad", said)
+        differ = f"pulse-ui-client is {client} and pulse-framework {framework}"
+        checkup.add("React's packages", "bad", f"{differ}: give both one version")
     else:
-        found.note("React's packages", "good", f"pulse-ui-client {client}")
+        checkup.add("React's packages", "good", f"pulse-ui-client {client}")
 
 
-def check_programs(found: Checkup, plan: deploy.Plan | None, api: Api) -> bool:
-    """The programs that will be needed. Returns whether Railway's CLI can be used."""
+def check_programs(checkup: Checkup, plan: deploy.Plan | None, api: Api) -> bool:
+    """Check the programs that `deploy` runs. Returns whether Railway's CLI can be used."""
     if plan and plan.image:
-        found.tried("docker", lambda: program.need("docker"))
-        if plan.wanted.where.control == "job":
+        checkup.run("docker", lambda: program.need("docker"))
+        if plan.options.where.control == "job":
             return False
 
-    def look() -> str:
+    def railway_version() -> str:
         program.need_railway(api)
         return ".".join(map(str, program.program_version("railway")))
 
-    return found.tried("Railway's CLI", look)
+    return checkup.run("Railway's CLI", railway_version)
 
 
-def check_token(found: Checkup, flags: dict[str, Any], output: Output) -> Api | None:
-    made: list[Api] = []
+def check_token(checkup: Checkup, flags: dict[str, Any], output: Output) -> Api | None:
+    """Check the token, and this machine's clock. Returns the API, or None without a valid token."""
+    apis: list[Api] = []
 
-    def look() -> str:
+    def token_source() -> str:
         api = Api(tokens.find(flags.get("token")), on_wait=output.waiting)
-        made.append(api)
-        lasting = "" if api.token.durable else ", which `ensure` cannot give to the janitor"
+        apis.append(api)
+        expires = "" if api.token.durable else ", which `ensure` cannot give to the janitor"
         api.check_token()
-        return f"from {api.token.source}{lasting}"
+        return f"from {api.token.source}{expires}"
 
-    if not found.tried("the token", look):
+    if not checkup.run("the token", token_source):
         return None
-    found.tried("the clock", lambda: check_clock(made[0].url))
-    return made[0]
+    checkup.run("the clock", lambda: check_clock(apis[0].url))
+    return apis[0]
 
 
-def check_clock(url: str) -> str:
-    """A clock that is wrong makes certificates and sessions look expired. Raises Failure."""
-    answer = httpx.get(url, timeout=10)
+def check_clock(url: str) -> None:
+    """Compare this machine's clock with the server's `Date`.
+
+    With a wrong clock certificates and sessions look expired. Raises Failure.
+    """
+    response = httpx.get(url, timeout=10)
     try:
-        moment = email.utils.parsedate_to_datetime(answer.headers.get("date", "")).timestamp()
-    except ValueError:  # a server need not say it (RFC 9110 section 6.6.1)
-        return ""
-    if abs(time.time() - moment) > CLOCK_MAY_DIFFER:
-        raise Failure(f"this machine's clock is {time.time() - moment:.0f} s off: set it")
-    return ""
+        date = email.utils.parsedate_to_datetime(response.headers.get("date", "")).timestamp()
+    except ValueError:  # a server without a clock sends no Date (RFC 9110 section 6.6.1)
+        return
+    difference = time.time() - date
+    if abs(difference) > MAX_CLOCK_DIFFERENCE:
+        raise Failure(f"this machine's clock is {difference:.0f} s off: set it")
 
 
-def check_identity(found: Checkup, plan: deploy.Plan, stack: Stack) -> None:
-    said = Warnings()
+def check_identity(checkup: Checkup, plan: deploy.Plan, stack: Stack) -> None:
+    """Check that the stack serves this app, as `deploy` does."""
+    warnings = Warnings()
 
-    def look() -> str:
+    def same_app() -> str:
         app = app_identity.of_app(plan.app)
-        app_identity.check_same_app(stack, app, plan.wanted.replace_app, said)
+        app_identity.check_same_app(stack, app, plan.options.replace_app, warnings)
         return app.name or app.place
 
-    if found.tried("which app the stack serves", look):
-        for line in said.kept:
-            found.note("which app the stack serves", "warning", line)
+    if checkup.run("which app the stack serves", same_app):
+        for line in warnings.lines:
+            checkup.add("which app the stack serves", "warning", line)
 
 
 def check_stack(
-    found: Checkup,
+    checkup: Checkup,
     flags: dict[str, Any],
     plan: deploy.Plan | None,
     api: Api,
     has_cli: bool,
 ) -> None:
-    where = plan.wanted.where if plan else options.where(flags)
-    seen: list[Stack] = []
+    """Check the project, the baseline, the deployments and the router, as far as possible."""
+    where = plan.options.where if plan else options.where(flags)
+    stacks: list[Stack] = []
 
-    def project() -> str:
+    def read_project() -> str:
         target = config.find_target(api, where)
         target = replace(target, control_route=config.ControlRoute(where.control, where.ssh_key))
         names = plan.app.names if plan else options.names(flags)
-        seen.append(inspect(api, target, names))
-        return f"{len(seen[0].services)} services"
+        stacks.append(inspect(api, target, names))
+        return f"{len(stacks[0].services)} services"
 
-    if not found.tried("the project", project):
-        found.skip("the baseline", "the router", because="the project")
+    if not checkup.run("the project", read_project):
+        checkup.skip("the baseline", "the router", because="the project")
         return
-    stack = seen[0]
-    if not found.tried("the baseline", lambda: require_baseline(stack)):
-        found.skip("the router", because="the baseline")
+    stack = stacks[0]
+    if not checkup.run("the baseline", lambda: require_baseline(stack)):
+        checkup.skip("the router", because="the baseline")
         return
-    check_versions(found, stack)
+    check_versions(checkup, stack)
     if plan:
-        found.tried("PULSE_SECRET", lambda: deploy.check_secret(plan, stack))
-        check_identity(found, plan, stack)
+        checkup.run("PULSE_SECRET", lambda: deploy.check_secret(plan, stack))
+        check_identity(checkup, plan, stack)
 
-    def tell(state: dict[str, Any] | None) -> None:
-        for problem in [*status.problems(stack, state, None), *status.of_regions(api, stack)]:
-            found.note("the deployments" if state else "on Railway", "bad", problem)
+    def add_problems(state: dict[str, Any] | None) -> None:
+        for problem in [*status.problems(stack, state, None), *status.region_problems(api, stack)]:
+            checkup.add("the deployments" if state else "on Railway", "bad", problem)
 
     if not has_cli and where.control != "job":
-        tell(None)
-        found.skip("the router", because="Railway's CLI")
+        add_problems(None)
+        checkup.skip("the router", because="Railway's CLI")
         return
 
     def ask() -> str:
         try:
             state = router_commands.read_state(api, stack, pauses=(1.0,))
         except Failure:
-            tell(None)  # which may be why
+            add_problems(None)  # one of them may be the cause
             raise
-        tell(state)
+        add_problems(state)
         by = stack.target.control_route.kind or "ssh"
         return f"answers, by {by}; {state['active'] or 'none'} is active"
 
-    found.tried("the router", ask)
+    checkup.run("the router", ask)
     if stack.target.control_route.kind != "job":
-        check_relay(found)
+        check_relay(checkup)
 
 
-def check_versions(found: Checkup, stack: Stack) -> None:
+def check_versions(checkup: Checkup, stack: Stack) -> None:
+    """Check that router and janitor run this version of pulse-railway, or the image they have."""
     for service in (stack.router, stack.janitor):
         assert service is not None
-        runs = service.variables.get(contract.RUNTIME_VERSION)
-        here = runtime_image.runtime_version()
-        if runs == here or (service.image and runs == service.image):
-            found.note(service.name, "good", str(runs))
+        deployed = service.variables.get(contract.RUNTIME_VERSION)
+        installed = runtime_image.runtime_version()
+        if deployed == installed or (service.image and deployed == service.image):
+            checkup.add(service.name, "good", str(deployed))
         else:
-            said = f"runs {runs}, and this is {here}: run `pulse-railway ensure`"
-            found.note(service.name, "warning", said)
+            details = f"runs {deployed}, and this is {installed}: run `pulse-railway ensure`"
+            checkup.add(service.name, "warning", details)
 
 
-def check_relay(found: Checkup) -> None:
-    """ssh has to know the relay's key: in a CI nobody can be asked."""
+def check_relay(checkup: Checkup) -> None:
+    """Check that ssh knows the relay's host key: a CI run cannot confirm it."""
     keygen = shutil.which("ssh-keygen")
     if keygen is None:
         return
     known = subprocess.run([keygen, "-F", "ssh.railway.com"], capture_output=True, timeout=10)
     if known.returncode:
-        said = (
-            "ssh does not know ssh.railway.com yet: `ssh-keyscan ssh.railway.com`, see docs/ci.md"
+        unknown = "ssh does not know ssh.railway.com yet"
+        checkup.add(
+            "known hosts", "warning", f"{unknown}: `ssh-keyscan ssh.railway.com`, see docs/ci.md"
         )
-        found.note("known hosts", "warning", said)
     else:
-        found.note("known hosts", "good")
+        checkup.add("known hosts", "good")

@@ -8,11 +8,11 @@ from pulse_railway.output import Output
 from pulse_railway.railway import docker, program
 
 
-def image(wanted: ImageOptions, output: Output) -> str:
-    """Returns the reference of the image that was pushed. Raises Failure."""
+def image(options: ImageOptions, output: Output) -> str:
+    """Build and push the image, and return its reference. Raises Failure."""
     program.need("docker")
-    tag = wanted.tag or runtime_image.runtime_version().replace("+", "-")
-    reference = f"{wanted.repository}:{tag}"
+    tag = options.tag or runtime_image.runtime_version().replace("+", "-")
+    reference = f"{options.repository}:{tag}"
     folder = runtime_image.sources()
     with output.step(f"build and push {reference}"):
         docker.build(

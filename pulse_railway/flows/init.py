@@ -1,4 +1,4 @@
-"""`init`: what an app of one's own needs to be deployed, as far as it is missing."""
+"""`init`: write the files that an app needs for its deployment and does not have."""
 
 from __future__ import annotations
 
@@ -106,57 +106,62 @@ ns = Collection.from_module(railway)
 @dataclass(frozen=True)
 class File:
     path: str
-    what: str
+    purpose: str
     content: str
 
 
-def init(given: str | None, folder: Path, output: Output) -> dict[str, Any]:
-    """Write what is missing, and say what is left to do; nothing that exists is touched.
+def init(app: str | None, folder: Path, output: Output) -> dict[str, Any]:
+    """Write the missing files; an existing file is not changed.
 
-    Returns the files `written` and those that were `there`, and `todo`. Raises Failure where there
-    is no app.
+    Args:
+        app: the app's file, relative to the folder.
+
+    Returns the files `written`, those that were `there`, and `todo`, what the author has to do.
+    Raises Failure if there is no app.
     """
-    app = find_app(given, folder)
+    app = find_app(app, folder)
     source = (folder / app).read_text(errors="replace")
-    written, there = [], []
+    written, existing = [], []
     for file in files(app):
         path = folder / file.path
         if path.exists():
-            there.append(file.path)
+            existing.append(file.path)
             output.say(f"  {file.path} is there, and stays as it is")
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(file.content)
         written.append(file.path)
-        output.say(f"+ {file.path}: {file.what}")
+        output.say(f"+ {file.path}: {file.purpose}")
         for line in file.content.splitlines():
             output.log(line)
     if danger := config_files.would_delete(folder):
         output.warn(danger)
-    return {"app": app, "written": written, "there": there, "todo": todo(app, source, folder)}
+    return {"app": app, "written": written, "there": existing, "todo": todo(app, source, folder)}
 
 
-def find_app(given: str | None, folder: Path) -> str:
-    """The app's file, relative to the folder: the one given, else the only one that makes an app.
-    Raises Failure for none and for several."""
-    if given:
-        if not (folder / given).is_file():
-            raise Failure(f"no app at {folder / given}: pass --app path/to/main.py")
-        return config.inside(folder, given, "the app").as_posix()
-    made = re.compile(r"\b(ps|pulse)\.App\(")
-    found = [
+def find_app(app: str | None, folder: Path) -> str:
+    """Return the app's file, relative to the folder: `app`, else the only file with a `ps.App`.
+
+    Raises Failure if there is none, or several.
+    """
+    if app:
+        if not (folder / app).is_file():
+            raise Failure(f"no app at {folder / app}: pass --app path/to/main.py")
+        return config.inside(folder, app, "the app").as_posix()
+    constructor = re.compile(r"\b(ps|pulse)\.App\(")
+    candidates = [
         path.relative_to(folder).as_posix()
         for path in sorted([*folder.glob("*.py"), *folder.glob("*/*.py")])
-        if path.name != "tasks.py" and made.search(path.read_text(errors="replace"))
+        if path.name != "tasks.py" and constructor.search(path.read_text(errors="replace"))
     ]
-    if len(found) != 1:
-        there = f"; there are: {', '.join(found)}" if found else ""
-        raise Failure(f"which app? pass --app path/to/main.py, a file that makes a ps.App{there}")
-    return found[0]
+    if len(candidates) != 1:
+        listed = f"; there are: {', '.join(candidates)}" if candidates else ""
+        raise Failure(f"which app? pass --app path/to/main.py, a file that makes a ps.App{listed}")
+    return candidates[0]
 
 
 def files(app: str) -> list[File]:
-    """Everything that a project needs, as it would be written."""
+    """Return all files that `init` writes."""
     return [
         File("Dockerfile", "Python's server and React's in one image", dockerfile()),
         File("requirements.txt", "what the app runs on; add its own packages", requirements()),
@@ -170,12 +175,11 @@ def files(app: str) -> list[File]:
 
 
 def dockerfile() -> str:
-    """The example's, less what is for this repository alone."""
+    """Return the example's Dockerfile without the lines for this repository only."""
     package = Path(__file__).parent.parent
     packaged = package / "templates" / "Dockerfile"
-    text = (
-        packaged if packaged.exists() else package.parent / "examples" / "railway" / "Dockerfile"
-    ).read_text()
+    example = package.parent / "examples" / "railway" / "Dockerfile"
+    text = (packaged if packaged.exists() else example).read_text()
     text = re.sub(r"# To use it for an app of your own, .*\n", "", text)
     return re.sub(r"# Only in pulse-railway's own repository.*\nRUN .*\n", "", text)
 
@@ -192,23 +196,23 @@ def _installed(name: str) -> str:
 
 
 def todo(app: str, source: str, folder: Path) -> list[str]:
-    """What only the app's author can do, in the order in which it is to be done."""
-    left = []
+    """Return what the app's author has to do, in this order."""
+    steps = []
     if "RailwayPlugin(" not in source:
-        left.append(f"give the app in {app} the plugin:\n\n{PLUGIN}")
+        steps.append(f"give the app in {app} the plugin:\n\n{PLUGIN}")
     elif "PULSE_SERVER_ADDRESS" not in source:
-        left.append(
+        steps.append(
             f'pass server_address=os.environ.get("PULSE_SERVER_ADDRESS") to ps.App in {app}'
         )
     web = next((p.parent for p in sorted(folder.glob("*/package.json"))), None)
     if web is None:
-        left.append(
+        steps.append(
             "the React Router project that Pulse renders with goes into web/, with package.json and"
             " package-lock.json; examples/railway/web of pulse-railway's repository is one"
         )
     elif not (web / "package-lock.json").exists():
-        left.append(f"write {web.name}/package-lock.json: `npm --prefix {web.name} install`")
-    left.append("put a Railway token into .env, as .env.example has it")
-    left.append("`pulse-railway doctor` says whether all is there")
-    left.append("`pulse-railway ensure`, once; then `pulse-railway deploy`")
-    return left
+        steps.append(f"write {web.name}/package-lock.json: `npm --prefix {web.name} install`")
+    steps.append("put a Railway token into .env, as .env.example has it")
+    steps.append("`pulse-railway doctor` checks that nothing is missing")
+    steps.append("`pulse-railway ensure`, once; then `pulse-railway deploy`")
+    return steps

@@ -1,4 +1,4 @@
-"""`logs`: what a service says."""
+"""`logs`: print a service's log."""
 
 from __future__ import annotations
 
@@ -25,53 +25,58 @@ from pulse_railway.waiting import latest
 
 
 def logs(
-    api: Api, target: Target, service: Service, wanted: LogsOptions, output: Output
+    api: Api, target: Target, service: Service, options: LogsOptions, output: Output
 ) -> dict[str, Any]:
-    """The log of a service's latest deployment; with `follow`, until it is interrupted."""
-    found = latest(api, target).get(service.id)
-    if found is None:
+    """Print and return the log of a service's latest deployment.
+
+    With `follow` new lines are printed until an interruption.
+    """
+    deployment = latest(api, target).get(service.id)
+    if deployment is None:
         raise Failure(f"{service.name} has no deployment yet")
-    document = documents.BUILD_LOGS if wanted.build else documents.RUNTIME_LOGS
-    key = "buildLogs" if wanted.build else "deploymentLogs"
+    document = documents.BUILD_LOGS if options.build else documents.RUNTIME_LOGS
+    key = "buildLogs" if options.build else "deploymentLogs"
     lines: list[dict[str, Any]] = []
-    seen: set[tuple[str, str]] = set()
+    printed: set[tuple[str, str]] = set()
     since: str | None = None
     while True:
-        data = api.call(document, deployment=found["id"], since=since, limit=wanted.lines)
+        data = api.call(document, deployment=deployment["id"], since=since, limit=options.lines)
         for line in data[key]:
-            mark = (line["timestamp"], line["message"])
-            if mark not in seen:
-                seen.add(mark)
+            key_of_line = (line["timestamp"], line["message"])
+            if key_of_line not in printed:
+                printed.add(key_of_line)
                 since = line["timestamp"]
                 lines.append(line)
                 if not output.as_json:
                     print(line["message"], flush=True)
-        if not wanted.follow:
+        if not options.follow:
             if not lines:
                 output.say(f"{service.name} has said nothing yet")
-            return {"service": service.name, "deployment": found["id"], "lines": lines}
+            return {"service": service.name, "deployment": deployment["id"], "lines": lines}
         time.sleep(2.0)
 
 
-def find(api: Api, target: Target, wanted: LogsOptions) -> Service:
-    """Find the service whose log is read: the one that is named, whichever stack of the environment
-    has it, since to read a log changes nothing; else the active deployment's, of one stack.
+def find(api: Api, target: Target, options: LogsOptions) -> Service:
+    """Return the service whose log is read.
 
-    Raises Failure that says which there are.
+    With `--service` or `--deployment-id` any service of the environment, of any stack, since
+    reading a log changes nothing; else the active deployment's. Raises Failure, with a list of what
+    exists, if there is none.
     """
-    if not wanted.service and not wanted.deployment_id:
-        stack = inspect(api, target, wanted.names)
-        check_redis(stack, wanted.redis_service, wanted.redis_url, wanted.redis_prefix)
-        chosen = read_active(api, stack)
-        if not chosen:
+    if not options.service and not options.deployment_id:
+        stack = inspect(api, target, options.names)
+        check_redis(stack, options.redis_service, options.redis_url, options.redis_prefix)
+        active = read_active(api, stack)
+        if not active:
             raise Failure("no deployment is active: pass --deployment-id or --service")
-        return find_backend(stack, chosen)
-    read = read_services(api, target, wanted.names)
-    if wanted.deployment_id:
-        read_variables(api, read)
-        return find_backend(read, wanted.deployment_id)
-    if wanted.service not in read.services:
+        return find_backend(stack, active)
+    environment = read_services(api, target, options.names)
+    if options.deployment_id:
+        read_variables(api, environment)
+        return find_backend(environment, options.deployment_id)
+    services = environment.services
+    if options.service not in services:
         raise Failure(
-            f"no service is named {wanted.service}; there are: {joined(read.services) or 'none'}"
+            f"no service is named {options.service}; there are: {joined(services) or 'none'}"
         )
-    return read.services[wanted.service]
+    return services[options.service]

@@ -1,4 +1,4 @@
-"""`maintenance on|off`: answer everybody with a page, or with the app again."""
+"""`maintenance on|off`: answer all requests with a maintenance page, or with the app again."""
 
 from __future__ import annotations
 
@@ -14,19 +14,22 @@ from pulse_railway.stack import Stack
 
 
 def maintenance(
-    api: Api, stack: Stack, wanted: MaintenanceOptions, output: Output
+    api: Api, stack: Stack, options: MaintenanceOptions, output: Output
 ) -> dict[str, Any]:
-    """Switch it on or off, and note that on Railway, where Redis cannot lose it: a site that was
-    closed stays closed."""
+    """Switch maintenance on or off.
+
+    The router's variables store the change, too: a closed site stays closed if Redis loses its
+    data.
+    """
     assert stack.router is not None
-    with output.step(f"switch it {'on' if wanted.on else 'off'}"):
+    with output.step(f"switch it {'on' if options.on else 'off'}"):
         closed, opened = router_commands.send_maintenance(
             api,
             stack,
-            wanted.on,
-            wanted.page,
-            wanted.retry_after,
-            wanted.message,
+            options.on,
+            options.page,
+            options.retry_after,
+            options.message,
             output.warn,
         )
         times = {contract.MAINTENANCE: closed, contract.MAINTENANCE_OFF: opened}
@@ -35,4 +38,4 @@ def maintenance(
             write_variables(api, stack.target, stack.router.id, values)
         except Failure as failure:
             output.warn(f"{contract.MAINTENANCE} could not be written: {failure}; the janitor will")
-    return {"maintenance": wanted.on, "address": stack.address}
+    return {"maintenance": options.on, "address": stack.address}

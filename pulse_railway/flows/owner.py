@@ -1,8 +1,8 @@
-"""`ensure` on an external Redis: whose the routing state is that it holds.
+"""`ensure` with an external Redis: which stack owns the routing state in it.
 
-A Redis in the project is the stack's own, and the janitor claims it; an empty state is, too, and is
-claimed at once, before another stack's deploy is in it. Another one may hold the state of a stack
-elsewhere, which only a person knows.
+The janitor claims the state in a Redis of the project. `ensure` claims an empty state in an
+external Redis at once, before another stack writes to it. A state without an owner can be another
+stack's, so the user has to decide.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from pulse_railway.railway.api import Api, GraphqlError
 from pulse_railway.services import write_variables
 from pulse_railway.stack import Stack, joined, ownership, read_variables
 
-Ask = Callable[[str], bool | None]  # a question to its answer; None: there is nobody to ask
-MOST_SERVICES = 200  # of other environments, that are looked at
+Ask = Callable[[str], bool | None]  # asks the user a question; None: not interactive
+MAX_SERVICES = 200  # of other environments, whose variables are read
 
 
-def settle_owner(api: Api, stack: Stack, output: Output, ask: Ask, owns_state: bool) -> None:
-    """Claim the routing state where that is certain; else say how it is done.
+def claim_state(api: Api, stack: Stack, output: Output, ask: Ask, owns_state: bool) -> None:
+    """Make this stack the owner of the routing state if that is certain; else warn.
 
     Args:
-        owns_state: it is this stack's, says who runs this, if it is nobody's.
+        owns_state: the user says that a state without an owner is this stack's.
     """
     router = stack.router
     assert router is not None
-    if stack.redis is None and contract.REDIS_URL not in router.variables:  # it was made just now
+    if stack.redis is None and contract.REDIS_URL not in router.variables:  # a new stack
         read_variables(api, stack)
     known = router.variables.get(contract.OWNS_STATE) == "1"
     if not stack.external_redis or stack.copied_from or (known and not owns_state):
@@ -38,15 +38,15 @@ def settle_owner(api: Api, stack: Stack, output: Output, ask: Ask, owns_state: b
         with output.step("ask the router whose its state is"):
             state = router_commands.read_state(api, stack, pauses=(1.0,))
             if (owner := state.get("owner")) != stack.stamp:
-                claim(api, stack, state, owner, output, ask, owns_state)
-            elif not known:  # so that it is not asked again
+                replace_owner(api, stack, state, owner, output, ask, owns_state)
+            elif not known:  # the next run does not ask the router again
                 value = {contract.OWNS_STATE: "1"}
                 write_variables(api, stack.target, router.id, value)
     except Failure as failure:
         output.warn(f"it is not known whose the routing state is: {failure}")
 
 
-def claim(
+def replace_owner(
     api: Api,
     stack: Stack,
     state: dict[str, Any],
@@ -55,11 +55,12 @@ def claim(
     ask: Ask,
     owns_state: bool,
 ) -> None:
+    """Claim a state of no owner, or of a deleted stack; warn if it has another owner."""
     if owner is None:
         empty = not state.get("active") and not state["deployments"]
-        if empty or owns_state or is_ours(api, stack, state.get("active") or "none", output, ask):
+        if empty or owns_state or ask_user(api, stack, state.get("active") or "none", output, ask):
             router_commands.send_claim(api, stack)
-    elif is_gone(stack, owner):
+    elif is_deleted(stack, owner):
         router_commands.send_claim(api, stack, instead_of=owner)
         names = joined(r["deployment_id"] for r in state["deployments"]) or "nothing"
         output.warn(
@@ -74,49 +75,55 @@ def claim(
         )
 
 
-def is_gone(stack: Stack, owner: str) -> bool:
+def is_deleted(stack: Stack, owner: str) -> bool:
+    """Return whether the owner's router was in this environment and is not any more."""
     stamp = ownership.parse(owner)
-    there = {service.id for service in [*stack.services.values(), *stack.others]}
-    here = stamp is not None and stamp.environment_id == stack.target.environment_id
-    return here and stamp.router_id not in there
+    existing = {service.id for service in [*stack.services.values(), *stack.others]}
+    in_environment = stamp is not None and stamp.environment_id == stack.target.environment_id
+    return in_environment and stamp.router_id not in existing
 
 
-def is_ours(api: Api, stack: Stack, active: str, output: Output, ask: Ask) -> bool:
-    """Ask whether a state that does not say whose it is, is this stack's."""
-    sharing = who_shares(api, stack)
-    what = (
+def ask_user(api: Api, stack: Stack, active: str, output: Output, ask: Ask) -> bool:
+    """Ask whether a state without an owner is this stack's; warn if the answer is not yes.
+
+    Nobody is asked if the token does not show whether other environments use the state.
+    """
+    sharing = environments_with_same_state(api, stack)
+    description = (
         f"the Redis holds a routing state that does not say whose it is (prefix"
         f" {stack.redis_prefix}, {active} is active)"
     )
     if sharing:
-        what += f", and {joined(sharing)} of this project uses it too"
-    if sharing is not None and ask(f"{what}. Is it this stack's?"):
+        description += f", and {joined(sharing)} of this project uses it too"
+    if sharing is not None and ask(f"{description}. Is it this stack's?"):
         return True
     output.warn(
-        f"{what}: it works as before, and any stack can change it. If it is this stack's, run"
-        " `pulse-railway ensure --owns-state`"
+        f"{description}: it works as before, and any stack can change it. If it is this stack's,"
+        " run `pulse-railway ensure --owns-state`"
     )
     return False
 
 
-def who_shares(api: Api, stack: Stack) -> list[str] | None:
-    """The other environments of the project with the same Redis and prefix, by name; None where the
-    token does not see them all."""
+def environments_with_same_state(api: Api, stack: Stack) -> list[str] | None:
+    """Return the names of the project's other environments with the same Redis and prefix.
+
+    None if the token does not show all of them, or they have more than MAX_SERVICES services.
+    """
     if api.is_project_token or stack.router is None:
         return None
     project = stack.target.project_id
     try:
-        found = api.call(ownership.REACH, project=project)["project"]["environments"]
+        page = api.call(ownership.REACH, project=project)["project"]["environments"]
     except GraphqlError:
         return None
-    nodes = [e["node"] for e in found["edges"] if e["node"]["id"] != stack.target.environment_id]
+    nodes = [e["node"] for e in page["edges"] if e["node"]["id"] != stack.target.environment_id]
     pairs = [
         (node["id"], node["name"], edge["node"]["serviceId"])
         for node in nodes
         for edge in node["serviceInstances"]["edges"]
     ]
-    seen = all(node["canAccess"] for node in nodes) and not found["pageInfo"]["hasNextPage"]
-    if not seen or len(pairs) > MOST_SERVICES:
+    complete = all(node["canAccess"] for node in nodes) and not page["pageInfo"]["hasNextPage"]
+    if not complete or len(pairs) > MAX_SERVICES:
         return None
     if not pairs:
         return []
@@ -130,12 +137,12 @@ def who_shares(api: Api, stack: Stack) -> list[str] | None:
     ids |= {f"s{i}": pair[2] for i, pair in enumerate(pairs)}
     document = f"query Sharing($project: String!{parameters}) {{\n{fields}\n}}"
     values = api.call(document, project=project, **ids)
-    mine = stack.router.variables.get(contract.REDIS_URL), stack.redis_prefix
+    own = stack.router.variables.get(contract.REDIS_URL), stack.redis_prefix
     sharing = set()
     for i, (_, name, _) in enumerate(pairs):
         variables = values[f"v{i}"]
         keep_secret(variables.get(contract.REDIS_URL))
         prefix = variables.get(contract.REDIS_PREFIX) or contract.DEFAULT_REDIS_PREFIX
-        if (variables.get(contract.REDIS_URL), prefix) == mine:
+        if (variables.get(contract.REDIS_URL), prefix) == own:
             sharing.add(str(name))
     return sorted(sharing)

@@ -1,4 +1,4 @@
-"""`promote` and `rollback`: choose another running deployment, or a share of visitors for one."""
+"""`promote` and `rollback`: make another running deployment active, or the canary."""
 
 from __future__ import annotations
 
@@ -7,42 +7,47 @@ from typing import Any
 from pulse_railway import router_commands
 from pulse_railway.errors import Failure
 from pulse_railway.flows.bake import bake
-from pulse_railway.flows.reachability import remember_active, wait_until_active, wait_until_routed
+from pulse_railway.flows.reachability import (
+    store_last_promoted,
+    wait_until_active,
+    wait_until_routed,
+)
 from pulse_railway.flows.signals import interruptible
 from pulse_railway.options import PromoteOptions
 from pulse_railway.output import Output
 from pulse_railway.railway.api import Api
-from pulse_railway.stack import Stack, find_backend, joined, require_believable
+from pulse_railway.stack import Stack, find_backend, joined, require_complete_answer
 
 
-def promote(api: Api, stack: Stack, wanted: PromoteOptions, output: Output) -> dict[str, Any]:
-    """Make a running deployment the active one, or the canary; then watch it, where asked for."""
-    chosen = str(wanted.deployment_id)
-    require_believable(stack)
-    find_backend(stack, chosen)
+def promote(api: Api, stack: Stack, options: PromoteOptions, output: Output) -> dict[str, Any]:
+    """Make a running deployment the active one, or the canary; with `--bake`, then watch it."""
+    deployment_id = str(options.deployment_id)
+    require_complete_answer(stack)
+    find_backend(stack, deployment_id)
     previous = None
-    if wanted.bake:
+    if options.bake:
         with output.step("ask the router which deployment is active"):
             previous = router_commands.read_active(api, stack)
-    baking = wanted.bake if previous and previous != chosen else 0  # else nothing to go back to
-    result = choose(
+    # without another active version a rollback is not possible
+    bake_seconds = options.bake if previous and previous != deployment_id else 0
+    result = check_and_promote(
         api,
         stack,
-        chosen,
+        deployment_id,
         output,
-        weight=wanted.weight,
-        bake=baking,
-        why=wanted.message,
-        force=wanted.force,
+        weight=options.weight,
+        bake=bake_seconds,
+        why=options.message,
+        force=options.force,
     )
-    if baking and previous:
-        canary = wanted.weight is not None
+    if bake_seconds and previous:
+        canary = options.weight is not None
         with interruptible():
-            result["bake"] = bake(api, stack, chosen, previous, baking, output, canary)
+            result["bake"] = bake(api, stack, deployment_id, previous, bake_seconds, output, canary)
     return result
 
 
-def choose(
+def check_and_promote(
     api: Api,
     stack: Stack,
     deployment_id: str,
@@ -54,18 +59,20 @@ def choose(
     instead_of: str | None = None,
     force: bool = False,
 ) -> dict[str, Any]:
-    """Have the router choose it, when it is reached through the router.
+    """Promote a deployment after a check that it answers through the router.
 
     Args:
-        instead_of: the deployment that is rolled back from.
-        force: also where it does not answer now.
+        weight: percent of new visitors, for a canary; None makes the deployment active.
+        bake: seconds.
+        instead_of: in a rollback, the deployment that is active.
+        force: skip the check.
     """
     service = find_backend(stack, deployment_id)
     if force:
         output.warn(f"{deployment_id} is promoted whether it answers or not, as asked")
     else:
         with output.step(f"reach {deployment_id} through the router"):
-            see_that_it_answers(api, stack, deployment_id, output)
+            check_answers(api, stack, deployment_id, output)
     share = "" if weight is None else f" for {weight:g} % of new visitors"
     with output.step(f"promote {deployment_id}{share}"):
         promoted = router_commands.send_promote(
@@ -81,7 +88,7 @@ def choose(
             warn=output.warn,
         )
         if weight is None:
-            remember_active(api, stack, deployment_id, promoted, output)
+            store_last_promoted(api, stack, deployment_id, promoted, output)
     if weight is None and not force:
         with output.step("reach it without affinity"):
             wait_until_active(api, stack, deployment_id, output)
@@ -93,27 +100,32 @@ def choose(
     }
 
 
-def see_that_it_answers(api: Api, stack: Stack, deployment_id: str, output: Output) -> None:
-    """Raises Failure where users would get errors. One whose record is lost is not routed to: its
-    promotion makes the record anew."""
+def check_answers(api: Api, stack: Stack, deployment_id: str, output: Output) -> None:
+    """Raise Failure if users would get errors.
+
+    The router does not route to a deployment whose record is lost; the promotion restores the
+    record, so this is only a warning.
+    """
     try:
         wait_until_routed(api, stack, deployment_id, output, by_affinity=True, timeout=20.0)
     except Failure as failure:
         known = {r["deployment_id"] for r in router_commands.read_state(api, stack)["deployments"]}
         if deployment_id not in known:
-            output.warn(f"the router's record of {deployment_id} is lost: this makes it anew")
+            output.warn(f"the router's record of {deployment_id} is lost: this restores it")
             return
         raise Failure(
             f"{deployment_id} does not answer now, and nothing was changed: {failure}."
-            f" `pulse-railway logs --deployment-id {deployment_id}` tells why; --force promotes it"
-            " all the same"
+            f" `pulse-railway logs --deployment-id {deployment_id}` shows why; --force promotes it"
+            " anyway"
         ) from None
 
 
 def rollback(api: Api, stack: Stack, output: Output, why: str | None = None) -> dict[str, Any]:
-    """End the canary where there is one; else promote the deployment that was active before, while
-    it still runs. What is rolled back from is no way back: a second rollback goes further."""
-    require_believable(stack)
+    """End the canary if there is one; else promote the last active deployment that still runs.
+
+    A deployment that was rolled back is not promoted: a second rollback goes one version further.
+    """
+    require_complete_answer(stack)
     with output.step("ask the router which deployment was active before"):
         state = router_commands.read_state(api, stack)
     if state["lost"] or (not state["active"] and stack.backends):
@@ -135,16 +147,16 @@ def rollback(api: Api, stack: Stack, output: Output, why: str | None = None) -> 
         and stack.backend(record["deployment_id"])
     ]
     if not previous:
-        left = [
+        rejected = [
             r["deployment_id"]
             for r in state["deployments"]
             if r.get("rejected_at") and stack.backend(r["deployment_id"])
         ]
-        run = "`pulse-railway promote --deployment-id ...`"
-        hint = f"; {run} takes {joined(left)}, rolled back from" if left else ""
+        command = "`pulse-railway promote --deployment-id ...`"
+        hint = f"; {command} takes {joined(rejected)}, rolled back from" if rejected else ""
         raise Failure(
             f"no earlier deployment to go back to runs any more: deploy that version again{hint}"
         )
     previous.sort(key=lambda r: float(r.get("drain_started_at") or 0), reverse=True)
-    chosen = previous[0]["deployment_id"]
-    return choose(api, stack, chosen, output, why=why, instead_of=state["active"])
+    latest = previous[0]["deployment_id"]
+    return check_and_promote(api, stack, latest, output, why=why, instead_of=state["active"])

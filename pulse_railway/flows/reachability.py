@@ -1,4 +1,4 @@
-"""Is a deployment reached through the router's public address?"""
+"""Check that a deployment is reached through the router's public address."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from pulse_railway.waiting import POLL_SECONDS
 
 ROUTED_TIMEOUT = 180.0  # seconds
 PAGE_TIMEOUT = 120.0  # seconds
-EDGE_TIMEOUT = 20.0  # seconds of nothing but the edge's own answers
-AGREEING = 3  # answers in a row, where connections may fail in part
+EDGE_TIMEOUT = 20.0  # seconds in which only Railway's edge answers
+GOOD_ANSWERS = 3  # in a row, since one connection can succeed where another fails
 
 
 def backend_address(api: Api, target: Target, service_id: str) -> str:
-    """Where a backend is on the private network: its domain and port, as Railway resolves them."""
+    """Return a backend's URL in the private network, with the domain and port from Railway."""
     rendered = api.call(
         documents.RENDERED,
         project=target.project_id,
@@ -41,17 +41,17 @@ def backend_address(api: Api, target: Target, service_id: str) -> str:
 
 
 @dataclass
-class Looks:
-    """What came of asking the public address again and again."""
+class Attempts:
+    """The answers of the public address so far."""
 
-    last: str = "no answer"
-    router_answered: bool = False  # at least once: not only the edge, or nobody
+    last: str = "no answer"  # a description
+    router_answered: bool = False  # at least once
     edge_answered: bool = False
-    agreeing: int = 0  # good answers in a row
+    good_in_a_row: int = 0
 
-    def note(self, answer: httpx.Response | None, good: bool, said: str) -> None:
-        self.last = said
-        self.agreeing = self.agreeing + 1 if good else 0
+    def add(self, answer: httpx.Response | None, good: bool, description: str) -> None:
+        self.last = description
+        self.good_in_a_row = self.good_in_a_row + 1 if good else 0
         if answer is not None:
             if from_router(answer):
                 self.router_answered = True
@@ -60,8 +60,7 @@ class Looks:
 
 
 def from_router(answer: httpx.Response) -> bool:
-    """Does this answer come from our router? The edge has pages of its own, for what it cannot
-    reach and for its own bad days."""
+    """Return whether an answer is the router's, not an error page of Railway's edge."""
     if contract.SELECTED_HEADER in answer.headers or contract.STALE_HEADER in answer.headers:
         return True
     try:
@@ -79,11 +78,15 @@ def wait_until_routed(
     by_affinity: bool,
     timeout: float = ROUTED_TIMEOUT,
 ) -> None:
-    """Ask `/_pulse/meta` through the public address until this deployment has answered AGREEING
-    times in a row, each time on a connection of its own.
+    """Request `/_pulse/meta` from the public address until this deployment answers.
 
-    Where Railway's edge answers in place of the router, or nobody does, the deployment is asked
-    from inside instead, and the user is told. Raises Failure where that does not help either.
+    It has to answer GOOD_ANSWERS times in a row, each time on a new connection. If Railway's edge
+    answers in place of the router, or nothing answers, a control command asks the deployment in
+    the private network, and the user is warned. Raises Failure if that fails, too.
+
+    Args:
+        by_affinity: request this deployment by its id; else the active one has to be this one.
+        timeout: seconds.
     """
     url = httpx.URL(stack.address + contract.META_PATH)
     if by_affinity:
@@ -91,24 +94,28 @@ def wait_until_routed(
 
     def good(answer: httpx.Response) -> tuple[bool, str]:
         try:
-            named = answer.json().get("deployment_id") if answer.status_code == 200 else None
+            answering = answer.json().get("deployment_id") if answer.status_code == 200 else None
         except (ValueError, AttributeError):
-            named = None
-        said = f"status {answer.status_code}" if named is None else f"deployment {named}"
-        return named == deployment_id and contract.SELECTED_HEADER in answer.headers, said
+            answering = None
+        status = f"status {answer.status_code}"
+        description = status if answering is None else f"deployment {answering}"
+        return (
+            answering == deployment_id and contract.SELECTED_HEADER in answer.headers,
+            description,
+        )
 
     def inside() -> str | None:
-        found = send_probe(api, stack, deployment_id)
-        if found.get("at") != "answers":
-            return f"{deployment_id} is {found.get('at')} inside, too"
-        if behind := found.get("behind"):
+        probe = send_probe(api, stack, deployment_id)
+        if probe.get("at") != "answers":
+            return f"{deployment_id} is {probe.get('at')} inside, too"
+        if behind := probe.get("behind"):
             return f"the router {', '.join(behind)} does not serve the routing state yet"
-        if not by_affinity and found.get("active") != deployment_id:
-            return f"{found.get('active')} is active"
+        if not by_affinity and probe.get("active") != deployment_id:
+            return f"{probe.get('active')} is active"
         return None
 
-    what = f"reaching {deployment_id} through the router"
-    _wait(stack, url, {}, good, inside, what, timeout, AGREEING, output)
+    label = f"reaching {deployment_id} through the router"
+    _wait(stack, url, {}, good, inside, label, timeout, GOOD_ANSWERS, output)
 
 
 def _wait(
@@ -117,56 +124,60 @@ def _wait(
     headers: dict[str, str],
     good: Callable[[httpx.Response], tuple[bool, str]],
     inside: Callable[[], str | None],
-    what: str,
+    label: str,
     timeout: float,
-    agreeing: int,
+    needed: int,
     output: Output,
 ) -> None:
-    """Ask until there were so many good answers in a row.
+    """Send requests until `needed` good answers have come in a row. Raises Failure.
 
     Args:
-        good: is this answer good, and what is said of it?
-        inside: asks from inside the private network; why that is not good, None where it is.
+        good: returns whether an answer is good, and its description.
+        inside: asks in the private network; returns what is wrong, or None.
+        label: what is waited for, for the message.
+        timeout: seconds.
     """
-    looks, began, pause = Looks(), time.monotonic(), 0.5
-    headers = {**in_maintenance_too(stack), **headers}
+    attempts, began, pause = Attempts(), time.monotonic(), 0.5
+    headers = {**bypass_maintenance(stack), **headers}
     limits = httpx.Limits(max_keepalive_connections=0)
     with httpx.Client(timeout=30, headers=headers, limits=limits, verify=trust()) as client:
         while True:
             try:
                 answer = client.get(url)
-                looks.note(answer, *good(answer))
+                attempts.add(answer, *good(answer))
             except httpx.HTTPError as error:
-                looks.note(None, False, type(error).__name__)
-            if looks.agreeing >= agreeing:
+                attempts.add(None, False, type(error).__name__)
+            if attempts.good_in_a_row >= needed:
                 return
-            if looks.agreeing:
+            if attempts.good_in_a_row:
                 continue
             passed = time.monotonic() - began
-            only_edge = looks.edge_answered and not looks.router_answered
+            only_edge = attempts.edge_answered and not attempts.router_answered
             if passed > timeout or (only_edge and (stack.edge_failed or passed > EDGE_TIMEOUT)):
                 break
             time.sleep(pause)
             pause = min(pause * 2, POLL_SECONDS)
-    seen = f"{what} took longer than {passed:.0f} s; {url.copy_with(query=None)} gave {looks.last}"
-    if looks.router_answered:
-        raise Failure(seen)
+    message = (
+        f"{label} took longer than {passed:.0f} s; {url.copy_with(query=None)} gave {attempts.last}"
+    )
+    if attempts.router_answered:
+        raise Failure(message)
     try:
-        wrong = inside()
+        problem = inside()
     except Failure as failure:
-        raise Failure(f"{seen}, and from inside it cannot be asked: {failure}") from None
-    if wrong:
-        raise Failure(f"{seen}; {wrong}")
-    stack.edge_failed = looks.edge_answered
-    fault = "Railway's edge answers in place of the router" if looks.edge_answered else "no answer"
+        raise Failure(f"{message}, and from inside it cannot be asked: {failure}") from None
+    if problem:
+        raise Failure(f"{message}; {problem}")
+    stack.edge_failed = by_edge = attempts.edge_answered
+    fault = "Railway's edge answers in place of the router" if by_edge else "no answer"
     output.warn(
-        f"{fault} at {stack.address} ({looks.last}): the deployment answers inside, so this goes"
+        f"{fault} at {stack.address} ({attempts.last}): the deployment answers inside, so this goes"
         " on. Users may not reach the app: see Railway's status page, and your network"
     )
 
 
-def in_maintenance_too(stack: Stack) -> dict[str, str]:
-    """The header with which the router lets us through to the app at all times."""
+def bypass_maintenance(stack: Stack) -> dict[str, str]:
+    """Return the header with which a request reaches the app during maintenance, too."""
     token = stack.router.variables.get(contract.INTERNAL_TOKEN) if stack.router else None
     return {contract.INTERNAL_TOKEN_HEADER: token} if token and "${{" not in token else {}
 
@@ -174,23 +185,26 @@ def in_maintenance_too(stack: Stack) -> dict[str, str]:
 def wait_until_rendered(
     api: Api, stack: Stack, deployment_id: str, path: str, output: Output
 ) -> None:
-    """Ask this deployment for a page through the public address, until it is no server error.
-    A redirect or a 404 is the app's own answer."""
+    """Request a page of this deployment from the public address until its status is below 500.
+
+    A redirect or a 404 is the app's answer, so the page is rendered. Raises Failure after
+    PAGE_TIMEOUT.
+    """
     url = httpx.URL(stack.address + path).copy_merge_params(
         {contract.AFFINITY_QUERY: deployment_id}
     )
 
     def good(answer: httpx.Response) -> tuple[bool, str]:
-        ours = answer.headers.get(contract.SELECTED_HEADER) == deployment_id
-        return ours and answer.status_code < 500, f"status {answer.status_code}"
+        selected = answer.headers.get(contract.SELECTED_HEADER) == deployment_id
+        return selected and answer.status_code < 500, f"status {answer.status_code}"
 
     def inside() -> str | None:
         status = send_probe(api, stack, deployment_id, path).get("status")
         return None if type(status) is int and status < 500 else f"inside it gave {status}"
 
     try:
-        what, accept = f"the page {path}", {"accept": "text/html"}
-        _wait(stack, url, accept, good, inside, what, PAGE_TIMEOUT, 1, output)
+        label, accept = f"the page {path}", {"accept": "text/html"}
+        _wait(stack, url, accept, good, inside, label, PAGE_TIMEOUT, 1, output)
     except Failure as failure:
         raise Failure(
             f"{failure}. Python's server answers, React's beside it may not: is the web app built"
@@ -199,9 +213,9 @@ def wait_until_rendered(
 
 
 def wait_until_active(api: Api, stack: Stack, deployment_id: str, output: Output) -> None:
-    """Wait until the public address answers from this deployment.
+    """Wait until this deployment answers requests without affinity.
 
-    Raises Failure where another run has promoted another deployment meanwhile.
+    Raises Failure if another run has promoted another deployment since.
     """
     try:
         wait_until_routed(api, stack, deployment_id, output, by_affinity=False, timeout=4.0)
@@ -215,17 +229,18 @@ def wait_until_active(api: Api, stack: Stack, deployment_id: str, output: Output
         wait_until_routed(api, stack, deployment_id, output, by_affinity=False)
 
 
-def remember_active(
+def store_last_promoted(
     api: Api, stack: Stack, deployment_id: str, promoted: Promotion | None, output: Output
 ) -> None:
-    """Note on the router's service what was promoted last and when, where Redis cannot lose it. A
-    later promotion that is noted there stays. The janitor notes it too: a failure is no reason to
-    fail."""
+    """Write the last promotion and its time to the router's variables, which outlive Redis's data.
+
+    A later promotion there is kept. A failure is only a warning, since the janitor writes them too.
+    """
     assert stack.router is not None
     try:
         read_variables(api, Stack(stack.target, stack.names, {stack.router.name: stack.router}))
-        noted = Promotion("", number_or_zero(stack.router.variables.get(contract.LAST_PROMOTED_AT)))
-        if promoted and noted.at > promoted.at:
+        stored_at = number_or_zero(stack.router.variables.get(contract.LAST_PROMOTED_AT))
+        if promoted and stored_at > promoted.at:
             return
         value = {
             contract.LAST_PROMOTED: deployment_id,

@@ -1,4 +1,4 @@
-"""`redeploy`: build and start a deployment's service anew."""
+"""`redeploy`: build and start a deployment's service again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pulse_railway.waiting import wait_for_build
 
 
 def redeploy(api: Api, stack: Stack, deployment_id: str | None, output: Output) -> dict[str, Any]:
-    """Build and start a deployment's service anew, by default the active one's."""
+    """Build and start a deployment's service again, by default the active one's."""
     if deployment_id is None:
         with output.step("ask the router which deployment is active"):
             deployment_id = read_active(api, stack)

@@ -1,4 +1,4 @@
-"""`delete` and `remove`: take down a deployment that is not active."""
+"""`delete` and `remove`: delete a deployment that is not active."""
 
 from __future__ import annotations
 
@@ -13,46 +13,52 @@ from pulse_railway.stack import Stack, find_backend, joined
 
 
 def delete(api: Api, stack: Stack, deployment_id: str, output: Output) -> dict[str, Any]:
-    """Remove a deployment that is not active: the router retires it, then its service is deleted
-    and its record forgotten.
+    """Delete a deployment that is not active: the router retires it, then its service and its
+    record are deleted.
 
-    A service that Railway does not let this token delete is left empty. Cut off anywhere, it can be
-    run again; the janitor finishes it too. Raises Failure, and has
-    deleted nothing, where the router has not said in an answer that counts that it is retired.
+    A service that the token may not delete is left empty. After an interruption the verb can be run
+    again, or the janitor finishes. Raises Failure, and has deleted nothing, if the router has not
+    confirmed that the deployment is retired.
     """
     services = [*stack.backends, *stack.empty]
     service = next((s for s in services if s.deployment_id == deployment_id), None)
     service = service or stack.unowned_backend(deployment_id)
-    with output.step(f"claim {deployment_id}"):
+    with output.step(f"retire {deployment_id}"):
         if service is None and not any(
             r["deployment_id"] == deployment_id
             for r in router_commands.read_state(api, stack)["deployments"]
         ):
-            find_backend(stack, deployment_id)  # says which there are
+            find_backend(stack, deployment_id)  # raises, with a list of the deployments
         router_commands.send_retire(api, stack, deployment_id, service.id if service else None)
     if service:
         with output.step(f"delete the service {service.name}"):
             if not delete_service(api, stack.target, service.id):
                 output.warn(left_empty(service.name, deployment_id))
-    with output.step("forget it"):
+    with output.step("delete its record"):
         router_commands.send_forget(api, stack, deployment_id)
     return {"deployment_id": deployment_id, "deleted": True}
 
 
-def by_name(stack: Stack, name: str) -> str:
-    """The one deployment id that `name` means: itself, or the id generated from that name, which is
-    kept whole with its service; where it is not (0.3.x), the id has to be of the form that such a
-    name gives."""
+def find_by_name(stack: Stack, name: str) -> str:
+    """Return the id of the one deployment with this name: the id itself, or `--deployment-name`.
+
+    A service's variable has the whole name, which an id may shorten. 0.3.x sets none: then the id
+    has to have the form that is generated from the name. Raises Failure for no match, or several.
+    """
     ids = [str(s.deployment_id) for s in stack.backends]
-    wanted = name.strip()
-    if wanted.lower() in ids:
-        return wanted.lower()
+    stripped = name.strip()
+    if stripped.lower() in ids:
+        return stripped.lower()
     matches = []
     for service in stack.backends:
-        known = service.variables.get(contract.NAME)
-        made = str(service.deployment_id)
-        if known.lower() == wanted.lower() if known else naming.is_made_from(made, wanted):
-            matches.append(made)
+        own_name = service.variables.get(contract.NAME)
+        own_id = str(service.deployment_id)
+        if own_name:
+            matching = own_name.lower() == stripped.lower()
+        else:
+            matching = naming.is_made_from(own_id, stripped)
+        if matching:
+            matches.append(own_id)
     if len(matches) == 1:
         return matches[0]
     if not matches:

@@ -1,4 +1,4 @@
-"""`restore`: rebuild the routing state where Redis has lost it."""
+"""`restore`: rebuild a routing state that Redis has lost."""
 
 from __future__ import annotations
 
@@ -7,32 +7,31 @@ from typing import Any
 
 from pulse_railway import contract, router_commands
 from pulse_railway.errors import Failure, Refused
-from pulse_railway.flows.reachability import backend_address, remember_active, wait_until_routed
+from pulse_railway.flows.reachability import backend_address, store_last_promoted, wait_until_routed
 from pulse_railway.output import Output
 from pulse_railway.railway.api import Api
 from pulse_railway.services import write_variables
-from pulse_railway.stack import Stack, find_backend, joined, require_believable
+from pulse_railway.stack import Stack, find_backend, joined, require_complete_answer
 
 
-def restore(api: Api, stack: Stack, wanted: str | None, output: Output) -> dict[str, Any]:
-    """Bring the routing state to what was promoted last, with a record of each deployment that
-    runs.
+def restore(api: Api, stack: Stack, deployment_id: str | None, output: Output) -> dict[str, Any]:
+    """Write the active deployment, and a record of each running deployment, to the routing state.
 
     Args:
-        wanted: active then, whatever the store says. Without it, what was promoted last as Railway
-            says; where the store is not older, what it says itself, and records alone are lost.
-            Never the newest, which may be the version that was rolled back from.
+        deployment_id: the deployment to make active, whatever the state has. With None, the
+            deployment that the state has if only records are lost, else the last promotion
+            (`known_active`). Never the newest one, which may have been rolled back.
 
-    Raises Failure where nobody knows, or nothing is lost.
+    Raises Failure if the active deployment is not known, or nothing is lost.
     """
-    require_believable(stack)
-    take_over(api, stack, wanted, output)
+    require_complete_answer(stack)
+    take_over(api, stack, deployment_id, output)
     if not stack.backends:
         raise Failure("there are no deployments to restore: run `pulse-railway deploy`")
     with output.step("ask the router what it knows"):
         state = router_commands.read_state(api, stack)
-    chosen = wanted or what_was_active(stack, state)
-    find_backend(stack, chosen)
+    active = deployment_id or lost_active(stack, state)
+    find_backend(stack, active)
     with output.step("find the deployments' addresses"):
         records = [
             {
@@ -46,42 +45,47 @@ def restore(api: Api, stack: Stack, wanted: str | None, output: Output) -> dict[
             for service in stack.backends
         ]
     with output.step("restore the routing state"):
-        # one that an earlier version runs on knows no `--chosen`
-        differs = wanted is not None and state["active"] is not None
+        # a router of an earlier version has no option `--chosen`, so it is sent only if needed
+        chosen = deployment_id is not None and state["active"] is not None
         try:
-            promoted = router_commands.send_restore(api, stack, chosen, records, chosen=differs)
+            promoted = router_commands.send_restore(api, stack, active, records, chosen=chosen)
         except Refused as refused:
             if refused.reason != "active" or not state["lost"]:
                 raise
-            output.say("the routers have written it back meanwhile")
+            output.say("the routers have restored it meanwhile")
             return {"active": router_commands.read_active(api, stack), "restored": []}
-        remember_active(api, stack, chosen, promoted, output)
+        store_last_promoted(api, stack, active, promoted, output)
     with output.step("reach the active deployment"):
-        wait_until_routed(api, stack, chosen, output, by_affinity=False)
-    return {"active": chosen, "restored": [r["deployment_id"] for r in records]}
+        wait_until_routed(api, stack, active, output, by_affinity=False)
+    return {"active": active, "restored": [r["deployment_id"] for r in records]}
 
 
-def take_over(api: Api, stack: Stack, wanted: str | None, output: Output) -> None:
-    """Make deployments this stack's that belong to none: those of its former router, and the one
-    that is wanted, where nothing says whose it is."""
+def take_over(api: Api, stack: Stack, deployment_id: str | None, output: Output) -> None:
+    """Add deployments without a stack to this one: those of its former router, and
+    `deployment_id`, if its owner is not known."""
     for name, unowned in list(stack.unowned.items()):
-        chosen = unowned.kind == "gone" or unowned.deployment_id == wanted
-        if not (unowned.can_be_restored and chosen):
+        of_former_router = unowned.kind == "gone"
+        if not unowned.can_be_restored:
+            continue
+        if not of_former_router and unowned.deployment_id != deployment_id:
             continue
         service = next(s for s in stack.others if s.name == name)
-        why = "whose router is gone" if unowned.kind == "gone" else "which is nobody's"
-        with output.step(f"take {unowned.deployment_id} over, {why}"):
+        reason = "whose router is gone" if of_former_router else "which is nobody's"
+        with output.step(f"take {unowned.deployment_id} over, {reason}"):
             write_variables(api, stack.target, service.id, {contract.STACK: str(stack.stamp)})
         stack.services[name] = service
         del stack.unowned[name]
 
 
-def what_was_active(stack: Stack, state: dict[str, Any]) -> str:
-    """What `restore` makes active, if nobody names it."""
+def lost_active(stack: Stack, state: dict[str, Any]) -> str:
+    """Return the deployment that `restore` makes active without `--deployment-id`.
+
+    Raises Failure if nothing is lost.
+    """
     active = state["active"]
     if active and not state["lost"]:
-        known = {r["deployment_id"] for r in state["deployments"]}
-        if known >= {active, *(s.deployment_id for s in stack.backends)}:
+        recorded = {r["deployment_id"] for r in state["deployments"]}
+        if recorded >= {active, *(s.deployment_id for s in stack.backends)}:
             raise Failure(
                 f"{active} is active, and nothing is lost: there is nothing to restore;"
                 " --deployment-id makes another one active"
@@ -91,19 +95,22 @@ def what_was_active(stack: Stack, state: dict[str, Any]) -> str:
 
 
 def known_active(stack: Stack, state: dict[str, Any]) -> str:
-    """What was promoted last, as a router or Railway's variable says."""
-    there = {str(s.deployment_id) for s in stack.backends}
-    if stack.last_promoted in there:
+    """Return the last promotion, of the deployments that run.
+
+    Railway's variable has it, else the router that runs longest. Raises Failure if neither does.
+    """
+    running = {str(s.deployment_id) for s in stack.backends}
+    if stack.last_promoted in running:
         return str(stack.last_promoted)
     for router in sorted(state["routers"], key=lambda r: -float(r.get("uptime_seconds") or 0)):
-        if router.get("active") in there:
+        if router.get("active") in running:
             return str(router["active"])
     if stack.last_promoted:
         raise Failure(
             f"{stack.last_promoted} was promoted last, and does not run any more: pass"
-            f" --deployment-id with one of {joined(there)}"
+            f" --deployment-id with one of {joined(running)}"
         )
     raise Failure(
-        "nobody knows which deployment was active: pass --deployment-id with one of"
-        f" {joined(there)}"
+        "it is not known which deployment was active: pass --deployment-id with one of"
+        f" {joined(running)}"
     )

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM during a flow: it stops where it can clean up."""
+"""SIGINT and SIGTERM during a flow: the flow stops where it can clean up."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pulse_railway.errors import Interrupted
 
 @dataclass
 class _Shield:
-    """Signals that came while a call was under way whose outcome must be known."""
+    """The signal that came during a call whose outcome must be known."""
 
     depth: int = 0
     pending: int | None = None
@@ -24,7 +24,7 @@ _shield = _Shield()
 
 @contextlib.contextmanager
 def shielded() -> Iterator[None]:
-    """A signal waits for the end of this block: what it makes can then be removed."""
+    """Delay a signal until the end of the block, so that what the block creates can be removed."""
     _shield.depth += 1
     try:
         yield
@@ -37,7 +37,7 @@ def shielded() -> Iterator[None]:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """SIGINT and SIGTERM raise Interrupted, so that a verb can clean up; a second one too."""
+    """Raise Interrupted for each SIGINT and SIGTERM, so that a verb can clean up."""
 
     def handler(number: int, _: FrameType | None) -> None:
         if _shield.depth and _shield.pending is None:
@@ -45,9 +45,9 @@ def interruptible() -> Iterator[None]:
         else:
             raise Interrupted(number)
 
-    before = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+        for number, previous in handlers.items():
+            signal.signal(number, previous)

@@ -1,4 +1,4 @@
-"""`status`: the baseline, each deployment with its state, age and sessions, and what is wrong."""
+"""`status`: the baseline, each deployment with its state, age and sessions, and the problems."""
 
 from __future__ import annotations
 
@@ -19,23 +19,25 @@ from pulse_railway.waiting import FAILED_STATES
 
 
 def status(api: Api, stack: Stack) -> dict[str, Any]:
-    """All that is known, also where the router does not answer. `problems` says in words what is
-    wrong, each with the command that mends it."""
-    state, silence = None, None
+    """Return the verb's result, also if the router does not answer.
+
+    `problems` has messages, each with the command that solves the problem.
+    """
+    state, router_error = None, None
     if stack.router:
         try:
             state = router_commands.read_state(api, stack, pauses=(1.0,))
         except Failure as failure:
-            silence = str(failure)
-    known = {r["deployment_id"]: r for r in state["deployments"]} if state else {}
+            router_error = str(failure)
+    records = {r["deployment_id"]: r for r in state["deployments"]} if state else {}
     copies = [u for u in stack.unowned.values() if u.related and u.kind == "copy"]
     copied = [s for s in stack.others if s.name in {u.name for u in copies}]
     ids = {str(s.deployment_id): s for s in (*copied, *stack.backends)}
     rows = []
     for name in sorted(
-        {*known, *ids}, key=lambda n: ids[n].created_at if n in ids else "", reverse=True
+        {*records, *ids}, key=lambda n: ids[n].created_at if n in ids else "", reverse=True
     ):
-        record, service = known.get(name, {}), ids.get(name)
+        record, service = records.get(name, {}), ids.get(name)
         unrecorded = "unregistered" if state else "unknown"
         if service and service.name in stack.unowned:
             unrecorded = "copied"
@@ -54,8 +56,8 @@ def status(api: Api, stack: Stack) -> dict[str, Any]:
             }
         )
     has_address = stack.router and stack.router.domains
-    found = [pasteable(problem) for problem in problems(stack, state, silence)]
-    found += of_regions(api, stack)
+    messages = [pasteable(problem) for problem in problems(stack, state, router_error)]
+    messages += region_problems(api, stack)
     return {
         "address": stack.address if has_address else None,
         "active": state["active"] if state else None,
@@ -75,78 +77,79 @@ def status(api: Api, stack: Stack) -> dict[str, Any]:
         "deployments": rows,
         "copied": [pasteable(u.words()) for u in copies],
         "routers": state["routers"] if state else [],
-        "problem": found[0] if found else None,
-        "problems": found,
+        "problem": messages[0] if messages else None,
+        "problems": messages,
     }
 
 
-# what comes of a key that is not understood
-OF_KEYS = {
+# the effect of an invalid value under each key of the routing state
+INVALID_KEYS = {
     ":maintenance": "the site is closed, until `pulse-railway maintenance off`",
-    ":owner": "it is ignored: `pulse-railway ensure` writes it anew",
-    ":removed": "it is ignored, and the next removal writes it anew",
-    ":deploy:lock": "it is ignored, and the next deploy writes it anew",
-    ":promoted": "it is ignored, and the next promotion writes it anew",
+    ":owner": "it is ignored: `pulse-railway ensure` replaces it",
+    ":removed": "it is ignored, and the next removal replaces it",
+    ":deploy:lock": "it is ignored, and the next deploy replaces it",
+    ":promoted": "it is ignored, and the next promotion replaces it",
 }
 
 
-def of_memories(state: dict[str, Any], stack: Stack) -> list[str]:
-    """What the routing state lacks, and where it is not what Railway says was promoted last."""
+def state_problems(state: dict[str, Any], stack: Stack) -> list[str]:
+    """Report what the routing state has lost, what is invalid in it, and another last promotion
+    than Railway's variable has."""
     active, last = state["active"], stack.last_promoted
-    found = []
+    messages = []
     if state["lost"] and last and stack.backend(last) is None:
-        run = "`pulse-railway restore --deployment-id ...` with one that runs"
+        remedy = "`pulse-railway restore --deployment-id ...` with one that runs"
         if active:
-            run = f"`pulse-railway restore --deployment-id {active}` makes that final"
-        found.append(
+            remedy = f"`pulse-railway restore --deployment-id {active}` makes that final"
+        messages.append(
             f"{last} was promoted last, and its service is gone: {active or 'none'} is active;"
-            f" {run}"
+            f" {remedy}"
         )
     elif state["lost"]:
-        is_now = f", and {active} is active" if active else ""
-        found.append(
-            f"the routing state is lost, or an older one: {last} was promoted last{is_now}."
-            " Routers and janitor mend it by themselves; `pulse-railway restore` does it now"
+        now = f", and {active} is active" if active else ""
+        messages.append(
+            f"the routing state is lost, or an older one: {last} was promoted last{now}."
+            " Routers and janitor restore it by themselves; `pulse-railway restore` does it now"
         )
     elif not active and stack.backends:
-        found.append(
+        messages.append(
             "no deployment is active: run `pulse-railway promote --deployment-id ...`, or"
             " `pulse-railway restore --deployment-id ...` where one was active before"
         )
-    known_ids = {r["deployment_id"] for r in state["deployments"]}
-    if active and active not in known_ids and stack.backend(active):
-        found.append(f"the record of {active} is lost: `pulse-railway restore` makes it anew")
+    recorded = {r["deployment_id"] for r in state["deployments"]}
+    if active and active not in recorded and stack.backend(active):
+        messages.append(f"the record of {active} is lost: `pulse-railway restore` restores it")
     deploying = float((state.get("lock") or {}).get("until") or 0) > time.time()
     if active and not state["lost"] and not deploying:
-        found += [
+        messages += [
             f"{s.deployment_id} runs without a record, and its tabs are sent to {active}: unless it"
-            " is being deployed, `pulse-railway restore` makes its record anew, and `pulse-railway"
+            " is being deployed, `pulse-railway restore` restores its record, and `pulse-railway"
             f" delete --deployment-id {s.deployment_id}` removes it"
             for s in stack.backends
-            if s.deployment_id not in {active, *known_ids} and s.age > JUST_MADE_SECONDS
+            if s.deployment_id not in {active, *recorded} and s.age > NEW_SERVICE_SECONDS
         ]
     for problem in state.get("problems") or []:
-        named = (n for n in known_ids if str(problem).startswith(f"{n}: "))
-        name = next(named, active)
+        deployments = (n for n in recorded if str(problem).startswith(f"{n}: "))
+        name = next(deployments, active)
         if name != active and contract.DEPLOYMENT_ID_PATTERN.fullmatch(name):
-            run = f"it is kept until `pulse-railway delete --deployment-id {name}`"
+            effect = f"it is kept until `pulse-railway delete --deployment-id {name}`"
         elif name != active:
             key = shlex.quote(f"{stack.redis_prefix}:deployment:{name}")
-            run = f"it is ignored. `redis-cli DEL {key}` in {stack.names.redis} removes it"
+            effect = f"it is ignored. `redis-cli DEL {key}` in {stack.names.redis} removes it"
         elif str(problem).startswith(f"{name}: "):
-            run = "it is ignored, and goes with that deployment"
+            effect = "it is ignored, and is removed with that deployment"
         else:
             key = str(problem).split()[0]
-            run = OF_KEYS.get(key, "it is ignored, and the next change writes it anew")
-        found.append(f"in the routing state, {problem}: {run}")
-    return found
+            effect = INVALID_KEYS.get(key, "it is ignored, and the next change replaces it")
+        messages.append(f"in the routing state, {problem}: {effect}")
+    return messages
 
 
-def of_active(state: dict[str, Any]) -> list[str]:
-    """Users have nothing of an active version that is silent, whatever Railway says of it."""
+def active_problems(state: dict[str, Any]) -> list[str]:
+    """Report an active deployment that does not answer the router, whatever Railway's status is."""
     return [
         f"the active deployment {name} does not answer: `pulse-railway logs --deployment-id {name}`"
-        f" tells why, `pulse-railway redeploy --deployment-id {name}` starts it anew,"
+        f" shows why, `pulse-railway redeploy --deployment-id {name}` starts it again,"
         " `pulse-railway rollback` goes back"
         for record in state["deployments"]
         if (name := record["deployment_id"]) == state["active"]
@@ -155,8 +158,8 @@ def of_active(state: dict[str, Any]) -> list[str]:
     ]
 
 
-def of_sharing(state: dict[str, Any], stack: Stack) -> list[str]:
-    """Routers of several stacks on a state that does not say whose it is."""
+def sharing_problems(state: dict[str, Any], stack: Stack) -> list[str]:
+    """Report routers of other stacks that serve the same routing state, if it has no owner."""
     others = {str(r["identity"]) for r in state["routers"] if r.get("identity")} - {stack.stamp}
     if state.get("owner") or not others:
         return []
@@ -168,218 +171,223 @@ def of_sharing(state: dict[str, Any], stack: Stack) -> list[str]:
     ]
 
 
-REDIS_IS_SILENT = "the router's Redis does not answer"  # as control.py says it
-REPORTED_SECONDS = 15.0  # in which a router has said that it serves a new state
+REDIS_IS_SILENT = "the router's Redis does not answer"  # a message of control.py
+REPORT_SECONDS = 15.0  # after which every running router has reported the state that it serves
 
 
-def of_routers(state: dict[str, Any], stack: Stack) -> list[str]:
-    """Routers that serve an older state than the one that is there, or that ended without a word:
-    what they reported last stays for two minutes."""
+def router_problems(state: dict[str, Any], stack: Stack) -> list[str]:
+    """Report routers that serve an older state than Redis has, and reports of unknown origin.
+
+    A router that was killed is among them: Redis keeps its last report for two minutes.
+    """
     epoch, name = state.get("epoch"), stack.names.router
     return [
         f"the router {router['router']} said {router['age']:.0f} s ago that it serves an older"
         " routing state: if it has ended, this is over in two minutes; else `pulse-railway logs"
-        f" --service {name}` tells why, and `railway restart --service {name}` starts it anew"
+        f" --service {name}` shows why, and `railway restart --service {name}` restarts it"
         for router in state["routers"]
         if isinstance(epoch, int)
         and isinstance(router.get("epoch"), int)
         and router["epoch"] < epoch
-        and float(router.get("age") or 0) > REPORTED_SECONDS
+        and float(router.get("age") or 0) > REPORT_SECONDS
     ] + [
-        f"{key} stands where routers report, and no router has written it: it is ignored."
+        f"{key} is where routers report, and no router has written it: it is ignored."
         f" `redis-cli DEL {shlex.quote(key)}` in {stack.names.redis} removes it"
         for key in state.get("reports_without_lease") or []
     ]
 
 
-DEAD_DEPLOY_SECONDS = 3600.0
-JUST_MADE_SECONDS = 60.0  # in which a service may not have been there yet
-BAKE_GRACE = 60.0  # seconds after its end that a bake may still be judged
+DEAD_DEPLOY_SECONDS = 3600.0  # after which no deploy is still between register and promote
+NEW_SERVICE_SECONDS = 60.0  # in which services and records may not yet agree
+BAKE_GRACE = 60.0  # seconds after the end of a bake in which its verdict may come
 
 
-def of_record(record: dict[str, Any], stack: Stack) -> list[str]:
-    """What is wrong with one deployment that is not simply active or draining."""
+def record_problems(record: dict[str, Any], stack: Stack) -> list[str]:
+    """Report an unfinished deploy or bake, and a record whose service has failed or is gone."""
     name = record["deployment_id"]
-    found = []
+    messages = []
     age = time.time() - float(record.get("registered_at") or time.time())
-    left = record["state"] == "pending" and not record.get("held") and age > DEAD_DEPLOY_SECONDS
-    if left and name != stack.last_promoted:  # else the state is an older one
-        found.append(
-            f"{name} has been pending for {age / 3600:.1f} h, and runs: its deploy did not get"
-            f" to its end; `pulse-railway promote --deployment-id {name}`, or `pulse-railway delete"
+    pinned = record.get("held")
+    unfinished = record["state"] == "pending" and not pinned and age > DEAD_DEPLOY_SECONDS
+    if unfinished and name != stack.last_promoted:  # else the state is an older one
+        messages.append(
+            f"{name} has been pending for {age / 3600:.1f} h, and runs: its deploy did not finish;"
+            f" `pulse-railway promote --deployment-id {name}`, or `pulse-railway delete"
             f" --deployment-id {name}`"
         )
     until = (record.get("bake") or {}).get("until")
     weight = record.get("weight")
     if until and time.time() > float(until) + BAKE_GRACE:
         share = "" if weight is None else f" --weight {weight:g}"
-        found.append(
+        messages.append(
             f"the bake of {name} was cut off: it stays as it is, unwatched. `pulse-railway"
             f" rollback` goes back, `pulse-railway promote --deployment-id {name}{share}` keeps it"
         )
     service = stack.backend(name)
-    ended = service.status if service and service.status in FAILED_STATES else None
-    if ended and weight is not None:
-        found.append(f"the canary {name} is {ended} on Railway: `pulse-railway rollback` ends it")
-    elif ended and record["state"] in ("draining", "pending"):
-        found.append(
-            f"{name} is {ended} on Railway, and serves no tab: `pulse-railway"
-            f" redeploy --deployment-id {name}` starts it anew, `pulse-railway delete"
+    failed = service.status if service and service.status in FAILED_STATES else None
+    if failed and weight is not None:
+        messages.append(
+            f"the canary {name} is {failed} on Railway: `pulse-railway rollback` ends it"
+        )
+    elif failed and record["state"] in ("draining", "pending"):
+        messages.append(
+            f"{name} is {failed} on Railway, and serves no tab: `pulse-railway"
+            f" redeploy --deployment-id {name}` starts it again, `pulse-railway delete"
             f" --deployment-id {name}` removes it"
         )
-    # the services were read before the records, and a deletion takes the service first
-    old = time.time() - float(record.get("registered_at") or 0) > JUST_MADE_SECONDS
+    # the services were read before the records, and a deletion removes the service first
+    old = time.time() - float(record.get("registered_at") or 0) > NEW_SERVICE_SECONDS
     missing = service is None and old and not record.get("retiring_at")
     if missing and record["state"] in ("draining", "pending"):
-        found.append(
-            f"the service of {name} was deleted on Railway: the janitor takes it out,"
+        messages.append(
+            f"the service of {name} was deleted on Railway: the janitor removes its record,"
             f" `pulse-railway delete --deployment-id {name}` does it now"
         )
-    return found
+    return messages
 
 
-# Railway's of November 2026; of others it is asked
+# Railway's regions in November 2026: if a service is in another one, Railway is asked for its list
 REGIONS = {"us-west2", "us-east4-eqdc4a", "europe-west4-drams3a", "asia-southeast1-eqsg3a"}
 
 
-def of_regions(api: Api, stack: Stack) -> list[str]:
-    """Baseline services that are to run in a region that Railway does not have."""
-    doubtful = [s for s in stack.baseline if s.regions.keys() - REGIONS]
-    if not doubtful:
+def region_problems(api: Api, stack: Stack) -> list[str]:
+    """Report baseline services with replicas in a region that Railway does not have."""
+    services = [s for s in stack.baseline if s.regions.keys() - REGIONS]
+    if not services:
         return []
     try:
         answer = api.call(documents.REGIONS, project=stack.target.project_id)["regions"]
-    except GraphqlError:  # what is not known is no fault
+    except GraphqlError:  # without the list there is nothing to report
         return []
-    there = {str(region["name"]) for region in answer}
-    said = [in_no_region(service, there) for service in doubtful] if there else []
-    return [line for line in said if line]
+    regions = {str(region["name"]) for region in answer}
+    messages = [unknown_region(service, regions) for service in services] if regions else []
+    return [message for message in messages if message]
 
 
-def in_no_region(service: Service, there: Collection[str]) -> str | None:
-    bad = sorted(service.regions.keys() - there)
-    if not bad:
+def unknown_region(service: Service, regions: Collection[str]) -> str | None:
+    unknown = sorted(service.regions.keys() - regions)
+    if not unknown:
         return None
-    good = next((r for r in (*service.regions, "us-west2") if r in there), min(there))
-    count = service.regions.get(good, 0) + sum(service.regions[r] for r in bad)
-    leaves = " ".join(f"{region}=0" for region in bad)
+    region = next((r for r in (*service.regions, "us-west2") if r in regions), min(regions))
+    count = service.regions.get(region, 0) + sum(service.regions[r] for r in unknown)
+    cleared = " ".join(f"{name}=0" for name in unknown)
     return (
-        f"{service.name} is to run in {joined(bad)}, and Railway has no such region: `railway scale"
-        f" {leaves} {good}={count} --service {service.name}` moves it ({joined(there)})"
+        f"{service.name} is to run in {joined(unknown)}, and Railway has no such region: `railway"
+        f" scale {cleared} {region}={count} --service {service.name}` moves it ({joined(regions)})"
     )
 
 
-def by_other_hands(stack: Stack, state: dict[str, Any] | None) -> list[str]:
-    """What somebody has changed on Railway so that the stack does not work as it should."""
-    found = []
-    for service, wanted in (
+def manual_changes(stack: Stack, state: dict[str, Any] | None) -> list[str]:
+    """Report changes made on Railway by hand, with which the stack does not work."""
+    messages = []
+    for service, required in (
         (stack.router, baseline.ROUTER_SETTINGS),
         (stack.janitor, baseline.JANITOR_SETTINGS),
     ):
         if service is None or not service.variables.get(contract.RUNTIME_VERSION):
-            continue  # an earlier version's, which `ensure` takes over
+            continue  # an earlier version has created it, with other settings
         changed = [
-            name for name in wanted if service.settings.get(name, wanted[name]) != wanted[name]
+            name for name, value in required.items() if service.settings.get(name, value) != value
         ]
         if service is stack.janitor and not service.settings.get("cronSchedule", True):
             changed.append("cronSchedule")
         if service is stack.router and service.settings.get("numReplicas") == 0:
             changed.append("numReplicas")
         if changed:
-            found.append(
+            messages.append(
                 f"{', '.join(changed)} of {service.name} was changed on Railway: `pulse-railway"
-                " ensure` sets it as it has to be"
+                " ensure` restores it"
             )
-    found += [
+    messages += [
         f"an `ensure` that writes to {s.name} is under way, or was cut off: then `pulse-railway"
-        " ensure` ends it"
+        " ensure` finishes it"
         for s in (stack.router, stack.janitor)
         if s and s.variables.get(contract.UNDEPLOYED)
     ]
     if stack.redis and stack.redis.settings.get("numReplicas") == 0:
-        found.append(
+        messages.append(
             f"{stack.redis.name} has a replica in no region: `railway scale REGION=1 --service"
             f" {stack.redis.name}` gives it one"
         )
-    found += [
+    messages += [
         f"{s.name} was stopped on Railway: `railway redeploy --service {s.name}` starts it"
         for s in (stack.router, stack.redis)
         if s and s.stopped and s.status not in FAILED_STATES
     ]
-    served = {r["deployment_id"] for r in state["deployments"]} if state else set()
+    recorded = {r["deployment_id"] for r in state["deployments"]} if state else set()
     for service in stack.backends:
         name, replicas = service.deployment_id, service.settings.get("numReplicas")
         if replicas not in (None, 1):
-            wanted_in = scaled(service.regions or {"REGION": 1}, 1)
-            assigned = " ".join(f"{region}={count}" for region, count in wanted_in.items())
-            found.append(
+            counts = scaled(service.regions or {"REGION": 1}, 1)
+            assigned = " ".join(f"{region}={count}" for region, count in counts.items())
+            messages.append(
                 f"{name} has {replicas} replicas, and a tab's state is in one of them:"
                 f" `railway scale {assigned} --service {service.name}` leaves one"
             )
-        if name in served and service.stopped and service.status not in FAILED_STATES:
-            found.append(
+        if name in recorded and service.stopped and service.status not in FAILED_STATES:
+            messages.append(
                 f"{name} was stopped on Railway: `pulse-railway redeploy --deployment-id {name}`"
                 f" starts it, `pulse-railway delete --deployment-id {name}` removes it"
             )
-    return found
+    return messages
 
 
-def problems(stack: Stack, state: dict[str, Any] | None, silence: str | None) -> list[str]:
-    """What is wrong, the most urgent first.
+def problems(stack: Stack, state: dict[str, Any] | None, router_error: str | None) -> list[str]:
+    """Return a message for each problem, the most urgent first.
 
     Args:
-        state: the router's answer, None where there is none; `silence` says why.
+        state: the router's answer; None if there is none, for which `router_error` is the reason.
     """
-    found = []
+    messages = []
     try:
         require_baseline(stack)
     except Failure as failure:
-        found.append(str(failure))
-    found += [
+        messages.append(str(failure))
+    messages += [
         f"{s.name} is {s.status} on Railway: see `pulse-railway logs --service {s.name}`"
         + (
-            "; `pulse-railway ensure` deploys it anew"
+            "; `pulse-railway ensure` deploys it again"
             if s in (stack.router, stack.janitor)
-            else f"; `railway redeploy --service {s.name}` starts it anew"
+            else f"; `railway redeploy --service {s.name}` starts it again"
         )
         for s in stack.baseline
         if s.status in FAILED_STATES
     ]
-    found += by_other_hands(stack, state)
-    found += [left_empty(s.name, s.deployment_id) for s in stack.empty]
-    found += [u.words() for u in stack.unowned.values() if u.can_be_restored]
-    if silence and REDIS_IS_SILENT in silence:
-        found.append(
+    messages += manual_changes(stack, state)
+    messages += [left_empty(s.name, s.deployment_id) for s in stack.empty]
+    messages += [u.words() for u in stack.unowned.values() if u.can_be_restored]
+    if router_error and REDIS_IS_SILENT in router_error:
+        messages.append(
             f"Redis does not answer: the routers serve what they know, and nothing can be promoted."
-            f" `pulse-railway logs --service {stack.names.redis}` tells why; restart it on Railway"
+            f" `pulse-railway logs --service {stack.names.redis}` shows why; restart it on Railway"
         )
-    elif silence:
-        found.append(
-            f"the router does not answer: {silence}. See `pulse-railway logs --service"
+    elif router_error:
+        messages.append(
+            f"the router does not answer: {router_error}. See `pulse-railway logs --service"
             f" {stack.names.router}`"
         )
-    if state is None or stack.copied_from:  # of a copy, `ensure` comes before all else
-        return found
+    if state is None or stack.copied_from:  # a copy needs `ensure` first
+        return messages
     if (owner := state.get("owner")) not in (None, stack.stamp):
-        return [*found, ownership.foreign_words(owner)]
+        return [*messages, ownership.foreign_words(owner)]
     active = state["active"]
-    found += of_sharing(state, stack)
-    found += of_memories(state, stack)
-    found += of_active(state)
-    found += of_routers(state, stack)
+    messages += sharing_problems(state, stack)
+    messages += state_problems(state, stack)
+    messages += active_problems(state)
+    messages += router_problems(state, stack)
     for record in state["deployments"]:
-        found += of_record(record, stack)
+        messages += record_problems(record, stack)
     if not active:
-        return found
+        return messages
     service = stack.backend(active)
     if service is None:
-        found.append(
+        messages.append(
             f"the active deployment {active} has no service: `pulse-railway rollback` goes back,"
             " `pulse-railway promote --deployment-id ...` takes another one, or deploy"
         )
     elif service.status in FAILED_STATES:
-        found.append(
+        messages.append(
             f"the active deployment {active} is {service.status} on Railway: see `pulse-railway"
-            " logs`; `pulse-railway rollback` goes back, `pulse-railway redeploy` starts it anew"
+            " logs`; `pulse-railway rollback` goes back, `pulse-railway redeploy` starts it again"
         )
-    return found
+    return messages

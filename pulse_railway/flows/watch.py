@@ -1,4 +1,4 @@
-"""`status --watch`: what `status` says, again and again, with what went on in between."""
+"""`status --watch`: poll `status`, and compute rates from the routers' counters."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from pulse_railway.flows.status import status
 from pulse_railway.railway.api import Api
 from pulse_railway.stack import Stack, inspect
 
-LENGTH = 20  # looks that are remembered
-INSPECT_EVERY = 60.0  # seconds between two questions to Railway; the router is asked every time
+LENGTH = 20  # polls in a series
+INSPECT_INTERVAL = 60.0  # seconds between two queries to Railway; every poll asks the router
 
 
 @dataclass
 class Series:
-    """One deployment's last looks, the newest last. None: nobody answered."""
+    """One deployment's values in the last polls, the newest last. None: no router answered."""
 
     requests: deque[float | None] = field(default_factory=lambda: deque(maxlen=LENGTH))  # a second
     errors: deque[float | None] = field(default_factory=lambda: deque(maxlen=LENGTH))  # a second
@@ -29,19 +29,19 @@ class Series:
 
 @dataclass
 class History:
-    """The routers count from their start; here it becomes what happened between two looks."""
+    """Rates between two polls, from counters that begin at each router's start."""
 
-    at: float | None = None
+    at: float | None = None  # of the last poll with an answer: seconds, monotonic
     last: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
     series: dict[str, Series] = field(default_factory=dict)
 
-    def look(self, result: dict[str, Any], now: float) -> None:
-        """Take up one result of `status`, seen at `now` (seconds, monotonic)."""
-        seen = {
-            (name, router["router"]): (found.requests, found.failed)
+    def add(self, result: dict[str, Any], now: float) -> None:
+        """Add a result of `status`, polled at `now` (seconds, monotonic)."""
+        counters = {
+            (name, router["router"]): (counts.requests, counts.failed)
             for router in result["routers"]
             for name, tally in (router.get("tallies") or {}).items()
-            for found in (count(tally),)
+            for counts in (count(tally),)
         }
         passed = now - self.at if self.at is not None else None
         answered = bool(result["routers"])
@@ -50,11 +50,11 @@ class History:
             series = self.series.setdefault(name, Series())
             series.sessions.append(row["sessions"])
             requests = errors = 0
-            for key, (total, failed) in seen.items():
+            for key, (total, failed) in counters.items():
                 if key[0] != name:
                     continue
                 before = self.last.get(key, (0, 0))
-                if before[0] > total:  # a router that was restarted begins at 0
+                if before[0] > total:  # the router has restarted, and counts from 0
                     before = (0, 0)
                 requests += total - before[0]
                 errors += max(failed - before[1], 0)
@@ -64,23 +64,23 @@ class History:
         listed = {row["deployment_id"] for row in result["deployments"]}
         self.series = {name: s for name, s in self.series.items() if name in listed}
         if answered:
-            self.last, self.at = seen, now
+            self.last, self.at = counters, now
 
 
 def watch(api: Api, stack: Stack, every: float) -> Iterator[tuple[dict[str, Any], History]]:
-    """A result of `status` every so many seconds, for ever."""
+    """Yield a result of `status`, and the history, every `every` seconds, without end."""
     history, inspected = History(), time.monotonic()
     while True:
-        began, silence = time.monotonic(), None
-        if began - inspected >= INSPECT_EVERY:
+        began, railway_error = time.monotonic(), None
+        if began - inspected >= INSPECT_INTERVAL:
             inspected = began
             try:
                 stack = inspect(api, stack.target, stack.names)
-            except Failure as failure:  # a watch outlives it
-                silence = f"Railway does not answer: {failure}"
+            except Failure as failure:  # the watch goes on with the services read before
+                railway_error = f"Railway does not answer: {failure}"
         result = status(api, stack)
-        if silence:
-            result["problems"].insert(0, silence)
-        history.look(result, time.monotonic())
+        if railway_error:
+            result["problems"].insert(0, railway_error)
+        history.add(result, time.monotonic())
         yield result, history
         time.sleep(max(every - (time.monotonic() - began), 0.1))

@@ -1,8 +1,8 @@
-"""Every verb through an `ssh` that does at each call what the real one has been seen to do.
+"""Every verb with an `ssh` that fails in each way in which the real one has been seen to fail.
 
-The flows, the control commands and the routing state are the real ones; what stands in, for speed,
-is Railway's API (a dict of services), the public address, and `railway ssh` itself, which runs
-control.py's `control` in this process and then loses, replaces or delays what it says.
+The flows, the control commands and the routing state are the real ones. Three parts are replaced,
+for speed: Railway's API (by a dict of services), the public address, and `railway ssh`, which runs
+control.py's `control` in this process and then loses, replaces or delays the output.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ janitor: Any = runtime_image.load("janitor")
 sqlite_store: Any = runtime_image.load("sqlite_store")
 ownership: Any = runtime_image.load("ownership")
 
-BAD_DAY = [
+SSH_ERRORS = [
     "Connection timed out",
     "Connection to ssh.railway.com closed by remote host.",
     "client_loop: send disconnect: Broken pipe",
@@ -58,7 +58,7 @@ BAD_DAY = [
     "Host key verification failed.",
     "ssh: Could not resolve hostname ssh.railway.com",
     "ssh: connect to host ssh.railway.com port 22: Network is unreachable",
-    "Using SSH key from file /root/.ssh/id_ed25519",  # and not a word more
+    "Using SSH key from file /root/.ssh/id_ed25519",  # and no other output
 ]
 FOREIGN = [
     '{"status": "pending", "message": "waiting for a route"}',
@@ -75,7 +75,9 @@ WORKS = ("works", "", 0)
 FAULTS = st.one_of(
     st.just(WORKS),
     st.just(WORKS),
-    st.tuples(st.sampled_from(["before", "after", "late"]), st.sampled_from(BAD_DAY), st.just(255)),
+    st.tuples(
+        st.sampled_from(["before", "after", "late"]), st.sampled_from(SSH_ERRORS), st.just(255)
+    ),
     st.tuples(st.sampled_from(["before", "after"]), st.sampled_from(["", *FOREIGN]), st.just(0)),
     st.tuples(st.sampled_from(["before", "after", "late"]), st.just("hangs"), st.just(1)),
     st.tuples(st.sampled_from(["before", "after"]), st.just("signal"), st.just(0)),
@@ -92,7 +94,7 @@ STEPS = st.one_of(
         st.sampled_from(IDS),
     ),
     st.tuples(st.sampled_from(["rollback", "status", "redeploy", "restore"]), st.just("")),
-    st.tuples(st.sampled_from(["redis is emptied", "a router heals"]), st.just("")),
+    st.tuples(st.sampled_from(["empty Redis", "heal"]), st.just("")),
 )
 
 
@@ -100,16 +102,20 @@ ONE_PAGE = {"pageInfo": {"hasNextPage": False}}
 
 
 class World:
-    """A Railway, the router's store, and the rude ssh between us and them."""
+    """A Railway project, the router's store, and an unreliable ssh to them.
 
-    def __init__(self, way: str) -> None:
-        self.way: Any = way
+    Args:
+        route: "ssh", or "job" for commands that the janitor carries out.
+    """
+
+    def __init__(self, route: str) -> None:
+        self.route: Any = route
         self.services: dict[str, dict[str, Any]] = {}
         self.store = sqlite_store.SqliteStore(":memory:", "pulse:railway")
-        self.faults: list[tuple[str, str, int]] = []
-        self.late: list[list[str]] = []
-        self.known = router.Routing()  # what a router has in memory
-        self.said: list[str] = []
+        self.faults: list[tuple[str, str, int]] = []  # of the next ssh calls
+        self.late: list[list[str]] = []  # lost commands, which run before the next one
+        self.known = router.Routing()  # a router's copy of the state
+        self.lines: list[str] = []  # the verb's output
         self.count = 0
         self.api: Any = types.SimpleNamespace(call=self.call, calls=0, is_project_token=False)
         for name in ("pulse-router", "pulse-env", "pulse-janitor", "pulse-redis"):
@@ -118,7 +124,7 @@ class World:
 
     def begin(self) -> None:
         for name in ("first", "second"):
-            assert self.run("deploy", name) is None, self.said
+            assert self.run("deploy", name) is None, self.lines
         assert self.active == "second"
         self.remember()
 
@@ -137,11 +143,11 @@ class World:
             by_id = {s["id"]: s["variables"] for s in self.services.values()}
             return {f"v{k[1:]}": dict(by_id[v]) for k, v in values.items() if k[0] == "s"}
         if document == documents.SERVICE_CREATE:
-            given = values["input"]
-            return {"serviceCreate": {"id": self.create(given["name"], given["variables"])}}
+            service = values["input"]
+            return {"serviceCreate": {"id": self.create(service["name"], service["variables"])}}
         if document == ownership.REACH:
-            seen = {"id": "e", "canAccess": True, "serviceInstances": {**ONE_PAGE, "edges": []}}
-            return {"project": {"environments": {**ONE_PAGE, "edges": [{"node": seen}]}}}
+            node = {"id": "e", "canAccess": True, "serviceInstances": {**ONE_PAGE, "edges": []}}
+            return {"project": {"environments": {**ONE_PAGE, "edges": [{"node": node}]}}}
         if document == ownership.HERE:
             return {"environment": self.environment()}
         if document == ownership.SERVICE_DELETE:
@@ -185,11 +191,11 @@ class World:
         if name is None:
             raise GraphqlError("Railway: Service not found")
         state = self.state
-        known = name in state.records
+        recorded = name in state.records
         assert name != state.active, f"{name} is active and was deleted"
-        assert not known or name in state.tombstones, f"{name} was not retired"
+        assert not recorded or name in state.tombstones, f"{name} was not retired"
         if control.is_lost(state, self.last_promoted):
-            assert not known
+            assert not recorded
             assert name != self.last_promoted.deployment_id, f"{name} may be active and was deleted"
         del self.services[name]
         return {"serviceDelete": True}
@@ -206,11 +212,11 @@ class World:
 
     @property
     def last_promoted(self) -> Any:
-        """What was promoted last, as Railway says."""
+        """The last promotion, from Railway's variables."""
         return router.promotion_from_env(self.services["pulse-router"]["variables"])
 
     def remember(self) -> None:
-        """A router reads the state, as it does every few seconds."""
+        """Copy the state, as a router does every few seconds."""
         if self.active:
             self.known = self.state
 
@@ -226,43 +232,43 @@ class World:
         for late in self.late:
             self.control(late)
         self.late.clear()
-        when, what, code = self.faults.pop(0) if self.faults else WORKS
-        event(f"{when}: {what or 'nothing'}")
-        if when == "late":  # we lose it, the remote side goes on
+        when, fault, code = self.faults.pop(0) if self.faults else WORKS
+        event(f"{when}: {fault or 'nothing'}")
+        if when == "late":  # ssh fails, and the command runs later
             self.late.append(words)
         out, err = self.control(words) if when in ("works", "after") else ("", "")
-        if what == "signal":
+        if fault == "signal":
             raise Interrupted(15)
         if when == "works":
             return subprocess.CompletedProcess(command, 1 if '"ok": false' in out else 0, out, err)
-        if what == "hangs":
+        if fault == "hangs":
             return subprocess.CompletedProcess(command, 1, "", "timed out after 60 s")
         if code:
-            return subprocess.CompletedProcess(command, code, "", what)
-        return subprocess.CompletedProcess(command, 0, what, "Using SSH key from agent x")
+            return subprocess.CompletedProcess(command, code, "", fault)
+        return subprocess.CompletedProcess(command, 0, fault, "Using SSH key from agent x")
 
     def run_janitor(self) -> Any:
-        """Railway's "run now": carries the command out that was left, or does what it likes."""
+        """Run the janitor's request, as Railway's "Run now" does, with the next fault."""
         variables = self.services["pulse-janitor"]["variables"]
-        order = variables.get(contract.CONTROL, "")
-        when, what, code = self.faults.pop(0) if self.faults else WORKS
-        event(f"job {when}: {what or 'nothing'}")
-        if what == "signal":
+        request = variables.get(contract.CONTROL, "")
+        when, fault, code = self.faults.pop(0) if self.faults else WORKS
+        event(f"job {when}: {fault or 'nothing'}")
+        if fault == "signal":
             raise Interrupted(15)
-        if when == "late" and order:
-            given = json.loads(order)
-            self.late.append([*given["words"], "--nonce", given["nonce"]])
+        if when == "late" and request:
+            fields = json.loads(request)
+            self.late.append([*fields["words"], "--nonce", fields["nonce"]])
         if when in ("works", "after"):
-            given = variables.get(contract.CONTROL_ANSWER, "")
-            found = janitor.Inventory([], request=order, answer=given)
-            answer = janitor.carry_out_request(found, {})
+            previous = variables.get(contract.CONTROL_ANSWER, "")
+            inventory = janitor.Inventory([], request=request, answer=previous)
+            answer = janitor.carry_out_request(inventory, {})
             self.remember()
             if answer and (when == "works" or code == 255):
                 variables[contract.CONTROL_ANSWER] = json.dumps(answer)
         if code == 255:
-            raise Failure(what) if "timed" in what else ApiError(f"Railway: {what}")
-        if when != "works" and what not in ("", "hangs"):
-            variables[contract.CONTROL_ANSWER] = what
+            raise Failure(fault) if "timed" in fault else ApiError(f"Railway: {fault}")
+        if when != "works" and fault not in ("", "hangs"):
+            variables[contract.CONTROL_ANSWER] = fault
         return {"deploymentInstanceExecutionCreate": True}
 
     # -- the public address ----------------------------------------------------------------------
@@ -271,20 +277,20 @@ class World:
         self, _: Any, __: Any, name: str, ___: Any, *, by_affinity: bool, timeout: float = 0
     ) -> None:
         state = self.known if control.is_lost(self.state, self.last_promoted) else self.state
-        there = name in state.records and name in self.services
-        if not there or (not by_affinity and state.active != name):
+        exists = name in state.records and name in self.services
+        if not exists or (not by_affinity and state.active != name):
             raise Failure("reaching the deployment through the router took longer than 4 s")
 
     # -- verbs -----------------------------------------------------------------------------------
 
     def run(self, verb: str, name: str) -> Exception | BaseException | None:
-        """Run a verb; what it raised, if that is what a user may see."""
-        self.said = []
-        output: Any = Recorder(self.said)
-        target = Target("p", "e", ControlRoute(self.way, checked=True))
+        """Run a verb, and return its Failure or interruption; any other exception is a fault."""
+        self.lines = []
+        output: Any = Recorder(self.lines)
+        target = Target("p", "e", ControlRoute(self.route, checked=True))
         try:
             if verb.startswith("deploy"):
-                wanted = DeployOptions(
+                options = DeployOptions(
                     Where(),
                     APP,
                     deployment_id=name,
@@ -292,15 +298,15 @@ class World:
                     canary=20.0 if "--canary" in verb else None,
                     lock_wait=0 if "--lock-wait" in verb else None,
                 )
-                plan = deploy.Plan(wanted, name, Path("Dockerfile"), Path("web"), "run")
+                plan = deploy.Plan(options, name, Path("Dockerfile"), Path("web"), "run")
                 deploy.deploy(self.api, target, plan, output)
                 return None
             stack = inspect(self.api, target, Names())
             match verb:
                 case "promote" | "promote --weight":
                     weight = 40.0 if "--weight" in verb else None
-                    asked = PromoteOptions(Where(), Names(), deployment_id=name, weight=weight)
-                    promote.promote(self.api, stack, asked, output)
+                    flags = PromoteOptions(Where(), Names(), deployment_id=name, weight=weight)
+                    promote.promote(self.api, stack, flags, output)
                 case "rollback":
                     promote.rollback(self.api, stack, output)
                 case "delete":
@@ -311,9 +317,9 @@ class World:
                     redeploy.redeploy(self.api, stack, None, output)
                 case "status":
                     status.status(self.api, stack)
-                case "redis is emptied":
+                case "empty Redis":
                     self.store.db.execute("DELETE FROM pulse_kv")
-                case "a router heals":
+                case "heal":
                     self.store.apply(lambda state: router.repaired(state, self.known, "id"))
         except (Failure, Interrupted) as failure:
             return failure
@@ -332,9 +338,11 @@ class World:
 
 
 class Recorder(Output):
-    def __init__(self, said: list[str]) -> None:
+    """An output that appends all lines to a list."""
+
+    def __init__(self, lines: list[str]) -> None:
         super().__init__()
-        self.lines = said
+        self.lines = lines
 
     @contextlib.contextmanager
     def step(self, title: str) -> Iterator[None]:
@@ -361,19 +369,19 @@ APP = AppConfig("main.py", Path(), Names(), None, True, Path("web"), "", False, 
 
 
 @pytest.fixture
-def rude(monkeypatch: pytest.MonkeyPatch) -> None:
-    """World's seams: all calls go to the newest world."""
-    quiet = types.SimpleNamespace(sleep=lambda _: None, monotonic=lambda: 0.0)
+def without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace clocks and sleeps, and the check for Railway's CLI."""
+    still = types.SimpleNamespace(sleep=lambda _: None, monotonic=lambda: 0.0)
     monkeypatch.setenv("RAILWAY_SERVICE_ID", "here")
     monkeypatch.delenv("PULSE_RAILWAY_ACTIVE", raising=False)
     monkeypatch.setattr(control, "HEAL_WAIT", 0.0)
     for module in (router_commands, cleanup, reachability):
-        monkeypatch.setattr(module, "time", quiet, raising=False)
+        monkeypatch.setattr(module, "time", still, raising=False)
     ticks = itertools.count(0, 9)
-    passes = types.SimpleNamespace(
+    passing = types.SimpleNamespace(
         sleep=lambda _: None, monotonic=lambda: float(next(ticks)), time=time.time
     )
-    monkeypatch.setattr(control_job, "time", passes)
+    monkeypatch.setattr(control_job, "time", passing)
     monkeypatch.setattr(janitor, "router", router)
     monkeypatch.setattr(program, "need_railway", lambda _: None)
 
@@ -382,7 +390,7 @@ EXAMPLES = int(os.environ.get("PULSE_EXAMPLES") or 100)
 
 
 @given(
-    way=st.sampled_from(["ssh", "job"]),
+    route=st.sampled_from(["ssh", "job"]),
     plan=st.lists(st.tuples(STEPS, st.lists(FAULTS, max_size=8)), min_size=1, max_size=5),
 )
 @settings(
@@ -390,13 +398,13 @@ EXAMPLES = int(os.environ.get("PULSE_EXAMPLES") or 100)
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-# found by a run in CI: a signal while a deploy that had ended gave its lock back
+# found by a run in CI: a signal while a finished deploy releases its lock
 @example(
-    way="ssh",
+    route="ssh",
     plan=[(("deploy --no-promote", "third"), [WORKS, WORKS, ("before", "signal", 0)])],
 )
-@pytest.mark.usefixtures("rude")
-def test_nothing_that_serves_is_lost(way: str, plan: list[Any]) -> None:
+@pytest.mark.usefixtures("without_waiting")
+def test_no_active_deployment_is_lost(route: str, plan: list[Any]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         holder: list[World] = []
         patch.setattr(router, "store_from_env", lambda _: holder[0].store)
@@ -405,19 +413,19 @@ def test_nothing_that_serves_is_lost(way: str, plan: list[Any]) -> None:
         patch.setattr(deploy, "wait_until_rendered", lambda *_: None)
         for module in (deploy, promote, redeploy, restore, reachability):
             patch.setattr(module, "wait_until_routed", lambda *a, **k: holder[0].routed(*a, **k))
-        world = World(way)
+        world = World(route)
         holder.append(world)
         world.begin()
         for (verb, name), faults in plan:
             world.faults = list(faults)
-            there = name in world.services
+            existed = name in world.services
             before = world.active
             failed = world.run(verb, name)
             event(f"{verb}: {type(failed).__name__}")
             world.check()
-            if verb.startswith("deploy") and failed and not there:
-                stays = any(" stays" in line for line in world.said)
-                assert stays == (name in world.services), world.said
+            if verb.startswith("deploy") and failed and not existed:
+                stays = any(" stays" in line for line in world.lines)
+                assert stays == (name in world.services), world.lines
             if verb == "delete" and failed is None:
                 assert name not in world.services
             if failed is None and verb in ("deploy", "promote"):
@@ -427,13 +435,13 @@ def test_nothing_that_serves_is_lost(way: str, plan: list[Any]) -> None:
                 assert world.state.canary.deployment_id == name
             if verb in ("status", "redeploy") and before:
                 assert world.active == before or world.late or failed
-        for late in world.late:  # whatever is still under way
+        for late in world.late:  # commands still to run
             world.control(late)
         world.check()
 
 
-def test_the_stand_in_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The names that the test above replaces are there: it would pass without them."""
+def test_the_replaced_names_exist() -> None:
+    """The test above would pass without its replacements."""
     for module, name in ((ssh, "run_railway"), (deploy, "up"), (deploy, "wait_until_routed")):
         assert callable(getattr(module, name))
     assert config.Names().router == "pulse-router"
