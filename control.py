@@ -473,10 +473,10 @@ def rebuild_records(
     records = dict(routing.records)
     for rebuilt in running:
         name = rebuilt.deployment_id
-        if name in records:
-            records[name] = fill_from(records[name], rebuilt)
-        elif is_unrecorded(routing, rebuilt):
+        if is_unrecorded(routing, rebuilt):
             records[name] = rebuilt if name == active else rebuilt.as_draining(routing.now)
+        elif name in records:
+            records[name] = fill_from(records[name], rebuilt)
     if active not in records:
         removed = active in routing.tombstones
         why = "is being removed: restore another one" if removed else "does not run on Railway"
@@ -498,7 +498,9 @@ def rebuild_records(
 
 def is_unrecorded(routing: Routing, running: Record) -> bool:
     """Does the state have no record of this running deployment, which was not removed?"""
-    return running.deployment_id not in routing.records and not routing.buries(running)
+    record = routing.records.get(running.deployment_id)
+    is_lost = record is None or record.ignored == router.UNREADABLE
+    return is_lost and not routing.buries(running)
 
 
 def fill_from(record: Record, rebuilt: Record) -> Record:

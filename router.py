@@ -287,6 +287,7 @@ def stored(parser: Callable[[Any], Any], default: Any = None, key: str = "") -> 
 
 # Fields that no step of ours removes: if one is missing, 0.3.x's janitor has rewritten the record.
 LASTING = tuple("address service_id registered_at promoted_at canary_at about instances".split())
+UNREADABLE = ("record",)  # what is ignored where nothing of a record is understood
 HOST_NAME = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?", re.IGNORECASE)
 
 
@@ -358,13 +359,13 @@ def parse_record(deployment_id: str, text: str, latest: float = math.inf) -> Rec
     """Return a record. Its `ignored` names invalid fields, such as times after `latest`."""
     raw = or_none(json_object, text)
     if raw is None:
-        return Record(deployment_id, ignored=("record",))
+        return Record(deployment_id, ignored=UNREADABLE)
     values: Json = {}
     ignored = []
     if (named := raw.get("deployment_id")) not in (None, deployment_id):
         ignored.append("deployment_id")
         if isinstance(named, str) and DEPLOYMENT_ID.fullmatch(named):  # a copy of another record
-            return Record(deployment_id, raw=raw, ignored=tuple(ignored))
+            return Record(deployment_id, ignored=UNREADABLE)
     for name, stored_field in FIELDS.items():
         if raw.get(name) is not None:
             value = or_none(stored_field.metadata["parser"], raw[name])
@@ -674,6 +675,8 @@ def _filled(record: Record, known: Record | None, untouched: bool) -> Record:
     or drain by 0.3.x, the fields of the former state are not restored."""
     if known is None or record.service_id not in (None, known.service_id):
         return record  # not known, or the id is on another service
+    if record.ignored == UNREADABLE:
+        return known
     names: tuple[str, ...] = LASTING
     if untouched and record.state == known.state:
         names = (*LASTING, "rejected_at", "retiring_at", "weight", "bake", "held")
@@ -1646,8 +1649,7 @@ class Client(asyncio.Protocol):
     early = b""  # data received after a handshake
     head_size = framing = 0  # framing: bytes of chunk headers and trailers
     chunks = body_bytes = 0  # of the last read
-    # head: when its first byte came; stalled: when the client stopped reading
-    head_since = lingers_since = stalled_since = 0.0
+    head_since = lingers_since = stalled_since = 0.0  # stalled: the client stopped reading
 
     def __init__(self, *, server_state: Any, **_: Any) -> None:
         self.connections, self.tasks = server_state.connections, server_state.tasks
@@ -1699,8 +1701,7 @@ class Client(asyncio.Protocol):
                 self.early += data
             return
         if self.state is HEAD:
-            if not self.head_size:
-                self.head_since = self.touched
+            self.head_since = self.head_since if self.head_size else self.touched
             self.head_size += len(data)
         self.chunks, self.body_bytes, self.head_in_read = 0, 0, False
         try:

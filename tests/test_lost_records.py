@@ -64,6 +64,10 @@ def step_01_the_record_of_the_active_version_is_lost(site: LiveSite) -> None:
         project.janitor()
         assert project.records["old"]["state"] == "draining"
     assert 404 not in seen
+    project.redis.set(f"{PREFIX}:active", "nonsuch")  # a word that is no deployment
+    restored = project.run("restore")  # or a router was first
+    assert restored.code == 0 or "nothing is lost" in restored.err, restored.err
+    eventually(lambda: project.redis.get(f"{PREFIX}:active") == "new")
     site.assert_stable("new")
 
 

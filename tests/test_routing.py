@@ -793,9 +793,26 @@ def test_a_record_of_another_deployment_is_reported() -> None:
     a second deployment on the same service."""
     for stored in (5, "b", None):
         found = parse({":deployment:a": {"deployment_id": stored, "service_name": "a"}})
-        expected = () if stored is None else ("deployment_id",)
+        expected = {5: ("deployment_id",), "b": ("record",), None: ()}[stored]
         assert found.records["a"].ignored == expected
         assert (found.records["a"].url is None) == (stored == "b")
+
+
+@pytest.mark.parametrize("text", ["{", json.dumps(OLD | {"deployment_id": "b", "state": "active"})])
+def test_a_record_that_cannot_be_read_comes_back_whole(text: str) -> None:
+    """Before, the fields of a draining one came back without its state, as a pending one, which no
+    janitor removes."""
+    draining = OLD | {"state": "draining", "drain_started_at": NOW, "service_id": "s", "x": 1}
+    state = {**STATE, ":deployment:a": OLD}
+    known = parse({**state, ":deployment:d": draining})
+    store = parse({**state, ":deployment:d": text})
+    assert store.records["d"].ignored == ("record",)
+    mended = repair(store, known)
+    assert mended.records["d"] == known.records["d"]
+    running = router.Record("d", service_name="d", service_id="s", registered_at=5.0)
+    active = router.Record("a", service_name="a", service_id="s-a", registered_at=4.0)
+    rebuilt = control.rebuild_records(store, [active, running], "a")  # where no router knows it
+    assert rebuilt.records["d"].state == "draining"
 
 
 def test_a_lock_that_only_the_store_knows_stays_where_the_epoch_is_lost() -> None:

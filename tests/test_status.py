@@ -192,6 +192,11 @@ UP = {"active": "a", "lost": False, "epoch": 7, "deployments": [RECORD], "router
             ["a copy of production", "ensure`"],
         ),
         (stack(), UP, ["a has no service", "`pulse-railway rollback` goes back"]),
+        (  # before, `rollback`, which takes leave of the one that serves everybody
+            stack(A),
+            UP | {"active": "nonsuch"},
+            ["nonsuch has no service", "`pulse-railway restore` goes back to a"],
+        ),
         (stack(service("a", "CRASHED", PULSE_DEPLOYMENT_ID="a")), UP, ["is CRASHED", "rollback`"]),
         (
             stack(A, broken="pulse-redis"),

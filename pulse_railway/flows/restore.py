@@ -46,7 +46,8 @@ def restore(api: Api, stack: Stack, deployment_id: str | None, output: Output) -
         ]
     with output.step("restore the routing state"):
         # a router of an earlier version has no option `--chosen`, so it is sent only if needed
-        chosen = deployment_id is not None and state["active"] is not None
+        names_another = not state["lost"] and active != state["active"]
+        chosen = state["active"] is not None and (deployment_id is not None or names_another)
         try:
             promoted = router_commands.send_restore(api, stack, active, records, chosen=chosen)
         except Refused as refused:
@@ -83,8 +84,10 @@ def lost_active(stack: Stack, state: dict[str, Any]) -> str:
     Raises Failure if nothing is lost.
     """
     active = state["active"]
-    if active and not state["lost"]:
-        recorded = {r["deployment_id"] for r in state["deployments"]}
+    recorded = {
+        r["deployment_id"] for r in state["deployments"] if "record" not in r.get("ignored", ())
+    }
+    if active and not state["lost"] and (stack.backend(active) or active in recorded):
         if recorded >= {active, *(s.deployment_id for s in stack.backends)}:
             raise Failure(
                 f"{active} is active, and nothing is lost: there is nothing to restore;"

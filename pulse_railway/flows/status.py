@@ -131,7 +131,9 @@ def state_problems(state: dict[str, Any], stack: Stack) -> list[str]:
     for problem in state.get("problems") or []:
         deployments = (n for n in recorded if str(problem).startswith(f"{n}: "))
         name = next(deployments, active)
-        if name != active and contract.DEPLOYMENT_ID_PATTERN.fullmatch(name):
+        if name != active and stack.backend(name) and str(problem).startswith(f"{name}: record "):
+            effect = "`pulse-railway restore` restores it"
+        elif name != active and contract.DEPLOYMENT_ID_PATTERN.fullmatch(name):
             effect = f"it is kept until `pulse-railway delete --deployment-id {name}`"
         elif name != active:
             key = shlex.quote(f"{stack.redis_prefix}:deployment:{name}")
@@ -381,10 +383,14 @@ def problems(stack: Stack, state: dict[str, Any] | None, router_error: str | Non
         return messages
     service = stack.backend(active)
     if service is None:
-        messages.append(
-            f"the active deployment {active} has no service: `pulse-railway rollback` goes back,"
-            " `pulse-railway promote --deployment-id ...` takes another one, or deploy"
+        last = stack.last_promoted
+        remedy = (
+            "`pulse-railway rollback` goes back, `pulse-railway promote --deployment-id ...` takes"
+            " another one, or deploy"
         )
+        if last != active and last and stack.backend(last):
+            remedy = f"`pulse-railway restore` goes back to {last}"
+        messages.append(f"the active deployment {active} has no service: {remedy}")
     elif service.status in FAILED_STATES:
         messages.append(
             f"the active deployment {active} is {service.status} on Railway: see `pulse-railway"
