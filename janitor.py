@@ -157,9 +157,8 @@ class Report:
     """What a run did. `main` prints it as one line of JSON."""
 
     deleted: list[str] = field(default_factory=list)
-    left_empty: list[str] = field(
-        default_factory=list
-    )  # deleted, but the empty service remains on Railway
+    # deleted, but the empty service remains on Railway
+    left_empty: list[str] = field(default_factory=list)
     expired: list[str] = field(default_factory=list)  # deleted, since the drain TTL was over
     kept: dict[str, str] = field(default_factory=dict)  # deployment -> reason
     failed: dict[str, str] = field(default_factory=dict)  # deployment -> error

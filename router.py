@@ -2141,7 +2141,7 @@ class Exchange:
             if lower == b"content-length":
                 length = True
             elif lower == b"content-type":
-                page = b"text/html" in value.lower()
+                page = is_page(value)
             elif lower == b"x-pulse-selected-deployment" and self.upstream.deployment.header:
                 continue
             append(name + b": " + value + b"\r\n")
@@ -2150,8 +2150,8 @@ class Exchange:
         append(self.upstream.deployment.header)
         if page:  # affinity.js reads the document's deployment from it
             append(b'server-timing: pulse;desc="%b"\r\n' % self.upstream.deployment.id.encode())
-        if request.visitor:
-            out += visitor_cookie(request, self.fields)
+            if request.visitor:
+                append(visitor_cookie(request))
         empty = self.head_only or status in (204, 304)
         self.until_close = not (length or coded or empty)
         self.keep = parser.should_keep_alive() and not self.until_close
@@ -2664,19 +2664,16 @@ def visitor_of(request: Request) -> bytes:
     return request.visitor
 
 
-def visitor_cookie(request: Request, fields: list[tuple[bytes, bytes]]) -> list[bytes]:
+def visitor_cookie(request: Request) -> bytes:
     """Return the header line of a visitor's cookie; only for a page, which caches do not share."""
-    if not is_html(fields):
-        return []
     schemes = [value.strip().lower() for value in request.values(b"x-forwarded-proto")]
     secure = b"; Secure" if b"https" in schemes else b""
     cookie = b"set-cookie: %b=%b; Path=/; Max-Age=2592000; HttpOnly; SameSite=Lax%b\r\n"
-    return [cookie % (VISITOR_COOKIE.encode(), request.visitor, secure)]
+    return cookie % (VISITOR_COOKIE.encode(), request.visitor, secure)
 
 
-def is_html(fields: list[tuple[bytes, bytes]]) -> bool:
-    types = [value.strip().lower() for name, value in fields if name.lower() == b"content-type"]
-    return any(media_type.startswith(b"text/html") for media_type in types)
+def is_page(media_type: bytes) -> bool:
+    return media_type.strip().lower().startswith(b"text/html")
 
 
 # -- maintenance -------------------------------------------------------------------------------
@@ -2833,7 +2830,8 @@ def is_miss(path: bytes, status: int, fields: list[tuple[bytes, bytes]]) -> bool
     reload header, as from another build."""
     if not path.startswith(ASSET_PREFIXES):
         return status == 204 and any(n.lower() == b"x-remix-reload-document" for n, _ in fields)
-    page = status == 200 and not path.endswith((b".html", b".htm")) and is_html(fields)
+    is_html = any(name.lower() == b"content-type" and is_page(value) for name, value in fields)
+    page = status == 200 and not path.endswith((b".html", b".htm")) and is_html
     return status == 404 or page
 
 
