@@ -1575,7 +1575,12 @@ HOP_BY_HOP = frozenset(
     b" transfer-encoding upgrade".split()
 )
 NOT_NAMED_AWAY = frozenset((b"content-length", b"host"))  # `Connection` cannot remove these
+# which headers a loop over them has to look at: of a request, to check it; of an answer; and of a
+# request that is forwarded
 CHECKED_HEADERS = frozenset((b"host", b"content-length", b"transfer-encoding", b"expect"))
+ANSWER_HEADERS = HOP_BY_HOP | {b"content-length", b"content-type", b"x-pulse-selected-deployment"}
+FORWARDED = frozenset((b"host", b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host"))
+REQUEST_HEADERS = HOP_BY_HOP | FORWARDED
 
 
 def error_response(status: int, detail: str = "") -> Response:
@@ -1599,6 +1604,9 @@ class Request:
     begun = False  # a byte of the answer was written
     answered = False
     visitor = b""  # id of a visitor who gets a cookie, during a canary
+    affinity_id = b""  # the deployment that the request names
+    body: bytes | bytearray = b""  # received and not taken yet
+    arrived: asyncio.Event | None = None  # set when data arrive, and at every end: for `read`
 
     def __init__(self, client: Client, method: bytes, version: str, keep_alive: bool) -> None:
         self.client, self.method, self.version = client, method, version
@@ -1606,8 +1614,6 @@ class Request:
         self.url, self.fields = client.url, client.fields  # as received
         self.handshake = client.state is HANDSHAKE
         self.expects_continue = client.expects_continue
-        self.body = bytearray()  # received and not taken yet
-        self.arrived = asyncio.Event()  # set when data arrive, and at every end
         path, _, query = self.url.partition(b"?")
         if not path.startswith(b"/") or b"#" in self.url:
             # absolute-form (RFC 9112 section 3.2.2), `*`, or a fragment, which is ignored
@@ -1627,12 +1633,16 @@ class Request:
             client.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         while self.more_body and not (self.body or self.gone or self.answered):
             client.update_reading()
-            self.arrived.clear()
+            self.arrived = asyncio.Event()
             await self.arrived.wait()
         if self.gone or self.answered:
             return b""
-        piece, self.body = bytes(self.body), bytearray()
+        piece, self.body = bytes(self.body), b""
         return piece
+
+    def wake_reader(self) -> None:
+        if self.arrived:
+            self.arrived.set()
 
 
 class Client(asyncio.Protocol):
@@ -1664,7 +1674,7 @@ class Client(asyncio.Protocol):
         self.transport = cast(asyncio.Transport, transport)
         peer = transport.get_extra_info("peername")
         self.peer = str(peer[0]).encode() if peer else b""
-        self.touched = self.loop.time()  # when data were last received, or an answer ended
+        self.touched = time.monotonic()  # when data were last received, or an answer written
         self.connections.add(self)
         Client.instances.add(self)
         if (open_now := len(Client.instances) + len(TunnelEnd.open)) > TABLE.limits.connections:
@@ -1679,7 +1689,7 @@ class Client(asyncio.Protocol):
         for request in (self.request, self.arriving):
             if request:
                 request.gone = True
-                request.arrived.set()
+                request.wake_reader()
         if self.exchange:
             self.exchange.end("client gone")
 
@@ -1695,15 +1705,18 @@ class Client(asyncio.Protocol):
     # -- reading -------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        self.touched = self.loop.time()
-        if not self.state.parses:
-            if self.state is HANDSHAKE:
+        self.touched = time.monotonic()
+        state = self.state
+        if not state.parses:
+            if state is HANDSHAKE:
                 self.early += data
             return
-        if self.state is HEAD:
-            self.head_since = self.head_since if self.head_size else self.touched
+        if state is HEAD:
+            if not self.head_size:
+                self.head_since = self.touched
             self.head_size += len(data)
-        self.chunks, self.body_bytes, self.head_in_read = 0, 0, False
+        elif self.chunked:
+            self.chunks, self.body_bytes, self.head_in_read = 0, 0, False
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
@@ -1746,14 +1759,14 @@ class Client(asyncio.Protocol):
         else:
             if self.state is HEAD:  # else the request was answered, and its rest is dropped
                 METRICS.requests += 1
-                METRICS.own.answered(b"", status, self.loop.time() - self.touched)
+                METRICS.own.answered(b"", status, time.monotonic() - self.touched)
                 self.send_response(error_response(status))
             self.close()
 
     def abort_request(self, arriving: Request, status: int) -> None:
         """End a request with an invalid body: the backend must not take it as complete."""
         arriving.gone = True
-        arriving.arrived.set()
+        arriving.wake_reader()
         alone = len(self.waiting) + (self.request is not None) == 1
         begun = arriving.begun or self.exchange is not None
         if self.exchange and self.exchange.request is arriving:
@@ -1802,8 +1815,6 @@ class Client(asyncio.Protocol):
                 raise BadRequest("trailers too large", 431)
             return
         self.fields.append((name, name.lower(), value))
-        if len(self.fields) > TABLE.limits.header_count:
-            raise BadRequest("too many headers", 431)
 
     def on_chunk_header(self) -> None:
         self.chunks += 1
@@ -1837,6 +1848,8 @@ class Client(asyncio.Protocol):
     def check_head(self, method: bytes, version: str) -> None:
         """Refuse heads that allow request smuggling (RFC 9112 sections 3.2, 5 and 6.3). llhttp has
         already refused bare CR and LF, invalid names, and chunked before another coding."""
+        if len(self.fields) > TABLE.limits.header_count:
+            raise BadRequest("too many headers", 431)
         lengths = hosts = 0
         self.chunked = self.has_body = False
         for _, name, value in self.fields:
@@ -1880,8 +1893,11 @@ class Client(asyncio.Protocol):
         self.body_bytes += len(body)
         arriving = self.arriving
         if self.state is BODY and arriving:
-            arriving.body += body
-            arriving.arrived.set()
+            if arriving.body:
+                arriving.body += body
+            else:  # grows in place, unlike bytes
+                arriving.body = bytearray(body)
+            arriving.wake_reader()
 
     def on_message_complete(self) -> None:
         self.head_size = 0
@@ -1889,7 +1905,7 @@ class Client(asyncio.Protocol):
             self.transport.close()
         elif self.arriving:
             self.arriving.more_body = False
-            self.arriving.arrived.set()
+            self.arriving.wake_reader()
         self.state = self.state.after["end"]
 
     # -- answering -----------------------------------------------------------------------------
@@ -1911,7 +1927,8 @@ class Client(asyncio.Protocol):
     ) -> None:
         """Send the router's own answer, or one in place of a deployment that gave none."""
         self.send_response(response, request)
-        took = self.loop.time() - self.touched
+        now = time.monotonic()
+        took, self.touched = now - self.touched, now
         tally, name = (instead_of.tally, instead_of.id) if instead_of else (METRICS.own, None)
         tally.answered(request.method, response.status_code, took)
         if ACCESS_LOG is not None:
@@ -1933,8 +1950,7 @@ class Client(asyncio.Protocol):
     def finish(self, request: Request, close: bool = False) -> None:
         """After an answer, begin the next request or close the connection."""
         request.answered, self.request = True, None
-        request.arrived.set()
-        self.touched = self.loop.time()
+        request.wake_reader()
         if not self.state.may_answer:
             return
         if request.more_body:
@@ -1966,7 +1982,7 @@ class Client(asyncio.Protocol):
             (self.transport.resume_reading if may_read else self.transport.pause_reading)()
 
     def pause_writing(self) -> None:
-        self.stalled_since = self.loop.time()
+        self.stalled_since = time.monotonic()
 
     def resume_writing(self) -> None:
         self.stalled_since = 0.0
@@ -1989,13 +2005,13 @@ class Client(asyncio.Protocol):
         """Read and drop the rest of an upload that was answered early: a close would reset the
         connection, and the client would lose the answer (RFC 9112 section 9.6)."""
         self.happens(why)
-        self.touched = self.lingers_since = self.loop.time()
+        self.touched = self.lingers_since = time.monotonic()
         self.update_reading()
         if not self.transport.is_closing() and self.transport.can_write_eof():
             self.transport.write_eof()  # so that the client sees the end at once
 
     def check_time(self, now: float) -> None:
-        """End the connection's state if its limit of time is over. `now` is of the loop's clock."""
+        """End the connection's state if its limit of time is over."""
         limits, transport, arriving = TABLE.limits, self.transport, self.arriving
         idle, closing = now - self.touched, transport.is_closing()
         stalled = now - self.stalled_since if self.stalled_since else 0.0
@@ -2019,14 +2035,14 @@ class Client(asyncio.Protocol):
 
 async def close_overdue() -> None:
     """Close connections over their limits of time, every second."""
-    loop, limits = asyncio.get_running_loop(), TABLE.limits
+    limits = TABLE.limits
     while True:
         await asyncio.sleep(1.0)
-        now = loop.time()
+        now = time.monotonic()
         for client in list(Client.instances):
             client.check_time(now)
         for end in list(TunnelEnd.open):
-            end.check_time(time.monotonic(), limits)
+            end.check_time(now, limits)
         for deployment in TABLE.deployments.values():
             pool, oldest = deployment.idle, now - limits.upstream_idle_seconds
             while pool and pool[0].idle_since < oldest:
@@ -2048,16 +2064,18 @@ class Exchange:
     go_ahead: asyncio.Event | None = None
     reason = tail = b""  # tail: data behind a 101
     status = bytes_out = head_size = 0
-    answered_at = heard = 0.0  # times of the answer's head and of its last data
+    answered_at = heard = 0.0  # times of the answer's head; of the last data, or the end
     chunked = until_close = close = False
     keep = True
 
-    def __init__(self, request: Request, upstream: Upstream, then: Then, hedge: bool) -> None:
+    def __init__(
+        self, request: Request, upstream: Upstream, then: Then, hedge: bool, began: float
+    ) -> None:
         client = self.client = request.client
         self.request, self.upstream, self.then = request, upstream, then
         self.parser = httptools.HttpResponseParser(self)
         self.hedge = hedge  # a missing asset is not passed on: see `is_miss`
-        self.began = time.monotonic()  # loop.time() is constant within an iteration of the loop
+        self.began = began
         self.fields: list[tuple[bytes, bytes]] = []
         self.out: list[bytes] = []
         self.head_only = request.method == b"HEAD"
@@ -2070,10 +2088,9 @@ class Exchange:
 
     def feed(self, data: bytes) -> None:
         why = ""
+        self.heard = time.monotonic()
         if self.state is WAITING:
             self.head_size += len(data)
-        else:
-            self.heard = time.monotonic()
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
@@ -2130,20 +2147,21 @@ class Exchange:
         append = out.append
         for name, value in self.fields:
             lower = name.lower()
-            if lower in drop:
-                if lower == b"transfer-encoding":
-                    coded = True
-                elif lower == b"connection":
-                    named = value.lower()
-                    if named not in (b"close", b"keep-alive"):
-                        drop = drop | ({t.strip() for t in named.split(b",")} - NOT_NAMED_AWAY)
-                continue
-            if lower == b"content-length":
-                length = True
-            elif lower == b"content-type":
-                page = is_page(value)
-            elif lower == b"x-pulse-selected-deployment" and self.upstream.deployment.header:
-                continue
+            if lower in ANSWER_HEADERS:
+                if lower == b"content-length":
+                    length = True
+                elif lower == b"content-type":
+                    page = is_page(value)
+                elif lower != b"x-pulse-selected-deployment":  # hop by hop
+                    if lower == b"transfer-encoding":
+                        coded = True
+                    elif lower == b"connection":
+                        named = value.lower()
+                        if named not in (b"close", b"keep-alive"):
+                            drop = drop | ({t.strip() for t in named.split(b",")} - NOT_NAMED_AWAY)
+                    continue
+                elif self.upstream.deployment.header:
+                    continue
             append(name + b": " + value + b"\r\n")
         if drop is not HOP_BY_HOP:  # Connection may name a header before it
             out[1:] = [line for line in out[1:] if line.partition(b":")[0].lower() not in drop]
@@ -2168,7 +2186,7 @@ class Exchange:
             append(b"connection: close\r\n")
         append(b"\r\n")
         self.out = out
-        self.answered_at = time.monotonic()
+        self.answered_at = self.heard
         self.state = self.state.after["head"]
         request.begun, request.expects_continue = True, False
         if self.go_ahead:
@@ -2208,7 +2226,7 @@ class Exchange:
         if out:
             self.out = []
             self.client.transport.write(out[0] if len(out) == 1 else b"".join(out))
-            self.client.touched = self.client.loop.time()
+            self.client.touched = self.heard
             if self.client.stalled_since and not self.state.finished:
                 self.upstream.transport.pause_reading()
         if self.state.finished:
@@ -2218,6 +2236,7 @@ class Exchange:
         if self.state is WAITING:
             self.end("reset" if self.upstream.again else "lost")
         elif self.until_close:
+            self.heard = time.monotonic()
             self.on_message_complete()
             self.flush()
         else:
@@ -2242,7 +2261,8 @@ class Exchange:
         """End an exchange whose backend does not begin its answer, or falls silent in it."""
         limits = TABLE.limits
         limit = limits.handshake_seconds if self.request.handshake else limits.response_seconds
-        if self.state.finished or time.monotonic() - (self.heard or self.began) <= limit:
+        since = self.began if self.state is WAITING else self.heard
+        if self.state.finished or time.monotonic() - since <= limit:
             return
         if self.state is WAITING:
             self.give_up()
@@ -2262,7 +2282,7 @@ class Exchange:
         """End without a complete answer, unless the exchange has ended already."""
         if not self.state.finished:
             self.happens(event)
-            self.keep = False
+            self.heard, self.keep = time.monotonic(), False
             self.return_to_pool()
 
     def return_to_pool(self) -> None:
@@ -2285,7 +2305,7 @@ class Exchange:
         pool = upstream.deployment.idle
         reusable = self.keep and not (sending or unread or upstream.transport.is_closing())
         if reusable and len(pool) < TABLE.limits.idle_upstreams:
-            upstream.idle_since = client.loop.time()
+            upstream.idle_since = self.heard
             pool.append(upstream)
         elif self.state is not SWITCHED:
             upstream.transport.abort()
@@ -2305,7 +2325,7 @@ class Exchange:
             write(b"".join(head))
             return self.client.loop.create_task(self.send_body(chunked))
         if request.body:
-            body, request.body = bytes(request.body), bytearray()
+            body, request.body = bytes(request.body), b""
             head = [*head, b"%x\r\n%b\r\n" % (len(body), body) if chunked else body]
         write(b"".join([*head, b"0\r\n\r\n"] if chunked else head))
         return None
@@ -2340,16 +2360,17 @@ def request_head(request: Request, deployment: Deployment) -> list[bytes]:
     seen: dict[bytes, bytes] = {}
     coded = False
     for name, lower, value in request.fields:
-        if lower in drop:
-            if lower == b"connection":
-                named = value.lower()
-                if named not in (b"keep-alive", b"close", b"upgrade", b"keep-alive, upgrade"):
-                    drop = drop | ({t.strip() for t in named.split(b",")} - NOT_NAMED_AWAY)
-            elif lower == b"transfer-encoding":
-                coded = True
-            continue
-        if lower in FORWARDED:
-            seen[lower] = value
+        if lower in REQUEST_HEADERS:
+            if lower in FORWARDED:
+                seen[lower] = value
+            else:  # hop by hop
+                if lower == b"connection":
+                    named = value.lower()
+                    if named not in (b"keep-alive", b"close", b"upgrade", b"keep-alive, upgrade"):
+                        drop = drop | ({t.strip() for t in named.split(b",")} - NOT_NAMED_AWAY)
+                elif lower == b"transfer-encoding":
+                    coded = True
+                continue
         out.append(name + b": " + value + b"\r\n")
     if drop is not HOP_BY_HOP:  # Connection may name a header before it
         out[4:] = [line for line in out[4:] if line.partition(b":")[0].lower() not in drop]
@@ -2370,7 +2391,6 @@ def request_head(request: Request, deployment: Deployment) -> list[bytes]:
     return out
 
 
-FORWARDED = frozenset((b"host", b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host"))
 SAFE_TO_REPEAT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE"))
 
 
@@ -2379,9 +2399,9 @@ def repeatable(request: Request) -> bool:
     return request.method in SAFE_TO_REPEAT and not request.has_body
 
 
-def from_pool(request: Request, deployment: Deployment) -> Upstream | None:
+def from_pool(request: Request, deployment: Deployment, now: float) -> Upstream | None:
     """Return the idle connection that was used last, if it has not been idle for too long."""
-    pool, now, limits = deployment.idle, request.client.loop.time(), TABLE.limits
+    pool, limits = deployment.idle, TABLE.limits
     again = repeatable(request)
     max_idle = limits.upstream_idle_seconds if again else limits.unsafe_idle_seconds
     while pool and not request.handshake:
@@ -2401,13 +2421,13 @@ async def forward(
     """Send a request to a deployment and its answer to the client, on a pooled connection unless
     `fresh`. A `timeout` in seconds is for a hedged request. Returns the exchange's outcome. Raises
     UpstreamError if it failed before anything was sent to the client."""
-    upstream = None if fresh else from_pool(request, target)
+    upstream = None if fresh else from_pool(request, target, time.monotonic())
     upstream = upstream or await connect(target, timeout or TABLE.limits.connect_seconds)
     if request.gone:
         upstream.transport.abort()
         return GONE
     done = asyncio.Event()
-    exchange = Exchange(request, upstream, lambda _: done.set(), hedge)
+    exchange = Exchange(request, upstream, lambda _: done.set(), hedge, time.monotonic())
     body_task = exchange.send(request_head(request, target))
     response_timer = request.client.loop.call_later(timeout, exchange.give_up) if timeout else None
     try:
@@ -2433,7 +2453,7 @@ def record_outcome(exchange: Exchange) -> ExchangeState:
         raise UpstreamError(502, detail, sent=True)
     if outcome is TIMED_OUT:
         raise UpstreamError(504, "the deployment did not answer in time", sent=True)
-    took = time.monotonic() - exchange.began
+    took = exchange.heard - exchange.began
     if exchange.status:
         deployment.tally.answered(request.method, exchange.status, took)
         if exchange.answered_at:
@@ -2600,22 +2620,23 @@ def route(request: Request) -> None:
         client.answer(request, closed_response(request, table.closed))
         return
     if affinity_id := affinity(request):
+        request.affinity_id = affinity_id
         target = table.deployments.get(affinity_id)
     else:
         target = table.active if table.canary is None else pick_default(request)
-    simple = target and not request.more_body and not may_hedge(request, affinity_id)
-    if target and simple and (upstream := from_pool(request, target)):
-        exchange = Exchange(request, upstream, partial(on_done, affinity_id), hedge=False)
+    simple = target and not request.more_body and not may_hedge(request)
+    if target and simple and (upstream := from_pool(request, target, client.touched)):
+        exchange = Exchange(request, upstream, on_done, False, client.touched)
         exchange.send(request_head(request, target))
     else:
-        client.spawn(handle(request, affinity_id))
+        client.spawn(handle(request))
 
 
-def on_done(affinity_id: bytes, exchange: Exchange) -> None:
+def on_done(exchange: Exchange) -> None:
     """Go on after an exchange that `route` began without a task."""
     request = exchange.request
     if exchange.state is RESET:
-        request.client.spawn(handle(request, affinity_id, fresh=True))
+        request.client.spawn(handle(request, fresh=True))
         return
     try:
         record_outcome(exchange)
@@ -2673,7 +2694,7 @@ def visitor_cookie(request: Request) -> bytes:
 
 
 def is_page(media_type: bytes) -> bool:
-    return media_type.strip().lower().startswith(b"text/html")
+    return media_type[:9].lower() == b"text/html"
 
 
 # -- maintenance -------------------------------------------------------------------------------
@@ -2708,18 +2729,19 @@ def bypasses_maintenance(request: Request) -> bool:
 # -- requests that must wait -------------------------------------------------------------------
 
 
-async def handle(request: Request, affinity_id: bytes, *, fresh: bool = False) -> None:
+async def handle(request: Request, *, fresh: bool = False) -> None:
     """Answer a request that must wait for a lookup, a connection or other deployments."""
+    affinity_id = request.affinity_id
     target = await TABLE.find(affinity_id) if affinity_id else pick_default(request)
     reloads = request.handshake and QUERY_RELOAD.search(request.query)
     if target is None and reloads and not TABLE.provisional:  # no stale answers without a state
         METRICS.stale += 1
         target = TABLE.active  # it tells the tab to reload
     if target is None:
-        request.client.answer(request, stale_response(request, affinity_id))
+        request.client.answer(request, stale_response(request))
         return
     try:
-        await answer_by(request, target, affinity_id, fresh)
+        await answer_by(request, target, fresh)
     except UpstreamError as error:
         active = TABLE.active
         unsent = not error.sent or (error.status == 502 and repeatable(request))
@@ -2727,18 +2749,16 @@ async def handle(request: Request, affinity_id: bytes, *, fresh: bool = False) -
             target.tally.failed += 1  # the active deployment answers for a failed canary
             target.tally.errors[error.kind] += 1
             try:
-                await answer_by(request, active, affinity_id)
+                await answer_by(request, active)
             except UpstreamError as also:
                 answer_for(request, active, also)
         else:
             answer_for(request, target, error)
 
 
-async def answer_by(
-    request: Request, target: Deployment, affinity_id: bytes, fresh: bool = False
-) -> None:
+async def answer_by(request: Request, target: Deployment, fresh: bool = False) -> None:
     """Answer from a deployment; a missing asset from others. Raises as `forward`."""
-    outcome = await forward(request, target, may_hedge(request, affinity_id), fresh=fresh)
+    outcome = await forward(request, target, may_hedge(request), fresh=fresh)
     if outcome is MISSING and not await fetch_from_others(request, target):
         await forward(request, target, hedge=False)
 
@@ -2752,10 +2772,11 @@ def answer_for(request: Request, target: Deployment, error: UpstreamError) -> No
     request.client.answer(request, response, instead_of=target)
 
 
-def may_hedge(request: Request, affinity_id: bytes) -> bool:
+def may_hedge(request: Request) -> bool:
     """May other deployments answer a request if the chosen one lacks the asset?"""
-    unsafe = request.method not in (b"GET", b"HEAD") or request.has_body
-    if affinity_id or len(TABLE.deployments) < 2 or unsafe:
+    if request.affinity_id or len(TABLE.deployments) < 2:
+        return False
+    if request.method not in (b"GET", b"HEAD") or request.has_body:
         return False
     return request.path.startswith(ASSET_PREFIXES) or request.path.endswith(DISCOVERY_PATH)
 
@@ -2789,13 +2810,13 @@ async def fetch_from_others(request: Request, first: Deployment) -> bool:
             task.cancel()
 
 
-def stale_response(request: Request, affinity_id: bytes) -> Response:
+def stale_response(request: Request) -> Response:
     """Return the answer to a request whose deployment is not known."""
     if not TABLE.loaded or TABLE.empty or TABLE.provisional:
         why = "nothing is deployed, or the routing state is lost"
         why = why if TABLE.loaded else "not loaded yet"
         return JSONResponse({"detail": why}, 503, headers={"retry-after": "1"})
-    if not affinity_id or TABLE.active is None:
+    if not request.affinity_id or TABLE.active is None:
         return error_response(404, "deployment not found")
     METRICS.stale += 1
     headers = Headers(raw=[(lower, value) for _, lower, value in request.fields])
