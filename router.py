@@ -19,9 +19,8 @@ an `Exchange` copies the answer from a pooled `Upstream` connection to the clien
 callbacks of the two connections, without a task. If the request must wait, for a connection or for
 the lookup of an unknown deployment, `handle` is its task. A WebSocket handshake takes the same
 path; after the backend's 101, `join` makes the two connections a tunnel of bytes. uvicorn provides
-the server, its lifespan and its signals, Starlette the router's own answers. ASGI's events cannot
-carry what a proxy must keep (header case, reason phrases, 1xx, framing, aborted connections), so
-this file implements HTTP/1.1 itself; see docs/architecture.md."""
+the server, its lifespan and its signals, Starlette the router's own answers. HTTP/1.1 is
+implemented here since ASGI loses what a proxy must keep: see docs/architecture.md."""
 
 from __future__ import annotations
 
@@ -78,7 +77,6 @@ if TYPE_CHECKING:
 
 VERSION = "0.4.0"  # of the package
 
-
 # == Names shared with pulse_railway/contract.py; a test holds the two together =================
 
 AFFINITY_QUERY = "pulse_deployment"
@@ -106,7 +104,6 @@ SERVICE_PREFIX = os.environ.get("PULSE_RAILWAY_SERVICE_PREFIX", "")
 
 log = logging.getLogger("pulse.router")
 
-
 # == Limits =====================================================================================
 
 
@@ -122,8 +119,7 @@ def number_from_env(variable: str, default: Any, kind: type = float, env: Any = 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The router's limits of time and size, passed to the functions that apply them. Railway's edge
-    has its own: a head of 32 KB, 15 minutes per request, 60 s for an idle connection."""
+    """Limits of time and size. Railway's edge: heads of 32 KB, 15 minutes a request, 60 s idle."""
 
     # a client's connection
     connections: int = 1 << 30  # clients and tunnels; `serve` bounds them by the descriptors
@@ -193,7 +189,6 @@ class Limits:
 
 
 DEFAULT_LIMITS = Limits()
-
 
 # == The routing state: what the store holds, as types ==========================================
 # The steps that change it are in control.py.
@@ -440,9 +435,8 @@ class Routing:
 
     @property
     def promoted_by_other(self) -> bool:
-        """Was the active deployment promoted by 0.3.x or an earlier version of ours, which do not
-        write PROMOTED? That was after the promotion in PROMOTED. If the store has no id either, it
-        was on a store that had lost its data."""
+        """Was the active deployment promoted by 0.3.x or an earlier version of ours, after what
+        PROMOTED says? They do not write it. Without a store id, the store had lost its data."""
         if self.promoted:
             return self.active not in (None, self.promoted.deployment_id)
         return self.active is not None and self.store_id is None
@@ -572,13 +566,11 @@ def changes(old: Routing, new: Routing) -> Change:
     store's id, a promotion by 0.3.x gets a time: without both, it is the latest (`promotion`)."""
     change: Change = {}
 
-    def put(key: str, before: object, after: object, text: Callable[[], str]) -> None:
+    def put(key: str, text: Callable[[Any], str] = lambda value: compact(vars(value))) -> None:
+        before, after = getattr(old, FIXED[key]), getattr(new, FIXED[key])
         if before != after:
-            change[key] = text() if after else None
+            change[key] = text(after) if after else None
 
-    put(ACTIVE, old.active, new.active, lambda: str(new.active))
-    put(PROMOTED, old.promoted, new.promoted, lambda: compact(vars(new.promoted)))
-    put(STORE_ID, old.store_id, new.store_id, lambda: str(new.store_id))
     if new.tombstones != old.tombstones:
         live = [(k, v) for k, v in new.tombstones.items() if new.now - v.at < TOMBSTONE_TTL]
         live = sorted(live, key=lambda pair: pair[1].at)[-TOMBSTONES_AT_MOST:]
@@ -586,10 +578,11 @@ def changes(old: Routing, new: Routing) -> Change:
     if new.processed != old.processed:
         fresh = {k: {"at": at} for k, at in new.processed.items() if new.now - at < PROCESSED_TTL}
         change[PROCESSED] = compact(fresh)
-    put(HISTORY, old.history, new.history, lambda: compact(new.history[-HISTORY_AT_MOST:]))
-    put(MAINTENANCE, old.maintenance, new.maintenance, lambda: compact(vars(new.maintenance)))
-    put(DEPLOY_LOCK, old.lock, new.lock, lambda: compact(vars(new.lock)))
-    put(OWNER, old.owner, new.owner, lambda: str(new.owner))
+    put(HISTORY, lambda history: compact(history[-HISTORY_AT_MOST:]))
+    for key in (ACTIVE, STORE_ID, OWNER):
+        put(key, str)
+    for key in (PROMOTED, MAINTENANCE, DEPLOY_LOCK):
+        put(key)
     for name in old.records.keys() | new.records.keys():
         after = new.records.get(name)
         if after != old.records.get(name):
@@ -1256,9 +1249,8 @@ class Table:
 
 TABLE = Table(os.environ)  # `serve` makes another, with its limits
 ACCESS_LOG: telemetry.AccessLog | None = None  # if a variable asks for it
-# begin the variables that load telemetry.py
+# prefixes of the variables that load telemetry.py
 TELEMETRY = ("PULSE_RAILWAY_ACCESS_LOG", "PULSE_RAILWAY_METRICS_PORT", "OTEL_")
-
 
 # == Counters: for `control status`, the bake of a new version, and the exported metrics ========
 # Plain lists, since every request updates them. BUCKETS are OpenTelemetry's, in seconds.
@@ -1335,7 +1327,6 @@ class Metrics:
 
 
 METRICS = Metrics()
-
 
 # == The backend's side of a connection =========================================================
 
@@ -1552,7 +1543,6 @@ for _stage in ExchangeState:
     _stage.after = {event: steps[_stage] for event, steps in EXCHANGE.items() if _stage in steps}
     _stage.finished = not _stage.after
 
-
 # == The client's side of a connection ==========================================================
 
 
@@ -1568,23 +1558,35 @@ def client_limit(configured: int | None, limits: Limits) -> int:
 
 
 CHUNKED = b"transfer-encoding: chunked\r\n"
-
-# RFC 9110 section 7.6.1: for one connection only. The header `Connection` names more.
+# RFC 9110 section 7.6.1: for one connection only. The header `Connection` names more, ...
 HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer"
     b" transfer-encoding upgrade".split()
 )
-NOT_NAMED_AWAY = frozenset((b"content-length", b"host"))  # `Connection` cannot remove these
-# which headers a loop over them has to look at: of a request, to check it; of an answer; and of a
-# request that is forwarded
+USUAL_CONNECTION = frozenset((b"keep-alive", b"close", b"upgrade", b"keep-alive, upgrade"))
+# ... but not what the edge has set, the app relies on, or frames the message (CVE-2024-45410)
+KEPT = re.compile(
+    rb"cookie|authorization|host|forwarded|x-real-ip|x-request-start|trace(parent|state)"
+    rb"|(content|x-forwarded|x-railway|x-pulse)-.*"
+)
+# what the loops over headers look at
 CHECKED_HEADERS = frozenset((b"host", b"content-length", b"transfer-encoding", b"expect"))
 ANSWER_HEADERS = HOP_BY_HOP | {b"content-length", b"content-type", b"x-pulse-selected-deployment"}
 FORWARDED = frozenset((b"host", b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host"))
 REQUEST_HEADERS = HOP_BY_HOP | FORWARDED
 
 
-def error_response(status: int, detail: str = "") -> Response:
-    return JSONResponse({"detail": detail or http.HTTPStatus(status).phrase.lower()}, status)
+def without_named(lines: list[bytes], connection: bytes) -> list[bytes]:
+    """Drop the headers that values of the field `Connection` name."""
+    names = {n for n in re.findall(rb"[^\s,]+", connection.lower()) if not KEPT.fullmatch(n)}
+    return [line for line in lines if line.partition(b":")[0].lower() not in names]
+
+
+def error_response(status: int, detail: str = "", **headers: str) -> Response:
+    """Return the router's own answer in place of an app's; no cache may keep it."""
+    fields = {"cache-control": "no-store"} | {n.replace("_", "-"): v for n, v in headers.items()}
+    detail = detail or http.HTTPStatus(status).phrase.lower()
+    return JSONResponse({"detail": detail}, status, fields)
 
 
 class BadRequest(Exception):
@@ -1779,8 +1781,7 @@ class Client(asyncio.Protocol):
             self.linger("refused")
 
     def reject(self, open_now: int) -> None:
-        """Answer a new client with 503 near the limit of descriptors: each present client may need
-        a second one, for its backend."""
+        """Answer with 503 near the limit of descriptors: each client may need one for a backend."""
         METRICS.rejected += 1
         if open_now > TABLE.limits.connections * 1.05 + 16:  # too few descriptors even for a 503
             self.transport.abort()
@@ -1840,7 +1841,7 @@ class Client(asyncio.Protocol):
             if behind:
                 raise BadRequest("a handshake behind a request")
         self.state = self.state.after["handshake" if handshake else "head"]
-        last = version == "1.0" or handshake or self.ending
+        last = version == "1.0" or handshake or self.ending  # data behind a handshake: unchecked
         keep_alive = not last and parser.should_keep_alive()
         self.arriving = Request(self, method, version, keep_alive)
         self.waiting.append(self.arriving)
@@ -1868,16 +1869,14 @@ class Client(asyncio.Protocol):
                 self.chunked = self.has_body = True
             elif value.lower() == b"100-continue":
                 self.expects_continue = True
-        if lengths > 1 or (lengths and self.chunked):
-            raise BadRequest("conflicting message lengths")
+        if lengths > 1 or (self.chunked and (lengths or version == "1.0")):
+            raise BadRequest("conflicting message lengths, or HTTP/1.0 with a transfer coding")
         if method == b"CONNECT":
             raise BadRequest("this is no forward proxy")
         if version not in ("1.0", "1.1"):  # the parser accepts HTTP/0.9 and HTTP/2.0, too
             raise BadRequest("HTTP/1.0 or HTTP/1.1, please", 505)
         if hosts > 1 or (hosts == 0 and version == "1.1"):
             raise BadRequest("one host header, please")
-        if self.chunked and version == "1.0":
-            raise BadRequest("HTTP/1.0 has no transfer codings")
 
     def head_without_upgrade(self) -> bytes:
         """Return the head that was read, without its upgrade. A server may ignore an upgrade (RFC
@@ -1893,10 +1892,8 @@ class Client(asyncio.Protocol):
         self.body_bytes += len(body)
         arriving = self.arriving
         if self.state is BODY and arriving:
-            if arriving.body:
-                arriving.body += body
-            else:  # grows in place, unlike bytes
-                arriving.body = bytearray(body)
+            arriving.body = arriving.body or bytearray()  # grows in place, unlike bytes
+            arriving.body += body
             arriving.wake_reader()
 
     def on_message_complete(self) -> None:
@@ -1922,14 +1919,12 @@ class Client(asyncio.Protocol):
             log.error("a request failed in the router itself", exc_info=error)
             self.transport.abort()
 
-    def answer(
-        self, request: Request, response: Response, instead_of: Deployment | None = None
-    ) -> None:
+    def answer(self, request: Request, response: Response, tried: Deployment | None = None) -> None:
         """Send the router's own answer, or one in place of a deployment that gave none."""
         self.send_response(response, request)
         now = time.monotonic()
         took, self.touched = now - self.touched, now
-        tally, name = (instead_of.tally, instead_of.id) if instead_of else (METRICS.own, None)
+        tally, name = (tried.tally, tried.id) if tried else (METRICS.own, None)
         tally.answered(request.method, response.status_code, took)
         if ACCESS_LOG is not None:
             ACCESS_LOG.answered(request, response.status_code, name, len(response.body), took)
@@ -2067,15 +2062,12 @@ class Exchange:
     answered_at = heard = 0.0  # times of the answer's head; of the last data, or the end
     chunked = until_close = close = False
     keep = True
+    hedge = False  # a missing asset is not passed on: see `is_miss`
 
-    def __init__(
-        self, request: Request, upstream: Upstream, then: Then, hedge: bool, began: float
-    ) -> None:
+    def __init__(self, request: Request, upstream: Upstream, then: Then, began: float) -> None:
         client = self.client = request.client
         self.request, self.upstream, self.then = request, upstream, then
-        self.parser = httptools.HttpResponseParser(self)
-        self.hedge = hedge  # a missing asset is not passed on: see `is_miss`
-        self.began = began
+        self.began, self.parser = began, httptools.HttpResponseParser(self)
         self.fields: list[tuple[bytes, bytes]] = []
         self.out: list[bytes] = []
         self.head_only = request.method == b"HEAD"
@@ -2142,7 +2134,7 @@ class Exchange:
                 return
             self.client.exchange = self
         length = coded = page = False
-        drop = HOP_BY_HOP
+        named = b""
         out = [b"HTTP/1.1 %d %b\r\n" % (status, reason)]
         append = out.append
         for name, value in self.fields:
@@ -2155,16 +2147,14 @@ class Exchange:
                 elif lower != b"x-pulse-selected-deployment":  # hop by hop
                     if lower == b"transfer-encoding":
                         coded = True
-                    elif lower == b"connection":
-                        named = value.lower()
-                        if named not in (b"close", b"keep-alive"):
-                            drop = drop | ({t.strip() for t in named.split(b",")} - NOT_NAMED_AWAY)
+                    elif lower == b"connection" and value.lower() not in USUAL_CONNECTION:
+                        named += b"," + value
                     continue
                 elif self.upstream.deployment.header:
                     continue
             append(name + b": " + value + b"\r\n")
-        if drop is not HOP_BY_HOP:  # Connection may name a header before it
-            out[1:] = [line for line in out[1:] if line.partition(b":")[0].lower() not in drop]
+        if named:
+            out[1:] = without_named(out[1:], named)
         append(self.upstream.deployment.header)
         if page:  # affinity.js reads the document's deployment from it
             append(b'server-timing: pulse;desc="%b"\r\n' % self.upstream.deployment.id.encode())
@@ -2300,8 +2290,7 @@ class Exchange:
         if self.writable:
             self.writable.set()
         sending = self.request.more_body or self.request.body
-        # the body of a miss is not read yet
-        unread = self.state is MISSING and not self.head_only
+        unread = self.state is MISSING and not self.head_only  # the body of a miss
         pool = upstream.deployment.idle
         reusable = self.keep and not (sending or unread or upstream.transport.is_closing())
         if reusable and len(pool) < TABLE.limits.idle_upstreams:
@@ -2356,24 +2345,21 @@ def request_head(request: Request, deployment: Deployment) -> list[bytes]:
         has_query = b"?" in url.partition(b"#")[0]
         url = request.path + (b"?" + request.query if has_query else b"")
     out = [request.method, b" ", url, b" HTTP/1.1\r\n"]
-    drop = HOP_BY_HOP
     seen: dict[bytes, bytes] = {}
-    coded = False
+    named, coded = b"", False
     for name, lower, value in request.fields:
         if lower in REQUEST_HEADERS:
             if lower in FORWARDED:
                 seen[lower] = value
             else:  # hop by hop
-                if lower == b"connection":
-                    named = value.lower()
-                    if named not in (b"keep-alive", b"close", b"upgrade", b"keep-alive, upgrade"):
-                        drop = drop | ({t.strip() for t in named.split(b",")} - NOT_NAMED_AWAY)
+                if lower == b"connection" and value.lower() not in USUAL_CONNECTION:
+                    named += b"," + value
                 elif lower == b"transfer-encoding":
                     coded = True
                 continue
         out.append(name + b": " + value + b"\r\n")
-    if drop is not HOP_BY_HOP:  # Connection may name a header before it
-        out[4:] = [line for line in out[4:] if line.partition(b":")[0].lower() not in drop]
+    if named:
+        out[4:] = without_named(out[4:], named)
     if b"host" not in seen:  # HTTP/1.0
         host = f"[{deployment.host}]" if ":" in deployment.host else deployment.host
         out.append(f"host: {host}:{deployment.port}\r\n".encode())
@@ -2418,16 +2404,16 @@ def from_pool(request: Request, deployment: Deployment, now: float) -> Upstream 
 async def forward(
     request: Request, target: Deployment, hedge: bool, timeout: float = 0, fresh: bool = False
 ) -> ExchangeState:
-    """Send a request to a deployment and its answer to the client, on a pooled connection unless
-    `fresh`. A `timeout` in seconds is for a hedged request. Returns the exchange's outcome. Raises
-    UpstreamError if it failed before anything was sent to the client."""
+    """Send a request to a deployment, on a pooled connection unless `fresh`, and its answer to the
+    client. Returns the outcome. Raises UpstreamError if nothing was sent to the client."""
     upstream = None if fresh else from_pool(request, target, time.monotonic())
     upstream = upstream or await connect(target, timeout or TABLE.limits.connect_seconds)
     if request.gone:
         upstream.transport.abort()
         return GONE
     done = asyncio.Event()
-    exchange = Exchange(request, upstream, lambda _: done.set(), hedge, time.monotonic())
+    exchange = Exchange(request, upstream, lambda _: done.set(), time.monotonic())
+    exchange.hedge = hedge
     body_task = exchange.send(request_head(request, target))
     response_timer = request.client.loop.call_later(timeout, exchange.give_up) if timeout else None
     try:
@@ -2471,10 +2457,9 @@ def record_outcome(exchange: Exchange) -> ExchangeState:
 
 
 class TunnelEnd(asyncio.Protocol):
-    """One end of a tunnel. It writes what it reads to the other end. After a half-close (EOF) of
-    one end, the other may go on sending. The tunnel ends when both ends have sent EOF, when a
-    connection is lost, or when a half-closed tunnel was silent for `half_closed_seconds`. Then
-    buffers are written for at most `flush_seconds`."""
+    """One end of a tunnel: it writes what it reads to the other end. The tunnel ends when both ends
+    have sent EOF, a connection is lost, or only one has sent EOF and the other is silent for
+    `half_closed_seconds`. Then buffers are written for at most `flush_seconds`."""
 
     __slots__ = ("deployment", "ended", "lost", "peer", "since", "transport")
     open: ClassVar[set[TunnelEnd]] = set()  # the clients' ends, until both connections are gone
@@ -2533,8 +2518,7 @@ class TunnelEnd(asyncio.Protocol):
 
 
 def join(client: Client, exchange: Exchange) -> None:
-    """Pass a backend's 101 on, and make the two connections a tunnel. After any other answer to a
-    handshake the connection closes, since data behind the handshake are not checked."""
+    """Pass a backend's 101 on, and make the two connections a tunnel."""
     upstream = exchange.upstream
     head = [b"HTTP/1.1 101 Switching Protocols\r\n"]
     head += [n + b": " + v + b"\r\n" for n, v in exchange.fields]
@@ -2568,8 +2552,8 @@ QUERY_AFFINITY = re.compile(rb"(?:^|&)" + AFFINITY_QUERY.encode() + rb"=([^&]*)"
 QUERY_RELOAD = re.compile(rb"(?:^|&)" + RELOAD_QUERY.encode() + rb"=1(?:&|$)")
 SUSPECT_PATH = re.compile(rb"_pulse|//|/\.|[%\\;]", re.IGNORECASE)
 OWN_HEALTH_PATH = ROUTER_HEALTH_PATH.encode()
-_PREFIXES = os.environ.get("PULSE_RAILWAY_ASSET_PREFIXES", "/assets/").split(",")
-ASSET_PREFIXES = tuple(prefix.encode() for prefix in _PREFIXES if prefix)
+_PREFIXES = os.environ.get("PULSE_RAILWAY_ASSET_PREFIXES", "/assets/").encode().split(b",")
+ASSET_PREFIXES = tuple(filter(None, _PREFIXES))
 
 
 def affinity(request: Request) -> bytes:
@@ -2610,8 +2594,7 @@ def route(request: Request) -> None:
         client.answer(request, table.health())
         return
     if table.copy:
-        headers = {"retry-after": "30", "cache-control": "no-store"}
-        client.answer(request, JSONResponse({"detail": table.copy}, 503, headers))
+        client.answer(request, error_response(503, table.copy, retry_after="30"))
         return
     if is_internal(path):
         client.answer(request, error_response(404))
@@ -2619,14 +2602,11 @@ def route(request: Request) -> None:
     if table.closed and not bypasses_maintenance(request):
         client.answer(request, closed_response(request, table.closed))
         return
-    if affinity_id := affinity(request):
-        request.affinity_id = affinity_id
-        target = table.deployments.get(affinity_id)
-    else:
-        target = table.active if table.canary is None else pick_default(request)
+    request.affinity_id = name = affinity(request)
+    target = table.deployments.get(name) if name else pick_default(request)
     simple = target and not request.more_body and not may_hedge(request)
     if target and simple and (upstream := from_pool(request, target, client.touched)):
-        exchange = Exchange(request, upstream, on_done, False, client.touched)
+        exchange = Exchange(request, upstream, on_done, client.touched)
         exchange.send(request_head(request, target))
     else:
         client.spawn(handle(request))
@@ -2666,9 +2646,8 @@ VISITOR = re.compile(rb"(?:^|;) *" + VISITOR_COOKIE.encode() + rb"=([0-9a-f]{16}
 
 
 def visitor_of(request: Request) -> bytes:
-    """Return a visitor's id, from our cookie, or else from client address and user agent. That id
-    is kept in the cookie (`request.visitor`), since the address may change. An app's session cookie
-    comes with the first page only, and that page's assets could get another deployment."""
+    """Return a visitor's id, from our cookie, or else from client address and user agent: it is the
+    new cookie's. An app's session cookie would come too late for the first page's assets."""
     address = agent = forwarded = b""
     for _, name, value in request.fields:
         if name == b"cookie":
@@ -2710,12 +2689,13 @@ INTERNAL_TOKEN = os.environ.get("PULSE_RAILWAY_INTERNAL_TOKEN", "").encode()
 
 def closed_response(request: Request, closed: Maintenance) -> Response:
     """Return the answer to visitors during maintenance."""
-    headers = {"retry-after": str(closed.retry_after), "cache-control": "no-store"}
+    after = str(closed.retry_after)
     if any(b"text/html" in value for value in request.values(b"accept")):
         again = f"<meta http-equiv=refresh content={closed.retry_after}>{PAGE}"
         page = (closed.page or again).encode(errors="replace")
+        headers = {"retry-after": after, "cache-control": "no-store"}
         return Response(page, 503, headers, "text/html; charset=utf-8")
-    return JSONResponse({"detail": "maintenance"}, 503, headers)
+    return error_response(503, "maintenance", retry_after=after)
 
 
 def bypasses_maintenance(request: Request) -> bool:
@@ -2769,7 +2749,7 @@ def answer_for(request: Request, target: Deployment, error: UpstreamError) -> No
     target.tally.errors[error.kind] += 1
     response = error_response(error.status, error.detail)
     response.raw_headers.append((SELECTED_HEADER.encode(), target.id.encode()))
-    request.client.answer(request, response, instead_of=target)
+    request.client.answer(request, response, target)
 
 
 def may_hedge(request: Request) -> bool:
@@ -2815,7 +2795,7 @@ def stale_response(request: Request) -> Response:
     if not TABLE.loaded or TABLE.empty or TABLE.provisional:
         why = "nothing is deployed, or the routing state is lost"
         why = why if TABLE.loaded else "not loaded yet"
-        return JSONResponse({"detail": why}, 503, headers={"retry-after": "1"})
+        return error_response(503, why, retry_after="1")
     if not request.affinity_id or TABLE.active is None:
         return error_response(404, "deployment not found")
     METRICS.stale += 1
@@ -2824,8 +2804,8 @@ def stale_response(request: Request) -> Response:
     if headers.get(CLIENT_LOADER_HEADER) == "1" and location:
         host = headers.get("x-forwarded-host") or headers.get("host") or ""
         if target := local_location(location, host):
-            return Response(status_code=302, headers={"location": target})
-    answer = {STALE_HEADER: "1"}
+            return Response(None, 302, {"location": target, "cache-control": "no-store"})
+    answer = {STALE_HEADER: "1", "cache-control": "no-store"}
     if origin := headers.get("origin"):
         answer |= {
             "access-control-allow-origin": origin,
@@ -2950,10 +2930,8 @@ def serve(limits: Limits) -> None:
         import telemetry
 
         ACCESS_LOG, app.state.telemetry = telemetry.start(os.environ)
-    config = uvicorn.Config(
-        app, http=Client, ws="none", loop="uvloop", lifespan="on", log_level="warning"
-    )
-    config.timeout_graceful_shutdown = int(limits.shutdown_seconds)
+    config = uvicorn.Config(app, http=Client, ws="none", loop="uvloop", log_level="warning")
+    config.lifespan, config.timeout_graceful_shutdown = "on", int(limits.shutdown_seconds)
     app.state.failed, app.state.server = False, Server(config)
     app.state.server.run(sockets=[sock])
     if app.state.failed:

@@ -167,6 +167,30 @@ def test_connection_cannot_name_away_what_matters(routed: Callable[..., Routed])
     assert ask(r.port).header("content-length") == "3"
 
 
+def test_connection_cannot_name_away_what_the_edge_or_the_app_relies_on(
+    routed: Callable[..., Routed],
+) -> None:
+    """CVE-2024-45410's kind: an app would take the visitor for one without an address."""
+    r = routed()
+    kept = ["X-Forwarded-For: 1.2.3.4", "x-forwarded-proto: https", "x-real-ip: 1.2.3.4"]
+    kept += ["cookie: a=b", "authorization: x", "x-railway-edge: e", "x-request-start: 1"]
+    kept += ["traceparent: 00-1", "tracestate: a", "forwarded: for=1.2.3.4", "x-pulse-a: b"]
+    names = ",".join(line.partition(":")[0] for line in kept)
+    ask(r.port, "/", f"connection: {names}, x-private", "x-private: 1", *kept)
+    head = r.backend.heads[-1]
+    assert [line for line in kept if line.encode() not in head] == []
+    assert b"x-private" not in head.lower()
+
+
+def test_no_cache_keeps_an_answer_of_the_router(routed: Callable[..., Routed]) -> None:
+    r = routed()
+    for path in ("/_pulse/internal/x", "/?pulse_deployment=gone"):
+        assert header(ask(r.port, path).head, "cache-control") == "no-store"
+    r.backend.stop()
+    answer = ask(r.port, "/")
+    assert (answer.status, header(answer.head, "cache-control")) == (502, "no-store")
+
+
 def test_bodies_of_every_framing(routed: Callable[..., Routed]) -> None:
     def echo(connection: Connection) -> None:
         while head := connection.head():
