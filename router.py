@@ -977,6 +977,7 @@ class Deployment:
     tally: Tally = field(default_factory=lambda: Tally())
     idle: collections.deque[Upstream] = field(default_factory=collections.deque)
     ejected_until: float = 0.0  # monotonic; until then it gets no hedged requests
+    live: bool = True  # in the table
 
 
 @dataclass
@@ -1159,6 +1160,7 @@ class Table:
             self.active = known.get((routing.active or "").encode())
         for name_, entry in self.deployments.items():
             if known.get(name_) is not entry:
+                entry.live = False
                 close_idle(entry)
             if name_ not in known:
                 METRICS.tallies.pop(entry.id, None)
@@ -1370,7 +1372,7 @@ class Upstream(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self.exchange is not None:
-            self.exchange.upstream_lost()
+            self.exchange.upstream_lost(exc)
         else:
             with contextlib.suppress(ValueError):
                 self.deployment.idle.remove(self)
@@ -1558,6 +1560,8 @@ def client_limit(configured: int | None, limits: Limits) -> int:
 
 
 CHUNKED = b"transfer-encoding: chunked\r\n"
+VARY = f"vary: {AFFINITY_HEADER}\r\n".encode()
+PRIVATE = b"cache-control: private\r\n"  # in a canary, another visitor gets another answer
 # RFC 9110 section 7.6.1: for one connection only. The header `Connection` names more, ...
 HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer"
@@ -1570,10 +1574,14 @@ KEPT = re.compile(
     rb"|(content|x-forwarded|x-railway|x-pulse)-.*"
 )
 # what the loops over headers look at
-CHECKED_HEADERS = frozenset((b"host", b"content-length", b"transfer-encoding", b"expect"))
+CHECKED_HEADERS = frozenset(
+    (b"host", b"x-forwarded-host", b"content-length", b"transfer-encoding", b"expect")
+)
 ANSWER_HEADERS = HOP_BY_HOP | {b"content-length", b"content-type", b"x-pulse-selected-deployment"}
-FORWARDED = frozenset((b"host", b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host"))
-REQUEST_HEADERS = HOP_BY_HOP | FORWARDED
+FORWARDED = frozenset(b"host x-forwarded-for x-forwarded-proto x-forwarded-host x-real-ip".split())
+REQUEST_HEADERS = HOP_BY_HOP | FORWARDED | {INTERNAL_TOKEN_HEADER.encode()}
+# RFC 3986 section 3.2; an app may take anything else for a part of its URL (CVE-2026-48710)
+HOST = re.compile(rb"(\[[0-9a-f:.]+\]|([a-z0-9._~!$&'()*+,;=-]|%[0-9a-f]{2})*)(:[0-9]*)?", re.I)
 
 
 def without_named(lines: list[bytes], connection: bytes) -> list[bytes]:
@@ -1605,6 +1613,7 @@ class Request:
     gone = False  # the client has gone, or the body is invalid
     begun = False  # a byte of the answer was written
     answered = False
+    drawn = False  # the visitor's id chose the deployment
     visitor = b""  # id of a visitor who gets a cookie, during a canary
     affinity_id = b""  # the deployment that the request names
     body: bytes | bytearray = b""  # received and not taken yet
@@ -1658,6 +1667,7 @@ class Client(asyncio.Protocol):
     # initial values of a connection
     state = HEAD
     chunked = head_in_read = ending = reading_paused = False
+    host = b""  # of the last request
     early = b""  # data received after a handshake
     head_size = framing = 0  # framing: bytes of chunk headers and trailers
     chunks = body_bytes = 0  # of the last read
@@ -1737,15 +1747,17 @@ class Client(asyncio.Protocol):
                 self.check_framing(len(data))
             elif self.state is HEAD and self.head_size > TABLE.limits.head_bytes:
                 self.refuse(431)
-        if self.waiting and self.state.may_answer and not self.request:
+        if self.waiting:
             self.begin()
         if self.waiting or self.state is not HEAD:
             self.update_reading()
 
     def begin(self) -> None:
-        """Route the next waiting request, with the part of its body that was received."""
-        self.request = self.waiting.popleft()
-        self.route(self.request)
+        """Route the next waiting request, with the part of its body that was received, unless an
+        earlier one is being answered or the client does not take earlier answers."""
+        if self.state.may_answer and not (self.request or self.stalled_since):
+            self.request = self.waiting.popleft()
+            self.route(self.request)
 
     def route(self, request: Request) -> None:  # telemetry.py overrides it
         route(request)
@@ -1858,6 +1870,9 @@ class Client(asyncio.Protocol):
                 continue
             if name == b"host":
                 hosts += 1
+                if value != self.host and not HOST.fullmatch(value):
+                    raise BadRequest("not a host")
+                self.host = value
             elif name == b"content-length":
                 lengths += 1
                 if not value.isdigit():
@@ -1867,8 +1882,10 @@ class Client(asyncio.Protocol):
                 if self.chunked or value.lower() != b"chunked":
                     raise BadRequest("only one transfer coding, chunked, is understood")
                 self.chunked = self.has_body = True
-            elif value.lower() == b"100-continue":
-                self.expects_continue = True
+            elif name == b"expect":
+                self.expects_continue = value.lower() == b"100-continue"
+            elif not all(HOST.fullmatch(host.strip()) for host in value.split(b",")):
+                raise BadRequest("not a host")
         if lengths > 1 or (self.chunked and (lengths or version == "1.0")):
             raise BadRequest("conflicting message lengths, or HTTP/1.0 with a transfer coding")
         if method == b"CONNECT":
@@ -1983,6 +2000,9 @@ class Client(asyncio.Protocol):
         self.stalled_since = 0.0
         if self.exchange and not self.exchange.upstream.transport.is_closing():
             self.exchange.upstream.transport.resume_reading()
+        if self.waiting:
+            self.begin()
+            self.update_reading()
 
     def shutdown(self) -> None:
         """Close the connection after the answers in progress, since the server ends. An idle one is
@@ -2058,6 +2078,7 @@ class Exchange:
     writable: asyncio.Event | None = None  # for the task that sends the body
     go_ahead: asyncio.Event | None = None
     reason = tail = b""  # tail: data behind a 101
+    why = "the deployment closed the connection without an answer"
     status = bytes_out = head_size = 0
     answered_at = heard = 0.0  # times of the answer's head; of the last data, or the end
     chunked = until_close = close = False
@@ -2133,8 +2154,8 @@ class Exchange:
                 self.happens("missing")
                 return
             self.client.exchange = self
-        length = coded = page = False
-        named = b""
+        length = page = False
+        named = coding = b""
         out = [b"HTTP/1.1 %d %b\r\n" % (status, reason)]
         append = out.append
         for name, value in self.fields:
@@ -2146,7 +2167,7 @@ class Exchange:
                     page = is_page(value)
                 elif lower != b"x-pulse-selected-deployment":  # hop by hop
                     if lower == b"transfer-encoding":
-                        coded = True
+                        coding += value.lower() + b", "
                     elif lower == b"connection" and value.lower() not in USUAL_CONNECTION:
                         named += b"," + value
                     continue
@@ -2156,21 +2177,26 @@ class Exchange:
         if named:
             out[1:] = without_named(out[1:], named)
         append(self.upstream.deployment.header)
+        if page or not request.path.startswith(ASSET_PREFIXES):  # an asset is the same everywhere
+            append(VARY)
+            if request.drawn:
+                append(PRIVATE)
         if page:  # affinity.js reads the document's deployment from it
             append(b'server-timing: pulse;desc="%b"\r\n' % self.upstream.deployment.id.encode())
             if request.visitor:
                 append(visitor_cookie(request))
         empty = self.head_only or status in (204, 304)
-        self.until_close = not (length or coded or empty)
+        inner = coding.removesuffix(b"chunked, ")  # such as gzip: passed on as it is
+        self.until_close = not (length or empty or inner != coding)
         self.keep = parser.should_keep_alive() and not self.until_close
-        if not length and not empty:
-            if self.version_10:
-                self.close = True  # only the end of the connection can end this body
+        if not (length or empty) or (coding and self.head_only):
+            if not self.version_10:
+                self.chunked = not empty
+                append(b"transfer-encoding: %bchunked\r\n" % inner)
+            elif inner:
+                raise ValueError  # HTTP/1.0 has no transfer codings: `feed` answers 502
             else:
-                self.chunked = True
-                append(CHUNKED)
-        elif coded and self.head_only and not self.version_10:
-            append(CHUNKED)
+                self.close = not empty  # only the end of the connection can end this body
         if not request.keep_alive or self.close:
             self.close = True
             append(b"connection: close\r\n")
@@ -2188,7 +2214,7 @@ class Exchange:
         if status == 100:
             if self.go_ahead:
                 self.go_ahead.set()  # `Request.read` sends the client's 100
-        elif not self.version_10:
+        elif not (self.version_10 or self.hedge):  # another's answer may be on its way
             head = [b"HTTP/1.1 %d %b\r\n" % (status, reason)]
             head += [n + b": " + v + b"\r\n" for n, v in self.fields if n.lower() not in HOP_BY_HOP]
             self.client.transport.write(b"".join([*head, b"\r\n"]))
@@ -2222,10 +2248,10 @@ class Exchange:
         if self.state.finished:
             self.return_to_pool()
 
-    def upstream_lost(self) -> None:
+    def upstream_lost(self, error: Exception | None) -> None:
         if self.state is WAITING:
             self.end("reset" if self.upstream.again else "lost")
-        elif self.until_close:
+        elif self.until_close and error is None:  # a reset may have cut it off
             self.heard = time.monotonic()
             self.on_message_complete()
             self.flush()
@@ -2245,6 +2271,8 @@ class Exchange:
                 reset(self.client.transport)
             else:
                 self.client.close()
+        else:
+            self.why = why
         self.end("lost")
 
     def check_time(self) -> None:
@@ -2291,11 +2319,11 @@ class Exchange:
             self.writable.set()
         sending = self.request.more_body or self.request.body
         unread = self.state is MISSING and not self.head_only  # the body of a miss
-        pool = upstream.deployment.idle
+        deployment = upstream.deployment
         reusable = self.keep and not (sending or unread or upstream.transport.is_closing())
-        if reusable and len(pool) < TABLE.limits.idle_upstreams:
+        if reusable and deployment.live and len(deployment.idle) < TABLE.limits.idle_upstreams:
             upstream.idle_since = self.heard
-            pool.append(upstream)
+            deployment.idle.append(upstream)
         elif self.state is not SWITCHED:
             upstream.transport.abort()
         self.then(self)
@@ -2343,15 +2371,18 @@ def request_head(request: Request, deployment: Deployment) -> list[bytes]:
     url = request.url
     if not url.startswith(b"/"):  # absolute-form and `*`
         has_query = b"?" in url.partition(b"#")[0]
-        url = request.path + (b"?" + request.query if has_query else b"")
+        if request.method == b"OPTIONS" and re.fullmatch(rb"\w+://[^/?#]*", url):
+            url = b"*"  # RFC 9112 section 3.2.4
+        else:
+            url = request.path + (b"?" + request.query if has_query else b"")
     out = [request.method, b" ", url, b" HTTP/1.1\r\n"]
     seen: dict[bytes, bytes] = {}
     named, coded = b"", False
     for name, lower, value in request.fields:
         if lower in REQUEST_HEADERS:
             if lower in FORWARDED:
-                seen[lower] = value
-            else:  # hop by hop
+                seen[lower] = seen[lower] + b", " + value if lower in seen else value
+            else:  # hop by hop, or the internal token
                 if lower == b"connection" and value.lower() not in USUAL_CONNECTION:
                     named += b"," + value
                 elif lower == b"transfer-encoding":
@@ -2365,8 +2396,12 @@ def request_head(request: Request, deployment: Deployment) -> list[bytes]:
         out.append(f"host: {host}:{deployment.port}\r\n".encode())
     elif b"x-forwarded-host" not in seen:
         out.append(b"x-forwarded-host: " + seen[b"host"] + b"\r\n")
-    if b"x-forwarded-for" not in seen and request.client.peer:
-        out.append(b"x-forwarded-for: " + request.client.peer + b"\r\n")
+    before, visitor = seen.get(b"x-forwarded-for", b""), seen.get(b"x-real-ip", b"")
+    if not before and (visitor or request.client.peer):
+        out.append(b"x-forwarded-for: " + (visitor or request.client.peer) + b"\r\n")
+    elif visitor and before.rpartition(b",")[2].strip() != visitor:  # the client sent it
+        out[4:] = [line for line in out[4:] if line[:16].lower() != b"x-forwarded-for:"]
+        out.append(b"x-forwarded-for: " + before + b", " + visitor + b"\r\n")
     if b"x-forwarded-proto" not in seen:
         out.append(b"x-forwarded-proto: http\r\n")
     if coded:
@@ -2435,8 +2470,7 @@ def record_outcome(exchange: Exchange) -> ExchangeState:
     """Count an ended exchange, and go on as its outcome says. Returns and raises as `forward`."""
     request, deployment, outcome = exchange.request, exchange.upstream.deployment, exchange.state
     if outcome is LOST:
-        detail = "the deployment closed the connection without an answer"
-        raise UpstreamError(502, detail, sent=True)
+        raise UpstreamError(502, exchange.why, sent=True)
     if outcome is TIMED_OUT:
         raise UpstreamError(504, "the deployment did not answer in time", sent=True)
     took = exchange.heard - exchange.began
@@ -2565,10 +2599,22 @@ def affinity(request: Request) -> bytes:
     return values[0].strip() if values else b""
 
 
+def without_affinity(url: bytes) -> str | None:
+    """Return a URL without the deployment in its query, to redirect to: only a path that no browser
+    takes for another host's."""
+    path, _, query = url.partition(b"?")
+    kept = b"&".join(p for p in query.split(b"&") if not QUERY_AFFINITY.match(p))
+    if kept == query or not re.fullmatch(rb"/(?![/\\])[\x21-\x7e]*", path) or b"\\" in path:
+        return None
+    return (path + (b"?" + kept if kept else b"")).decode("latin-1")
+
+
 def is_internal(raw: bytes) -> bool:
     """Is a path below INTERNAL_PREFIX, in any encoding that a backend could decode?"""
     if not SUSPECT_PATH.search(raw):
         return False
+    if raw.count(b"%") > 1000:  # no app's; decoding it would take milliseconds
+        return True
     path = raw.decode("latin-1")
     for _ in range(5):  # servers on the path may decode it more than once
         path, before = urllib.parse.unquote(path), path
@@ -2600,7 +2646,9 @@ def route(request: Request) -> None:
         client.answer(request, error_response(404))
         return
     if table.closed and not bypasses_maintenance(request):
-        client.answer(request, closed_response(request, table.closed))
+        closed = table.closed
+        detail, after = "maintenance", closed.retry_after
+        client.answer(request, unavailable(request, 503, detail, after, closed.page))
         return
     request.affinity_id = name = affinity(request)
     target = table.deployments.get(name) if name else pick_default(request)
@@ -2632,6 +2680,7 @@ def pick_default(request: Request) -> Deployment | None:
     decides, in all routers alike: a page, its assets, `fetch` calls and socket get the same."""
     if TABLE.canary is None:
         return TABLE.active
+    request.drawn = True
     in_bucket = in_canary_bucket(visitor_of(request), TABLE.canary.id, TABLE.weight)
     return TABLE.canary if in_bucket else TABLE.active
 
@@ -2660,8 +2709,22 @@ def visitor_of(request: Request) -> bytes:
         elif name == b"x-forwarded-for":
             forwarded = value.partition(b",")[0].strip()
     client = (address or forwarded or request.client.peer) + b"\n" + agent
-    request.visitor = hashlib.blake2b(client, digest_size=8).hexdigest().encode()
-    return request.visitor
+    visitor = hashlib.blake2b(client, digest_size=8).hexdigest().encode()
+    if navigates(request):  # not another site's POST, which comes without the cookie (SameSite)
+        request.visitor = visitor
+    return visitor
+
+
+def navigates(request: Request) -> bool:
+    """Is a request for a page that a person opens (Fetch Metadata, or else `Accept`)?"""
+    if request.method not in (b"GET", b"HEAD") or request.handshake:
+        return False
+    modes = request.values(b"sec-fetch-mode")
+    return (
+        modes == [b"navigate"]
+        if modes
+        else any(b"text/html" in v for v in request.values(b"accept"))
+    )
 
 
 def visitor_cookie(request: Request) -> bytes:
@@ -2687,15 +2750,16 @@ PAGE = (
 INTERNAL_TOKEN = os.environ.get("PULSE_RAILWAY_INTERNAL_TOKEN", "").encode()
 
 
-def closed_response(request: Request, closed: Maintenance) -> Response:
-    """Return the answer to visitors during maintenance."""
-    after = str(closed.retry_after)
-    if any(b"text/html" in value for value in request.values(b"accept")):
-        again = f"<meta http-equiv=refresh content={closed.retry_after}>{PAGE}"
-        page = (closed.page or again).encode(errors="replace")
-        headers = {"retry-after": after, "cache-control": "no-store"}
-        return Response(page, 503, headers, "text/html; charset=utf-8")
-    return error_response(503, "maintenance", retry_after=after)
+def unavailable(
+    request: Request, status: int, detail: str, retry_after: int = 5, page: str | None = None
+) -> Response:
+    """Return the answer while nothing can be served, for people a page that tries again."""
+    if not navigates(request):
+        return error_response(status, detail, retry_after=str(retry_after))
+    again = f"<meta http-equiv=refresh content={retry_after}>{PAGE}"
+    headers = {"retry-after": str(retry_after), "cache-control": "no-store"}
+    text = (page or again).encode(errors="replace")
+    return Response(text, status, headers, "text/html; charset=utf-8")
 
 
 def bypasses_maintenance(request: Request) -> bool:
@@ -2747,7 +2811,7 @@ def answer_for(request: Request, target: Deployment, error: UpstreamError) -> No
     """Answer with 502 or 504 in place of a backend."""
     METRICS.errors += 1
     target.tally.errors[error.kind] += 1
-    response = error_response(error.status, error.detail)
+    response = unavailable(request, error.status, error.detail)
     response.raw_headers.append((SELECTED_HEADER.encode(), target.id.encode()))
     request.client.answer(request, response, target)
 
@@ -2795,24 +2859,25 @@ def stale_response(request: Request) -> Response:
     if not TABLE.loaded or TABLE.empty or TABLE.provisional:
         why = "nothing is deployed, or the routing state is lost"
         why = why if TABLE.loaded else "not loaded yet"
-        return error_response(503, why, retry_after="1")
+        return unavailable(request, 503, why, 1)
     if not request.affinity_id or TABLE.active is None:
         return error_response(404, "deployment not found")
     METRICS.stale += 1
+    if navigates(request) and (target := without_affinity(request.url)):
+        return Response(None, 302, {"location": target, "cache-control": "no-store"})
     headers = Headers(raw=[(lower, value) for _, lower, value in request.fields])
     location = headers.get(CLIENT_LOADER_LOCATION_HEADER)
     if headers.get(CLIENT_LOADER_HEADER) == "1" and location:
         host = headers.get("x-forwarded-host") or headers.get("host") or ""
         if target := local_location(location, host):
             return Response(None, 302, {"location": target, "cache-control": "no-store"})
-    answer = {STALE_HEADER: "1", "cache-control": "no-store"}
+    answer = {STALE_HEADER: "1", "cache-control": "no-store", "vary": AFFINITY_HEADER}
     if origin := headers.get("origin"):
-        answer |= {
-            "access-control-allow-origin": origin,
-            "access-control-allow-credentials": "true",
-            "access-control-expose-headers": STALE_HEADER,
-            "vary": "Origin",
-        }
+        answer["access-control-allow-origin"] = origin
+        answer["access-control-expose-headers"] = STALE_HEADER
+        answer["vary"] = f"Origin, {AFFINITY_HEADER}"
+        if origin.partition("://")[2] in (headers.get("host"), headers.get("x-forwarded-host")):
+            answer["access-control-allow-credentials"] = "true"
     methods = headers.get("access-control-request-method")
     if request.method == b"OPTIONS" and methods:
         answer["access-control-allow-methods"] = methods

@@ -193,7 +193,7 @@ def read_answer(connection: Connection, *, head_only: bool = False) -> Answer:
         return Answer(head, b"")
     if (length := header(head, "content-length")) is not None:
         return Answer(head, connection.read(int(length)))
-    if header(head, "transfer-encoding") == "chunked":
+    if (header(head, "transfer-encoding") or "").endswith("chunked"):
         body = b""
         while size := int(connection.until(b"\r\n").split(b";")[0], 16):
             body += connection.read(size)

@@ -20,7 +20,7 @@ from tests.net import Answer, Backend, Connection, ask, eventually, ok
 router: Any = runtime_image.load("router")
 control: Any = runtime_image.load("control")
 Run = Callable[..., Process]
-CHROME = "user-agent: Mozilla/5.0"
+CHROME, HTML = "user-agent: Mozilla/5.0", "accept: text/html"
 PAGE = "content-type: text/html; charset=utf-8"
 
 
@@ -76,7 +76,7 @@ class Canary:
     def page(self, n: int, *lines: str, port: int = 0, path: str = "/") -> Answer:
         """Return the answer to visitor number `n`."""
         address = f"x-real-ip: 10.0.{n // 250}.{n % 250}"
-        return ask(port or self.ports[0], path, address, CHROME, *lines)
+        return ask(port or self.ports[0], path, address, CHROME, HTML, *lines)
 
     def sides(self, visitors: int = 60, port: int = 0) -> list[bytes]:
         """Return for each visitor which deployment answers: b"a" or b"b"."""
@@ -140,8 +140,24 @@ def test_the_cookie_comes_once_and_with_pages_only(canary: Canary) -> None:
     assert canary.page(1, f"cookie: {cookie_of(first)}").header("set-cookie") is None
     assert canary.page(1, "cookie: pulse_railway_visitor=nonsense").header("set-cookie")
     assert canary.page(1, path="/?pulse_deployment=b").header("set-cookie") is None
+    port, address = canary.ports[0], "x-real-ip: 10.0.0.1"  # no navigation: no cookie
+    for lines in ([], [HTML, "sec-fetch-mode: cors"]):
+        assert ask(port, "/", address, CHROME, *lines).header("set-cookie") is None
+    posted = ask(port, "/", address, CHROME, HTML, "sec-fetch-mode: navigate", method="POST")
+    assert posted.header("set-cookie") is None  # another site's: it comes without the cookie
     canary.a.answer = canary.b.answer = ok(b"x", "content-type: text/css")
     assert canary.page(2).header("set-cookie") is None
+
+
+def test_no_shared_cache_keeps_what_a_visitor_got(canary: Canary) -> None:
+    """Nor an answer that the header chose, or could have chosen, for another header."""
+    page, asset = canary.page(1), canary.page(1, path="/assets/x.css")
+    assert (page.header("cache-control"), page.header("vary")) == ("private", "x-pulse-deployment")
+    named = canary.page(1, path="/?pulse_deployment=b")
+    assert (named.header("cache-control"), named.header("vary")) == (None, "x-pulse-deployment")
+    canary.a.answer = canary.b.answer = ok(b"x", "content-type: text/css")
+    asset = canary.page(1, path="/assets/x.css")
+    assert (asset.header("cache-control"), asset.header("vary")) == (None, None)
 
 
 def test_a_share_grows_and_ends(canary: Canary) -> None:

@@ -126,6 +126,109 @@ def test_forwarding_headers_of_the_edge_are_kept(routed: Callable[..., Routed]) 
     assert headers(head, "host") == ["app.example"]
 
 
+def test_a_clients_x_forwarded_for_is_never_alone(routed: Callable[..., Routed]) -> None:
+    """The edge says in X-Real-IP who the client is; an app may trust the last address."""
+    r, real = routed(), "x-real-ip: 198.51.100.7"
+    for sent, received in (
+        ([real], "198.51.100.7"),
+        (["x-forwarded-for: 6.6.6.6", real], "6.6.6.6, 198.51.100.7"),
+        (
+            [real, "X-Forwarded-For: 6.6.6.6", "x-forwarded-for: 7.7.7.7"],
+            "6.6.6.6, 7.7.7.7, 198.51.100.7",
+        ),
+        (["x-forwarded-for: 6.6.6.6, 198.51.100.7", real], "6.6.6.6, 198.51.100.7"),
+    ):
+        ask(r.port, "/", *sent)
+        assert headers(r.backend.heads[-1], "x-forwarded-for") == [received]
+
+
+def test_the_internal_token_goes_no_further(routed: Callable[..., Routed]) -> None:
+    r = routed()
+    ask(r.port, "/", "X-Pulse-Railway-Internal-Token: secret", "connection: close")
+    assert b"secret" not in r.backend.heads[-1]
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("app.example:8080", 200),
+        ("[::1]:80", 200),
+        ("xn--bcher-kva.example", 200),
+        ("", 200),
+        ("app.example/abc?bar=", 400),  # CVE-2026-48710
+        ("[::1", 400),
+        ("app.example:a", 400),
+        ("a b", 400),
+        ("user@app.example", 400),
+        ("a\\b", 400),
+    ],
+)
+def test_a_host_is_one(routed: Callable[..., Routed], host: str, status: int) -> None:
+    r = routed()
+    with r.open() as c:
+        for _ in range(2 if status == 200 else 1):  # the second one like the first
+            c.send(f"GET / HTTP/1.1\r\nhost: {host}\r\n\r\n".encode())
+            assert read_answer(c).status == status
+    assert ask(r.port, "/", f"x-forwarded-host: {host}").status == status
+    assert ask(r.port, "/", f"x-forwarded-host: good.example, {host}").status == status
+
+
+def test_options_for_the_whole_server(routed: Callable[..., Routed]) -> None:
+    """RFC 9112 section 3.2.4."""
+    r = routed()
+    for target, received in (
+        ("*", "*"),
+        ("http://app.example", "*"),
+        ("http://app.example/", "/"),
+        ("http://app.example?x", "/?x"),
+    ):
+        ask(r.port, target, method="OPTIONS")
+        assert r.backend.heads[-1].startswith(f"OPTIONS {received} HTTP/1.1\r\n".encode())
+
+
+def test_a_transfer_coding_stays_with_its_body(routed: Callable[..., Routed]) -> None:
+    """RFC 9112 section 6.1: a body coded with gzip is no plain one."""
+    r = routed()
+    packed = gzip.compress(b"hello" * 100)
+    chunks = b"%x\r\n%b\r\n0\r\n\r\n" % (len(packed), packed)
+    r.backend.answer = b"HTTP/1.1 200 OK\r\ntransfer-encoding: GZIP, chunked\r\n\r\n" + chunks
+    for _ in range(2):
+        answer = ask(r.port)
+        assert answer.header("transfer-encoding") == "gzip, chunked"
+        assert gzip.decompress(answer.body) == b"hello" * 100
+    assert r.backend.connections == 1
+    with r.open() as c:  # which has no transfer codings
+        c.send(b"GET / HTTP/1.0\r\n\r\n")
+        assert read_answer(c).status == 502
+
+
+def test_a_body_without_a_length_that_is_reset_is_not_complete(
+    routed: Callable[..., Routed],
+) -> None:
+    r = routed(handle=once(b"HTTP/1.1 200 OK\r\n\r\nhalf", Connection.reset))
+    with r.open() as c:
+        c.send(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        whole = c.rest()
+    assert b"half" in whole
+    assert not whole.endswith(b"0\r\n\r\n")
+
+
+def test_an_answer_that_is_not_http_is_named(routed: Callable[..., Routed]) -> None:
+    r = routed(handle=once(b"SSH-2.0-OpenSSH_9.2\r\n"))
+    answer = ask(r.port, method="POST")
+    assert (answer.status, answer.body) == (502, b'{"detail":"the backend\'s answer is not HTTP"}')
+
+
+def test_people_get_a_page_while_a_backend_is_down(routed: Callable[..., Routed]) -> None:
+    r = routed()
+    r.backend.stop()
+    page = ask(r.port, "/", "accept: text/html,*/*", "sec-fetch-mode: navigate")
+    assert (page.status, page.header("retry-after")) == (502, "5")
+    assert b"http-equiv=refresh content=5" in page.body
+    for lines in (["accept: text/html", "sec-fetch-mode: cors"], ["accept: */*"]):
+        assert ask(r.port, "/", *lines).header("content-type") == "application/json"
+
+
 def test_hop_by_hop_headers_go_no_further(routed: Callable[..., Routed]) -> None:
     r = routed(
         ok(
@@ -241,7 +344,7 @@ def test_answer_lines_arrive_as_they_were_sent(routed: Callable[..., Routed]) ->
     assert answer.head == (
         b"HTTP/1.1 203 Rather Odd\r\nSet-Cookie: a=1\r\nX-Case: Kept\r\nSet-Cookie: b=2; Path=/\r\n"
         b"Content-Encoding: gzip\r\nServer: theirs\r\nDate: today\r\ncontent-length: 3\r\n"
-        b"x-pulse-selected-deployment: a\r\n\r\n"
+        b"x-pulse-selected-deployment: a\r\nvary: x-pulse-deployment\r\n\r\n"
     )
     assert answer.body == b"abc"
 
@@ -774,4 +877,5 @@ def test_answers_are_the_same_as_without_a_router(routed: Callable[..., Routed])
 
     one, other = direct(), ask(r.port)
     assert other.body == one.body
-    assert other.head == one.head[:-2] + b"x-pulse-selected-deployment: a\r\n\r\n"
+    added = b"x-pulse-selected-deployment: a\r\nvary: x-pulse-deployment\r\n\r\n"
+    assert other.head == one.head[:-2] + added

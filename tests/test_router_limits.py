@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -118,6 +119,50 @@ def test_small_chunks_are_no_attack(site: tuple[Bodies, Process]) -> None:
 def test_headers_are_counted(site: tuple[Bodies, Process]) -> None:
     assert ask(site[1].port, "/", *(f"x-{i}: 1" for i in range(400))).status == 200
     assert ask(site[1].port, "/", *(f"x-{i}: 1" for i in range(600))).status == 431
+
+
+def test_requests_wait_for_a_client_that_does_not_read(
+    redis_server: Redis, run_router: Run
+) -> None:
+    """Sent one after the other, they were all answered into memory: 900 MB in 25 s."""
+    answer = b"HTTP/1.1 200 OK\r\ncontent-length: 1000000\r\n\r\n" + b"x" * 1_000_000
+    with Backend(answer) as backend:
+        redis_server.deployment("a", backend.address)
+        router = run_router(redis_server)
+        eventually(lambda: ask(router.port, "/healthz").status == 200)
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+            sock.connect(("127.0.0.1", router.port))
+            for _ in range(100):
+                sock.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+                time.sleep(0.01)
+            seen = len(backend.heads)
+            assert seen < 20  # what the kernel's buffers hold
+            received = 0
+            while received < 30_000_000:  # and they go on when it reads
+                received += len(sock.recv(MB))
+        eventually(lambda: len(backend.heads) > seen)
+
+
+def test_a_path_of_escapes_costs_little(site: tuple[Bodies, Process]) -> None:
+    _, router = site
+    assert ask(router.port, "/" + "%25" * 10_000).status == 404
+    assert ask(router.port, "/" + "%e3%81%82" * 300).status == 200  # 300 letters of Japanese
+
+
+def test_a_body_that_turns_bad_after_the_answer_is_not_logged(
+    site: tuple[Bodies, Process],
+) -> None:
+    _, router = site
+    for _ in range(5):
+        with Connection.to(router.port) as c:
+            c.send(POST.replace(b"POST /", b"POST /_pulse/internal/x"))
+            assert read_answer(c).status == 404
+            with contextlib.suppress(OSError):
+                for _ in range(20):
+                    c.send(b"not a chunk\r\n")
+                    time.sleep(0.002)
+    assert router.output() == ""
 
 
 def test_pipelined_requests_are_bounded(site: tuple[Bodies, Process]) -> None:

@@ -82,7 +82,38 @@ def test_stale_answer_has_cors_headers_for_an_origin(two: int) -> None:
     assert answer.header("access-control-allow-origin") == "https://app.example"
     assert answer.header("access-control-allow-credentials") == "true"
     assert answer.header("access-control-expose-headers") == "x-pulse-stale-affinity"
-    assert answer.header("vary") == "Origin"
+    assert answer.header("vary") == "Origin, x-pulse-deployment"
+
+
+def test_only_the_apps_own_origin_gets_credentials(two: int) -> None:
+    for origin in ("https://evil.example", "https://app.example.evil", "null", "http://["):
+        answer = ask(two, "/?pulse_deployment=gone", f"origin: {origin}")
+        assert answer.header("access-control-allow-origin") == origin
+        assert answer.header("access-control-allow-credentials") is None
+
+
+@pytest.mark.parametrize(
+    ("url", "location"),
+    [
+        ("/?pulse_deployment=gone", "/"),
+        ("/a%2Fb?x=%2f&pulse_deployment=gone&&y", "/a%2Fb?x=%2f&&y"),
+        ("/a?pulse_deployment=gone&pulse_deployment=b", "/a"),
+        ("//evil.example/?pulse_deployment=gone", None),
+        ("/\\evil.example/?pulse_deployment=gone", None),
+        ("/a/\\..\\b?pulse_deployment=gone", None),
+        ("http://evil.example/?pulse_deployment=gone", None),
+    ],
+)
+def test_an_address_with_a_deployment_that_is_gone(
+    two: int, url: str, location: str | None
+) -> None:
+    """A person who opens it gets the page of the active version; a redirect stays on this host."""
+    answer = ask(two, url, "accept: text/html,*/*")
+    expected = (302, location) if location else (409, None)
+    assert (answer.status, answer.header("location")) == expected
+    assert ask(two, url, "accept: text/html", "sec-fetch-mode: cors").status == 409
+    assert ask(two, url, "accept: text/html", method="POST").status == 409
+    assert ask(two, url).status == 409
 
 
 def test_stale_preflight_is_granted(two: int) -> None:
