@@ -1371,6 +1371,11 @@ class Upstream(asyncio.Protocol):
             self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if exc:  # A write failed on a reset connection, but an early answer may still be readable.
+            with contextlib.suppress(OSError):
+                fd = self.transport.get_extra_info("socket").fileno()
+                while self.exchange and (data := os.read(fd, 65536)):
+                    self.exchange.feed(data)
         if self.exchange is not None:
             self.exchange.upstream_lost(exc)
         else:
@@ -2243,8 +2248,9 @@ class Exchange:
             self.out = []
             self.client.transport.write(out[0] if len(out) == 1 else b"".join(out))
             self.client.touched = self.heard
-            if self.client.stalled_since and not self.state.finished:
-                self.upstream.transport.pause_reading()
+            upstream = self.upstream.transport
+            if self.client.stalled_since and not (self.state.finished or upstream.is_closing()):
+                upstream.pause_reading()
         if self.state.finished:
             self.return_to_pool()
 
@@ -2356,8 +2362,9 @@ class Exchange:
             if self.state is not WAITING:
                 return
         while not self.state.finished and (piece := await request.read()):
-            if self.state.finished:
-                return  # type: ignore[unreachable]  # the state changes during await
+            if self.state.finished or self.status >= 400:  # refused: the rest is not wanted
+                self.keep = False
+                return
             write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
             if self.writable:
                 await self.writable.wait()

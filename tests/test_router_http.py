@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import socket
 import threading
@@ -211,6 +212,34 @@ def test_a_body_without_a_length_that_is_reset_is_not_complete(
         whole = c.rest()
     assert b"half" in whole
     assert not whole.endswith(b"0\r\n\r\n")
+
+
+@pytest.mark.parametrize("pause", [0, 0.05])
+def test_an_early_refusal_of_an_upload_arrives(routed: Callable[..., Routed], pause: float) -> None:
+    """The backend resets the connection behind it: up to 70 % were lost (RFC 9112 section 9.6)."""
+
+    def refuse(connection: Connection) -> None:
+        if (head := connection.head()).startswith(b"POST"):
+            connection.send(b"HTTP/1.1 413 No\r\nconnection: close\r\ncontent-length: 3\r\n\r\n")
+            time.sleep(pause)
+            connection.send(b"big")
+        elif head:
+            connection.send(ok())
+
+    def upload(connection: Connection) -> None:
+        with contextlib.suppress(OSError):
+            for _ in range(50):
+                connection.send(b"x" * 65536)
+
+    r = routed(handle=refuse)
+    for _ in range(20):
+        with r.open() as c:
+            c.send(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 9000000\r\n\r\n")
+            sender = threading.Thread(target=upload, args=[c])
+            sender.start()
+            answer = read_answer(c)
+            sender.join()
+        assert (answer.status, answer.body) == (413, b"big")
 
 
 def test_an_answer_that_is_not_http_is_named(routed: Callable[..., Routed]) -> None:
