@@ -36,6 +36,7 @@ import asyncio
 import collections
 import concurrent.futures
 import contextlib
+import errno
 import hashlib
 import hmac
 import http.client
@@ -151,10 +152,19 @@ class Limits:
     # a tunnel
     half_closed_seconds: float = 60.0  # of silence in a half-closed tunnel
     flush_seconds: float = 30.0  # to write the rest after the other end was lost
+    busy_share: float = 0.5  # of the connections, for one deployment's requests
+    # the active deployment cannot be connected to
+    breaker_connect_seconds: float = 1.5  # until its fallback gets the request
+    breaker_probe_seconds: float = 1.0  # between two attempts to connect
+    breaker_close_seconds: float = 5.0  # of successful attempts until it gets new visitors again
     # assets that only some deployments have
     hedge_delay_seconds: float = 0.2  # between two hedged requests
     hedge_timeout_seconds: float = 1.5  # until a hedged request is answered
+    hedges: int = 4  # hedged requests at once, for one request
+    miss_bytes: int = 64 * 1024  # a longer answer that is not passed on costs its connection
+    absent_seconds: float = 10.0  # that it is cached that no deployment has an asset
     ejection_seconds: float = 30.0  # without requests for assets, after no answer
+    readmission_seconds: float = 1.0  # between two attempts with an ejected one
     asset_location_seconds: float = 300.0  # that an asset's deployment is cached
     asset_locations: int = 2000
     asset_location_path_bytes: int = 512  # longer paths are not cached
@@ -446,6 +456,23 @@ class Routing:
         """The promotion that made `active` active."""
         at = self.promoted.at if self.promoted else math.inf if self.promoted_by_other else 0.0
         return Promotion(self.active, at) if self.active else None
+
+    @property
+    def fallback(self) -> Record | None:
+        """The deployment that was active before, for new visitors while the active one cannot be
+        connected to. None after a restore: the records may not show what was before."""
+        active, switches = self.record_of_active(), ("promote", "rollback", "restore")
+        last = [entry["what"] for entry in self.history if entry["what"] in switches][-1:]
+        if active is None or last == ["restore"]:
+            return None
+        since = active.registered_at or 0.0
+        before = (
+            record
+            for record in self.records.values()
+            if record.promoted_at and (record.registered_at or 0.0) < since
+            if record.state == "draining" and not (record.rejected_at or record.retiring_at)
+        )
+        return max(before, key=lambda record: record.promoted_at or 0.0, default=None)
 
     def record_of_active(self) -> Record | None:
         """The active record. If it is lost or has no address, its service name is the id."""
@@ -915,6 +942,8 @@ class Follower:
             self.reported = {}
             return
         served = {"active": table.routing.active, "epoch": epoch, "since": table.since}
+        if table.down and table.down is table.active and table.fallback:
+            served["fallback"] = table.fallback.id
         report = {"version": runtime_version(), "identity": table.me} | served | METRICS.counters()
         if report != self.reported or now >= self.report_by:  # uptime and tasks alone are no change
             self.reported, self.report_by = report, now + self.limits.report_idle_seconds
@@ -978,6 +1007,9 @@ class Deployment:
     idle: collections.deque[Upstream] = field(default_factory=collections.deque)
     ejected_until: float = 0.0  # monotonic; until then it gets no hedged requests
     live: bool = True  # in the table
+    busy: int = 0  # requests that wait in `forward`
+    trial: asyncio.Future[str] | None = None  # of an ejected deployment: does it answer again?
+    tried_at: float = 0.0
 
 
 @dataclass
@@ -1018,6 +1050,9 @@ class Table:
         self.looked_at = 0.0
         # path -> the deployment that had it, and until when that is cached (monotonic)
         self.asset_locations: dict[bytes, tuple[str, float]] = {}
+        self.absent: dict[bytes, float] = {}  # assets that no deployment has; until when
+        self.fallback: Deployment | None = None  # see Routing.fallback
+        self.down: Deployment | None = None  # the active one, while the fallback gets its visitors
 
     @property
     def lost(self) -> bool:
@@ -1164,7 +1199,9 @@ class Table:
                 close_idle(entry)
             if name_ not in known:
                 METRICS.tallies.pop(entry.id, None)
-        self.deployments = known
+        self.deployments, self.absent = known, {}
+        before = routing.fallback if FALLBACK else None
+        self.fallback = known.get(before.deployment_id.encode()) if before else None
         canary = routing.canary
         self.canary = known.get(canary.deployment_id.encode()) if canary else None
         self.weight = (canary.weight if canary else None) or 0.0
@@ -1233,8 +1270,53 @@ class Table:
             return
         until = time.monotonic() + self.limits.asset_location_seconds
         self.asset_locations[path] = deployment.id, until
-        while len(self.asset_locations) > self.limits.asset_locations:
-            del self.asset_locations[next(iter(self.asset_locations))]
+        keep_newest(self.asset_locations, self.limits.asset_locations)
+
+    def cache_absent(self, path: bytes) -> None:
+        if len(path) <= self.limits.asset_location_path_bytes:
+            self.absent[path] = time.monotonic() + self.limits.absent_seconds
+            keep_newest(self.absent, self.limits.asset_locations)
+
+    async def readmit(self, deployment: Deployment) -> bool:
+        """Return whether an ejected deployment answers again. It is asked once a second, for all
+        requests that wait."""
+        now, limits = time.monotonic(), self.limits
+        late = now - deployment.tried_at > limits.readmission_seconds
+        if deployment.trial is None or (deployment.trial.done() and late):
+            host = f"[{deployment.host}]" if ":" in deployment.host else deployment.host
+            record = Record(deployment.id, address=f"http://{host}:{deployment.port}")
+            brief = replace(limits, backend_seconds=limits.hedge_timeout_seconds)
+            loop, threads = asyncio.get_running_loop(), RESOLVER.threads
+            deployment.trial = loop.run_in_executor(threads, look, record, brief)
+            deployment.tried_at = now
+        answers = await asyncio.shield(deployment.trial) == "answers"
+        deployment.ejected_until = 0.0 if answers else deployment.ejected_until
+        return answers
+
+    def give_up(self, active: Deployment) -> None:
+        """Send new visitors to the fallback, from now on."""
+        if self.down is not active:
+            log.error("%s cannot be connected to: new visitors get another version", active.id)
+            self.down = active
+
+    async def watch_active(self) -> None:
+        """Send new visitors back to the active deployment when it can be connected to again."""
+        limits, since = self.limits, None
+        while True:
+            await asyncio.sleep(limits.breaker_probe_seconds)
+            down, now = self.down, time.monotonic()
+            if down is None or down is not self.active:
+                self.down = since = None
+                continue
+            try:
+                (await connect(down, limits.breaker_connect_seconds)).transport.close()
+            except UpstreamError:
+                since = None
+                continue
+            since = since or now
+            if now - since >= limits.breaker_close_seconds:
+                log.warning("%s can be connected to again", down.id)
+                self.down = since = None
 
     async def follow(self, store: Store) -> None:
         pause = 0.1
@@ -1247,6 +1329,11 @@ class Table:
                 log.error("routing state unreadable (%s); trying again", type(error).__name__)
             pause = 0.1 if time.monotonic() - began > 10 else min(pause * 2, 2.0)
             await asyncio.sleep(pause)
+
+
+def keep_newest(cache: dict[bytes, Any], count: int) -> None:
+    while len(cache) > count:
+        del cache[next(iter(cache))]
 
 
 TABLE = Table(os.environ)  # `serve` makes another, with its limits
@@ -1342,12 +1429,10 @@ def requests_under_way() -> list[str]:
 class UpstreamError(Exception):
     """The backend did not answer. The client gets `status` and `detail`."""
 
-    def __init__(self, status: int, detail: str, *, sent: bool = False) -> None:
+    def __init__(self, status: int, detail: str, kind: str, *, sent: bool = False) -> None:
         super().__init__(detail)
-        self.status, self.detail = status, detail
+        self.status, self.detail, self.kind = status, detail, kind
         self.sent = sent  # the backend may have seen the request
-        kinds = ("connect_timeout", "timeout") if status == 504 else ("refused", "lost")
-        self.kind = kinds[sent]
 
 
 class Upstream(asyncio.Protocol):
@@ -1443,10 +1528,15 @@ class Resolver:
 RESOLVER = Resolver()
 
 
+# too few descriptors, ports or memory in this process
+OWN_WANT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL)
+
+
 async def connect(deployment: Deployment, timeout: float) -> Upstream:
     """Open a new connection. All addresses of the name are tried, 250 ms after one another (RFC
     8305), so that a dead IPv6 address costs little. Raises UpstreamError: 502 if the backend
-    refuses the connection, 504 if it does not answer within `timeout` seconds."""
+    refuses the connection, 504 if it does not answer within `timeout` seconds, 503 if this router
+    cannot open one."""
     clients, limit = len(Client.instances) + len(TunnelEnd.open), TABLE.limits.connections
     if clients > limit // 2 and clients + idle_connections() > limit:
         for other in TABLE.deployments.values():
@@ -1468,9 +1558,11 @@ async def connect(deployment: Deployment, timeout: float) -> Upstream:
                         raise  # a cached address may be outdated: look the name up again
     except TimeoutError:
         RESOLVER.known.pop((host, port), None)
-        raise UpstreamError(504, "the deployment does not answer") from None
-    except OSError:
-        raise UpstreamError(502, "the deployment refuses connections") from None
+        raise UpstreamError(504, "the deployment does not answer", "connect_timeout") from None
+    except OSError as error:
+        if error.errno in OWN_WANT:
+            raise UpstreamError(503, "the router cannot open a connection", "own") from None
+        raise UpstreamError(502, "the deployment refuses connections", "refused") from None
 
 
 # == The states of a client's connection and of an exchange ======================================
@@ -1619,6 +1711,7 @@ class Request:
     begun = False  # a byte of the answer was written
     answered = False
     drawn = False  # the visitor's id chose the deployment
+    unsure = False  # a deployment that was asked for an asset gave no clear answer
     visitor = b""  # id of a visitor who gets a cookie, during a canary
     affinity_id = b""  # the deployment that the request names
     body: bytes | bytearray = b""  # received and not taken yet
@@ -2088,7 +2181,7 @@ class Exchange:
     answered_at = heard = 0.0  # times of the answer's head; of the last data, or the end
     chunked = until_close = close = False
     keep = True
-    hedge = False  # a missing asset is not passed on: see `is_miss`
+    hedge = missed = False  # hedge: a missing asset is not passed on; missed: this is one
 
     def __init__(self, request: Request, upstream: Upstream, then: Then, began: float) -> None:
         client = self.client = request.client
@@ -2120,7 +2213,11 @@ class Exchange:
             why = "the backend switched protocols unasked"
         except httptools.HttpParserError:
             why = "the backend's answer is not HTTP"
-        if self.state is WAITING and self.head_size > TABLE.limits.answer_head_bytes:
+        if self.state is WAITING and self.missed:
+            if self.head_size > TABLE.limits.miss_bytes:  # too much to read for a connection
+                self.keep = False
+                self.happens("missing")
+        elif self.state is WAITING and self.head_size > TABLE.limits.answer_head_bytes:
             why = "the backend's answer has too large a head"
         if why:
             self.broken(why)
@@ -2153,10 +2250,12 @@ class Exchange:
             self.informational(status, reason)
             return
         if self.hedge:
-            missed = is_miss(request.path, status, self.fields)
-            if missed or request.begun or request.gone:  # another hedged request was faster
-                self.keep = parser.should_keep_alive()
-                self.happens("missing")
+            self.missed = is_miss(request.path, status, self.fields)
+            request.unsure |= status >= 500
+            if self.missed or request.begun or request.gone:  # another hedged request was faster
+                self.missed, self.keep = True, parser.should_keep_alive()
+                if self.head_only:
+                    self.happens("missing")
                 return
             self.client.exchange = self
         length = page = False
@@ -2226,7 +2325,7 @@ class Exchange:
 
     def on_body(self, chunk: bytes) -> None:
         if self.state is not ANSWERING:
-            self.keep = False
+            self.keep = self.keep and self.state is WAITING  # a miss, else an answer's surplus
             return
         self.bytes_out += len(chunk)
         if self.chunked:
@@ -2235,6 +2334,8 @@ class Exchange:
             self.out.append(chunk)
 
     def on_message_complete(self) -> None:
+        if self.missed and self.state is WAITING:
+            self.happens("missing")
         if self.state is not ANSWERING:
             return
         if self.chunked:
@@ -2256,7 +2357,8 @@ class Exchange:
 
     def upstream_lost(self, error: Exception | None) -> None:
         if self.state is WAITING:
-            self.end("reset" if self.upstream.again else "lost")
+            lost: ExchangeEvent = "reset" if self.upstream.again else "lost"
+            self.end("missing" if self.missed else lost)
         elif self.until_close and error is None:  # a reset may have cut it off
             self.heard = time.monotonic()
             self.on_message_complete()
@@ -2324,9 +2426,8 @@ class Exchange:
         if self.writable:
             self.writable.set()
         sending = self.request.more_body or self.request.body
-        unread = self.state is MISSING and not self.head_only  # the body of a miss
         deployment = upstream.deployment
-        reusable = self.keep and not (sending or unread or upstream.transport.is_closing())
+        reusable = self.keep and not (sending or upstream.transport.is_closing())
         if reusable and deployment.live and len(deployment.idle) < TABLE.limits.idle_upstreams:
             upstream.idle_since = self.heard
             deployment.idle.append(upstream)
@@ -2448,15 +2549,38 @@ async def forward(
 ) -> ExchangeState:
     """Send a request to a deployment, on a pooled connection unless `fresh`, and its answer to the
     client. Returns the outcome. Raises UpstreamError if nothing was sent to the client."""
-    upstream = None if fresh else from_pool(request, target, time.monotonic())
-    upstream = upstream or await connect(target, timeout or TABLE.limits.connect_seconds)
-    if request.gone:
-        upstream.transport.abort()
-        return GONE
+    limits = TABLE.limits
+    share = limits.connections * limits.busy_share  # one that hangs must not stop the others
+    if target.busy >= share and len(TABLE.deployments) > 1:
+        raise UpstreamError(503, "the deployment has too many requests in progress", "busy")
+    target.busy += 1
+    try:
+        upstream = None if fresh else from_pool(request, target, time.monotonic())
+        upstream = upstream or await connect(target, timeout or connect_seconds(request, target))
+        if request.gone:
+            upstream.transport.abort()
+            return GONE
+        exchange = await exchanged(request, upstream, hedge, timeout)
+    finally:
+        target.busy -= 1
+    if exchange.state is RESET:
+        return await forward(request, target, hedge, timeout, fresh=True)
+    return record_outcome(exchange)
+
+
+def connect_seconds(request: Request, target: Deployment) -> float:
+    """Return how long a connection may take: less if the fallback could have the request."""
+    limits = TABLE.limits
+    brief = target is TABLE.active and TABLE.fallback and not request.affinity_id
+    return limits.breaker_connect_seconds if brief else limits.connect_seconds
+
+
+async def exchanged(request: Request, upstream: Upstream, hedge: bool, timeout: float) -> Exchange:
+    """Carry out an exchange. A `timeout` in seconds is for a hedged request."""
     done = asyncio.Event()
     exchange = Exchange(request, upstream, lambda _: done.set(), time.monotonic())
     exchange.hedge = hedge
-    body_task = exchange.send(request_head(request, target))
+    body_task = exchange.send(request_head(request, upstream.deployment))
     response_timer = request.client.loop.call_later(timeout, exchange.give_up) if timeout else None
     try:
         await done.wait()
@@ -2468,18 +2592,16 @@ async def forward(
             body_task.cancel()
         if response_timer:
             response_timer.cancel()
-    if exchange.state is RESET:
-        return await forward(request, target, hedge, timeout, fresh=True)
-    return record_outcome(exchange)
+    return exchange
 
 
 def record_outcome(exchange: Exchange) -> ExchangeState:
     """Count an ended exchange, and go on as its outcome says. Returns and raises as `forward`."""
     request, deployment, outcome = exchange.request, exchange.upstream.deployment, exchange.state
     if outcome is LOST:
-        raise UpstreamError(502, exchange.why, sent=True)
+        raise UpstreamError(502, exchange.why, "lost", sent=True)
     if outcome is TIMED_OUT:
-        raise UpstreamError(504, "the deployment did not answer in time", sent=True)
+        raise UpstreamError(504, "the deployment did not answer in time", "timeout", sent=True)
     took = exchange.heard - exchange.began
     if exchange.status:
         deployment.tally.answered(request.method, exchange.status, took)
@@ -2685,11 +2807,27 @@ def on_done(exchange: Exchange) -> None:
 def pick_default(request: Request) -> Deployment | None:
     """Return the deployment of a request without affinity. During a canary the visitor's id
     decides, in all routers alike: a page, its assets, `fetch` calls and socket get the same."""
-    if TABLE.canary is None:
-        return TABLE.active
-    request.drawn = True
-    in_bucket = in_canary_bucket(visitor_of(request), TABLE.canary.id, TABLE.weight)
-    return TABLE.canary if in_bucket else TABLE.active
+    table, active = TABLE, TABLE.active
+    if table.canary is not None:
+        request.drawn = True
+        if in_canary_bucket(visitor_of(request), table.canary.id, table.weight):
+            return table.canary
+    if active is not None and active is table.down and may_use_fallback(request):
+        count_failure(active, "refused")
+        return table.fallback
+    return active
+
+
+def may_use_fallback(request: Request) -> bool:
+    """May another version answer for the active one? Not if the request asks about that one."""
+    about_active = bypasses_maintenance(request) or request.path == META_PATH.encode()
+    return TABLE.fallback is not None and not about_active
+
+
+def count_failure(deployment: Deployment, kind: str) -> None:
+    """Count a request that another deployment answered in place of this one."""
+    deployment.tally.failed += 1
+    deployment.tally.errors[kind] += 1
 
 
 def in_canary_bucket(visitor: bytes, deployment_id: str, weight: float) -> bool:
@@ -2755,6 +2893,7 @@ PAGE = (
     " tries again by itself."
 )
 INTERNAL_TOKEN = os.environ.get("PULSE_RAILWAY_INTERNAL_TOKEN", "").encode()
+FALLBACK = os.environ.get("PULSE_RAILWAY_ROUTER_FALLBACK", "on") != "off"
 
 
 def unavailable(
@@ -2791,25 +2930,51 @@ async def handle(request: Request, *, fresh: bool = False) -> None:
     if target is None:
         request.client.answer(request, stale_response(request))
         return
-    try:
-        await answer_by(request, target, fresh)
-    except UpstreamError as error:
-        active = TABLE.active
-        unsent = not error.sent or (error.status == 502 and repeatable(request))
-        if active and unsent and not (affinity_id or target is active or request.begun):
-            target.tally.failed += 1  # the active deployment answers for a failed canary
-            target.tally.errors[error.kind] += 1
-            try:
-                await answer_by(request, active)
-            except UpstreamError as also:
-                answer_for(request, active, also)
-        else:
-            answer_for(request, target, error)
+    failed: list[tuple[Deployment, UpstreamError]] = []
+    other: Deployment | None = target
+    while other:
+        try:
+            await answer_by(request, other, fresh)
+            break
+        except UpstreamError as error:
+            failed.append((other, error))
+            other, fresh = substitute(request, other, error), False
+    else:  # the error of the last one that the request was meant for
+        meant = [item for item in failed if item[0] is not TABLE.fallback]
+        blamed = (meant or failed)[-1]
+        failed.remove(blamed)
+        answer_for(request, *blamed)
+    for deployment, lost in failed:
+        count_failure(deployment, lost.kind)
+
+
+def substitute(request: Request, target: Deployment, error: UpstreamError) -> Deployment | None:
+    """Return the deployment that answers in place of one that failed, if any: the active one for
+    the canary, the fallback for an active one that cannot be connected to."""
+    active = TABLE.active
+    if request.affinity_id or request.begun or target is TABLE.fallback:
+        return None
+    if target is not active:
+        unsent = not error.sent or (error.kind == "lost" and repeatable(request))
+        return active if unsent else None
+    if error.kind not in ("refused", "connect_timeout") or not may_use_fallback(request):
+        return None
+    TABLE.give_up(active)
+    return TABLE.fallback
 
 
 async def answer_by(request: Request, target: Deployment, fresh: bool = False) -> None:
     """Answer from a deployment; a missing asset from others. Raises as `forward`."""
-    outcome = await forward(request, target, may_hedge(request), fresh=fresh)
+    if not may_hedge(request) or TABLE.absent.get(request.url, 0.0) > time.monotonic():
+        await forward(request, target, hedge=False, fresh=fresh)
+        return
+    try:
+        outcome = await forward(request, target, hedge=True, fresh=fresh)
+    except UpstreamError as error:
+        if not await fetch_from_others(request, target):
+            raise
+        count_failure(target, error.kind)
+        return
     if outcome is MISSING and not await fetch_from_others(request, target):
         await forward(request, target, hedge=False)
 
@@ -2833,29 +2998,45 @@ def may_hedge(request: Request) -> bool:
 
 
 async def fetch_from_others(request: Request, first: Deployment) -> bool:
-    """Send hedged requests for an asset that `first` lacks: to the next deployment when one lacks
-    it too, or `hedge_delay_seconds` after the one before. The first that has the asset answers.
-    Returns whether one has."""
-    loop, path, limits = request.client.loop, request.url, TABLE.limits
-    others = collections.deque(TABLE.others(first, path))
+    """Get an asset that `first` lacks from another deployment, and return whether one has it. Those
+    that are ejected are asked last, if they answer again."""
+    path, table = request.url, TABLE
+    if await ask_others(request, table.others(first, path)):
+        return True
+    now = time.monotonic()
+    ejected = [d for d in table.deployments.values() if d is not first and d.ejected_until > now]
+    back = await asyncio.gather(*map(table.readmit, ejected))
+    returned = [other for other, answers in zip(ejected, back, strict=True) if answers]
+    if returned and await ask_others(request, returned):
+        return True
+    if not request.unsure and len(returned) == len(ejected) and not request.gone:
+        table.cache_absent(path)
+    return request.gone
+
+
+async def ask_others(request: Request, others: list[Deployment]) -> bool:
+    """Send hedged requests: to the next deployment when one lacks the asset, or after
+    `hedge_delay_seconds`, `hedges` at once. The first that has it answers. Returns if one has."""
+    loop, limits, waiting = request.client.loop, TABLE.limits, collections.deque(others)
     asking: dict[asyncio.Task[ExchangeState], Deployment] = {}
     try:
-        while asking or (others and not request.gone):
-            if others and not request.begun:
-                other = others.popleft()
+        while asking or (waiting and not request.gone):
+            if waiting and not request.begun and len(asking) < limits.hedges:
+                other = waiting.popleft()
                 hedged = forward(request, other, True, limits.hedge_timeout_seconds)
                 asking[loop.create_task(hedged)] = other
-            pause, when = limits.hedge_delay_seconds if others else None, asyncio.FIRST_COMPLETED
+            pause, when = limits.hedge_delay_seconds if waiting else None, asyncio.FIRST_COMPLETED
             done, _ = await asyncio.wait(asking, timeout=pause, return_when=when)
             for task in done:
                 other = asking.pop(task)
                 try:
                     if task.result() is not MISSING:
-                        TABLE.cache_asset_location(path, other)
+                        TABLE.cache_asset_location(request.url, other)
                         return True
                 except UpstreamError:  # down or frozen: other assets of a page must not wait
+                    request.unsure = True
                     other.ejected_until = time.monotonic() + limits.ejection_seconds
-        return request.gone
+        return False
     finally:
         for task in asking:
             task.cancel()
@@ -2900,7 +3081,9 @@ DISCOVERY_PATH = b"/__manifest"  # React Router's request for a build's routes
 def is_miss(path: bytes, status: int, fields: list[tuple[bytes, bytes]]) -> bool:
     """Does an answer mean that the deployment lacks the asset or the routes? For an asset: a 404,
     or a page in place of a file, as from an app with a catch-all route. For routes: a 204 with a
-    reload header, as from another build."""
+    reload header, as from another build. For both: a 5xx."""
+    if status >= 500:
+        return True
     if not path.startswith(ASSET_PREFIXES):
         return status == 204 and any(n.lower() == b"x-remix-reload-document" for n, _ in fields)
     is_html = any(name.lower() == b"content-type" and is_page(value) for name, value in fields)
@@ -2941,6 +3124,7 @@ async def lifespan(_: Starlette) -> AsyncIterator[None]:
     work = {
         "routing state": partial(TABLE.follow, store),
         "without state": TABLE.serve_without_state,
+        "active deployment": TABLE.watch_active,
         "timeouts": close_overdue,
         **app.state.telemetry,
     }

@@ -106,16 +106,21 @@ class Backend:
         self.heads: list[bytes] = []
         self.connections = 0
         self.open: set[Connection] = set()
-        host = "127.0.0.1" if family == socket.AF_INET else "::1"
-        self.sock = socket.create_server((host, 0), family=family, backlog=256)
-        self.port = self.sock.getsockname()[1]
+        self.family, self.port = family, 0
+        self.start()
         self.address = f"http://127.0.0.1:{self.port}"
-        threading.Thread(target=self._accept, daemon=True).start()
 
-    def _accept(self) -> None:
+    def start(self) -> None:
+        """Listen; after `stop`, on the same port."""
+        host = "127.0.0.1" if self.family == socket.AF_INET else "::1"
+        self.sock = socket.create_server((host, self.port), family=self.family, backlog=256)
+        self.port = self.sock.getsockname()[1]
+        threading.Thread(target=self._accept, args=[self.sock], daemon=True).start()
+
+    def _accept(self, listening: socket.socket) -> None:
         while True:
             try:
-                sock, _ = self.sock.accept()
+                sock, _ = listening.accept()
             except OSError:
                 return
             self.connections += 1

@@ -342,6 +342,102 @@ def test_a_frozen_deployment_does_not_hold_what_others_have(
         assert max(took[1:]) < 1
 
 
+def asset_stage(redis: Redis, run_router: Run, active: Backend, **old: Backend) -> int:
+    for n, (name, backend) in enumerate(old.items()):
+        redis.deployment(name, backend.address, "draining", registered_at=n)
+    redis.deployment("active", active.address, "active", registered_at=9)
+    port = run_router(redis, {"absent_seconds": 1.0, "readmission_seconds": 0.2}).port
+    eventually(lambda: ask(port, "/").header("x-pulse-selected-deployment") == "active")
+    return port
+
+
+MISSING = ok(b"none", status="404 Not Found")
+
+
+@pytest.mark.parametrize("answer", [ok(b"", status="500 Oops"), b"SSH-2.0\r\n", None])
+def test_an_asset_while_the_active_deployment_is_down(
+    redis_server: Redis, run_router: Run, answer: bytes | None
+) -> None:
+    """An old tab's chunk is asked for without affinity: 502, and React Router reloads the tab."""
+    with Backend(ok(b"chunk")) as old, Backend(MISSING) as active:
+        port = asset_stage(redis_server, run_router, active, old=old)
+        if answer is None:
+            active.stop()
+        else:
+            active.answer = answer
+        assert ask(port, "/assets/a.js").body == b"chunk"
+        assert ask(port, "/__manifest?version=1").body == b"chunk"
+        old.answer = ok(b"", status="500 Oops")
+        assert ask(port, "/assets/b.js").status in (500, 502)
+
+
+def test_a_missing_asset_costs_one_request_each(redis_server: Redis, run_router: Run) -> None:
+    """Ten deployments and 300 requests were 3,300 requests, each on a new connection."""
+    with (
+        Backend(MISSING) as a,
+        Backend(MISSING) as b,
+        Backend(MISSING) as c,
+        Backend(MISSING) as active,
+    ):
+        port = asset_stage(redis_server, run_router, active, a=a, b=b, c=c)
+        before = len(active.heads)
+        for _ in range(30):
+            assert ask(port, "/assets/gone.js").status == 404
+        assert [len(old.heads) for old in (a, b, c)] == [1, 1, 1]
+        assert len(active.heads) - before == 31
+        for n in range(30):
+            assert ask(port, f"/assets/{n}.js").status == 404
+        assert max(old.connections for old in (a, b, c, active)) <= 2
+        # it is known for a short time, and until the table changes
+        b.answer = ok(b"chunk")
+        eventually(lambda: ask(port, "/assets/gone.js").body == b"chunk", 3)
+        b.answer = MISSING
+        assert ask(port, "/assets/late.js").status == 404
+        b.answer = ok(b"chunk")
+        redis_server.deployment("c", c.address, "draining", registered_at=2, drain_started_at=5)
+        eventually(lambda: ask(port, "/assets/late.js").body == b"chunk", 0.9)
+
+
+def test_one_that_was_put_aside_is_asked_before_a_404(redis_server: Redis, run_router: Run) -> None:
+    """One slow or refused answer cost a deployment's own old tabs their chunks for 30 s."""
+    with Backend(ok(b"chunk")) as old, Backend(MISSING) as active:
+        port = asset_stage(redis_server, run_router, active, old=old)
+        old.stop()
+        assert ask(port, "/assets/a.js").status == 404
+        old.start()
+        eventually(lambda: ask(port, "/assets/a.js").body == b"chunk", 1)
+        assert ask(port, "/assets/b.js").body == b"chunk"
+
+
+def test_a_hedged_requests_103_goes_nowhere(redis_server: Redis, run_router: Run) -> None:
+    early = b"HTTP/1.1 103 Early Hints\r\nlink: </x>\r\n\r\n"
+    with Backend(early + MISSING) as a, Backend(ok(b"chunk")) as b, Backend(MISSING) as active:
+        port = asset_stage(redis_server, run_router, active, b=b, a=a)
+        with Connection.to(port) as client:
+            client.send(b"GET /assets/a.js HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert client.head().startswith(b"HTTP/1.1 200")
+
+
+def test_one_that_hangs_does_not_take_all_connections(redis_server: Redis, run_router: Run) -> None:
+    with (
+        contextlib.ExitStack() as stack,
+        Backend(handle=lambda c: time.sleep(60)) as hanging,
+        Backend(ok(b"well")) as active,
+    ):
+        redis_server.deployment("old", hanging.address, "draining", registered_at=1)
+        redis_server.deployment("active", active.address, "active", registered_at=9)
+        port = run_router(redis_server, PULSE_RAILWAY_ROUTER_CONNECTION_LIMIT="40").port
+        eventually(lambda: ask(port, "/").body == b"well")
+        for _ in range(20):
+            c = stack.enter_context(Connection.to(port))
+            c.send(b"GET /?pulse_deployment=old HTTP/1.1\r\nhost: x\r\n\r\n")
+        eventually(lambda: hanging.connections == 20)
+        answer = ask(port, "/?pulse_deployment=old")
+        assert answer.json == {"detail": "the deployment has too many requests in progress"}
+        assert answer.status == 503
+        assert ask(port, "/").body == b"well"
+
+
 def test_several_slow_deployments_are_asked_side_by_side(
     redis_server: Redis, run_router: Run
 ) -> None:
