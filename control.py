@@ -783,7 +783,9 @@ def status_answer(
         problems.append(copy)
     elif routing.is_foreign(me):
         problems.append(ownership.foreign_words(str(routing.owner)))
-    records = list(routing.records.values())
+    records, routers = list(routing.records.values()), reports(store)
+    if fallback := fallback_in_use(routers, routing):
+        problems.append(fallback_words(routing, fallback))
     with concurrent.futures.ThreadPoolExecutor(16) as pool:  # a silent one takes seconds
         counts = list(pool.map(lambda record: sessions(record, token), records))
     canary, lock = routing.canary, routing.lock
@@ -805,7 +807,7 @@ def status_answer(
         "deployments": [
             {**record_answer(r), "sessions": n} for r, n in zip(records, counts, strict=True)
         ],
-        "routers": reports(store),
+        "routers": routers,
         "reports_without_lease": reports_without_lease(store),
     }
 
@@ -1004,6 +1006,7 @@ def control_parser() -> argparse.ArgumentParser:
     add = command("retire", "take a deployment out of the routing before its removal")
     add("--deployment-id", type=valid_id, required=True)
     add("--service-id", help="Railway's id of the service")
+    add("--force", action="store_true", help="also what new visitors get as the fallback")
     add = command("delete", "delete the record of a deployment that is not active")
     add("--deployment-id", type=valid_id, required=True)
     add = command("restore", "rebuild lost state")
@@ -1267,10 +1270,26 @@ def carry_out(argv: list[str], env: Mapping[str, str]) -> Json:
     return {**answer, "command": args.command, "nonce": args.nonce, "version": version}
 
 
+def fallback_in_use(reports: list[Json], routing: Routing) -> str | None:
+    """Return the deployment that a router gives to new visitors in place of the active one."""
+    fallback = routing.fallback.deployment_id if routing.fallback else None
+    return fallback if any(report.get("fallback") == fallback for report in reports) else None
+
+
+def fallback_words(routing: Routing, fallback: str) -> str:
+    """Return the problem for people."""
+    return f"{routing.active} cannot be connected to: new visitors get {fallback}"
+
+
 def change_answer(
     store: router.Store, args: argparse.Namespace, token: str, me: str | None = None
 ) -> Json:
     """Carry out a command that writes, wait for the routers, and return the answer's fields."""
+    if args.command == "retire" and not args.force:
+        before = store.read()
+        if args.deployment_id == fallback_in_use(reports(store), before):
+            words = fallback_words(before, args.deployment_id)
+            raise StateError(f"{words}. --force removes it all the same", "fallback")
     routing = change_state(store, args, me)
     answer: Json = {}
     if args.command == "claim":

@@ -71,6 +71,7 @@ from router import Json, Promotion, Record, Routing
 API_URL = "https://backboard.railway.com/graphql/v2"
 LOCK_SECONDS = 60  # lease of the run's lock, renewed during the run
 CALL_SECONDS = 60  # until one answer of Railway's API is complete
+NOTIFY_AGAIN_SECONDS = 3600  # while new visitors get the fallback
 DEAD_DEPLOY_SECONDS = 3600  # a younger deploy may still be under way
 # statuses of a Railway deployment that does not run
 NEVER_RAN = (None, "FAILED", "CRASHED", "REMOVED", "SKIPPED")
@@ -162,6 +163,7 @@ class Report:
     expired: list[str] = field(default_factory=list)  # deleted, since the drain TTL was over
     kept: dict[str, str] = field(default_factory=dict)  # deployment -> reason
     failed: dict[str, str] = field(default_factory=dict)  # deployment -> error
+    fallback: str | None = None  # new visitors get it, since the active one is down
     restored: str | None = None  # the active deployment of a state that was rebuilt
     claimed: str | None = None  # the owner that this run wrote into the routing state
     problems: list[str] = field(default_factory=list)
@@ -491,6 +493,8 @@ def clean_up(
                 verdict = "keep: was active beside the active deployment, draining from now on"
             if verdict == "drained" and name in rollback_targets:
                 verdict = "keep: for a rollback"
+            if verdict in ("drained", "expired") and name == run.fallback:
+                verdict = f"keep: {control.fallback_words(routing, name)}"
             if not verdict.startswith("keep"):
                 run.remove(name, record, service, verdict)
             elif verdict != "keep: active":
@@ -502,6 +506,7 @@ def clean_up(
     for name, why in inventory.others.items():
         if name in routing.records or why != OTHER_STACK:
             report.kept[name] = why
+    report.fallback = run.fallback
     return report
 
 
@@ -675,6 +680,16 @@ class Run:
     token: str
     report: Report
     routers_behind: bool = False
+
+    @functools.cached_property
+    def fallback(self) -> str | None:
+        """The deployment that new visitors get, or would get, in place of the active one."""
+        fallback, active = self.routing.fallback, self.routing.record_of_active()
+        if fallback is None or active is None:
+            return None
+        used = control.fallback_in_use(control.reports(self.store), self.routing)
+        down = used or router.look(active) == "unreachable"
+        return fallback.deployment_id if down else None
 
     @contextlib.contextmanager
     def isolate_failure(self, name: str) -> Iterator[None]:
@@ -855,16 +870,26 @@ def carry_out_request(inventory: Inventory, env: Mapping[str, str]) -> Json | No
 
 
 def notify(env: dict[str, str], report: Report) -> None:
-    """Send a notification if a deployment with open tabs was removed."""
-    if not report.expired or not env.get(NOTIFY):
+    """Send a notification if deployments with open tabs were removed, and if new visitors get
+    another version than the active one."""
+    if not env.get(NOTIFY):
         return
-    names = ", ".join(report.expired)
-    text = f"the drain time of {names} was over: its tabs were told to reload, and it was removed"
-    body = {"text": text, "event": "forced removal", "by": "janitor", "deployments": report.expired}
-    try:
-        httpx.post(env[NOTIFY], json=body, timeout=10).raise_for_status()
-    except (httpx.HTTPError, httpx.InvalidURL) as error:  # its message has the URL, a secret
-        log.warning("the notification to %s failed: %s", NOTIFY, type(error).__name__)
+    events = []
+    if report.expired:
+        names = ", ".join(report.expired)
+        text = (
+            f"the drain time of {names} was over: its tabs were told to reload, and it was removed"
+        )
+        events.append(("forced removal", text, report.expired))
+    if report.fallback:
+        text = f"the active deployment cannot be connected to: new visitors get {report.fallback}"
+        events.append(("fallback", text, [report.fallback]))
+    for event, text, ids in events:
+        body = {"text": text, "event": event, "by": "janitor", "deployments": ids}
+        try:
+            httpx.post(env[NOTIFY], json=body, timeout=10).raise_for_status()
+        except (httpx.HTTPError, httpx.InvalidURL) as error:  # its message has the URL, a secret
+            log.warning("the notification to %s failed: %s", NOTIFY, type(error).__name__)
 
 
 def options(argv: list[str]) -> dict[str, str]:
@@ -945,7 +970,9 @@ def main(argv: list[str]) -> int:
                 return 0
             control.keep_while_routers_report(store, routing)
             report = clean_up(store, railway, routing, inventory, token, retention)
-        notify(env, report)
+        key = f"{store.prefix}:notified:{report.fallback}"
+        again = report.fallback and not store.client.set(key, "1", nx=True, ex=NOTIFY_AGAIN_SECONDS)
+        notify(env, replace(report, fallback=None) if again else report)
     except (Contradiction, control.StateError, RuntimeError) as error:
         print(f"refused: {error}", file=sys.stderr)
         return 1

@@ -233,6 +233,9 @@ FAMILIES = {
     ),
     "pulse.router.log.dropped": Family("counter", "{line}", "Lines not written to the access log"),
     "pulse.router.table.age": Family("gauge", "s", "Time since the routing state was last read"),
+    "pulse.router.fallback": Family(
+        "gauge", "{state}", "1 while new visitors get the version before the active one"
+    ),
     "pulse.router.deployments": Family("gauge", "{deployment}", "Deployments by state"),
     "pulse.router.sessions": Family("gauge", "{session}", "Render sessions of a deployment"),
     "process.cpu.time": Family("counter", "s", "CPU time of the router's process"),
@@ -282,6 +285,8 @@ def collect_metrics(tab_counts: Mapping[str, int], log_dropped: int = 0) -> Metr
     put("pulse.router.connections.refused", METRICS.rejected)
     put("pulse.router.log.dropped", log_dropped)
     put("pulse.router.table.age", round(time.monotonic() - router.TABLE.loaded_at, 3))
+    table = router.TABLE
+    put("pulse.router.fallback", int(table.down is not None and table.down is table.active))
     states = collections.Counter(entry.state for entry in router.TABLE.deployments.values())
     for state in ("pending", "active", "draining"):
         put("pulse.router.deployments", states[state], state=state)

@@ -650,6 +650,44 @@ def test_there_is_a_way_back_for_a_while(room: Room) -> None:
     assert room.run(all_of_them[2], ttl=60, window=200, keep=5)[1] == ["last"]
 
 
+def test_what_new_visitors_get_in_place_of_the_active_one_stays(room: Room) -> None:
+    """Without tabs, and after its drain TTL; in use by a router's word, or because the janitor
+    cannot connect to the active one either."""
+    room.sessions(0)
+    gone = "http://127.0.0.1:9"
+    room.server.deployment("active", gone, registered_at=3, promoted_at=3)
+    room.draining("before", promoted_at=2, registered_at=2, drain_started_at=time.time() - 9)
+    room.draining("other", promoted_at=1, registered_at=1)
+    both = [service("before"), service("other")]
+    for ttl in (86_400, 5):
+        found, deleted = room.run(*both, ttl=ttl)
+        assert "before" not in deleted
+        assert found.fallback == "before"
+        assert found.kept["before"] == "active cannot be connected to: new visitors get before"
+    assert room.record("other") is None
+    room.server.deployment("active", room.backend.address, registered_at=3, promoted_at=3)
+    report(room, "router", fallback="before", epoch=1_000_000)
+    found, deleted = room.run(both[0])
+    assert (found.fallback, deleted) == ("before", [])
+    report(room, "router")
+    found, deleted = room.run(both[0])
+    assert (found.fallback, deleted) == (None, ["before"])
+
+
+def test_a_fallback_in_use_is_retired_only_by_force(room: Room, monkeypatch: Any) -> None:
+    monkeypatch.setenv("REDIS_URL", room.server.url)
+    room.server.deployment("active", "http://127.0.0.1:9", registered_at=3, promoted_at=3)
+    room.draining("before", promoted_at=2, registered_at=2)
+    report(room, "router", fallback="before")
+    words = ["retire", "--deployment-id", "before"]
+    answer = control.carry_out(words, dict(os.environ))
+    assert (answer["ok"], answer["reason"]) == (False, "fallback")
+    assert "new visitors get before. --force" in answer["error"]
+    status = control.carry_out(["status"], dict(os.environ))
+    assert status["problems"] == ["active cannot be connected to: new visitors get before"]
+    assert control.carry_out([*words, "--force"], dict(os.environ))["ok"]
+
+
 def test_a_control_command_is_carried_out_once_and_in_time(room: Room) -> None:
     env = {"REDIS_URL": room.server.url, "RAILWAY_SERVICE_ID": "x"}
 
@@ -861,6 +899,12 @@ def test_who_is_told_of_a_forced_removal(caplog: pytest.LogCaptureFixture) -> No
         janitor.notify({}, report)
         assert [body["deployments"] for body in TOLD] == [["prod-1", "prod-2"]]
         assert TOLD[0]["text"].startswith("the drain time of prod-1, prod-2 was over")
+    TOLD.clear()
+    with Backend(handle=told) as listener:
+        both = janitor.Report(expired=["prod-1"], fallback="prod-2")
+        janitor.notify({"PULSE_RAILWAY_NOTIFY_URL": listener.address}, both)
+        assert [body["event"] for body in TOLD] == ["forced removal", "fallback"]
+        assert TOLD[1]["text"].endswith("new visitors get prod-2")
     for bad in (secret, "no-address-at-all", "http://[T0SECRET"):
         caplog.clear()
         janitor.notify({"PULSE_RAILWAY_NOTIFY_URL": bad}, report)
