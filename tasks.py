@@ -142,6 +142,14 @@ def chaos(_: Any, minutes: float = 10.0, seed: int = 0) -> None:
     raise SystemExit(script.main(minutes, seed or time.time_ns() % (1 << 32)))
 
 
+@task(help={"minutes": "how long to play", "seed": "repeats a run"})
+def fuzz(_: Any, minutes: float = 5.0, seed: int = 0) -> None:
+    """Mutated requests and answers: no client may get another's, no backend a hidden request."""
+    from tests import fuzz as script
+
+    raise SystemExit(script.main(minutes, seed or time.time_ns() % (1 << 32)))
+
+
 ns = Collection.from_module(railway)
-for own in (demo, test, lint, docs, coverage, bench, soak, chaos, image_check, release):
+for own in (demo, test, lint, docs, coverage, bench, soak, chaos, fuzz, image_check, release):
     ns.add_task(own)  # type: ignore[arg-type]  # the decorator hides that it is a Task
