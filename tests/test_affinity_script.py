@@ -342,7 +342,8 @@ def test_a_fetcher_whose_deployment_is_gone_takes_the_page_to_the_active_one(
 
 
 LOADER = "{ headers: { 'x-pulse-client-loader-location': location.origin + '/old?q=1' } }"
-NAVIGATIONS = ["fetch('/old.data?q=1')", f"fetch('/data', {LOADER})"]
+NAVIGATION = "{ navigation: { state: 'loading', location: { pathname: '/old', hash: '#there' } } }"
+NAVIGATIONS = [f"({STATE})({NAVIGATION}), fetch('/old.data?q=1')", f"fetch('/data', {LOADER})"]
 
 
 @pytest.mark.parametrize("navigation", NAVIGATIONS)
@@ -354,7 +355,9 @@ def test_a_navigation_waits_for_a_deployment_that_is_away_for_a_moment(
     dead = f"http://127.0.0.1:{free_port()}"
     redis_server.deployment("a", dead, "draining", registered_at=1)
     eventually(lambda: loader(home) == 502)
-    page.evaluate(f"void (window.asked = {navigation}.then((answer) => answer.json()))")
+    script = "fetch('/old.data').then(({ status }) => status)"
+    assert page.evaluate(script) == 502  # not a page of React Router's
+    page.evaluate(f"void (window.asked = ({navigation}).then((answer) => answer.json()))")
     assert page.evaluate("fetch('/data').then(({ status }) => status)") == 502  # the app's own
     redis_server.deployment("a", a.address, "draining", registered_at=1)
     assert page.evaluate("asked")["from"] == "a"
@@ -371,8 +374,8 @@ def test_a_navigation_that_is_refused_loads_the_page(
     redis_server.client.set("pulse:railway:maintenance", closed)
     redis_server.client.publish("pulse:railway:events", "maintenance")
     eventually(lambda: loader(home) == 503)
-    page.evaluate(f"void {navigation}")
-    page.wait_for_url(f"{home}/old?q=1")
+    page.evaluate(f"void ({navigation})")
+    page.wait_for_url(f"{home}/old?q=1{'#there' * ('hash' in navigation)}")
     assert "Back soon" in page.inner_text("body")
 
 

@@ -93,7 +93,7 @@
     return new Promise(() => {});
   };
   // Not what a loader has thrown: for that the app has a page of its own.
-  const isRefused = ({ status, headers }) =>
+  const isUnavailable = ({ status, headers }) =>
     status >= 502 && status <= 504 && !headers.has(OF_LOADER);
 
   const fetch = window.fetch;
@@ -122,13 +122,15 @@
       if (headers.has(TARGET)) return headers.get(TARGET);
       return isLoader && isGet && navigates(url) ? pageOf(url) : null;
     };
+    const isRefused = (answer) =>
+      isUnavailable(answer) && (headers.has(TARGET) || state()) && target();
     let answer = await fetch.call(this, input, options);
     for (const pause of PAUSES) {
-      if (answer.status !== 502 || !isRefused(answer) || !target()) break;
+      if (answer.status !== 502 || !isRefused(answer)) break;
       await new Promise((done) => setTimeout(done, pause));
       answer = await fetch.call(this, input, options);
     }
-    if (isRefused(answer) && target()) return leave(target());
+    if (isRefused(answer)) return leave(target());
     const isStale = answer.status === 409 && answer.headers.has(STALE);
     if (isStale && isLoader && (navigates(url) || loads())) return leave(target());
     return answer;
