@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from playwright.sync_api import Page, Request, sync_playwright
+from playwright.sync_api import Browser, Page, Request, sync_playwright
 
 from pulse_railway.app import plugin
+from pulse_railway.local.supervisor import free_port
 from tests.conftest import Process, Redis
 from tests.net import Backend, Connection, ask, eventually, header, ok
 from tests.test_browser import CHROMIUM, FLAGS
@@ -38,6 +39,10 @@ def backend(name: str) -> Any:
                 connection.send(
                     ok(plugin.AFFINITY_SCRIPT.read_bytes(), "content-type: text/javascript")
                 )
+            elif path.startswith(b"/thrown.data"):
+                connection.send(
+                    b"HTTP/1.1 503 Thrown\r\nx-remix-response: yes\r\ncontent-length: 0\r\n\r\n"
+                )
             elif path.startswith((b"/data", b"/old.data")):
                 told = header(head, "x-pulse-deployment")
                 answer = {"from": name, "told": told, "body": body.decode()}
@@ -61,15 +66,21 @@ def backend(name: str) -> Any:
     return found
 
 
-@pytest.fixture
-def page() -> Iterator[Page]:
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         keeps_pages = ["--disable-back-forward-cache"]  # Playwright's own default
         browser = playwright.chromium.launch(
             executable_path=CHROMIUM, args=FLAGS, ignore_default_args=keeps_pages
         )
-        yield browser.new_page()
+        yield browser
         browser.close()
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    with browser.new_context() as context:
+        yield context.new_page()
 
 
 def test_an_old_tabs_own_calls_reach_its_deployment(
@@ -277,6 +288,7 @@ def test_a_loader_whose_deployment_is_gone_takes_the_page_there_anew(
         ("gone-1", "/old.data?_routes=x&q=1", "/old?q=1"),
         ("gone-2", "/_root.data", "/"),
         ("gone-3", "/deep/er.data", "/deep/er"),
+        ("gone-5", "/deep/_.data?q=1", "/deep/?q=1"),  # React Router 8's, with a slash at the end
     ):
         old_page(redis_server, page, home, name, a.address)
         page.evaluate(f"void fetch('{path}')")
@@ -285,6 +297,100 @@ def test_a_loader_whose_deployment_is_gone_takes_the_page_there_anew(
     old_page(redis_server, page, home, "gone-4", a.address)
     page.evaluate("window.here = 1; void fetch('/deep/er.data', { method: 'POST', body: 'x' })")
     page.wait_for_function("window.here === undefined")
+
+
+STATE = "(state) => { window.__reactRouterDataRouter = { state } }"  # React Router's
+
+
+def test_a_page_that_was_left_can_be_left_again_after_back(
+    redis_server: Redis, two: tuple[str, Any, Any], page: Page
+) -> None:
+    """Every click on such a page waited for good."""
+    home, a, _ = two
+    old_page(redis_server, page, home, "gone", a.address)
+    page.evaluate("window.kept = 1; void fetch('/old.data')")
+    page.wait_for_url(f"{home}/old")
+    page.go_back(wait_until="commit")
+    assert page.evaluate("window.kept") == 1
+    page.evaluate("void fetch('/old.data?q=1')")
+    page.wait_for_url(f"{home}/old?q=1")
+
+
+def loader(home: str) -> int:
+    return ask(int(home.rpartition(":")[2]), "/old.data?pulse_deployment=a").status
+
+
+@pytest.mark.parametrize(
+    "pending",
+    [
+        "revalidation: 'loading', fetchers: new Map()",
+        "fetchers: new Map([['1', { state: 'loading' }]])",
+    ],
+)
+def test_a_fetcher_whose_deployment_is_gone_takes_the_page_to_the_active_one(
+    redis_server: Redis, two: tuple[str, Any, Any], page: Page, pending: str
+) -> None:
+    """React Router put "409 Conflict" in place of the whole page."""
+    home, a, _ = two
+    redis_server.deployment("a", a.address, "draining", registered_at=1, retiring_at=2)
+    eventually(lambda: loader(home) == 409)
+    page.evaluate(f"({STATE})({{ navigation: {{ state: 'idle' }}, {pending} }})")
+    page.evaluate("void Promise.all([1, 2, 3].map(() => fetch('/old.data?_routes=x')))")
+    page.wait_for_function("window.__reactRouterDataRouter === undefined")
+    assert page.url == f"{home}/"
+    assert page.inner_text("body") == "b"
+
+
+LOADER = "{ headers: { 'x-pulse-client-loader-location': location.origin + '/old?q=1' } }"
+NAVIGATION = "{ navigation: { state: 'loading', location: { pathname: '/old', hash: '#there' } } }"
+NAVIGATIONS = [f"({STATE})({NAVIGATION}), fetch('/old.data?q=1')", f"fetch('/data', {LOADER})"]
+
+
+@pytest.mark.parametrize("navigation", NAVIGATIONS)
+def test_a_navigation_waits_for_a_deployment_that_is_away_for_a_moment(
+    redis_server: Redis, two: tuple[str, Any, Any], page: Page, navigation: str
+) -> None:
+    """One click in the second of a restart ended in React Router's error page."""
+    home, a, _ = two
+    dead = f"http://127.0.0.1:{free_port()}"
+    redis_server.deployment("a", dead, "draining", registered_at=1)
+    eventually(lambda: loader(home) == 502)
+    script = "fetch('/old.data').then(({ status }) => status)"
+    assert page.evaluate(script) == 502  # not a page of React Router's
+    page.evaluate(f"void (window.asked = ({navigation}).then((answer) => answer.json()))")
+    assert page.evaluate("fetch('/data').then(({ status }) => status)") == 502  # the app's own
+    redis_server.deployment("a", a.address, "draining", registered_at=1)
+    assert page.evaluate("asked")["from"] == "a"
+    assert page.evaluate("ask('/thrown.data')") == {"status": 503}  # the app's own
+
+
+@pytest.mark.parametrize("navigation", NAVIGATIONS)
+def test_a_navigation_that_is_refused_loads_the_page(
+    redis_server: Redis, two: tuple[str, Any, Any], page: Page, navigation: str
+) -> None:
+    """In maintenance, a click in an open tab ended in React Router's error page for good."""
+    home, _, _ = two
+    closed = json.dumps({"since": 1.0, "retry_after": 1})
+    redis_server.client.set("pulse:railway:maintenance", closed)
+    redis_server.client.publish("pulse:railway:events", "maintenance")
+    eventually(lambda: loader(home) == 503)
+    page.evaluate(f"void ({navigation})")
+    page.wait_for_url(f"{home}/old?q=1{'#there' * ('hash' in navigation)}")
+    assert "Back soon" in page.inner_text("body")
+
+
+def test_an_apps_own_socket_reaches_the_deployment_of_its_page(
+    two: tuple[str, Any, Any], page: Page
+) -> None:
+    _, a, b = two
+    a.answers.clear()
+    for script in ("'/data/ws'", "'ws://' + location.host + '/data/ws'", "'/data/ws', 'chat'"):
+        page.evaluate(f"new WebSocket({script})")
+        eventually(lambda: a.answers[-1:])
+        path, _ = a.answers.pop()
+        assert path == b"/data/ws?pulse_deployment=a&pulse_reload_on_stale_affinity=1"
+    page.evaluate("new WebSocket('/data/ws?pulse_deployment=b')")
+    eventually(lambda: b.answers[-1:] and b.answers[-1][0] == b"/data/ws?pulse_deployment=b")
 
 
 DIRECTIVES = json.dumps({"query": {"pulse_deployment": "gone"}})

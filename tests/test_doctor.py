@@ -5,6 +5,7 @@ test_init.py and test_first_deploy.py run it without problems.
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from dataclasses import replace
@@ -115,6 +116,20 @@ def test_a_package_json_without_pulse(base: Project, app: Path, text: str | None
     doctor.check_react(checkup, parsed)
     assert [check.verdict for check in checkup.checks] == ["warning"]
     assert checkup.checks[0].said == f"{package} names no pulse-ui-client"
+
+
+def test_a_client_from_a_workspace_and_pages_without_the_script(base: Project, app: Path) -> None:
+    web = app / "web"
+    (web / "app").mkdir(exist_ok=True)
+    (web / "app" / "root.tsx").write_text("<head />")
+    client = {"pulse-ui-client": "workspace:*"}  # as in Pulse's own examples
+    (web / "package.json").write_text(json.dumps({"dependencies": client}))
+    parsed = options.parse_deploy({"app": "main.py", "context": str(app)}, doctor.Warnings())
+    checkup = Checkup()
+    doctor.check_react(checkup, parsed)
+    assert [check.verdict for check in checkup.checks] == ["warning", "warning"]
+    assert "does not load /_pulse/railway/affinity.js" in checkup.checks[0].said
+    assert "pulse-ui-client is workspace:*" in checkup.checks[1].said
 
 
 def test_a_clock_that_is_wrong() -> None:

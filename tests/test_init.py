@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from invoke.vendor import yaml
 
+from pulse_railway.flows import init
 from tests.conftest import Project
 
 APP = """
@@ -104,6 +105,18 @@ def test_from_an_empty_folder_to_a_second_deploy(
     assert faulty.code == 1
     assert "pulse-ui-client is 0.0.1" in faulty.out
     assert "! its files and settings: the upload holds .env" in faulty.out
+
+
+def test_what_is_left_to_do_names_the_script_of_the_pages(tmp_path: Path) -> None:
+    root = tmp_path / "web" / "app" / "root.tsx"
+    root.parent.mkdir(parents=True)
+    (tmp_path / "web" / "package.json").write_text("{}")
+    root.write_text("<head />")
+    tag = '<script src="/_pulse/railway/affinity.js" />'
+    step = f"put {tag} first into the <head> of web/app/root.tsx"
+    assert step in init.todo("main.py", "", tmp_path)
+    root.with_name("document.tsx").write_text(f"<head>{tag}</head>")
+    assert step not in init.todo("main.py", "", tmp_path)
 
 
 @pytest.mark.parametrize("files", [{}, {"a.py": "ps.App()", "b.py": "app = ps.App()"}])

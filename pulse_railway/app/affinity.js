@@ -3,14 +3,18 @@
 //     <script src="/_pulse/railway/affinity.js" />
 //
 // Pulse's own requests say which deployment their page is from. React Router's loaders, an app's own
-// `fetch`, XMLHttpRequest and EventSource, and forms that are posted do not. This adds the affinity to
-// those that go to the page's own origin, so that an old page goes on talking to the version that it
-// was loaded from. A form with GET is left alone: its address is shared, and would keep strangers on
-// an old version.
+// `fetch`, XMLHttpRequest, EventSource and WebSocket, and forms that are posted do not. This adds the
+// affinity to those that go to the page's own origin, so that an old page goes on talking to the
+// version that it was loaded from. A form with GET is left alone: its address is shared, and would
+// keep strangers on an old version.
 (() => {
   const QUERY = "pulse_deployment";
   const HEADER = "x-pulse-deployment";
   const STALE = "x-pulse-stale-affinity";
+  const OF_LOADER = "x-remix-response"; // on all that a loader of React Router's has answered
+  const TARGET = "x-pulse-client-loader-location"; // the page that Pulse's client loader is for
+  const RELOAD = "pulse_reload_on_stale_affinity";
+  const PAUSES = [300, 1000, 2000]; // ms, before a navigation that met no deployment asks again
   const DIRECTIVES = "__PULSE_DIRECTIVES"; // where Pulse's client keeps what the server told the page
 
   const storage = (() => {
@@ -41,6 +45,7 @@
   let directives = null;
   addEventListener("pagehide", () => (directives = storage?.getItem(DIRECTIVES)));
   addEventListener("pageshow", ({ persisted }) => {
+    leaving = false;
     if (persisted && directives) storage?.setItem(DIRECTIVES, directives);
   });
 
@@ -51,58 +56,83 @@
       return null; // whoever is called says what is wrong with it
     }
   };
-  const isOurs = (url) => url?.origin === location.origin && !url.searchParams.has(QUERY);
+  const isHere = (url) => url?.origin.replace(/^ws/, "http") === location.origin;
+  const isOurs = (url) => isHere(url) && !url.searchParams.has(QUERY);
   const withAffinity = (url) => {
     const name = deployment();
     if (name) url.searchParams.set(QUERY, name);
     return url;
   };
 
-  // A loader whose deployment is gone has no answer: the page goes where it was going, on the active
-  // one. That is for navigations; what is loaded in the background gets its 409.
-  const router = () => window.__reactRouterDataRouter; // React Router's, on every page of it
-  let leaving = false;
+  // A navigation whose deployment is gone, or which the router refuses (maintenance, no connection),
+  // would end in React Router's error page, and the page's state with it. Its document is loaded
+  // instead: it is the active deployment's, or says what is wrong and tries again by itself.
+  const state = () => window.__reactRouterDataRouter?.state; // React Router's, on every page of it
   const pageOf = (url) => {
     const page = new URL(url);
-    page.pathname = page.pathname.replace(/\/_root\.data$/, "/").replace(/\.data$/, "");
+    page.pathname = page.pathname.replace(/\/_(root)?\.data$/, "/").replace(/\.data$/, "");
     page.searchParams.delete("_routes");
+    page.hash = state()?.navigation.location?.hash ?? "";
     return page;
   };
   const navigates = (url) => {
-    if (!router()) return true;
-    const { state, location: target } = router().state.navigation;
-    return state !== "idle" && target?.pathname === pageOf(url).pathname;
+    if (!state()) return true;
+    return state().navigation.location?.pathname === pageOf(url).pathname; // none: idle
   };
-  const leave = (url, method) => {
-    if (!leaving && method === "GET") location.assign(pageOf(url));
+  // A fetcher or a revalidation: what goes wrong there is React Router's error page, too.
+  const loads = () => {
+    const { revalidation, fetchers } = state() ?? {};
+    const pending = (fetcher) => fetcher.state !== "idle";
+    return revalidation === "loading" || [...(fetchers?.values() ?? [])].some(pending);
+  };
+  let leaving = false;
+  const leave = (page) => {
+    if (!leaving && page) location.assign(page);
     else if (!leaving) location.reload();
     leaving = true;
     return new Promise(() => {});
   };
+  // Not what a loader has thrown: for that the app has a page of its own.
+  const isUnavailable = ({ status, headers }) =>
+    status >= 502 && status <= 504 && !headers.has(OF_LOADER);
 
   const fetch = window.fetch;
   window.fetch = async function (input, init) {
     const request = input instanceof Request ? input : null;
     const url = absolute(request ? request.url : input);
     const headers = new Headers(init?.headers ?? request?.headers);
-    const name = deployment();
-    if (!name || !isOurs(url) || headers.has(HEADER)) return fetch.call(this, input, init);
-    let answer;
-    if ((init?.mode ?? request?.mode) === "no-cors") {
-      // such a request takes no header of ours
-      const there = withAffinity(new URL(url));
-      const body = request?.body ? await request.clone().blob() : undefined;
-      const { method, headers, credentials, cache, redirect, keepalive, signal } = request ?? {};
-      const same = { method, headers, credentials, cache, redirect, keepalive, signal, body };
-      answer = await fetch.call(this, there, { ...(request && same), ...init, mode: "no-cors" });
-    } else {
-      headers.set(HEADER, name);
-      answer = await fetch.call(this, input, { ...init, headers });
+    if (!isHere(url)) return fetch.call(this, input, init);
+    let options = init;
+    if (isOurs(url) && deployment() && !headers.has(HEADER)) {
+      if ((init?.mode ?? request?.mode) === "no-cors") {
+        // such a request takes no header of ours
+        const there = withAffinity(new URL(url));
+        const body = request?.body ? await request.clone().blob() : undefined;
+        const { method, headers, credentials, cache, redirect, keepalive, signal } = request ?? {};
+        const same = { method, headers, credentials, cache, redirect, keepalive, signal, body };
+        return fetch.call(this, there, { ...(request && same), ...init, mode: "no-cors" });
+      }
+      headers.set(HEADER, deployment());
+      options = { ...init, headers };
     }
-    const stale = answer.status === 409 && answer.headers.has(STALE);
-    if (stale && url.pathname.endsWith(".data") && navigates(url)) {
-      return leave(url, (init?.method ?? request?.method ?? "GET").toUpperCase());
+    // Pulse's client loader and React Router's loaders
+    const isGet = (init?.method ?? request?.method ?? "GET").toUpperCase() === "GET";
+    const isLoader = url.pathname.endsWith(".data");
+    const target = () => {
+      if (headers.has(TARGET)) return headers.get(TARGET);
+      return isLoader && isGet && navigates(url) ? pageOf(url) : null;
+    };
+    const isRefused = (answer) =>
+      isUnavailable(answer) && (headers.has(TARGET) || state()) && target();
+    let answer = await fetch.call(this, input, options);
+    for (const pause of PAUSES) {
+      if (answer.status !== 502 || !isRefused(answer)) break;
+      await new Promise((done) => setTimeout(done, pause));
+      answer = await fetch.call(this, input, options);
     }
+    if (isRefused(answer)) return leave(target());
+    const isStale = answer.status === 409 && answer.headers.has(STALE);
+    if (isStale && isLoader && (navigates(url) || loads())) return leave(target());
     return answer;
   };
 
@@ -127,6 +157,17 @@
     constructor(address, options) {
       const url = absolute(address);
       super(isOurs(url) ? withAffinity(url) : address, options);
+    }
+  };
+
+  // Pulse's own names its deployment. Where that is gone, another is taken, as before.
+  const Socket = window.WebSocket;
+  window.WebSocket = class WebSocket extends Socket {
+    constructor(address, protocols) {
+      const url = absolute(address);
+      const isNamed = isOurs(url) && deployment();
+      if (isNamed) withAffinity(url).searchParams.set(RELOAD, "1");
+      super(isNamed ? url : address, protocols);
     }
   };
 

@@ -19,6 +19,7 @@ from pulse_railway import app_identity, config, contract, options, router_comman
 from pulse_railway.advice import pasteable
 from pulse_railway.errors import Failure
 from pulse_railway.flows import deploy, status
+from pulse_railway.flows.init import page_without_script
 from pulse_railway.options import DeployOptions
 from pulse_railway.output import Output
 from pulse_railway.railway import config_files, program, tokens
@@ -128,18 +129,25 @@ def check_app(checkup: Checkup, flags: dict[str, Any]) -> deploy.Plan | None:
 
 
 def check_react(checkup: Checkup, deploy_options: DeployOptions) -> None:
-    """Check that Pulse's npm package and its Python package have the same version."""
+    """Check that Pulse's npm package and its Python package have the same version, and that the
+    pages load affinity.js."""
     app = deploy_options.app
-    path = app.context / (deploy_options.web_root or app.web_root) / "package.json"
+    web = app.context / (deploy_options.web_root or app.web_root)
+    if page := page_without_script(web):
+        said = f"{page} does not load {contract.SCRIPT_PATH}: see docs/first-deploy.md"
+        checkup.add("the affinity script", "warning", said)
+    path = web / "package.json"
     try:
-        client = json.loads(path.read_text())["dependencies"]["pulse-ui-client"]
+        client = str(json.loads(path.read_text())["dependencies"]["pulse-ui-client"])
         framework = version("pulse-framework")
     except (OSError, ValueError, KeyError, TypeError, PackageNotFoundError):
         checkup.add("React's packages", "warning", f"{path} names no pulse-ui-client")
         return
-    if str(client).lstrip("^~=v") != framework:
-        differ = f"pulse-ui-client is {client} and pulse-framework {framework}"
-        checkup.add("React's packages", "bad", f"{differ}: give both one version")
+    differ = f"pulse-ui-client is {client} and pulse-framework {framework}: give both one version"
+    if not client.lstrip("^~=v")[:1].isdigit():  # a workspace's, a file
+        checkup.add("React's packages", "warning", differ)
+    elif client.lstrip("^~=v") != framework:
+        checkup.add("React's packages", "bad", differ)
     else:
         checkup.add("React's packages", "good", f"pulse-ui-client {client}")
 

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pulse_railway import __version__, config
+from pulse_railway import __version__, config, contract
 from pulse_railway.errors import Failure
 from pulse_railway.output import Output
 from pulse_railway.railway import config_files
@@ -195,6 +195,16 @@ def _installed(name: str) -> str:
         return "0"
 
 
+def page_without_script(web: Path) -> Path | None:
+    """Return the root of the React project in `web` if no file beside it names affinity.js."""
+    root = web / "app" / "root.tsx"
+    if not root.is_file():
+        return None
+    sources = root.parent.glob("*.[jt]sx")
+    loads = any(contract.SCRIPT_PATH in path.read_text(errors="replace") for path in sources)
+    return None if loads else root
+
+
 def todo(app: str, source: str, folder: Path) -> list[str]:
     """Return what the app's author has to do, in this order."""
     steps = []
@@ -212,6 +222,9 @@ def todo(app: str, source: str, folder: Path) -> list[str]:
         )
     elif not (web / "package-lock.json").exists():
         steps.append(f"write {web.name}/package-lock.json: `npm --prefix {web.name} install`")
+    if web and (page := page_without_script(web)):
+        tag = f'<script src="{contract.SCRIPT_PATH}" />'
+        steps.append(f"put {tag} first into the <head> of {page.relative_to(folder)}")
     steps.append("put a Railway token into .env, as .env.example has it")
     steps.append("`pulse-railway doctor` checks that nothing is missing")
     steps.append("`pulse-railway ensure`, once; then `pulse-railway deploy`")
