@@ -2280,15 +2280,17 @@ class Exchange:
             append(name + b": " + value + b"\r\n")
         if named:
             out[1:] = without_named(out[1:], named)
-        append(self.upstream.deployment.header)
-        if page or not request.path.startswith(ASSET_PREFIXES):  # an asset is the same everywhere
-            append(VARY)
-            if request.drawn:
-                append(PRIVATE)
-        if page:  # affinity.js reads the document's deployment from it
-            append(b'server-timing: pulse;desc="%b"\r\n' % self.upstream.deployment.id.encode())
-            if request.visitor:
-                append(visitor_cookie(request))
+        if header := self.upstream.deployment.header:  # else this is the local Railway's edge
+            append(header)
+            if page or not request.path.startswith(ASSET_PREFIXES):  # assets: everywhere the same
+                append(VARY)
+                if request.drawn:
+                    append(PRIVATE)
+            if page:  # affinity.js reads the document's deployment from it
+                timing = b'server-timing: pulse;desc="%b"\r\n'
+                append(timing % self.upstream.deployment.id.encode())
+                if request.visitor:
+                    append(visitor_cookie(request))
         empty = self.head_only or status in (204, 304)
         inner = coding.removesuffix(b"chunked, ")  # such as gzip: passed on as it is
         self.until_close = not (length or empty or inner != coding)
@@ -2861,15 +2863,17 @@ def visitor_of(request: Request) -> bytes:
 
 
 def navigates(request: Request) -> bool:
-    """Is a request for a page that a person opens (Fetch Metadata, or else `Accept`)?"""
-    if request.method not in (b"GET", b"HEAD") or request.handshake:
+    """Does a person open a page with a request that may be repeated?"""
+    return request.method in (b"GET", b"HEAD") and wants_page(request)
+
+
+def wants_page(request: Request) -> bool:
+    """Is the answer shown as a page (Fetch Metadata, or else `Accept`)?"""
+    if request.handshake:
         return False
-    modes = request.values(b"sec-fetch-mode")
-    return (
-        modes == [b"navigate"]
-        if modes
-        else any(b"text/html" in v for v in request.values(b"accept"))
-    )
+    if modes := request.values(b"sec-fetch-mode"):
+        return modes == [b"navigate"]
+    return any(b"text/html" in value for value in request.values(b"accept"))
 
 
 def visitor_cookie(request: Request) -> bytes:
@@ -2888,9 +2892,13 @@ def is_page(media_type: bytes) -> bool:
 
 PAGE = (
     "<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-    "<title>Back soon</title><style>body{font:18px system-ui;margin:20vh auto;max-width:32em;"
-    "padding:0 1em;text-align:center}</style><h1>Back soon</h1><p>We are working on it. This page"
-    " tries again by itself."
+    "<title>{0}</title><style>body{{font:18px system-ui;margin:20vh auto;max-width:32em;"
+    "padding:0 1em;text-align:center}}</style><h1>{0}</h1><p>{1}"
+)
+BACK_SOON = PAGE.format("Back soon", "We are working on it. This page tries again by itself.")
+NOT_SENT = PAGE.format(
+    "Not sent",
+    "This page is of an earlier version. Go back, copy what you entered, and load the page again.",
 )
 INTERNAL_TOKEN = os.environ.get("PULSE_RAILWAY_INTERNAL_TOKEN", "").encode()
 FALLBACK = os.environ.get("PULSE_RAILWAY_ROUTER_FALLBACK", "on") != "off"
@@ -2902,7 +2910,7 @@ def unavailable(
     """Return the answer while nothing can be served, for people a page that tries again."""
     if not navigates(request):
         return error_response(status, detail, retry_after=str(retry_after))
-    again = f"<meta http-equiv=refresh content={retry_after}>{PAGE}"
+    again = f"<meta http-equiv=refresh content={retry_after}>{BACK_SOON}"
     headers = {"retry-after": str(retry_after), "cache-control": "no-store"}
     text = (page or again).encode(errors="replace")
     return Response(text, status, headers, "text/html; charset=utf-8")
@@ -3072,6 +3080,8 @@ def stale_response(request: Request) -> Response:
         if names := headers.get("access-control-request-headers"):
             answer["access-control-allow-headers"] = names
         return Response(status_code=204, headers=answer)
+    if wants_page(request) and not navigates(request):  # a form
+        return Response(NOT_SENT, 409, answer, "text/html; charset=utf-8")
     return JSONResponse({"detail": "stale affinity"}, 409, headers=answer)
 
 

@@ -112,7 +112,9 @@ def test_an_address_with_a_deployment_that_is_gone(
     expected = (302, location) if location else (409, None)
     assert (answer.status, answer.header("location")) == expected
     assert ask(two, url, "accept: text/html", "sec-fetch-mode: cors").status == 409
-    assert ask(two, url, "accept: text/html", method="POST").status == 409
+    form = ask(two, url, "accept: text/html", method="POST")
+    assert form.status == 409
+    assert b"Go back, copy what you entered" in form.body
     assert ask(two, url).status == 409
 
 
