@@ -40,6 +40,7 @@ control: Any = runtime_image.load("control")
 APPS = ROOT / "tests" / "apps" / "chaos"
 TOKEN = "chaos-internal-token"
 DRAIN_TTL = 60.0
+GIVEN_BACK = 12.0  # seconds after which new visitors get a deployment again that was down
 SEEN_WITHIN = 1.0  # seconds until every router must serve a promotion
 SEEN_WITHIN_AFTER_REDIS = 8.0  # the same, after Redis was not available
 MAX_DEPLOYMENTS = 6  # at once
@@ -107,9 +108,17 @@ class World:
                 allowed = set(names)
             else:
                 allowed |= names
-        return name in allowed
+        return name in allowed or any(self.was_down(other, since - GIVEN_BACK) for other in allowed)
 
-    def excused(self, name: str, since: float) -> bool:
+    def has_fallback(self, name: str) -> bool:
+        """Can another deployment answer new visitors in place of `name`?"""
+        routing = self.store.read()
+        fallback = routing.fallback.deployment_id if routing.fallback else ""
+        return (
+            routing.active == name and fallback in self.running and not self.was_down(fallback, 0)
+        )
+
+    def was_down(self, name: str, since: float) -> bool:
         """Was the deployment down on purpose at `since` or later?"""
         now = time.monotonic()
         return any(n == name and a <= now and b >= since for n, a, b in self.down)

@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     from tests.chaos import World
 
 ANSWER_TIMEOUT = 40.0  # seconds
+# answers to new visitors that are excused only where nothing could have answered in its place
+NOT_CONNECTED = (
+    '{"detail":"the deployment refuses connections"}',
+    '{"detail":"the deployment does not answer"}',
+)
 
 
 class Ended(Exception):
@@ -211,17 +216,19 @@ class Client:
         why = f"{path} {answer.status} {answer.body[:60]}" if answer else f"{path} {broken}"
         gone = of or affinity
         if answer and answer.status == 409 and affinity:
-            if affinity in world.running and not world.excused(affinity, began):
+            if affinity in world.running and not world.was_down(affinity, began):
                 world.fail("stale answer of a deployment that runs", affinity)
             world.count["told to reload"] += 1
         elif (
             answer
             and answer.status == 404
             and of
-            and (of in world.ended or world.excused(of, began))
+            and (of in world.ended or world.was_down(of, began))
         ):
             world.count["asset of a deployment that is gone"] += 1
-        elif world.excused(gone or name, began):
+        elif answer and not gone and answer.body in NOT_CONNECTED and world.has_fallback(name):
+            world.fail("request", f"{why}: {name} is down, and there is a fallback")
+        elif world.was_down(gone or name, began):
             world.count["on a backend that was killed or ended"] += 1
         else:
             world.fail("request", f"{why} ({name})")
@@ -242,9 +249,9 @@ class Client:
                 answer = await connection.reader.readuntil(b"\r\n\r\n")
             if b" 101 " not in answer.split(b"\r\n")[0]:
                 status = answer.split(b" ", 2)[1].decode()
-                if status == "409" and (name not in world.running or world.excused(name, began)):
+                if status == "409" and (name not in world.running or world.was_down(name, began)):
                     world.count["told to reload"] += 1
-                elif world.excused(name, began):
+                elif world.was_down(name, began):
                     world.count["on a backend that was killed or ended"] += 1
                 else:
                     world.fail("request", f"a handshake: {status} ({name})")
@@ -264,7 +271,7 @@ class Client:
         except (OSError, EOFError, TimeoutError) as error:
             if port in world.retired:
                 world.count["sockets ended with their router"] += 1
-            elif world.excused(name, began) or name not in world.running:
+            elif world.was_down(name, began) or name not in world.running:
                 world.count["sockets ended with their backend"] += 1
             else:
                 world.fail("socket", f"{type(error).__name__} ({name})")
@@ -317,7 +324,7 @@ class Tab:
                     pass
                 elif port in self.world.retired:
                     self.world.count["tabs ended with their router"] += 1
-                elif self.world.excused(name, began) or (name and name not in self.world.running):
+                elif self.world.was_down(name, began) or (name and name not in self.world.running):
                     self.world.count["tabs ended with their backend"] += 1
                 else:
                     self.world.fail("tab", f"{type(e).__name__} {e} ({name or 'opening'})")
