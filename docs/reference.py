@@ -82,6 +82,8 @@ VARIABLES = {
         "PULSE_RAILWAY_STACK": "on every service of a stack: its owner, as `<environment id>/<id"
         " of the router service>`",
         "PULSE_RAILWAY_APP": "the app that it serves: name, repository and file, as JSON",
+        "PULSE_RAILWAY_REPLACES": "on a router that `ensure --repair` has created: the owner whose"
+        " routing state it takes over",
         "PULSE_RAILWAY_REMOVED": "on a service that could not be deleted on Railway: the time"
         " since when it is empty",
         "PULSE_RAILWAY_KEY_TTL_SECONDS": "in a copy of an environment, on a shared Redis: its keys'"

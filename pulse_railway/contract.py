@@ -64,6 +64,7 @@ MAINTENANCE: Final = "PULSE_RAILWAY_MAINTENANCE"  # ours, on the router: closed 
 APP: Final = "PULSE_RAILWAY_APP"  # ours, on the router: the identity of its app
 STACK: Final = "PULSE_RAILWAY_STACK"  # ours, on every service of a stack: its owner
 OWNS_STATE: Final = "PULSE_RAILWAY_OWNS_STATE"  # ours, on the router: claims a state without owner
+REPLACES: Final = "PULSE_RAILWAY_REPLACES"  # ours, on a router made again: the owner it follows
 REMOVED: Final = "PULSE_RAILWAY_REMOVED"  # ours: the service could not be deleted, and is empty
 MAINTENANCE_OFF: Final = "PULSE_RAILWAY_MAINTENANCE_OFF"  # ours, on the router: time of its end
 TOKEN_MADE: Final = "PULSE_RAILWAY_TOKEN_MADE"  # ours, on the router: `ensure` made its token

@@ -12,7 +12,14 @@ import pytest
 
 from pulse_railway import contract
 from pulse_railway.config import Names, Target
-from pulse_railway.stack import Service, Stack, can_create_missing, missing_name, partial
+from pulse_railway.stack import (
+    Service,
+    Stack,
+    can_create_missing,
+    find_stack,
+    missing_name,
+    partial,
+)
 from tests.conftest import TINY, Project, play
 from tests.net import eventually
 from tests.test_local_environments import delete
@@ -143,26 +150,108 @@ def step_03_killed_after_each_write(edge: Project) -> None:
 
 
 def step_04_the_router(edge: Project) -> None:
-    """`ensure` has once created a second baseline, with the default names."""
+    """The message has once advised to delete all services, with the sessions in Redis."""
+    before, old = running(edge, "edge-router"), edge.variables("edge-router")
+    state = routing(edge)
     remove(edge, "edge-router")
-    rest = ("edge-env", "edge-janitor", "edge-redis")
-    said = f"{', '.join(rest)} belonged to a router that is gone: delete {', '.join(rest)}"
-    run = "`pulse-railway scaffold --service-prefix edge`"
-    problem = edge.ok("status")["problem"]
-    assert f"{said} on Railway and run {run}" in problem
-    assert "all sessions and the routing state; 1 variables of edge-env" in problem
-    assert f"{said} on Railway and run `pulse-railway scaffold" in ensure(edge).error
-    remove(edge, *rest)
-    made = edge.run(
-        "scaffold", "main.py", "--service-prefix", "edge", "--rollback-window-seconds", "0"
-    )
-    assert "third ran under a baseline that is gone" in made.err
-    assert "`pulse-railway restore --deployment-id ...`" in edge.ok("status")["problem"]
-    assert edge.ok("restore", "--deployment-id", "third")["active"] == "third"
+    status = edge.ok("status")
+    assert status["missing"] == ["edge-router"]
+    said = "edge-router of this stack is missing: `pulse-railway ensure --repair` creates it again"
+    assert said in status["problem"]
+    assert "it gets a new address" in status["problem"]
+    assert "delete" not in status["problem"]
+    assert said.replace("--repair`", "--repair --app main.py`") in ensure(edge).error
+    assert edge.janitor("edge-janitor")["deleted"] == []
+    done = ensure(edge, "--repair")
+    assert done.code == 0, done.err
+    new, router = edge.variables("edge-router"), edge.stage.services()["edge-router"]
+    same = ("REDIS_URL", "RAILWAY_TOKEN", contract.INTERNAL_TOKEN, contract.REDIS_PREFIX)
+    assert [new[name] for name in same] == [old[name] for name in same]
+    stamp = f"{edge.environment}/{router['serviceId']}"
+    assert {edge.variables(name)[contract.STACK] for name in edge.services} == {stamp}
+    assert routing(edge) == state
+    assert running(edge, "edge-router") == before
+    assert edge.get("/_pulse/meta")["deployment_id"] == "third"
+    assert ensure_changes(edge) == []
+    assert edge.janitor("edge-janitor")["exit"] == 0
+    assert edge.variables("edge-router")[contract.LAST_PROMOTED] == "third"
+    assert edge.ok("status")["problems"] == []
+
+
+def routing(project: Project) -> Any:
+    """Return the deployments' states, and the history."""
+    rows = project.ok("status")["deployments"]
+    return {r["deployment_id"]: r["state"] for r in rows}, project.ok("history")
+
+
+def ensure_changes(project: Project) -> Any:
+    return project.ok("ensure", "main.py")["changed"]
+
+
+def step_05_the_router_and_env_killed_after_each_write(edge: Project) -> None:
+    remove(edge, "edge-router", "edge-env")
+    assert "edge-env, edge-router of this stack are missing" in edge.ok("status")["problem"]
+    runs = 0
+    window = ("--rollback-window-seconds", "0")
+    while killed(edge, "ensure", "main.py", "--repair", *window):
+        runs += 1
+        assert runs < 20
+    assert runs > 4
+    assert ensure_changes(edge) == []
+    edge.stage.set_variables("edge-env", {"API_KEY": "k"})
+    assert edge.janitor("edge-janitor")["exit"] == 0
+    assert edge.ok("status")["problems"] == []
     assert edge.get("/_pulse/meta")["deployment_id"] == "third"
 
 
-def step_05_railways_own_file_in_a_folder_above(edge: Project, tmp_path: Path) -> None:
+def step_06_redis(edge: Project) -> None:
+    """It was once restored only by the deletion of all other services."""
+    before, router = running(edge, *RUNTIME), edge.variables("edge-router")
+    address = edge.ok("status")["address"]
+    remove(edge, "edge-redis")
+    problem = edge.ok("status")["problem"]
+    assert problem.startswith("edge-redis of this stack is missing: `pulse-railway ensure --rep")
+    assert "the sessions and the routing state in edge-redis are lost" in problem
+    assert "delete" not in problem
+    done = ensure(edge, "--repair")
+    assert done.code == 0, done.err
+    assert edge.variables("edge-router") == router
+    assert running(edge, *RUNTIME) == before
+    assert edge.ok("status")["address"] == address
+    assert edge.janitor("edge-janitor")["restored"] == "third"
+    assert edge.get("/_pulse/meta")["deployment_id"] == "third"
+    assert ensure_changes(edge) == []
+    eventually(lambda: edge.ok("status")["problems"] == [], 20)
+
+
+RUNTIME = ("edge-router", "edge-redis", "edge-janitor")
+
+
+def step_07_beside_a_copy_of_the_environment(edge: Project) -> None:
+    """Names are taken by the copy: the services are added to this environment again. The message
+    has once advised a deletion that ended in a refusal."""
+    edge.duplicate("copy")
+    ids = {name: at["serviceId"] for name, at in edge.stage.services().items()}
+    state, gone = routing(edge), ("edge-router", "edge-janitor", "edge-env")
+    for name in gone:
+        remove(edge, name)
+        done = ensure(edge, "--repair")
+        assert done.code == 0, done.err
+        assert edge.stage.services()[name]["serviceId"] == ids[name]
+    assert routing(edge) == state
+    assert edge.get("/_pulse/meta")["deployment_id"] == "third"
+    assert ensure_changes(edge) == []
+    edge.stage.set_variables("edge-env", {"API_KEY": "k"})
+    assert edge.janitor("edge-janitor")["exit"] == 0
+    assert edge.ok("status")["problems"] == []
+    remove(edge, "edge-redis")  # Railway does not show what it was in the copy
+    problem = edge.ok("status")["problem"]
+    assert "other environments of the project have it: import it from one of them" in problem
+    assert "Delete nothing" in problem
+    assert "Delete nothing" in ensure(edge, "--repair").error
+
+
+def step_08_railways_own_file_in_a_folder_above(edge: Project, tmp_path: Path) -> None:
     """Its next apply would delete the services that `ensure` creates."""
     folder = tmp_path / "services" / "site"
     shutil.copytree(TINY, folder)
@@ -191,7 +280,10 @@ def test_services_are_created_again_only_for_a_stack_that_is_known() -> None:
     assert can_create_missing(a_stack("pulse-janitor"))
     assert can_create_missing(a_stack("pulse-env"))
     assert not can_create_missing(a_stack(""))
-    assert not can_create_missing(a_stack("pulse-redis"))
+    assert not can_create_missing(a_stack("pulse-redis"))  # the router does not name it
+    url = {contract.REDIS_URL: "${{pulse-redis.REDIS_URL}}"}
+    assert can_create_missing(a_stack("pulse-redis", **url))
+    assert not can_create_missing(a_stack("pulse-redis", **{contract.REDIS_URL: "redis://h"}))
     assert not can_create_missing(a_stack("pulse-env", **{contract.STACK: ""}))  # 0.3.x's
     unstamped = a_stack("pulse-env")
     unstamped.services["pulse-redis"].variables = {}
@@ -202,6 +294,28 @@ def test_services_are_created_again_only_for_a_stack_that_is_known() -> None:
     )
     assert not can_create_missing(renamed)
     assert "If what is missing has another name" in partial(renamed)
+
+
+def test_a_deleted_router_counts_before_another_stacks() -> None:
+    """A verb without --service has once worked on the other stack."""
+    url = {contract.REDIS_URL: "redis://h", contract.REDIS_PREFIX: "p"}
+    janitor = {contract.JANITOR_SERVICE: "pulse-janitor", contract.ROUTER_SERVICE: "pulse-router"}
+    services = {
+        "shop-router": {contract.STACK: "e/shop-router", **url},
+        "pulse-janitor": {contract.STACK: "e/lost", **janitor, **url},
+        "pulse-env": {contract.STACK: "e/lost"},
+        "one": {contract.STACK: "e/lost", contract.DEPLOYMENT_ID: "one"},
+        "sold": {contract.STACK: "e/shop-router", contract.DEPLOYMENT_ID: "sold"},
+    }
+    every = {n: Service(n, "", n, "", None, {}, [], None, None, v) for n, v in services.items()}
+    stack = find_stack(Stack(Target("p", "e"), Names(), every))
+    assert set(stack.services) == {"pulse-janitor", "pulse-env", "one"}
+    assert (stack.missing, stack.redis_prefix) == (["pulse-router"], "p")
+    assert not can_create_missing(stack), "the janitor has no tokens"
+    every["pulse-janitor"].variables |= {contract.RAILWAY_TOKEN: "t", contract.INTERNAL_TOKEN: "i"}
+    assert can_create_missing(find_stack(Stack(Target("p", "e"), Names(), every)))
+    other = find_stack(Stack(Target("p", "e"), Names("shop-router", asked=True), every))
+    assert set(other.services) == {"shop-router", "sold"}
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from pulse_railway.services import (
     left_empty,
     variable_input,
     write,
+    write_variables,
 )
 from pulse_railway.stack import (
     Service,
@@ -40,8 +41,9 @@ from pulse_railway.stack import (
     inspect,
     joined,
     lost_with_baseline,
-    lost_with_env,
+    lost_with_missing,
     of_router,
+    ownership,
     partial,
     read_services,
     read_variables,
@@ -96,8 +98,7 @@ def ensure(
 ) -> tuple[Stack, list[str]]:
     """Create the baseline in an empty environment, or update an existing one.
 
-    With `options.repair`, a deleted env service or janitor is created again if the other services
-    show their owner.
+    With `options.repair`, deleted services are created again if the others show their owner.
     Returns the stack and the changes, one a line, that were made (with `options.plan_only`: would
     be made); none on a second run. Raises Failure for any other partial baseline, or if the stack
     has another Redis than `--redis-url`.
@@ -118,7 +119,6 @@ def ensure(
     if options.app:
         app = app_identity.of_app(options.app)
         app_identity.check_same_app(stack, app, options.replace_app, output)
-    assert stack.router is not None
     if stack.copied_from:
         warn_of_copy(stack, output)
         token = own_project_token(api, stack, options.plan_only, output)
@@ -140,32 +140,109 @@ def ensure(
 
 
 def create_missing(api: Api, stack: Stack, plan_only: bool, output: Output) -> list[str]:
-    """Create the env service and the janitor if they are missing, and return their names.
+    """Create the missing services, and return their names.
 
     Each is created with the variables that identify it, so that the run after an interrupted one
     finds it and writes the others.
     """
     missing = stack.missing
-    if not missing:
-        return []
-    assert stack.router is not None
-    check_names(stack, set(missing))
-    if lost := lost_with_env(stack):
+    names = stack.names
+    for lost in lost_with_missing(stack):
         output.warn(lost)
-    for name in missing:
-        identity = {contract.STACK: str(stack.stamp)}
-        if name == stack.names.janitor:
-            identity |= {
-                contract.ROUTER_SERVICE: stack.names.router,
-                contract.JANITOR_SERVICE: name,
-            }
-        group, service_id = stack.router.group_id, ""
-        if not plan_only:
-            with output.step(f"create {name}"):
-                service_id = create_service(api, stack.target, name, identity, group_id=group)
-        service = Service(service_id, "", name, "", None, {}, [], group, None, identity)
-        stack.services[name] = service
+    if names.redis in missing:
+        create_redis(api, stack, plan_only, output)
+    for name in (names.router, names.env, names.janitor):  # the router's id is in the stamp
+        if name in missing:
+            identity = identity_of(stack, name)
+            service_id = "new"
+            if not plan_only:
+                with output.step(f"create {name}"):
+                    service_id = create_here(api, stack, name, identity)
+            group = group_of(stack)
+            service = Service(service_id, "", name, "", None, {}, [], group, None, identity)
+            stack.services[name] = service
     return missing
+
+
+def identity_of(stack: Stack, name: str) -> dict[str, str]:
+    """Return the variables that identify a missing service, from its creation on."""
+    names = stack.names
+    if name == names.router:
+        assert stack.janitor is not None
+        stamp = stack.janitor.variables[contract.STACK]
+        if ownership.Stamp(stack.target.environment_id, stack.taken.get(name, "")) == (
+            ownership.parse(stamp)
+        ):
+            return {contract.STACK: stamp}  # the same service, in this environment again
+        return {contract.STACK: stamp, contract.REPLACES: stamp}
+    assert stack.router is not None
+    # a copy is taken over with its other stamps, which are the original's until then
+    stamp = stack.router.variables.get(contract.STACK) or str(stack.stamp)
+    if name == names.env:
+        return {contract.STACK: stamp}
+    return {
+        contract.STACK: stamp,
+        contract.ROUTER_SERVICE: names.router,
+        contract.JANITOR_SERVICE: name,
+    }
+
+
+def group_of(stack: Stack) -> str | None:
+    """Return the group of the baseline on Railway's canvas: the router's, if there is one."""
+    services = [stack.router] if stack.router else stack.baseline
+    return next((s.group_id for s in services if s.group_id), None)
+
+
+def create_here(api: Api, stack: Stack, name: str, variables: dict[str, str]) -> str:
+    """Create a service in this environment, and return its id.
+
+    Railway takes each name once in a project. If another environment has the service, it is added
+    to this one by a patch, and read back. Raises Failure if Railway does not do it.
+    """
+    group, target = group_of(stack), stack.target
+    service_id = stack.taken.get(name)
+    if service_id is None:
+        return create_service(api, target, name, variables, group_id=group)
+    values = {key: {"value": value} for key, value in variables.items()}
+    service = {"isCreated": True, "variables": values, **({"groupId": group} if group else {})}
+    patch = {"services": {service_id: service}}
+
+    def ask() -> bool | None:
+        return name in read_services(api, target, stack.names).services or None
+
+    try:
+        document = documents.configure(patch=True)
+        api.call(document, repeatable=True, environment=target.environment_id, patch=patch)
+        poll(60.0, ask, f"{name} in this environment")
+    except Failure as error:
+        raise Failure(
+            f"other environments of this project have {name}, and Railway did not add it to this"
+            f" one ({error}): import it there (Sync) without its variables, or name another one"
+            " (RailwayPlugin), and run `pulse-railway ensure --repair` again"
+        ) from None
+    return service_id
+
+
+def create_redis(api: Api, stack: Stack, plan_only: bool, output: Output) -> None:
+    """Create the Redis service again, by the template.
+
+    Its password is new, so that router and janitor are deployed again.
+    """
+    target, name = stack.target, stack.names.redis
+    runtime = [s for s in (stack.router, stack.janitor) if s]
+    for service in runtime:
+        service.variables[contract.UNDEPLOYED] = "1"
+    if plan_only:
+        stack.services[name] = Service("new", "", name, "", None, {}, [], group_of(stack), None)
+        return
+    for service in runtime:
+        write_variables(api, target, service.id, {contract.UNDEPLOYED: "1"})
+    with output.step(f"create {name}"):
+        stamp = runtime[0].variables[contract.STACK]
+        deploy_template(api, target, stack.names, {name: {contract.STACK: stamp}})
+        created = _await_services(api, stack, [name], output).services[name]
+        stack.services[name] = created
+        wait_for_services(api, target, {created.id: name}, {created.id: None}, output)
 
 
 def unfinished(stack: Stack) -> bool:
@@ -174,8 +251,7 @@ def unfinished(stack: Stack) -> bool:
 
 
 def check_redis_mode(stack: Stack, options: BaselineOptions) -> None:
-    assert stack.router is not None
-    present = stack.router.variables.get(contract.REDIS_URL)
+    present = stack.stored(contract.REDIS_URL)
     if options.redis_url and (stack.redis or options.redis_url != present):
         raise Failure(
             "this stack uses another Redis, and its sessions and state would be lost: delete the"
@@ -251,8 +327,9 @@ def desired_redis_prefix(stack: Stack, options: BaselineOptions) -> str:
     """
     if stack.copied_from and not stack.redis:
         return f"{stack.redis_prefix}:{stack.target.environment_id}"
-    stored = stack.router.variables.get(contract.REDIS_PREFIX) if stack.router else None
-    return stored or options.redis_prefix or contract.DEFAULT_REDIS_PREFIX
+    return (
+        stack.stored(contract.REDIS_PREFIX) or options.redis_prefix or contract.DEFAULT_REDIS_PREFIX
+    )
 
 
 # The variables of a copy that describe the original's state, and are deleted.
@@ -273,9 +350,8 @@ def runtime_token(api: Api, stack: Stack, plan_only: bool, output: Output) -> st
     A token that `ensure` has created is replaced if it no longer opens this environment. Raises
     Failure if they have none and the user has a Railway CLI login, which expires.
     """
-    variables = stack.router.variables if stack.router else {}
-    present = variables.get(contract.RAILWAY_TOKEN)
-    if present and variables.get(contract.TOKEN_MADE) and not api.scope():
+    present = stack.stored(contract.RAILWAY_TOKEN)
+    if present and stack.stored(contract.TOKEN_MADE) and not api.scope():
         if api.environment_of(present) == stack.target.environment_id:
             return present
         return own_project_token(api, stack, plan_only, output)
@@ -351,8 +427,7 @@ def desired(
     elif stack.redis:
         redis_url = f"${{{{{names.redis}.REDIS_URL}}}}"  # the password stays on Railway
     else:
-        assert stack.router is not None
-        redis_url = stack.router.variables[contract.REDIS_URL]
+        redis_url = str(stack.stored(contract.REDIS_URL))
     shared = {
         contract.RAILWAY_TOKEN: runtime_token,
         contract.INTERNAL_TOKEN: internal_token,
@@ -367,10 +442,11 @@ def desired(
         shared[contract.SERVICE_PREFIX] = names.prefix
     if not options.runtime_image:
         shared[contract.DOCKERFILE_PATH] = "Dockerfile.router"
-    made = {contract.TOKEN_MADE: "1"} if token_made else {}
+    if token_made or (not stack.copied_from and stack.stored(contract.TOKEN_MADE)):
+        shared[contract.TOKEN_MADE] = "1"
     router = Desired(
         names.router,
-        {**shared, **made, contract.PORT: str(contract.DEFAULT_PORT)},
+        {**shared, contract.PORT: str(contract.DEFAULT_PORT)},
         {
             **ROUTER_SETTINGS,
             "numReplicas": options.router_replicas,
@@ -409,6 +485,8 @@ def plan(
     router = stack.router
     assert router is not None
     own = [*stack.baseline, *([] if stack.copied_from else stack.backends)]
+    if router.variables.get(contract.REPLACES):  # by its own stamp it is found without the others
+        own = [*(s for s in own if s is not router), router]
     changes = {s.name: Change(s) for s in own}
     for desired_state in desired(stack, options, runtime_token, internal_token, token_made):
         service, change = stack.services[desired_state.name], changes[desired_state.name]
@@ -547,7 +625,8 @@ def create(api: Api, stack: Stack, options: BaselineOptions, output: Output) -> 
     if not all(name in stack.services for name in expected):
         if not stack.baseline:  # else an interrupted run has deployed it: its services appear
             with output.step(f"deploy the template {contract.TEMPLATE_CODE}"):
-                deploy_template(api, target, names, options)
+                marked = {name: {UNFINISHED: "1"} for name in expected}
+                deploy_template(api, target, names, marked, options.runtime_image)
         stack = _await_services(api, stack, expected, output)
     if names.env not in stack.services:
         with output.step(f"create {names.env}"):
@@ -578,14 +657,7 @@ def check_names(stack: Stack, needed: set[str]) -> None:
     Railway accepts each name once in a project, and would refuse in the middle of the creation.
     """
     here = stack.services.keys() | {service.name for service in stack.others}
-    taken = needed & stack.taken - here
-    if taken and stack.router:  # a new prefix is not possible
-        raise Failure(
-            f"{joined(taken)}: other environments of this project have services of these names,"
-            " and Railway takes each once. Name others, RailwayPlugin(env_service=...) and"
-            " janitor_service, and run `pulse-railway ensure` again"
-        )
-    if taken:
+    if taken := needed & stack.taken.keys() - here:
         raise Failure(
             f"{joined(taken)}: other environments of this project have services of these names."
             " Duplicate one of them on Railway and run `pulse-railway ensure` there, or give this"
@@ -605,8 +677,19 @@ def _await_services(api: Api, stack: Stack, expected: list[str], output: Output)
     return find_stack(environment)
 
 
-def deploy_template(api: Api, target: Target, names: Names, options: BaselineOptions) -> None:
-    """Deploy the published template with our names, without Redis if `--redis-url` is given."""
+def deploy_template(
+    api: Api,
+    target: Target,
+    names: Names,
+    services: dict[str, dict[str, str]],
+    image: str | None = None,
+) -> None:
+    """Deploy services of the published template with our names.
+
+    Args:
+        services: name of each service to create -> further variables.
+        image: of router and janitor.
+    """
     template = api.public(documents.TEMPLATE, code=contract.TEMPLATE_CODE)["template"]
     serialized = template["serializedConfig"]
     new_names = {
@@ -616,16 +699,19 @@ def deploy_template(api: Api, target: Target, names: Names, options: BaselineOpt
     }
     for key, service in list(serialized["services"].items()):
         published = service.get("name")
-        if published == contract.DEFAULT_REDIS and options.redis_url:
+        name = new_names.get(published)
+        if name and name not in services:
             del serialized["services"][key]
-            continue
-        if published in new_names:
-            service["name"] = new_names[published]
-            mark = {"defaultValue": "1", "isOptional": True}
-            service["variables"] = {**(service.get("variables") or {}), UNFINISHED: mark}
+        elif name:
+            service["name"] = name
+            further = {
+                variable: {"defaultValue": value, "isOptional": True}
+                for variable, value in services[name].items()
+            }
+            service["variables"] = {**(service.get("variables") or {}), **further}
         if published in (contract.DEFAULT_ROUTER, contract.DEFAULT_JANITOR):
             # `apply` deploys the runtime after the configuration
-            service["source"] = {"image": options.runtime_image} if options.runtime_image else {}
+            service["source"] = {"image": image} if image else {}
     api.call(
         documents.TEMPLATE_DEPLOY,
         input={
