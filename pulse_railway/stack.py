@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 import urllib.parse
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -211,7 +211,7 @@ def find_stack(environment: Stack) -> Stack:
     routers = {router.name: router for router in ownership.routers(every)}
     owners = ownership.owners(environment.target.environment_id, every)
     router = routers.get(names.router)
-    lost = None if router else janitor_of_lost(environment, every, owners, bool(routers))
+    lost = None if router else janitor_of_lost(environment, every, owners, routers)
     if router is None and lost is None and not names.asked:
         router = routers.get(contract.DEFAULT_ROUTER)
     if router is None and lost is None and routers and not names.asked:
@@ -243,24 +243,26 @@ def find_stack(environment: Stack) -> Stack:
 
 
 def janitor_of_lost(
-    environment: Stack, every: list[Any], owners: dict[str, Any], others: bool
+    environment: Stack, every: list[Any], owners: dict[str, Any], routers: Collection[str]
 ) -> Any | None:
     """Return the janitor of a deleted router, which the user means; None if there is none.
 
     Args:
         every: all services of the environment, as ownership.Service.
         owners: service id -> ownership.Owner.
-        others: other stacks have routers in this environment.
+        routers: the names of the environment's routers.
     """
     names, existing = environment.names, {s.id: s.name for s in every}
     janitors = {
         name: s
         for s in every
         if ownership.is_janitor(s) and (name := s.variables.get(contract.ROUTER_SERVICE))
+        if owners[s.id].kind in ("gone", "copy")
+        and name not in routers
         # a renamed router keeps its id; an unfinished one is being created again
-        if owners[s.id].kind == "gone" and existing.get(s.stamp.router_id, name) == name
+        and existing.get(s.stamp.router_id, name) == name
     }
-    if names.router in janitors or names.asked or others or len(janitors) != 1:
+    if names.router in janitors or names.asked or routers or len(janitors) != 1:
         return janitors.get(names.router)
     return next(iter(janitors.values()))
 
@@ -295,7 +297,9 @@ def stack_without_router(
         or (s.name in (names.env, names.redis) and owners[s.id].kind == "nobody")
         or (s.is_backend and owners[s.id].kind == "nobody" and not ownership.routers(every))
     }
-    return replace(environment, names=names, services=own)
+    original = janitor.stamp.environment_id
+    copied = original if original != environment.target.environment_id else None
+    return replace(environment, names=names, services=own, copied_from=copied)
 
 
 def check_prefix(flag: str, prefix: str | None, stored: str | None) -> None:
@@ -509,10 +513,10 @@ def can_create_missing(stack: Stack) -> bool:
     name.
     """
     router, janitor, missing = stack.router, stack.janitor, set(stack.missing)
+    here = stack.copied_from or stack.target.environment_id
     if not missing or not (router or janitor):
         return False
     if router:
-        here = stack.copied_from or stack.target.environment_id
         stamps = (f"{here}/{router.id}", router.variables.get(contract.REPLACES))
         recognised = router.variables.get(contract.STACK) in stamps
         recognised &= bool(router.variables.get(contract.STACK))
@@ -521,6 +525,9 @@ def can_create_missing(stack: Stack) -> bool:
         needed = (contract.RAILWAY_TOKEN, contract.REDIS_URL, contract.REDIS_PREFIX)
         recognised = janitor in of_lost_router(stack) and all(map(stack.stored, needed))
         recognised &= "${{" not in (stack.stored(contract.INTERNAL_TOKEN) or "${{")
+        if stack.copied_from and janitor:  # the original's router is added to the copy
+            stamp = f"{here}/{stack.taken.get(stack.names.router)}"
+            recognised &= janitor.variables.get(contract.STACK) == stamp
         known = of_lost_router(stack)
     if stack.names.redis in missing:  # Railway copies no service's contents from an environment
         reference = f"${{{{{stack.names.redis}.REDIS_URL}}}}"
@@ -639,12 +646,15 @@ def of_router(stack: Stack) -> list[Service]:
 
 
 def of_lost_router(stack: Stack) -> list[Service]:
-    """Return the baseline's services with the stamp of a deleted router of this environment."""
+    """Return the baseline's services with the stamp of a router that this environment, or the one
+    that it is a copy of, had."""
     existing = {s.id for s in (*stack.services.values(), *stack.others, *stack.empty)}
     services = []
     for service in stack.baseline:
         stamp = ownership.parse(service.variables.get(contract.STACK))
-        in_environment = stamp and stamp.environment_id == stack.target.environment_id
+        in_environment = stamp and stamp.environment_id == (
+            stack.copied_from or stack.target.environment_id
+        )
         if in_environment and stamp.router_id not in existing:
             services.append(service)
     return services

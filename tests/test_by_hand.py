@@ -230,7 +230,7 @@ RUNTIME = ("edge-router", "edge-redis", "edge-janitor")
 def step_07_beside_a_copy_of_the_environment(edge: Project) -> None:
     """Names are taken by the copy: the services are added to this environment again. The message
     has once advised a deletion that ended in a refusal."""
-    edge.duplicate("copy")
+    check_that_a_copy_without_some_services_is_taken_over(edge)
     ids = {name: at["serviceId"] for name, at in edge.stage.services().items()}
     state, gone = routing(edge), ("edge-router", "edge-janitor", "edge-env")
     for name in gone:
@@ -262,6 +262,26 @@ def step_08_railways_own_file_in_a_folder_above(edge: Project, tmp_path: Path) -
         for verb in (["ensure", "main.py", "--plan"], ["doctor", "main.py"]):
             run = edge.run(*verb, cwd=folder)
             assert (f"{file} lists the whole project" in run.out + run.err) == warns
+
+
+def check_that_a_copy_without_some_services_is_taken_over(edge: Project) -> None:
+    """`status` has once advised `ensure`, and `ensure` refused."""
+    for name, gone in (("one", ["edge-janitor", "edge-env"]), ("two", ["edge-router"])):
+        copy = edge.duplicate(name)
+        remove(copy, *gone)
+        status = copy.ok("status")
+        assert status["missing"]
+        assert "pulse-railway ensure`, which makes a stack of its own" in status["problem"]
+        plan = copy.ok("ensure", "main.py", "--plan")["planned"]
+        assert [f"{missing}: create" for missing in sorted(gone)] == sorted(plan[: len(gone)])
+        assert ensure(copy).code == 0
+        router = copy.stage.services()["edge-router"]["serviceId"]
+        own = ("edge-router", "edge-env", "edge-redis", "edge-janitor")
+        stamps = {copy.variables(service)[contract.STACK] for service in own}
+        assert stamps == {f"{copy.environment}/{router}"}
+        assert copy.ok("status")["problems"] == []
+        original, internal = edge.variables("edge-router"), contract.INTERNAL_TOKEN
+        assert copy.variables("edge-router")[internal] != original[internal]
 
 
 # -- without a Railway -----------------------------------------------------------------------------

@@ -98,7 +98,8 @@ def ensure(
 ) -> tuple[Stack, list[str]]:
     """Create the baseline in an empty environment, or update an existing one.
 
-    With `options.repair`, deleted services are created again if the others show their owner.
+    With `options.repair`, deleted services are created again if the others show their owner; in a
+    copied environment also without, since it has no state yet.
     Returns the stack and the changes, one a line, that were made (with `options.plan_only`: would
     be made); none on a second run. Raises Failure for any other partial baseline, or if the stack
     has another Redis than `--redis-url`.
@@ -112,7 +113,8 @@ def ensure(
             return stack, ["create router, env, janitor" + ("" if options.redis_url else ", Redis")]
         return create(api, stack, options, output), ["created the baseline"]
     require_complete_answer(stack)
-    if stack.missing and not (options.repair and can_create_missing(stack)):
+    repair = options.repair or bool(stack.copied_from)
+    if stack.missing and not (repair and can_create_missing(stack)):
         raise Failure(partial(stack))
     check_redis_mode(stack, options)
     check_redis_prefix(stack, options.redis_prefix)
@@ -170,9 +172,7 @@ def identity_of(stack: Stack, name: str) -> dict[str, str]:
     if name == names.router:
         assert stack.janitor is not None
         stamp = stack.janitor.variables[contract.STACK]
-        if ownership.Stamp(stack.target.environment_id, stack.taken.get(name, "")) == (
-            ownership.parse(stamp)
-        ):
+        if ownership.parse(stamp).router_id == stack.taken.get(name):
             return {contract.STACK: stamp}  # the same service, in this environment again
         return {contract.STACK: stamp, contract.REPLACES: stamp}
     assert stack.router is not None
