@@ -3,6 +3,7 @@ the stack."""
 
 from __future__ import annotations
 
+import re
 import time
 import urllib.parse
 from collections.abc import Collection, Iterable
@@ -438,6 +439,47 @@ def references(service: Service, to: str) -> set[str]:
     return {match[2] for match in matches if match[1] == to}
 
 
+def mended_references(stack: Stack, service: Service) -> dict[str, str]:
+    """Return the variables of a deployment that refer to services of a former stack, with
+    references to this one's. The deployment uses them when it is deployed again."""
+    assert stack.router is not None
+    router, env = stack.names.router, stack.env
+    existing = {"shared", *(s.name for s in (*stack.services.values(), *stack.others))}
+
+    def of_env(match: re.Match[str]) -> str:
+        known = match[1] in existing or env is None or match[2] not in env.variables
+        return match[0] if known else f"${{{{{stack.names.env}.{match[2]}}}}}"
+
+    mended = {}
+    for name, value in service.variables.items():
+        match = ownership.REFERENCE.fullmatch(value)
+        if name == contract.INTERNAL_TOKEN:
+            new = f"${{{{{router}.{name}}}}}"
+            same = value == stack.router.variables.get(name) or (match and match[1] == router)
+        elif name in (contract.SESSION_REDIS_URL, contract.KEY_TTL):
+            new = f"${{{{{router}.{name if name == contract.KEY_TTL else contract.REDIS_URL}}}}}"
+            same = not match or match[1] in stack.services
+        else:
+            new, same = ownership.REFERENCE.sub(of_env, value), False
+        if new != value and not same:
+            mended[name] = new
+    return mended
+
+
+def unset_references(stack: Stack, service: Service) -> set[str]:
+    """Return the variables, as `service.NAME`, to which a deployment refers and that nothing sets:
+    those of the env service, also in the place of a service that does not exist."""
+    services = {s.name: s for s in (*stack.services.values(), *stack.others)}
+    return {
+        f"{stack.names.env}.{match[2]}"
+        for value in service.variables.values()
+        for match in ownership.REFERENCE.finditer(value)
+        if match[1] != "shared" and not match[2].startswith("RAILWAY_")
+        if match[1] not in services
+        or (match[1] == stack.names.env and match[2] not in services[match[1]].variables)
+    }
+
+
 def _own(service: Service) -> dict[str, str]:
     """Return a service's variables without those that Railway sets on every service."""
     return {k: v for k, v in service.variables.items() if not k.startswith("RAILWAY_")}
@@ -683,8 +725,8 @@ def lost_with_baseline(stack: Stack) -> str:
     return going + SHARED_SERVICES
 
 
-def require_baseline(stack: Stack) -> None:
-    """Raise Failure if the baseline is not complete enough for a deploy; change nothing."""
+def require_router(stack: Stack) -> None:
+    """Raise Failure if there is no router, or no Redis, for a control command; change nothing."""
     require_complete_answer(stack)
     if stack.no_such_router:
         raise Failure(f"no router is called {stack.names.router}; there is: {stack.no_such_router}")
@@ -695,22 +737,33 @@ def require_baseline(stack: Stack) -> None:
         )
     if not stack.baseline:
         raise Failure("there is no baseline in this environment: run `pulse-railway ensure` first")
-    if stack.missing:
+    router = stack.router
+    if router is None or stack.names.redis in stack.missing:
         raise Failure(partial(stack))
-    router, janitor = stack.router, stack.janitor
-    assert router is not None
-    assert janitor is not None
-    for service in (router, janitor):
-        needed = (contract.RAILWAY_TOKEN, contract.REDIS_URL, contract.INTERNAL_TOKEN)
-        absent = [name for name in needed if not service.variables.get(name)]
-        if absent:
-            raise Failure(f"{service.name} lacks {', '.join(absent)}: run `pulse-railway ensure`")
+    require_variables(router)
     if not router.variables.get(contract.RUNTIME_VERSION):
         raise Failure(
             f"{router.name} runs an older pulse-railway: run `pulse-railway ensure`, which takes it"
             " over"
         )
     _ = stack.address
+
+
+def require_baseline(stack: Stack) -> None:
+    """Raise Failure if the baseline is not complete enough for a deploy; change nothing."""
+    require_router(stack)
+    if stack.missing:
+        raise Failure(partial(stack))
+    assert stack.janitor is not None
+    require_variables(stack.janitor)
+
+
+def require_variables(service: Service) -> None:
+    """Raise Failure if a variable without which router and janitor do not work is not set."""
+    needed = (contract.RAILWAY_TOKEN, contract.REDIS_URL, contract.INTERNAL_TOKEN)
+    absent = [name for name in needed if not service.variables.get(name)]
+    if absent:
+        raise Failure(f"{service.name} lacks {', '.join(absent)}: run `pulse-railway ensure`")
 
 
 def find_backend(stack: Stack, deployment_id: str) -> Service:

@@ -133,9 +133,10 @@ def step_02_the_env_service(edge: Project) -> None:
 
 
 def step_03_killed_after_each_write(edge: Project) -> None:
-    before = running(edge, "edge-janitor")
     remove(edge, "edge-env", "edge-janitor")
     assert "edge-env, edge-janitor of this stack are missing" in edge.ok("status")["problem"]
+    check_verbs_that_need_the_router_alone(edge)
+    before = running(edge)
     runs = 0
     window = ("--rollback-window-seconds", "0")
     while killed(edge, "ensure", "main.py", "--repair", *window):
@@ -147,6 +148,22 @@ def step_03_killed_after_each_write(edge: Project) -> None:
     edge.stage.set_variables("edge-env", {"API_KEY": "k"})
     assert edge.ok("status")["problems"] == []
     eventually(lambda: edge.janitor("edge-janitor")["exit"] == 0)
+
+
+def check_verbs_that_need_the_router_alone(edge: Project) -> None:
+    """They were once refused, in the outage in which they are needed."""
+    for verb in ("maintenance on", "maintenance off", "history", "unlock", "rollback"):
+        done = edge.run(*verb.split())
+        assert done.code == 0, done.err
+        assert "warning: edge-env, edge-janitor of this stack are missing" in done.err
+    assert edge.ok("promote", "--deployment-id", "third")["active"]
+    assert edge.ok("delete", "--deployment-id", "second", "--yes")["deleted"]
+    assert "nothing is lost" in edge.run("restore").error
+    lost = "third refers to edge-env.API_KEY, which is not set"
+    assert lost in edge.run("redeploy").error
+    assert "are missing" in edge.run("deploy", "main.py").error
+    no_way = edge.run("history", "--control", "job").error
+    assert "edge-janitor is missing, and the command was not sent" in no_way
 
 
 def step_04_the_router(edge: Project) -> None:

@@ -350,6 +350,38 @@ def check_that_unowned_deployments_can_be_taken_over_or_deleted(base: Project, s
     json_of(base, "restore", "--app", "main.py", "--deployment-id", "late", cwd=shop)
     router = base.stage.services()["shop-router"]["serviceId"]
     assert base.variables("late")[contract.STACK] == f"{base.environment}/{router}"
+    check_that_references_to_a_former_stack_are_mended(base, shop)
+
+
+def check_that_references_to_a_former_stack_are_mended(base: Project, shop: Path) -> None:
+    """After `restore` they were once dangling, and a `redeploy` started without token and Redis."""
+    gone = {
+        contract.INTERNAL_TOKEN: f"${{{{gone-router.{contract.INTERNAL_TOKEN}}}}}",
+        contract.SESSION_REDIS_URL: "${{gone-router.REDIS_URL}}",
+        "API_KEY": "${{gone-env.API_KEY}}",
+        "URL": "https://${{gone-env.HOST}}/x",
+    }
+    base.stage.set_variables("late", {contract.STACK: "", **gone})
+    base.stage.set_variables("shop-env", {"HOST": "h"})
+    late = ("--app", "main.py", "--deployment-id", "late")
+    restored = base.run("restore", *late, cwd=shop)
+    assert restored.code == 0, restored.err
+    assert "URL of late referred to services of a former stack" in restored.err
+    assert "set shop-env.API_KEY, to which it refers, then `pulse-railway redeploy" in restored.err
+    mended = {
+        contract.INTERNAL_TOKEN: f"${{{{shop-router.{contract.INTERNAL_TOKEN}}}}}",
+        contract.SESSION_REDIS_URL: "${{shop-router.REDIS_URL}}",
+        "API_KEY": "${{gone-env.API_KEY}}",
+        "URL": "https://${{shop-env.HOST}}/x",
+    }
+    assert base.variables("late").items() >= mended.items()
+    refused = base.run("redeploy", *late, cwd=shop)
+    assert "late refers to shop-env.API_KEY, which is not set" in refused.error
+    base.stage.set_variables("shop-env", {"API_KEY": "k"})
+    json_of(base, "redeploy", *late, cwd=shop)
+    assert base.variables("late")["API_KEY"] == "${{shop-env.API_KEY}}"
+    rows = json_of(base, "status", "--app", "main.py", cwd=shop)["deployments"]
+    assert ("late", 0) in [(row["deployment_id"], row["sessions"]) for row in rows]
 
 
 def test_changes_made_on_railway_are_reported_and_reverted(base: Project) -> None:
