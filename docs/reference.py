@@ -82,6 +82,9 @@ VARIABLES = {
         "PULSE_RAILWAY_STACK": "on every service of a stack: its owner, as `<environment id>/<id"
         " of the router service>`",
         "PULSE_RAILWAY_APP": "the app that it serves: name, repository and file, as JSON",
+        "PULSE_RAILWAY_CRON, PULSE_RAILWAY_ROUTER_REPLICAS": "as on the janitor: the values of"
+        " `ensure`'s flags, which a later `ensure` without them keeps. So are"
+        " `PULSE_RAILWAY_KEEP` and `PULSE_RAILWAY_ROLLBACK_WINDOW_SECONDS`",
         "PULSE_RAILWAY_REPLACES": "on a router that `ensure --repair` has created: the owner whose"
         " routing state it takes over",
         "PULSE_RAILWAY_REMOVED": "on a service that could not be deleted on Railway: the time"

@@ -102,7 +102,14 @@ class Flag:
 
 
 def value(flags: Flags, name: str, plugin: RailwayPlugin | None = None) -> Any:
-    """Return a flag's value: from the flags, the plugin, the environment variable or the default.
+    """Return a flag's value: as `given`, else the default. Raises Failure as `given` does."""
+    flag, chosen = FLAGS[name], given(flags, name, plugin)
+    return {bool: False, dict: EMPTY}.get(flag.kind, flag.default) if chosen is None else chosen
+
+
+def given(flags: Flags, name: str, plugin: RailwayPlugin | None = None) -> Any:
+    """Return the value that the flags, the plugin or the environment variable give; None if none
+    does.
 
     The first that has one counts. Raises Failure for a value that is not of the flag's kind.
     """
@@ -112,9 +119,7 @@ def value(flags: Flags, name: str, plugin: RailwayPlugin | None = None) -> Any:
         raw = getattr(plugin, name)
     if raw in UNSET and flag.variable:
         raw = os.environ.get(flag.variable)
-    if raw in UNSET:
-        return {bool: False, dict: EMPTY}.get(flag.kind, flag.default)
-    return flag.parse(raw)
+    return None if raw in UNSET else flag.parse(raw)
 
 
 # fmt: off

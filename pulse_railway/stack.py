@@ -98,8 +98,12 @@ class Stack:
 
     def stored(self, name: str) -> str | None:
         """Return a variable that router and janitor have, of the first that has it, or None."""
+        return next(iter(self.values(name)), None)
+
+    def values(self, name: str) -> list[str]:
+        """Return the values of a variable on router and janitor, as far as it is set."""
         values = (s.variables.get(name) for s in (self.router, self.janitor) if s)
-        return next((value for value in values if value), None)
+        return [value for value in values if value]
 
     @property
     def missing(self) -> list[str]:

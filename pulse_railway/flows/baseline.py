@@ -16,7 +16,8 @@ from typing import Any
 from pulse_railway import app_identity, contract, runtime_image
 from pulse_railway.config import Names, Target
 from pulse_railway.errors import Failure, keep_secret
-from pulse_railway.options import BaselineOptions
+from pulse_railway.flags import FLAGS
+from pulse_railway.options import BaselineOptions, check_cron
 from pulse_railway.output import Output
 from pulse_railway.railway import config_files, documents, program
 from pulse_railway.railway.api import Api, GraphqlError
@@ -401,12 +402,66 @@ JANITOR_SETTINGS: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
+class Configured:
+    """What a stack was set up with: the flags' values, else the stack's, else the defaults."""
+
+    cron: str
+    drain_ttl: int  # seconds
+    rollback_window: int  # seconds
+    keep: int  # deployments
+    router_replicas: int
+
+    @property
+    def records(self) -> dict[str, str]:
+        """The variables of router and janitor by which a later `ensure` knows these values.
+
+        Either service can be deleted, and settings be changed on Railway by hand.
+        """
+        return {
+            contract.CRON: self.cron,
+            contract.ROLLBACK_WINDOW: str(self.rollback_window),
+            contract.KEEP: str(self.keep),
+            contract.ROUTER_REPLICAS: str(self.router_replicas),
+        }
+
+
+def configured(stack: Stack, options: BaselineOptions) -> Configured:
+    """Return the values of the flags that a stack keeps.
+
+    An earlier version has not recorded schedule and replicas: then Railway's settings count.
+    """
+    cron = stack.janitor.settings.get("cronSchedule") if stack.janitor else None
+    replicas = stack.router.settings.get("numReplicas") if stack.router else None
+
+    def choose(flag: str, given: Any, name: str, setting: Any = None) -> Any:
+        for value in (given, *stack.values(name), setting):
+            if value in (None, ""):
+                continue
+            try:
+                if flag == "janitor_cron_schedule":
+                    check_cron(str(value))
+                return FLAGS[flag].parse(value)
+            except Failure:  # somebody has changed it by hand
+                continue
+        return FLAGS[flag].default
+
+    return Configured(
+        choose("janitor_cron_schedule", options.cron, contract.CRON, cron),
+        choose("drain_ttl_seconds", options.drain_ttl, contract.DRAIN_TTL),
+        choose("rollback_window_seconds", options.rollback_window, contract.ROLLBACK_WINDOW),
+        choose("keep", options.keep, contract.KEEP),
+        choose("router_replicas", options.router_replicas, contract.ROUTER_REPLICAS, replicas),
+    )
+
+
+@dataclass(frozen=True)
 class Desired:
     """The desired state of one service."""
 
     name: str
     variables: dict[str, str]
     settings: dict[str, Any]
+    records: dict[str, str]  # variables that the running service does not read
 
 
 def desired(
@@ -421,7 +476,7 @@ def desired(
     Args:
         token_made: `runtime_token` was created by `ensure`.
     """
-    names = stack.names
+    names, flags = stack.names, configured(stack, options)
     if options.redis_url:
         redis_url = options.redis_url
     elif stack.redis:
@@ -433,11 +488,11 @@ def desired(
         contract.INTERNAL_TOKEN: internal_token,
         contract.REDIS_URL: redis_url,
         contract.REDIS_PREFIX: desired_redis_prefix(stack, options),
-        contract.DRAIN_TTL: str(options.drain_ttl),
+        contract.DRAIN_TTL: str(flags.drain_ttl),
         contract.RUNTIME_VERSION: options.runtime_image or runtime_image.runtime_version(),
     }
     if shared[contract.REDIS_PREFIX].endswith(f":{stack.target.environment_id}"):  # a copy's own
-        shared[contract.KEY_TTL] = str(max(options.drain_ttl, contract.MIN_KEY_TTL_SECONDS))
+        shared[contract.KEY_TTL] = str(max(flags.drain_ttl, contract.MIN_KEY_TTL_SECONDS))
     if names.prefix:
         shared[contract.SERVICE_PREFIX] = names.prefix
     if not options.runtime_image:
@@ -449,16 +504,17 @@ def desired(
         {**shared, contract.PORT: str(contract.DEFAULT_PORT)},
         {
             **ROUTER_SETTINGS,
-            "numReplicas": options.router_replicas,
+            "numReplicas": flags.router_replicas,
             "healthcheckTimeout": 120,
             "overlapSeconds": 30,
             "drainingSeconds": 30,
         },
+        flags.records,
     )
     janitor_variables = {
         **shared,
-        contract.ROLLBACK_WINDOW: str(options.rollback_window),
-        contract.KEEP: str(options.keep),
+        contract.ROLLBACK_WINDOW: str(flags.rollback_window),
+        contract.KEEP: str(flags.keep),
         contract.ROUTER_SERVICE: names.router,
         contract.JANITOR_SERVICE: names.janitor,
     }
@@ -469,7 +525,8 @@ def desired(
     janitor = Desired(
         names.janitor,
         janitor_variables,
-        {**JANITOR_SETTINGS, "cronSchedule": options.cron},
+        {**JANITOR_SETTINGS, "cronSchedule": flags.cron},
+        flags.records,
     )
     return [router, janitor]
 
@@ -508,6 +565,9 @@ def plan(
         stopped = service.stopped and desired_state.name == stack.names.router
         undeployed = bool(service.variables.get(contract.UNDEPLOYED))
         change.deploy = bool(change) or service.status != "SUCCESS" or stopped or undeployed
+        change.variables |= {
+            k: v for k, v in desired_state.records.items() if service.variables.get(k) != v
+        }
         change.domain = desired_state.name == stack.names.router and not service.domains
     name = options.app.plugin.name if options.app else None
     if name and app_identity.stored_identity(stack).name != name:
