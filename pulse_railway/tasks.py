@@ -335,7 +335,7 @@ def _stack(
     api, target = config.connect(options.where, output)
     with output.step("inspect the project"):
         stack = inspect(api, target, options.names)
-        if require:
+        if require or stack.no_such_router:
             require_router(stack)
             if stack.missing:  # these verbs work without, which matters in an outage
                 output.warn(partial(stack))

@@ -143,7 +143,9 @@ def step_03_killed_after_each_write(edge: Project) -> None:
         runs += 1
         assert runs < 15
     assert runs > 3
-    assert edge.ok("ensure", "main.py")["changed"] == []
+    again = ensure(edge, "--json")
+    assert again.json["changed"] == []
+    assert "edge-env has no API_KEY, which third refers to" in again.err  # also after the kill
     assert running(edge, "edge-janitor") == before
     edge.stage.set_variables("edge-env", {"API_KEY": "k"})
     assert edge.ok("status")["problems"] == []

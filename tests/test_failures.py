@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -283,6 +284,9 @@ def test_a_generated_name_that_is_taken_gets_a_later_time(here: InProcess) -> No
     )
     with pytest.raises(Failure, match="deployment first exists already: choose another"):
         deploy.free_name(given, stack)
+    named = replace(given, deployment_id="pulse-redis")
+    with pytest.raises(Failure, match="a service pulse-redis of this project, which is no depl"):
+        deploy.free_name(named, stack)
 
 
 def test_a_watch_goes_on_without_railways_api(here: InProcess) -> None:

@@ -158,7 +158,7 @@ def test_a_router_name_that_does_not_exist_is_refused(base: Project) -> None:
     """The message has once advised to delete pulse-env, pulse-janitor and pulse-redis."""
     for verb in (["redeploy"], ["status"], ["delete", "--deployment-id", "first"]):
         run = base.run(*verb, "--service", "pulse-routr")
-        printed = run.err + run.out  # `status` prints it as a problem
+        printed = run.error
         assert "no router is called pulse-routr; there is: pulse-router" in printed
         assert "Delete" not in printed
     assert base.active == "first"
@@ -170,7 +170,7 @@ def test_a_flag_that_contradicts_the_app_is_refused(base: Project, shop: Path) -
     refused = base.run(*words, "pulse-router", cwd=shop)
     assert refused.code == 1
     assert "--service pulse-router is not the router of this app, shop-router" in refused.err
-    assert "no router is called nonsense" in base.run(*words, "nonsense").out
+    assert "no router is called nonsense" in base.run(*words, "nonsense").error
 
 
 def test_a_stacks_prefixes_and_redis_cannot_be_changed(base: Project) -> None:
@@ -268,6 +268,8 @@ def test_a_copied_environment(base: Project) -> None:
     for name in (contract.RAILWAY_TOKEN, contract.INTERNAL_TOKEN):
         assert router[name] != original["pulse-router"][name]
     assert copy.ok("ensure", "main.py")["changed"] == []
+    restored = copy.run("restore", "--deployment-id", "first").error
+    assert "first was copied from another environment" in restored
     copy.deploy("fresh")
     assert copy.ok("status")["active"] == "fresh"
     assert copy.get("/_pulse/meta")["deployment_id"] == "fresh"

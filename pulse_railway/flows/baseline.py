@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 import shutil
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ from pulse_railway.stack import (
     partial,
     read_services,
     read_variables,
+    references,
     require_complete_answer,
 )
 from pulse_railway.waiting import FAILED_STATES, poll, wait_for_services
@@ -150,6 +152,8 @@ def create_missing(api: Api, stack: Stack, plan_only: bool, output: Output) -> l
     """
     missing = stack.missing
     names = stack.names
+    if stack.env:  # also in the run after one that was interrupted
+        warn_of_lost_variables(stack, stack.backends, output)
     for lost in lost_with_missing(stack):
         output.warn(lost)
     if names.redis in missing:
@@ -244,6 +248,18 @@ def create_redis(api: Api, stack: Stack, plan_only: bool, output: Output) -> Non
         created = _await_services(api, stack, [name], output).services[name]
         stack.services[name] = created
         wait_for_services(api, target, {created.id: name}, {created.id: None}, output)
+
+
+def warn_of_lost_variables(stack: Stack, deployments: Iterable[Service], output: Output) -> None:
+    """Warn of variables to which deployments refer, and that the env service does not have."""
+    env = stack.env
+    assert env is not None
+    for service in deployments:
+        if lost := references(service, env.name) - env.variables.keys():
+            output.warn(
+                f"{env.name} has no {joined(lost)}, which {service.deployment_id} refers to: set it"
+                " there if the app needs it"
+            )
 
 
 def unfinished(stack: Stack) -> bool:

@@ -19,6 +19,7 @@ from pulse_railway.build_context import secrets_in_image
 from pulse_railway.config import AppConfig, Target, inside
 from pulse_railway.errors import Failure, Refused
 from pulse_railway.flows.bake import bake
+from pulse_railway.flows.baseline import warn_of_lost_variables
 from pulse_railway.flows.cleanup import Attempt, release_lock, undo_on_failure
 from pulse_railway.flows.reachability import (
     backend_address,
@@ -34,7 +35,7 @@ from pulse_railway.railway import config_files, docker, program, upload
 from pulse_railway.railway.api import Api
 from pulse_railway.railway.up import up
 from pulse_railway.services import create_service, deploy_service, shell
-from pulse_railway.stack import Stack, inspect, joined, references, require_baseline
+from pulse_railway.stack import Stack, inspect, require_baseline
 from pulse_railway.waiting import latest, poll, runtime_tail, wait_for_build
 
 
@@ -155,17 +156,6 @@ def check_secret(plan: Plan, stack: Stack) -> None:
     )
 
 
-def warn_of_lost_variables(stack: Stack, output: Output) -> None:
-    """Warn of variables that the active version refers to, and the env service does not have."""
-    active, env = stack.backend(stack.last_promoted or ""), stack.env
-    assert env is not None
-    if active and (lost := references(active, env.name) - env.variables.keys()):
-        output.warn(
-            f"{env.name} has no {joined(lost)}, which {active.deployment_id} refers to: set it"
-            " there if the app needs it"
-        )
-
-
 def free_name(plan: Plan, stack: Stack) -> Plan:
     """Return a plan whose service name is not taken in the project.
 
@@ -175,9 +165,10 @@ def free_name(plan: Plan, stack: Stack) -> Plan:
     ids = {service.deployment_id for service in [*stack.services.values(), *stack.others]}
     while plan.service_name in stack.taken or plan.deployment_id in ids:
         if plan.options.deployment_id:
-            raise Failure(
-                f"deployment {plan.deployment_id} exists already: choose another --deployment-id"
-            )
+            what = f"deployment {plan.deployment_id}"
+            if plan.deployment_id not in ids:
+                what = f"a service {plan.service_name} of this project, which is no deployment,"
+            raise Failure(f"{what} exists already: choose another --deployment-id")
         moment += timedelta(seconds=1)
         name = plan.deployment_id[: -len("-yymmdd-HHMMSS")]
         plan = replace(plan, deployment_id=naming.generate_deployment_id(name, moment))
@@ -247,7 +238,8 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
             require_baseline(stack)
             attempt.stack = stack
             check_secret(plan, stack)
-            warn_of_lost_variables(stack, output)
+            active = stack.backend(stack.last_promoted or "")
+            warn_of_lost_variables(stack, [active] if active else [], output)
             identity = app_identity.of_app(plan.app)
             app_identity.check_same_app(stack, identity, plan.options.replace_app, output)
             app = replace(plan.app, names=stack.names)  # the existing services' names

@@ -36,6 +36,8 @@ def restore(api: Api, stack: Stack, deployment_id: str | None, output: Output) -
     take_over(api, stack, deployment_id, output)
     for service in stack.backends:
         mend_references(api, stack, service, output)
+    if deployment_id and (stack.backends or stack.unowned):
+        find_backend(stack, deployment_id)
     if not stack.backends:
         raise Failure("there are no deployments to restore: run `pulse-railway deploy`")
     with output.step("ask the router what it knows"):
