@@ -599,9 +599,9 @@ def lost_with_missing(stack: Stack) -> list[str]:
         )
     if not stack.router:
         warnings.append(
-            f"the public address of {names.router}, its own domains and further variables are lost:"
-            " it gets a new address. Add the domains again on Railway; the next deploy gets the new"
-            " address"
+            f"the public address of {names.router}, its own domains and variables set by hand are"
+            " lost: it gets a new address. Add the domains again on Railway. An app that was"
+            " reached by Railway's address needs a new deploy, since its pages name the old one"
         )
     if names.redis in stack.missing:
         warnings.append(
