@@ -43,6 +43,8 @@ VARIABLES = {
         "PULSE_RAILWAY_SESSION_SCOPE": "in a copy of an environment, on a shared Redis: its id,"
         " which follows the prefix of session keys",
         "PULSE_RAILWAY_DEPLOYMENT_NAME": "the name from which its id was generated",
+        "PULSE_RAILWAY_ABOUT": "commit, author and message, as JSON: `restore` and the janitor"
+        " write them again where Redis has lost them",
         "PULSE_RAILWAY_DEPLOY_RUN": "the run of `deploy` that created it",
         "PORT": "8000",
         "RAILWAY_DEPLOYMENT_DRAINING_SECONDS": "seconds from SIGTERM to SIGKILL: 10, as a setting"

@@ -71,6 +71,7 @@ REMOVED: Final = "PULSE_RAILWAY_REMOVED"  # ours: the service could not be delet
 MAINTENANCE_OFF: Final = "PULSE_RAILWAY_MAINTENANCE_OFF"  # ours, on the router: time of its end
 TOKEN_MADE: Final = "PULSE_RAILWAY_TOKEN_MADE"  # ours, on the router: `ensure` made its token
 NAME: Final = "PULSE_RAILWAY_DEPLOYMENT_NAME"  # ours, on a backend: its id was generated from this
+ABOUT: Final = "PULSE_RAILWAY_ABOUT"  # ours, on a backend: commit, author, message, as JSON
 RUN: Final = "PULSE_RAILWAY_DEPLOY_RUN"  # ours, on a backend: the run that created it
 CONTROL: Final = "PULSE_RAILWAY_CONTROL"  # ours, on the janitor: a control command to carry out
 CONTROL_ANSWER: Final = "PULSE_RAILWAY_CONTROL_ANSWER"  # ours, on the janitor: its answer
@@ -90,6 +91,7 @@ RESERVED: Final = frozenset(
         SESSION_SCOPE,
         KEY_TTL,
         NAME,
+        ABOUT,
         STACK,
         REMOVED,
         "PULSE_RAILWAY_DEPLOYMENT_STATE",

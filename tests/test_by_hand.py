@@ -127,7 +127,7 @@ def step_02_the_env_service(edge: Project) -> None:
     warned = edge.run("deploy", "main.py", "--deployment-id", "second")
     assert "warning: edge-env has no API_KEY, which first refers to" in warned.err
     edge.stage.set_variables("edge-env", {"API_KEY": "k"})
-    edge.deploy("third")
+    edge.deploy("third", "--message", "pay ${{edge-env.API_KEY}}")
     assert edge.variables("edge-third")["API_KEY"] == "${{edge-env.API_KEY}}"
     assert edge.ok("status")["problems"] == []
 
@@ -227,6 +227,7 @@ def step_06_redis(edge: Project) -> None:
     """It was once restored only by the deletion of all other services."""
     before, router = running(edge, *RUNTIME), edge.variables("edge-router")
     address = edge.ok("status")["address"]
+    rows = edge.ok("status")["deployments"]
     remove(edge, "edge-redis")
     problem = edge.ok("status")["problem"]
     assert problem.startswith("edge-redis of this stack is missing: `pulse-railway ensure --rep")
@@ -238,6 +239,9 @@ def step_06_redis(edge: Project) -> None:
     assert running(edge, *RUNTIME) == before
     assert edge.ok("status")["address"] == address
     assert edge.janitor("edge-janitor")["restored"] == "third"
+    restored = {row["deployment_id"]: row["about"] for row in edge.ok("status")["deployments"]}
+    assert restored == {row["deployment_id"]: row["about"] for row in rows}
+    assert restored["third"]["message"] == "pay ${{edge-env.API_KEY}}"
     assert edge.get("/_pulse/meta")["deployment_id"] == "third"
     assert ensure_changes(edge) == []
     eventually(lambda: edge.ok("status")["problems"] == [], 20)
@@ -293,6 +297,8 @@ def check_that_a_copy_without_some_services_is_taken_over(edge: Project) -> None
         assert "pulse-railway ensure`, which makes a stack of its own" in status["problem"]
         plan = copy.ok("ensure", "main.py", "--plan")["planned"]
         assert [f"{missing}: create" for missing in sorted(gone)] == sorted(plan[: len(gone)])
+        if name == "two":
+            check_two_runs_at_once(copy)
         assert ensure(copy).code == 0
         router = copy.stage.services()["edge-router"]["serviceId"]
         own = ("edge-router", "edge-env", "edge-redis", "edge-janitor")
@@ -301,6 +307,33 @@ def check_that_a_copy_without_some_services_is_taken_over(edge: Project) -> None
         assert copy.ok("status")["problems"] == []
         original, internal = edge.variables("edge-router"), contract.INTERNAL_TOKEN
         assert copy.variables("edge-router")[internal] != original[internal]
+
+
+# an `ensure` during which another one runs, after the first has made a token
+WITH_ANOTHER = """
+import subprocess, sys
+from pulse_railway import cli
+from pulse_railway.railway.api import Api
+call = Api.call
+def called(self, document, **variables):
+    answer = call(self, document, **variables)
+    if "projectTokenCreate" in document:
+        subprocess.run([sys.executable, "-m", "pulse_railway", *sys.argv[1:]], check=True)
+    return answer
+Api.call = called
+cli.main(sys.argv[1:])
+"""
+
+
+def check_two_runs_at_once(copy: Project) -> None:
+    """The second run deletes the first one's token, which the first has once left in use."""
+    command = [sys.executable, "-c", WITH_ANOTHER, "ensure", "main.py"]
+    command += ["--rollback-window-seconds", "0"]
+    first = subprocess.run(
+        command, env=copy.env, cwd=TINY, capture_output=True, text=True, timeout=120
+    )
+    assert "another `ensure` ran at the same time" in first.stderr, first.stderr
+    assert first.returncode == 1
 
 
 # -- without a Railway -----------------------------------------------------------------------------

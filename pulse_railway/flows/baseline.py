@@ -141,7 +141,27 @@ def ensure(
         if any(change.deploy for change in changes) and not options.runtime_image:
             program.need("railway")
         apply(api, stack, changes, options, output)
+        if not api.scope() and any(contract.RAILWAY_TOKEN in c.variables for c in changes):
+            check_written_token(api, stack)
     return stack, lines
+
+
+def check_written_token(api: Api, stack: Stack) -> None:
+    """Raise Failure if the router's token is not valid.
+
+    Another run at the same time has deleted it as one that was not used, or has written its own.
+    """
+    router = stack.router
+    assert router is not None
+    read_variables(api, Stack(stack.target, stack.names, {router.name: router}))
+    written = router.variables.get(contract.RAILWAY_TOKEN, "")
+    if router.variables.get(contract.TOKEN_MADE) and (
+        api.environment_of(written) != stack.target.environment_id
+    ):
+        raise Failure(
+            "another `ensure` ran at the same time, and the tokens of the two got mixed up: run"
+            " `pulse-railway ensure` again"
+        )
 
 
 def create_missing(api: Api, stack: Stack, plan_only: bool, output: Output) -> list[str]:

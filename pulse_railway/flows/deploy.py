@@ -7,6 +7,7 @@ promotion removes what the run has created; nothing is removed after the promoti
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -255,11 +256,12 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
             with step(output, attempt, f"build and push {plan.image}"):
                 build_image(plan, stack, output)
         with step(output, attempt, f"create the service {plan.service_name}"):
-            create_backend(api, stack, plan, attempt)
+            about = provenance.about(plan.app.context, plan.options.message)
+            create_backend(api, stack, plan, attempt, about)
         with step(output, attempt, "build and start"):
             start_backend(api, stack, plan, attempt, output)
         with step(output, attempt, "register with the router"):
-            register(api, stack, plan, attempt)
+            register(api, stack, plan, attempt, about)
         with step(output, attempt, "reach it through the router"):
             wait_until_routed(api, stack, plan.deployment_id, output, by_affinity=True)
         with step(output, attempt, f"see its page {plan.app.plugin.check_path}"):
@@ -382,7 +384,9 @@ def build_image(plan: Plan, stack: Stack, output: Output) -> None:
     )
 
 
-def create_backend(api: Api, stack: Stack, plan: Plan, attempt: Attempt) -> None:
+def create_backend(
+    api: Api, stack: Stack, plan: Plan, attempt: Attempt, about: dict[str, str]
+) -> None:
     assert stack.router is not None
     attempt.creating = True
     command = plan.app.plugin.pre_deploy
@@ -392,7 +396,12 @@ def create_backend(api: Api, stack: Stack, plan: Plan, attempt: Attempt) -> None
             api,
             stack.target,
             plan.service_name,
-            {**backend_variables(plan, stack), contract.RUN: attempt.run},
+            {
+                **backend_variables(plan, stack),
+                contract.RUN: attempt.run,
+                # a `$` in a commit's message could begin a reference
+                contract.ABOUT: json.dumps(about, separators=(",", ":")).replace("$", "\\u0024"),
+            },
             group_id=stack.router.group_id,
             settings={
                 **BACKEND_SETTINGS,
@@ -433,7 +442,7 @@ def start_backend(api: Api, stack: Stack, plan: Plan, attempt: Attempt, output: 
     wait_for_build(api, str(deployment), output)
 
 
-def register(api: Api, stack: Stack, plan: Plan, attempt: Attempt) -> None:
+def register(api: Api, stack: Stack, plan: Plan, attempt: Attempt, about: dict[str, str]) -> None:
     assert attempt.service_id
     address = backend_address(api, stack.target, attempt.service_id)
     attempt.registered = True  # before the command, whose answer may be lost
@@ -445,7 +454,7 @@ def register(api: Api, stack: Stack, plan: Plan, attempt: Attempt) -> None:
         service_id=attempt.service_id,
         address=address,
         held=not plan.options.promote or plan.options.canary is not None,
-        about=provenance.about(plan.app.context, plan.options.message),
+        about=about,
     )
 
 

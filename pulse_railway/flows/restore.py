@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import datetime
 from typing import Any
 
@@ -53,6 +54,7 @@ def restore(api: Api, stack: Stack, deployment_id: str | None, output: Output) -
                 "address": backend_address(api, stack.target, service.id),
                 "registered_at": datetime.fromisoformat(service.created_at).timestamp(),
                 "drain_started_at": None,
+                "about": stored_about(service),
             }
             for service in stack.backends
         ]
@@ -71,6 +73,15 @@ def restore(api: Api, stack: Stack, deployment_id: str | None, output: Output) -
     with output.step("reach the active deployment"):
         wait_until_routed(api, stack, active, output, by_affinity=False)
     return {"active": active, "restored": [r["deployment_id"] for r in records]}
+
+
+def stored_about(service: Service) -> dict[str, Any] | None:
+    """Return commit, author and message of a deployment, from its service's variable, or None."""
+    try:
+        about = json.loads(service.variables.get(contract.ABOUT) or "null")
+    except (ValueError, RecursionError):
+        return None
+    return about if isinstance(about, dict) else None
 
 
 def take_over(api: Api, stack: Stack, deployment_id: str | None, output: Output) -> None:
