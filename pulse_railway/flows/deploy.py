@@ -163,7 +163,8 @@ def free_name(plan: Plan, stack: Stack) -> Plan:
     A generated id gets a later time. Raises Failure if `--deployment-id` is taken.
     """
     moment = datetime.now(UTC)
-    ids = {service.deployment_id for service in [*stack.services.values(), *stack.others]}
+    services = [*stack.services.values(), *stack.others, *stack.empty]
+    ids = {service.deployment_id for service in services}
     while plan.service_name in stack.taken or plan.deployment_id in ids:
         if plan.options.deployment_id:
             what = f"deployment {plan.deployment_id}"
