@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pulse_railway import config, contract, naming
 from pulse_railway.config import AppConfig, Names, Where
 from pulse_railway.errors import Failure, keep_secret
-from pulse_railway.flags import EMPTY, FLAGS, Flags, given, value
+from pulse_railway.flags import EMPTY, FLAGS, Flags, value
 from pulse_railway.output import Output
 from pulse_railway.railway.ssh import private_key_file
 
@@ -216,7 +216,7 @@ def parse_history(flags: Flags, output: Output) -> HistoryOptions:
 
 def parse_baseline(flags: Flags, output: Output) -> BaselineOptions:
     app = app_from_flags(flags, output)
-    if cron := given(flags, "janitor_cron_schedule"):
+    if cron := value(flags, "janitor_cron_schedule"):
         check_cron(cron)
     redis_url = flags.get("redis_url")
     keep_secret(redis_url)
@@ -230,10 +230,8 @@ def parse_baseline(flags: Flags, output: Output) -> BaselineOptions:
         names=app.names,
         app=app,
         cron=cron,
-        drain_ttl=given(flags, "drain_ttl_seconds"),
-        rollback_window=given(flags, "rollback_window_seconds"),
-        keep=given(flags, "keep"),
-        router_replicas=given(flags, "router_replicas"),
+        drain_ttl=value(flags, "drain_ttl_seconds"),
+        rollback_window=value(flags, "rollback_window_seconds"),
         notify=notify_url(flags),
         plan_only=value(flags, "plan"),
     )
