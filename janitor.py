@@ -78,6 +78,7 @@ NEVER_RAN = (None, "FAILED", "CRASHED", "REMOVED", "SKIPPED")
 GONE_SECONDS = 60  # the service of a younger record may not be listed by Railway yet
 MAINTENANCE = "PULSE_RAILWAY_MAINTENANCE"  # on the router service: since when maintenance is on
 MAINTENANCE_OFF = "PULSE_RAILWAY_MAINTENANCE_OFF"  # when maintenance ended last
+ABOUT = "PULSE_RAILWAY_ABOUT"  # on a backend: its commit, author and message
 RUN = "PULSE_RAILWAY_DEPLOY_RUN"  # on a backend: the `deploy` run that created it
 INTERNAL_TOKEN = "PULSE_RAILWAY_INTERNAL_TOKEN"
 RELOAD_GRACE_SECONDS = 3.0
@@ -124,6 +125,7 @@ class Service:
     ours: bool = False  # `deploy` created it: it has the variable RUN
     stamped: bool = True  # it has the variable PULSE_RAILWAY_STACK
     replicas: int = 1
+    about: Mapping[str, Any] | None = None  # commit, author and message, by the variable ABOUT
 
     def record(self) -> Record:
         """Return a record with no more than what Railway shows of the service."""
@@ -132,6 +134,7 @@ class Service:
             service_name=self.name,
             service_id=self.id,
             registered_at=time.time() - self.age,
+            about=self.about,
         )
 
 
@@ -408,6 +411,7 @@ def backend(node: dict[str, Any], service: ownership.Service) -> Service:
         ours=bool(service.variables.get(RUN)),
         stamped=bool(service.variables.get(ownership.STACK)),
         replicas=1 if node["numReplicas"] is None else node["numReplicas"],
+        about=router.or_none(router.json_object, service.variables.get(ABOUT) or "") or None,
     )
 
 

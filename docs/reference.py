@@ -43,6 +43,8 @@ VARIABLES = {
         "PULSE_RAILWAY_SESSION_SCOPE": "in a copy of an environment, on a shared Redis: its id,"
         " which follows the prefix of session keys",
         "PULSE_RAILWAY_DEPLOYMENT_NAME": "the name from which its id was generated",
+        "PULSE_RAILWAY_ABOUT": "commit, author and message, as JSON: `restore` and the janitor"
+        " write them again where Redis has lost them",
         "PULSE_RAILWAY_DEPLOY_RUN": "the run of `deploy` that created it",
         "PORT": "8000",
         "RAILWAY_DEPLOYMENT_DRAINING_SECONDS": "seconds from SIGTERM to SIGKILL: 10, as a setting"
@@ -84,6 +86,11 @@ VARIABLES = {
         "PULSE_RAILWAY_STACK": "on every service of a stack: its owner, as `<environment id>/<id"
         " of the router service>`",
         "PULSE_RAILWAY_APP": "the app that it serves: name, repository and file, as JSON",
+        "PULSE_RAILWAY_CRON, PULSE_RAILWAY_ROUTER_REPLICAS": "as on the janitor: the values of"
+        " `ensure`'s flags, which a later `ensure` without them keeps. So are"
+        " `PULSE_RAILWAY_KEEP` and `PULSE_RAILWAY_ROLLBACK_WINDOW_SECONDS`",
+        "PULSE_RAILWAY_REPLACES": "on a router that `ensure --repair` has created: the owner whose"
+        " routing state it takes over",
         "PULSE_RAILWAY_REMOVED": "on a service that could not be deleted on Railway: the time"
         " since when it is empty",
         "PULSE_RAILWAY_KEY_TTL_SECONDS": "in a copy of an environment, on a shared Redis: its keys'"

@@ -52,6 +52,8 @@ KEY_TTL: Final = "PULSE_RAILWAY_KEY_TTL_SECONDS"  # ours, in a copy: its keys' t
 DRAIN_TTL: Final = "PULSE_RAILWAY_DRAIN_TTL_SECONDS"
 ROLLBACK_WINDOW: Final = "PULSE_RAILWAY_ROLLBACK_WINDOW_SECONDS"  # ours, on the janitor
 KEEP: Final = "PULSE_RAILWAY_KEEP"  # ours, on the janitor: deployments to keep beyond the window
+CRON: Final = "PULSE_RAILWAY_CRON"  # ours: the janitor's schedule, as `ensure` has set it
+ROUTER_REPLICAS: Final = "PULSE_RAILWAY_ROUTER_REPLICAS"  # ours: the same of the router's replicas
 ROUTER_SERVICE: Final = "PULSE_RAILWAY_SERVICE"
 JANITOR_SERVICE: Final = "PULSE_RAILWAY_JANITOR_SERVICE"
 REDIS_SERVICE: Final = "PULSE_RAILWAY_REDIS_SERVICE"
@@ -64,10 +66,12 @@ MAINTENANCE: Final = "PULSE_RAILWAY_MAINTENANCE"  # ours, on the router: closed 
 APP: Final = "PULSE_RAILWAY_APP"  # ours, on the router: the identity of its app
 STACK: Final = "PULSE_RAILWAY_STACK"  # ours, on every service of a stack: its owner
 OWNS_STATE: Final = "PULSE_RAILWAY_OWNS_STATE"  # ours, on the router: claims a state without owner
+REPLACES: Final = "PULSE_RAILWAY_REPLACES"  # ours, on a router made again: the owner it follows
 REMOVED: Final = "PULSE_RAILWAY_REMOVED"  # ours: the service could not be deleted, and is empty
 MAINTENANCE_OFF: Final = "PULSE_RAILWAY_MAINTENANCE_OFF"  # ours, on the router: time of its end
 TOKEN_MADE: Final = "PULSE_RAILWAY_TOKEN_MADE"  # ours, on the router: `ensure` made its token
 NAME: Final = "PULSE_RAILWAY_DEPLOYMENT_NAME"  # ours, on a backend: its id was generated from this
+ABOUT: Final = "PULSE_RAILWAY_ABOUT"  # ours, on a backend: commit, author, message, as JSON
 RUN: Final = "PULSE_RAILWAY_DEPLOY_RUN"  # ours, on a backend: the run that created it
 CONTROL: Final = "PULSE_RAILWAY_CONTROL"  # ours, on the janitor: a control command to carry out
 CONTROL_ANSWER: Final = "PULSE_RAILWAY_CONTROL_ANSWER"  # ours, on the janitor: its answer
@@ -87,6 +91,7 @@ RESERVED: Final = frozenset(
         SESSION_SCOPE,
         KEY_TTL,
         NAME,
+        ABOUT,
         STACK,
         REMOVED,
         "PULSE_RAILWAY_DEPLOYMENT_STATE",

@@ -33,11 +33,14 @@ def run_command(api: Api, stack: Stack, words: list[str], nonce: str) -> Outcome
     """Have the janitor carry out a control command, once for its nonce.
 
     Returns the same answer as by ssh. If none comes in time, the command is cancelled, so that it
-    is not carried out later.
+    is not carried out later. Raises Failure without a janitor.
     """
     janitor = stack.janitor
     if janitor is None:
-        return Outcome("", "there is no janitor: run `pulse-railway ensure`", True)
+        raise Failure(
+            f"{stack.names.janitor} is missing, and the command was not sent: pass --control ssh,"
+            " or run `pulse-railway ensure --repair`, which creates it again"
+        )
     try:
         answer = _request(api, stack, janitor, words, nonce)
         name = janitor.name

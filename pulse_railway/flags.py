@@ -36,6 +36,7 @@ class Flag:
     kind: type = str  # bool: a switch; int; float: a percentage; dict: KEY=VALUE, may be repeated
     default: Any = None  # the value of a text or number that is not given
     words: str = ""  # describes the default in the help, where other code determines it
+    kept: bool = False  # a stack keeps its value; the default is a new stack's
     minimum: int = 1  # the smallest whole number
     variable: str = ""  # an environment variable that is read if nothing else gives a value
     plugin: bool = False  # an argument of RailwayPlugin has this name, and comes before `variable`
@@ -56,6 +57,8 @@ class Flag:
         """Return the help, with the default."""
         default = self.words if self.default is None else str(self.default)
         default = default or (self.variable and f"${self.variable}")
+        if self.kept:
+            default = f"the stack's; {default} in a new one"
         return f"{self.help} (default: {default})" if default else self.help
 
     @property
@@ -104,7 +107,8 @@ class Flag:
 def value(flags: Flags, name: str, plugin: RailwayPlugin | None = None) -> Any:
     """Return a flag's value: from the flags, the plugin, the environment variable or the default.
 
-    The first that has one counts. Raises Failure for a value that is not of the flag's kind.
+    The first that has one counts; a flag that a stack keeps has no default (None). Raises Failure
+    for a value that is not of the flag's kind.
     """
     flag = FLAGS[name]
     raw = flags.get(name)
@@ -113,7 +117,8 @@ def value(flags: Flags, name: str, plugin: RailwayPlugin | None = None) -> Any:
     if raw in UNSET and flag.variable:
         raw = os.environ.get(flag.variable)
     if raw in UNSET:
-        return {bool: False, dict: EMPTY}.get(flag.kind, flag.default)
+        default = None if flag.kept else flag.default
+        return {bool: False, dict: EMPTY}.get(flag.kind, default)
     return flag.parse(raw)
 
 
@@ -143,19 +148,18 @@ _ALL = (
     Flag("redis_prefix", "prefix of the state's Redis keys", "PREFIX",
          words=contract.DEFAULT_REDIS_PREFIX),
     Flag("janitor_cron_schedule", "when the janitor runs, in UTC", "CRON",
-         default=contract.DEFAULT_CRON),
+         default=contract.DEFAULT_CRON, kept=True),
     Flag("drain_ttl_seconds", "the longest time to keep a draining deployment", "SECONDS", int,
-         contract.DEFAULT_DRAIN_TTL_SECONDS, minimum=0),
+         contract.DEFAULT_DRAIN_TTL_SECONDS, minimum=0, kept=True),
     Flag("rollback_window_seconds",
          "time to keep the previously active deployment, even without tabs", "SECONDS", int,
-         contract.DEFAULT_ROLLBACK_WINDOW_SECONDS, minimum=0),
+         contract.DEFAULT_ROLLBACK_WINDOW_SECONDS, minimum=0, kept=True),
     Flag("keep", "number of previous deployments to keep, until the drain TTL", "NUMBER", int, 0,
-         minimum=0),
-    Flag("router_replicas", "router replicas", "NUMBER", int, 1),
+         minimum=0, kept=True),
+    Flag("router_replicas", "router replicas", "NUMBER", int, 1, kept=True),
     Flag("runtime_image", "a published image of router and janitor", "IMAGE",
          words="built on Railway", plugin=True),
-    Flag("repair", "create a janitor or env service of this stack again that was deleted",
-         kind=bool),
+    Flag("repair", "create services of this stack again that were deleted", kind=bool),
     Flag("owns_state", "claim the routing state of an external Redis if it has no owner",
          kind=bool),
     Flag("plan", "print the changes without making them", kind=bool),

@@ -84,11 +84,12 @@ class BaselineOptions:
     names: Names
     redis_url: str | None = None
     redis_prefix: str | None = None  # None: the stack's, or the default in a new stack
-    cron: str = FLAGS["janitor_cron_schedule"].default
-    drain_ttl: int = FLAGS["drain_ttl_seconds"].default  # seconds
-    rollback_window: int = FLAGS["rollback_window_seconds"].default  # seconds; 0: none
-    keep: int = FLAGS["keep"].default  # deployments
-    router_replicas: int = FLAGS["router_replicas"].default
+    # None: the stack's value, or the default in a new stack
+    cron: str | None = None
+    drain_ttl: int | None = None  # seconds
+    rollback_window: int | None = None  # seconds; 0: none
+    keep: int | None = None  # deployments
+    router_replicas: int | None = None
     runtime_image: str | None = None
     app: AppConfig | None = None
     replace_app: bool = False
@@ -215,8 +216,8 @@ def parse_history(flags: Flags, output: Output) -> HistoryOptions:
 
 def parse_baseline(flags: Flags, output: Output) -> BaselineOptions:
     app = app_from_flags(flags, output)
-    cron = value(flags, "janitor_cron_schedule")
-    check_cron(cron)
+    if cron := value(flags, "janitor_cron_schedule"):
+        check_cron(cron)
     redis_url = flags.get("redis_url")
     keep_secret(redis_url)
     if redis_url and not redis_url.startswith(("redis://", "rediss://")):

@@ -3,9 +3,10 @@ the stack."""
 
 from __future__ import annotations
 
+import re
 import time
 import urllib.parse
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -63,7 +64,7 @@ class Stack:
     others: list[Service] = field(default_factory=list)  # the environment's other services
     unowned: dict[str, Any] = field(default_factory=dict)  # of `others`: name -> ownership.Unowned
     empty: list[Service] = field(default_factory=list)  # its own, left empty by a deletion
-    taken: frozenset[str] = frozenset()  # the names of all services of the project
+    taken: dict[str, str] = field(default_factory=dict)  # all services of the project: name -> id
     no_such_router: str | None = None  # the existing routers, if the one given by name is not there
     copied_from: str | None = None  # the original environment's id, until `ensure` has run
     incomplete: str | None = None  # the reason why Railway's answer cannot be complete
@@ -92,11 +93,17 @@ class Stack:
     @property
     def external_redis(self) -> bool:
         """Whether the router's Redis is not a service of the environment."""
-        router = self.router
-        if self.redis is not None or router is None:
-            return False
-        url = router.variables.get(contract.REDIS_URL, "")
-        return bool(url) and f"{self.names.redis}." not in url
+        url = self.stored(contract.REDIS_URL)
+        return self.redis is None and bool(url) and f"{self.names.redis}." not in str(url)
+
+    def stored(self, name: str) -> str | None:
+        """Return a variable that router and janitor have, of the first that has it, or None."""
+        return next(iter(self.values(name)), None)
+
+    def values(self, name: str) -> list[str]:
+        """Return the values of a variable on router and janitor, as far as it is set."""
+        values = (s.variables.get(name) for s in (self.router, self.janitor) if s)
+        return [value for value in values if value]
 
     @property
     def missing(self) -> list[str]:
@@ -143,8 +150,7 @@ class Stack:
     @property
     def redis_prefix(self) -> str:
         """The prefix of the routing state's keys."""
-        variables = self.router.variables if self.router else {}
-        return variables.get(contract.REDIS_PREFIX) or contract.DEFAULT_REDIS_PREFIX
+        return self.stored(contract.REDIS_PREFIX) or contract.DEFAULT_REDIS_PREFIX
 
     @property
     def address(self) -> str:
@@ -197,9 +203,10 @@ def find_stack(environment: Stack) -> Stack:
     """Return the stack that a verb acts on.
 
     Its router is the one that the user has named, else the one with the default name, else the only
-    one. Without a router, the stack has the services with its names that belong to no other stack,
-    and the deployments without a router in this environment. Raises Failure if there are several
-    routers to choose from.
+    one. A deleted router counts if a janitor still names it: its stack has the services with the
+    janitor's stamp. Without any, the stack has the services with its names that belong to no other
+    stack, and the deployments without a router in this environment. Raises Failure if there are
+    several routers to choose from.
 
     Args:
         environment: all services, with the names that the app or the user has given.
@@ -207,19 +214,22 @@ def find_stack(environment: Stack) -> Stack:
     names, services = environment.names, environment.services
     every = [ownership.Service(s.id, s.name, s.variables) for s in services.values()]
     routers = {router.name: router for router in ownership.routers(every)}
+    owners = ownership.owners(environment.target.environment_id, every)
     router = routers.get(names.router)
-    if router is None and not names.asked:
+    lost = None if router else janitor_of_lost(environment, every, owners, routers)
+    if router is None and lost is None and not names.asked:
         router = routers.get(contract.DEFAULT_ROUTER)
-    if router is None and routers and not names.asked:
+    if router is None and lost is None and routers and not names.asked:
         if len(routers) > 1:
             raise Failure(
                 f"there are several routers, {joined(routers)}: pass --service with one of them"
             )
         (router,) = routers.values()
-    owners = ownership.owners(environment.target.environment_id, every)
-    if router is None:
-        if not routers:
-            names = names_of_lost(names, every, owners)
+    if router is not None:
+        stack = stack_of(environment, router, every, owners)
+    elif lost is not None:
+        stack = stack_without_router(environment, lost, every, owners)
+    else:
         baseline = {names.router, names.env, names.redis, names.janitor}
         own = {
             name: service
@@ -230,8 +240,6 @@ def find_stack(environment: Stack) -> Stack:
         }
         instead = joined(routers) if routers and names.asked else None
         stack = replace(environment, names=names, services=own, no_such_router=instead)
-    else:
-        stack = stack_of(environment, router, every, owners)
     stack.others = [s for s in services.values() if s.name not in stack.services]
     stack.empty = [s for s in stack.services.values() if s.variables.get(contract.REMOVED)]
     for service in stack.empty:
@@ -239,22 +247,43 @@ def find_stack(environment: Stack) -> Stack:
     return stack
 
 
-def names_of_lost(names: Names, every: list[Any], owners: dict[str, Any]) -> Names:
-    """Return the names of a stack whose router is gone, from its janitor's variables; else `names`.
+def janitor_of_lost(
+    environment: Stack, every: list[Any], owners: dict[str, Any], routers: Collection[str]
+) -> Any | None:
+    """Return the janitor of a deleted router, which the user means; None if there is none.
 
     Args:
         every: all services of the environment, as ownership.Service.
         owners: service id -> ownership.Owner.
+        routers: the names of the environment's routers.
     """
-    janitors = [s for s in every if ownership.is_janitor(s) and owners[s.id].kind == "gone"]
-    router = janitors[0].variables.get(contract.ROUTER_SERVICE) if janitors else None
-    if not router or (names.asked and router != names.router):
-        return names
-    janitor = janitors[0]
+    names, existing = environment.names, {s.id: s.name for s in every}
+    janitors = {
+        name: s
+        for s in every
+        if ownership.is_janitor(s) and (name := s.variables.get(contract.ROUTER_SERVICE))
+        if owners[s.id].kind in ("gone", "copy")
+        and name not in routers
+        # a renamed router keeps its id; an unfinished one is being created again
+        and existing.get(s.stamp.router_id, name) == name
+    }
+    if names.router in janitors or names.asked or routers or len(janitors) != 1:
+        return janitors.get(names.router)
+    return next(iter(janitors.values()))
+
+
+def stack_without_router(
+    environment: Stack, janitor: Any, every: list[Any], owners: dict[str, Any]
+) -> Stack:
+    """Return the stack of a deleted router, with the names and the stamp that its janitor has.
+
+    An interrupted `ensure --repair` leaves a new router that has not written its stamp yet.
+    """
+    names, router = environment.names, str(janitor.variables[contract.ROUTER_SERVICE])
     stored = ownership.names_of(
         ownership.Service(janitor.stamp.router_id, router, janitor.variables), every
     )
-    return replace(
+    names = replace(
         names,
         router=router,
         env=stored.env or missing_name(router, names, "env"),
@@ -262,6 +291,20 @@ def names_of_lost(names: Names, every: list[Any], owners: dict[str, Any]) -> Nam
         janitor=janitor.name,
         prefix=janitor.variables.get(contract.SERVICE_PREFIX) or "",
     )
+    unfinished = environment.services.get(router)
+    stamps = {janitor.variables[contract.STACK]}
+    if unfinished and (replaced := unfinished.variables.get(contract.REPLACES)):
+        stamps.add(replaced)
+    own = {
+        s.name: environment.services[s.name]
+        for s in every
+        if s.variables.get(contract.STACK) in stamps
+        or (s.name in (names.env, names.redis) and owners[s.id].kind == "nobody")
+        or (s.is_backend and owners[s.id].kind == "nobody" and not ownership.routers(every))
+    }
+    original = janitor.stamp.environment_id
+    copied = original if original != environment.target.environment_id else None
+    return replace(environment, names=names, services=own, copied_from=copied)
 
 
 def check_prefix(flag: str, prefix: str | None, stored: str | None) -> None:
@@ -279,8 +322,7 @@ def check_redis_prefix(stack: Stack, prefix: str | None) -> None:
 
     A copy's prefix is the original's, which invoke.yaml may have, and the environment's id.
     """
-    variables = stack.router.variables if stack.router else {}
-    stored = variables.get(contract.REDIS_PREFIX) or ""
+    stored = stack.stored(contract.REDIS_PREFIX) or ""
     check_prefix("--redis-prefix", prefix, stored.removesuffix(f":{stack.target.environment_id}"))
 
 
@@ -401,6 +443,47 @@ def references(service: Service, to: str) -> set[str]:
     return {match[2] for match in matches if match[1] == to}
 
 
+def mended_references(stack: Stack, service: Service) -> dict[str, str]:
+    """Return the variables of a deployment that refer to services of a former stack, with
+    references to this one's. The deployment uses them when it is deployed again."""
+    assert stack.router is not None
+    router, env = stack.names.router, stack.env
+    existing = {"shared", *(s.name for s in (*stack.services.values(), *stack.others))}
+
+    def of_env(match: re.Match[str]) -> str:
+        known = match[1] in existing or env is None or match[2] not in env.variables
+        return match[0] if known else f"${{{{{stack.names.env}.{match[2]}}}}}"
+
+    mended = {}
+    for name, value in service.variables.items():
+        match = ownership.REFERENCE.fullmatch(value)
+        if name == contract.INTERNAL_TOKEN:
+            new = f"${{{{{router}.{name}}}}}"
+            same = value == stack.router.variables.get(name) or (match and match[1] == router)
+        elif name in (contract.SESSION_REDIS_URL, contract.KEY_TTL):
+            new = f"${{{{{router}.{name if name == contract.KEY_TTL else contract.REDIS_URL}}}}}"
+            same = not match or match[1] in stack.services
+        else:
+            new, same = ownership.REFERENCE.sub(of_env, value), False
+        if new != value and not same:
+            mended[name] = new
+    return mended
+
+
+def unset_references(stack: Stack, service: Service) -> set[str]:
+    """Return the variables, as `service.NAME`, to which a deployment refers and that nothing sets:
+    those of the env service, also in the place of a service that does not exist."""
+    services = {s.name: s for s in (*stack.services.values(), *stack.others)}
+    return {
+        f"{stack.names.env}.{match[2]}"
+        for value in service.variables.values()
+        for match in ownership.REFERENCE.finditer(value)
+        if match[1] != "shared" and not match[2].startswith("RAILWAY_")
+        if match[1] not in services
+        or (match[1] == stack.names.env and match[2] not in services[match[1]].variables)
+    }
+
+
 def _own(service: Service) -> dict[str, str]:
     """Return a service's variables without those that Railway sets on every service."""
     return {k: v for k, v in service.variables.items() if not k.startswith("RAILWAY_")}
@@ -444,8 +527,10 @@ def read_services(api: Api, target: Target, names: Names) -> Stack:
             stopped=bool(latest and latest["deploymentStopped"]),
             regions=regions,
         )
-    taken = {edge["node"]["name"] for edge in answer["project"]["services"]["edges"]}
-    return Stack(target, names, services, taken=frozenset(taken | services.keys()))
+    taken = {
+        edge["node"]["name"]: edge["node"]["id"] for edge in answer["project"]["services"]["edges"]
+    }
+    return Stack(target, names, services, taken=taken | {s.name: s.id for s in services.values()})
 
 
 def read_variables(api: Api, stack: Stack) -> None:
@@ -467,31 +552,64 @@ def read_variables(api: Api, stack: Stack) -> None:
 
 
 def can_create_missing(stack: Stack) -> bool:
-    """Return whether `ensure` may create the missing services.
+    """Return whether `ensure --repair` may create the missing services.
 
-    Only the env service or the janitor may be missing, and the router has this stack's stamp. No
-    other service may have the stamp, since it could be the missing one with a new name.
+    The router, or without it the janitor, has the stack's stamp and the settings that the missing
+    ones need. No other service may have the stamp, since it could be the missing one with a new
+    name.
     """
-    if stack.router is None or not stack.missing or stack.copied_from:
+    router, janitor, missing = stack.router, stack.janitor, set(stack.missing)
+    here = stack.copied_from or stack.target.environment_id
+    if not missing or not (router or janitor):
         return False
-    known = {s.id for s in (*of_router(stack), *stack.backends)}
-    return (
-        stack.router.variables.get(contract.STACK) == stack.stamp
-        and set(stack.missing) <= {stack.names.env, stack.names.janitor}
-        and all(s.id in known for s in stack.services.values())
-    )
+    if router:
+        stamps = (f"{here}/{router.id}", router.variables.get(contract.REPLACES))
+        recognised = router.variables.get(contract.STACK) in stamps
+        recognised &= bool(router.variables.get(contract.STACK))
+        known = of_router(stack)
+    else:
+        needed = (contract.RAILWAY_TOKEN, contract.REDIS_URL, contract.REDIS_PREFIX)
+        recognised = janitor in of_lost_router(stack) and all(map(stack.stored, needed))
+        recognised &= "${{" not in (stack.stored(contract.INTERNAL_TOKEN) or "${{")
+        if stack.copied_from and janitor:  # the original's router is added to the copy
+            stamp = f"{here}/{stack.taken.get(stack.names.router)}"
+            recognised &= janitor.variables.get(contract.STACK) == stamp
+        known = of_lost_router(stack)
+    if stack.names.redis in missing:  # Railway copies no service's contents from an environment
+        reference = f"${{{{{stack.names.redis}.REDIS_URL}}}}"
+        recognised &= stack.stored(contract.REDIS_URL) == reference
+        recognised &= stack.names.redis not in stack.taken
+    ids = {s.id for s in (*known, *stack.backends)}
+    return recognised and all(s.id in ids for s in stack.services.values())
 
 
-def lost_with_env(stack: Stack) -> str:
-    """Return a warning of the variables of a deleted env service; "" if the service exists."""
-    if stack.env:
-        return ""
-    names = {name for s in stack.backends for name in references(s, stack.names.env)}
-    known = f"; deployments refer to {joined(names)}" if names else ", and nothing says which"
-    return (
-        f"the variables of {stack.names.env} are lost{known}. Set them again before the next"
-        " deploy; running deployments keep the values until they are deployed again"
-    )
+def lost_with_missing(stack: Stack) -> list[str]:
+    """Return a warning for each missing service: what was lost with it, and what to do then."""
+    names, warnings = stack.names, []
+    if not stack.env:
+        referenced = {name for s in stack.backends for name in references(s, names.env)}
+        known = (
+            f"; deployments refer to {joined(referenced)}"
+            if referenced
+            else ", and nothing says which"
+        )
+        warnings.append(
+            f"the variables of {names.env} are lost{known}. Set them again before the next deploy;"
+            " running deployments keep the values until they are deployed again"
+        )
+    if not stack.router:
+        warnings.append(
+            f"the public address of {names.router}, its own domains and variables set by hand are"
+            " lost: it gets a new address. Add the domains again on Railway. An app that was"
+            " reached by Railway's address needs a new deploy, since its pages name the old one"
+        )
+    if names.redis in stack.missing:
+        warnings.append(
+            f"the sessions and the routing state in {names.redis} are lost. The janitor restores"
+            " the state from Railway within five minutes, `pulse-railway restore` at once;"
+            " deployments with sessions in Redis use the new one after `pulse-railway redeploy`"
+        )
+    return warnings
 
 
 def partial(stack: Stack) -> str:
@@ -503,10 +621,21 @@ def partial(stack: Stack) -> str:
     found, missing = joined(s.name for s in stack.baseline), joined(stack.missing)
     if can_create_missing(stack):
         are, it = ("are", "them") if len(stack.missing) > 1 else ("is", "it")
-        lost = f"; {warning}" if (warning := lost_with_env(stack)) else ""
+        return "; ".join(
+            [
+                f"{missing} of this stack {are} missing: `pulse-railway ensure --repair` creates"
+                f" {it} again",
+                *lost_with_missing(stack),
+            ]
+        )
+    certain = of_router(stack) if stack.router else of_lost_router(stack)
+    redis = stack.names.redis
+    if certain and redis in stack.missing and redis in stack.taken:
         return (
-            f"{missing} of this stack {are} missing: `pulse-railway ensure --repair` creates {it}"
-            f" again{lost}"
+            f"{redis} is missing here, and other environments of the project have it: import it"
+            f" from one of them on Railway (Sync), then `railway redeploy --service"
+            f" {stack.names.router}`, and `pulse-railway ensure`. Delete nothing: copied"
+            " environments share their services"
         )
     if stack.router is None:
         existing = f" (there is: {stack.no_such_router})" if stack.no_such_router else ""
@@ -514,13 +643,12 @@ def partial(stack: Stack) -> str:
             f"no router is called {stack.names.router}{existing}: {found} found, {missing} missing."
             " If the router has another name, pass --service with it"
         )
-        certain, reason = of_lost_router(stack), "belonged to a router that is gone: "
+        reason = "belonged to a router that is gone: "
     else:
         message = (
             f"the baseline is partial: {found} found, {missing} missing. If what is missing has"
             " another name, pass --app or the flag for it"
         )
-        certain = of_router(stack)
         reason = f"{'are' if len(certain) > 1 else 'is'} this stack's. If the rest was deleted, "
     unknown = joined(s.name for s in stack.baseline if s not in certain)
     if unknown:
@@ -564,15 +692,26 @@ def of_router(stack: Stack) -> list[Service]:
 
 
 def of_lost_router(stack: Stack) -> list[Service]:
-    """Return the baseline's services with the stamp of a deleted router of this environment."""
+    """Return the baseline's services with the stamp of a router that this environment, or the one
+    that it is a copy of, had."""
     existing = {s.id for s in (*stack.services.values(), *stack.others, *stack.empty)}
     services = []
     for service in stack.baseline:
         stamp = ownership.parse(service.variables.get(contract.STACK))
-        in_environment = stamp and stamp.environment_id == stack.target.environment_id
+        in_environment = stamp and stamp.environment_id == (
+            stack.copied_from or stack.target.environment_id
+        )
         if in_environment and stamp.router_id not in existing:
             services.append(service)
     return services
+
+
+# ends each advice to delete a baseline
+SHARED_SERVICES = (
+    ". Not in a project with other environments: those that were copied share these services, and"
+    " `scaffold` takes no name that another environment has. There name a stack's services anew"
+    " (RailwayPlugin(router_service=...)) and delete nothing"
+)
 
 
 def lost_with_baseline(stack: Stack) -> str:
@@ -586,11 +725,12 @@ def lost_with_baseline(stack: Stack) -> str:
             lost.append(f"{len(own)} variables of {stack.env.name} (note them first)")
     if stack.router and stack.router.domains:
         lost.append(f"the address {stack.address}")
-    return f". With them go: {'; '.join(lost)}" if lost else ""
+    going = f". With them go: {'; '.join(lost)}" if lost else ""
+    return going + SHARED_SERVICES
 
 
-def require_baseline(stack: Stack) -> None:
-    """Raise Failure if the baseline is not complete enough for a deploy; change nothing."""
+def require_router(stack: Stack) -> None:
+    """Raise Failure if there is no router, or no Redis, for a control command; change nothing."""
     require_complete_answer(stack)
     if stack.no_such_router:
         raise Failure(f"no router is called {stack.names.router}; there is: {stack.no_such_router}")
@@ -601,22 +741,33 @@ def require_baseline(stack: Stack) -> None:
         )
     if not stack.baseline:
         raise Failure("there is no baseline in this environment: run `pulse-railway ensure` first")
-    if stack.missing:
+    router = stack.router
+    if router is None or stack.names.redis in stack.missing:
         raise Failure(partial(stack))
-    router, janitor = stack.router, stack.janitor
-    assert router is not None
-    assert janitor is not None
-    for service in (router, janitor):
-        needed = (contract.RAILWAY_TOKEN, contract.REDIS_URL, contract.INTERNAL_TOKEN)
-        absent = [name for name in needed if not service.variables.get(name)]
-        if absent:
-            raise Failure(f"{service.name} lacks {', '.join(absent)}: run `pulse-railway ensure`")
+    require_variables(router)
     if not router.variables.get(contract.RUNTIME_VERSION):
         raise Failure(
             f"{router.name} runs an older pulse-railway: run `pulse-railway ensure`, which takes it"
             " over"
         )
     _ = stack.address
+
+
+def require_baseline(stack: Stack) -> None:
+    """Raise Failure if the baseline is not complete enough for a deploy; change nothing."""
+    require_router(stack)
+    if stack.missing:
+        raise Failure(partial(stack))
+    assert stack.janitor is not None
+    require_variables(stack.janitor)
+
+
+def require_variables(service: Service) -> None:
+    """Raise Failure if a variable without which router and janitor do not work is not set."""
+    needed = (contract.RAILWAY_TOKEN, contract.REDIS_URL, contract.INTERNAL_TOKEN)
+    absent = [name for name in needed if not service.variables.get(name)]
+    if absent:
+        raise Failure(f"{service.name} lacks {', '.join(absent)}: run `pulse-railway ensure`")
 
 
 def find_backend(stack: Stack, deployment_id: str) -> Service:

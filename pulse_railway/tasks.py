@@ -330,13 +330,15 @@ def _stack(
     options: options.StackOptions, output: Output, *, require: bool = True
 ) -> tuple[Api, Stack]:
     from pulse_railway import config
-    from pulse_railway.stack import check_redis, inspect, require_baseline
+    from pulse_railway.stack import check_redis, inspect, partial, require_router
 
     api, target = config.connect(options.where, output)
     with output.step("inspect the project"):
         stack = inspect(api, target, options.names)
-        if require:
-            require_baseline(stack)
+        if require or stack.no_such_router:
+            require_router(stack)
+            if stack.missing:  # these verbs work without, which matters in an outage
+                output.warn(partial(stack))
         check_redis(stack, options.redis_service, options.redis_url, options.redis_prefix)
     return api, stack
 

@@ -74,6 +74,14 @@ def with_defaults(context: Context, flags: Mapping[str, Any]) -> dict[str, Any]:
         raise Exit(
             "error: the section pulse_railway of invoke.yaml has to be `flag: value` lines", 1
         )
+    app = context.config.get("app")
+    chosen = flags.get("app") or configured.get("app")
+    if "app" in flags and not chosen and str(app).partition(":")[0].endswith(".py"):
+        raise Exit(
+            f"error: `app: {app}` in invoke.yaml is read in the section pulse_railway only: put it"
+            " there, indented below `pulse_railway:`",
+            1,
+        )
     defaults = {key.replace("-", "_"): value for key, value in dict(configured).items()}
     return {
         name: defaults.get(name, value) if value is None or value is False or value == [] else value

@@ -7,12 +7,18 @@ import os
 import stat
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pulse_railway import contract
+from pulse_railway.config import Names, Target, Where
+from pulse_railway.flows.baseline import Configured, configured
 from pulse_railway.local.supervisor import free_port
+from pulse_railway.options import BaselineOptions
+from pulse_railway.stack import Service, Stack
 from tests.conftest import BASE, ROOT, TINY, Project, Redis
 from tests.net import ask, eventually, listens
 
@@ -93,16 +99,19 @@ def instances(project: Project) -> dict[str, dict[str, Any]]:
 
 
 def test_ensure_restores_groups_and_managed_settings(new_project: Callable[[], Project]) -> None:
-    """All services are in the router's group on Railway's canvas."""
+    """All services are in the router's group on Railway's canvas. A second `ensure` has once reset
+    what the flags of the first had set."""
     project = new_project()
-    project.ok("ensure", "main.py")
+    flags = ["--keep", "2", "--drain-ttl-seconds", "7200"]
+    flags += ["--janitor-cron-schedule", "*/10 * * * *"]
+    project.ok("ensure", "main.py", *flags)
     project.deploy("one")
     before = instances(project)
     assert set(before) == {*BASE, "one"}
     groups = {instance["group_id"] for instance in before.values()}
     assert len(groups) == 1
     assert groups != {None}
-    assert before["pulse-janitor"]["settings"]["cronSchedule"] == "*/5 * * * *"
+    assert before["pulse-janitor"]["settings"]["cronSchedule"] == "*/10 * * * *"
     assert before["pulse-router"]["settings"]["healthcheckPath"] == "/healthz"
     assert before["one"]["settings"]["healthcheckPath"] == "/_pulse/health"
     assert project.ok("ensure", "main.py")["changed"] == []
@@ -117,8 +126,36 @@ def test_ensure_restores_groups_and_managed_settings(new_project: Callable[[], P
     assert len(changes) == 4, changes  # with the janitor's deployment
     after = instances(project)
     assert {instance["group_id"] for instance in after.values()} == groups
-    assert after["pulse-janitor"]["settings"]["cronSchedule"] == "*/5 * * * *"
+    assert after["pulse-janitor"]["settings"]["cronSchedule"] == "*/10 * * * *"
     assert project.active == "one"
+    changes = project.ok("ensure", "main.py", "--keep", "3", "--plan")["planned"]
+    assert "pulse-janitor: PULSE_RAILWAY_KEEP 2 -> 3" in changes
+    assert not [line for line in changes if "DRAIN_TTL" in line or "cronSchedule" in line]
+
+
+def service(name: str, settings: dict[str, Any], **variables: str) -> Service:
+    return Service(name, "", name, "", None, settings, [], None, None, variables)
+
+
+def test_what_a_stack_was_set_up_with_is_kept() -> None:
+    options = BaselineOptions(Where(), Names())
+    empty = Stack(Target("p", "e"), Names(), {})
+    defaults = Configured("*/5 * * * *", 86_400, 900, 0, 1)
+    assert configured(empty, options) == defaults
+    # of an earlier version: without records
+    router = service("pulse-router", {"numReplicas": 3}, PULSE_RAILWAY_DRAIN_TTL_SECONDS="60")
+    janitor = service("pulse-janitor", {"cronSchedule": "0 * * * *"}, PULSE_RAILWAY_KEEP="4")
+    stack = Stack(Target("p", "e"), Names(), {"pulse-router": router, "pulse-janitor": janitor})
+    assert configured(stack, options) == Configured("0 * * * *", 60, 900, 4, 3)
+    given = replace(options, cron="*/6 * * * *", keep=0, router_replicas=2)
+    assert configured(stack, given) == Configured("*/6 * * * *", 60, 900, 0, 2)
+    # what was set up counts before settings that were changed by hand
+    router.variables |= configured(stack, given).records
+    assert configured(stack, options) == Configured("*/6 * * * *", 60, 900, 0, 2)
+    del stack.services["pulse-janitor"]  # deleted by hand
+    assert configured(stack, options) == Configured("*/6 * * * *", 60, 900, 0, 2)
+    router.variables |= {contract.CRON: "* * * * *", contract.KEEP: "all"}
+    assert configured(stack, options) == Configured("*/5 * * * *", 60, 900, 0, 2)
 
 
 DEPLOY = """

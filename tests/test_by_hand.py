@@ -12,7 +12,14 @@ import pytest
 
 from pulse_railway import contract
 from pulse_railway.config import Names, Target
-from pulse_railway.stack import Service, Stack, can_create_missing, missing_name, partial
+from pulse_railway.stack import (
+    Service,
+    Stack,
+    can_create_missing,
+    find_stack,
+    missing_name,
+    partial,
+)
 from tests.conftest import TINY, Project, play
 from tests.net import eventually
 from tests.test_local_environments import delete
@@ -120,49 +127,154 @@ def step_02_the_env_service(edge: Project) -> None:
     warned = edge.run("deploy", "main.py", "--deployment-id", "second")
     assert "warning: edge-env has no API_KEY, which first refers to" in warned.err
     edge.stage.set_variables("edge-env", {"API_KEY": "k"})
-    edge.deploy("third")
+    edge.deploy("third", "--message", "pay ${{edge-env.API_KEY}}")
     assert edge.variables("edge-third")["API_KEY"] == "${{edge-env.API_KEY}}"
     assert edge.ok("status")["problems"] == []
 
 
 def step_03_killed_after_each_write(edge: Project) -> None:
-    before = running(edge, "edge-janitor")
     remove(edge, "edge-env", "edge-janitor")
     assert "edge-env, edge-janitor of this stack are missing" in edge.ok("status")["problem"]
+    check_verbs_that_need_the_router_alone(edge)
+    before = running(edge)
     runs = 0
     window = ("--rollback-window-seconds", "0")
     while killed(edge, "ensure", "main.py", "--repair", *window):
         runs += 1
         assert runs < 15
     assert runs > 3
-    assert edge.ok("ensure", "main.py")["changed"] == []
+    again = ensure(edge, "--json")
+    assert again.json["changed"] == []
+    assert "edge-env has no API_KEY, which third refers to" in again.err  # also after the kill
     assert running(edge, "edge-janitor") == before
     edge.stage.set_variables("edge-env", {"API_KEY": "k"})
     assert edge.ok("status")["problems"] == []
     eventually(lambda: edge.janitor("edge-janitor")["exit"] == 0)
 
 
+def check_verbs_that_need_the_router_alone(edge: Project) -> None:
+    """They were once refused, in the outage in which they are needed."""
+    for verb in ("maintenance on", "maintenance off", "history", "rollback"):
+        done = edge.run(*verb.split())
+        assert done.code == 0, done.err
+        assert "warning: edge-env, edge-janitor of this stack are missing" in done.err
+    assert edge.ok("promote", "--deployment-id", "third")["active"]
+    assert edge.ok("delete", "--deployment-id", "second", "--yes")["deleted"]
+    assert "nothing is lost" in edge.run("restore").error
+    lost = "third refers to edge-env.API_KEY, which is not set"
+    assert lost in edge.run("redeploy").error
+    assert "are missing" in edge.run("deploy", "main.py").error
+    no_way = edge.run("history", "--control", "job").error
+    assert "edge-janitor is missing, and the command was not sent" in no_way
+
+
 def step_04_the_router(edge: Project) -> None:
-    """`ensure` has once created a second baseline, with the default names."""
+    """The message has once advised to delete all services, with the sessions in Redis."""
+    before, old = running(edge, "edge-router"), edge.variables("edge-router")
+    state = routing(edge)
     remove(edge, "edge-router")
-    rest = ("edge-env", "edge-janitor", "edge-redis")
-    said = f"{', '.join(rest)} belonged to a router that is gone: delete {', '.join(rest)}"
-    run = "`pulse-railway scaffold --service-prefix edge`"
-    problem = edge.ok("status")["problem"]
-    assert f"{said} on Railway and run {run}" in problem
-    assert "all sessions and the routing state; 1 variables of edge-env" in problem
-    assert f"{said} on Railway and run `pulse-railway scaffold" in ensure(edge).error
-    remove(edge, *rest)
-    made = edge.run(
-        "scaffold", "main.py", "--service-prefix", "edge", "--rollback-window-seconds", "0"
-    )
-    assert "third ran under a baseline that is gone" in made.err
-    assert "`pulse-railway restore --deployment-id ...`" in edge.ok("status")["problem"]
-    assert edge.ok("restore", "--deployment-id", "third")["active"] == "third"
+    status = edge.ok("status")
+    assert status["missing"] == ["edge-router"]
+    said = "edge-router of this stack is missing: `pulse-railway ensure --repair` creates it again"
+    assert said in status["problem"]
+    assert "it gets a new address" in status["problem"]
+    assert "delete" not in status["problem"]
+    assert said.replace("--repair`", "--repair --app main.py`") in ensure(edge).error
+    assert edge.janitor("edge-janitor")["deleted"] == []
+    done = ensure(edge, "--repair")
+    assert done.code == 0, done.err
+    new, router = edge.variables("edge-router"), edge.stage.services()["edge-router"]
+    same = ("REDIS_URL", "RAILWAY_TOKEN", contract.INTERNAL_TOKEN, contract.REDIS_PREFIX)
+    assert [new[name] for name in same] == [old[name] for name in same]
+    stamp = f"{edge.environment}/{router['serviceId']}"
+    assert {edge.variables(name)[contract.STACK] for name in edge.services} == {stamp}
+    assert routing(edge) == state
+    assert running(edge, "edge-router") == before
+    assert edge.get("/_pulse/meta")["deployment_id"] == "third"
+    assert ensure_changes(edge) == []
+    assert edge.janitor("edge-janitor")["exit"] == 0
+    assert edge.variables("edge-router")[contract.LAST_PROMOTED] == "third"
+    assert edge.ok("status")["problems"] == []
+
+
+def routing(project: Project) -> Any:
+    """Return the deployments' states, and the history."""
+    rows = project.ok("status")["deployments"]
+    return {r["deployment_id"]: r["state"] for r in rows}, project.ok("history")
+
+
+def ensure_changes(project: Project) -> Any:
+    return project.ok("ensure", "main.py")["changed"]
+
+
+def step_05_the_router_and_env_killed_after_each_write(edge: Project) -> None:
+    remove(edge, "edge-router", "edge-env")
+    assert "edge-env, edge-router of this stack are missing" in edge.ok("status")["problem"]
+    runs = 0
+    window = ("--rollback-window-seconds", "0")
+    while killed(edge, "ensure", "main.py", "--repair", *window):
+        runs += 1
+        assert runs < 20
+    assert runs > 4
+    assert ensure_changes(edge) == []
+    edge.stage.set_variables("edge-env", {"API_KEY": "k"})
+    assert edge.janitor("edge-janitor")["exit"] == 0
+    assert edge.ok("status")["problems"] == []
     assert edge.get("/_pulse/meta")["deployment_id"] == "third"
 
 
-def step_05_railways_own_file_in_a_folder_above(edge: Project, tmp_path: Path) -> None:
+def step_06_redis(edge: Project) -> None:
+    """It was once restored only by the deletion of all other services."""
+    before, router = running(edge, *RUNTIME), edge.variables("edge-router")
+    address = edge.ok("status")["address"]
+    rows = edge.ok("status")["deployments"]
+    remove(edge, "edge-redis")
+    problem = edge.ok("status")["problem"]
+    assert problem.startswith("edge-redis of this stack is missing: `pulse-railway ensure --rep")
+    assert "the sessions and the routing state in edge-redis are lost" in problem
+    assert "delete" not in problem
+    done = ensure(edge, "--repair")
+    assert done.code == 0, done.err
+    assert edge.variables("edge-router") == router
+    assert running(edge, *RUNTIME) == before
+    assert edge.ok("status")["address"] == address
+    assert edge.janitor("edge-janitor")["restored"] == "third"
+    restored = {row["deployment_id"]: row["about"] for row in edge.ok("status")["deployments"]}
+    assert restored == {row["deployment_id"]: row["about"] for row in rows}
+    assert restored["third"]["message"] == "pay ${{edge-env.API_KEY}}"
+    assert edge.get("/_pulse/meta")["deployment_id"] == "third"
+    assert ensure_changes(edge) == []
+    eventually(lambda: edge.ok("status")["problems"] == [], 20)
+
+
+RUNTIME = ("edge-router", "edge-redis", "edge-janitor")
+
+
+def step_07_beside_a_copy_of_the_environment(edge: Project) -> None:
+    """Names are taken by the copy: the services are added to this environment again. The message
+    has once advised a deletion that ended in a refusal."""
+    check_that_a_copy_without_some_services_is_taken_over(edge)
+    ids = {name: at["serviceId"] for name, at in edge.stage.services().items()}
+    state, gone = routing(edge), ("edge-router", "edge-janitor", "edge-env")
+    for name in gone:
+        remove(edge, name)
+        done = ensure(edge, "--repair")
+        assert done.code == 0, done.err
+        assert edge.stage.services()[name]["serviceId"] == ids[name]
+    assert routing(edge) == state
+    assert edge.get("/_pulse/meta")["deployment_id"] == "third"
+    assert ensure_changes(edge) == []
+    edge.stage.set_variables("edge-env", {"API_KEY": "k"})
+    assert edge.janitor("edge-janitor")["exit"] == 0
+    assert edge.ok("status")["problems"] == []
+    remove(edge, "edge-redis")  # Railway does not show what it was in the copy
+    problem = edge.ok("status")["problem"]
+    assert "other environments of the project have it: import it from one of them" in problem
+    assert "Delete nothing" in problem
+    assert "Delete nothing" in ensure(edge, "--repair").error
+
+
+def step_08_railways_own_file_in_a_folder_above(edge: Project, tmp_path: Path) -> None:
     """Its next apply would delete the services that `ensure` creates."""
     folder = tmp_path / "services" / "site"
     shutil.copytree(TINY, folder)
@@ -173,6 +285,55 @@ def step_05_railways_own_file_in_a_folder_above(edge: Project, tmp_path: Path) -
         for verb in (["ensure", "main.py", "--plan"], ["doctor", "main.py"]):
             run = edge.run(*verb, cwd=folder)
             assert (f"{file} lists the whole project" in run.out + run.err) == warns
+
+
+def check_that_a_copy_without_some_services_is_taken_over(edge: Project) -> None:
+    """`status` has once advised `ensure`, and `ensure` refused."""
+    for name, gone in (("one", ["edge-janitor", "edge-env"]), ("two", ["edge-router"])):
+        copy = edge.duplicate(name)
+        remove(copy, *gone)
+        status = copy.ok("status")
+        assert status["missing"]
+        assert "pulse-railway ensure`, which makes a stack of its own" in status["problem"]
+        plan = copy.ok("ensure", "main.py", "--plan")["planned"]
+        assert [f"{missing}: create" for missing in sorted(gone)] == sorted(plan[: len(gone)])
+        if name == "two":
+            check_two_runs_at_once(copy)
+        assert ensure(copy).code == 0
+        router = copy.stage.services()["edge-router"]["serviceId"]
+        own = ("edge-router", "edge-env", "edge-redis", "edge-janitor")
+        stamps = {copy.variables(service)[contract.STACK] for service in own}
+        assert stamps == {f"{copy.environment}/{router}"}
+        assert copy.ok("status")["problems"] == []
+        original, internal = edge.variables("edge-router"), contract.INTERNAL_TOKEN
+        assert copy.variables("edge-router")[internal] != original[internal]
+
+
+# an `ensure` during which another one runs, after the first has made a token
+WITH_ANOTHER = """
+import subprocess, sys
+from pulse_railway import cli
+from pulse_railway.railway.api import Api
+call = Api.call
+def called(self, document, **variables):
+    answer = call(self, document, **variables)
+    if "projectTokenCreate" in document:
+        subprocess.run([sys.executable, "-m", "pulse_railway", *sys.argv[1:]], check=True)
+    return answer
+Api.call = called
+cli.main(sys.argv[1:])
+"""
+
+
+def check_two_runs_at_once(copy: Project) -> None:
+    """The second run deletes the first one's token, which the first has once left in use."""
+    command = [sys.executable, "-c", WITH_ANOTHER, "ensure", "main.py"]
+    command += ["--rollback-window-seconds", "0"]
+    first = subprocess.run(
+        command, env=copy.env, cwd=TINY, capture_output=True, text=True, timeout=120
+    )
+    assert "another `ensure` ran at the same time" in first.stderr, first.stderr
+    assert first.returncode == 1
 
 
 # -- without a Railway -----------------------------------------------------------------------------
@@ -191,7 +352,10 @@ def test_services_are_created_again_only_for_a_stack_that_is_known() -> None:
     assert can_create_missing(a_stack("pulse-janitor"))
     assert can_create_missing(a_stack("pulse-env"))
     assert not can_create_missing(a_stack(""))
-    assert not can_create_missing(a_stack("pulse-redis"))
+    assert not can_create_missing(a_stack("pulse-redis"))  # the router does not name it
+    url = {contract.REDIS_URL: "${{pulse-redis.REDIS_URL}}"}
+    assert can_create_missing(a_stack("pulse-redis", **url))
+    assert not can_create_missing(a_stack("pulse-redis", **{contract.REDIS_URL: "redis://h"}))
     assert not can_create_missing(a_stack("pulse-env", **{contract.STACK: ""}))  # 0.3.x's
     unstamped = a_stack("pulse-env")
     unstamped.services["pulse-redis"].variables = {}
@@ -202,6 +366,28 @@ def test_services_are_created_again_only_for_a_stack_that_is_known() -> None:
     )
     assert not can_create_missing(renamed)
     assert "If what is missing has another name" in partial(renamed)
+
+
+def test_a_deleted_router_counts_before_another_stacks() -> None:
+    """A verb without --service has once worked on the other stack."""
+    url = {contract.REDIS_URL: "redis://h", contract.REDIS_PREFIX: "p"}
+    janitor = {contract.JANITOR_SERVICE: "pulse-janitor", contract.ROUTER_SERVICE: "pulse-router"}
+    services = {
+        "shop-router": {contract.STACK: "e/shop-router", **url},
+        "pulse-janitor": {contract.STACK: "e/lost", **janitor, **url},
+        "pulse-env": {contract.STACK: "e/lost"},
+        "one": {contract.STACK: "e/lost", contract.DEPLOYMENT_ID: "one"},
+        "sold": {contract.STACK: "e/shop-router", contract.DEPLOYMENT_ID: "sold"},
+    }
+    every = {n: Service(n, "", n, "", None, {}, [], None, None, v) for n, v in services.items()}
+    stack = find_stack(Stack(Target("p", "e"), Names(), every))
+    assert set(stack.services) == {"pulse-janitor", "pulse-env", "one"}
+    assert (stack.missing, stack.redis_prefix) == (["pulse-router"], "p")
+    assert not can_create_missing(stack), "the janitor has no tokens"
+    every["pulse-janitor"].variables |= {contract.RAILWAY_TOKEN: "t", contract.INTERNAL_TOKEN: "i"}
+    assert can_create_missing(find_stack(Stack(Target("p", "e"), Names(), every)))
+    other = find_stack(Stack(Target("p", "e"), Names("shop-router", asked=True), every))
+    assert set(other.services) == {"shop-router", "sold"}
 
 
 @pytest.mark.parametrize(

@@ -228,6 +228,7 @@ def test_an_app_that_cannot_be_imported_says_so(tmp_path: Path) -> None:
     ("words", "code", "says"),
     [
         (["--"], 1, "error: serve takes no arguments, or -- COMMAND ..."),
+        (["--", ""], 1, "error: serve takes no arguments, or -- COMMAND ..."),
         (["pulse", "run"], 1, "error: serve takes no arguments, or -- COMMAND ..."),
         (["--", "no-such-program"], 127, "error: no-such-program: No such file or directory"),
         (["--", "/dev/null"], 127, "error: /dev/null: Permission denied"),
@@ -248,6 +249,16 @@ def test_odd_draining_seconds_are_one_line(
     assert serve.stop_timeout() == 9.0
     expected = "RAILWAY_DEPLOYMENT_DRAINING_SECONDS is no number of seconds: 10 is taken\n"
     assert capsys.readouterr().err == expected
+
+
+def test_pulse_is_found_beside_the_interpreter(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A container that runs `/venv/bin/pulse-railway` need not have that folder on PATH."""
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    beside, words = Path(PYTHON).with_name("pulse"), ["pulse", "run", "nothing.py"]
+    monkeypatch.chdir(tmp_path)
+    assert serve.children_of_pulse_run(words) == [{"args": [str(beside), *words[1:]]}]
 
 
 def test_the_start_command_falls_back_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -274,7 +275,7 @@ def test_a_generated_name_that_is_taken_gets_a_later_time(here: InProcess) -> No
     plan = deploy.prepare(options.parse_deploy(flags, Output()), Output())
     stack = inspect(here.api(), here.target, here.names)
     assert stack.router
-    stack.taken |= {plan.service_name}
+    stack.taken |= {plan.service_name: "id"}
     free = deploy.free_name(plan, stack)
     assert free.service_name not in stack.taken
     assert free.deployment_id.rsplit("-", 2)[0] == plan.deployment_id.rsplit("-", 2)[0] == "prod"
@@ -283,6 +284,9 @@ def test_a_generated_name_that_is_taken_gets_a_later_time(here: InProcess) -> No
     )
     with pytest.raises(Failure, match="deployment first exists already: choose another"):
         deploy.free_name(given, stack)
+    named = replace(given, deployment_id="pulse-redis")
+    with pytest.raises(Failure, match="a service pulse-redis of this project, which is no depl"):
+        deploy.free_name(named, stack)
 
 
 def test_a_watch_goes_on_without_railways_api(here: InProcess) -> None:
@@ -381,11 +385,11 @@ def test_a_partial_baseline_is_refused(new_project: Callable[[], Project]) -> No
     for verb in (["ensure", "main.py"], ["deploy", "main.py"]):
         failed = project.run(*verb)
         assert failed.code == 1
-        assert "pulse-redis missing" in failed.error
-        assert "scaffold" in failed.error
+        assert "pulse-redis of this stack is missing" in failed.error
+        assert "`pulse-railway ensure --repair --app main.py` creates it again" in failed.error
     again = project.run("scaffold", "main.py").error
     assert "exists already" in again
-    assert "pulse-redis missing" in again
+    assert "pulse-redis of this stack is missing" in again
     document = "mutation V($i: VariableDeleteInput!) { variableDelete(input: $i) }"
     of_env = {
         "projectId": project.id,
@@ -405,7 +409,8 @@ DELETE = "mutation D($i: String!) { serviceDelete(id: $i) }"
 
 
 def test_a_message_lists_what_is_lost_with_a_baseline(new_project: Callable[[], Project]) -> None:
-    """A deployment of the deleted baseline is restored in the new one."""
+    """A deployment of the deleted baseline is restored in the new one. Nothing shows whose Redis
+    was, so that it is not created again."""
     project = new_project()
     project.ok("ensure", "main.py")
     project.deploy("survivor")
@@ -413,11 +418,13 @@ def test_a_message_lists_what_is_lost_with_a_baseline(new_project: Callable[[], 
     address = project.ok("status")["address"]
     ids = {name: at["serviceId"] for name, at in project.stage.services().items()}
     project.railway.graphql(DELETE, i=ids["pulse-redis"])
+    project.stage.set_variables("pulse-router", {contract.STACK: ""})
     for verb in (["ensure", "main.py"], ["scaffold", "main.py"], ["status"]):
         run = project.run(*verb)
         said = run.out if verb == ["status"] else run.error
         assert "With them go: 2 variables of pulse-env" in said
         assert "delete pulse-env, pulse-janitor, pulse-router on Railway" in said
+        assert "Not in a project with other environments" in said
         assert f"the address {address}" in said
 
     for name in ("pulse-router", "pulse-janitor", "pulse-env"):

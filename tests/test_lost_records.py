@@ -60,6 +60,7 @@ def step_01_the_record_of_the_active_version_is_lost(site: LiveSite) -> None:
         assert project.ok("restore")["active"] == "new"
         assert project.records["new"]["service_id"]
         assert project.records["old"]["state"] == "draining"
+        assert project.records["old"]["about"]["by"]
         site.delete_record("old")
         project.janitor()
         assert project.records["old"]["state"] == "draining"

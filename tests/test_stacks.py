@@ -158,7 +158,7 @@ def test_a_router_name_that_does_not_exist_is_refused(base: Project) -> None:
     """The message has once advised to delete pulse-env, pulse-janitor and pulse-redis."""
     for verb in (["redeploy"], ["status"], ["delete", "--deployment-id", "first"]):
         run = base.run(*verb, "--service", "pulse-routr")
-        printed = run.err + run.out  # `status` prints it as a problem
+        printed = run.error
         assert "no router is called pulse-routr; there is: pulse-router" in printed
         assert "Delete" not in printed
     assert base.active == "first"
@@ -170,7 +170,7 @@ def test_a_flag_that_contradicts_the_app_is_refused(base: Project, shop: Path) -
     refused = base.run(*words, "pulse-router", cwd=shop)
     assert refused.code == 1
     assert "--service pulse-router is not the router of this app, shop-router" in refused.err
-    assert "no router is called nonsense" in base.run(*words, "nonsense").out
+    assert "no router is called nonsense" in base.run(*words, "nonsense").error
 
 
 def test_a_stacks_prefixes_and_redis_cannot_be_changed(base: Project) -> None:
@@ -268,6 +268,8 @@ def test_a_copied_environment(base: Project) -> None:
     for name in (contract.RAILWAY_TOKEN, contract.INTERNAL_TOKEN):
         assert router[name] != original["pulse-router"][name]
     assert copy.ok("ensure", "main.py")["changed"] == []
+    restored = copy.run("restore", "--deployment-id", "first").error
+    assert "first was copied from another environment" in restored
     copy.deploy("fresh")
     assert copy.ok("status")["active"] == "fresh"
     assert copy.get("/_pulse/meta")["deployment_id"] == "fresh"
@@ -350,6 +352,38 @@ def check_that_unowned_deployments_can_be_taken_over_or_deleted(base: Project, s
     json_of(base, "restore", "--app", "main.py", "--deployment-id", "late", cwd=shop)
     router = base.stage.services()["shop-router"]["serviceId"]
     assert base.variables("late")[contract.STACK] == f"{base.environment}/{router}"
+    check_that_references_to_a_former_stack_are_mended(base, shop)
+
+
+def check_that_references_to_a_former_stack_are_mended(base: Project, shop: Path) -> None:
+    """After `restore` they were once dangling, and a `redeploy` started without token and Redis."""
+    gone = {
+        contract.INTERNAL_TOKEN: f"${{{{gone-router.{contract.INTERNAL_TOKEN}}}}}",
+        contract.SESSION_REDIS_URL: "${{gone-router.REDIS_URL}}",
+        "API_KEY": "${{gone-env.API_KEY}}",
+        "URL": "https://${{gone-env.HOST}}/x",
+    }
+    base.stage.set_variables("late", {contract.STACK: "", **gone})
+    base.stage.set_variables("shop-env", {"HOST": "h"})
+    late = ("--app", "main.py", "--deployment-id", "late")
+    restored = base.run("restore", *late, cwd=shop)
+    assert restored.code == 0, restored.err
+    assert "URL of late referred to services of a former stack" in restored.err
+    assert "set shop-env.API_KEY, to which it refers, then `pulse-railway redeploy" in restored.err
+    mended = {
+        contract.INTERNAL_TOKEN: f"${{{{shop-router.{contract.INTERNAL_TOKEN}}}}}",
+        contract.SESSION_REDIS_URL: "${{shop-router.REDIS_URL}}",
+        "API_KEY": "${{gone-env.API_KEY}}",
+        "URL": "https://${{shop-env.HOST}}/x",
+    }
+    assert base.variables("late").items() >= mended.items()
+    refused = base.run("redeploy", *late, cwd=shop)
+    assert "late refers to shop-env.API_KEY, which is not set" in refused.error
+    base.stage.set_variables("shop-env", {"API_KEY": "k"})
+    json_of(base, "redeploy", *late, cwd=shop)
+    assert base.variables("late")["API_KEY"] == "${{shop-env.API_KEY}}"
+    rows = json_of(base, "status", "--app", "main.py", cwd=shop)["deployments"]
+    assert ("late", 0) in [(row["deployment_id"], row["sessions"]) for row in rows]
 
 
 def test_changes_made_on_railway_are_reported_and_reverted(base: Project) -> None:

@@ -279,6 +279,16 @@ def step_16_another_command_line_of_0_3(project: Project) -> None:
     assert project.active.startswith("my-app-")
 
 
+def step_16_an_app_outside_of_the_section(project: Project, tmp_path: Path) -> None:
+    """It was once ignored, and the message advised to write it."""
+    (tmp_path / "invoke.yaml").write_text("app: main.py\n")
+    for verb in ("status", "ensure"):
+        refused = project.run(verb, cwd=tmp_path)
+        assert "`app: main.py` in invoke.yaml is read in the section pulse_railway" in refused.error
+    (tmp_path / "invoke.yaml").write_text("app: shop\n")  # of somebody's own tasks
+    assert project.run("status", cwd=tmp_path).code == 0
+
+
 def step_17_invoke_with_a_configuration_file(project: Project, tmp_path: Path) -> None:
     import shutil
     import subprocess

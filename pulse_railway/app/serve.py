@@ -121,9 +121,10 @@ def stop_timeout() -> float:
 def children_of_pulse_run(words: list[str]) -> list[dict[str, Any]]:
     """Return the commands that `pulse run` would start, from pulse_run.py. Where that fails, return
     `pulse run` itself, whose own error is shown then; also where another `pulse` is on PATH."""
-    itself = [{"args": words}]
     beside = Path(sys.executable).with_name(words[0])
-    if shutil.which(words[0]) != str(beside):
+    found = shutil.which(words[0]) or shutil.which(beside)  # whose folder may not be on PATH
+    itself = [{"args": [found or words[0], *words[1:]]}]
+    if found != str(beside):
         return itself
     planner = [sys.executable, "-m", "pulse_railway.app.pulse_run", *words[2:]]
     answer = subprocess.run(planner, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
@@ -196,7 +197,7 @@ def main(argv: list[str]) -> int:
     if argv[:1] in (["-h"], ["--help"]):
         print(f"{main.__doc__}\n\n{__doc__}")
         return 0
-    if argv and (argv[0] != "--" or len(argv) == 1):
+    if argv and (argv[0] != "--" or not argv[1:] or not argv[1]):
         print("error: serve takes no arguments, or -- COMMAND ...", file=sys.stderr)
         return 1
     return run_app(argv[1:])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 import shutil
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from typing import Any
 from pulse_railway import app_identity, contract, runtime_image
 from pulse_railway.config import Names, Target
 from pulse_railway.errors import Failure, keep_secret
-from pulse_railway.options import BaselineOptions
+from pulse_railway.flags import FLAGS
+from pulse_railway.options import BaselineOptions, check_cron
 from pulse_railway.output import Output
 from pulse_railway.railway import config_files, documents, program
 from pulse_railway.railway.api import Api, GraphqlError
@@ -30,6 +32,7 @@ from pulse_railway.services import (
     left_empty,
     variable_input,
     write,
+    write_variables,
 )
 from pulse_railway.stack import (
     Service,
@@ -40,11 +43,13 @@ from pulse_railway.stack import (
     inspect,
     joined,
     lost_with_baseline,
-    lost_with_env,
+    lost_with_missing,
     of_router,
+    ownership,
     partial,
     read_services,
     read_variables,
+    references,
     require_complete_answer,
 )
 from pulse_railway.waiting import FAILED_STATES, poll, wait_for_services
@@ -96,8 +101,8 @@ def ensure(
 ) -> tuple[Stack, list[str]]:
     """Create the baseline in an empty environment, or update an existing one.
 
-    With `options.repair`, a deleted env service or janitor is created again if the other services
-    show their owner.
+    With `options.repair`, deleted services are created again if the others show their owner; in a
+    copied environment also without, since it has no state yet.
     Returns the stack and the changes, one a line, that were made (with `options.plan_only`: would
     be made); none on a second run. Raises Failure for any other partial baseline, or if the stack
     has another Redis than `--redis-url`.
@@ -111,14 +116,14 @@ def ensure(
             return stack, ["create router, env, janitor" + ("" if options.redis_url else ", Redis")]
         return create(api, stack, options, output), ["created the baseline"]
     require_complete_answer(stack)
-    if stack.missing and not (options.repair and can_create_missing(stack)):
+    repair = options.repair or bool(stack.copied_from)
+    if stack.missing and not (repair and can_create_missing(stack)):
         raise Failure(partial(stack))
     check_redis_mode(stack, options)
     check_redis_prefix(stack, options.redis_prefix)
     if options.app:
         app = app_identity.of_app(options.app)
         app_identity.check_same_app(stack, app, options.replace_app, output)
-    assert stack.router is not None
     if stack.copied_from:
         warn_of_copy(stack, output)
         token = own_project_token(api, stack, options.plan_only, output)
@@ -136,36 +141,145 @@ def ensure(
         if any(change.deploy for change in changes) and not options.runtime_image:
             program.need("railway")
         apply(api, stack, changes, options, output)
+        if not api.scope() and any(contract.RAILWAY_TOKEN in c.variables for c in changes):
+            check_written_token(api, stack)
     return stack, lines
 
 
+def check_written_token(api: Api, stack: Stack) -> None:
+    """Raise Failure if the router's token is not valid.
+
+    Another run at the same time has deleted it as one that was not used, or has written its own.
+    """
+    router = stack.router
+    assert router is not None
+    read_variables(api, Stack(stack.target, stack.names, {router.name: router}))
+    written = router.variables.get(contract.RAILWAY_TOKEN, "")
+    if router.variables.get(contract.TOKEN_MADE) and (
+        api.environment_of(written) != stack.target.environment_id
+    ):
+        raise Failure(
+            "another `ensure` ran at the same time, and the tokens of the two got mixed up: run"
+            " `pulse-railway ensure` again"
+        )
+
+
 def create_missing(api: Api, stack: Stack, plan_only: bool, output: Output) -> list[str]:
-    """Create the env service and the janitor if they are missing, and return their names.
+    """Create the missing services, and return their names.
 
     Each is created with the variables that identify it, so that the run after an interrupted one
     finds it and writes the others.
     """
     missing = stack.missing
-    if not missing:
-        return []
-    assert stack.router is not None
-    check_names(stack, set(missing))
-    if lost := lost_with_env(stack):
+    names = stack.names
+    if stack.env:  # also in the run after one that was interrupted
+        warn_of_lost_variables(stack, stack.backends, output)
+    for lost in lost_with_missing(stack):
         output.warn(lost)
-    for name in missing:
-        identity = {contract.STACK: str(stack.stamp)}
-        if name == stack.names.janitor:
-            identity |= {
-                contract.ROUTER_SERVICE: stack.names.router,
-                contract.JANITOR_SERVICE: name,
-            }
-        group, service_id = stack.router.group_id, ""
-        if not plan_only:
-            with output.step(f"create {name}"):
-                service_id = create_service(api, stack.target, name, identity, group_id=group)
-        service = Service(service_id, "", name, "", None, {}, [], group, None, identity)
-        stack.services[name] = service
+    if names.redis in missing:
+        create_redis(api, stack, plan_only, output)
+    for name in (names.router, names.env, names.janitor):  # the router's id is in the stamp
+        if name in missing:
+            identity = identity_of(stack, name)
+            service_id = "new"
+            if not plan_only:
+                with output.step(f"create {name}"):
+                    service_id = create_here(api, stack, name, identity)
+            group = group_of(stack)
+            service = Service(service_id, "", name, "", None, {}, [], group, None, identity)
+            stack.services[name] = service
     return missing
+
+
+def identity_of(stack: Stack, name: str) -> dict[str, str]:
+    """Return the variables that identify a missing service, from its creation on."""
+    names = stack.names
+    if name == names.router:
+        assert stack.janitor is not None
+        stamp = stack.janitor.variables[contract.STACK]
+        if ownership.parse(stamp).router_id == stack.taken.get(name):
+            return {contract.STACK: stamp}  # the same service, in this environment again
+        return {contract.STACK: stamp, contract.REPLACES: stamp}
+    assert stack.router is not None
+    # a copy is taken over with its other stamps, which are the original's until then
+    stamp = stack.router.variables.get(contract.STACK) or str(stack.stamp)
+    if name == names.env:
+        return {contract.STACK: stamp}
+    return {
+        contract.STACK: stamp,
+        contract.ROUTER_SERVICE: names.router,
+        contract.JANITOR_SERVICE: name,
+    }
+
+
+def group_of(stack: Stack) -> str | None:
+    """Return the group of the baseline on Railway's canvas: the router's, if there is one."""
+    services = [stack.router] if stack.router else stack.baseline
+    return next((s.group_id for s in services if s.group_id), None)
+
+
+def create_here(api: Api, stack: Stack, name: str, variables: dict[str, str]) -> str:
+    """Create a service in this environment, and return its id.
+
+    Railway takes each name once in a project. If another environment has the service, it is added
+    to this one by a patch, and read back. Raises Failure if Railway does not do it.
+    """
+    group, target = group_of(stack), stack.target
+    service_id = stack.taken.get(name)
+    if service_id is None:
+        return create_service(api, target, name, variables, group_id=group)
+    values = {key: {"value": value} for key, value in variables.items()}
+    service = {"isCreated": True, "variables": values, **({"groupId": group} if group else {})}
+    patch = {"services": {service_id: service}}
+
+    def ask() -> bool | None:
+        return name in read_services(api, target, stack.names).services or None
+
+    try:
+        document = documents.configure(patch=True)
+        api.call(document, repeatable=True, environment=target.environment_id, patch=patch)
+        poll(60.0, ask, f"{name} in this environment")
+    except Failure as error:
+        raise Failure(
+            f"other environments of this project have {name}, and Railway did not add it to this"
+            f" one ({error}): import it there (Sync) without its variables, or name another one"
+            " (RailwayPlugin), and run `pulse-railway ensure --repair` again"
+        ) from None
+    return service_id
+
+
+def create_redis(api: Api, stack: Stack, plan_only: bool, output: Output) -> None:
+    """Create the Redis service again, by the template.
+
+    Its password is new, so that router and janitor are deployed again.
+    """
+    target, name = stack.target, stack.names.redis
+    runtime = [s for s in (stack.router, stack.janitor) if s]
+    for service in runtime:
+        service.variables[contract.UNDEPLOYED] = "1"
+    if plan_only:
+        stack.services[name] = Service("new", "", name, "", None, {}, [], group_of(stack), None)
+        return
+    for service in runtime:
+        write_variables(api, target, service.id, {contract.UNDEPLOYED: "1"})
+    with output.step(f"create {name}"):
+        stamp = runtime[0].variables[contract.STACK]
+        deploy_template(api, target, stack.names, {name: {contract.STACK: stamp}})
+        created = _await_services(api, stack, [name], output).services[name]
+        stack.services[name] = created
+        wait_for_services(api, target, {created.id: name}, {created.id: None}, output)
+
+
+def warn_of_lost_variables(stack: Stack, deployments: Iterable[Service], output: Output) -> None:
+    """Warn of variables to which deployments refer, and that the env service does not have."""
+    env = stack.env
+    assert env is not None
+    for service in deployments:
+        if lost := references(service, env.name) - env.variables.keys():
+            output.warn(
+                f"{env.name} has no {joined(lost)}, which {service.deployment_id} refers to: set it"
+                " there if the app needs it"
+            )
 
 
 def unfinished(stack: Stack) -> bool:
@@ -174,8 +288,7 @@ def unfinished(stack: Stack) -> bool:
 
 
 def check_redis_mode(stack: Stack, options: BaselineOptions) -> None:
-    assert stack.router is not None
-    present = stack.router.variables.get(contract.REDIS_URL)
+    present = stack.stored(contract.REDIS_URL)
     if options.redis_url and (stack.redis or options.redis_url != present):
         raise Failure(
             "this stack uses another Redis, and its sessions and state would be lost: delete the"
@@ -251,8 +364,9 @@ def desired_redis_prefix(stack: Stack, options: BaselineOptions) -> str:
     """
     if stack.copied_from and not stack.redis:
         return f"{stack.redis_prefix}:{stack.target.environment_id}"
-    stored = stack.router.variables.get(contract.REDIS_PREFIX) if stack.router else None
-    return stored or options.redis_prefix or contract.DEFAULT_REDIS_PREFIX
+    return (
+        stack.stored(contract.REDIS_PREFIX) or options.redis_prefix or contract.DEFAULT_REDIS_PREFIX
+    )
 
 
 # The variables of a copy that describe the original's state, and are deleted.
@@ -273,9 +387,8 @@ def runtime_token(api: Api, stack: Stack, plan_only: bool, output: Output) -> st
     A token that `ensure` has created is replaced if it no longer opens this environment. Raises
     Failure if they have none and the user has a Railway CLI login, which expires.
     """
-    variables = stack.router.variables if stack.router else {}
-    present = variables.get(contract.RAILWAY_TOKEN)
-    if present and variables.get(contract.TOKEN_MADE) and not api.scope():
+    present = stack.stored(contract.RAILWAY_TOKEN)
+    if present and stack.stored(contract.TOKEN_MADE) and not api.scope():
         if api.environment_of(present) == stack.target.environment_id:
             return present
         return own_project_token(api, stack, plan_only, output)
@@ -325,12 +438,66 @@ JANITOR_SETTINGS: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
+class Configured:
+    """What a stack was set up with: the flags' values, else the stack's, else the defaults."""
+
+    cron: str
+    drain_ttl: int  # seconds
+    rollback_window: int  # seconds
+    keep: int  # deployments
+    router_replicas: int
+
+    @property
+    def records(self) -> dict[str, str]:
+        """The variables of router and janitor by which a later `ensure` knows these values.
+
+        Either service can be deleted, and settings be changed on Railway by hand.
+        """
+        return {
+            contract.CRON: self.cron,
+            contract.ROLLBACK_WINDOW: str(self.rollback_window),
+            contract.KEEP: str(self.keep),
+            contract.ROUTER_REPLICAS: str(self.router_replicas),
+        }
+
+
+def configured(stack: Stack, options: BaselineOptions) -> Configured:
+    """Return the values of the flags that a stack keeps.
+
+    An earlier version has not recorded schedule and replicas: then Railway's settings count.
+    """
+    cron = stack.janitor.settings.get("cronSchedule") if stack.janitor else None
+    replicas = stack.router.settings.get("numReplicas") if stack.router else None
+
+    def choose(flag: str, given: Any, name: str, setting: Any = None) -> Any:
+        for value in (given, *stack.values(name), setting):
+            if value in (None, ""):
+                continue
+            try:
+                if flag == "janitor_cron_schedule":
+                    check_cron(str(value))
+                return FLAGS[flag].parse(value)
+            except Failure:  # somebody has changed it by hand
+                continue
+        return FLAGS[flag].default
+
+    return Configured(
+        choose("janitor_cron_schedule", options.cron, contract.CRON, cron),
+        choose("drain_ttl_seconds", options.drain_ttl, contract.DRAIN_TTL),
+        choose("rollback_window_seconds", options.rollback_window, contract.ROLLBACK_WINDOW),
+        choose("keep", options.keep, contract.KEEP),
+        choose("router_replicas", options.router_replicas, contract.ROUTER_REPLICAS, replicas),
+    )
+
+
+@dataclass(frozen=True)
 class Desired:
     """The desired state of one service."""
 
     name: str
     variables: dict[str, str]
     settings: dict[str, Any]
+    records: dict[str, str]  # variables that the running service does not read
 
 
 def desired(
@@ -345,44 +512,45 @@ def desired(
     Args:
         token_made: `runtime_token` was created by `ensure`.
     """
-    names = stack.names
+    names, flags = stack.names, configured(stack, options)
     if options.redis_url:
         redis_url = options.redis_url
     elif stack.redis:
         redis_url = f"${{{{{names.redis}.REDIS_URL}}}}"  # the password stays on Railway
     else:
-        assert stack.router is not None
-        redis_url = stack.router.variables[contract.REDIS_URL]
+        redis_url = str(stack.stored(contract.REDIS_URL))
     shared = {
         contract.RAILWAY_TOKEN: runtime_token,
         contract.INTERNAL_TOKEN: internal_token,
         contract.REDIS_URL: redis_url,
         contract.REDIS_PREFIX: desired_redis_prefix(stack, options),
-        contract.DRAIN_TTL: str(options.drain_ttl),
+        contract.DRAIN_TTL: str(flags.drain_ttl),
         contract.RUNTIME_VERSION: options.runtime_image or runtime_image.runtime_version(),
     }
     if shared[contract.REDIS_PREFIX].endswith(f":{stack.target.environment_id}"):  # a copy's own
-        shared[contract.KEY_TTL] = str(max(options.drain_ttl, contract.MIN_KEY_TTL_SECONDS))
+        shared[contract.KEY_TTL] = str(max(flags.drain_ttl, contract.MIN_KEY_TTL_SECONDS))
     if names.prefix:
         shared[contract.SERVICE_PREFIX] = names.prefix
     if not options.runtime_image:
         shared[contract.DOCKERFILE_PATH] = "Dockerfile.router"
-    made = {contract.TOKEN_MADE: "1"} if token_made else {}
+    if token_made or (not stack.copied_from and stack.stored(contract.TOKEN_MADE)):
+        shared[contract.TOKEN_MADE] = "1"
     router = Desired(
         names.router,
-        {**shared, **made, contract.PORT: str(contract.DEFAULT_PORT)},
+        {**shared, contract.PORT: str(contract.DEFAULT_PORT)},
         {
             **ROUTER_SETTINGS,
-            "numReplicas": options.router_replicas,
+            "numReplicas": flags.router_replicas,
             "healthcheckTimeout": 120,
             "overlapSeconds": 30,
             "drainingSeconds": 30,
         },
+        flags.records,
     )
     janitor_variables = {
         **shared,
-        contract.ROLLBACK_WINDOW: str(options.rollback_window),
-        contract.KEEP: str(options.keep),
+        contract.ROLLBACK_WINDOW: str(flags.rollback_window),
+        contract.KEEP: str(flags.keep),
         contract.ROUTER_SERVICE: names.router,
         contract.JANITOR_SERVICE: names.janitor,
     }
@@ -393,7 +561,8 @@ def desired(
     janitor = Desired(
         names.janitor,
         janitor_variables,
-        {**JANITOR_SETTINGS, "cronSchedule": options.cron},
+        {**JANITOR_SETTINGS, "cronSchedule": flags.cron},
+        flags.records,
     )
     return [router, janitor]
 
@@ -409,6 +578,8 @@ def plan(
     router = stack.router
     assert router is not None
     own = [*stack.baseline, *([] if stack.copied_from else stack.backends)]
+    if router.variables.get(contract.REPLACES):  # by its own stamp it is found without the others
+        own = [*(s for s in own if s is not router), router]
     changes = {s.name: Change(s) for s in own}
     for desired_state in desired(stack, options, runtime_token, internal_token, token_made):
         service, change = stack.services[desired_state.name], changes[desired_state.name]
@@ -430,6 +601,9 @@ def plan(
         stopped = service.stopped and desired_state.name == stack.names.router
         undeployed = bool(service.variables.get(contract.UNDEPLOYED))
         change.deploy = bool(change) or service.status != "SUCCESS" or stopped or undeployed
+        change.variables |= {
+            k: v for k, v in desired_state.records.items() if service.variables.get(k) != v
+        }
         change.domain = desired_state.name == stack.names.router and not service.domains
     name = options.app.plugin.name if options.app else None
     if name and app_identity.stored_identity(stack).name != name:
@@ -547,7 +721,8 @@ def create(api: Api, stack: Stack, options: BaselineOptions, output: Output) -> 
     if not all(name in stack.services for name in expected):
         if not stack.baseline:  # else an interrupted run has deployed it: its services appear
             with output.step(f"deploy the template {contract.TEMPLATE_CODE}"):
-                deploy_template(api, target, names, options)
+                marked = {name: {UNFINISHED: "1"} for name in expected}
+                deploy_template(api, target, names, marked, options.runtime_image)
         stack = _await_services(api, stack, expected, output)
     if names.env not in stack.services:
         with output.step(f"create {names.env}"):
@@ -578,14 +753,7 @@ def check_names(stack: Stack, needed: set[str]) -> None:
     Railway accepts each name once in a project, and would refuse in the middle of the creation.
     """
     here = stack.services.keys() | {service.name for service in stack.others}
-    taken = needed & stack.taken - here
-    if taken and stack.router:  # a new prefix is not possible
-        raise Failure(
-            f"{joined(taken)}: other environments of this project have services of these names,"
-            " and Railway takes each once. Name others, RailwayPlugin(env_service=...) and"
-            " janitor_service, and run `pulse-railway ensure` again"
-        )
-    if taken:
+    if taken := needed & stack.taken.keys() - here:
         raise Failure(
             f"{joined(taken)}: other environments of this project have services of these names."
             " Duplicate one of them on Railway and run `pulse-railway ensure` there, or give this"
@@ -605,8 +773,19 @@ def _await_services(api: Api, stack: Stack, expected: list[str], output: Output)
     return find_stack(environment)
 
 
-def deploy_template(api: Api, target: Target, names: Names, options: BaselineOptions) -> None:
-    """Deploy the published template with our names, without Redis if `--redis-url` is given."""
+def deploy_template(
+    api: Api,
+    target: Target,
+    names: Names,
+    services: dict[str, dict[str, str]],
+    image: str | None = None,
+) -> None:
+    """Deploy services of the published template with our names.
+
+    Args:
+        services: name of each service to create -> further variables.
+        image: of router and janitor.
+    """
     template = api.public(documents.TEMPLATE, code=contract.TEMPLATE_CODE)["template"]
     serialized = template["serializedConfig"]
     new_names = {
@@ -616,16 +795,19 @@ def deploy_template(api: Api, target: Target, names: Names, options: BaselineOpt
     }
     for key, service in list(serialized["services"].items()):
         published = service.get("name")
-        if published == contract.DEFAULT_REDIS and options.redis_url:
+        name = new_names.get(published)
+        if name and name not in services:
             del serialized["services"][key]
-            continue
-        if published in new_names:
-            service["name"] = new_names[published]
-            mark = {"defaultValue": "1", "isOptional": True}
-            service["variables"] = {**(service.get("variables") or {}), UNFINISHED: mark}
+        elif name:
+            service["name"] = name
+            further = {
+                variable: {"defaultValue": value, "isOptional": True}
+                for variable, value in services[name].items()
+            }
+            service["variables"] = {**(service.get("variables") or {}), **further}
         if published in (contract.DEFAULT_ROUTER, contract.DEFAULT_JANITOR):
             # `apply` deploys the runtime after the configuration
-            service["source"] = {"image": options.runtime_image} if options.runtime_image else {}
+            service["source"] = {"image": image} if image else {}
     api.call(
         documents.TEMPLATE_DEPLOY,
         input={

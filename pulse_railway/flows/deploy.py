@@ -7,6 +7,7 @@ promotion removes what the run has created; nothing is removed after the promoti
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from pulse_railway.build_context import secrets_in_image
 from pulse_railway.config import AppConfig, Target, inside
 from pulse_railway.errors import Failure, Refused
 from pulse_railway.flows.bake import bake
+from pulse_railway.flows.baseline import warn_of_lost_variables
 from pulse_railway.flows.cleanup import Attempt, release_lock, undo_on_failure
 from pulse_railway.flows.reachability import (
     backend_address,
@@ -34,7 +36,7 @@ from pulse_railway.railway import config_files, docker, program, upload
 from pulse_railway.railway.api import Api
 from pulse_railway.railway.up import up
 from pulse_railway.services import create_service, deploy_service, shell
-from pulse_railway.stack import Stack, inspect, joined, references, require_baseline
+from pulse_railway.stack import Stack, inspect, require_baseline
 from pulse_railway.waiting import latest, poll, runtime_tail, wait_for_build
 
 
@@ -155,29 +157,20 @@ def check_secret(plan: Plan, stack: Stack) -> None:
     )
 
 
-def warn_of_lost_variables(stack: Stack, output: Output) -> None:
-    """Warn of variables that the active version refers to, and the env service does not have."""
-    active, env = stack.backend(stack.last_promoted or ""), stack.env
-    assert env is not None
-    if active and (lost := references(active, env.name) - env.variables.keys()):
-        output.warn(
-            f"{env.name} has no {joined(lost)}, which {active.deployment_id} refers to: set it"
-            " there if the app needs it"
-        )
-
-
 def free_name(plan: Plan, stack: Stack) -> Plan:
     """Return a plan whose service name is not taken in the project.
 
     A generated id gets a later time. Raises Failure if `--deployment-id` is taken.
     """
     moment = datetime.now(UTC)
-    ids = {service.deployment_id for service in [*stack.services.values(), *stack.others]}
+    services = [*stack.services.values(), *stack.others, *stack.empty]
+    ids = {service.deployment_id for service in services}
     while plan.service_name in stack.taken or plan.deployment_id in ids:
         if plan.options.deployment_id:
-            raise Failure(
-                f"deployment {plan.deployment_id} exists already: choose another --deployment-id"
-            )
+            what = f"deployment {plan.deployment_id}"
+            if plan.deployment_id not in ids:
+                what = f"a service {plan.service_name} of this project, which is no deployment,"
+            raise Failure(f"{what} exists already: choose another --deployment-id")
         moment += timedelta(seconds=1)
         name = plan.deployment_id[: -len("-yymmdd-HHMMSS")]
         plan = replace(plan, deployment_id=naming.generate_deployment_id(name, moment))
@@ -247,7 +240,8 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
             require_baseline(stack)
             attempt.stack = stack
             check_secret(plan, stack)
-            warn_of_lost_variables(stack, output)
+            active = stack.backend(stack.last_promoted or "")
+            warn_of_lost_variables(stack, [active] if active else [], output)
             identity = app_identity.of_app(plan.app)
             app_identity.check_same_app(stack, identity, plan.options.replace_app, output)
             app = replace(plan.app, names=stack.names)  # the existing services' names
@@ -263,11 +257,12 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
             with step(output, attempt, f"build and push {plan.image}"):
                 build_image(plan, stack, output)
         with step(output, attempt, f"create the service {plan.service_name}"):
-            create_backend(api, stack, plan, attempt)
+            about = provenance.about(plan.app.context, plan.options.message)
+            create_backend(api, stack, plan, attempt, about)
         with step(output, attempt, "build and start"):
             start_backend(api, stack, plan, attempt, output)
         with step(output, attempt, "register with the router"):
-            register(api, stack, plan, attempt)
+            register(api, stack, plan, attempt, about)
         with step(output, attempt, "reach it through the router"):
             wait_until_routed(api, stack, plan.deployment_id, output, by_affinity=True)
         with step(output, attempt, f"see its page {plan.app.plugin.check_path}"):
@@ -390,7 +385,9 @@ def build_image(plan: Plan, stack: Stack, output: Output) -> None:
     )
 
 
-def create_backend(api: Api, stack: Stack, plan: Plan, attempt: Attempt) -> None:
+def create_backend(
+    api: Api, stack: Stack, plan: Plan, attempt: Attempt, about: dict[str, str]
+) -> None:
     assert stack.router is not None
     attempt.creating = True
     command = plan.app.plugin.pre_deploy
@@ -400,7 +397,12 @@ def create_backend(api: Api, stack: Stack, plan: Plan, attempt: Attempt) -> None
             api,
             stack.target,
             plan.service_name,
-            {**backend_variables(plan, stack), contract.RUN: attempt.run},
+            {
+                **backend_variables(plan, stack),
+                contract.RUN: attempt.run,
+                # a `$` in a commit's message could begin a reference
+                contract.ABOUT: json.dumps(about, separators=(",", ":")).replace("$", "\\u0024"),
+            },
             group_id=stack.router.group_id,
             settings={
                 **BACKEND_SETTINGS,
@@ -441,7 +443,7 @@ def start_backend(api: Api, stack: Stack, plan: Plan, attempt: Attempt, output: 
     wait_for_build(api, str(deployment), output)
 
 
-def register(api: Api, stack: Stack, plan: Plan, attempt: Attempt) -> None:
+def register(api: Api, stack: Stack, plan: Plan, attempt: Attempt, about: dict[str, str]) -> None:
     assert attempt.service_id
     address = backend_address(api, stack.target, attempt.service_id)
     attempt.registered = True  # before the command, whose answer may be lost
@@ -453,7 +455,7 @@ def register(api: Api, stack: Stack, plan: Plan, attempt: Attempt) -> None:
         service_id=attempt.service_id,
         address=address,
         held=not plan.options.promote or plan.options.canary is not None,
-        about=provenance.about(plan.app.context, plan.options.message),
+        about=about,
     )
 
 

@@ -29,6 +29,8 @@ def claim_state(api: Api, stack: Stack, output: Output, ask: Ask, owns_state: bo
     """
     router = stack.router
     assert router is not None
+    if router.variables.get(contract.REPLACES):
+        claim_replaced(api, stack, output)
     if stack.redis is None and contract.REDIS_URL not in router.variables:  # a new stack
         read_variables(api, stack)
     known = router.variables.get(contract.OWNS_STATE) == "1"
@@ -44,6 +46,27 @@ def claim_state(api: Api, stack: Stack, output: Output, ask: Ask, owns_state: bo
                 write_variables(api, stack.target, router.id, value)
     except Failure as failure:
         output.warn(f"it is not known whose the routing state is: {failure}")
+
+
+def claim_replaced(api: Api, stack: Stack, output: Output) -> None:
+    """Make the router the owner of the state of the deleted router in whose place it was created.
+
+    The variable REPLACES has that owner until this is done.
+    """
+    router = stack.router
+    assert router is not None
+    replaced = router.variables[contract.REPLACES]
+    try:
+        with output.step("take over the routing state"):
+            state = router_commands.read_state(api, stack, pauses=(1.0,))
+            if state.get("owner") == replaced and is_deleted(stack, replaced):
+                router_commands.send_claim(api, stack, instead_of=replaced)
+            write_variables(api, stack.target, router.id, {contract.REPLACES: ""})
+    except Failure as failure:
+        output.warn(
+            f"the routing state still belongs to the deleted router ({failure}): run"
+            " `pulse-railway ensure` again"
+        )
 
 
 def replace_owner(

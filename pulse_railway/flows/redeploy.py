@@ -9,8 +9,8 @@ from pulse_railway.flows.reachability import wait_until_routed
 from pulse_railway.output import Output
 from pulse_railway.railway.api import Api
 from pulse_railway.router_commands import read_active
-from pulse_railway.services import deploy_service
-from pulse_railway.stack import Stack, find_backend
+from pulse_railway.services import deploy_service, write_variables
+from pulse_railway.stack import Stack, find_backend, joined, mended_references, unset_references
 from pulse_railway.waiting import wait_for_build
 
 
@@ -22,6 +22,14 @@ def redeploy(api: Api, stack: Stack, deployment_id: str | None, output: Output) 
         if deployment_id is None:
             raise Failure("no deployment is active: run `pulse-railway deploy`")
     service = find_backend(stack, deployment_id)
+    if values := mended_references(stack, service):
+        write_variables(api, stack.target, service.id, values)
+        service.variables |= values
+    if unset := unset_references(stack, service):
+        raise Failure(
+            f"{deployment_id} refers to {joined(unset)}, which is not set, and would start without"
+            " it: set it there (empty, if the app does not need it), or deploy a new version"
+        )
     with output.step(f"redeploy {service.name}"):
         railway_deployment = deploy_service(api, stack.target, service.id)
         wait_for_build(api, railway_deployment, output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import datetime
 from typing import Any
 
@@ -11,7 +12,15 @@ from pulse_railway.flows.reachability import backend_address, store_last_promote
 from pulse_railway.output import Output
 from pulse_railway.railway.api import Api
 from pulse_railway.services import write_variables
-from pulse_railway.stack import Stack, find_backend, joined, require_complete_answer
+from pulse_railway.stack import (
+    Service,
+    Stack,
+    find_backend,
+    joined,
+    mended_references,
+    require_complete_answer,
+    unset_references,
+)
 
 
 def restore(api: Api, stack: Stack, deployment_id: str | None, output: Output) -> dict[str, Any]:
@@ -26,6 +35,10 @@ def restore(api: Api, stack: Stack, deployment_id: str | None, output: Output) -
     """
     require_complete_answer(stack)
     take_over(api, stack, deployment_id, output)
+    for service in stack.backends:
+        mend_references(api, stack, service, output)
+    if deployment_id and (stack.backends or stack.unowned):
+        find_backend(stack, deployment_id)
     if not stack.backends:
         raise Failure("there are no deployments to restore: run `pulse-railway deploy`")
     with output.step("ask the router what it knows"):
@@ -41,6 +54,7 @@ def restore(api: Api, stack: Stack, deployment_id: str | None, output: Output) -
                 "address": backend_address(api, stack.target, service.id),
                 "registered_at": datetime.fromisoformat(service.created_at).timestamp(),
                 "drain_started_at": None,
+                "about": stored_about(service),
             }
             for service in stack.backends
         ]
@@ -61,6 +75,15 @@ def restore(api: Api, stack: Stack, deployment_id: str | None, output: Output) -
     return {"active": active, "restored": [r["deployment_id"] for r in records]}
 
 
+def stored_about(service: Service) -> dict[str, Any] | None:
+    """Return commit, author and message of a deployment, from its service's variable, or None."""
+    try:
+        about = json.loads(service.variables.get(contract.ABOUT) or "null")
+    except (ValueError, RecursionError):
+        return None
+    return about if isinstance(about, dict) else None
+
+
 def take_over(api: Api, stack: Stack, deployment_id: str | None, output: Output) -> None:
     """Add deployments without a stack to this one: those of its former router, and
     `deployment_id`, if its owner is not known."""
@@ -76,6 +99,25 @@ def take_over(api: Api, stack: Stack, deployment_id: str | None, output: Output)
             write_variables(api, stack.target, service.id, {contract.STACK: str(stack.stamp)})
         stack.services[name] = service
         del stack.unowned[name]
+
+
+def mend_references(api: Api, stack: Stack, service: Service, output: Output) -> None:
+    """Let the variables of a deployment of a former stack refer to this one's services.
+
+    The running deployment has the former values until it is deployed again.
+    """
+    if not (values := mended_references(stack, service)):
+        return
+    write_variables(api, stack.target, service.id, values)
+    service.variables |= values
+    name, unset = service.deployment_id, unset_references(stack, service)
+    first = f"set {joined(unset)}, to which it refers, then " if unset else ""
+    output.warn(
+        f"{joined(values)} of {name} referred to services of a former stack, and is this one's from"
+        f" the next start on. Until then {name} may not accept this router's token, and its tabs"
+        f" are not counted: {first}`pulse-railway redeploy --deployment-id {name}` starts it again,"
+        " or deploy a new version"
+    )
 
 
 def lost_active(stack: Stack, state: dict[str, Any]) -> str:

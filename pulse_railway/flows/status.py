@@ -73,7 +73,7 @@ def status(api: Api, stack: Stack) -> dict[str, Any]:
             }
             for s in stack.baseline
         ],
-        "missing": [] if stack.no_such_router else stack.missing,
+        "missing": stack.missing,
         "deployments": rows,
         "copied": [pasteable(u.words()) for u in copies],
         "routers": state["routers"] if state else [],

@@ -80,7 +80,7 @@ query Environments($project: String!) {
 
 STACK = """
 query Stack($project: String!, $environment: String!) {
-  project(id: $project) { services { edges { node { name } } } }
+  project(id: $project) { services { edges { node { id name } } } }
   environment(id: $environment, projectId: $project) {
     config
     serviceInstances {
@@ -253,6 +253,6 @@ def configure(
         parameters.append("$patch: EnvironmentConfig")
         fields.append(
             "  patch: environmentPatchCommit(environmentId: $environment, patch: $patch,"
-            ' commitMessage: "Place services in the router\'s group")'
+            ' commitMessage: "pulse-railway ensure")'
         )
     return f"mutation Configure({', '.join(parameters)}) {{\n" + "\n".join(fields) + "\n}"
