@@ -784,8 +784,6 @@ def status_answer(
     elif routing.is_foreign(me):
         problems.append(ownership.foreign_words(str(routing.owner)))
     records, routers = list(routing.records.values()), reports(store)
-    if fallback := fallback_in_use(routers, routing):
-        problems.append(fallback_words(routing, fallback))
     with concurrent.futures.ThreadPoolExecutor(16) as pool:  # a silent one takes seconds
         counts = list(pool.map(lambda record: sessions(record, token), records))
     canary, lock = routing.canary, routing.lock
@@ -808,6 +806,7 @@ def status_answer(
             {**record_answer(r), "sessions": n} for r, n in zip(records, counts, strict=True)
         ],
         "routers": routers,
+        "fallback": fallback_in_use(routers, routing),
         "reports_without_lease": reports_without_lease(store),
     }
 

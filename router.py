@@ -1676,7 +1676,8 @@ CHECKED_HEADERS = frozenset(
 )
 ANSWER_HEADERS = HOP_BY_HOP | {b"content-length", b"content-type", b"x-pulse-selected-deployment"}
 FORWARDED = frozenset(b"host x-forwarded-for x-forwarded-proto x-forwarded-host x-real-ip".split())
-REQUEST_HEADERS = HOP_BY_HOP | FORWARDED | {INTERNAL_TOKEN_HEADER.encode()}
+INTERNAL_TOKEN_FIELD = INTERNAL_TOKEN_HEADER.encode()
+REQUEST_HEADERS = HOP_BY_HOP | FORWARDED | {INTERNAL_TOKEN_FIELD}
 # RFC 3986 section 3.2; an app may take anything else for a part of its URL (CVE-2026-48710)
 HOST = re.compile(rb"(\[[0-9a-f:.]+\]|([a-z0-9._~!$&'()*+,;=-]|%[0-9a-f]{2})*)(:[0-9]*)?", re.I)
 
@@ -2497,7 +2498,8 @@ def request_head(request: Request, deployment: Deployment) -> list[bytes]:
                     named += b"," + value
                 elif lower == b"transfer-encoding":
                     coded = True
-                continue
+                if lower != INTERNAL_TOKEN_FIELD or deployment.header:  # an edge passes it on
+                    continue
         out.append(name + b": " + value + b"\r\n")
     if named:
         out[4:] = without_named(out[4:], named)
@@ -2919,7 +2921,7 @@ def unavailable(
 def bypasses_maintenance(request: Request) -> bool:
     """Does a request reach the app during maintenance? The health check does, and a request with
     the internal token, by which `deploy` checks a new version."""
-    tokens = request.values(INTERNAL_TOKEN_HEADER.encode())
+    tokens = request.values(INTERNAL_TOKEN_FIELD)
     trusted = INTERNAL_TOKEN and any(hmac.compare_digest(v, INTERNAL_TOKEN) for v in tokens)
     return bool(trusted) or request.path == HEALTH_PATH.encode()
 

@@ -77,8 +77,8 @@ VARIABLES = {
         "PULSE_RAILWAY_ROUTER_SHUTDOWN_SECONDS": "seconds for requests to finish after SIGTERM: 25",
         "PULSE_RAILWAY_ROUTER_HALF_CLOSED_SECONDS": "seconds that a half-closed socket may be"
         " silent: 60",
-        "PULSE_RAILWAY_ROUTER_FALLBACK": "`off`: while the active version cannot be connected to, new"
-        " visitors get 502 instead of the version before it",
+        "PULSE_RAILWAY_ROUTER_FALLBACK": "`off`: while the active version cannot be connected to,"
+        " new visitors get 502 instead of the version before it",
         "PULSE_RAILWAY_ROUTER_CONNECTION_LIMIT": "the most clients at once; more are answered 503:"
         " half of the descriptors",
         "PULSE_RAILWAY_ACTIVE, PULSE_RAILWAY_ACTIVE_AT": "the deployment that was promoted last,"

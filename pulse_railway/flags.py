@@ -201,7 +201,8 @@ _ALL = (
     Flag("watch", "repeat until interrupted, with rates and sparklines", kind=bool),
     Flag("every", "seconds between two updates; Railway limits API calls", "SECONDS", int, 15),
     Flag("lines", "how many lines", "NUMBER", int, 100),
-    Flag("force", "promote it even if it does not answer", kind=bool),
+    Flag("force", "promote it even if it does not answer; delete it even if new visitors get it",
+         kind=bool),
     Flag("yes", "do not ask", kind=bool),
     Flag("json", "one JSON object on stdout", kind=bool),
 )

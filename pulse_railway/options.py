@@ -39,6 +39,7 @@ class StackOptions:
     deployment_id: str | None = None
     deployment_name: str = FLAGS["deployment_name"].default
     yes: bool = False
+    force: bool = False  # promote: also what does not answer; delete: also the fallback in use
     notify: str | None = field(default=None, repr=False)
     message: str | None = None
 
@@ -47,7 +48,6 @@ class StackOptions:
 class PromoteOptions(StackOptions):
     weight: float | None = None  # percent of new visitors; None: it becomes the active deployment
     bake: int = FLAGS["bake"].default  # seconds
-    force: bool = False  # promote it even if it does not answer
 
 
 @dataclass(frozen=True)

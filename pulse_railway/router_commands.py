@@ -317,13 +317,17 @@ def read_history(api: Api, stack: Stack) -> list[dict[str, Any]]:
     return list(send_command(api, stack, "history")["history"])
 
 
-def send_retire(api: Api, stack: Stack, deployment_id: str, service_id: str | None) -> None:
+def send_retire(
+    api: Api, stack: Stack, deployment_id: str, service_id: str | None, force: bool = False
+) -> None:
     """Retire a deployment: it can no longer be registered or promoted, its service may be deleted.
 
-    Raises Refused with the reason `behind` while a router may still route to it.
+    Raises Refused with the reason `behind` while a router may still route to it, and, without
+    `force`, `fallback` while new visitors get it in place of the active one.
     """
     words = ["--deployment-id", deployment_id]
     words += ["--service-id", service_id] if service_id else []
+    words += ["--force"] if force else []
     if behind := send_command(api, stack, "retire", *words).get("behind"):
         raise Refused(
             f"{deployment_id} is retired, and its service stays for now: the router"

@@ -198,7 +198,10 @@ def unlock(options: options.StackOptions, output: Output) -> None:
     output.result({"lock": lock}, ["the deploy lock is free" if lock else "nobody deploys"])
 
 
-@verb([*STACK, "deployment_id", "redis_url", "redis_prefix", "yes"], parser="parse_one_deployment")
+@verb(
+    [*STACK, *"deployment_id redis_url redis_prefix force yes".split()],
+    parser="parse_one_deployment",
+)
 def delete(options: options.StackOptions, output: Output) -> None:
     """Remove a deployment that is not active, with its tabs' state."""
     from pulse_railway.flows import remove as flow
@@ -206,11 +209,13 @@ def delete(options: options.StackOptions, output: Output) -> None:
     chosen = str(options.deployment_id)
     api, stack = _stack(options, output)
     confirm(f"delete deployment {chosen}?", options.yes)
-    result = flow.delete(api, stack, chosen, output)
+    result = flow.delete(api, stack, chosen, output, force=options.force)
     output.result(result, [f"{chosen} is gone"])
 
 
-@verb([*STACK, "deployment_name", "redis_url", "redis_prefix", "yes"], parser="parse_one_name")
+@verb(
+    [*STACK, *"deployment_name redis_url redis_prefix force yes".split()], parser="parse_one_name"
+)
 def remove(options: options.StackOptions, output: Output) -> None:
     """Remove the one deployment whose id was generated from a name."""
     from pulse_railway.flows import remove as flow
@@ -218,7 +223,7 @@ def remove(options: options.StackOptions, output: Output) -> None:
     api, stack = _stack(options, output)
     chosen = flow.find_by_name(stack, str(options.deployment_name))
     confirm(f"delete deployment {chosen}?", options.yes)
-    result = flow.delete(api, stack, chosen, output)
+    result = flow.delete(api, stack, chosen, output, force=options.force)
     output.result(result, [f"{chosen} is gone"])
 
 

@@ -346,6 +346,33 @@ def step_12_message_author_and_commit(base: Project) -> None:
     assert "octo (GitHub" in shown
 
 
+def step_13_somebody_stops_the_active_deployment(base: Project) -> None:
+    """On Railway, by hand: new visitors get the version before, which stays as long."""
+    before = base.active
+    base.deploy("stopped")
+    url = address(base)
+    gone = base.latest("stopped")["id"]
+    base.railway.graphql("mutation ($d: String!) { deploymentRemove(id: $d) }", d=gone)
+    trust = demo.tls_context(base.stage.bundle)
+    with httpx.Client(verify=trust, trust_env=False) as client:
+
+        def selected() -> str:
+            return str(client.get(f"{url}/work").headers.get("x-pulse-selected-deployment"))
+
+        eventually(lambda: selected() == before)
+        said = f"stopped cannot be connected to: new visitors get {before}"
+        eventually(lambda: said in base.ok("status")["problems"], 30)
+        assert said in base.run("status").out
+        base.janitor()
+        refused = base.run("delete", "--deployment-id", str(before), "--yes")
+        assert f"{said}. --force removes it all the same" in refused.error
+        assert before in base.records
+        base.ok("redeploy")
+        eventually(lambda: selected() == "stopped", 30)
+        eventually(lambda: said not in base.ok("status")["problems"], 30)
+    assert base.ok("delete", "--deployment-id", str(before), "--yes")["deleted"]
+
+
 def test_the_history_is_bounded() -> None:
     router, control = runtime_image.load("router"), runtime_image.load("control")
     routing = router.Routing(now=1.0, active="a")

@@ -12,13 +12,16 @@ from pulse_railway.services import delete_service, left_empty
 from pulse_railway.stack import Stack, find_backend, joined
 
 
-def delete(api: Api, stack: Stack, deployment_id: str, output: Output) -> dict[str, Any]:
+def delete(
+    api: Api, stack: Stack, deployment_id: str, output: Output, force: bool = False
+) -> dict[str, Any]:
     """Delete a deployment that is not active: the router retires it, then its service and its
     record are deleted.
 
     A service that the token may not delete is left empty. After an interruption the verb can be run
     again, or the janitor finishes. Raises Failure, and has deleted nothing, if the router has not
-    confirmed that the deployment is retired.
+    confirmed that the deployment is retired, or if new visitors get it in place of the active one
+    and `force` is not set.
     """
     services = [*stack.backends, *stack.empty]
     service = next((s for s in services if s.deployment_id == deployment_id), None)
@@ -29,7 +32,8 @@ def delete(api: Api, stack: Stack, deployment_id: str, output: Output) -> dict[s
             for r in router_commands.read_state(api, stack)["deployments"]
         ):
             find_backend(stack, deployment_id)  # raises, with a list of the deployments
-        router_commands.send_retire(api, stack, deployment_id, service.id if service else None)
+        service_id = service.id if service else None
+        router_commands.send_retire(api, stack, deployment_id, service_id, force)
     if service:
         with output.step(f"delete the service {service.name}"):
             if not delete_service(api, stack.target, service.id):

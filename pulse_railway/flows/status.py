@@ -149,7 +149,7 @@ def state_problems(state: dict[str, Any], stack: Stack) -> list[str]:
 
 def active_problems(state: dict[str, Any]) -> list[str]:
     """Report an active deployment that does not answer the router, whatever Railway's status is."""
-    return [
+    messages = [
         f"the active deployment {name} does not answer: `pulse-railway logs --deployment-id {name}`"
         f" shows why, `pulse-railway redeploy --deployment-id {name}` starts it again,"
         " `pulse-railway rollback` goes back"
@@ -158,6 +158,10 @@ def active_problems(state: dict[str, Any]) -> list[str]:
         and "sessions" in record
         and record["sessions"] is None
     ]
+    if fallback := state.get("fallback"):  # an older router reports none
+        given = f"{state['active']} cannot be connected to: new visitors get {fallback}"
+        messages.append(given)
+    return messages
 
 
 def sharing_problems(state: dict[str, Any], stack: Stack) -> list[str]:
