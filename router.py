@@ -2282,9 +2282,10 @@ class Exchange:
         if named:
             out[1:] = without_named(out[1:], named)
         if header := self.upstream.deployment.header:  # else this is the local Railway's edge
-            append(header)
-            if page or not request.path.startswith(ASSET_PREFIXES):  # assets: everywhere the same
-                append(VARY)
+            if not page and request.path.startswith(ASSET_PREFIXES):  # the same everywhere
+                append(header)
+            else:
+                append(header + VARY)
                 if request.drawn:
                     append(PRIVATE)
             if page:  # affinity.js reads the document's deployment from it
