@@ -500,7 +500,7 @@ def is_unrecorded(routing: Routing, running: Record) -> bool:
     """Does the state have no record of this running deployment, which was not removed?"""
     record = routing.records.get(running.deployment_id)
     is_lost = record is None or record.ignored == router.UNREADABLE
-    return is_lost and not routing.buries(running)
+    return is_lost and not routing.has_removed(running)
 
 
 def fill_from(record: Record, rebuilt: Record) -> Record:

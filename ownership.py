@@ -240,8 +240,7 @@ class Unowned:
         if self.kind == "gone":
             return f"{name} ran under a router that is gone: {restore}; {delete}"
         return (
-            f"{name} does not say whose it is, and no routing state of this stack names it:"
-            f" {restore}; {delete}"
+            f"{name} has no owner, and no routing state of this stack names it: {restore}; {delete}"
         )
 
 

@@ -392,7 +392,7 @@ class Tombstone:
     at: float
     service_id: str | None = None
 
-    def buries(self, record: Record) -> bool:
+    def covers(self, record: Record) -> bool:
         """Is this the removed deployment's record? The id may be reused on a new service."""
         return self.service_id == record.service_id and (record.registered_at or 0.0) <= self.at
 
@@ -481,9 +481,9 @@ class Routing:
         record = self.records.get(self.active) or Record(self.active, "active")
         return record if record.url else replace(record, service_name=SERVICE_PREFIX + self.active)
 
-    def buries(self, record: Record) -> bool:
+    def has_removed(self, record: Record) -> bool:
         tombstone = self.tombstones.get(record.deployment_id)
-        return tombstone is not None and tombstone.buries(record)
+        return tombstone is not None and tombstone.covers(record)
 
     def is_foreign(self, me: str | None) -> bool:
         """Does the state have another owner than `me`, which is None outside Railway?"""
@@ -664,7 +664,7 @@ def repaired(store: Routing, known: Routing, new_id: str, alive: Collection[str]
     records = dict(new.records)
     for name, record in known.records.items():
         returns = name in alive or name == new.active
-        if returns and name not in records and not new.buries(record):
+        if returns and name not in records and not new.has_removed(record):
             records[name] = record
     if lost or new.active != store.active:
         records = _with_one_active(records, new, {known.active, store.active})
@@ -717,7 +717,7 @@ def _recovered(store: Routing, known: Routing) -> Routing:
     for name, record in known.records.items():
         in_store = records.get(name)
         if in_store is None:  # a removal in progress continues
-            if record.retiring_at or name not in tombstones or not tombstones[name].buries(record):
+            if record.retiring_at or name not in tombstones or not tombstones[name].covers(record):
                 records[name] = record
         elif (record.changed_at, earlier) > (in_store.changed_at, False):
             records[name] = replace(record, raw={**in_store.raw, **record.raw})
@@ -725,7 +725,7 @@ def _recovered(store: Routing, known: Routing) -> Routing:
         buried = records.get(name)
         if buried is None or buried.retiring_at:
             continue
-        if tombstone.buries(buried):
+        if tombstone.covers(buried):
             del records[name]  # removed after the store's earlier copy was made
         else:
             del tombstones[name]  # the id is reused on a new service
@@ -1080,13 +1080,13 @@ class Table:
 
     # -- the state in the store ----------------------------------------------------------------
 
-    def other(self, state: Routing) -> str | None:
+    def foreign_owner(self, state: Routing) -> str | None:
         """Return the store's owner if it is another stack; then the state is served, not written.
         A store that has lost its owner's key still has that owner."""
         owner = state.owner or self.other_owner
         return owner if self.me is not None and owner != self.me else None
 
-    def keeps(self, state: Routing) -> bool:
+    def must_keep_known(self, state: Routing) -> bool:
         """Must the known state be kept? It must if the store has contents of another owner now, or
         if a state of another owner is lost, since only that owner's routers restore it."""
         was, is_now = self.routing.is_foreign(self.me), state.is_foreign(self.me)
@@ -1100,7 +1100,7 @@ class Table:
         since = time.monotonic() - self.limits.missing_seconds  # missing for long enough
         alive = {name for name, m in self.missing.items() if m.answers and m.since <= since}
         new_id = secrets.token_hex(8)
-        if self.other(state) or not changes(state, repaired(state, known, new_id, alive)):
+        if self.foreign_owner(state) or not changes(state, repaired(state, known, new_id, alive)):
             return False
         ours, other = known.record_of_active(), state.record_of_active()
         refused = None
@@ -1114,7 +1114,7 @@ class Table:
             log.error("the store has lost data: writing back what this router knows")
 
         def step(store: Routing) -> Routing:
-            if self.other(store):
+            if self.foreign_owner(store):
                 return store
             if refused and store.active == refused:
                 store = replace(store, active=known.active)
@@ -1129,7 +1129,7 @@ class Table:
     def note_missing(self, state: Routing) -> None:
         """Keep deployments whose records no step of ours has removed, and send them requests."""
         lost = {k: r for k, r in self.routing.records.items() if k not in state.records}
-        unexplained = [record for record in lost.values() if not state.buries(record)]
+        unexplained = [record for record in lost.values() if not state.has_removed(record)]
         before, now = self.missing, time.monotonic()
         ids = [record.deployment_id for record in unexplained]
         self.missing = {name: before.get(name, Missing(now)) for name in ids}
@@ -1153,12 +1153,12 @@ class Table:
     def load(self, state: Routing) -> None:
         """Use a state that was read, with the records that are missing in it."""
         self.loaded_at = now = time.monotonic()
-        other = self.other(state)
+        other = self.foreign_owner(state)
         if other != self.other_owner:
             change = f"of {other}: it is served, nothing is written" if other else "no longer so"
             log.error("another stack's routing state: %s", change)
             self.other_owner = other
-        if self.active and not self.provisional and self.keeps(state):
+        if self.active and not self.provisional and self.must_keep_known(state):
             state = self.routing
         kept = {
             name: self.routing.records[name]
@@ -1711,7 +1711,7 @@ class Request:
     gone = False  # the client has gone, or the body is invalid
     begun = False  # a byte of the answer was written
     answered = False
-    drawn = False  # the visitor's id chose the deployment
+    by_visitor = False  # the visitor's id chose the deployment
     unsure = False  # a deployment that was asked for an asset gave no clear answer
     visitor = b""  # id of a visitor who gets a cookie, during a canary
     affinity_id = b""  # the deployment that the request names
@@ -2286,7 +2286,7 @@ class Exchange:
                 append(header)
             else:
                 append(header + VARY)
-                if request.drawn:
+                if request.by_visitor:
                     append(PRIVATE)
             if page:  # affinity.js reads the document's deployment from it
                 timing = b'server-timing: pulse;desc="%b"\r\n'
@@ -2814,7 +2814,7 @@ def pick_default(request: Request) -> Deployment | None:
     decides, in all routers alike: a page, its assets, `fetch` calls and socket get the same."""
     table, active = TABLE, TABLE.active
     if table.canary is not None:
-        request.drawn = True
+        request.by_visitor = True
         if in_canary_bucket(visitor_of(request), table.canary.id, table.weight):
             return table.canary
     if active is not None and active is table.down and may_use_fallback(request):

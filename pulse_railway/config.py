@@ -60,7 +60,7 @@ class ControlRoute:
 
     kind: Literal["ssh", "job"] | None = None
     key: Path | None = None  # the private key that the user has given, or that was found
-    say: Callable[[str], None] = lambda _: None  # prints a line for the user
+    info: Callable[[str], None] = lambda _: None  # prints a line for the user
     checked: bool = False  # ssh is possible
 
 
@@ -336,5 +336,5 @@ def connect(where: Where, output: Output) -> tuple[Api, Target]:
             " on; RAILWAY_ENVIRONMENT_ID names another"
         )
     return api, replace(
-        target, control_route=ControlRoute(where.control, where.ssh_key, output.say)
+        target, control_route=ControlRoute(where.control, where.ssh_key, output.info)
     )

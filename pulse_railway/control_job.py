@@ -73,7 +73,7 @@ def _request(api: Api, stack: Stack, janitor: Service, words: list[str], nonce: 
             started = time.monotonic()
             if not _run_now(api, janitor) and timeout == RUN_TIMEOUT:
                 timeout = SCHEDULE_TIMEOUT
-                stack.target.control_route.say(
+                stack.target.control_route.info(
                     "Railway does not run the janitor at once: waiting for its schedule,"
                     f" {janitor.settings.get('cronSchedule')}"
                 )

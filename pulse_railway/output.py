@@ -89,7 +89,7 @@ class Output:
         """Print a line of other output: a build's, a service's."""
         self.console.print(f"    {redact(line)}", style="dim", soft_wrap=True, markup=False)
 
-    def say(self, line: str) -> None:
+    def info(self, line: str) -> None:
         self.console.print(pasteable(redact(line)), soft_wrap=True, markup=False)
 
     def warn(self, line: str) -> None:
@@ -103,7 +103,7 @@ class Output:
             self._json(value)
         else:
             for line in summary:
-                self.say(line)
+                self.info(line)
 
     def failure(self, why: str) -> None:
         """With --json, print one object on stdout: the result so far, and the `error`."""

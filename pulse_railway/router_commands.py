@@ -64,7 +64,7 @@ def send_command(
             if answer.get("reason") != "store":  # after a lost connection Redis may have changed
                 raise Refused(why, str(answer.get("reason")))
             if pause == pauses[0] and len(pauses) > 1:
-                stack.target.control_route.say(f"{why}: asking again for {sum(pauses):.0f} s")
+                stack.target.control_route.info(f"{why}: asking again for {sum(pauses):.0f} s")
             logs = f"`pulse-railway logs --service {stack.names.redis}`"
             why += f": see {logs}, and run this again when it is back"
         if outcome.permanent or pause is None or time.monotonic() > deadline:
@@ -93,7 +93,7 @@ def fall_back_to_job(stack: Stack, why: str) -> None:
     """Use the janitor from here on, and tell the user why."""
     route = stack.target.control_route
     route.kind = "job"
-    route.say(f"control commands go by the janitor, which takes longer: {why}")
+    route.info(f"control commands go by the janitor, which takes longer: {why}")
 
 
 def by_ssh(api: Api, stack: Stack, words: list[str]) -> ssh.Outcome:

@@ -147,13 +147,13 @@ def in_regions(service: Service, settings: dict[str, Any]) -> dict[str, Any]:
         return settings
     regions: dict[str, Any] = {
         region: {"numReplicas": count} if count else None  # None removes a region, as in the CLI
-        for region, count in scaled(service.regions, settings["numReplicas"]).items()
+        for region, count in replicas_by_region(service.regions, settings["numReplicas"]).items()
     }
     others = {name: value for name, value in settings.items() if name != "numReplicas"}
     return {**others, "multiRegionConfig": regions}
 
 
-def scaled(regions: dict[str, int], replicas: int) -> dict[str, int]:
+def replicas_by_region(regions: dict[str, int], replicas: int) -> dict[str, int]:
     """Return `replicas` replicas in the same regions.
 
     The region with the most takes the difference; if it has too few for that, it gets all.
@@ -224,7 +224,7 @@ def delete_service(api: Api, target: Target, service_id: str) -> bool:
         raise Failure(str(error)) from None
 
 
-def left_empty(name: str, deployment_id: str | None) -> str:
+def empty_service_message(name: str, deployment_id: str | None) -> str:
     """Return the message about a service that could not be deleted, and how to delete it."""
     run = "delete it on Railway"
     if deployment_id:

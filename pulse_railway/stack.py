@@ -493,7 +493,7 @@ def require_complete_answer(stack: Stack) -> None:
     """Raise Failure if Railway's answer cannot be complete: then nothing may be written."""
     if stack.incomplete:
         raise Failure(
-            f"{stack.incomplete}: its answer is not believed, and nothing was changed; run this"
+            f"{stack.incomplete}: its answer is not used, and nothing was changed; run this"
             " again, and look at the service's variables on Railway if that does not help"
         )
 

@@ -66,7 +66,7 @@ def step_01_variables_that_read_empty(site: LiveSite) -> None:
             project.faults(empty(service, times=1000))
             run = project.run(*verb)
             assert run.code == 1, verb
-            assert f"{reason}: its answer is not believed, and nothing was changed" in run.error
+            assert f"{reason}: its answer is not used, and nothing was changed" in run.error
         assert reason in project.ok("status")["problem"]
     project.faults()
     assert everything(project) == before

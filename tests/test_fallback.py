@@ -64,7 +64,7 @@ def stage(redis_server: Redis, run_router: Run) -> Iterator[Stage]:
     stage.new.stop()
 
 
-def test_new_visitors_get_the_version_before(stage: Stage) -> None:
+def test_new_visitors_get_the_fallback_while_the_active_deployment_is_down(stage: Stage) -> None:
     stage.start()
     stage.new.stop()
     answer = stage.page()
@@ -98,7 +98,7 @@ def test_the_fallback_ends_with_the_next_promotion(stage: Stage) -> None:
         eventually(lambda: stage.page().body == b"newest")
 
 
-def test_it_flaps(stage: Stage) -> None:
+def test_every_visitor_is_served_while_the_active_deployment_flaps(stage: Stage) -> None:
     """Up and down ten times: every visitor is served."""
     stage.start({"breaker_close_seconds": 0.1})
     seen = set()
@@ -112,7 +112,7 @@ def test_it_flaps(stage: Stage) -> None:
     assert seen == {b"old", b"new"}
 
 
-def test_a_black_hole(stage: Stage) -> None:
+def test_a_connection_that_is_never_answered_delays_only_the_first_visitor(stage: Stage) -> None:
     """A connection that is never answered costs the first visitor a moment, the others nothing."""
     with contextlib.ExitStack() as stack:
         hole = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
@@ -144,7 +144,7 @@ def test_there_is_no_second_fallback(stage: Stage) -> None:
         assert stage.page().status == 502
 
 
-def test_a_canary_and_the_active_one_are_down(stage: Stage) -> None:
+def test_the_fallback_answers_when_canary_and_active_deployment_are_down(stage: Stage) -> None:
     with Backend(ok(b"canary")) as canary:
         stage.record("canary", canary, "pending", 3, weight=100, promoted_at=None)
         stage.record("old", stage.old, "draining", 1)
@@ -157,7 +157,7 @@ def test_a_canary_and_the_active_one_are_down(stage: Stage) -> None:
         assert stage.page().body == b"old"
 
 
-def test_maintenance_comes_first(stage: Stage) -> None:
+def test_maintenance_wins_over_the_fallback(stage: Stage) -> None:
     stage.start()
     stage.new.stop()
     assert stage.page().body == b"old"
@@ -166,13 +166,13 @@ def test_maintenance_comes_first(stage: Stage) -> None:
     eventually(lambda: stage.page().status == 503)
 
 
-def test_it_can_be_turned_off(stage: Stage) -> None:
+def test_the_fallback_can_be_turned_off(stage: Stage) -> None:
     stage.start(PULSE_RAILWAY_ROUTER_FALLBACK="off")
     stage.new.stop()
     assert stage.page().status == 502
 
 
-def test_a_router_without_descriptors_blames_nobody(stage: Stage) -> None:
+def test_a_router_without_descriptors_does_not_use_the_fallback(stage: Stage) -> None:
     stage.start()
     pid = stage.router.popen.pid
     before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
@@ -202,7 +202,7 @@ def routing(active: str, *records: router.Record, last: str = "promote") -> rout
     )
 
 
-def test_which_version_is_the_fallback() -> None:
+def test_the_fallback_is_the_deployment_that_was_active_before() -> None:
     def record(name: str, at: float, state: str = "draining", **fields: Any) -> router.Record:
         return router.Record(name, state, registered_at=at, promoted_at=at, **fields)
 

@@ -7,7 +7,7 @@ import random
 from tests import fuzz
 
 
-def test_nobody_gets_what_is_anothers() -> None:
+def test_no_client_gets_anothers_answer() -> None:
     seed = random.randrange(1 << 32)
     played = fuzz.run(5, seed)
     assert not played.failures, f"seed {seed}: {played.failures[:3]}"

@@ -650,7 +650,7 @@ def test_there_is_a_way_back_for_a_while(room: Room) -> None:
     assert room.run(all_of_them[2], ttl=60, window=200, keep=5)[1] == ["last"]
 
 
-def test_what_new_visitors_get_in_place_of_the_active_one_stays(room: Room) -> None:
+def test_the_fallback_is_kept_while_the_active_deployment_is_down(room: Room) -> None:
     """Without tabs, and after its drain TTL; in use by a router's word, or because the janitor
     cannot connect to the active one either."""
     room.sessions(0)

@@ -336,7 +336,7 @@ def test_services_of_others_are_not_touched(
     for name in ("copied", "left"):
         assert "`pulse-railway ensure` with its app" in kept[name]
         assert "restore" not in kept[name]
-    assert "does not say whose it is" in kept["unnamed"]
+    assert "has no owner" in kept["unnamed"]
     assert "`pulse-railway restore --deployment-id unnamed`" in kept["unnamed"]
     assert report["deleted"] == []
     touched = [v["input"]["serviceId"] for _, v in rails.written if "input" in v]

@@ -400,7 +400,7 @@ def test_a_missing_asset_costs_one_request_each(redis_server: Redis, run_router:
         eventually(lambda: ask(port, "/assets/late.js").body == b"chunk", 0.9)
 
 
-def test_one_that_was_put_aside_is_asked_before_a_404(redis_server: Redis, run_router: Run) -> None:
+def test_an_ejected_deployment_is_asked_before_a_404(redis_server: Redis, run_router: Run) -> None:
     """One slow or refused answer cost a deployment's own old tabs their chunks for 30 s."""
     with Backend(ok(b"chunk")) as old, Backend(MISSING) as active:
         port = asset_stage(redis_server, run_router, active, old=old)
@@ -411,7 +411,7 @@ def test_one_that_was_put_aside_is_asked_before_a_404(redis_server: Redis, run_r
         assert ask(port, "/assets/b.js").body == b"chunk"
 
 
-def test_a_hedged_requests_103_goes_nowhere(redis_server: Redis, run_router: Run) -> None:
+def test_the_103_of_a_hedged_request_is_dropped(redis_server: Redis, run_router: Run) -> None:
     early = b"HTTP/1.1 103 Early Hints\r\nlink: </x>\r\n\r\n"
     with Backend(early + MISSING) as a, Backend(ok(b"chunk")) as b, Backend(MISSING) as active:
         port = asset_stage(redis_server, run_router, active, b=b, a=a)
@@ -420,7 +420,9 @@ def test_a_hedged_requests_103_goes_nowhere(redis_server: Redis, run_router: Run
             assert client.head().startswith(b"HTTP/1.1 200")
 
 
-def test_one_that_hangs_does_not_take_all_connections(redis_server: Redis, run_router: Run) -> None:
+def test_a_hanging_deployment_does_not_take_all_connections(
+    redis_server: Redis, run_router: Run
+) -> None:
     with (
         contextlib.ExitStack() as stack,
         Backend(handle=lambda c: time.sleep(60)) as hanging,

@@ -590,7 +590,7 @@ def test_an_older_snapshot_never_wins(states: list[Any], of_store: float, of_rou
             assert (found.state, found.weight) == (right.state, right.weight)
         else:  # that it was removed is not known, or that goes on
             grave = known.tombstones.get(name)
-            assert found.retiring_at or not (grave and grave.buries(found))
+            assert found.retiring_at or not (grave and grave.covers(found))
     # the other way round the router learns, and writes nothing that changes who is active
     learned = repair(known, store)
     assert (learned.active, learned.promoted) == (known.active, known.promoted)
@@ -606,7 +606,7 @@ def test_what_was_removed_with_this_service_never_comes_back(
     for store in (pick(states, of_store), parse({})):
         for name, found in repair(store, known).records.items():
             grave = known.tombstones.get(name)
-            gone = grave and grave.buries(found) and name not in known.records
+            gone = grave and grave.covers(found) and name not in known.records
             assert not gone or found.retiring_at, (name, found)
 
 

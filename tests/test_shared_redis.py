@@ -25,7 +25,7 @@ from tests.test_interop import published
 from tests.test_local_environments import create, delete, has_settled, pids
 
 OWNER = "pulse:railway:owner"
-NOBODYS = "a routing state that does not say whose it is (prefix pulse:railway, first is active)"
+NOBODYS = "a routing state without an owner (prefix pulse:railway, first is active)"
 
 
 class Shared:

@@ -20,7 +20,7 @@ from pulse_railway.flows.status import region_problems
 from pulse_railway.options import BaselineOptions
 from pulse_railway.railway.api import Api, GraphqlError
 from pulse_railway.railway.tokens import Token
-from pulse_railway.services import scaled
+from pulse_railway.services import replicas_by_region
 from pulse_railway.stack import Service, Stack, check_redis, check_redis_prefix, partial
 from tests.conftest import TINY, Project
 from tests.net import eventually
@@ -476,7 +476,7 @@ def test_a_region_that_does_not_exist(base: Project, monkeypatch: pytest.MonkeyP
 def test_replicas_stay_in_their_regions(
     regions: dict[str, int], replicas: int, expected: dict[str, int]
 ) -> None:
-    assert scaled(regions, replicas) == expected
+    assert replicas_by_region(regions, replicas) == expected
 
 
 def test_a_service_that_is_deleted_while_the_stack_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

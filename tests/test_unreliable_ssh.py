@@ -348,13 +348,13 @@ class Recorder(Output):
     def step(self, title: str) -> Iterator[None]:
         yield
 
-    def say(self, line: str) -> None:
+    def info(self, line: str) -> None:
         self.lines.append(line)
 
-    log = warn = say
+    log = warn = info
 
     def waiting(self, why: str) -> None:
-        self.say(why)
+        self.info(why)
 
 
 class _Plugin:

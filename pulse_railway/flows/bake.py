@@ -158,7 +158,7 @@ def bake(
         raise
     except (Failure, Interrupted) as error:
         outcome = "interrupted" if isinstance(error, Interrupted) else "failed"
-        output.say(
+        output.info(
             f"the bake was {outcome}: {new} stays as it is, unwatched; `pulse-railway rollback`"
             " goes back"
         )

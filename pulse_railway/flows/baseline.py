@@ -29,7 +29,7 @@ from pulse_railway.services import (
     create_service,
     delete_service,
     deploy_service,
-    left_empty,
+    empty_service_message,
     variable_input,
     write,
     write_variables,
@@ -733,7 +733,7 @@ def create(api: Api, stack: Stack, options: BaselineOptions, output: Output) -> 
     if options.redis_url and stack.redis:
         with output.step(f"delete {names.redis}"):
             if not delete_service(api, target, stack.redis.id):
-                output.warn(left_empty(names.redis, None))
+                output.warn(empty_service_message(names.redis, None))
             del stack.services[names.redis]
     starting: dict[str, str | None] = {}
     if stack.redis:  # the router's health check passes when Redis answers

@@ -23,7 +23,7 @@ from pulse_railway.flows.signals import shielded
 from pulse_railway.options import DeployOptions
 from pulse_railway.output import Output
 from pulse_railway.railway.api import Api
-from pulse_railway.services import delete_service, left_empty
+from pulse_railway.services import delete_service, empty_service_message
 from pulse_railway.stack import Stack, inspect
 
 LATE_PAUSES = (0.0, 3.0, 7.0)  # seconds before each search for a service created without an answer
@@ -71,7 +71,7 @@ def clean_up(
 ) -> None:
     """Print the step at which a deploy ended; before the promotion, remove what it has created."""
     outcome = "interrupted" if isinstance(error, Interrupted) else "failed"
-    output.say(f"{outcome} at: {attempt.step}")
+    output.info(f"{outcome} at: {attempt.step}")
     began = attempt.creating  # `undo` resets it when the service is deleted
     if not began:
         return
@@ -80,7 +80,7 @@ def clean_up(
         _stays(name, output)
         return
     if options.keep_failed:
-        output.say(
+        output.info(
             "kept as asked, for an hour; then the janitor removes it. Sooner: `pulse-railway delete"
             f" --deployment-id {name}`"
         )
@@ -89,18 +89,18 @@ def clean_up(
         with output.step(f"remove {attempt.service_name}"):
             stack = attempt.stack or Stack(target, options.app.names, {})
             if not undo(api, stack, attempt):
-                output.warn(left_empty(attempt.service_name, name))
+                output.warn(empty_service_message(attempt.service_name, name))
     except (Exception, Interrupted) as undo_error:
         if isinstance(undo_error, Refused) and undo_error.reason == "active":
             attempt.promoted = True  # the promotion was carried out, and its answer was lost
             _stays(name, output)
         elif not attempt.creating:  # `undo` has deleted the service
-            output.say(f"{attempt.service_name} is removed; its record is left to the janitor")
+            output.info(f"{attempt.service_name} is removed; its record is left to the janitor")
         else:
             known = isinstance(undo_error, Failure | httpx.HTTPError)
             reason = str(undo_error) if known else f"{type(undo_error).__name__}: {undo_error}"
             reason = "interrupted again" if isinstance(undo_error, Interrupted) else reason
-            output.say(
+            output.info(
                 f"{attempt.service_name} stays, since it is not certain that it may go: {reason}."
                 f" `pulse-railway status` shows whether {name} is active; if not, run"
                 f" `pulse-railway delete --deployment-id {name}`. Else the janitor removes it after"
@@ -109,7 +109,7 @@ def clean_up(
 
 
 def _stays(name: str, output: Output) -> None:
-    output.say(
+    output.info(
         f"{name} was promoted and stays; `pulse-railway status` shows what is active,"
         " `pulse-railway rollback` goes back"
     )

@@ -252,7 +252,7 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
             )
         with step(output, attempt, "ask the router"):  # a failure here saves the build
             lock_deploy(api, stack, plan, attempt, output)
-        output.say(f"deployment {plan.deployment_id}")
+        output.info(f"deployment {plan.deployment_id}")
         if plan.image:
             with step(output, attempt, f"build and push {plan.image}"):
                 build_image(plan, stack, output)

@@ -126,12 +126,12 @@ def init(app: str | None, folder: Path, output: Output) -> dict[str, Any]:
         path = folder / file.path
         if path.exists():
             existing.append(file.path)
-            output.say(f"  {file.path} is there, and stays as it is")
+            output.info(f"  {file.path} is there, and stays as it is")
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(file.content)
         written.append(file.path)
-        output.say(f"+ {file.path}: {file.purpose}")
+        output.info(f"+ {file.path}: {file.purpose}")
         for line in file.content.splitlines():
             output.log(line)
     if danger := config_files.would_delete(folder):

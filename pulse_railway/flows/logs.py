@@ -51,7 +51,7 @@ def logs(
                     print(line["message"], flush=True)
         if not options.follow:
             if not lines:
-                output.say(f"{service.name} has said nothing yet")
+                output.info(f"{service.name} has said nothing yet")
             return {"service": service.name, "deployment": deployment["id"], "lines": lines}
         time.sleep(2.0)
 

@@ -113,7 +113,7 @@ def ask_user(api: Api, stack: Stack, active: str, output: Output, ask: Ask) -> b
     """
     sharing = environments_with_same_state(api, stack)
     description = (
-        f"the Redis holds a routing state that does not say whose it is (prefix"
+        f"the Redis holds a routing state without an owner (prefix"
         f" {stack.redis_prefix}, {active} is active)"
     )
     if sharing:

@@ -8,7 +8,7 @@ from pulse_railway import contract, naming, router_commands
 from pulse_railway.errors import Failure
 from pulse_railway.output import Output
 from pulse_railway.railway.api import Api
-from pulse_railway.services import delete_service, left_empty
+from pulse_railway.services import delete_service, empty_service_message
 from pulse_railway.stack import Stack, find_backend, joined
 
 
@@ -37,7 +37,7 @@ def delete(
     if service:
         with output.step(f"delete the service {service.name}"):
             if not delete_service(api, stack.target, service.id):
-                output.warn(left_empty(service.name, deployment_id))
+                output.warn(empty_service_message(service.name, deployment_id))
     with output.step("delete its record"):
         router_commands.send_forget(api, stack, deployment_id)
     return {"deployment_id": deployment_id, "deleted": True}

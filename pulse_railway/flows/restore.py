@@ -67,7 +67,7 @@ def restore(api: Api, stack: Stack, deployment_id: str | None, output: Output) -
         except Refused as refused:
             if refused.reason != "active" or not state["lost"]:
                 raise
-            output.say("the routers have restored it meanwhile")
+            output.info("the routers have restored it meanwhile")
             return {"active": router_commands.read_active(api, stack), "restored": []}
         store_last_promoted(api, stack, active, promoted, output)
     with output.step("reach the active deployment"):

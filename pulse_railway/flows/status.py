@@ -13,7 +13,7 @@ from pulse_railway.errors import Failure
 from pulse_railway.flows import baseline
 from pulse_railway.railway import documents
 from pulse_railway.railway.api import Api, GraphqlError
-from pulse_railway.services import left_empty, scaled
+from pulse_railway.services import empty_service_message, replicas_by_region
 from pulse_railway.stack import Service, Stack, joined, ownership, require_baseline
 from pulse_railway.waiting import FAILED_STATES
 
@@ -170,7 +170,7 @@ def sharing_problems(state: dict[str, Any], stack: Stack) -> list[str]:
     if state.get("owner") or not others:
         return []
     return [
-        f"the routing state does not say whose it is, and routers of other stacks serve it too"
+        f"the routing state has no owner, and routers of other stacks serve it too"
         f" ({joined(others)}, as environment and router): what one stack promotes, all serve."
         " `pulse-railway ensure --owns-state` makes it this stack's, if it is; for the others"
         " `pulse-railway scaffold` with another --redis-prefix"
@@ -324,7 +324,7 @@ def manual_changes(stack: Stack, state: dict[str, Any] | None) -> list[str]:
     for service in stack.backends:
         name, replicas = service.deployment_id, service.settings.get("numReplicas")
         if replicas not in (None, 1):
-            counts = scaled(service.regions or {"REGION": 1}, 1)
+            counts = replicas_by_region(service.regions or {"REGION": 1}, 1)
             assigned = " ".join(f"{region}={count}" for region, count in counts.items())
             messages.append(
                 f"{name} has {replicas} replicas, and a tab's state is in one of them:"
@@ -360,7 +360,7 @@ def problems(stack: Stack, state: dict[str, Any] | None, router_error: str | Non
         if s.status in FAILED_STATES
     ]
     messages += manual_changes(stack, state)
-    messages += [left_empty(s.name, s.deployment_id) for s in stack.empty]
+    messages += [empty_service_message(s.name, s.deployment_id) for s in stack.empty]
     messages += [u.words() for u in stack.unowned.values() if u.can_be_restored]
     if router_error and REDIS_IS_SILENT in router_error:
         messages.append(
