@@ -137,8 +137,8 @@ class World:
 
     def call(self, document: str, repeatable: bool | None = None, **values: Any) -> Any:
         if document == documents.STACK:
-            names = [{"node": {"name": name}} for name in self.services]
-            return {"project": {"services": {"edges": names}}, "environment": self.environment()}
+            named = [{"node": {"name": n, "id": s["id"]}} for n, s in self.services.items()]
+            return {"project": {"services": {"edges": named}}, "environment": self.environment()}
         if document.startswith("query Variables"):
             by_id = {s["id"]: s["variables"] for s in self.services.values()}
             return {f"v{k[1:]}": dict(by_id[v]) for k, v in values.items() if k[0] == "s"}
