@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import copy
 import functools
 import inspect
@@ -16,7 +17,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -288,9 +288,15 @@ def set_faults(stage: demo.Stage, **body: Any) -> None:
     demo.post(url, json={"clock": False, **body}).raise_for_status()
 
 
-def forking_stage(root: Path) -> AbstractContextManager[demo.Stage]:
-    """Return demo.stage with forked control commands in its containers (see zygote.py)."""
-    return STAGE(root, "tests.railway", str(zygote().bin))
+@contextlib.contextmanager
+def forking_stage(root: Path) -> Iterator[demo.Stage]:
+    """Run demo.stage with forked processes in its containers (see zygote.py)."""
+    with STAGE(root, "tests.railway", zygote().path) as stage:
+        last = Path(stage.bundle).read_text().rpartition("-----BEGIN ")
+        own = root / "ca.pem"  # without the public roots, which take a verb 20 ms to read
+        own.write_text("".join(last[1:]))
+        stage.env["SSL_CERT_FILE"] = stage.bundle = str(own)
+        yield stage
 
 
 @pytest.fixture(scope="session")
