@@ -29,7 +29,7 @@ from hypothesis import settings
 from examples import demo
 from pulse_railway.local.supervisor import free_port, redis_executable
 from tests.net import eventually
-from tests.zygote import Forked, Zygote
+from tests.zygote import Forked, Zygote, fork_local_cli
 
 # Let processes store compiled modules, as `invoke test` does: each would compile them again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -303,6 +303,7 @@ def forking_stage(root: Path) -> Iterator[demo.Stage]:
 def railway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[demo.Stage]:
     """A local Railway. Tests leave its first project empty."""
     root = tmp_path_factory.mktemp("railway").resolve()
+    fork_local_cli(zygote().path)  # for flows that a test runs in its own process
     with forking_stage(root) as stage:
         set_faults(stage)
         yield stage

@@ -153,23 +153,27 @@ def become(request: dict[str, Any], fds: list[int], path: str) -> NoReturn:
 
 
 def run_verb(arguments: list[str], path: str) -> None:
-    """`pulse-railway ARGUMENTS`, whose `railway` is forked too if it is the local Railway's."""
+    """`pulse-railway ARGUMENTS`."""
     from pulse_railway import runtime_image
     from pulse_railway.__main__ import main
-    from pulse_railway.railway import program
 
-    def popen(
-        command: list[str], *, cwd: Path | None, env: Mapping[str, str], **options: Any
-    ) -> Any:
-        if is_local_cli(shutil.which(command[0])):
-            return Captured(path, command, env, cwd or os.getcwd())
-        return subprocess.Popen(command, cwd=cwd, env=env, **options)
-
-    changed: Any = program
-    changed.subprocess = types.SimpleNamespace(**{**vars(subprocess), "Popen": popen})
+    fork_local_cli(path)
     runtime_image.become = run_script
     sys.argv = ["pulse-railway", *arguments]
     main()
+
+
+def fork_local_cli(path: str) -> None:
+    """Have this process's `railway` forked by a zygote where it is the local Railway's."""
+    from pulse_railway.railway import program
+
+    def popen(command: list[str], **options: Any) -> Any:
+        if is_local_cli(shutil.which(command[0])):
+            return Captured(path, command, options["env"], options["cwd"] or os.getcwd())
+        return subprocess.Popen(command, **options)
+
+    changed: Any = program
+    changed.subprocess = types.SimpleNamespace(**{**vars(subprocess), "Popen": popen})
 
 
 def is_local_cli(file: str | None) -> bool:
