@@ -1,19 +1,21 @@
 """Runs `pulse-railway`, `railway` and what containers run in forked processes, which saves imports:
 1.5 s a verb (Pulse), 0.1 to 0.3 s what runs in a container, 0.08 s a `railway`.
 
-    python -m tests.zygote SOCKET verbs|routers
+    python -m tests.zygote SOCKET verbs|routers|MODULE,...
 
 A process for routers has imported what router.py does and no more: its routers are as large as real
-ones. Each connection sends one command line: the program, its arguments, environment and folder as
-JSON, stdout and stderr as descriptors. The answer is the process id, and after its end the exit
-status. A forked process has its own environment, folder, session and signals, as a user's process;
-only /proc shows this one's environment. Tests of signals and of the wheel start real processes
-nevertheless. Each process imports `router.py` and `control.py` again, since they read the
-environment.
+ones. One that is given modules has imported those. The workers of a run share the processes.
+
+Each connection sends one command line: the program, its arguments, environment and folder as JSON,
+stdout and stderr as descriptors. The answer is the process id, and after its end the exit status. A
+forked process has its own environment, folder, session and signals, as a user's process; only /proc
+shows this one's environment. test_first_deploy.py and test_habits.py start real processes. Each
+process imports `router.py` and `control.py` again, since they read the environment.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import gc
@@ -29,14 +31,27 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
+ROOT = Path(__file__).parent.parent
+
 
 def serve(path: str, what: str) -> None:
+    if what in ("verbs", "routers"):
+        load_ours(what, path)
+    else:
+        for name in what.split(","):
+            importlib.import_module(name)
+    gc.freeze()  # what is here already is not collected in each process anew
+    Server(path).run()
+
+
+def load_ours(what: str, path: str) -> None:
     import uvloop  # noqa: F401
 
     from pulse_railway import runtime_image
@@ -53,20 +68,18 @@ def serve(path: str, what: str) -> None:
                     importlib.import_module(module.name)
         for name in "http.server httpcore certifi rich._emoji_codes encodings.idna".split():
             importlib.import_module(name)
+        fork_local_cli(path)
 
     runtime_image.load("control" if what == "verbs" else "router")  # for what it imports
     for name in runtime_image.SCRIPTS:
         sys.modules.pop(name.removesuffix(".py"), None)
     keep_code([runtime_image.sources() / name for name in runtime_image.SCRIPTS])
-    gc.freeze()  # what is here already is not collected in each process anew
-    Server(path).run()
 
 
 class Server:
     """Forks the processes, and tells each one's client when it has ended."""
 
     def __init__(self, path: str) -> None:
-        self.path = path
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind(path)
         self.listener.listen(64)
@@ -82,13 +95,15 @@ class Server:
     def accept(self) -> None:
         connection, _ = self.listener.accept()
         message, fds, _, _ = socket.recv_fds(connection, 1 << 20, 2)
-        size = int.from_bytes(message[:4])
-        while len(message) < 4 + size:
-            message += connection.recv(1 << 20)
+        while len(message) < 4 + int.from_bytes(message[:4]):
+            if not (more := connection.recv(1 << 20)):  # the client was killed
+                connection.close()
+                return
+            message += more
         request = json.loads(message[4:])
         pid = os.fork()
         if pid == 0:
-            become(request, fds, self.path)
+            become(request, fds)
         for fd in fds:
             os.close(fd)
         ended = os.pidfd_open(pid)
@@ -121,7 +136,7 @@ def keep_code(scripts: list[Path]) -> None:
     loader.source_to_code = source_to_code
 
 
-def become(request: dict[str, Any], fds: list[int], path: str) -> NoReturn:
+def become(request: dict[str, Any], fds: list[int]) -> NoReturn:
     """Run a request's program in this process."""
     code = 1
     try:
@@ -134,10 +149,11 @@ def become(request: dict[str, Any], fds: list[int], path: str) -> NoReturn:
         os.environ.update(request["env"])
         os.chdir(request["cwd"])
         sys.path[0] = os.getcwd()
-        if "PYTHONUNBUFFERED" in os.environ:
-            sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        lines = 1 if "PYTHONUNBUFFERED" in os.environ else -1
+        sys.stdout = open(1, "w", buffering=lines, closefd=False)
+        sys.stderr = open(2, "w", buffering=1, closefd=False, errors="backslashreplace")
         programs = {"python": run_python, "railway": run_railway, "pulse-railway": run_verb}
-        programs[request["program"]](request["arguments"], path)
+        programs[request["program"]](request["arguments"])
         code = 0
     except SystemExit as stop:
         if isinstance(stop.code, str):
@@ -152,12 +168,11 @@ def become(request: dict[str, Any], fds: list[int], path: str) -> NoReturn:
         os._exit(code)
 
 
-def run_verb(arguments: list[str], path: str) -> None:
+def run_verb(arguments: list[str]) -> None:
     """`pulse-railway ARGUMENTS`."""
     from pulse_railway import runtime_image
     from pulse_railway.__main__ import main
 
-    fork_local_cli(path)
     runtime_image.become = run_script
     sys.argv = ["pulse-railway", *arguments]
     main()
@@ -182,7 +197,7 @@ def is_local_cli(file: str | None) -> bool:
     return bool(file) and Path(str(file)).read_bytes() == cli.script().encode()
 
 
-def run_railway(arguments: list[str], _: str) -> None:
+def run_railway(arguments: list[str]) -> None:
     from pulse_railway.local import cli
 
     raise SystemExit(cli.main(arguments))
@@ -198,14 +213,14 @@ def run_script(name: str, arguments: list[str]) -> NoReturn:
     raise SystemExit(0)
 
 
-def run_python(arguments: list[str], _: str) -> None:
-    """`python -m MODULE ARGUMENTS`, `python -c CODE` or `python FILE ARGUMENTS`."""
+def run_python(arguments: list[str]) -> None:
+    """`python -m MODULE ARGUMENTS`, `python -c CODE ARGUMENTS` or `python FILE ARGUMENTS`."""
     customize()
     if arguments[0] == "-m":
         sys.argv = arguments[1:]
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
     elif arguments[0] == "-c":
-        sys.argv = ["-c"]
+        sys.argv = ["-c", *arguments[2:]]
         exec(compile(arguments[1], "<string>", "exec"), {"__name__": "__main__"})
     else:
         sys.argv = arguments
@@ -305,21 +320,43 @@ def contents(file: IO[str]) -> str:
 
 
 class Zygote:
-    """The tests' side: starts the server, and sends commands to it."""
+    """The tests' side: sends commands to the server at a socket."""
 
-    def __init__(self, folder: Path, what: str = "verbs") -> None:
-        self.path = str(folder / "zygote")
-        self.process = subprocess.Popen([sys.executable, "-m", "tests.zygote", self.path, what])
+    def __init__(self, path: str) -> None:
+        self.path = path
 
-    def start(self, arguments: list[str], env: dict[str, str], cwd: Path | str, fd: int) -> Forked:
-        """`python <arguments>`, which writes to `fd`."""
-        return Forked(*send(self.path, "python", arguments, env, cwd, (fd, fd)))
+    @classmethod
+    def begin(cls, what: str, python: str = sys.executable) -> Zygote:
+        """Start a server, which ends with this process."""
+        folder = tempfile.TemporaryDirectory()
+        path = str(Path(folder.name, "zygote"))
+        process = subprocess.Popen([python, __file__, path, what], cwd=ROOT)
+        atexit.register(folder.cleanup)
+        atexit.register(process.wait)
+        atexit.register(process.kill)
+        return cls(path)
+
+    def start(
+        self,
+        program: str,
+        arguments: list[str],
+        env: Mapping[str, str],
+        cwd: Path | str,
+        fds: tuple[int, int],
+    ) -> Forked:
+        """Start `<program> <arguments>`, which writes to `fds`."""
+        return Forked(*send(self.path, program, arguments, env, cwd, fds))
 
     def run(
-        self, arguments: list[str], env: dict[str, str], cwd: Path | str, timeout: float
+        self,
+        program: str,
+        arguments: list[str],
+        env: Mapping[str, str],
+        cwd: Path | str,
+        timeout: float,
     ) -> subprocess.CompletedProcess[str]:
-        """Run `pulse-railway <arguments>` as subprocess.run does, with the output captured."""
-        process = Captured(self.path, ["pulse-railway", *arguments], env, cwd)
+        """Run `<program> <arguments>` as subprocess.run does, with the output captured."""
+        process = Captured(self.path, [program, *arguments], env, cwd)
         try:
             out, err = process.communicate(timeout)
         finally:
@@ -327,10 +364,7 @@ class Zygote:
                 os.killpg(process.pid, signal.SIGKILL)
         return subprocess.CompletedProcess(arguments, process.wait(), out, err)
 
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
 
 if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # not this folder
     serve(*sys.argv[1:])
