@@ -48,9 +48,10 @@ SLOW = {"test_story", "test_interop", "test_browser", "test_local", "test_runtim
 
 # The longest files, by duration: they start first, so that none runs alone at the end.
 LONGEST = """
-test_life test_interop test_chaos test_memories test_signals test_verbs test_failures test_story
-test_versions test_lost_records test_answers test_first_deploy test_baseline test_ways test_soak
-test_unreliable_ssh test_reports test_pages test_local test_tunnel test_state_machine test_races
+test_first_deploy test_failures test_interop test_life test_story test_chaos test_memories
+test_lost_records test_ways test_lost_state test_signals test_versions test_verbs test_answers
+test_baseline test_stacks test_killed test_soak test_unreliable_ssh test_reports test_pages
+test_local test_tunnel test_state_machine test_races
 """.split()
 
 
