@@ -944,6 +944,7 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise StateError(f"--{flag} cannot be {value!r}: nothing was changed") from None
 
 
+@functools.cache
 def control_parser() -> argparse.ArgumentParser:
     """Return the parser of all control commands. Their names and flags never change."""
     parser = argparse.ArgumentParser(prog="pulse-railway control", description=control.__doc__)

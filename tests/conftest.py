@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
+import contextlib
 import copy
 import functools
 import inspect
@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from hypothesis import settings
 from examples import demo
 from pulse_railway.local.supervisor import free_port, redis_executable
 from tests.net import eventually
-from tests.zygote import Forked, Zygote
+from tests.zygote import Forked, Zygote, fork_local_cli
 
 # Let processes store compiled modules, as `invoke test` does: each would compile them again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -49,10 +48,18 @@ SLOW = {"test_story", "test_interop", "test_browser", "test_local", "test_runtim
 
 # The longest files, by duration: they start first, so that none runs alone at the end.
 LONGEST = """
-test_life test_interop test_chaos test_memories test_signals test_verbs test_failures test_story
-test_versions test_lost_records test_answers test_first_deploy test_baseline test_ways test_soak
-test_unreliable_ssh test_reports test_pages test_local test_tunnel test_state_machine test_races
+test_first_deploy test_failures test_interop test_life test_story test_chaos test_memories
+test_lost_records test_ways test_lost_state test_signals test_versions test_verbs test_answers
+test_baseline test_stacks test_killed test_soak test_unreliable_ssh test_reports test_pages
+test_local test_tunnel test_state_machine test_races
 """.split()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the zygotes that the workers of this run share: each would take 110 MB and 2 s."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        zygote("verbs")
+        zygote("routers")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -100,7 +107,8 @@ class Process:
         self.popen: subprocess.Popen[bytes] | Forked
         if forked and not MEASURED:
             fd = self.log.fileno()
-            self.popen = zygote("routers").start(command[1:], env, cwd or os.getcwd(), fd)
+            folder = cwd or os.getcwd()
+            self.popen = zygote("routers").start("python", command[1:], env, folder, (fd, fd))
             return
         self.popen = subprocess.Popen(
             command, env=env, cwd=cwd, stdout=self.log, stderr=self.log, start_new_session=True
@@ -288,15 +296,22 @@ def set_faults(stage: demo.Stage, **body: Any) -> None:
     demo.post(url, json={"clock": False, **body}).raise_for_status()
 
 
-def forking_stage(root: Path) -> AbstractContextManager[demo.Stage]:
-    """Return demo.stage with forked control commands in its containers (see zygote.py)."""
-    return STAGE(root, "tests.railway", str(zygote().bin))
+@contextlib.contextmanager
+def forking_stage(root: Path) -> Iterator[demo.Stage]:
+    """Run demo.stage with forked processes in its containers (see zygote.py)."""
+    with STAGE(root, "tests.railway", zygote().path) as stage:
+        last = Path(stage.bundle).read_text().rpartition("-----BEGIN ")
+        own = root / "ca.pem"  # without the public roots, which take a verb 20 ms to read
+        own.write_text("".join(last[1:]))
+        stage.env["SSL_CERT_FILE"] = stage.bundle = str(own)
+        yield stage
 
 
 @pytest.fixture(scope="session")
 def railway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[demo.Stage]:
     """A local Railway. Tests leave its first project empty."""
     root = tmp_path_factory.mktemp("railway").resolve()
+    fork_local_cli(zygote().path)  # for flows that a test runs in its own process
     with forking_stage(root) as stage:
         set_faults(stage)
         yield stage
@@ -326,16 +341,15 @@ def pulse_railway(
     *arguments: str, env: dict[str, str], cwd: Path | str = ROOT, timeout: float = 240
 ) -> Verb:
     """Run `pulse-railway <arguments>` in a process of its own (see zygote.py)."""
-    return Verb(zygote().run(list(arguments), env, cwd, timeout))
+    return Verb(zygote().run("pulse-railway", list(arguments), env, cwd, timeout))
 
 
-@functools.cache
 def zygote(what: str = "verbs") -> Zygote:
-    folder = tempfile.TemporaryDirectory()
-    server = Zygote(Path(folder.name), what)
-    atexit.register(folder.cleanup)
-    atexit.register(server.stop)
-    return server
+    """Return the zygote of this process and of the workers that it starts."""
+    variable = f"ZYGOTE_{what.upper()}"
+    if variable not in os.environ:
+        os.environ[variable] = Zygote.begin(what).path
+    return Zygote(os.environ[variable])
 
 
 def redis_of(stage: demo.Stage) -> redis.Redis:

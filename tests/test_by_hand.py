@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from pulse_railway.stack import (
     missing_name,
     partial,
 )
-from tests.conftest import TINY, Project, play
+from tests.conftest import TINY, Project, play, zygote
 from tests.net import eventually
 from tests.test_local_environments import delete
 
@@ -43,11 +42,10 @@ cli.main(sys.argv[2:])
 
 def killed(project: Project, *words: str, after: int = 1, **env: str) -> bool:
     """Run a verb that is killed after so many mutations. Returns False if it finished before."""
-    command = [sys.executable, "-c", KILLED, str(after), *words]
-    done = subprocess.run(
-        command, env={**project.env, **env}, cwd=TINY, capture_output=True, text=True, timeout=120
-    )
+    command = ["-c", KILLED, str(after), *words]
+    done = zygote().run("python", command, {**project.env, **env}, TINY, 120)
     assert done.returncode in (0, -9), done.stderr
+    time.sleep(1)  # a template's services appear after the call, and an ensure before adds others
     return done.returncode != 0
 
 

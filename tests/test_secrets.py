@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pulse_railway import build_context, errors
-from tests.conftest import ROOT, TINY, pulse_railway
+from tests.conftest import ROOT, TINY, pulse_railway, zygote
 
 TOKEN = "p4ss/w+rd=\"x&y'z\\q"
 ODD = {
@@ -57,8 +57,8 @@ def test_no_verb_shows_a_token(
     else:
         env[variable] = token
     for verb in (["status"], ["logs"], ["delete", "--deployment-id", "x"]):
-        quick = [sys.executable, "-c", QUICK, *verb, "--project", "p", *flag]
-        done = subprocess.run(quick, env=env, cwd=TINY, capture_output=True, text=True, timeout=60)
+        quick = ["-c", QUICK, *verb, "--project", "p", *flag]
+        done = zygote().run("python", quick, env, TINY, 60)
         assert done.returncode == 1, done.stderr
         assert "Traceback" not in done.stderr
         assert done.stderr.count("error: ") == 1
@@ -67,8 +67,8 @@ def test_no_verb_shows_a_token(
 
 
 # a Railway that is not there is asked five times, with pauses: not here
-QUICK = f"""
-import sys; sys.path.insert(0, {str(ROOT)!r})
+QUICK = """
+import sys
 from pulse_railway.railway import api
 api.FIRST_PAUSE = 0
 from pulse_railway.cli import main

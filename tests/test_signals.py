@@ -1,18 +1,39 @@
-"""A signal at each step: after SIGINT and SIGTERM the run cleans up, after SIGKILL the next one."""
+"""A signal at each step: after SIGINT and SIGTERM the run cleans up, after SIGKILL the next one.
+
+The verbs are forked (zygote.py), with signals of their own; test_habits.py has a user's process.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 
 import pytest
 
-from tests.conftest import BASE, TINY, Project
+from tests.conftest import BASE, TINY, Project, zygote
 from tests.net import eventually
+
+
+class Running:
+    """A verb that runs; `said` are the lines of its output."""
+
+    def __init__(self, project: Project, *words: str) -> None:
+        said, write_end = os.pipe()
+        fds = (write_end, write_end)
+        self.process = zygote().start("pulse-railway", list(words), project.env, TINY, fds)
+        os.close(write_end)
+        self.said = open(said)
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.process.pid, number)
+
+    def end(self) -> tuple[int, str]:
+        """Wait for its end. Returns its exit status, and the rest of what it says."""
+        with self.said:
+            return self.process.wait(60), self.said.read()
+
 
 STEPS = ["inspect the baseline", "create the service", "build and start", "register", "promote it"]
 
@@ -36,25 +57,16 @@ def test_a_signal_during_deploy(base: Project, step: str, number: signal.Signals
     nth = {"register": 2, "promote it": 3}.get(step, 1)
     base.redis.delete("pulse:railway:deploy:lock")  # left by a killed deploy
     base.faults({"match": slow, "nth": nth, "delay": 2.0})
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pulse_railway", "deploy", "main.py", "--deployment-id", name],
-        cwd=TINY,
-        env=base.env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    assert process.stderr is not None
-    for line in process.stderr:
+    process = Running(base, "deploy", "main.py", "--deployment-id", name)
+    for line in process.said:
         if line.strip().startswith(step):
             break
     time.sleep(0.4)
-    os.killpg(process.pid, number) if number == signal.SIGKILL else process.send_signal(number)
-    rest = process.communicate(timeout=60)[1]
+    process.send_signal(number)
+    code, rest = process.end()
     base.faults()
     if number != signal.SIGKILL:
-        assert process.returncode == 128 + number, rest
+        assert code == 128 + number, rest
         assert "Traceback" not in rest
         assert "interrupted at: " in rest
         assert base.services == BASE | {"first"}, rest
@@ -87,20 +99,14 @@ def test_the_next_ensure_completes_one_that_was_killed(
         "upload the runtime",
         "wait for pulse-janitor, pulse-redis, pulse-router",
     ):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "pulse_railway", "ensure", "main.py"],
-            cwd=TINY,
-            env=project.env,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        assert process.stderr is not None
-        for line in process.stderr:
+        process = Running(project, "ensure", "main.py")
+        for line in process.said:
             if line.strip().startswith(step):
-                os.killpg(process.pid, number)
+                process.send_signal(number)
                 break
-        process.communicate(timeout=60)
+        process.end()
+        # the template's services, which appear after the call: an ensure before adds others
+        eventually(lambda: project.services >= BASE - {"pulse-env"})
     done = project.ok("ensure", "main.py")
     assert project.services == BASE
     assert done["server_address"]

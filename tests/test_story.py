@@ -8,21 +8,29 @@ import ssl
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from examples import demo
-from tests.conftest import ROOT, forking_stage
+from tests.conftest import ROOT, forking_stage, pulse_railway
 
 
 @pytest.mark.story
 def test_two_deploys_of_the_example(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By ssh; `invoke demo --job` plays it by the janitor's way. Control commands that are started
-    as they are for a user are in test_first_deploy."""
+    """By ssh; `invoke demo --job` plays it by the janitor's way. Verbs and control commands that
+    are started as they are for a user are in test_first_deploy."""
+
+    def run(stage: demo.Stage, *arguments: str) -> Any:
+        verb = pulse_railway(*arguments, "--json", env=stage.env)
+        assert verb.code == 0, verb.err
+        return verb.json
+
     monkeypatch.setattr(demo, "stage", forking_stage)
+    monkeypatch.setattr(demo.Stage, "run", run)
     root = tmp_path.resolve()
     demo.story(root)
     seen = capsys.readouterr().out

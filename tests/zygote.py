@@ -1,58 +1,57 @@
-"""Runs `pulse-railway`, and routers, in forked processes, which saves imports: 1.5 s a verb
-(Pulse), 0.25 s a control command, a janitor or a router (Redis and uvicorn).
+"""Runs `pulse-railway`, `railway` and what containers run in forked processes, which saves imports:
+1.5 s a verb (Pulse), 0.1 to 0.3 s what runs in a container, 0.08 s a `railway`.
 
-    python -m tests.zygote SOCKET verbs|routers
+    python -m tests.zygote SOCKET verbs|routers|MODULE,...
 
 A process for routers has imported what router.py does and no more: its routers are as large as real
-ones. Each connection sends one command line: arguments, environment and folder as JSON, stdout and
-stderr as descriptors. The answer is the process id, and after its end the exit status. A forked
-process has its own environment, folder, session and signals, as a user's process. Tests of signals
-and of the wheel start real processes nevertheless. Each process imports `router.py` and
-`control.py` again, since they read the environment.
+ones. One that is given modules has imported those. The workers of a run share the processes.
+
+Each connection sends one command line: the program, its arguments, environment and folder as JSON,
+stdout and stderr as descriptors. The answer is the process id, and after its end the exit status. A
+forked process has its own environment, folder, session and signals, as a user's process; only /proc
+shows this one's environment. test_first_deploy.py and test_habits.py start real processes. Each
+process imports `router.py` and `control.py` again, since they read the environment.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import gc
 import importlib
 import importlib.machinery
 import json
 import os
+import pkgutil
 import runpy
-import select
+import selectors
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+import types
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
-# `pulse-railway` in the containers of the local Railway. It can be killed like the real program,
-# and its end ends the forked process. Commands other than `control` run the real program, and so
-# does its `python`, but for the janitor.
-CLIENT = """#!{python} -SE
-import json, os, socket, sys
-janitor = sys.argv[1:] == ["-m", "janitor"]
-if sys.argv[1:2] != ["control"] and not janitor:
-    os.execv({real!r}, [{real!r}, *sys.argv[1:]])
-with socket.socket(socket.AF_UNIX) as connection:
-    connection.connect({path!r})
-    request = dict(arguments=sys.argv[1:], env=dict(os.environ), cwd=os.getcwd(), python=janitor)
-    body = json.dumps(request).encode()
-    message = len(body).to_bytes(4) + body
-    connection.sendall(message[socket.send_fds(connection, [message], [1, 2]) :])
-    connection.recv(4)
-    sys.exit(int.from_bytes(connection.recv(4), signed=True))
-"""
-PYTHON = """#!/bin/sh
-[ "$*" = "-m janitor" ] && exec {client} "$@"
-exec {python} "$@"
-"""
+ROOT = Path(__file__).parent.parent
 
 
 def serve(path: str, what: str) -> None:
+    if what in ("verbs", "routers"):
+        load_ours(what, path)
+    else:
+        for name in what.split(","):
+            importlib.import_module(name)
+    gc.freeze()  # what is here already is not collected in each process anew
+    Server(path).run()
+
+
+def load_ours(what: str, path: str) -> None:
     import uvloop  # noqa: F401
 
     from pulse_railway import runtime_image
@@ -60,34 +59,65 @@ def serve(path: str, what: str) -> None:
     if what == "verbs":
         import pulse  # noqa: F401
 
-        import pulse_railway.app.plugin
-        import pulse_railway.cli
-        import pulse_railway.flows.baseline
-        import pulse_railway.flows.deploy
-        import pulse_railway.options  # noqa: F401
+        import pulse_railway.local.cli
+        from pulse_railway import app, flows, railway
+
+        for package in (pulse_railway, app, flows, railway):
+            for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+                if not module.name.endswith("__main__"):
+                    importlib.import_module(module.name)
+        for name in "http.server httpcore certifi rich._emoji_codes encodings.idna".split():
+            importlib.import_module(name)
+        fork_local_cli(path)
 
     runtime_image.load("control" if what == "verbs" else "router")  # for what it imports
     for name in runtime_image.SCRIPTS:
         sys.modules.pop(name.removesuffix(".py"), None)
     keep_code([runtime_image.sources() / name for name in runtime_image.SCRIPTS])
-    gc.freeze()  # what is here already is not collected in each process anew
-    parent = os.getppid()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # handlers are not waited for
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(path)
-        listener.listen(16)
-        listener.settimeout(1.0)
+
+
+class Server:
+    """Forks the processes, and tells each one's client when it has ended."""
+
+    def __init__(self, path: str) -> None:
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(path)
+        self.listener.listen(64)
+        self.selector = selectors.DefaultSelector()
+        self.selector.register(self.listener, selectors.EVENT_READ, self.accept)
+
+    def run(self) -> None:
+        parent = os.getppid()
         while os.getppid() == parent:  # ends with the tests, even if they are killed
-            try:
-                connection, _ = listener.accept()
-            except TimeoutError:
-                continue
-            if os.fork() == 0:
-                listener.close()
-                connection.setblocking(True)
-                handle(connection)
-                os._exit(0)
-            connection.close()
+            for key, _ in self.selector.select(1.0):
+                key.data()
+
+    def accept(self) -> None:
+        connection, _ = self.listener.accept()
+        message, fds, _, _ = socket.recv_fds(connection, 1 << 20, 2)
+        while len(message) < 4 + int.from_bytes(message[:4]):
+            if not (more := connection.recv(1 << 20)):  # the client was killed
+                connection.close()
+                return
+            message += more
+        request = json.loads(message[4:])
+        pid = os.fork()
+        if pid == 0:
+            become(request, fds)
+        for fd in fds:
+            os.close(fd)
+        ended = os.pidfd_open(pid)
+        end = functools.partial(self.end, connection, pid, ended)
+        self.selector.register(ended, selectors.EVENT_READ, end)
+        with contextlib.suppress(OSError):
+            connection.sendall(pid.to_bytes(4))
+
+    def end(self, connection: socket.socket, pid: int, ended: int) -> None:
+        self.selector.unregister(ended)
+        os.close(ended)
+        _, status = os.waitpid(pid, 0)
+        with connection, contextlib.suppress(OSError):  # the client may have ended before
+            connection.sendall(os.waitstatus_to_exitcode(status).to_bytes(4, signed=True))
 
 
 def keep_code(scripts: list[Path]) -> None:
@@ -106,50 +136,24 @@ def keep_code(scripts: list[Path]) -> None:
     loader.source_to_code = source_to_code
 
 
-def handle(connection: socket.socket) -> None:
-    """Run one command: fork its process, send its id, wait for it, send its exit status."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    message, fds, _, _ = socket.recv_fds(connection, 1 << 20, 2)
-    size = int.from_bytes(message[:4])
-    while len(message) < 4 + size:
-        message += connection.recv(1 << 20)
-    request = json.loads(message[4:])
-    pid = os.fork()
-    if pid == 0:
-        connection.close()
-        become(request, fds)
-    for fd in fds:
-        os.close(fd)
-    connection.sendall(pid.to_bytes(4))
-    ended = os.pidfd_open(pid)
-    if ended not in select.select([ended, connection.fileno()], [], [])[0]:  # the client has ended
-        os.killpg(pid, signal.SIGKILL)
-    _, status = os.waitpid(pid, 0)
-    with contextlib.suppress(OSError):
-        connection.sendall(os.waitstatus_to_exitcode(status).to_bytes(4, signed=True))
-
-
-def become(request: dict[str, Any], fds: list[int]) -> None:
-    """Run `python -m pulse_railway <arguments>`, or for a router `python <arguments>`, in this
-    process. Does not return."""
+def become(request: dict[str, Any], fds: list[int]) -> NoReturn:
+    """Run a request's program in this process."""
     code = 1
     try:
         os.setsid()
         null = os.open(os.devnull, os.O_RDONLY)
         for number, fd in enumerate((null, *fds)):
             os.dup2(fd, number)
+        os.closerange(3, os.sysconf("SC_OPEN_MAX"))
         os.environ.clear()
         os.environ.update(request["env"])
         os.chdir(request["cwd"])
         sys.path[0] = os.getcwd()
-        if request.get("python"):
-            run_python(*request["arguments"])
-        sys.argv = ["pulse-railway", *request["arguments"]]
-        from pulse_railway import runtime_image
-        from pulse_railway.__main__ import main
-
-        runtime_image.become = run_script
-        main()
+        lines = 1 if "PYTHONUNBUFFERED" in os.environ else -1
+        sys.stdout = open(1, "w", buffering=lines, closefd=False)
+        sys.stderr = open(2, "w", buffering=1, closefd=False, errors="backslashreplace")
+        programs = {"python": run_python, "railway": run_railway, "pulse-railway": run_verb}
+        programs[request["program"]](request["arguments"])
         code = 0
     except SystemExit as stop:
         if isinstance(stop.code, str):
@@ -164,6 +168,41 @@ def become(request: dict[str, Any], fds: list[int]) -> None:
         os._exit(code)
 
 
+def run_verb(arguments: list[str]) -> None:
+    """`pulse-railway ARGUMENTS`."""
+    from pulse_railway import runtime_image
+    from pulse_railway.__main__ import main
+
+    runtime_image.become = run_script
+    sys.argv = ["pulse-railway", *arguments]
+    main()
+
+
+def fork_local_cli(path: str) -> None:
+    """Have this process's `railway` forked by a zygote where it is the local Railway's."""
+    from pulse_railway.railway import program
+
+    def popen(command: list[str], **options: Any) -> Any:
+        if is_local_cli(shutil.which(command[0])):
+            return Captured(path, command, options["env"], options["cwd"] or os.getcwd())
+        return subprocess.Popen(command, **options)
+
+    changed: Any = program
+    changed.subprocess = types.SimpleNamespace(**{**vars(subprocess), "Popen": popen})
+
+
+def is_local_cli(file: str | None) -> bool:
+    from pulse_railway.local import cli
+
+    return bool(file) and Path(str(file)).read_bytes() == cli.script().encode()
+
+
+def run_railway(arguments: list[str]) -> None:
+    from pulse_railway.local import cli
+
+    raise SystemExit(cli.main(arguments))
+
+
 def run_script(name: str, arguments: list[str]) -> NoReturn:
     """Run a script of the runtime image in this process, in place of runtime_image.become."""
     from pulse_railway import runtime_image
@@ -174,15 +213,18 @@ def run_script(name: str, arguments: list[str]) -> NoReturn:
     raise SystemExit(0)
 
 
-def run_python(option: str, what: str) -> NoReturn:
-    """`python -m MODULE`, or `python -c CODE`, in this process."""
+def run_python(arguments: list[str]) -> None:
+    """`python -m MODULE ARGUMENTS`, `python -c CODE ARGUMENTS` or `python FILE ARGUMENTS`."""
     customize()
-    sys.argv = [what if option == "-m" else option]
-    if option == "-m":
-        runpy.run_module(what, run_name="__main__", alter_sys=True)
+    if arguments[0] == "-m":
+        sys.argv = arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    elif arguments[0] == "-c":
+        sys.argv = ["-c", *arguments[2:]]
+        exec(compile(arguments[1], "<string>", "exec"), {"__name__": "__main__"})
     else:
-        exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
-    raise SystemExit(0)
+        sys.argv = arguments
+        runpy.run_path(arguments[0], run_name="__main__")
 
 
 def customize(*folders: str) -> None:
@@ -194,12 +236,41 @@ def customize(*folders: str) -> None:
         importlib.import_module("sitecustomize")
 
 
+def send(
+    path: str,
+    program: str,
+    arguments: list[str],
+    env: Mapping[str, str],
+    cwd: Path | str,
+    fds: tuple[int, int],
+) -> tuple[socket.socket, int]:
+    """Have a zygote start a process that writes to `fds`. Returns its connection and its id."""
+    connection = socket.socket(socket.AF_UNIX)
+    connect(connection, path)
+    request = {"program": program, "arguments": arguments, "env": dict(env), "cwd": str(cwd)}
+    body = json.dumps(request).encode()
+    message = len(body).to_bytes(4) + body
+    connection.sendall(message[socket.send_fds(connection, [message], fds) :])
+    return connection, int.from_bytes(connection.recv(4))
+
+
+def connect(connection: socket.socket, path: str) -> None:
+    """Connect to a zygote, which may be starting."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return connection.connect(path)
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
 class Forked:
     """A process of a zygote, as subprocess.Popen has it."""
 
-    def __init__(self, connection: socket.socket) -> None:
-        self.connection = connection
-        self.pid = int.from_bytes(connection.recv(4))
+    def __init__(self, connection: socket.socket, pid: int) -> None:
+        self.connection, self.pid = connection, pid
         self.returncode: int | None = None
 
     def wait(self, timeout: float | None = None) -> int:
@@ -222,76 +293,78 @@ class Forked:
         os.kill(self.pid, signal.SIGTERM)
 
 
+class Captured(Forked):
+    """The same with its output."""
+
+    def __init__(
+        self, path: str, command: list[str], env: Mapping[str, str], cwd: Path | str
+    ) -> None:
+        self.stdout, self.stderr = output_file(), output_file()
+        fds = self.stdout.fileno(), self.stderr.fileno()
+        super().__init__(*send(path, command[0], command[1:], env, cwd, fds))
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Return what was written until the process ended. Raises subprocess.TimeoutExpired."""
+        self.wait(timeout)
+        return contents(self.stdout), contents(self.stderr)
+
+
+def output_file() -> IO[str]:
+    return open(os.memfd_create("output"), "r+", errors="replace")
+
+
+def contents(file: IO[str]) -> str:
+    with file:
+        file.seek(0)
+        return file.read()
+
+
 class Zygote:
-    """The tests' side: starts the server, and sends commands to it."""
+    """The tests' side: sends commands to the server at a socket."""
 
-    def __init__(self, folder: Path, what: str = "verbs") -> None:
-        self.path = str(folder / "zygote")
-        self.bin = folder / "bin"  # for a PATH
-        self.bin.mkdir()
-        client, real = self.bin / "pulse-railway", Path(sys.executable).with_name("pulse-railway")
-        client.write_text(CLIENT.format(python=sys.executable, real=str(real), path=self.path))
-        python = self.bin / "python"
-        python.write_text(PYTHON.format(python=sys.executable, client=client))
-        for script in (client, python):
-            script.chmod(0o755)
-        self.process = subprocess.Popen([sys.executable, "-m", "tests.zygote", self.path, what])
+    def __init__(self, path: str) -> None:
+        self.path = path
 
-    def send(self, connection: socket.socket, fds: list[int], **request: Any) -> None:
-        self._connect(connection)
-        body = json.dumps(request).encode()
-        message = len(body).to_bytes(4) + body
-        connection.sendall(message[socket.send_fds(connection, [message], fds) :])
+    @classmethod
+    def begin(cls, what: str, python: str = sys.executable) -> Zygote:
+        """Start a server, which ends with this process."""
+        folder = tempfile.TemporaryDirectory()
+        path = str(Path(folder.name, "zygote"))
+        process = subprocess.Popen([python, __file__, path, what], cwd=ROOT)
+        atexit.register(folder.cleanup)
+        atexit.register(process.wait)
+        atexit.register(process.kill)
+        return cls(path)
 
-    def start(self, arguments: list[str], env: dict[str, str], cwd: Path | str, fd: int) -> Forked:
-        """`python <arguments>`, which are `-m MODULE` or `-c CODE`, that writes to `fd`."""
-        connection = socket.socket(socket.AF_UNIX)
-        self.send(connection, [fd, fd], arguments=arguments, env=env, cwd=str(cwd), python=True)
-        return Forked(connection)
+    def start(
+        self,
+        program: str,
+        arguments: list[str],
+        env: Mapping[str, str],
+        cwd: Path | str,
+        fds: tuple[int, int],
+    ) -> Forked:
+        """Start `<program> <arguments>`, which writes to `fds`."""
+        return Forked(*send(self.path, program, arguments, env, cwd, fds))
 
     def run(
-        self, arguments: list[str], env: dict[str, str], cwd: Path | str, timeout: float
+        self,
+        program: str,
+        arguments: list[str],
+        env: Mapping[str, str],
+        cwd: Path | str,
+        timeout: float,
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command as subprocess.run does, with the output captured."""
-        with (
-            socket.socket(socket.AF_UNIX) as connection,
-            open(os.memfd_create("out"), "r+") as out,
-            open(os.memfd_create("err"), "r+") as err,
-        ):
-            self.send(
-                connection,
-                [out.fileno(), err.fileno()],
-                arguments=arguments,
-                env=env,
-                cwd=str(cwd),
-            )
-            connection.settimeout(timeout)
-            pid = int.from_bytes(connection.recv(4))
-            try:
-                code = int.from_bytes(connection.recv(4), signed=True)
-            except TimeoutError:
-                os.killpg(pid, signal.SIGKILL)
-                raise
-            outputs = []
-            for file in (out, err):
-                file.seek(0)
-                outputs.append(file.read())
-            return subprocess.CompletedProcess(arguments, code, *outputs)
-
-    def _connect(self, connection: socket.socket) -> None:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                return connection.connect(self.path)
-            except OSError:
-                if time.monotonic() > deadline or self.process.poll() is not None:
-                    raise
-                time.sleep(0.05)
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.wait()
+        """Run `<program> <arguments>` as subprocess.run does, with the output captured."""
+        process = Captured(self.path, [program, *arguments], env, cwd)
+        try:
+            out, err = process.communicate(timeout)
+        finally:
+            if process.returncode is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        return subprocess.CompletedProcess(arguments, process.wait(), out, err)
 
 
 if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # not this folder
     serve(*sys.argv[1:])

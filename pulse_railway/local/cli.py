@@ -57,6 +57,14 @@ NO_REGISTERED_KEY = (
 )
 
 
+def script() -> str:
+    """Return the text of the `railway` executable."""
+    return (
+        f'#!/bin/sh\n[ "$*" = --version ] && exec echo "{VERSION}"\n'
+        f'exec {shlex.quote(sys.executable)} -m pulse_railway.local.cli "$@"\n'
+    )
+
+
 class CliFailure(Exception):
     """An error message of the CLI, with the `code` and `hint` that `--json` adds."""
 

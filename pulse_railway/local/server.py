@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shlex
 import sys
 import tempfile
 import time
@@ -117,11 +116,7 @@ class LocalRailway:
         folder = self.state.root / "bin"
         folder.mkdir(parents=True, exist_ok=True)
         script = folder / "railway"
-        python = shlex.quote(sys.executable)
-        script.write_text(
-            f'#!/bin/sh\n[ "$*" = --version ] && exec echo "{cli.VERSION}"\n'
-            f'exec {python} -m pulse_railway.local.cli "$@"\n'
-        )
+        script.write_text(cli.script())
         script.chmod(0o755)
 
     # -- life --------------------------------------------------------------------------------

@@ -464,15 +464,7 @@ class Supervisor:
         # with asyncio's own pipe, process.wait() would also wait for children that hold it open
         output, write_end = os.pipe()
         try:
-            process = await asyncio.create_subprocess_exec(
-                *argv,
-                cwd=build.cwd,
-                env=env,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=write_end,
-                stderr=asyncio.subprocess.STDOUT,
-                start_new_session=True,
-            )
+            process = await self.start_process(argv, build.cwd, env, write_end)
         except BaseException:
             os.close(output)
             raise
@@ -485,6 +477,20 @@ class Supervisor:
         self.processes.add(running)
         self.started[service.id] += 1
         return running
+
+    async def start_process(
+        self, argv: list[str], cwd: Path, env: dict[str, str], output: int
+    ) -> asyncio.subprocess.Process:
+        """Start a container's first process, in a session of its own; it writes to `output`."""
+        return await asyncio.create_subprocess_exec(
+            *argv,
+            cwd=cwd,
+            env=env,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=output,
+            stderr=asyncio.subprocess.STDOUT,
+            start_new_session=True,
+        )
 
     async def _copy_output(self, running: Running, output: int) -> None:
         """Log the lines from the pipe `output` until every process has closed its write end."""
