@@ -108,7 +108,7 @@ def refuse_active(routing: Routing, deployment_id: str) -> None:
         )
 
 
-def register(
+def add_record(
     routing: Routing,
     deployment_id: str,
     service_name: str,
@@ -343,7 +343,7 @@ def deploy_lock(routing: Routing, holder: str, by: str | None, lease: float) -> 
     return replace(routing, lock=router.DeployLock(holder, by, locked_since, now + lease))
 
 
-def unlock(routing: Routing, holder: str | None) -> Routing:
+def release_deploy_lock(routing: Routing, holder: str | None) -> Routing:
     """Release the deploy lock of this holder; without a holder, anybody's."""
     if routing.lock and holder in (None, routing.lock.holder):
         return replace(routing, lock=None)
@@ -374,7 +374,7 @@ def claiming_bare(step: Step, me: str | None) -> Step:
     return inner
 
 
-def delete(routing: Routing, deployment_id: str) -> Routing:
+def delete_record(routing: Routing, deployment_id: str) -> Routing:
     """Delete the record of a deployment that is not active. An unknown one changes nothing."""
     refuse_active(routing, deployment_id)
     record = routing.records.get(deployment_id)
@@ -584,7 +584,7 @@ def with_history(step: Step, what: str, deployment_id: str, **facts: Any) -> Ste
 
 def with_unlock(step: Step, holder: str) -> Step:
     """Return `step`, with the release of the deploy lock in the same transaction."""
-    return lambda routing: step(unlock(routing, holder))
+    return lambda routing: step(release_deploy_lock(routing, holder))
 
 
 # -- the app's internal endpoints --------------------------------------------------------------
@@ -859,12 +859,12 @@ def valid_id(value: str) -> str:
 
 
 def valid_stamp(value: str) -> str:
-    if not ownership.parse(value):
+    if not ownership.parse_stamp(value):
         raise argparse.ArgumentTypeError("an owner is <environment id>/<router service id>")
     return value
 
 
-def json_object(value: str) -> Json:
+def json_argument(value: str) -> Json:
     try:
         return router.json_object(value)
     except ValueError:
@@ -975,7 +975,7 @@ def control_parser() -> argparse.ArgumentParser:
     add("--service-id", help="Railway's id of the service")
     add("--address", help="the backend's base URL")
     add("--hold", action="store_true", help="leave it pending until it is promoted")
-    add("--about", type=json_object, help="its commit, author, message, as JSON")
+    add("--about", type=json_argument, help="its commit, author, message, as JSON")
     add = command("promote", "make a deployment active; the active one drains")
     add("--active-deployment-id", type=valid_id, required=True)
     add("--active-service-name", required=True)
@@ -1027,7 +1027,7 @@ def step_of(args: argparse.Namespace) -> Step:
     match args.command:
         case "register":
             return functools.partial(
-                register,
+                add_record,
                 deployment_id=name,
                 service_name=args.service_name,
                 address=args.address,
@@ -1063,7 +1063,7 @@ def step_of(args: argparse.Namespace) -> Step:
         case "retire":
             return functools.partial(retire, deployment_id=name, service_id=args.service_id)
         case "delete":
-            step = functools.partial(delete, deployment_id=name)
+            step = functools.partial(delete_record, deployment_id=name)
             return with_history(step, "remove", name, **noted)
         case "maintenance":
             step = functools.partial(
@@ -1077,7 +1077,7 @@ def step_of(args: argparse.Namespace) -> Step:
         case "lock":
             return functools.partial(deploy_lock, holder=args.holder, by=args.by, lease=args.lease)
         case "unlock":
-            return functools.partial(unlock, holder=args.holder)
+            return functools.partial(release_deploy_lock, holder=args.holder)
         case "claim":
             return functools.partial(set_owner, owner=args.owner, instead_of=args.instead_of)
         case _:
@@ -1128,7 +1128,7 @@ def older_janitors_kept_out(store: router.Store) -> Iterator[None]:
     try:
         yield
     finally:
-        release_lock(store, holder)
+        release_run_lock(store, holder)
 
 
 def take_lock(store: router.RedisStore, holder: str, lease: int) -> bool:
@@ -1156,7 +1156,7 @@ def take_lock(store: router.RedisStore, holder: str, lease: int) -> bool:
             return False
 
 
-def release_lock(store: router.RedisStore, holder: str) -> None:
+def release_run_lock(store: router.RedisStore, holder: str) -> None:
     """Release the janitor's lock if this holder still has it."""
     key = f"{store.prefix}{JANITOR_LOCK}"
     with contextlib.suppress(redis.RedisError), store.client.pipeline() as pipe:

@@ -114,7 +114,7 @@ class Contradiction(Exception):
 
 
 @dataclass(frozen=True)
-class Service:
+class Backend:
     """A backend service on Railway."""
 
     id: str
@@ -142,7 +142,7 @@ class Service:
 class Inventory:
     """The services of this stack on Railway, and the variables that its runs depend on."""
 
-    backends: list[Service]  # of this stack only
+    backends: list[Backend]  # of this stack only
     router_id: str | None = None
     promoted: Promotion | None = None  # the last promotion, by the router service's variables
     closed: float | None = None  # since when maintenance is on, by the same
@@ -307,7 +307,7 @@ class Railway:
             **{f"s{i}": node["serviceId"] for i, node in enumerate(nodes)},
         )
         services = {
-            node["serviceId"]: ownership.Service(
+            node["serviceId"]: ownership.ServiceVariables(
                 node["serviceId"], node["serviceName"], variables[f"s{i}"]
             )
             for i, node in enumerate(nodes)
@@ -349,10 +349,10 @@ class Railway:
     def backends(
         self,
         nodes: list[dict[str, Any]],
-        services: Mapping[str, ownership.Service],
+        services: Mapping[str, ownership.ServiceVariables],
         router_id: str,
         routing: Routing,
-    ) -> tuple[list[Service], dict[str, str]]:
+    ) -> tuple[list[Backend], dict[str, str]]:
         """Return the backends of this stack, and for each other backend why it is left alone.
 
         Args:
@@ -368,7 +368,7 @@ class Railway:
         ]
         named = {router_id: {b.id for b in backends if routing_names(routing, b)}}
         owners = ownership.owners(self.environment, list(services.values()), named)
-        own_router = services.get(router_id) or ownership.Service("", self.router, {})
+        own_router = services.get(router_id) or ownership.ServiceVariables("", self.router, {})
         names = ownership.names_of(own_router, list(services.values()))
         own_backends, others = [], {}
         for candidate in backends:
@@ -395,14 +395,14 @@ class Railway:
             },
         )
 
-    def delete(self, service: Service) -> bool:
+    def delete(self, service: Backend) -> bool:
         """Delete a service. False: Railway did not delete it, and it is empty now."""
         return self.deletion.delete(service.id)
 
 
-def backend(node: dict[str, Any], service: ownership.Service) -> Service:
+def backend(node: dict[str, Any], service: ownership.ServiceVariables) -> Backend:
     """Return a backend as the janitor sees it, from Railway's service instance (`node`)."""
-    return Service(
+    return Backend(
         service.id,
         service.name,
         service.variables[ownership.DEPLOYMENT_ID],
@@ -415,7 +415,7 @@ def backend(node: dict[str, Any], service: ownership.Service) -> Service:
     )
 
 
-def routing_names(routing: Routing, service: Service) -> bool:
+def routing_names(routing: Routing, service: Backend) -> bool:
     """Does the routing state name this service, in a record or in a tombstone?"""
     name = service.deployment
     record = routing.record_of_active() if name == routing.active else routing.records.get(name)
@@ -456,7 +456,7 @@ def run_lock(store: router.RedisStore) -> Iterator[bool]:
         yield locked
     finally:
         done.set()
-        control.release_lock(store, token)
+        control.release_run_lock(store, token)
 
 
 def clean_up(
@@ -481,7 +481,7 @@ def clean_up(
     stamp_backends(railway, routing, inventory)
     if mend(store, railway, routing, inventory, report):
         return report  # the next run judges by the repaired state
-    check(routing, inventory)
+    refuse_contradiction(routing, inventory)
     by_id = {service.deployment: service for service in inventory.backends}
     rollback_targets = retention.rollback_targets(routing, by_id.keys())
     run = Run(store, railway, routing, inventory, token, report)
@@ -652,7 +652,7 @@ def mend_maintenance(
         store.apply(lambda routing: replace(routing, maintenance=routing.maintenance or closed))
 
 
-def check(routing: Routing, inventory: Inventory) -> None:
+def refuse_contradiction(routing: Routing, inventory: Inventory) -> None:
     """Raise Contradiction if the routing state and the services cannot both be right."""
     service_names: dict[str, str] = {}
     for service in inventory.backends:
@@ -705,7 +705,7 @@ class Run:
             self.report.failed[name] = message
             log.error("%s: %s", name, message)
 
-    def judge(self, record: Record, service: Service | None, drain_ttl: float) -> str:
+    def judge(self, record: Record, service: Backend | None, drain_ttl: float) -> str:
         """Return the verdict on a deployment.
 
         `keep: <reason>`; `stray` (its record says active, and another one is); or why it is
@@ -748,7 +748,7 @@ class Run:
         under_way = self.under_way(name)
         return f"keep: {under_way} requests under way" if under_way else "drained"
 
-    def judge_pending(self, record: Record, service: Service | None) -> str:
+    def judge_pending(self, record: Record, service: Backend | None) -> str:
         """Return the verdict on a pending deployment, as `judge` does."""
         if record.pinned:
             return "keep: pinned"
@@ -761,7 +761,7 @@ class Run:
             return "keep: pending, and it runs or was promoted before: promote or delete it"
         return "dead"
 
-    def may_run(self, record: Record, service: Service | None) -> bool:
+    def may_run(self, record: Record, service: Backend | None) -> bool:
         """May a deployment run that does not answer? False only if it certainly does not."""
         name = record.deployment_id
         promoted = (
@@ -785,7 +785,7 @@ class Run:
         """Return its number of requests and sockets, by the last reports of the routers."""
         return control.Served(control.reports(self.store), []).under_way(name, 0)
 
-    def handle_unregistered(self, service: Service) -> None:
+    def handle_unregistered(self, service: Backend) -> None:
         """Adopt a service without a record if it may run, else remove it.
 
         Its deploy failed before the registration, or Redis has lost its record. For an hour nothing
@@ -810,7 +810,7 @@ class Run:
             self.store.apply(functools.partial(control.adopt_orphan, record=record))
             self.report.kept[name] = "no record named it: draining from now on"
 
-    def remove(self, name: str, judged: Record | None, service: Service | None, why: str) -> None:
+    def remove(self, name: str, judged: Record | None, service: Backend | None, why: str) -> None:
         """Delete a deployment whose record has not changed since it was judged.
 
         The record is retired first, so that the deployment cannot be promoted meanwhile. When every
@@ -844,7 +844,7 @@ class Run:
                 time.sleep(RELOAD_GRACE_SECONDS)
             if not self.railway.delete(service):
                 self.report.left_empty.append(name)
-        step = functools.partial(control.delete, deployment_id=name)
+        step = functools.partial(control.delete_record, deployment_id=name)
         self.store.apply(control.with_history(step, "remove", name, by="janitor", why=why))
         self.report.deleted.append(name)
         if why == "expired":

@@ -41,14 +41,14 @@ class Stamp:
         return f"{self.environment_id}/{self.router_id}"
 
 
-def parse(text: str | None) -> Stamp | None:
+def parse_stamp(text: str | None) -> Stamp | None:
     """Return the stamp in a variable's value; None if it is unset, a reference or invalid."""
     match = _STAMP.fullmatch(text or "")
     return Stamp(match[1], match[2]) if match else None
 
 
 @dataclass(frozen=True)
-class Service:
+class ServiceVariables:
     """A service of an environment, with its variables before references are rendered."""
 
     id: str
@@ -57,7 +57,7 @@ class Service:
 
     @property
     def stamp(self) -> Stamp | None:
-        return parse(self.variables.get(STACK))
+        return parse_stamp(self.variables.get(STACK))
 
     @property
     def is_backend(self) -> bool:
@@ -75,7 +75,7 @@ class Service:
 
 
 @dataclass(frozen=True)
-class Names:
+class StackNames:
     """The names of one stack's services; None for a service that is not known."""
 
     router: str
@@ -100,12 +100,12 @@ class Owner:
 NOBODY = Owner("nobody")
 
 
-def is_janitor(service: Service) -> bool:
+def is_janitor(service: ServiceVariables) -> bool:
     """Is this a janitor: does it have its own name in JANITOR_SERVICE?"""
     return service.variables.get(JANITOR_SERVICE) == service.name and not service.is_backend
 
 
-def routers(services: Sequence[Service]) -> list[Service]:
+def routers(services: Sequence[ServiceVariables]) -> list[ServiceVariables]:
     """Return the routers of an environment.
 
     A service is a router if its stamp names itself. Without a stamp it is one if a janitor names
@@ -126,7 +126,7 @@ def routers(services: Sequence[Service]) -> list[Service]:
     return found_routers
 
 
-def names_of(router: Service, services: Sequence[Service]) -> Names:
+def names_of(router: ServiceVariables, services: Sequence[ServiceVariables]) -> StackNames:
     """Return the names of the services in a router's stack.
 
     They are the services with the router's stamp, else those that router, janitor and backends
@@ -154,12 +154,12 @@ def names_of(router: Service, services: Sequence[Service]) -> Names:
         *({f"{router.name.removesuffix('-router')}-env"} & existing),
     ]
     env = next((name for name in candidates if name not in taken), None)
-    return Names(router.name, janitor.name if janitor else None, redis, env)
+    return StackNames(router.name, janitor.name if janitor else None, redis, env)
 
 
 def owners(
     environment_id: str,
-    services: Sequence[Service],
+    services: Sequence[ServiceVariables],
     named: Mapping[str, Collection[str]] | None = None,
 ) -> dict[str, Owner]:
     """Return the owner of each service, by the service's id.
@@ -174,8 +174,8 @@ def owners(
 
 def _owner(
     environment_id: str,
-    service: Service,
-    names: Mapping[str, Names],
+    service: ServiceVariables,
+    names: Mapping[str, StackNames],
     named: Mapping[str, Collection[str]],
 ) -> Owner:
     """Return the owner of a service. `names` and `named` are by router id."""
@@ -244,7 +244,9 @@ class Unowned:
         )
 
 
-def unowned(service: Service, owner: Owner, names: Names, router_id: str) -> Unowned | None:
+def unowned(
+    service: ServiceVariables, owner: Owner, names: StackNames, router_id: str
+) -> Unowned | None:
     """Return a service as an unowned backend; None if a stack owns it or it is no backend.
 
     Args:
@@ -272,7 +274,7 @@ def identity(env: Mapping[str, str]) -> Stamp | None:
     environment_id = env.get(ENVIRONMENT_ID)
     if not environment_id:
         return None
-    stamp = parse(env.get(STACK))
+    stamp = parse_stamp(env.get(STACK))
     if stamp and stamp.environment_id == environment_id:
         return stamp
     service_id = env.get(SERVICE_ID)
@@ -283,7 +285,7 @@ def identity(env: Mapping[str, str]) -> Stamp | None:
 
 def copied_from(env: Mapping[str, str]) -> str | None:
     """Return the environment that a container was copied from; None if it was not copied."""
-    stamp, here = parse(env.get(STACK)), env.get(ENVIRONMENT_ID)
+    stamp, here = parse_stamp(env.get(STACK)), env.get(ENVIRONMENT_ID)
     return stamp.environment_id if stamp and here and stamp.environment_id != here else None
 
 

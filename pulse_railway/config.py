@@ -324,9 +324,9 @@ def _one_named(kind: str, name: str, items: list[dict[str, Any]]) -> dict[str, A
     raise Failure(f"no {kind} is named {name}; there are: {', '.join(names) or 'none'}{hint}")
 
 
-def connect(where: Where, output: Output) -> tuple[Api, Target]:
+def resolve_target(where: Where, output: Output) -> tuple[Api, Target]:
     """Return the API with this run's token, and the target of the run. Raises Failure."""
-    api = Api(tokens.find(where.token), on_wait=output.waiting)
+    api = Api(tokens.find_token(where.token), on_wait=output.waiting)
     with output.step("find the project"):
         target = find_target(api, where)
     said = os.environ.get("RAILWAY_ENVIRONMENT_ID")  # Railway sets it in its containers, too

@@ -212,7 +212,7 @@ def find_stack(environment: Stack) -> Stack:
         environment: all services, with the names that the app or the user has given.
     """
     names, services = environment.names, environment.services
-    every = [ownership.Service(s.id, s.name, s.variables) for s in services.values()]
+    every = [ownership.ServiceVariables(s.id, s.name, s.variables) for s in services.values()]
     routers = {router.name: router for router in ownership.routers(every)}
     owners = ownership.owners(environment.target.environment_id, every)
     router = routers.get(names.router)
@@ -281,7 +281,7 @@ def stack_without_router(
     """
     names, router = environment.names, str(janitor.variables[contract.ROUTER_SERVICE])
     stored = ownership.names_of(
-        ownership.Service(janitor.stamp.router_id, router, janitor.variables), every
+        ownership.ServiceVariables(janitor.stamp.router_id, router, janitor.variables), every
     )
     names = replace(
         names,
@@ -387,7 +387,7 @@ def stack_of(environment: Stack, router: Any, every: list[Any], owners: dict[str
         for s in every
         if owners[s.id] == owner or s.name == router.name or s.name in baseline
     }
-    own_names = ownership.Names(names.router, names.janitor, names.redis, names.env)
+    own_names = ownership.StackNames(names.router, names.janitor, names.redis, names.env)
     unowned = {
         s.name: entry
         for s in every
@@ -678,7 +678,7 @@ def of_router(stack: Stack) -> list[Service]:
     stamps = {stack.stamp, router.variables.get(contract.STACK)} - {None}
     names: set[str | None] = {router.name}
     for service in stack.services.values():
-        parsed = ownership.Service(service.id, service.name, service.variables)
+        parsed = ownership.ServiceVariables(service.id, service.name, service.variables)
         if service is router or parsed.is_backend:
             names |= parsed.refers_to()
         elif (
@@ -697,7 +697,7 @@ def of_lost_router(stack: Stack) -> list[Service]:
     existing = {s.id for s in (*stack.services.values(), *stack.others, *stack.empty)}
     services = []
     for service in stack.baseline:
-        stamp = ownership.parse(service.variables.get(contract.STACK))
+        stamp = ownership.parse_stamp(service.variables.get(contract.STACK))
         in_environment = stamp and stamp.environment_id == (
             stack.copied_from or stack.target.environment_id
         )

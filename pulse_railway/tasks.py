@@ -58,7 +58,7 @@ def scaffold(options: options.BaselineOptions, output: Output) -> None:
     from pulse_railway.flows import baseline
     from pulse_railway.flows.owner import claim_state
 
-    api, target = config.connect(options.where, output)
+    api, target = config.resolve_target(options.where, output)
     stack = baseline.scaffold(api, target, options, output)
     claim_state(api, stack, output, ask, False)
     output.result(
@@ -74,7 +74,7 @@ def ensure(options: options.BaselineOptions, output: Output) -> None:
     from pulse_railway.flows import baseline
     from pulse_railway.flows.owner import claim_state
 
-    api, target = config.connect(options.where, output)
+    api, target = config.resolve_target(options.where, output)
     stack, done = baseline.ensure(api, target, options, output)
     if not options.plan_only:
         claim_state(api, stack, output, ask, options.owns_state)
@@ -99,7 +99,7 @@ def deploy(options: options.DeployOptions, output: Output) -> None:
     plan = flow.prepare(options, output)
     with notifying(options.notify, "deploy", output) as notification:
         notification.facts["deployment_id"] = plan.deployment_id
-        api, target = config.connect(options.where, output)
+        api, target = config.resolve_target(options.where, output)
         result = flow.deploy(api, target, plan, output)
         result["api_calls"] = api.calls
         name = notification.facts["deployment_id"] = result["deployment_id"]
@@ -251,9 +251,9 @@ def logs(options: options.LogsOptions, output: Output) -> None:
     from pulse_railway import config
     from pulse_railway.flows import logs as flow
 
-    api, target = config.connect(options.where, output)
+    api, target = config.resolve_target(options.where, output)
     with output.step("find the service"):
-        service = flow.find(api, target, options)
+        service = flow.find_source(api, target, options)
     output.result(flow.logs(api, target, service, options, output), [])
 
 
@@ -337,7 +337,7 @@ def _stack(
     from pulse_railway import config
     from pulse_railway.stack import check_redis, inspect, partial, require_router
 
-    api, target = config.connect(options.where, output)
+    api, target = config.resolve_target(options.where, output)
     with output.step("inspect the project"):
         stack = inspect(api, target, options.names)
         if require or stack.no_such_router:

@@ -214,7 +214,7 @@ def by_janitor(service: Service, token: str) -> bool:
     }
     railway = janitor.Railway(env)
     railway.inspect()  # the first step of a run
-    return bool(railway.delete(janitor.Service(service.where["s"], "web", "web", 0.0)))
+    return bool(railway.delete(janitor.Backend(service.where["s"], "web", "web", 0.0)))
 
 
 def token_of(service: Service, kind: str) -> str:

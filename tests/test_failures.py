@@ -92,7 +92,7 @@ class InProcess:
         self.monkeypatch.setattr(router_commands, "by_ssh", carry_out)
 
     def api(self) -> Api:
-        return Api(tokens.find(None))
+        return Api(tokens.find_token(None))
 
     def deploy(self, deployment_id: str, **flags: Any) -> dict[str, Any]:
         output = Output(as_json=True)

@@ -68,7 +68,7 @@ class Railway:
 
 def service(name: str, age: float = 7200, status: str | None = None, **more: Any) -> Any:
     """A service that a deploy of this stack has made."""
-    return janitor.Service(f"id-{name}", name, name, age, status, **{"ours": True, **more})
+    return janitor.Backend(f"id-{name}", name, name, age, status, **{"ours": True, **more})
 
 
 def clean_up(store: Any, railway: Railway, limits: Any = None) -> Any:
@@ -301,7 +301,7 @@ def test_one_replica_does_not_speak_for_the_others(room: Room) -> None:
 
 def test_contradictions_delete_nothing(room: Room) -> None:
     room.sessions(0)
-    twice = [service("twin"), janitor.Service("other", "twin-2", "twin", 7200)]
+    twice = [service("twin"), janitor.Backend("other", "twin-2", "twin", 7200)]
     railway = Railway(service("active"), *twice)
     with pytest.raises(janitor.Contradiction, match="on two services"):
         clean_up(room.store, railway)

@@ -13,7 +13,7 @@ STACK, ID = ownership.STACK, ownership.DEPLOYMENT_ID
 
 
 def service(name: str, **variables: str) -> Any:
-    return ownership.Service(f"id-{name}", name, variables)
+    return ownership.ServiceVariables(f"id-{name}", name, variables)
 
 
 def stamp(router: str, environment: str = "e") -> dict[str, str]:

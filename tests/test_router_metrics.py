@@ -158,7 +158,7 @@ def test_a_removed_deployment_has_no_numbers(
     ask(router.port, "/?pulse_deployment=old")
     assert Scrape(port).value(f"{DURATION}_count", deployment="old") == 1
     store = RedisStore(redis_server.url, "pulse:railway")
-    store.apply(lambda routing: control.delete(routing, "old"))
+    store.apply(lambda routing: control.delete_record(routing, "old"))
     eventually(lambda: not any(s.labels.get("deployment") == "old" for s in Scrape(port).samples))
 
 

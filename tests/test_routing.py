@@ -283,7 +283,7 @@ def test_a_key_that_holds_what_it_may_not(
     assert getattr(routing, attribute) == value
     assert [problem for problem in routing.problems if problem.startswith(key)]
     assert routing.records["b"].service_name == "a"
-    step = control.register(routing, "c", "c", service_id="s")
+    step = control.add_record(routing, "c", "c", service_id="s")
     assert key not in router.changes(routing, step) or key == router.EPOCH
 
 
@@ -367,13 +367,13 @@ STATE = {
     ":deployment:c": OLD | {"deployment_id": "c", "state": "pending"},
 }
 STEPS: dict[str, Any] = {
-    "register": lambda s: control.register(s, "d", "d", service_id="s-d"),
+    "register": lambda s: control.add_record(s, "d", "d", service_id="s-d"),
     "set_active": lambda s: control.set_active(s, "b", "b", []),
     "set_canary_weight": lambda s: control.set_canary_weight(s, "c", "c", 10.0, bake=60.0),
     "set_maintenance": lambda s: control.set_maintenance(s, None, 30, None, off=True),
-    "unlock": lambda s: control.unlock(s, None),
+    "unlock": lambda s: control.release_deploy_lock(s, None),
     "retire": lambda s: control.retire(s, "b"),
-    "delete": lambda s: control.delete(s, "b"),
+    "delete": lambda s: control.delete_record(s, "b"),
     "processed": lambda s: control.idempotent(lambda routing: routing, "n2")(s),
     "history": lambda s: control.with_history(STEPS["delete"], "remove", "b")(s),
 }
@@ -466,7 +466,7 @@ def by_0_3_x(name: str) -> Any:
 
 OURS = st.one_of(
     st.builds(
-        lambda n, k: lambda s: control.register(s, n, n, service_id=f"s-{n}-{k}"),
+        lambda n, k: lambda s: control.add_record(s, n, n, service_id=f"s-{n}-{k}"),
         NAMES,
         st.integers(0, 1),
     ),
@@ -477,7 +477,7 @@ OURS = st.one_of(
         st.sampled_from([10.0, 50.0]),
     ),
     st.builds(lambda n: lambda s: control.retire(s, n), NAMES),
-    st.builds(lambda n: lambda s: control.delete(s, n), NAMES),
+    st.builds(lambda n: lambda s: control.delete_record(s, n), NAMES),
     st.builds(by_0_3_x, NAMES),
     st.booleans().map(lambda off: lambda s: control.set_maintenance(s, None, 9, None, off=off)),
 )
@@ -544,7 +544,7 @@ def test_what_was_repaired_stays_as_it_is(
 @example(
     life(
         [
-            lambda s: control.register(s, "a", "a"),
+            lambda s: control.add_record(s, "a", "a"),
             by_0_3_x("a"),
             lambda s: control.set_active(s, "a", "a", []),
         ]
@@ -635,7 +635,7 @@ def test_a_store_of_0_3_x_keeps_its_active_one() -> None:
     named = repair(store, router.Routing())
     assert (named.active, named.store_id) == ("a", "new")
     assert named.promoted == router.Promotion("a", NOW + 100)  # and so it stays the latest
-    change = router.changes(store, control.register(store, "b", "b"))
+    change = router.changes(store, control.add_record(store, "b", "b"))
     assert json.loads(change[":promoted"]) == vars(router.Promotion("a", store.now))
     assert named.records == store.records
     assert repair(named, named) == named

@@ -47,7 +47,7 @@ def test_it_is_what_pulse_writes_and_reads(value: Any) -> None:
     theirs = json.dumps(pulse.serializer.serialize(value))
     assert ours == theirs
     again, expected = json.loads(ours), pulse.serializer.deserialize(json.loads(theirs))
-    assert session_format.load(again) == expected
+    assert session_format.decode(again) == expected
 
 
 @dataclass
@@ -90,7 +90,7 @@ def test_a_fixed_example() -> None:
     }
     stored = [[[13, 21], [7, 8, 16], [9, 18], []], payload]
     assert session_format.dump(value) == stored
-    again = session_format.load(json.loads(json.dumps(stored)))
+    again = session_format.decode(json.loads(json.dumps(stored)))
     assert again["two"] is again["one"] == ["a"]
     assert again["loop"]["self"] is again["loop"]
     assert (again["day"], again["set"]) == (value["day"], {7})
@@ -121,4 +121,4 @@ def test_what_has_no_form(value: Any) -> None:
 )
 def test_what_is_another_format(stored: Any) -> None:
     with pytest.raises(ValueError, match=r"."):
-        session_format.load(stored)
+        session_format.decode(stored)

@@ -302,7 +302,7 @@ class Life(RuleBasedStateMachine):
     def run_janitor(self, steps: int | None = None, keep: int = 0) -> Any:
         state, before = self.state, self.active
         found = [
-            janitor.Service(
+            janitor.Backend(
                 *(sid, name, name, self.clock.now - self.created[name]),
                 status="SUCCESS" if self.answers(name) else None,
                 ours=True,

@@ -53,15 +53,15 @@ def oauth(railway: demo.Stage, seconds: int) -> dict[str, str]:
 
 def test_the_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(errors.Failure, match="no Railway token"):
-        tokens.find(None)
+        tokens.find_token(None)
     login(tmp_path, accessToken="from-login")
-    assert tokens.find(None) == tokens.Token("from-login", "login", None)
+    assert tokens.find_token(None) == tokens.Token("from-login", "login", None)
     monkeypatch.setenv("RAILWAY_API_TOKEN", "from-api")
-    assert tokens.find(None).value == "from-api"
+    assert tokens.find_token(None).value == "from-api"
     monkeypatch.setenv("RAILWAY_TOKEN", "from-token")
-    assert tokens.find(None).value == "from-token"
-    assert tokens.find("from-flag").value == "from-flag"
-    assert "from" not in repr(tokens.find("from-flag")).replace("from flag", "")
+    assert tokens.find_token(None).value == "from-token"
+    assert tokens.find_token("from-flag").value == "from-flag"
+    assert "from" not in repr(tokens.find_token("from-flag")).replace("from flag", "")
 
 
 def test_login_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_an_expired_login_is_refreshed_and_written_back(
     assert kept["projects"] == {"kept": 1}
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert found() == fresh  # not refreshed again
-    api = Api(tokens.find(None))
+    api = Api(tokens.find_token(None))
     assert config.find_target(api, where({"project": "pulse-local"})).project_id
 
 
@@ -145,7 +145,7 @@ def test_a_login_is_refreshed_in_the_middle_of_a_run(railway: demo.Stage, tmp_pa
         refreshToken=made["refresh_token"],
         tokenExpiresAt=expires,
     )
-    api = Api(tokens.find(None))
+    api = Api(tokens.find_token(None))
     asked = where({"project": "pulse-local"})
     assert config.find_target(api, asked)
     time.sleep(2.5)

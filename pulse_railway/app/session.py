@@ -431,7 +431,7 @@ def fields_of(session: Mapping[str, Any]) -> Fields:
 
 
 def value_of(text: str) -> Any:
-    return session_format.load(json.loads(text))
+    return session_format.decode(json.loads(text))
 
 
 def session_of(fields: Fields) -> dict[str, Any]:
@@ -451,7 +451,7 @@ def decode(payload: str | None, sid: str) -> Fields | None:
     try:
         found = json.loads(payload)
         try:
-            session = session_format.load(found)
+            session = session_format.decode(found)
         except ValueError:
             session = deserialize(found)
         if not isinstance(session, dict):

@@ -69,7 +69,7 @@ def entries(node: Any) -> list[tuple[str, Any]]:
     return [(name, entry) for name, entry in vars(node).items() if not name.startswith("_")]
 
 
-def load(found: Any) -> Any:
+def decode(found: Any) -> Any:
     """The value of what json.loads has read. Raises ValueError for another format."""
     match found:
         case [[list(refs), list(dates), list(sets), list(_)], payload]:

@@ -197,7 +197,7 @@ def identity_of(stack: Stack, name: str) -> dict[str, str]:
     if name == names.router:
         assert stack.janitor is not None
         stamp = stack.janitor.variables[contract.STACK]
-        if ownership.parse(stamp).router_id == stack.taken.get(name):
+        if ownership.parse_stamp(stamp).router_id == stack.taken.get(name):
             return {contract.STACK: stamp}  # the same service, in this environment again
         return {contract.STACK: stamp, contract.REPLACES: stamp}
     assert stack.router is not None

@@ -171,7 +171,7 @@ def check_token(checkup: Checkup, flags: dict[str, Any], output: Output) -> Api 
     apis: list[Api] = []
 
     def token_source() -> str:
-        api = Api(tokens.find(flags.get("token")), on_wait=output.waiting)
+        api = Api(tokens.find_token(flags.get("token")), on_wait=output.waiting)
         apis.append(api)
         expires = "" if api.token.durable else ", which `ensure` cannot give to the janitor"
         api.check_token()

@@ -56,7 +56,7 @@ def logs(
         time.sleep(2.0)
 
 
-def find(api: Api, target: Target, options: LogsOptions) -> Service:
+def find_source(api: Api, target: Target, options: LogsOptions) -> Service:
     """Return the service whose log is read.
 
     With `--service` or `--deployment-id` any service of the environment, of any stack, since

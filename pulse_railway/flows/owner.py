@@ -100,7 +100,7 @@ def replace_owner(
 
 def is_deleted(stack: Stack, owner: str) -> bool:
     """Return whether the owner's router was in this environment and is not any more."""
-    stamp = ownership.parse(owner)
+    stamp = ownership.parse_stamp(owner)
     existing = {service.id for service in [*stack.services.values(), *stack.others]}
     in_environment = stamp is not None and stamp.environment_id == stack.target.environment_id
     return in_environment and stamp.router_id not in existing

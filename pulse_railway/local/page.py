@@ -71,7 +71,7 @@ class Page:
         environments = project.environments
         environment = next((e for e in environments if e.id == environment_id), environments[0])
         instances = list(state.instances(environment.id))
-        owned = [ownership.Service(s.id, s.name, i.variables) for s, i in instances]
+        owned = [ownership.ServiceVariables(s.id, s.name, i.variables) for s, i in instances]
         stacks = {router.id: router.name for router in ownership.routers(owned)}
         stack = request.query_params.get("stack")
         if stack not in stacks:

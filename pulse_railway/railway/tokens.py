@@ -61,7 +61,7 @@ class Token:
         return self.source != "login"
 
 
-def find(flag: str | None) -> Token:
+def find_token(flag: str | None) -> Token:
     """Return the token of this run. Raises Failure if there is none."""
     candidates: list[tuple[str | None, Source]] = [
         (flag, "flag"),
