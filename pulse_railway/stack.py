@@ -510,6 +510,11 @@ def read_services(api: Api, target: Target, names: Names) -> Stack:
         latest = node["latestDeployment"]
         of_config = config.get(node["serviceId"]) or {}
         settings = {name: node[name] for name in _SETTINGS}
+        if other := services.get(node["serviceName"]):  # a template was deployed twice
+            raise Failure(
+                f"Railway has two services named {other.name} ({other.id} and {node['serviceId']}):"
+                " nothing was changed. Rename or delete the one that nothing uses, on Railway"
+            )
         counts = ownership.replicas(data["config"], node["serviceId"])
         regions = {region: count for region, count in counts.items() if count}
         if counts and None not in counts.values():  # Railway then ignores `numReplicas`

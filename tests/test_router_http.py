@@ -248,6 +248,32 @@ def test_an_answer_that_is_not_http_is_named(routed: Callable[..., Routed]) -> N
     assert (answer.status, answer.body) == (502, b'{"detail":"the backend\'s answer is not HTTP"}')
 
 
+def test_connections_of_a_deployment_that_left_the_table_are_closed(
+    redis_server: Redis, routed: Callable[..., Routed]
+) -> None:
+    """They were pooled for a deployment that nobody asks any more, and stayed open for good."""
+    release, ended = threading.Event(), threading.Event()
+
+    def slow(connection: Connection) -> None:
+        if connection.head().startswith(b"GET /slow"):
+            release.wait(10)
+            connection.send(ok(b"late"))
+            assert connection.rest() == b""
+            ended.set()
+        else:
+            connection.send(ok(b"here", "connection: close"))
+
+    r = routed(handle=slow)
+    with Backend(ok(b"moved")) as other, r.open() as c:
+        c.send(b"GET /slow HTTP/1.1\r\nhost: x\r\n\r\n")
+        eventually(lambda: r.backend.connections == 1)
+        redis_server.deployment("a", other.address)
+        eventually(lambda: ask(r.port).body == b"moved")
+        release.set()
+        assert read_answer(c).body == b"late"
+        assert ended.wait(2)
+
+
 def test_people_get_a_page_while_a_backend_is_down(routed: Callable[..., Routed]) -> None:
     r = routed()
     r.backend.stop()

@@ -479,6 +479,25 @@ def test_replicas_stay_in_their_regions(
     assert replicas_by_region(regions, replicas) == expected
 
 
+def test_two_services_of_one_name_are_refused() -> None:
+    """A template was deployed again before its services appeared; `ensure` waited for good."""
+    keys = [*stack_module._SETTINGS, "source", "latestDeployment"]
+    empty: dict[str, Any] = dict.fromkeys(keys)
+    empty |= {"domains": {"customDomains": [], "serviceDomains": []}, "createdAt": ""}
+    nodes = [
+        {"node": {**empty, "id": "i", "serviceId": of, "serviceName": "pulse-router"}}
+        for of in ("s1", "s2")
+    ]
+
+    class Prepared:
+        def call(self, document: str, **variables: str) -> Any:
+            environment = {"config": {}, "serviceInstances": {"edges": nodes}}
+            return {"environment": environment, "project": {"services": {"edges": []}}}
+
+    with pytest.raises(Failure, match="two services named pulse-router \\(s1 and s2\\)"):
+        stack_module.read_services(cast(Any, Prepared()), Target("p", "e"), Names())
+
+
 def test_a_service_that_is_deleted_while_the_stack_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """A janitor can delete a service between the two queries: then both are sent again."""
     answers = iter([GraphqlError("Service not found"), None])
