@@ -503,7 +503,7 @@ def read_services(api: Api, target: Target, names: Names) -> Stack:
     answer = api.call(documents.STACK, project=target.project_id, environment=target.environment_id)
     data = answer["environment"]
     config = data["config"].get("services") or {}
-    services = {}
+    services: dict[str, Service] = {}
     for edge in data["serviceInstances"]["edges"]:
         node = edge["node"]
         domains = node["domains"]
