@@ -136,7 +136,7 @@ def step_04_an_answer_that_is_well_formed_and_odd(
         assert "odd" in project.records
         raise KeyError("status")
 
-    monkeypatch.setattr(deploy, "wait_until_routed", fails)
+    monkeypatch.setattr(deploy, "wait_until_reachable", fails)
     with pytest.raises(KeyError):
         InProcess(project, monkeypatch).deploy("odd", no_promote=True)
     assert (project.services, set(project.records)) == (before, records)
@@ -150,9 +150,9 @@ def step_05_a_version_that_does_not_answer(site: LiveSite, monkeypatch: pytest.M
     here = InProcess(project, monkeypatch)
 
     def for_a_second(*args: Any, timeout: float = 1.0, **flags: Any) -> None:
-        reachability.wait_until_routed(*args, timeout=1.0, **flags)
+        reachability.wait_until_reachable(*args, timeout=1.0, **flags)
 
-    monkeypatch.setattr(promote, "wait_until_routed", for_a_second)
+    monkeypatch.setattr(promote, "wait_until_reachable", for_a_second)
     api = here.api()
     with pytest.raises(Failure) as failed:
         promote.check_and_promote(api, inspect(api, here.target, here.names), "second", Output())

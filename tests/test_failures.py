@@ -204,11 +204,15 @@ def test_a_later_promotion_of_another_run_is_reported(here: InProcess) -> None:
         reachability.wait_until_active(api, stack, "other", output)
     here.monkeypatch.setattr(reachability, "ROUTED_TIMEOUT", 1.0)
     with pytest.raises(Failure, match=r"took longer than 1 s; https://.*/meta gave status 409"):
-        reachability.wait_until_routed(api, stack, "other", output, by_affinity=True, timeout=1.0)
+        reachability.wait_until_reachable(
+            api, stack, "other", output, by_affinity=True, timeout=1.0
+        )
     stack.router.domains[:] = ["nowhere.invalid"]  # type: ignore[union-attr]
     said = r"https://nowhere.invalid/_pulse/meta gave ConnectError; first is unreachable inside"
     with pytest.raises(Failure, match=said):
-        reachability.wait_until_routed(api, stack, "first", output, by_affinity=True, timeout=1.0)
+        reachability.wait_until_reachable(
+            api, stack, "first", output, by_affinity=True, timeout=1.0
+        )
 
 
 def test_a_failure_to_store_the_last_promotion_is_a_warning(

@@ -412,7 +412,7 @@ def test_no_active_deployment_is_lost(route: str, plan: list[Any]) -> None:
         patch.setattr(deploy, "up", lambda *_, **__: "d")
         patch.setattr(deploy, "wait_until_rendered", lambda *_: None)
         for module in (deploy, promote, redeploy, restore, reachability):
-            patch.setattr(module, "wait_until_routed", lambda *a, **k: holder[0].routed(*a, **k))
+            patch.setattr(module, "wait_until_reachable", lambda *a, **k: holder[0].routed(*a, **k))
         world = World(route)
         holder.append(world)
         world.begin()
@@ -442,7 +442,7 @@ def test_no_active_deployment_is_lost(route: str, plan: list[Any]) -> None:
 
 def test_the_replaced_names_exist() -> None:
     """The test above would pass without its replacements."""
-    for module, name in ((ssh, "run_railway"), (deploy, "up"), (deploy, "wait_until_routed")):
+    for module, name in ((ssh, "run_railway"), (deploy, "up"), (deploy, "wait_until_reachable")):
         assert callable(getattr(module, name))
     assert config.Names().router == "pulse-router"
     assert isinstance(Stack(Target("p", "e"), Names(), {}).missing, list)

@@ -27,7 +27,7 @@ from pulse_railway.flows.reachability import (
     store_last_promoted,
     wait_until_active,
     wait_until_rendered,
-    wait_until_routed,
+    wait_until_reachable,
 )
 from pulse_railway.flows.signals import interruptible, shielded
 from pulse_railway.options import DeployOptions
@@ -264,7 +264,7 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
         with step(output, attempt, "register with the router"):
             register(api, stack, plan, attempt, about)
         with step(output, attempt, "reach it through the router"):
-            wait_until_routed(api, stack, plan.deployment_id, output, by_affinity=True)
+            wait_until_reachable(api, stack, plan.deployment_id, output, by_affinity=True)
         with step(output, attempt, f"see its page {plan.app.plugin.check_path}"):
             wait_for_page(api, stack, plan, attempt, output)
         if plan.options.canary is not None:

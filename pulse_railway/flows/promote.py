@@ -10,7 +10,7 @@ from pulse_railway.flows.bake import bake
 from pulse_railway.flows.reachability import (
     store_last_promoted,
     wait_until_active,
-    wait_until_routed,
+    wait_until_reachable,
 )
 from pulse_railway.flows.signals import interruptible
 from pulse_railway.options import PromoteOptions
@@ -107,7 +107,7 @@ def check_answers(api: Api, stack: Stack, deployment_id: str, output: Output) ->
     record, so this is only a warning.
     """
     try:
-        wait_until_routed(api, stack, deployment_id, output, by_affinity=True, timeout=20.0)
+        wait_until_reachable(api, stack, deployment_id, output, by_affinity=True, timeout=20.0)
     except Failure as failure:
         known = {r["deployment_id"] for r in router_commands.read_state(api, stack)["deployments"]}
         if deployment_id not in known:

@@ -69,7 +69,7 @@ def from_router(answer: httpx.Response) -> bool:
         return False
 
 
-def wait_until_routed(
+def wait_until_reachable(
     api: Api,
     stack: Stack,
     deployment_id: str,
@@ -218,7 +218,7 @@ def wait_until_active(api: Api, stack: Stack, deployment_id: str, output: Output
     Raises Failure if another run has promoted another deployment since.
     """
     try:
-        wait_until_routed(api, stack, deployment_id, output, by_affinity=False, timeout=4.0)
+        wait_until_reachable(api, stack, deployment_id, output, by_affinity=False, timeout=4.0)
     except Failure:
         active = read_active(api, stack)
         if active != deployment_id:
@@ -226,7 +226,7 @@ def wait_until_active(api: Api, stack: Stack, deployment_id: str, output: Output
                 f"{active} was promoted after {deployment_id}, which drains now: another deploy"
                 " ran at the same time"
             ) from None
-        wait_until_routed(api, stack, deployment_id, output, by_affinity=False)
+        wait_until_reachable(api, stack, deployment_id, output, by_affinity=False)
 
 
 def store_last_promoted(

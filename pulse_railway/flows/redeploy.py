@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pulse_railway.errors import Failure
-from pulse_railway.flows.reachability import wait_until_routed
+from pulse_railway.flows.reachability import wait_until_reachable
 from pulse_railway.output import Output
 from pulse_railway.railway.api import Api
 from pulse_railway.router_commands import read_active
@@ -34,7 +34,7 @@ def redeploy(api: Api, stack: Stack, deployment_id: str | None, output: Output) 
         railway_deployment = deploy_service(api, stack.target, service.id)
         wait_for_build(api, railway_deployment, output)
     with output.step("reach it through the router"):
-        wait_until_routed(api, stack, deployment_id, output, by_affinity=True)
+        wait_until_reachable(api, stack, deployment_id, output, by_affinity=True)
     return {
         "deployment_id": deployment_id,
         "backend_service_id": service.id,

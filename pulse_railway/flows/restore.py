@@ -8,7 +8,11 @@ from typing import Any
 
 from pulse_railway import contract, router_commands
 from pulse_railway.errors import Failure, Refused
-from pulse_railway.flows.reachability import backend_address, store_last_promoted, wait_until_routed
+from pulse_railway.flows.reachability import (
+    backend_address,
+    store_last_promoted,
+    wait_until_reachable,
+)
 from pulse_railway.output import Output
 from pulse_railway.railway.api import Api
 from pulse_railway.services import write_variables
@@ -71,7 +75,7 @@ def restore(api: Api, stack: Stack, deployment_id: str | None, output: Output) -
             return {"active": router_commands.read_active(api, stack), "restored": []}
         store_last_promoted(api, stack, active, promoted, output)
     with output.step("reach the active deployment"):
-        wait_until_routed(api, stack, active, output, by_affinity=False)
+        wait_until_reachable(api, stack, active, output, by_affinity=False)
     return {"active": active, "restored": [r["deployment_id"] for r in records]}
 
 
