@@ -26,8 +26,8 @@ from pulse_railway.flows.reachability import (
     backend_address,
     store_last_promoted,
     wait_until_active,
-    wait_until_rendered,
     wait_until_reachable,
+    wait_until_rendered,
 )
 from pulse_railway.flows.signals import interruptible, shielded
 from pulse_railway.options import DeployOptions
