@@ -1276,6 +1276,16 @@ def fallback_in_use(reports: list[Json], routing: Routing) -> str | None:
     return fallback if any(report.get("fallback") == fallback for report in reports) else None
 
 
+def needed_fallback(reports: list[Json], routing: Routing) -> str | None:
+    """Return the deployment that new visitors get, or would get, in place of the active one, since
+    that cannot be connected to. After a restore it is the one that `rollback` leads to."""
+    former, active = routing.former_active, routing.record_of_active()
+    if former is None or active is None:
+        return None
+    down = fallback_in_use(reports, routing) or router.look(active) == "unreachable"
+    return former.deployment_id if down else None
+
+
 def fallback_words(routing: Routing, fallback: str) -> str:
     """Return the problem for people."""
     return f"{routing.active} cannot be connected to: new visitors get {fallback}"
@@ -1287,7 +1297,7 @@ def change_answer(
     """Carry out a command that writes, wait for the routers, and return the answer's fields."""
     if args.command == "retire" and not args.force:
         before = store.read()
-        if args.deployment_id == fallback_in_use(reports(store), before):
+        if args.deployment_id == needed_fallback(reports(store), before):
             words = fallback_words(before, args.deployment_id)
             raise StateError(f"{words}. --force removes it all the same", "fallback")
     routing = change_state(store, args, me)

@@ -688,12 +688,7 @@ class Run:
     @functools.cached_property
     def fallback(self) -> str | None:
         """The deployment that new visitors get, or would get, in place of the active one."""
-        fallback, active = self.routing.fallback, self.routing.record_of_active()
-        if fallback is None or active is None:
-            return None
-        used = control.fallback_in_use(control.reports(self.store), self.routing)
-        down = used or router.look(active) == "unreachable"
-        return fallback.deployment_id if down else None
+        return control.needed_fallback(control.reports(self.store), self.routing)
 
     @contextlib.contextmanager
     def isolate_failure(self, name: str) -> Iterator[None]:

@@ -459,11 +459,17 @@ class Routing:
 
     @property
     def fallback(self) -> Record | None:
-        """The deployment that was active before, for new visitors while the active one cannot be
-        connected to. None after a restore: the records may not show what was before."""
-        active, switches = self.record_of_active(), ("promote", "rollback", "restore")
+        """The deployment for new visitors while the active one cannot be connected to. None after a
+        restore: the records may not show what was active before."""
+        switches = ("promote", "rollback", "restore")
         last = [entry["what"] for entry in self.history if entry["what"] in switches][-1:]
-        if active is None or last == ["restore"]:
+        return None if last == ["restore"] else self.former_active
+
+    @property
+    def former_active(self) -> Record | None:
+        """The deployment that was active before, and was not rolled back from."""
+        active = self.record_of_active()
+        if active is None:
             return None
         since = active.registered_at or 0.0
         before = (
@@ -933,7 +939,10 @@ class Follower:
     async def report(self) -> None:
         """Report what this router serves: a new epoch at once, new counts at intervals."""
         now, table, epoch = time.monotonic(), self.table, self.table.routing.epoch
-        if not table.other_owner and epoch == self.reported.get("epoch") and now < self.next_report:
+        in_use = table.down and table.down is table.active and table.fallback
+        fallback = in_use.id if in_use else None
+        news = (epoch, fallback) != (self.reported.get("epoch"), self.reported.get("fallback"))
+        if not (table.other_owner or news) and now < self.next_report:
             return
         self.next_report = now + self.limits.report_seconds
         if table.other_owner:
@@ -942,8 +951,8 @@ class Follower:
             self.reported = {}
             return
         served = {"active": table.routing.active, "epoch": epoch, "since": table.since}
-        if table.down and table.down is table.active and table.fallback:
-            served["fallback"] = table.fallback.id
+        if fallback:
+            served["fallback"] = fallback
         report = {"version": runtime_version(), "identity": table.me} | served | METRICS.counters()
         if report != self.reported or now >= self.report_by:  # uptime and tasks alone are no change
             self.reported, self.report_by = report, now + self.limits.report_idle_seconds
@@ -1298,6 +1307,7 @@ class Table:
         if self.down is not active:
             log.error("%s cannot be connected to: new visitors get another version", active.id)
             self.down = active
+            self.refresh_event.set()  # so that it is reported at once
 
     async def watch_active(self) -> None:
         """Send new visitors back to the active deployment when it can be connected to again."""

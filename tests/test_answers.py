@@ -157,7 +157,7 @@ def step_05_a_version_that_does_not_answer(site: LiveSite, monkeypatch: pytest.M
     with pytest.raises(Failure) as failed:
         promote.check_and_promote(api, inspect(api, here.target, here.names), "second", Output())
     assert "second does not answer now, and nothing was changed" in str(failed.value)
-    assert "--force promotes it anyway" in str(failed.value)
+    assert "promote --deployment-id second --force` promotes it anyway" in str(failed.value)
     assert project.active == "fourth"
     assert project.ok("promote", "--deployment-id", "second", "--force")["active"] is True
     assert project.active == "second"

@@ -74,10 +74,10 @@ def test_new_visitors_get_the_fallback_while_the_active_deployment_is_down(stage
     for target in ("/?pulse_deployment=new", "/_pulse/meta", "/_pulse/health"):
         assert stage.page(target=target).status == 502, target
     eventually(lambda: stage.report().get("fallback") == "old")
-    failed = stage.report()["tallies"]["new"][1]
+    eventually(lambda: stage.report()["tallies"]["new"][1] == 2)  # the page and the form
     for _ in range(5):  # each is a failure of the active one, once
         assert stage.page().body == b"old"
-    eventually(lambda: stage.report()["tallies"]["new"][1] == failed + 5)
+    eventually(lambda: stage.report()["tallies"]["new"][1] == 7)
     # it is back for a while
     stage.new.start()
     began = time.monotonic()
@@ -86,6 +86,14 @@ def test_new_visitors_get_the_fallback_while_the_active_deployment_is_down(stage
     eventually(lambda: "fallback" not in stage.report())
     log = stage.router.output()
     assert log.count("new cannot be connected to") == log.count("new can be connected to") == 1
+
+
+def test_a_router_reports_the_fallback_at_once(stage: Stage) -> None:
+    """`delete` and `status` go by the report."""
+    stage.start({"report_seconds": 30.0})
+    stage.new.stop()
+    assert stage.page().body == b"old"
+    eventually(lambda: stage.report().get("fallback") == "old", 2)
 
 
 def test_the_fallback_ends_with_the_next_promotion(stage: Stage) -> None:

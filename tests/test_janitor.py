@@ -665,6 +665,11 @@ def test_the_fallback_is_kept_while_the_active_deployment_is_down(room: Room) ->
         assert found.fallback == "before"
         assert found.kept["before"] == "active cannot be connected to: new visitors get before"
     assert room.record("other") is None
+    # also after a `restore`, when new visitors get nothing: `rollback` leads to it
+    room.server.client.set("pulse:railway:history", json.dumps([{"what": "restore", "at": 1}]))
+    found, deleted = room.run(both[0], ttl=5)
+    assert (found.fallback, deleted) == ("before", [])
+    room.server.client.delete("pulse:railway:history")
     room.server.deployment("active", room.backend.address, registered_at=3, promoted_at=3)
     report(room, "router", fallback="before", epoch=1_000_000)
     found, deleted = room.run(both[0])
@@ -683,6 +688,9 @@ def test_a_fallback_in_use_is_retired_only_by_force(room: Room, monkeypatch: Any
     answer = control.carry_out(words, dict(os.environ))
     assert (answer["ok"], answer["reason"]) == (False, "fallback")
     assert "new visitors get before. --force" in answer["error"]
+    room.server.client.delete("pulse:railway:router:router")  # nor before a router has reported it
+    assert control.carry_out(words, dict(os.environ))["reason"] == "fallback"
+    report(room, "router", fallback="before")
     status = control.carry_out(["status"], dict(os.environ))
     assert (status["fallback"], status["problems"]) == ("before", [])
     assert control.carry_out([*words, "--force"], dict(os.environ))["ok"]

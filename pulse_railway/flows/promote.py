@@ -115,8 +115,8 @@ def check_answers(api: Api, stack: Stack, deployment_id: str, output: Output) ->
             return
         raise Failure(
             f"{deployment_id} does not answer now, and nothing was changed: {failure}."
-            f" `pulse-railway logs --deployment-id {deployment_id}` shows why; --force promotes it"
-            " anyway"
+            f" `pulse-railway logs --deployment-id {deployment_id}` shows why;"
+            f" `pulse-railway promote --deployment-id {deployment_id} --force` promotes it anyway"
         ) from None
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from pulse_railway import contract, router_commands
 from pulse_railway.errors import Failure, Refused
+from pulse_railway.flows.promote import check_answers
 from pulse_railway.flows.reachability import (
     backend_address,
     store_last_promoted,
@@ -49,6 +50,10 @@ def restore(api: Api, stack: Stack, deployment_id: str | None, output: Output) -
         state = router_commands.read_state(api, stack)
     active = deployment_id or lost_active(stack, state)
     find_backend(stack, active)
+    if deployment_id and not state["lost"] and deployment_id in readable_records(state):
+        if deployment_id == state["active"]:
+            lost_active(stack, state)  # raises if nothing is lost
+        check_answers(api, stack, deployment_id, output)
     with output.step("find the deployments' addresses"):
         records = [
             {
@@ -124,15 +129,20 @@ def mend_references(api: Api, stack: Stack, service: Service, output: Output) ->
     )
 
 
+def readable_records(state: dict[str, Any]) -> set[str]:
+    """Return the ids of the deployments whose records can be read."""
+    return {
+        r["deployment_id"] for r in state["deployments"] if "record" not in r.get("ignored", ())
+    }
+
+
 def lost_active(stack: Stack, state: dict[str, Any]) -> str:
     """Return the deployment that `restore` makes active without `--deployment-id`.
 
     Raises Failure if nothing is lost.
     """
     active = state["active"]
-    recorded = {
-        r["deployment_id"] for r in state["deployments"] if "record" not in r.get("ignored", ())
-    }
+    recorded = readable_records(state)
     if active and not state["lost"] and (stack.backend(active) or active in recorded):
         if recorded >= {active, *(s.deployment_id for s in stack.backends)}:
             raise Failure(
