@@ -26,7 +26,7 @@ from pulse_railway import cli, contract, router_commands, verbs
 from pulse_railway.config import ControlRoute, Names, Target, Where
 from pulse_railway.errors import Uncertain
 from pulse_railway.flows import logs as flows_logs
-from pulse_railway.flows.status import problems, record_problems, status
+from pulse_railway.flows.status import active_problems, problems, record_problems, status
 from pulse_railway.flows.watch import LENGTH, History
 from pulse_railway.options import LogsOptions
 from pulse_railway.output import Output
@@ -56,6 +56,20 @@ A = service("a", PULSE_DEPLOYMENT_ID="a")
 RECORD = {"deployment_id": "a", "state": "active"}
 DRAINING = {"deployment_id": "b", "state": "draining", "drain_started_at": 1.0}
 UP = {"active": "a", "lost": False, "epoch": 7, "deployments": [RECORD], "routers": []}
+
+
+def test_only_commands_that_help_are_advised_for_a_silent_active_deployment() -> None:
+    b = service("b", PULSE_DEPLOYMENT_ID="b")
+    state = {"active": "a", "canary": None, "deployments": [{**RECORD, "sessions": None}, DRAINING]}
+    (both,) = active_problems(state, stack(A, b))
+    assert "`pulse-railway redeploy --deployment-id a` starts it again" in both
+    assert "`pulse-railway rollback` goes back to b" in both
+    (gone,) = active_problems(state, stack(b))
+    assert gone.endswith("does not answer: `pulse-railway rollback` goes back to b")
+    (alone,) = active_problems(state, stack())
+    assert alone.endswith("does not answer: `pulse-railway deploy` deploys a new one")
+    (canary,) = active_problems({**state, "canary": {"deployment_id": "c"}}, stack(A, b))
+    assert "rollback" not in canary  # it would end the canary
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,19 @@ def check_answers(api: Api, stack: Stack, deployment_id: str, output: Output) ->
         ) from None
 
 
+def rollback_target(state: dict[str, Any], stack: Stack) -> str | None:
+    """Return the deployment that was active last, was not rolled back from, and still runs."""
+    previous = [
+        (float(record.get("drain_started_at") or 0), str(record["deployment_id"]))
+        for record in state["deployments"]
+        if record.get("state") == "draining"
+        and not record.get("retiring_at")
+        and not record.get("rejected_at")
+        and stack.backend(record["deployment_id"])
+    ]
+    return max(previous)[1] if previous else None
+
+
 def rollback(api: Api, stack: Stack, output: Output, why: str | None = None) -> dict[str, Any]:
     """End the canary if there is one; else promote the last active deployment that still runs.
 
@@ -138,15 +151,8 @@ def rollback(api: Api, stack: Stack, output: Output, why: str | None = None) -> 
         with output.step(f"end the canary {name}"):
             router_commands.send_abort_canary(api, stack, name, why, output.warn)
         return {"deployment_id": state["active"], "ended": name, "address": stack.address}
-    previous = [
-        record
-        for record in state["deployments"]
-        if record.get("state") == "draining"
-        and not record.get("retiring_at")
-        and not record.get("rejected_at")
-        and stack.backend(record["deployment_id"])
-    ]
-    if not previous:
+    latest = rollback_target(state, stack)
+    if latest is None:
         rejected = [
             r["deployment_id"]
             for r in state["deployments"]
@@ -157,6 +163,4 @@ def rollback(api: Api, stack: Stack, output: Output, why: str | None = None) -> 
         raise Failure(
             f"no earlier deployment to go back to runs any more: deploy that version again{hint}"
         )
-    previous.sort(key=lambda r: float(r.get("drain_started_at") or 0), reverse=True)
-    latest = previous[0]["deployment_id"]
     return check_and_promote(api, stack, latest, output, why=why, instead_of=state["active"])

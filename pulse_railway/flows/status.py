@@ -11,6 +11,7 @@ from pulse_railway import contract, router_commands
 from pulse_railway.advice import pasteable
 from pulse_railway.errors import Failure
 from pulse_railway.flows import baseline
+from pulse_railway.flows.promote import rollback_target
 from pulse_railway.railway import documents
 from pulse_railway.railway.api import Api, GraphqlError
 from pulse_railway.services import empty_service_message, replicas_by_region
@@ -147,17 +148,23 @@ def state_problems(state: dict[str, Any], stack: Stack) -> list[str]:
     return messages
 
 
-def active_problems(state: dict[str, Any]) -> list[str]:
+def active_problems(state: dict[str, Any], stack: Stack) -> list[str]:
     """Report an active deployment that does not answer the router, whatever Railway's status is."""
-    messages = [
-        f"the active deployment {name} does not answer: `pulse-railway logs --deployment-id {name}`"
-        f" shows why, `pulse-railway redeploy --deployment-id {name}` starts it again,"
-        " `pulse-railway rollback` goes back"
-        for record in state["deployments"]
-        if (name := record["deployment_id"]) == state["active"]
-        and "sessions" in record
-        and record["sessions"] is None
-    ]
+    messages = []
+    for record in state["deployments"]:
+        name = record["deployment_id"]
+        if name != state["active"] or record.get("sessions", 0) is not None:
+            continue
+        remedies = []
+        if stack.backend(name):
+            remedies = [
+                f"`pulse-railway logs --deployment-id {name}` shows why",
+                f"`pulse-railway redeploy --deployment-id {name}` starts it again",
+            ]
+        if not state["canary"] and (target := rollback_target(state, stack)):
+            remedies.append(f"`pulse-railway rollback` goes back to {target}")
+        remedy = ", ".join(remedies) or "`pulse-railway deploy` deploys a new one"
+        messages.append(f"the active deployment {name} does not answer: {remedy}")
     if fallback := state.get("fallback"):  # an older router reports none
         given = f"{state['active']} cannot be connected to: new visitors get {fallback}"
         messages.append(given)
@@ -379,7 +386,7 @@ def problems(stack: Stack, state: dict[str, Any] | None, router_error: str | Non
     active = state["active"]
     messages += sharing_problems(state, stack)
     messages += state_problems(state, stack)
-    messages += active_problems(state)
+    messages += active_problems(state, stack)
     messages += router_problems(state, stack)
     for record in state["deployments"]:
         messages += record_problems(record, stack)
