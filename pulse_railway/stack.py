@@ -323,7 +323,9 @@ def check_redis_prefix(stack: Stack, prefix: str | None) -> None:
     A copy's prefix is the original's, which invoke.yaml may have, and the environment's id.
     """
     stored = stack.stored(contract.REDIS_PREFIX) or ""
-    check_prefix("--redis-prefix", prefix, stored.removesuffix(f":{stack.target.environment_id}"))
+    if prefix != stored:
+        stored = stored.removesuffix(f":{stack.target.environment_id}")
+    check_prefix("--redis-prefix", prefix, stored)
 
 
 ANOTHER = "leave the flag out, or name the router of the stack that is meant (--service)"

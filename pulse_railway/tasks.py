@@ -60,7 +60,7 @@ def scaffold(options: options.BaselineOptions, output: Output) -> None:
 
     api, target = config.resolve_target(options.where, output)
     stack = baseline.scaffold(api, target, options, output)
-    claim_state(api, stack, output, ask, False)
+    claim_state(api, stack, output, ask, False, created=True)
     output.result(
         _stack_result(stack, ["created the baseline"], api),
         [f"the baseline is up at {stack.address}", "next: pulse-railway deploy"],
@@ -76,14 +76,19 @@ def ensure(options: options.BaselineOptions, output: Output) -> None:
 
     api, target = config.resolve_target(options.where, output)
     stack, done = baseline.ensure(api, target, options, output)
-    if not options.plan_only:
-        claim_state(api, stack, output, ask, options.owns_state)
-    if not done:
+    in_order = options.plan_only or claim_state(
+        api, stack, output, ask, options.owns_state, created=done == ["created the baseline"]
+    )
+    lines = [f"  {line}" for line in done]
+    if options.plan_only:
+        # what the router says of its state is not asked for
+        summary = ["would change:", *lines] if done else ["no service needs a change"]
+    elif not in_order:
+        summary = [*lines, "the services are set up; what is not in order is in the warning above"]
+    elif not done:
         summary = [f"nothing to change; the baseline is up at {stack.address}"]
-    elif options.plan_only:
-        summary = ["would change:", *(f"  {line}" for line in done)]
     else:
-        summary = [*(f"  {line}" for line in done), f"the baseline is up at {stack.address}"]
+        summary = [*lines, f"the baseline is up at {stack.address}"]
         if not stack.backends:
             summary.append("next: pulse-railway deploy")
     output.result(_stack_result(stack, done, api, planned=options.plan_only), summary)

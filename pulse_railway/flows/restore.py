@@ -8,6 +8,7 @@ from typing import Any
 
 from pulse_railway import contract, router_commands
 from pulse_railway.errors import Failure, Refused
+from pulse_railway.flows.owner import has_other_owner, take_over_state
 from pulse_railway.flows.promote import check_answers
 from pulse_railway.flows.reachability import (
     backend_address,
@@ -48,10 +49,16 @@ def restore(api: Api, stack: Stack, deployment_id: str | None, output: Output) -
         raise Failure("there are no deployments to restore: run `pulse-railway deploy`")
     with output.step("ask the router what it knows"):
         state = router_commands.read_state(api, stack)
-    active = deployment_id or lost_active(stack, state)
+    taken_over = has_other_owner(stack, state) and take_over_state(api, stack, state, output)
+    try:
+        active = deployment_id or lost_active(stack, state)
+    except Failure:
+        if taken_over and state["active"] and not state["lost"]:
+            return {"active": state["active"], "restored": []}
+        raise
     find_backend(stack, active)
     if deployment_id and not state["lost"] and deployment_id in readable_records(state):
-        if deployment_id == state["active"]:
+        if deployment_id == state["active"] and not taken_over:
             lost_active(stack, state)  # raises if nothing is lost
         check_answers(api, stack, deployment_id, output)
     with output.step("find the deployments' addresses"):
