@@ -212,6 +212,7 @@ class Unowned:
     kind: str  # of Owner: copy, gone, nobody
     # copied with this stack, of its former router, or nobody's; so this stack may handle it
     related: bool
+    own_router_gone: bool = False  # it is of the stack that asks, whose router was deleted
 
     @property
     def can_be_restored(self) -> bool:
@@ -225,12 +226,21 @@ class Unowned:
         restore = (
             f"`pulse-railway restore --deployment-id {name}` makes it this stack's, and active"
         )
-        if not self.related:
-            which = "was copied with" if self.kind == "copy" else "ran under"
+        if self.own_router_gone:
             return (
-                f"{name} {which} another router, which is not set up here: `pulse-railway ensure`"
-                " with its app sets it up. If nobody needs it, delete its service"
-                f" {self.name} on Railway"
+                f"{name} is of this stack, whose router was deleted: `pulse-railway ensure"
+                " --repair` creates that again, and nothing is removed until then"
+            )
+        # the other stack may be in use, or share the service with production
+        if not self.related and self.kind == "copy":
+            return (
+                f"{name} was copied with another router, which is not set up here: `ensure` with"
+                " the app of that stack sets it up, and then lists it"
+            )
+        if not self.related:
+            return (
+                f"{name} ran under another router, which was deleted: `ensure --repair` with the"
+                " app of that stack creates it again; this stack changes nothing of it"
             )
         if self.kind == "copy":
             return (
@@ -263,7 +273,9 @@ def unowned(
             related = bool(service.refers_to() & {names.router, names.env})
         case _:
             related = True
-    return Unowned(service.name, service.variables[DEPLOYMENT_ID], owner.kind, related)
+    own_router_gone = owner == Owner("gone", router_id)
+    deployment_id = service.variables[DEPLOYMENT_ID]
+    return Unowned(service.name, deployment_id, owner.kind, related, own_router_gone)
 
 
 def identity(env: Mapping[str, str]) -> Stamp | None:

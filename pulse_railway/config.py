@@ -146,7 +146,7 @@ def load_app(app: str | None, context: Path) -> AppConfig:
             plugin.redis_service,
             plugin.janitor_service,
             plugin.service_prefix,
-            asked=plugin.router_service != contract.DEFAULT_ROUTER,
+            asked=plugin.router_is_named,
         ),
         server_address=None if address == _PLACEHOLDER_ADDRESS else address,
         has_address=bool(address),

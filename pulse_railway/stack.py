@@ -203,7 +203,8 @@ def find_stack(environment: Stack) -> Stack:
     """Return the stack that a verb acts on.
 
     Its router is the one that the user has named, else the one with the default name, else the only
-    one. A deleted router counts if a janitor still names it: its stack has the services with the
+    one, unless services of another stack, whose router was deleted, are left: that one may be
+    meant. A deleted router counts if a janitor still names it: its stack has the services with the
     janitor's stamp. Without any, the stack has the services with its names that belong to no other
     stack, and the deployments without a router in this environment. Raises Failure if there are
     several routers to choose from.
@@ -224,7 +225,8 @@ def find_stack(environment: Stack) -> Stack:
             raise Failure(
                 f"there are several routers, {joined(routers)}: pass --service with one of them"
             )
-        (router,) = routers.values()
+        if not of_deleted_stack(every, owners):
+            (router,) = routers.values()
     if router is not None:
         stack = stack_of(environment, router, every, owners)
     elif lost is not None:
@@ -238,13 +240,37 @@ def find_stack(environment: Stack) -> Stack:
             and (name in baseline or service.deployment_id)
             and not (routers and service.deployment_id)
         }
-        instead = joined(routers) if routers and names.asked else None
+        instead = joined(routers) or None
         stack = replace(environment, names=names, services=own, no_such_router=instead)
     stack.others = [s for s in services.values() if s.name not in stack.services]
     stack.empty = [s for s in stack.services.values() if s.variables.get(contract.REMOVED)]
     for service in stack.empty:
         del stack.services[service.name]
     return stack
+
+
+def of_deleted_stack(every: list[Any], owners: dict[str, Any]) -> list[str]:
+    """Return the names of services that are left of a stack whose router was deleted.
+
+    Those that an existing router's stack can take over, since it has their names, are not counted.
+
+    Args:
+        every: all services of the environment, as ownership.Service.
+        owners: service id -> ownership.Owner.
+    """
+    routers = ownership.routers(every)
+    ids = {router.id for router in routers}
+    taken_over = {
+        name for router in routers for name in vars(ownership.names_of(router, every)).values()
+    }
+    return [
+        s.name
+        for s in every
+        if owners[s.id].kind in ("gone", "copy")
+        and owners[s.id].router_id not in ids
+        and not s.is_empty
+        and not ({s.name} | s.refers_to()) & taken_over
+    ]
 
 
 def janitor_of_lost(
@@ -736,11 +762,23 @@ def lost_with_baseline(stack: Stack) -> str:
     return going + SHARED_SERVICES
 
 
+def require_router_of_names(stack: Stack) -> None:
+    """Raise Failure if there are routers, and none can be the one that is meant."""
+    if not stack.no_such_router:
+        return
+    message = f"no router is called {stack.names.router}; there is: {stack.no_such_router}"
+    if not stack.names.asked:
+        message += (
+            ". Another stack's router was deleted, and what is left of it may be meant: name the"
+            " router (--service, or RailwayPlugin(router_service=...))"
+        )
+    raise Failure(message)
+
+
 def require_router(stack: Stack) -> None:
     """Raise Failure if there is no router, or no Redis, for a control command; change nothing."""
     require_complete_answer(stack)
-    if stack.no_such_router:
-        raise Failure(f"no router is called {stack.names.router}; there is: {stack.no_such_router}")
+    require_router_of_names(stack)
     if stack.copied_from:
         raise Failure(
             f"this environment is a copy of {stack.copied_from}, with its tokens and its routing"

@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 
 from pulse_railway import contract
+from pulse_railway.app.plugin import RailwayPlugin
 from pulse_railway.config import Names, Target
+from pulse_railway.errors import Failure
+from pulse_railway.flows.baseline import require_named
 from pulse_railway.stack import (
     Service,
     Stack,
@@ -20,6 +23,7 @@ from pulse_railway.stack import (
     find_stack,
     missing_name,
     partial,
+    require_router,
 )
 from tests.conftest import TINY, Project, play, zygote
 from tests.net import eventually
@@ -388,6 +392,52 @@ def test_a_deleted_router_counts_before_another_stacks() -> None:
     assert can_create_missing(find_stack(Stack(Target("p", "e"), Names(), every)))
     other = find_stack(Stack(Target("p", "e"), Names("shop-router", asked=True), every))
     assert set(other.services) == {"shop-router", "sold"}
+
+
+@pytest.mark.parametrize("environment", ["e", "copied"])
+def test_what_is_left_of_a_deleted_stack_keeps_verbs_from_the_other(environment: str) -> None:
+    """`maintenance on` of an app whose router and janitor were deleted closed the other's site."""
+    url = {contract.REDIS_URL: "redis://h", contract.REDIS_PREFIX: "p"}
+    services = {
+        "blog-router": {contract.STACK: f"{environment}/blog-router", **url},
+        "blog-env": {contract.STACK: f"{environment}/blog-router"},
+        "post": {contract.STACK: f"{environment}/blog-router", contract.DEPLOYMENT_ID: "post"},
+        "pulse-env": {contract.STACK: f"{environment}/lost"},
+        "one": {contract.STACK: f"{environment}/lost", contract.DEPLOYMENT_ID: "one"},
+    }
+
+    def found(names: Names, *without: str, **changed: dict[str, str]) -> Stack:
+        values = {n: v | changed.get(n, {}) for n, v in services.items() if n not in without}
+        every = {n: Service(n, "", n, "", None, {}, [], None, None, v) for n, v in values.items()}
+        return find_stack(Stack(Target("p", "e"), names, every))
+
+    for names in (Names(), Names(asked=True)):
+        for gone in ((), ("pulse-env",), ("one",)):
+            stack = found(names, *gone)
+            assert (stack.router, stack.no_such_router) == (None, "blog-router")
+            with pytest.raises(Failure, match="no router is called pulse-router; there is: blog-"):
+                require_router(stack)
+    with pytest.raises(Failure, match="Another stack's router was deleted"):
+        require_named(found(Names(), "pulse-env"))  # nothing says that a new stack is meant
+    require_named(found(Names(asked=True), "pulse-env"))
+    # without such leftovers, or with those that are this stack's to take over, the only one counts
+    assert found(Names(), "pulse-env", "one").router
+    assert found(Names(), "pulse-env", one={"TOKEN": "${{blog-router.TOKEN}}"}).router
+    assert found(Names(), "pulse-env", one={contract.REMOVED: "1"}).router
+    assert not found(Names(asked=True), "pulse-env", "one").router
+
+
+@pytest.mark.parametrize(
+    ("plugin", "named"),
+    [
+        ({}, False),
+        ({"router_service": "pulse-router"}, True),
+        ({"router_service": "edge"}, True),
+        ({"service_prefix": "x"}, True),
+    ],
+)
+def test_an_app_that_names_its_router(plugin: dict[str, str], named: bool) -> None:
+    assert RailwayPlugin(**plugin).router_is_named == named  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,21 @@ def test_whose_a_service_is(
     assert ownership.owners("e", services, named)[found.id] == ownership.Owner(*expected)
 
 
+def test_nothing_is_advised_that_a_missing_router_refuses() -> None:
+    """The janitor has once advised `restore` and `delete`, or to delete another's service."""
+    names = ownership.StackNames("one-router", None, None, "one-env")
+    found = backend("b", **stamp("gone"), **token("one-router"))
+    gone = ownership.Owner(*GONE)
+    own = ownership.unowned(found, gone, names, "id-gone").words()
+    assert "`pulse-railway ensure --repair`" in own
+    assert "restore" not in own
+    assert "delete --" not in own
+    former = ownership.unowned(found, gone, names, "id-new").words()
+    assert "`pulse-railway restore --deployment-id b`" in former
+    others = backend("b", **stamp("gone"))
+    assert "delete its" not in ownership.unowned(others, gone, names, "id-one").words()
+
+
 def test_a_stamp_counts_for_more_than_what_a_state_names() -> None:
     routers = [router(n, **stamp(n)) for n in ("one-router", "two-router")]
     found = backend("b", **stamp("one-router"))

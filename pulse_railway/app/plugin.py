@@ -67,7 +67,7 @@ class RailwayPlugin(ps.Plugin):
         start_command: str | None = None,
         pre_deploy: str | None = None,
         check_path: str = "/",
-        router_service: str = contract.DEFAULT_ROUTER,
+        router_service: str | None = None,
         janitor_service: str = contract.DEFAULT_JANITOR,
         redis_service: str = contract.DEFAULT_REDIS,
         env_service: str = contract.DEFAULT_ENV,
@@ -90,7 +90,10 @@ class RailwayPlugin(ps.Plugin):
         self.pre_deploy = pre_deploy
         self.check_path = check_path
         self.service_prefix = naming.service_prefix(service_prefix)
-        self.router_service = naming.baseline_name(self.service_prefix, router_service)
+        router = router_service or contract.DEFAULT_ROUTER
+        self.router_service = naming.baseline_name(self.service_prefix, router)
+        # an app that names its router, also by the default name, means no other stack
+        self.router_is_named = bool(router_service) or self.router_service != router
         self.janitor_service = naming.baseline_name(self.service_prefix, janitor_service)
         self.redis_service = naming.baseline_name(self.service_prefix, redis_service)
         self.env_service = naming.baseline_name(self.service_prefix, env_service)

@@ -51,6 +51,7 @@ from pulse_railway.stack import (
     read_variables,
     references,
     require_complete_answer,
+    require_router_of_names,
 )
 from pulse_railway.waiting import FAILED_STATES, poll, wait_for_services
 
@@ -77,8 +78,18 @@ def scaffold(api: Api, target: Target, options: BaselineOptions, output: Output)
             f"{exists} only creates a fresh one: use `pulse-railway ensure`, or delete those"
             " services first" + lost_with_baseline(stack)
         )
+    require_named(stack)
     warn_of_orphans(stack, output)
     return create(api, stack, options, output)
+
+
+def require_named(stack: Stack) -> None:
+    """Raise Failure for a new stack beside another one if the app does not name its router.
+
+    The existing stack may be meant.
+    """
+    if not (stack.names.asked or stack.names.prefix or unfinished(stack)):
+        require_router_of_names(stack)
 
 
 def warn_of_config_file(options: BaselineOptions, output: Output) -> None:
@@ -111,6 +122,7 @@ def ensure(
     with output.step("inspect the project"):
         stack = inspect(api, target, options.names)
     if not stack.baseline or unfinished(stack):
+        require_named(stack)
         warn_of_orphans(stack, output)
         if options.plan_only:
             return stack, ["create router, env, janitor" + ("" if options.redis_url else ", Redis")]
