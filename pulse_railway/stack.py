@@ -636,7 +636,14 @@ def lost_with_missing(stack: Stack) -> list[str]:
             " lost: it gets a new address. Add the domains again on Railway. An app that was"
             " reached by Railway's address needs a new deploy, since its pages name the old one"
         )
-    if names.redis in stack.missing:
+    if names.redis in stack.missing and not stack.router and stack.backends:
+        running = joined(str(s.deployment_id) for s in stack.backends)
+        warnings.append(
+            f"the routing state in {names.redis} is lost, and with {names.router} what was promoted"
+            " last: `pulse-railway restore --deployment-id ...` makes one of these active:"
+            f" {running}"
+        )
+    elif names.redis in stack.missing:
         warnings.append(
             f"the sessions and the routing state in {names.redis} are lost. The janitor restores"
             " the state from Railway within five minutes, `pulse-railway restore` at once;"

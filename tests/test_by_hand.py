@@ -21,6 +21,7 @@ from pulse_railway.stack import (
     Stack,
     can_create_missing,
     find_stack,
+    lost_with_missing,
     missing_name,
     partial,
     require_router,
@@ -352,6 +353,17 @@ def a_stack(without: str, **of_router: str) -> Stack:
     return Stack(Target("p", "e"), Names(), services)
 
 
+def test_without_router_and_redis_nothing_says_what_was_active() -> None:
+    stack = a_stack("pulse-redis")
+    backend = Service("v1", "", "v1", "", None, {}, [], None, None)
+    backend.variables = {contract.STACK: "e/pulse-router", "PULSE_DEPLOYMENT_ID": "v1"}
+    stack.services["v1"] = backend
+    assert "within five minutes" in lost_with_missing(stack)[0]
+    del stack.services["pulse-router"]
+    command = "`pulse-railway restore --deployment-id ...` makes one of these active: v1"
+    assert command in lost_with_missing(stack)[1]
+
+
 def test_services_are_created_again_only_for_a_stack_that_is_known() -> None:
     assert can_create_missing(a_stack("pulse-janitor"))
     assert can_create_missing(a_stack("pulse-env"))
@@ -437,7 +449,7 @@ def test_what_is_left_of_a_deleted_stack_keeps_verbs_from_the_other(environment:
     ],
 )
 def test_an_app_that_names_its_router(plugin: dict[str, str], named: bool) -> None:
-    assert RailwayPlugin(**plugin).router_is_named == named  # type: ignore[arg-type]
+    assert RailwayPlugin(**plugin).router_is_named == named
 
 
 @pytest.mark.parametrize(
