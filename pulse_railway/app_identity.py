@@ -1,7 +1,7 @@
 """The app that a stack serves.
 
-Its identity is stored in a variable of the router's service, so that a deploy from a wrong folder
-does not replace the app by another.
+Its identity is stored in a variable of the router's service and of each backend, so that a deploy
+from a wrong folder does not replace the app by another.
 """
 
 from __future__ import annotations
@@ -53,8 +53,11 @@ def repository(remote: str | None) -> str | None:
 
 
 def stored_identity(stack: Stack) -> AppIdentity:
-    """Return the identity in the router's variables. Fields that are not valid are None."""
-    text = stack.router.variables.get(contract.APP) if stack.router else None
+    """Return the identity in the router's variables, else in those of the newest backend: a router
+    that was deleted and created again has none. Fields that are not valid are None."""
+    newest_first = sorted(stack.backends, key=lambda s: s.created_at, reverse=True)
+    services = [*([stack.router] if stack.router else []), *newest_first]
+    text = next((s.variables[contract.APP] for s in services if contract.APP in s.variables), None)
     try:
         stored = json.loads(text or "{}")
     except (ValueError, RecursionError):

@@ -93,6 +93,27 @@ def test_two_names_are_refused_and_another_place_is_a_warning(
     assert (said in warned) if said and said != "refused" else warned == ""
 
 
+def test_backends_name_the_app_of_a_router_that_was_created_again() -> None:
+    """Another app's `ensure --repair` and deploy were accepted, and the rightful app refused."""
+
+    def service(name: str, created: str, **variables: str) -> Service:
+        made = Service(name, "", name, created, None, {}, [], None, None)
+        made.variables = variables
+        return made
+
+    def app(name: str) -> dict[str, str]:
+        return {contract.APP: json.dumps({"name": name})}
+
+    old = service("v1", "2026-01-01", PULSE_DEPLOYMENT_ID="v1", **app("blog"))
+    new = service("v2", "2026-02-01", PULSE_DEPLOYMENT_ID="v2", **app("shop"))
+    router = service("pulse-router", "2026-03-01")
+    services = {s.name: s for s in (router, old, new)}
+    stack = Stack(Target("p", "e"), Names(), services)
+    assert app_identity.stored_identity(stack).name == "shop"
+    router.variables = app("blog")  # after `deploy --replace-app`
+    assert app_identity.stored_identity(stack).name == "blog"
+
+
 @pytest.mark.parametrize(
     "text", [None, "", "no JSON", "[]", "null", '{"name": 3}', '{"name": ""}', "[" * 99_999]
 )
@@ -135,4 +156,5 @@ def test_another_app_does_not_take_its_place(base: Project, tmp_path: Path) -> N
     assert done.code == 0, done.err
     noted = json.loads(base.variables("pulse-router")[contract.APP])
     assert (noted["name"], noted["file"]) == ("blog", "main.py")
+    assert json.loads(base.variables("posts")[contract.APP])["name"] == "blog"
     assert base.run("deploy", "main.py", "--no-promote", cwd=shop).code == 1

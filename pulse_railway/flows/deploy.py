@@ -188,7 +188,10 @@ def backend_variables(plan: Plan, stack: Stack) -> dict[str, str]:
         if name not in contract.NOT_REFERENCED
         and not name.startswith(("RAILWAY_", "PULSE_RAILWAY_"))
     }
+    identity = app_identity.of_app(plan.app)
+    identity = app_identity.merge_stored(stack, identity, plan.options.replace_app)
     managed = {
+        contract.APP: app_identity.to_json(identity),
         contract.DEPLOYMENT_ID: plan.deployment_id,
         contract.STACK: str(stack.stamp),
         contract.INTERNAL_TOKEN: f"${{{{{names.router}.{contract.INTERNAL_TOKEN}}}}}",
