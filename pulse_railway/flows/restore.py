@@ -40,7 +40,7 @@ def restore(api: Api, stack: Stack, deployment_id: str | None, output: Output) -
     Raises Failure if the active deployment is not known, or nothing is lost.
     """
     require_complete_answer(stack)
-    take_over(api, stack, deployment_id, output)
+    added = take_over(api, stack, deployment_id, output)
     for service in stack.backends:
         mend_references(api, stack, service, output)
     if deployment_id and (stack.backends or stack.unowned):
@@ -58,7 +58,7 @@ def restore(api: Api, stack: Stack, deployment_id: str | None, output: Output) -
         raise
     find_backend(stack, active)
     if deployment_id and not state["lost"] and deployment_id in readable_records(state):
-        if deployment_id == state["active"] and not taken_over:
+        if deployment_id == state["active"] and not (taken_over or added):
             lost_active(stack, state)  # raises if nothing is lost
         check_answers(api, stack, deployment_id, output)
     with output.step("find the deployments' addresses"):
@@ -100,9 +100,10 @@ def stored_about(service: Service) -> dict[str, Any] | None:
     return about if isinstance(about, dict) else None
 
 
-def take_over(api: Api, stack: Stack, deployment_id: str | None, output: Output) -> None:
+def take_over(api: Api, stack: Stack, deployment_id: str | None, output: Output) -> list[str]:
     """Add deployments without a stack to this one: those of its former router, and
-    `deployment_id`, if its owner is not known."""
+    `deployment_id`, if its owner is not known. Returns their services' names."""
+    added = []
     for name, unowned in list(stack.unowned.items()):
         of_former_router = unowned.kind == "gone"
         if not unowned.can_be_restored:
@@ -115,6 +116,8 @@ def take_over(api: Api, stack: Stack, deployment_id: str | None, output: Output)
             write_variables(api, stack.target, service.id, {contract.STACK: str(stack.stamp)})
         stack.services[name] = service
         del stack.unowned[name]
+        added.append(name)
+    return added
 
 
 def mend_references(api: Api, stack: Stack, service: Service, output: Output) -> None:
