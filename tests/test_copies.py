@@ -40,7 +40,7 @@ def use_copy(env: dict[str, str], name: str) -> None:
         "promote --active-deployment-id one --active-service-name one --nonce a1",
         "register --deployment-id two --service-name two --address http://127.0.0.1:9",
         "promote --active-deployment-id two --active-service-name two --nonce a2",
-        "retire --deployment-id one",
+        "retire --deployment-id one --force",
         "delete --deployment-id one",
         "maintenance on",
         "lock --holder h --by me --lease 60",

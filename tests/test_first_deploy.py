@@ -183,7 +183,7 @@ def test_what_the_pages_say(newcomer: Newcomer) -> None:
     assert "testing" in seen
     released = re.findall(r"^released (\S+)$", seen, re.M)
     assert len(released) == 1
-    assert '"planned": []' in seen or "nothing to change" in seen
+    assert '"planned": []' in seen or "no service needs a change" in seen
     made = json.loads((newcomer.folder / "deployment.json").read_text())
     assert made["active"] is True
     assert made["deployment_id"] not in (*deployed, *released)

@@ -178,9 +178,15 @@ def a_stack(**of_router: str) -> Stack:
 
 
 def test_a_deploy_in_a_copy_has_its_own_session_scope() -> None:
-    app = SimpleNamespace(file="main.py", uses_session_store=True)
+    own = {"context": TINY, "plugin": SimpleNamespace(name=None)}
+    app = SimpleNamespace(file="main.py", uses_session_store=True, **own)
     options = SimpleNamespace(
-        server_address=None, deployment_id="x", build_args={}, env={}, deployment_name="x"
+        server_address=None,
+        deployment_id="x",
+        build_args={},
+        env={},
+        deployment_name="x",
+        replace_app=False,
     )
     plan: Any = SimpleNamespace(app=app, options=options, deployment_id="x", image="i")
     variables = backend_variables(plan, a_stack(**{contract.KEY_TTL: "86400"}))

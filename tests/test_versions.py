@@ -352,7 +352,8 @@ class Rails:
 
     def inspect(self, of: Any) -> Any:
         """An inventory, as that janitor has it."""
-        found = [of.Service(s, name, name, 7200.0, "SUCCESS") for name, s in self.services.items()]
+        kind: Any = getattr(of, "Backend", None) or of.Service  # an older janitor's name
+        found = [kind(s, name, name, 7200.0, "SUCCESS") for name, s in self.services.items()]
         last = self.variables["PULSE_RAILWAY_ACTIVE"]
         if of is janitor:
             return of.Inventory(found, "router", router.promotion_from_env(self.variables))
