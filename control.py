@@ -1297,7 +1297,9 @@ def change_answer(
     """Carry out a command that writes, wait for the routers, and return the answer's fields."""
     if args.command == "retire" and not args.force:
         before = store.read()
-        if args.deployment_id == needed_fallback(reports(store), before):
+        former = before.former_active  # the only one that can be it: the active one is asked then
+        is_former = former is not None and former.deployment_id == args.deployment_id
+        if is_former and needed_fallback(reports(store), before):
             words = fallback_words(before, args.deployment_id)
             raise StateError(f"{words}. --force removes it all the same", "fallback")
     routing = change_state(store, args, me)

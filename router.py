@@ -939,8 +939,7 @@ class Follower:
     async def report(self) -> None:
         """Report what this router serves: a new epoch at once, new counts at intervals."""
         now, table, epoch = time.monotonic(), self.table, self.table.routing.epoch
-        in_use = table.down and table.down is table.active and table.fallback
-        fallback = in_use.id if in_use else None
+        fallback = table.fallback_in_use and table.fallback_in_use.id
         news = (epoch, fallback) != (self.reported.get("epoch"), self.reported.get("fallback"))
         if not (table.other_owner or news) and now < self.next_report:
             return
@@ -1019,6 +1018,12 @@ class Deployment:
     busy: int = 0  # requests that wait in `forward`
     trial: asyncio.Future[str] | None = None  # of an ejected deployment: does it answer again?
     tried_at: float = 0.0
+
+    @property
+    def netloc(self) -> str:
+        """Host and port as in a URL (RFC 3986 section 3.2.2)."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
 
 
 @dataclass
@@ -1275,16 +1280,17 @@ class Table:
         return sorted(others, key=lambda d: d.id != location) if until > now else others
 
     def cache_asset_location(self, path: bytes, deployment: Deployment) -> None:
-        if len(path) > self.limits.asset_location_path_bytes:
-            return
         until = time.monotonic() + self.limits.asset_location_seconds
-        self.asset_locations[path] = deployment.id, until
-        keep_newest(self.asset_locations, self.limits.asset_locations)
+        self.cache_by_path(self.asset_locations, path, (deployment.id, until))
 
     def cache_absent(self, path: bytes) -> None:
+        self.cache_by_path(self.absent, path, time.monotonic() + self.limits.absent_seconds)
+
+    def cache_by_path(self, cache: dict[bytes, Any], path: bytes, value: Any) -> None:
         if len(path) <= self.limits.asset_location_path_bytes:
-            self.absent[path] = time.monotonic() + self.limits.absent_seconds
-            keep_newest(self.absent, self.limits.asset_locations)
+            cache[path] = value
+            while len(cache) > self.limits.asset_locations:
+                del cache[next(iter(cache))]
 
     async def readmit(self, deployment: Deployment) -> bool:
         """Return whether an ejected deployment answers again. It is asked once a second, for all
@@ -1292,8 +1298,7 @@ class Table:
         now, limits = time.monotonic(), self.limits
         late = now - deployment.tried_at > limits.readmission_seconds
         if deployment.trial is None or (deployment.trial.done() and late):
-            host = f"[{deployment.host}]" if ":" in deployment.host else deployment.host
-            record = Record(deployment.id, address=f"http://{host}:{deployment.port}")
+            record = Record(deployment.id, address=f"http://{deployment.netloc}")
             brief = replace(limits, backend_seconds=limits.hedge_timeout_seconds)
             loop, threads = asyncio.get_running_loop(), RESOLVER.threads
             deployment.trial = loop.run_in_executor(threads, look, record, brief)
@@ -1301,6 +1306,10 @@ class Table:
         answers = await asyncio.shield(deployment.trial) == "answers"
         deployment.ejected_until = 0.0 if answers else deployment.ejected_until
         return answers
+
+    @property
+    def fallback_in_use(self) -> Deployment | None:
+        return self.fallback if self.down and self.down is self.active else None
 
     def give_up(self, active: Deployment) -> None:
         """Send new visitors to the fallback, from now on."""
@@ -1339,11 +1348,6 @@ class Table:
                 log.error("routing state unreadable (%s); trying again", type(error).__name__)
             pause = 0.1 if time.monotonic() - began > 10 else min(pause * 2, 2.0)
             await asyncio.sleep(pause)
-
-
-def keep_newest(cache: dict[bytes, Any], count: int) -> None:
-    while len(cache) > count:
-        del cache[next(iter(cache))]
 
 
 TABLE = Table(os.environ)  # `serve` makes another, with its limits
@@ -1698,9 +1702,12 @@ def without_named(lines: list[bytes], connection: bytes) -> list[bytes]:
     return [line for line in lines if line.partition(b":")[0].lower() not in names]
 
 
+NO_STORE = {"cache-control": "no-store"}  # on the router's own answers
+
+
 def error_response(status: int, detail: str = "", **headers: str) -> Response:
     """Return the router's own answer in place of an app's; no cache may keep it."""
-    fields = {"cache-control": "no-store"} | {n.replace("_", "-"): v for n, v in headers.items()}
+    fields = NO_STORE | {name.replace("_", "-"): value for name, value in headers.items()}
     detail = detail or http.HTTPStatus(status).phrase.lower()
     return JSONResponse({"detail": detail}, status, fields)
 
@@ -2515,8 +2522,7 @@ def request_head(request: Request, deployment: Deployment) -> list[bytes]:
     if named:
         out[4:] = without_named(out[4:], named)
     if b"host" not in seen:  # HTTP/1.0
-        host = f"[{deployment.host}]" if ":" in deployment.host else deployment.host
-        out.append(f"host: {host}:{deployment.port}\r\n".encode())
+        out.append(f"host: {deployment.netloc}\r\n".encode())
     elif b"x-forwarded-host" not in seen:
         out.append(b"x-forwarded-host: " + seen[b"host"] + b"\r\n")
     before, visitor = seen.get(b"x-forwarded-for", b""), seen.get(b"x-real-ip", b"")
@@ -2924,7 +2930,7 @@ def unavailable(
     if not navigates(request):
         return error_response(status, detail, retry_after=str(retry_after))
     again = f"<meta http-equiv=refresh content={retry_after}>{BACK_SOON}"
-    headers = {"retry-after": str(retry_after), "cache-control": "no-store"}
+    headers = NO_STORE | {"retry-after": str(retry_after)}
     text = (page or again).encode(errors="replace")
     return Response(text, status, headers, "text/html; charset=utf-8")
 
@@ -3073,14 +3079,14 @@ def stale_response(request: Request) -> Response:
         return error_response(404, "deployment not found")
     METRICS.stale += 1
     if navigates(request) and (target := without_affinity(request.url)):
-        return Response(None, 302, {"location": target, "cache-control": "no-store"})
+        return Response(None, 302, NO_STORE | {"location": target})
     headers = Headers(raw=[(lower, value) for _, lower, value in request.fields])
     location = headers.get(CLIENT_LOADER_LOCATION_HEADER)
     if headers.get(CLIENT_LOADER_HEADER) == "1" and location:
         host = headers.get("x-forwarded-host") or headers.get("host") or ""
         if target := local_location(location, host):
-            return Response(None, 302, {"location": target, "cache-control": "no-store"})
-    answer = {STALE_HEADER: "1", "cache-control": "no-store", "vary": AFFINITY_HEADER}
+            return Response(None, 302, NO_STORE | {"location": target})
+    answer = NO_STORE | {STALE_HEADER: "1", "vary": AFFINITY_HEADER}
     if origin := headers.get("origin"):
         answer["access-control-allow-origin"] = origin
         answer["access-control-expose-headers"] = STALE_HEADER

@@ -285,8 +285,7 @@ def collect_metrics(tab_counts: Mapping[str, int], log_dropped: int = 0) -> Metr
     put("pulse.router.connections.refused", METRICS.rejected)
     put("pulse.router.log.dropped", log_dropped)
     put("pulse.router.table.age", round(time.monotonic() - router.TABLE.loaded_at, 3))
-    table = router.TABLE
-    put("pulse.router.fallback", int(table.down is not None and table.down is table.active))
+    put("pulse.router.fallback", int(router.TABLE.fallback_in_use is not None))
     states = collections.Counter(entry.state for entry in router.TABLE.deployments.values())
     for state in ("pending", "active", "draining"):
         put("pulse.router.deployments", states[state], state=state)

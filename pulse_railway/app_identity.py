@@ -55,8 +55,7 @@ def repository(remote: str | None) -> str | None:
 def stored_identity(stack: Stack) -> AppIdentity:
     """Return the identity in the router's variables, else in those of the newest backend: a router
     that was deleted and created again has none. Fields that are not valid are None."""
-    newest_first = sorted(stack.backends, key=lambda s: s.created_at, reverse=True)
-    services = [*([stack.router] if stack.router else []), *newest_first]
+    services = [*([stack.router] if stack.router else []), *stack.backends]  # newest first
     text = next((s.variables[contract.APP] for s in services if contract.APP in s.variables), None)
     try:
         stored = json.loads(text or "{}")

@@ -255,7 +255,7 @@ def of_deleted_stack(every: list[Any], owners: dict[str, Any]) -> list[str]:
     Those that an existing router's stack can take over, since it has their names, are not counted.
 
     Args:
-        every: all services of the environment, as ownership.Service.
+        every: all services of the environment, as ownership.ServiceVariables.
         owners: service id -> ownership.Owner.
     """
     routers = ownership.routers(every)
@@ -279,7 +279,7 @@ def janitor_of_lost(
     """Return the janitor of a deleted router, which the user means; None if there is none.
 
     Args:
-        every: all services of the environment, as ownership.Service.
+        every: all services of the environment, as ownership.ServiceVariables.
         owners: service id -> ownership.Owner.
         routers: the names of the environment's routers.
     """
@@ -392,7 +392,7 @@ def stack_of(environment: Stack, router: Any, every: list[Any], owners: dict[str
     """Return a router's stack, with the names that its services have.
 
     Args:
-        every: all services of the environment, as ownership.Service.
+        every: all services of the environment, as ownership.ServiceVariables.
         owners: service id -> ownership.Owner.
     """
     names, environment_id = environment.names, environment.target.environment_id

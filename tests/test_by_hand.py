@@ -137,17 +137,21 @@ def step_02_the_env_service(edge: Project) -> None:
     assert edge.ok("status")["problems"] == []
 
 
+def killed_runs(edge: Project) -> int:
+    """Repair with runs that are killed after one write each; return how many were."""
+    runs = 0
+    while killed(edge, "ensure", "main.py", "--repair", "--rollback-window-seconds", "0"):
+        runs += 1
+        assert runs < 20
+    return runs
+
+
 def step_03_killed_after_each_write(edge: Project) -> None:
     remove(edge, "edge-env", "edge-janitor")
     assert "edge-env, edge-janitor of this stack are missing" in edge.ok("status")["problem"]
     check_verbs_that_need_the_router_alone(edge)
     before = running(edge)
-    runs = 0
-    window = ("--rollback-window-seconds", "0")
-    while killed(edge, "ensure", "main.py", "--repair", *window):
-        runs += 1
-        assert runs < 15
-    assert runs > 3
+    assert 3 < killed_runs(edge) < 15
     again = ensure(edge, "--json")
     assert again.json["changed"] == []
     assert "edge-env has no API_KEY, which third refers to" in again.err  # also after the kill
@@ -215,12 +219,7 @@ def ensure_changes(project: Project) -> Any:
 def step_05_the_router_and_env_killed_after_each_write(edge: Project) -> None:
     remove(edge, "edge-router", "edge-env")
     assert "edge-env, edge-router of this stack are missing" in edge.ok("status")["problem"]
-    runs = 0
-    window = ("--rollback-window-seconds", "0")
-    while killed(edge, "ensure", "main.py", "--repair", *window):
-        runs += 1
-        assert runs < 20
-    assert runs > 4
+    assert 4 < killed_runs(edge) < 20
     assert ensure_changes(edge) == []
     edge.stage.set_variables("edge-env", {"API_KEY": "k"})
     assert edge.janitor("edge-janitor")["exit"] == 0

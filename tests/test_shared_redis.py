@@ -178,15 +178,9 @@ def a_stack(**of_router: str) -> Stack:
 
 
 def test_a_deploy_in_a_copy_has_its_own_session_scope() -> None:
-    own = {"context": TINY, "plugin": SimpleNamespace(name=None)}
-    app = SimpleNamespace(file="main.py", uses_session_store=True, **own)
+    app = SimpleNamespace(file="main.py", uses_session_store=True)
     options = SimpleNamespace(
-        server_address=None,
-        deployment_id="x",
-        build_args={},
-        env={},
-        deployment_name="x",
-        replace_app=False,
+        server_address=None, deployment_id="x", build_args={}, env={}, deployment_name="x"
     )
     plan: Any = SimpleNamespace(app=app, options=options, deployment_id="x", image="i")
     variables = backend_variables(plan, a_stack(**{contract.KEY_TTL: "86400"}))

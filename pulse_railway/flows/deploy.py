@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pulse_railway import app_identity, contract, naming, provenance, router_commands
+from pulse_railway.app_identity import AppIdentity
 from pulse_railway.build_context import secrets_in_image
 from pulse_railway.config import AppConfig, Target, inside
 from pulse_railway.errors import Failure, Refused
@@ -188,10 +189,7 @@ def backend_variables(plan: Plan, stack: Stack) -> dict[str, str]:
         if name not in contract.NOT_REFERENCED
         and not name.startswith(("RAILWAY_", "PULSE_RAILWAY_"))
     }
-    identity = app_identity.of_app(plan.app)
-    identity = app_identity.merge_stored(stack, identity, plan.options.replace_app)
     managed = {
-        contract.APP: app_identity.to_json(identity),
         contract.DEPLOYMENT_ID: plan.deployment_id,
         contract.STACK: str(stack.stamp),
         contract.INTERNAL_TOKEN: f"${{{{{names.router}.{contract.INTERNAL_TOKEN}}}}}",
@@ -261,7 +259,7 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
                 build_image(plan, stack, output)
         with step(output, attempt, f"create the service {plan.service_name}"):
             about = provenance.about(plan.app.context, plan.options.message)
-            create_backend(api, stack, plan, attempt, about)
+            create_backend(api, stack, plan, attempt, about, identity)
         with step(output, attempt, "build and start"):
             start_backend(api, stack, plan, attempt, output)
         with step(output, attempt, "register with the router"):
@@ -389,9 +387,15 @@ def build_image(plan: Plan, stack: Stack, output: Output) -> None:
 
 
 def create_backend(
-    api: Api, stack: Stack, plan: Plan, attempt: Attempt, about: dict[str, str]
+    api: Api,
+    stack: Stack,
+    plan: Plan,
+    attempt: Attempt,
+    about: dict[str, str],
+    identity: AppIdentity,
 ) -> None:
     assert stack.router is not None
+    app = app_identity.merge_stored(stack, identity, plan.options.replace_app)
     attempt.creating = True
     command = plan.app.plugin.pre_deploy
     pre_deploy = {"preDeployCommand": [command]} if command else {}
@@ -403,6 +407,7 @@ def create_backend(
             {
                 **backend_variables(plan, stack),
                 contract.RUN: attempt.run,
+                contract.APP: app_identity.to_json(app),
                 # a `$` in a commit's message could begin a reference
                 contract.ABOUT: json.dumps(about, separators=(",", ":")).replace("$", "\\u0024"),
             },
