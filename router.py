@@ -1440,6 +1440,9 @@ def requests_under_way() -> list[str]:
     return [e.upstream.deployment.id for e in exchanges if e and not e.state.finished]
 
 
+NO_CONNECTION = "the deployment refuses connections"
+
+
 class UpstreamError(Exception):
     """The backend did not answer. The client gets `status` and `detail`."""
 
@@ -1576,7 +1579,7 @@ async def connect(deployment: Deployment, timeout: float) -> Upstream:
     except OSError as error:
         if error.errno in OWN_WANT:
             raise UpstreamError(503, "the router cannot open a connection", "own") from None
-        raise UpstreamError(502, "the deployment refuses connections", "refused") from None
+        raise UpstreamError(502, NO_CONNECTION, "refused") from None
 
 
 # == The states of a client's connection and of an exchange ======================================
@@ -2807,14 +2810,14 @@ def route(request: Request) -> None:
         exchange = Exchange(request, upstream, on_done, client.touched)
         exchange.send(request_head(request, target))
     else:
-        client.spawn(handle(request))
+        client.spawn(handle(request, target))
 
 
 def on_done(exchange: Exchange) -> None:
     """Go on after an exchange that `route` began without a task."""
     request = exchange.request
     if exchange.state is RESET:
-        request.client.spawn(handle(request, fresh=True))
+        request.client.spawn(handle(request, exchange.upstream.deployment, fresh=True))
         return
     try:
         record_outcome(exchange)
@@ -2946,10 +2949,11 @@ def bypasses_maintenance(request: Request) -> bool:
 # -- requests that must wait -------------------------------------------------------------------
 
 
-async def handle(request: Request, *, fresh: bool = False) -> None:
+async def handle(request: Request, target: Deployment | None, *, fresh: bool = False) -> None:
     """Answer a request that must wait for a lookup, a connection or other deployments."""
     affinity_id = request.affinity_id
-    target = await TABLE.find(affinity_id) if affinity_id else pick_default(request)
+    if affinity_id and not target:
+        target = await TABLE.find(affinity_id)
     reloads = request.handshake and QUERY_RELOAD.search(request.query)
     if target is None and reloads and not TABLE.provisional:  # no stale answers without a state
         METRICS.stale += 1
@@ -2968,9 +2972,13 @@ async def handle(request: Request, *, fresh: bool = False) -> None:
             other, fresh = substitute(request, other, error), False
     else:  # the error of the last one that the request was meant for
         meant = [item for item in failed if item[0] is not TABLE.fallback]
-        blamed = (meant or failed)[-1]
-        failed.remove(blamed)
-        answer_for(request, *blamed)
+        if not meant and TABLE.active and not affinity_id:  # pick_default gave it away, and counted
+            refused = UpstreamError(502, NO_CONNECTION, "refused")
+            request.client.answer(request, unavailable_by(request, TABLE.active, refused))
+        else:
+            blamed = (meant or failed)[-1]
+            failed.remove(blamed)
+            answer_for(request, *blamed)
     for deployment, lost in failed:
         count_failure(deployment, lost.kind)
 
@@ -3010,9 +3018,13 @@ def answer_for(request: Request, target: Deployment, error: UpstreamError) -> No
     """Answer with 502 or 504 in place of a backend."""
     METRICS.errors += 1
     target.tally.errors[error.kind] += 1
+    request.client.answer(request, unavailable_by(request, target, error), target)
+
+
+def unavailable_by(request: Request, target: Deployment, error: UpstreamError) -> Response:
     response = unavailable(request, error.status, error.detail)
     response.raw_headers.append((SELECTED_HEADER.encode(), target.id.encode()))
-    request.client.answer(request, response, target)
+    return response
 
 
 def may_hedge(request: Request) -> bool:

@@ -147,9 +147,14 @@ def test_there_is_no_second_fallback(stage: Stage) -> None:
         stage.start()
         stage.new.stop()
         stage.old.stop()
-        first = stage.page()
-        assert (first.status, first.header("x-pulse-selected-deployment")) == (502, "new")
-        assert stage.page().status == 502
+        for _ in range(3):  # the breaker is open from the second on: the same answer
+            answer = stage.page()
+            assert (answer.status, answer.header("x-pulse-selected-deployment")) == (502, "new")
+            assert answer.json == {"detail": "the deployment refuses connections"}
+        assert stage.page(target="/?pulse_deployment=old").header(
+            "x-pulse-selected-deployment"
+        ) == ("old")
+        eventually(lambda: stage.report()["tallies"]["new"][1] == 2)  # given away, counted once
 
 
 def test_the_fallback_answers_when_canary_and_active_deployment_are_down(stage: Stage) -> None:
