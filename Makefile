@@ -34,7 +34,7 @@ lock: .venv/ready          ## resolve the dependencies anew
 	@$(PY) -m pip install -q uv
 	@.venv/bin/uv pip compile pyproject.toml --extra local --group dev --universal \
 		--python-version 3.12 --generate-hashes --no-strip-extras --no-header -q -U -o requirements.lock
-	@cat router.py control.py janitor.py | sed -n 's/^#   "\(.*\)",$$/\1/p' | sort -u | .venv/bin/uv pip compile - \
+	@cat router.py control.py janitor.py tracing.py | sed -n 's/^#   "\(.*\)",$$/\1/p' | sort -u | .venv/bin/uv pip compile - \
 		-c requirements.lock --universal --python-version 3.12 --generate-hashes \
 		--no-strip-extras --no-header --no-annotate -q -o runtime.lock
 

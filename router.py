@@ -71,6 +71,7 @@ from starlette.responses import JSONResponse, Response
 
 if TYPE_CHECKING:
     import telemetry
+    import tracing
     from sqlite_store import SqliteStore
 
     type Store = RedisStore | SqliteStore
@@ -1352,6 +1353,7 @@ class Table:
 
 TABLE = Table(os.environ)  # `serve` makes another, with its limits
 ACCESS_LOG: telemetry.AccessLog | None = None  # if a variable asks for it
+TRACER: tracing.Tracer | None = None  # as well
 # prefixes of the variables that load telemetry.py
 TELEMETRY = ("PULSE_RAILWAY_ACCESS_LOG", "PULSE_RAILWAY_METRICS_PORT", "OTEL_")
 
@@ -1735,6 +1737,7 @@ class Request:
     unsure = False  # a deployment that was asked for an asset gave no clear answer
     visitor = b""  # id of a visitor who gets a cookie, during a canary
     affinity_id = b""  # the deployment that the request names
+    span: tracing.Span | None = None  # if the request is traced
     body: bytes | bytearray = b""  # received and not taken yet
     arrived: asyncio.Event | None = None  # set when data arrive, and at every end: for `read`
 
@@ -2064,6 +2067,8 @@ class Client(asyncio.Protocol):
         tally.answered(request.method, response.status_code, took)
         if ACCESS_LOG is not None:
             ACCESS_LOG.answered(request, response.status_code, name, len(response.body), took)
+        if request.span is not None:
+            request.span.end(response.status_code, name)
         self.finish(request)
 
     def send_response(self, response: Response, request: Request | None = None) -> None:
@@ -2541,7 +2546,7 @@ def request_head(request: Request, deployment: Deployment) -> list[bytes]:
     if request.handshake:
         out.append(b"connection: Upgrade\r\nupgrade: websocket\r\n")
     out.append(b"\r\n")
-    return out
+    return out if request.span is None else request.span.replace_parent(out)
 
 
 SAFE_TO_REPEAT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE"))
@@ -2633,6 +2638,8 @@ def record_outcome(exchange: Exchange) -> ExchangeState:
             deployment.tally.first_byte.add(exchange.answered_at - exchange.began)
     if ACCESS_LOG is not None:
         ACCESS_LOG.answered(request, exchange.status, deployment.id, exchange.bytes_out, took)
+    if request.span is not None and outcome is not MISSING:
+        request.span.end(exchange.status, deployment.id)
     if outcome is OK:
         request.client.finish(request, exchange.close)
     elif outcome is SWITCHED:
@@ -2792,6 +2799,8 @@ def route(request: Request) -> None:
     if path == OWN_HEALTH_PATH:
         client.answer(request, table.health())
         return
+    if TRACER is not None:
+        TRACER.begin(request)
     if table.copy:
         client.answer(request, error_response(503, table.copy, retry_after="30"))
         return
@@ -3213,7 +3222,7 @@ class Server(uvicorn.Server):
 
 
 def serve(limits: Limits) -> None:
-    global ACCESS_LOG, RESOLVER, TABLE
+    global ACCESS_LOG, RESOLVER, TABLE, TRACER
     port = number_from_env("PORT", DEFAULT_PORT, int)
     store_from_env(os.environ)  # raises for a missing variable before the port is opened
     configured = number_from_env("PULSE_RAILWAY_ROUTER_CONNECTION_LIMIT", None, int)
@@ -3226,7 +3235,7 @@ def serve(limits: Limits) -> None:
     if any(value and name.startswith(TELEMETRY) for name, value in os.environ.items()):
         import telemetry
 
-        ACCESS_LOG, app.state.telemetry = telemetry.start(os.environ)
+        ACCESS_LOG, TRACER, app.state.telemetry = telemetry.start(os.environ)
     config = uvicorn.Config(app, http=Client, ws="none", loop="uvloop", log_level="warning")
     config.lifespan, config.timeout_graceful_shutdown = "on", int(limits.shutdown_seconds)
     app.state.failed, app.state.server = False, Server(config)
@@ -3264,7 +3273,9 @@ def look(record: Record, limits: Limits = DEFAULT_LIMITS) -> str:
     return "answers" if deployment_id in (None, record.deployment_id) else "other"
 
 
-SCRIPTS = "router.py control.py janitor.py telemetry.py sqlite_store.py ownership.py".split()
+SCRIPTS = (
+    "router.py control.py janitor.py telemetry.py tracing.py sqlite_store.py ownership.py".split()
+)
 
 
 @cache

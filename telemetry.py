@@ -26,7 +26,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import uvicorn
 from starlette.responses import Response
@@ -34,6 +34,9 @@ from starlette.responses import Response
 import control
 import router
 from router import BUCKETS, METRICS, Client, Histogram, Json, Request
+
+if TYPE_CHECKING:
+    from tracing import Tracer
 
 REQUEST_ID = b"x-railway-request-id"  # set by Railway's edge
 LOG_RATE = 400  # lines of the access log per second; Railway keeps 500 per replica
@@ -49,17 +52,40 @@ log = logging.getLogger("pulse.router")
 Tasks = dict[str, Callable[[], Coroutine[Any, Any, None]]]
 
 
-def start(env: Mapping[str, str]) -> tuple[AccessLog | None, Tasks]:
-    """Return the access log, if it is on, and the background tasks by name."""
+def start(env: Mapping[str, str]) -> tuple[AccessLog | None, Tracer | None, Tasks]:
+    """Return the access log and what makes spans, if they are on, and the background tasks."""
     tasks: Tasks = {}
     access_log = None
     if env.get("PULSE_RAILWAY_ACCESS_LOG", "") not in ("", "0", "false"):
         access_log = AccessLog(LOG_RATE)
         tasks["access log"] = access_log.run
-    port, target = metrics_port(env), push_target(env)
-    if port or target:
-        tasks["metrics"] = Exporter(port, target, export_interval(env), access_log).run
-    return access_log, tasks
+    port, receiver = metrics_port(env), otlp_receiver("metrics", env)
+    if port or receiver:
+        tasks["metrics"] = Exporter(port, receiver, export_interval(env), access_log).run
+    tracer = None
+    if traces := otlp_receiver("traces", env):
+        tracer = start_tracer(traces, env)
+    if tracer:
+        tasks["traces"] = tracer.run
+    return access_log, tracer, tasks
+
+
+def start_tracer(receiver: Receiver, env: Mapping[str, str]) -> Tracer | None:
+    """Return what makes the spans; None if the receiver or the program cannot have them."""
+    protocol = env.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or env.get(
+        "OTEL_EXPORTER_OTLP_PROTOCOL"
+    )
+    if protocol not in (None, "", "http/protobuf"):
+        log.error(
+            "no traces are pushed: OTLP's protocol is %s, and must be http/protobuf", protocol
+        )
+        return None
+    try:
+        import tracing
+    except ImportError as error:
+        log.error("no traces are pushed: %s is not installed", error.name)
+        return None
+    return tracing.Tracer(receiver)
 
 
 def metrics_port(env: Mapping[str, str]) -> socket.socket | None:
@@ -380,34 +406,74 @@ def encode_otlp(metrics: Metrics, resource_attributes: Mapping[str, str]) -> Jso
     }
 
 
-def push_target(env: Mapping[str, str]) -> tuple[str, dict[str, str]] | None:
-    """Return the endpoint that OTLP is pushed to, and its headers; None if nothing is pushed.
+def otlp_receiver(signal: str, env: Mapping[str, str]) -> Receiver | None:
+    """Return what takes `metrics` or `traces`; None if they are not sent.
 
-    OpenTelemetry's variables name an endpoint for metrics, or one for all signals. The latter is
-    used only if OTEL_METRICS_EXPORTER is otlp, since Railway's tracing sets it on every service and
-    takes traces only.
+    OpenTelemetry's variables name an endpoint for one signal, or one for all. Metrics are sent to
+    the latter only if OTEL_METRICS_EXPORTER is otlp, since Railway's tracing sets it on every
+    service and takes traces only.
     """
-    exporters = {name.strip().lower() for name in env.get("OTEL_METRICS_EXPORTER", "").split(",")}
+    upper = signal.upper()
+    by_default = "otlp" if signal == "traces" else ""
+    names = env.get(f"OTEL_{upper}_EXPORTER") or by_default
+    exporters = {name.strip().lower() for name in names.split(",")}
     if "none" in exporters or env.get("OTEL_SDK_DISABLED", "").lower() == "true":
         return None
-    endpoint = env.get("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT") or ""
+    endpoint = env.get(f"OTEL_EXPORTER_OTLP_{upper}_ENDPOINT") or ""
     base = env.get("OTEL_EXPORTER_OTLP_ENDPOINT")
     if not endpoint and base and "otlp" in exporters:
-        endpoint = base.rstrip("/") + "/v1/metrics"
+        endpoint = f"{base.rstrip('/')}/v1/{signal}"
     if not endpoint:
         return None
     if not re.match(r"https?://[^/]", endpoint):
         log.error(
-            "no metrics are pushed: OTLP's endpoint takes an address with http:// or https://"
+            f"no {signal} are pushed: OTLP's endpoint takes an address with http:// or https://"
         )
         return None
-    pairs = (env.get("OTEL_EXPORTER_OTLP_HEADERS") or "").split(",")
+    own = env.get(f"OTEL_EXPORTER_OTLP_{upper}_HEADERS")
+    pairs = (own or env.get("OTEL_EXPORTER_OTLP_HEADERS") or "").split(",")
     headers = {
         name.strip(): urllib.parse.unquote(value.strip())
         for name, equals, value in (pair.partition("=") for pair in pairs)
         if equals
     }
-    return endpoint, headers
+    return Receiver(signal, endpoint, headers)
+
+
+class Unredirected(urllib.request.HTTPRedirectHandler):
+    """Makes a redirect an HTTPError: the headers of a push can have a secret."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+@dataclass
+class Receiver:
+    """What takes a signal as OTLP over HTTP."""
+
+    signal: str
+    endpoint: str
+    headers: dict[str, str]
+    reports_failure: bool = True  # False once a failed push was logged
+
+    def send(self, body: bytes, content_type: str) -> None:
+        """Send a push, within 10 seconds or so; a failure is logged once until a push succeeds.
+
+        Runs in a thread. Raises OSError, of which an HTTP error is one, or HTTPException.
+        """
+        headers = {"content-type": content_type, **self.headers}
+        try:
+            request = urllib.request.Request(self.endpoint, body, headers)
+            with urllib.request.build_opener(Unredirected).open(request, timeout=10):
+                self.reports_failure = True
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            if self.reports_failure:  # the class only: the message can have the URL, a secret
+                reason = getattr(error, "code", type(error).__name__)
+                log.error("%s cannot be pushed (%s)", self.signal, reason)
+            self.reports_failure = False
+            if isinstance(error, ValueError):
+                raise OSError from None
+            raise
 
 
 def resource_attributes(env: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -421,20 +487,19 @@ def resource_attributes(env: Mapping[str, str] = os.environ) -> dict[str, str]:
 
 
 class Exporter:
-    """Exports the metrics: `port` is scraped, and `push_to` gets them every `every` seconds."""
+    """Exports the metrics: `port` is scraped, and `receiver` gets them every `every` seconds."""
 
     def __init__(
         self,
         port: socket.socket | None,
-        push_to: tuple[str, dict[str, str]] | None,
+        receiver: Receiver | None,
         every: float,
         access_log: AccessLog | None,
     ) -> None:
-        self.port, self.push_to, self.every, self.access_log = port, push_to, every, access_log
+        self.port, self.receiver, self.every, self.access_log = port, receiver, every, access_log
         self.tab_counts: dict[str, int] = {}
         self.tabs_asked_at = 0.0  # monotonic
         self.asking: asyncio.Task[None] | None = None
-        self.reports_failure = True  # False once a failed push was logged
 
     def collect(self) -> Metrics:
         return collect_metrics(self.tab_counts, self.access_log.dropped if self.access_log else 0)
@@ -474,13 +539,13 @@ class Exporter:
             )
         try:
             while True:
-                if self.push_to and time.monotonic() >= next_push:
+                if self.receiver and time.monotonic() >= next_push:
                     next_push = time.monotonic() + self.every
                     await self.count_tabs()
                     await self.push()
                 await asyncio.sleep(1.0)
         finally:
-            if self.push_to:  # the counts since the last push
+            if self.receiver:  # the counts since the last push
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self.push(), LAST_PUSH)
             if server:
@@ -489,22 +554,10 @@ class Exporter:
     async def push(self) -> None:
         """Push the metrics once. A lost push needs no retry, since the counts are cumulative."""
         body = json.dumps(encode_otlp(self.collect(), resource_attributes())).encode()
-        await asyncio.get_running_loop().run_in_executor(None, self.send, body)
-
-    def send(self, body: bytes) -> None:
-        """Send a push, and log a failure once until a push succeeds. Runs in a thread."""
-        endpoint, headers = cast(tuple[str, dict[str, str]], self.push_to)
-        headers = {"content-type": "application/json", **headers}
-        try:
-            request = urllib.request.Request(endpoint, body, headers)
-            with urllib.request.urlopen(request, timeout=10):
-                self.reports_failure = True
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            if self.reports_failure:  # the class only: the message can have the URL, a secret
-                log.error(
-                    "metrics cannot be pushed (%s)", getattr(error, "code", type(error).__name__)
-                )
-            self.reports_failure = False
+        assert self.receiver
+        send, loop = self.receiver.send, asyncio.get_running_loop()
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            await loop.run_in_executor(None, send, body, "application/json")
 
 
 class MetricsConnection(Client):

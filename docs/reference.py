@@ -65,10 +65,15 @@ VARIABLES = {
         " replicas (`ensure --router-replicas`)",
         "PULSE_RAILWAY_METRICS_PORT": "the port for Prometheus: none",
         "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": "the endpoint to which metrics are pushed: none",
-        "OTEL_METRICS_EXPORTER, OTEL_EXPORTER_OTLP_ENDPOINT": "`otlp`: metrics are pushed to that"
-        " endpoint; `none`: never",
-        "OTEL_SDK_DISABLED": "`true`: metrics are never pushed",
-        "OTEL_EXPORTER_OTLP_HEADERS, OTEL_METRIC_EXPORT_INTERVAL, OTEL_SERVICE_NAME,"
+        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "the endpoint to which traces are pushed: none",
+        "OTEL_EXPORTER_OTLP_ENDPOINT": "an endpoint for both; metrics go there only with"
+        " `OTEL_METRICS_EXPORTER=otlp`",
+        "OTEL_METRICS_EXPORTER, OTEL_TRACES_EXPORTER": "`otlp`, or `none`: never pushed",
+        "OTEL_SDK_DISABLED": "`true`: nothing is ever pushed",
+        "OTEL_EXPORTER_OTLP_PROTOCOL, OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "anything but"
+        " `http/protobuf`: no traces",
+        "OTEL_EXPORTER_OTLP_HEADERS, OTEL_EXPORTER_OTLP_METRICS_HEADERS,"
+        " OTEL_EXPORTER_OTLP_TRACES_HEADERS, OTEL_METRIC_EXPORT_INTERVAL, OTEL_SERVICE_NAME,"
         " OTEL_RESOURCE_ATTRIBUTES": "as in OpenTelemetry's specification",
         "PULSE_RAILWAY_ACCESS_LOG": "`1`: a line for each answer",
         "PULSE_RAILWAY_ASSET_PREFIXES": "path prefixes of a build's files, comma-separated:"

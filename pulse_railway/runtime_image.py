@@ -13,7 +13,9 @@ from typing import NoReturn
 
 from pulse_railway import __version__
 
-SCRIPTS = "router.py control.py janitor.py telemetry.py sqlite_store.py ownership.py".split()
+SCRIPTS = (
+    "router.py control.py janitor.py telemetry.py tracing.py sqlite_store.py ownership.py".split()
+)
 FILES = ("Dockerfile.router", *SCRIPTS, "runtime.lock")
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import http.server
 import json
 import socket
 import struct
 import threading
 import time
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 
 class Connection:
@@ -231,3 +232,31 @@ def eventually(check: Callable[[], object], seconds: float = 10) -> None:
     while not check():
         assert time.monotonic() < deadline, "it did not become true"
         time.sleep(0.02)
+
+
+class Collector:
+    """Takes what is pushed to it as OTLP, and answers as it is told to."""
+
+    def __init__(self) -> None:
+        self.taken: list[tuple[str, dict[str, str], bytes]] = []
+        self.status, self.location = 200, ""
+        collector = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["content-length"]))
+                sent = {name.lower(): value for name, value in self.headers.items()}
+                collector.taken.append((self.path, sent, body))
+                self.send_response(collector.status)
+                if collector.location:
+                    self.send_header("location", collector.location)
+                self.end_headers()
+
+            do_GET = do_POST
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
