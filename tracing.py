@@ -159,7 +159,7 @@ class Tracer:
                 if time.monotonic() >= window:
                     window, self.room = time.monotonic() + WINDOW, SPANS
                     if self.dropped:
-                        log.warning("%d spans were dropped: %d in 10 s", self.dropped, SPANS)
+                        log.warning("%s spans were dropped: %s in 10 s", self.dropped, SPANS)
                         self.dropped = 0
         finally:
             with contextlib.suppress(TimeoutError):
