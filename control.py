@@ -55,6 +55,8 @@ SILENT_SECONDS = 60.0  # a promotion does not wait for a router without a report
 LATE_SECONDS = 3600.0  # a command may arrive so long after it was sent
 OTHER_VERSION_SECONDS = 30.0  # until a router that reports no epoch has read the state
 JANITOR_LOCK = ":janitor:lock"
+JANITOR_RUN = ":janitor:run"  # the outcome of the janitor's last run, for `status`
+JANITOR_RUN_SECONDS = 7 * 86_400  # that it is kept
 OUR_LOCK_PREFIX = "steps-"  # of a lock's holder that changes the state by transactions only
 COMMAND_LOCK_SECONDS = 30  # more than the duration of a command
 LEASE_AT_MOST = 3600.0  # seconds; no version of router or janitor sets a longer one
@@ -808,7 +810,48 @@ def status_answer(
         "routers": routers,
         "fallback": fallback_in_use(routers, routing),
         "reports_without_lease": reports_without_lease(store),
+        "writes_refused": write_refusal(store),
+        "janitor": janitor_run(store),
     }
+
+
+def write_refusal(store: router.Store) -> str | None:
+    """Return why Redis refuses writes (it is full, a replica, has no disk); None if it takes them.
+
+    Nothing is written: XX is for a key that exists, and Redis refuses before it looks.
+    """
+    if not isinstance(store, router.RedisStore):
+        return None
+    try:
+        store.client.set(f"{store.prefix}:none", "", xx=True)
+    except redis.ResponseError as error:
+        return str(error)[:200]
+    return None
+
+
+def janitor_run(store: router.Store) -> Json | None:
+    """Return the outcome of the janitor's last run, with its `age` in seconds; None if unknown.
+
+    `failed` is the number of runs in a row that have failed, `why` the last one's message.
+    """
+    if not isinstance(store, router.RedisStore):
+        return None
+    key = store.prefix + JANITOR_RUN
+    with store.client.pipeline(transaction=False) as pipe:
+        pipe.mget(key)  # None for another type, where GET is an error
+        pipe.pttl(key)
+        (text,), left = pipe.execute()
+    if text is None or not 0 <= left <= JANITOR_RUN_SECONDS * 1000:
+        return None
+    with contextlib.suppress(ValueError):
+        run = router.json_object(text)
+        failed, why = run.get("failed"), run.get("why")
+        return {
+            "age": round(JANITOR_RUN_SECONDS - left / 1000, 1),
+            "failed": failed if type(failed) is int else 0,
+            "why": str(why)[:300] if why else None,
+        }
+    return None
 
 
 def record_answer(record: Record) -> Json:

@@ -947,9 +947,11 @@ def main(argv: list[str]) -> int:
         int(router.number_from_env("PULSE_RAILWAY_KEEP", 0.0, env=env)),
     )
     railway = Railway(env)
+    foreign = True
     try:
         before = store.read()
-        if store.me is None or is_foreign(before, store.me):  # Railway's variables are newer
+        foreign = is_foreign(before, store.me)
+        if store.me is None or foreign:  # Railway's variables are newer
             store.me = railway.inspect().identity
         foreign = is_foreign(before, store.me)
         with contextlib.nullcontext(False) if foreign else run_lock(store) as locked:
@@ -962,7 +964,8 @@ def main(argv: list[str]) -> int:
                 railway.set_variables(inventory.janitor_id, {CONTROL_ANSWER: json.dumps(answer)})
                 print(json.dumps({"carried_out": answer.get("command"), "ok": answer["ok"]}))
                 return 0
-            if is_foreign(routing, store.me):
+            foreign = is_foreign(routing, store.me)
+            if foreign:
                 raise control.StateError(ownership.foreign_words(str(routing.owner)), "owner")
             if not locked:
                 print(json.dumps({"skipped": "another run holds the lock"}))
@@ -973,19 +976,37 @@ def main(argv: list[str]) -> int:
         again = report.fallback and not store.client.set(key, "1", nx=True, ex=NOTIFY_AGAIN_SECONDS)
         notify(env, replace(report, fallback=None) if again else report)
     except (Contradiction, control.StateError, RuntimeError) as error:
-        print(f"refused: {error}", file=sys.stderr)
-        return 1
+        problem = f"refused: {error}"
     except (redis.RedisError, httpx.HTTPError) as error:
         # The class only: a Redis error can carry its URL.
-        print(f"gave up: {type(error).__name__}; the next run goes on", file=sys.stderr)
-        return 1
-    print(json.dumps(vars(report)))
-    return 1 if report.failed else 0
+        problem = f"gave up: {type(error).__name__}; the next run goes on"
+    else:
+        print(json.dumps(vars(report)))
+        failed = f"not removed: {', '.join(report.failed)}" if report.failed else None
+        note_run(store, failed)
+        return 1 if failed else 0
+    print(problem, file=sys.stderr)
+    if not foreign:
+        note_run(store, problem)
+    return 1
 
 
 def is_foreign(routing: Routing, me: str | None) -> bool:
     """Is the state another owner's? A container without an identity owns none."""
     return routing.owner not in (None, me)
+
+
+def note_run(store: router.RedisStore, why: str | None) -> None:
+    """Leave the outcome of this run for `status`.
+
+    Args:
+        why: the reason if it has failed.
+    """
+    with contextlib.suppress(redis.RedisError):
+        before = control.janitor_run(store) or {}
+        run = {"failed": before.get("failed", 0) + 1, "why": why} if why else {"failed": 0}
+        key = store.prefix + control.JANITOR_RUN
+        store.client.set(key, json.dumps(run), ex=control.JANITOR_RUN_SECONDS)
 
 
 def in_another_service(env: Mapping[str, str]) -> str:

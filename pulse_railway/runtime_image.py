@@ -57,6 +57,7 @@ def load(name: str) -> ModuleType:
         "control": ["router"],
         "janitor": ["router", "control"],
         "telemetry": ["router", "control"],
+        "tracing": ["router", "telemetry"],
         "sqlite_store": ["router"],
     }.get(name, []):
         load(other)

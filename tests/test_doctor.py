@@ -156,8 +156,8 @@ def test_a_router_of_another_version() -> None:
         ("pulse-router", "warning"),
         ("pulse-janitor", "good"),
     ]
-    assert checkup.checks[0].said.startswith("runs another, and this is ")
-    assert checkup.checks[0].said.endswith("run `pulse-railway ensure`")
+    assert checkup.checks[0].said.startswith("pulse-router runs another, and this is ")
+    assert checkup.checks[0].said.endswith("`pulse-railway ensure` updates it")
 
 
 def test_printed_warnings(base: Project, app: Path) -> None:

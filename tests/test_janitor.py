@@ -771,9 +771,16 @@ NOT_RAILWAY = [
 def test_an_answer_that_is_not_understood_ends_the_run(
     on_railway: Callable[..., tuple[int, str]], redis_server: Redis, answer: bytes, says: str
 ) -> None:
-    code, said = on_railway(answer)
-    assert (code, says in said) == (1, True), said
-    assert not redis_server.client.exists("pulse:railway:janitor:lock")
+    for turn in (1, 2):
+        code, said = on_railway(answer)
+        assert (code, says in said) == (1, True), said
+        assert not redis_server.client.exists("pulse:railway:janitor:lock")
+        run = control.janitor_run(router.RedisStore(redis_server.url, "pulse:railway"))
+        assert (run["failed"], run["why"] in said, run["age"] < 10) == (turn, True, True)
+    redis_server.client.set("pulse:railway:owner", "another/stack")
+    left = redis_server.client.get("pulse:railway:janitor:run")
+    on_railway(answer)  # whose state it may be is not known
+    assert redis_server.client.get("pulse:railway:janitor:run") == left
 
 
 def test_a_run_that_cannot_begin(
@@ -787,6 +794,15 @@ def test_a_run_that_cannot_begin(
     code, said = on_railway(empty)
     assert (code, json.loads(said)) == (0, {"skipped": "another run holds the lock"})
     assert redis_server.client.get("pulse:railway:janitor:lock") == "another"
+    store = router.RedisStore(redis_server.url, "pulse:railway")
+    janitor.note_run(store, "not removed: a")
+    janitor.note_run(store, None)
+    assert control.janitor_run(store) | {"age": 0} == {"age": 0, "failed": 0, "why": None}
+    for damage in ("{", "[]", '{"failed": "x", "why": [1]}'):
+        redis_server.client.set("pulse:railway:janitor:run", damage, ex=60)
+        assert (control.janitor_run(store) or {}).get("failed", 0) == 0
+    redis_server.client.set("pulse:railway:janitor:run", "{}")  # without an end
+    assert control.janitor_run(store) is None
 
 
 def test_in_another_service_it_refuses_in_words(
@@ -946,3 +962,23 @@ def test_an_answer_of_railways_that_does_not_end_is_given_up(
         with pytest.raises(httpx.ReadTimeout, match="does not end"):
             found.inspect()
         assert railway.connections == 3
+
+
+def test_a_redis_that_refuses_writes_is_noticed_without_a_write(redis_server: Redis) -> None:
+    store = router.RedisStore(redis_server.url, "pulse:railway")
+    assert control.write_refusal(store) is None
+    client = redis_server.client
+    try:
+        client.config_set("maxmemory-policy", "noeviction")
+        client.config_set("maxmemory", "1")
+        assert control.write_refusal(store).startswith(("OOM", "command not allowed")), (
+            control.write_refusal(store)
+        )
+        client.config_set("maxmemory", "0")
+        client.replicaof("127.0.0.1", 9)
+        assert "read only replica" in control.write_refusal(store)
+    finally:
+        client.config_set("maxmemory", "0")
+        client.replicaof("NO", "ONE")
+    assert control.write_refusal(store) is None
+    assert list(client.scan_iter("*none*")) == []

@@ -26,6 +26,7 @@ from pulse_railway import cli, contract, router_commands, verbs
 from pulse_railway.config import ControlRoute, Names, Target, Where
 from pulse_railway.errors import Uncertain
 from pulse_railway.flows import logs as flows_logs
+from pulse_railway.flows import promote
 from pulse_railway.flows.status import active_problems, problems, record_problems, status
 from pulse_railway.flows.watch import LENGTH, History
 from pulse_railway.options import LogsOptions
@@ -53,9 +54,20 @@ def stack(*more: Service, last_promoted: str = "a", without: str = "", broken: s
 
 
 A = service("a", PULSE_DEPLOYMENT_ID="a")
+
+
+def scheduled(cron: str) -> Stack:
+    read = stack(A)
+    assert read.janitor
+    settings = {"cronSchedule": cron}
+    janitor = replace(read.janitor, settings=settings)
+    return replace(read, services=read.services | {janitor.name: janitor})
+
+
 RECORD = {"deployment_id": "a", "state": "active"}
 DRAINING = {"deployment_id": "b", "state": "draining", "drain_started_at": 1.0}
-UP = {"active": "a", "lost": False, "epoch": 7, "deployments": [RECORD], "routers": []}
+ROUTER = {"router": "r", "age": 1.0, "epoch": 7, "version": "1"}
+UP = {"active": "a", "lost": False, "epoch": 7, "deployments": [RECORD], "routers": [ROUTER]}
 
 
 def test_only_commands_that_help_are_advised_for_a_silent_active_deployment() -> None:
@@ -125,6 +137,57 @@ def test_only_commands_that_help_are_advised_for_a_silent_active_deployment() ->
         (stack(A), UP | {"deployments": []}, ["the record of a is lost", "restore`"]),
         (
             stack(A),
+            UP | {"active": None},
+            ["no deployment is active", "`pulse-railway promote --deployment-id a`"],
+        ),
+        (
+            stack(A),
+            UP | {"active": None, "deployments": []},
+            ["no deployment is active", "`pulse-railway restore --deployment-id a`"],
+        ),
+        (
+            stack(service("b", PULSE_DEPLOYMENT_ID="b"), last_promoted="a"),
+            UP | {"deployments": [DRAINING]},
+            ["a has no service", "`pulse-railway promote --deployment-id b` makes b active"],
+        ),
+        (
+            stack(A),
+            UP | {"routers": []},
+            ["no router has reported", "`railway restart --service pulse-router`"],
+        ),
+        (
+            stack(A),
+            UP | {"routers": [ROUTER, ROUTER | {"router": "s", "version": "0"}]},
+            ["the router s runs 0, and 1 was deployed", "railway redeploy --service pulse-router"],
+        ),
+        (
+            stack(A),
+            UP | {"writes_refused": "command not allowed when used memory > 'maxmemory'."},
+            ["Redis refuses writes (command not allowed when", "give it more memory"],
+        ),
+        (
+            stack(A),
+            UP | {"writes_refused": "You can't write against a read only replica."},
+            ["it is a replica: give `pulse-railway ensure` the primary's --redis-url"],
+        ),
+        (stack(A), UP | {"janitor": {"age": 900.0, "failed": 1, "why": "gave up"}}, []),
+        (
+            stack(A),
+            UP | {"janitor": {"age": 9.0, "failed": 3, "why": "refused: Unauthorized"}},
+            ["failed 3 times in a row", "refused: Unauthorized", "logs --service pulse-janitor`"],
+        ),
+        (
+            scheduled("*/5 * * * *"),
+            UP | {"janitor": {"age": 1500.0, "failed": 0, "why": None}},
+            ["the janitor ran 25 minutes ago last", "says every 5", "`pulse-railway ensure`"],
+        ),
+        (
+            scheduled("0 3 * * *"),
+            UP | {"janitor": {"age": 80_000.0, "failed": 0, "why": None}},
+            [],
+        ),
+        (
+            stack(A),
             UP | {"problems": ["a: address not understood"]},
             ["a: address not understood", "it is ignored, and is removed with that deployment"],
         ),
@@ -192,7 +255,7 @@ def test_only_commands_that_help_are_advised_for_a_silent_active_deployment() ->
         (
             stack(A, last_promoted=""),
             UP | {"active": None},
-            ["no deployment is active", "promote", "rest"],
+            ["no deployment is active", "promote --deployment-id a`"],
         ),
         (stack(last_promoted=""), UP | {"active": None}, []),  # nothing was deployed yet
         (  # commands for another stack's state were once advised
@@ -205,7 +268,7 @@ def test_only_commands_that_help_are_advised_for_a_silent_active_deployment() ->
             UP | {"lost": True, "problems": ["this environment is a copy"]},
             ["a copy of production", "ensure`"],
         ),
-        (stack(), UP, ["a has no service", "`pulse-railway rollback` goes back"]),
+        (stack(), UP, ["a has no service", "`pulse-railway deploy` deploys a new one"]),
         (  # before, `rollback`, which takes leave of the one that serves everybody
             stack(A),
             UP | {"active": "nonsuch"},
@@ -555,3 +618,32 @@ def test_watching_on_a_terminal(base: Project) -> None:
 
 def test_watching_is_not_for_programs(base: Project) -> None:
     assert "call `status --json` repeatedly" in base.run("status", "--watch", "--json").error
+
+
+# -- what else a bad day asks for ----------------------------------------------------------------
+
+
+def test_a_rollback_goes_on_where_one_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    versions = [service(name, PULSE_DEPLOYMENT_ID=name) for name in "bcd"]
+    drained = [{**DRAINING, "deployment_id": n, "drain_started_at": float(ord(n))} for n in "bcd"]
+    state = UP | {"canary": None, "deployments": [RECORD, *drained]}
+    monkeypatch.setattr(router_commands, "read_state", lambda *_: state)
+    answering = {"b"}
+    tried = []
+
+    def check_and_promote(api: Any, stack: Any, name: str, *_: Any, **more: Any) -> dict[str, Any]:
+        tried.append(name)
+        if name not in answering:
+            raise promote.Silent(f"{name} does not answer now, and nothing was changed: 502")
+        return {"deployment_id": name}
+
+    monkeypatch.setattr(promote, "check_and_promote", check_and_promote)
+    result = promote.rollback(Mock(), stack(A, *versions), Output())
+    assert (result["deployment_id"], tried) == ("b", ["d", "c", "b"])
+    said = capsys.readouterr().err
+    assert "d does not answer now, and nothing was changed: 502; c is the one before it" in said
+    answering.clear()
+    with pytest.raises(promote.Silent, match="b does not answer now"):
+        promote.rollback(Mock(), stack(A, *versions), Output())

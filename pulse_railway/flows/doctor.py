@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import httpx
 
-from pulse_railway import app_identity, config, contract, options, router_commands, runtime_image
+from pulse_railway import app_identity, config, contract, options, router_commands
 from pulse_railway.advice import pasteable
 from pulse_railway.errors import Failure
 from pulse_railway.flows import deploy, status
@@ -258,6 +258,10 @@ def check_stack(
             add_problems(None)  # one of them may be the cause
             raise
         add_problems(state)
+        if down := state["maintenance"]:
+            since = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(down["since"]))
+            said = f"on since {since}: nobody gets the app; `pulse-railway maintenance off` ends it"
+            checkup.add("maintenance", "warning", said)
         by = stack.target.control_route.kind or "ssh"
         return f"answers, by {by}; {state['active'] or 'none'} is active"
 
@@ -270,13 +274,10 @@ def check_versions(checkup: Checkup, stack: Stack) -> None:
     """Check that router and janitor run this version of pulse-railway, or the image they have."""
     for service in (stack.router, stack.janitor):
         assert service is not None
-        deployed = service.variables.get(contract.RUNTIME_VERSION)
-        installed = runtime_image.runtime_version()
-        if deployed == installed or (service.image and deployed == service.image):
-            checkup.add(service.name, "good", str(deployed))
+        if problem := status.version_problem(service):
+            checkup.add(service.name, "warning", problem)
         else:
-            details = f"runs {deployed}, and this is {installed}: run `pulse-railway ensure`"
-            checkup.add(service.name, "warning", details)
+            checkup.add(service.name, "good", str(service.variables[contract.RUNTIME_VERSION]))
 
 
 def check_relay(checkup: Checkup) -> None:

@@ -100,8 +100,12 @@ def check_and_promote(
     }
 
 
+class Silent(Failure):
+    """A deployment does not answer, so that it was not promoted."""
+
+
 def check_answers(api: Api, stack: Stack, deployment_id: str, output: Output) -> None:
-    """Raise Failure if users would get errors.
+    """Raise Silent if users would get errors.
 
     The router does not route to a deployment whose record is lost; the promotion restores the
     record, so this is only a warning.
@@ -113,7 +117,7 @@ def check_answers(api: Api, stack: Stack, deployment_id: str, output: Output) ->
         if deployment_id not in known:
             output.warn(f"the router's record of {deployment_id} is lost: this restores it")
             return
-        raise Failure(
+        raise Silent(
             f"{deployment_id} does not answer now, and nothing was changed: {failure}."
             f" `pulse-railway logs --deployment-id {deployment_id}` shows why;"
             f" `pulse-railway promote --deployment-id {deployment_id} --force` promotes it anyway"
@@ -122,6 +126,11 @@ def check_answers(api: Api, stack: Stack, deployment_id: str, output: Output) ->
 
 def rollback_target(state: dict[str, Any], stack: Stack) -> str | None:
     """Return the deployment that was active last, was not rolled back from, and still runs."""
+    return next(iter(rollback_targets(state, stack)), None)
+
+
+def rollback_targets(state: dict[str, Any], stack: Stack) -> list[str]:
+    """Return the deployments that a rollback can go back to, the last active one first."""
     previous = [
         (float(record.get("drain_started_at") or 0), str(record["deployment_id"]))
         for record in state["deployments"]
@@ -130,11 +139,11 @@ def rollback_target(state: dict[str, Any], stack: Stack) -> str | None:
         and not record.get("rejected_at")
         and stack.backend(record["deployment_id"])
     ]
-    return max(previous)[1] if previous else None
+    return [name for _, name in sorted(previous, reverse=True)]
 
 
 def rollback(api: Api, stack: Stack, output: Output, why: str | None = None) -> dict[str, Any]:
-    """End the canary if there is one; else promote the last active deployment that still runs.
+    """End the canary if there is one; else promote the last active deployment that still answers.
 
     A deployment that was rolled back is not promoted: a second rollback goes one version further.
     """
@@ -151,8 +160,15 @@ def rollback(api: Api, stack: Stack, output: Output, why: str | None = None) -> 
         with output.step(f"end the canary {name}"):
             router_commands.send_abort_canary(api, stack, name, why, output.warn)
         return {"deployment_id": state["active"], "ended": name, "address": stack.address}
-    latest = rollback_target(state, stack)
-    if latest is None:
+    silent = None
+    for name in rollback_targets(state, stack):
+        if silent:
+            output.warn(f"{silent}; {name} is the one before it")
+        try:
+            return check_and_promote(api, stack, name, output, why=why, instead_of=state["active"])
+        except Silent as failure:
+            silent = failure
+    if silent is None:
         rejected = [
             r["deployment_id"]
             for r in state["deployments"]
@@ -163,4 +179,4 @@ def rollback(api: Api, stack: Stack, output: Output, why: str | None = None) -> 
         raise Failure(
             f"no earlier deployment to go back to runs any more: deploy that version again{hint}"
         )
-    return check_and_promote(api, stack, latest, output, why=why, instead_of=state["active"])
+    raise silent

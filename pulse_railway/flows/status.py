@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import time
 from collections.abc import Collection
@@ -14,6 +15,7 @@ from pulse_railway.flows import baseline
 from pulse_railway.flows.promote import rollback_target
 from pulse_railway.railway import documents
 from pulse_railway.railway.api import Api, GraphqlError
+from pulse_railway.runtime_image import runtime_version
 from pulse_railway.services import empty_service_message, replicas_by_region
 from pulse_railway.stack import Service, Stack, joined, ownership, require_baseline
 from pulse_railway.waiting import FAILED_STATES
@@ -59,6 +61,10 @@ def status(api: Api, stack: Stack) -> dict[str, Any]:
     has_address = stack.router and stack.router.domains
     messages = [pasteable(problem) for problem in problems(stack, state, router_error)]
     messages += region_problems(api, stack)
+    ours = [
+        s for s in (stack.router, stack.janitor) if s and s.variables.get(contract.RUNTIME_VERSION)
+    ]
+    messages += [pasteable(problem) for s in ours if (problem := version_problem(s))]
     return {
         "address": stack.address if has_address else None,
         "active": state["active"] if state else None,
@@ -96,12 +102,14 @@ INVALID_KEYS = {
 def state_problems(state: dict[str, Any], stack: Stack) -> list[str]:
     """Report what the routing state has lost, what is invalid in it, and another last promotion
     than Railway's variable has."""
-    active, last = state["active"], stack.last_promoted
+    active, last, records = state["active"], stack.last_promoted, state["deployments"]
     messages = []
     if state["lost"] and last and stack.backend(last) is None:
-        remedy = "`pulse-railway restore --deployment-id ...` with one that runs"
+        remedy = "deploy again"
         if active:
             remedy = f"`pulse-railway restore --deployment-id {active}` makes that final"
+        elif other := other_version(state, stack):
+            remedy = f"`pulse-railway restore --deployment-id {other}` makes the latest one active"
         messages.append(
             f"{last} was promoted last, and its service is gone: {active or 'none'} is active;"
             f" {remedy}"
@@ -112,12 +120,13 @@ def state_problems(state: dict[str, Any], stack: Stack) -> list[str]:
             f"the routing state is lost, or an older one: {last} was promoted last{now}."
             " Routers and janitor restore it by themselves; `pulse-railway restore` does it now"
         )
-    elif not active and stack.backends:
+    elif not active and (other := other_version(state, stack)):
+        verb = "promote" if any(r["deployment_id"] == other for r in records) else "restore"
         messages.append(
-            "no deployment is active: run `pulse-railway promote --deployment-id ...`, or"
-            " `pulse-railway restore --deployment-id ...` where one was active before"
+            f"no deployment is active, and nobody is served: `pulse-railway {verb} --deployment-id"
+            f" {other}` makes the latest one active"
         )
-    recorded = {r["deployment_id"] for r in state["deployments"]}
+    recorded = {r["deployment_id"] for r in records}
     if active and active not in recorded and stack.backend(active):
         messages.append(f"the record of {active} is lost: `pulse-railway restore` restores it")
     deploying = float((state.get("lock") or {}).get("until") or 0) > time.time()
@@ -146,6 +155,17 @@ def state_problems(state: dict[str, Any], stack: Stack) -> list[str]:
             effect = INVALID_KEYS.get(key, "it is ignored, and the next change replaces it")
         messages.append(f"in the routing state, {problem}: {effect}")
     return messages
+
+
+def other_version(state: dict[str, Any], stack: Stack) -> str | None:
+    """Return what to make active in place of the active one: what `rollback` goes back to, or else
+    the latest deployment that runs."""
+    running = [
+        (s.created_at, str(s.deployment_id))
+        for s in stack.backends
+        if s.status not in FAILED_STATES and not s.stopped and s.deployment_id != state["active"]
+    ]
+    return rollback_target(state, stack) or (max(running)[1] if running else None)
 
 
 def active_problems(state: dict[str, Any], stack: Stack) -> list[str]:
@@ -184,30 +204,88 @@ def sharing_problems(state: dict[str, Any], stack: Stack) -> list[str]:
     ]
 
 
+def store_problems(state: dict[str, Any], stack: Stack) -> list[str]:
+    """Report a Redis that refuses writes."""
+    refusal, name = str(state.get("writes_refused") or ""), stack.names.redis
+    if not refusal:
+        return []
+    remedy = f"`pulse-railway logs --service {name}` shows why"
+    if "maxmemory" in refusal:
+        remedy = "it is full: give it more memory, or `maxmemory`"
+    elif "MISCONF" in refusal:
+        remedy = f"its disk is full or cannot be written; {remedy}"
+    elif "read only replica" in refusal:
+        remedy = "it is a replica: give `pulse-railway ensure` the primary's --redis-url"
+    return [
+        f"Redis refuses writes ({refusal}), so that nothing can be promoted, and sessions are not"
+        f" kept: {remedy}"
+    ]
+
+
+JANITOR_FAILURES = 2  # in a row, after which a run's failure is a problem
+STEPS = re.compile(r"\*/(\d+) \* \* \* \*")  # a cron schedule of each so many minutes
+
+
+def janitor_problems(state: dict[str, Any], stack: Stack) -> list[str]:
+    """Report a janitor that fails again and again, or does not run any more."""
+    run, name = state.get("janitor"), stack.names.janitor
+    if not run or stack.janitor is None or stack.janitor.status in FAILED_STATES:
+        return []
+    logs = f"`pulse-railway logs --service {name}` shows its runs"
+    if run["failed"] >= JANITOR_FAILURES:
+        return [
+            f"the janitor has failed {run['failed']} times in a row, and removes nothing meanwhile:"
+            f" {run['why']}. {logs}"
+        ]
+    steps = STEPS.fullmatch(str(stack.janitor.settings.get("cronSchedule") or ""))
+    if steps and run["age"] > 60 * max(3 * int(steps[1]), 20):
+        return [
+            f"the janitor ran {run['age'] / 60:.0f} minutes ago last, and its schedule says every"
+            f" {steps[1]}: {logs}, `pulse-railway ensure` deploys it again"
+        ]
+    return []
+
+
 REDIS_IS_SILENT = "the router's Redis does not answer"  # a message of control.py
 REPORT_SECONDS = 15.0  # after which every running router has reported the state that it serves
 
 
 def router_problems(state: dict[str, Any], stack: Stack) -> list[str]:
-    """Report routers that serve an older state than Redis has, and reports of unknown origin.
+    """Report routers that are silent or serve an older state than Redis has, and reports of unknown
+    origin.
 
     A router that was killed is among them: Redis keeps its last report for two minutes.
     """
     epoch, name = state.get("epoch"), stack.names.router
-    return [
-        f"the router {router['router']} said {router['age']:.0f} s ago that it serves an older"
-        " routing state: if it has ended, this is over in two minutes; else `pulse-railway logs"
-        f" --service {name}` shows why, and `railway restart --service {name}` restarts it"
-        for router in state["routers"]
-        if isinstance(epoch, int)
-        and isinstance(router.get("epoch"), int)
-        and router["epoch"] < epoch
-        and float(router.get("age") or 0) > REPORT_SECONDS
-    ] + [
+    deployed = stack.router and stack.router.variables.get(contract.RUNTIME_VERSION)
+    of_image = stack.router and stack.router.image
+    messages = []
+    if not state["routers"]:
+        messages.append(
+            f"no router has reported for two minutes: `pulse-railway logs --service {name}` shows"
+            f" why, `railway restart --service {name}` restarts it"
+        )
+    for router in state["routers"]:
+        served, version = router.get("epoch"), router.get("version")
+        is_behind = isinstance(epoch, int) and isinstance(served, int) and served < epoch
+        if is_behind and float(router.get("age") or 0) > REPORT_SECONDS:
+            messages.append(
+                f"the router {router['router']} said {router['age']:.0f} s ago that it serves an"
+                " older routing state: if it has ended, this is over in two minutes; else"
+                f" `pulse-railway logs --service {name}` shows why, and `railway restart --service"
+                f" {name}` restarts it"
+            )
+        if deployed and not of_image and version not in (None, deployed):
+            messages.append(
+                f"the router {router['router']} runs {version}, and {deployed} was deployed:"
+                f" `railway redeploy --service {name}` replaces it"
+            )
+    messages += [
         f"{key} is where routers report, and no router has written it: it is ignored."
         f" `redis-cli DEL {shlex.quote(key)}` in {stack.names.redis} removes it"
         for key in state.get("reports_without_lease") or []
     ]
+    return messages
 
 
 DEAD_DEPLOY_SECONDS = 3600.0  # after which no deploy is still between register and promote
@@ -257,6 +335,18 @@ def record_problems(record: dict[str, Any], stack: Stack) -> list[str]:
             f" `pulse-railway delete --deployment-id {name}` does it now"
         )
     return messages
+
+
+def version_problem(service: Service) -> str | None:
+    """Return what is to be done if a service runs another version than this one, or than the image
+    that it has."""
+    deployed, installed = service.variables.get(contract.RUNTIME_VERSION), runtime_version()
+    if deployed == installed or (service.image and deployed == service.image):
+        return None
+    return (
+        f"{service.name} runs {deployed or 'an earlier version'}, and this is {installed}:"
+        " `pulse-railway ensure` updates it"
+    )
 
 
 # Railway's regions in November 2026: if a service is in another one, Railway is asked for its list
@@ -384,10 +474,12 @@ def problems(stack: Stack, state: dict[str, Any] | None, router_error: str | Non
     if (owner := state.get("owner")) not in (None, stack.stamp):
         return [*messages, ownership.foreign_words(owner)]
     active = state["active"]
+    messages += store_problems(state, stack)
     messages += sharing_problems(state, stack)
     messages += state_problems(state, stack)
     messages += active_problems(state, stack)
     messages += router_problems(state, stack)
+    messages += janitor_problems(state, stack)
     for record in state["deployments"]:
         messages += record_problems(record, stack)
     if not active:
@@ -395,10 +487,9 @@ def problems(stack: Stack, state: dict[str, Any] | None, router_error: str | Non
     service = stack.backend(active)
     if service is None:
         last = stack.last_promoted
-        remedy = (
-            "`pulse-railway rollback` goes back, `pulse-railway promote --deployment-id ...` takes"
-            " another one, or deploy"
-        )
+        remedy = "`pulse-railway deploy` deploys a new one"
+        if other := other_version(state, stack):
+            remedy = f"`pulse-railway promote --deployment-id {other}` makes {other} active"
         if last != active and last and stack.backend(last):
             remedy = f"`pulse-railway restore` goes back to {last}"
         messages.append(f"the active deployment {active} has no service: {remedy}")
