@@ -323,7 +323,8 @@ class Railway:
                 " run asks again"
             )
         if own_router and own_router.stamp and own_router.stamp.environment_id != self.environment:
-            raise Contradiction(ownership.copy_words(own_router.stamp.environment_id))
+            words = ownership.copy_words(own_router.stamp.environment_id)
+            raise control.StateError(words, "owner")
         router_id = own_router.id if own_router else None
         stamp = (own_router.stamp if own_router else None) or self.identity
         if own_router and (stamp is None or stamp.router_id != own_router.id):
@@ -977,6 +978,7 @@ def main(argv: list[str]) -> int:
         notify(env, replace(report, fallback=None) if again else report)
     except (Contradiction, control.StateError, RuntimeError) as error:
         problem = f"refused: {error}"
+        foreign = foreign or getattr(error, "reason", None) == "owner"
     except (redis.RedisError, httpx.HTTPError) as error:
         # The class only: a Redis error can carry its URL.
         problem = f"gave up: {type(error).__name__}; the next run goes on"
