@@ -6,6 +6,7 @@ a container's first process, and callers wait for the answer of `control`. The v
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 
@@ -13,6 +14,9 @@ import sys
 def main() -> None:
     """Run the command line. Ctrl-C and a closed stdout end the process without a traceback, even
     while modules are being loaded."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # `>&-` has closed it
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     try:
         try:
             dispatch()
@@ -25,6 +29,11 @@ def main() -> None:
         from pulse_railway.output import silence_stdout
 
         raise SystemExit(silence_stdout()) from None
+    except OSError as error:  # a full disk, say
+        from pulse_railway.output import silence_stdout
+
+        silence_stdout()
+        raise SystemExit(f"error: {error}") from None
 
 
 def dispatch() -> None:

@@ -34,6 +34,10 @@ class ProjectConfig(Config):
 
 def main(argv: list[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise SystemExit("error: this folder was deleted: change to another one") from None
     if text := help_text(arguments):
         print(text)
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import html
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ import httpx
 
 from pulse_railway import provenance
 from pulse_railway.errors import Failure, Interrupted, redact
-from pulse_railway.output import Output
+from pulse_railway.output import Output, printable
 
 TIMEOUT = 10.0  # seconds
 
@@ -33,7 +34,9 @@ def notifying(url: str | None, event: str, output: Output) -> Iterator[Notificat
         yield notification
     except (Failure, Interrupted, OSError, httpx.HTTPError) as error:
         interrupted = isinstance(error, Interrupted)
-        notification.facts |= {"ok": False, "error": "interrupted" if interrupted else str(error)}
+        # one line: what follows it is a log, which may hold anything
+        why = "interrupted" if interrupted else str(error).partition("\n")[0]
+        notification.facts |= {"ok": False, "error": why}
         notification.text = f"{event} failed: {notification.facts['error']}"
         send(url, notification, output)
         raise
@@ -45,13 +48,14 @@ def send(url: str | None, notification: Notification, output: Output) -> None:
     if not url:
         return
     who = provenance.by()
+    text = html.escape(f"{notification.text} ({who})", quote=False)  # Slack's three characters
     body = {
-        "text": f"{notification.text} ({who})",
+        "text": text,
         "event": notification.event,
         "by": who,
         **notification.facts,
     }
-    clean = {k: redact(v) if isinstance(v, str) else v for k, v in body.items()}
+    clean = {k: printable(redact(v)) if isinstance(v, str) else v for k, v in body.items()}
     try:
         httpx.post(url, json=clean, timeout=TIMEOUT).raise_for_status()
     except (httpx.HTTPError, httpx.InvalidURL) as error:  # its text contains the URL, a secret

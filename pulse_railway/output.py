@@ -1,7 +1,8 @@
 """The output of a verb: steps with their durations on stderr, results on stdout.
 
 On a terminal a step has a spinner; elsewhere it is a plain line. With `--json` stdout has one JSON
-object. NO_COLOR is respected.
+object. NO_COLOR is respected. Text from outside (a log, a commit's message, an error of Railway's)
+can do nothing to the terminal: see `printable`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -21,6 +23,34 @@ from pulse_railway.errors import redact
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.status import Status
+
+COLORS = re.compile(r"\x1b\[[0-9;:]*m")  # of a program that was asked for them
+# C0 and C1 but newline and tab, and what changes the direction of text
+_CONTROLS = [*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F)]
+UNPRINTABLE = {
+    code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+    for code in (*_CONTROLS, *range(0x2066, 0x206A))
+}
+
+
+def printable(text: str) -> str:
+    """Return `text` without colors, and with control characters shown instead of sent."""
+    return COLORS.sub("", text).replace("\r\n", "\n").translate(UNPRINTABLE)
+
+
+def console(**options: Any) -> Console:
+    """Return a console of rich's for texts as they are: no markup is read in them, and `printable`
+    is applied to all of them."""
+    from rich.console import Console
+    from rich.segment import Segment
+
+    class PlainConsole(Console):
+        def render(self, *args: Any, **more: Any) -> Iterator[Segment]:
+            for segment in super().render(*args, **more):
+                is_own = segment.control  # rich's sequences
+                yield segment if is_own else Segment(printable(segment.text), segment.style)
+
+    return PlainConsole(highlight=False, markup=False, emoji=False, **options)
 
 
 def silence_stdout() -> int:
@@ -46,9 +76,7 @@ class Output:
     @property
     def console(self) -> Console:
         if self._console is None:
-            from rich.console import Console
-
-            self._console = Console(stderr=True, highlight=False)
+            self._console = console(stderr=True)
         return self._console
 
     @contextlib.contextmanager
@@ -56,13 +84,14 @@ class Output:
         """Announce a step of a verb, and print at its end whether it succeeded, and its time."""
         began = time.monotonic()
         self._title = title
-        console = self.console
         try:
-            if console.is_terminal:
-                with console.status(redact(title)) as self._status:
+            if self.console.is_terminal:
+                from rich.text import Text
+
+                with self.console.status(Text(redact(title))) as self._status:
                     yield
             else:
-                console.print(f"  {redact(title)} ...", soft_wrap=True, markup=False)
+                self.console.print(f"  {redact(title)} ...", soft_wrap=True)
                 yield
         except BaseException:
             self._mark("✗", "red", title, began)
@@ -81,20 +110,22 @@ class Output:
     def waiting(self, why: str) -> None:
         """Show what the current step waits for."""
         if self._status is not None:
-            self._status.update(redact(f"{self._title}: {why}"))
+            from rich.text import Text
+
+            self._status.update(Text(redact(f"{self._title}: {why}")))
         else:
-            self.console.print(f"    {redact(why)}", soft_wrap=True, markup=False)
+            self.console.print(f"    {redact(why)}", soft_wrap=True)
 
     def log(self, line: str) -> None:
         """Print a line of other output: a build's, a service's."""
-        self.console.print(f"    {redact(line)}", style="dim", soft_wrap=True, markup=False)
+        self.console.print(f"    {redact(line)}", style="dim", soft_wrap=True)
 
     def info(self, line: str) -> None:
-        self.console.print(pasteable(redact(line)), soft_wrap=True, markup=False)
+        self.console.print(pasteable(redact(line)), soft_wrap=True)
 
     def warn(self, line: str) -> None:
         text = f"warning: {pasteable(redact(line))}"
-        self.console.print(text, style="yellow", soft_wrap=True, markup=False)
+        self.console.print(text, style="yellow", soft_wrap=True)
 
     def result(self, value: dict[str, Any], summary: list[str]) -> None:
         """Print a verb's result: with --json `value` on stdout, else the summary on stderr."""

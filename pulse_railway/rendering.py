@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pulse_railway.advice import pasteable
+from pulse_railway.output import console
 
 if TYPE_CHECKING:
     from pulse_railway.flows.watch import History
@@ -71,14 +72,13 @@ def activity(result: dict[str, Any]) -> list[str]:
 
 
 def stdout() -> Console:
-    """Return a console for stdout: in a pipe each row is one line; texts are not read as markup."""
-    width = None if sys.stdout.isatty() else 250
-    return Console(highlight=False, markup=False, emoji=False, width=width)
+    """Return a console for stdout: in a pipe each row is one line."""
+    return console(width=None if sys.stdout.isatty() else 250)
 
 
 def show_history(entries: list[dict[str, Any]]) -> None:
     """Print the entries of `history` on stdout, the newest last."""
-    console = stdout()
+    out = stdout()
     table = Table(box=None, pad_edge=False, header_style="dim")
     for title in ("when (UTC)", "what", "deployment", "before", "by", "why"):
         table.add_column(title, overflow="fold")
@@ -89,7 +89,7 @@ def show_history(entries: list[dict[str, Any]]) -> None:
         row = [f"{entry['what']}{weight}", entry.get("deployment_id"), before]
         row += [entry.get("by"), entry.get("why")]
         table.add_row(when, *(str(cell or "") for cell in row))
-    console.print(table if entries else "nothing yet")
+    out.print(table if entries else "nothing yet")
 
 
 MARKS = {"good": ("✓", "green"), "warning": ("!", "yellow"), "bad": ("✗", "red")}
@@ -97,33 +97,33 @@ MARKS = {"good": ("✓", "green"), "warning": ("!", "yellow"), "bad": ("✗", "r
 
 def show_checks(checks: list[dict[str, str]]) -> None:
     """Print the checks of `doctor` on stdout."""
-    console = stdout()
+    out = stdout()
     for check in checks:
         mark = MARKS.get(check["verdict"], ("-", "dim"))
         message = f": {check['said']}" if check["said"] else ""
         line = Text.assemble(mark, " ", (check["name"], "bold"), message)
-        console.print(line, soft_wrap=True)
+        out.print(line, soft_wrap=True)
 
 
 def show_status(result: dict[str, Any]) -> None:
     """Print the result of flows.status on stdout."""
-    console = stdout()
+    out = stdout()
     for part in status_parts(result):
-        console.print(part, soft_wrap=isinstance(part, Text))
+        out.print(part, soft_wrap=isinstance(part, Text))
 
 
 def show_watch(looks: Iterable[tuple[dict[str, Any], History]]) -> None:
     """Print each look; on a terminal it replaces the previous one, in a pipe it follows it."""
-    console = stdout()
-    if not console.is_terminal:
+    out = stdout()
+    if not out.is_terminal:
         for result, history in looks:
-            console.print(Text(time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())))
+            out.print(Text(time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())))
             for part in status_parts(result, history):
-                console.print(part, soft_wrap=isinstance(part, Text))
-            console.print()
+                out.print(part, soft_wrap=isinstance(part, Text))
+            out.print()
             sys.stdout.flush()
         return
-    with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
+    with Live(console=out, auto_refresh=False, vertical_overflow="visible") as live:
         for result, history in looks:
             at = Text(f"at {time.strftime('%H:%M:%S')}; Ctrl-C ends it", "dim")
             live.update(Group(*status_parts(result, history), at), refresh=True)

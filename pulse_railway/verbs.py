@@ -7,6 +7,7 @@ value.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import io
@@ -100,7 +101,7 @@ def run_verb(verb: Callable[..., None], parser: str, flags: Mapping[str, Any]) -
     from pulse_railway import options
     from pulse_railway.advice import pasteable
     from pulse_railway.errors import Failure, Interrupted, redact
-    from pulse_railway.output import Output, silence_stdout
+    from pulse_railway.output import Output, printable, silence_stdout
 
     load_dotenv()
     if isinstance(sys.stdout, io.TextIOWrapper):  # a log line may have characters without encoding
@@ -109,7 +110,9 @@ def run_verb(verb: Callable[..., None], parser: str, flags: Mapping[str, Any]) -
 
     def end(message: str, code: int) -> Exit:
         message = pasteable(message)
-        output.failure(message)
+        with contextlib.suppress(OSError):  # stdout may be what has failed
+            output.failure(message)
+        message = printable(message)
         return Exit(f"error: {message}" if code == 1 else message, code)
 
     try:
@@ -125,7 +128,7 @@ def run_verb(verb: Callable[..., None], parser: str, flags: Mapping[str, Any]) -
     except (OSError, httpx.HTTPError) as error:
         raise end(redact(str(error) or type(error).__name__), 1) from None
     except Exception as error:  # an unforeseen one: its traceback may contain a secret
-        sys.stderr.write(redact(traceback.format_exc()))
+        sys.stderr.write(printable(redact(traceback.format_exc())))
         raise end(
             f"{type(error).__name__}, which is a fault of pulse-railway: nothing is known"
             " to be lost; see `pulse-railway status`",
@@ -157,5 +160,7 @@ def ask(question: str) -> bool | None:
     """Ask the person at the terminal, yes or no; return None if there is no terminal, or in CI."""
     if os.environ.get("CI") or not sys.stdin.isatty():
         return None
-    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    from pulse_railway.output import printable
+
+    print(f"{printable(question)} [y/N] ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")

@@ -8,7 +8,7 @@ from typing import Any
 from pulse_railway.config import Target
 from pulse_railway.errors import Failure
 from pulse_railway.options import LogsOptions
-from pulse_railway.output import Output
+from pulse_railway.output import Output, printable
 from pulse_railway.railway import documents
 from pulse_railway.railway.api import Api
 from pulse_railway.router_commands import read_active
@@ -48,7 +48,7 @@ def logs(
                 since = line["timestamp"]
                 lines.append(line)
                 if not output.as_json:
-                    print(line["message"], flush=True)
+                    print(printable(line["message"].rstrip("\r\n")), flush=True)
         if not options.follow:
             if not lines:
                 output.info(f"{service.name} has said nothing yet")

@@ -35,7 +35,12 @@ def build(
     command.append(str(context))
     env = {**os.environ, **build_args}
     process = subprocess.Popen(
-        command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command,
+        env=env,
+        text=True,
+        errors="replace",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     lines: list[str] = []
     assert process.stdout is not None

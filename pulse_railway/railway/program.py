@@ -68,6 +68,7 @@ def _version(path: str) -> tuple[int, ...]:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
+            errors="replace",
             timeout=30,
         )
     except (OSError, subprocess.TimeoutExpired):

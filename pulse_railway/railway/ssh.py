@@ -175,6 +175,7 @@ def _check_key(path: Path, label: str) -> Path:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
+        errors="replace",
         timeout=30,
     )
     if done.returncode == 0:
