@@ -592,6 +592,10 @@ def with_unlock(step: Step, holder: str) -> Step:
 # -- the app's internal endpoints --------------------------------------------------------------
 
 
+class WrongToken(ValueError):
+    """A backend has another internal token than the router."""
+
+
 def ask_backend(record: Record, path: str, token: str, method: str = "GET") -> Json:
     """Call one of the app's internal endpoints in the private network, and return its answer.
 
@@ -601,6 +605,8 @@ def ask_backend(record: Record, path: str, token: str, method: str = "GET") -> J
         status, body = backend_answer(record, path, {router.INTERNAL_TOKEN_HEADER: token}, method)
     except http.client.HTTPException as error:
         raise ValueError from error
+    if status == 403:
+        raise WrongToken
     if status != 200:
         raise ValueError
     return router.json_object(body)
@@ -624,11 +630,25 @@ def sessions(record: Record, token: str) -> int | None:
 
     A deployment with 0 sessions is deleted, so anything but a whole number is None.
     """
-    try:
-        count = ask_backend(record, SESSIONS_PATH, token).get("render_session_count")
-    except (OSError, ValueError):
-        return None
+    with contextlib.suppress(OSError, ValueError):
+        return ask_sessions(record, token)
+    return None
+
+
+def ask_sessions(record: Record, token: str) -> int | None:
+    """As `sessions`, but raises what `ask_backend` raises."""
+    count = ask_backend(record, SESSIONS_PATH, token).get("render_session_count")
     return count if type(count) is int and count >= 0 else None
+
+
+def sessions_answer(record: Record, token: str) -> Json:
+    """Return the fields of `control status` about a deployment's sessions."""
+    try:
+        return {"sessions": ask_sessions(record, token)}
+    except WrongToken:
+        return {"sessions": None, "wrong_token": True}
+    except (OSError, ValueError):
+        return {"sessions": None}
 
 
 def reload_tabs(record: Record, token: str) -> int:
@@ -787,7 +807,7 @@ def status_answer(
         problems.append(ownership.foreign_words(str(routing.owner)))
     records, routers = list(routing.records.values()), reports(store)
     with concurrent.futures.ThreadPoolExecutor(16) as pool:  # a silent one takes seconds
-        counts = list(pool.map(lambda record: sessions(record, token), records))
+        counts = list(pool.map(lambda record: sessions_answer(record, token), records))
     canary, lock = routing.canary, routing.lock
     closed = routing.maintenance and {**vars(routing.maintenance)}
     if closed:
@@ -805,7 +825,7 @@ def status_answer(
         "copy_of": ownership.copied_from(env or {}),
         "problems": problems,
         "deployments": [
-            {**record_answer(r), "sessions": n} for r, n in zip(records, counts, strict=True)
+            {**record_answer(r), **count} for r, count in zip(records, counts, strict=True)
         ],
         "routers": routers,
         "fallback": fallback_in_use(routers, routing),

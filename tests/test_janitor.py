@@ -220,6 +220,18 @@ def test_an_answer_that_is_none_is_not_zero(room: Room, raw: bytes) -> None:
     assert (report.kept, deleted) == ({"old": "not answering"}, [])
 
 
+def test_a_backend_with_another_token_is_told_from_a_silent_one(room: Room) -> None:
+    room.sessions(2)
+    active = room.store.read().records["active"]
+    assert control.sessions_answer(active, "t") == {"sessions": 2}
+    room.backend.answer = ok(b"{}", status="403 Forbidden")
+    assert control.sessions(active, "t") is None
+    (row,) = control.status_answer(room.store, "t", None)["deployments"]
+    assert (row["sessions"], row["wrong_token"]) == (None, True)
+    room.backend.stop()
+    assert control.sessions_answer(active, "t") == {"sessions": None}
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(said=SAID)
 def test_only_a_zero_is_zero(room: Room, said: object) -> None:

@@ -170,6 +170,16 @@ def test_only_commands_that_help_are_advised_for_a_silent_active_deployment() ->
             UP | {"writes_refused": "You can't write against a read only replica."},
             ["it is a replica: give `pulse-railway ensure` the primary's --redis-url"],
         ),
+        (
+            stack(A),
+            UP | {"deployments": [RECORD | {"sessions": None, "wrong_token": True}]},
+            ["a does not accept the router's internal token", "redeploy --deployment-id a`"],
+        ),
+        (
+            stack(A, service("b", PULSE_DEPLOYMENT_ID="b")),
+            UP | {"deployments": [RECORD, DRAINING | {"sessions": None, "wrong_token": True}]},
+            ["b does not accept", "until its drain time is over, or PULSE_RAILWAY_INTERNAL_TOKEN"],
+        ),
         (stack(A), UP | {"janitor": {"age": 900.0, "failed": 1, "why": "gave up"}}, []),
         (
             stack(A),

@@ -173,6 +173,9 @@ def active_problems(state: dict[str, Any], stack: Stack) -> list[str]:
     messages = []
     for record in state["deployments"]:
         name = record["deployment_id"]
+        if record.get("wrong_token"):
+            messages.append(wrong_token_message(name, name == state["active"], stack))
+            continue
         if name != state["active"] or record.get("sessions", 0) is not None:
             continue
         remedies = []
@@ -189,6 +192,18 @@ def active_problems(state: dict[str, Any], stack: Stack) -> list[str]:
         given = f"{state['active']} cannot be connected to: new visitors get {fallback}"
         messages.append(given)
     return messages
+
+
+def wrong_token_message(name: str, active: bool, stack: Stack) -> str:
+    """Report a deployment with another internal token: somebody has changed the router's."""
+    variable = f"{contract.INTERNAL_TOKEN} of {stack.names.router}"
+    end = f"until its drain time is over, or {variable} is the one with which it was deployed"
+    if active:
+        end = f"`pulse-railway redeploy --deployment-id {name}` gives it the present one"
+    return (
+        f"{name} does not accept the router's internal token, so its tabs are not counted, and"
+        f" cannot be told to reload: {end}"
+    )
 
 
 def sharing_problems(state: dict[str, Any], stack: Stack) -> list[str]:
