@@ -831,6 +831,7 @@ def status_answer(
         "fallback": fallback_in_use(routers, routing),
         "reports_without_lease": reports_without_lease(store),
         "writes_refused": write_refusal(store),
+        "redis": redis_facts(store),
         "janitor": janitor_run(store),
     }
 
@@ -847,6 +848,21 @@ def write_refusal(store: router.Store) -> str | None:
     except redis.ResponseError as error:
         return str(error)[:200]
     return None
+
+
+def redis_facts(store: router.Store) -> Json:
+    """Return what `doctor` looks at: how Redis evicts, how full it is (bytes), and whether its data
+    outlive a restart; a fact that it does not tell is None."""
+    if not isinstance(store, router.RedisStore):
+        return {}
+    facts: Json = {}
+    with contextlib.suppress(redis.ResponseError):  # a user without INFO
+        told = store.client.info("everything")
+        names = ("redis_version", "maxmemory_policy", "used_memory", "maxmemory", "aof_enabled")
+        facts = {name: told.get(name) for name in names}
+    with contextlib.suppress(redis.ResponseError):  # many providers have no CONFIG
+        facts["save"] = store.client.config_get("save").get("save")
+    return facts
 
 
 def janitor_run(store: router.Store) -> Json | None:
@@ -1324,8 +1340,7 @@ def carry_out(argv: list[str], env: Mapping[str, str]) -> Json:
     except StateError as error:
         answer = {"ok": False, "error": str(error), "reason": error.reason}
     except (redis.RedisError, sqlite3.Error, OSError) as error:
-        # The class only: the message of a Redis error can carry its URL.
-        message = f"the router's Redis does not answer ({type(error).__name__})"
+        message = f"the router's Redis does not answer ({router.redis_cause(error)})"
         answer = {"ok": False, "error": message, "reason": "store"}
     version = router.runtime_version()
     if copy:

@@ -979,9 +979,10 @@ def main(argv: list[str]) -> int:
     except (Contradiction, control.StateError, RuntimeError) as error:
         problem = f"refused: {error}"
         foreign = foreign or getattr(error, "reason", None) == "owner"
-    except (redis.RedisError, httpx.HTTPError) as error:
-        # The class only: a Redis error can carry its URL.
+    except httpx.HTTPError as error:
         problem = f"gave up: {type(error).__name__}; the next run goes on"
+    except redis.RedisError as error:
+        problem = f"gave up, Redis: {router.redis_cause(error)}; the next run goes on"
     else:
         print(json.dumps(vars(report)))
         failed = f"not removed: {', '.join(report.failed)}" if report.failed else None

@@ -48,6 +48,7 @@ import re
 import resource
 import secrets
 import socket
+import ssl
 import struct
 import time
 import traceback
@@ -777,6 +778,60 @@ def _with_one_active(
 # Each step is one transaction: a process that is killed leaves the old state or the new one.
 
 
+# redis-py takes more, but none of it means what its author has meant
+REDIS_URL = re.compile(
+    r"rediss?://([^@/?#\s]*@)?(\[[0-9a-f:.]+\]|[^@:/?#\[\]\s]+)(:[0-9]{1,5})?(/[0-9]*)?(\?[^#\s]*)?",
+    re.IGNORECASE,
+)
+
+
+def redis_problem(url: str) -> str | None:
+    """Return what is wrong with a Redis address, without any part of it: it has a password."""
+    scheme, found, rest = url.partition("://")
+    if url[:1] in "\"'" or url[-1:] in "\"'":
+        return "it is in quotes, which belong to no address"
+    if "sentinel" in scheme:
+        return "Sentinel is not supported: give the primary's address"
+    if not found or scheme.lower() not in ("redis", "rediss"):
+        return "it must begin with redis:// or rediss://"
+    if rest.rpartition("@")[2][:1] in ("", ":", "/", "?"):
+        return "it names no host"
+    match = REDIS_URL.fullmatch(url)
+    if match and int((match[3] or ":0")[1:]) < 65536:
+        return None
+    if "@" in rest:
+        return (
+            "a character of its password must be percent-encoded (`#` is %23, `/` %2F, `?` %3F,"
+            " `@` %40), or its port is no number"
+        )
+    return "it must be redis://[user:password@]host[:port][/number]"
+
+
+# what redis-py raises, the most special first
+REDIS_CAUSES: tuple[tuple[type[BaseException], str], ...] = (
+    (redis.AuthenticationError, "it refuses the password"),
+    (redis.exceptions.NoPermissionError, "its user may not do this"),
+    (redis.ReadOnlyError, "it is a read-only replica"),
+    (redis.exceptions.OutOfMemoryError, "it is full"),
+    (redis.BusyLoadingError, "it is still loading its data"),
+    (ssl.SSLCertVerificationError, "its certificate is not trusted"),
+    (ssl.SSLError, "TLS is spoken on one side only"),
+    (socket.gaierror, "its name is not known"),
+    (ConnectionRefusedError, "it refuses connections"),
+)
+
+
+def redis_cause(error: BaseException) -> str:
+    """Return why Redis could not be used, without its message, which can have its address."""
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) and len(causes) < 9:
+        causes.append(cause)
+    for kind, words in REDIS_CAUSES:
+        if any(isinstance(cause, kind) for cause in causes):
+            return words
+    return type(error).__name__
+
+
 class RedisStore:
     """The routing state in Redis under `prefix`. Keys that it writes expire after `ttl` seconds."""
 
@@ -987,6 +1042,8 @@ def store_from_env(env: Mapping[str, str], limits: Limits = DEFAULT_LIMITS) -> S
     url = env.get("PULSE_KV_URL") or env.get("REDIS_URL")
     if kind != "redis" or not url:
         raise SystemExit("set REDIS_URL, or PULSE_KV_KIND=sqlite and PULSE_KV_PATH")
+    if problem := redis_problem(url):
+        raise SystemExit(f"the Redis address is wrong: {problem}")
     ttl = number_from_env("PULSE_RAILWAY_KEY_TTL_SECONDS", None, int, env)
     return RedisStore(url, prefix, ttl, limits)
 
@@ -1345,8 +1402,7 @@ class Table:
             try:
                 await store.follow(self)
             except (redis.RedisError, OSError, TimeoutError) as error:
-                # The class only: the message of a Redis error can carry its URL.
-                log.error("routing state unreadable (%s); trying again", type(error).__name__)
+                log.error("routing state unreadable (%s); trying again", redis_cause(error))
             pause = 0.1 if time.monotonic() - began > 10 else min(pause * 2, 2.0)
             await asyncio.sleep(pause)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pulse_railway import config, contract, naming
+from pulse_railway import config, contract, naming, runtime_image
 from pulse_railway.config import AppConfig, Names, Where
 from pulse_railway.errors import Failure, keep_secret
 from pulse_railway.flags import EMPTY, FLAGS, Flags, value
@@ -220,8 +220,8 @@ def parse_baseline(flags: Flags, output: Output) -> BaselineOptions:
         check_cron(cron)
     redis_url = flags.get("redis_url")
     keep_secret(redis_url)
-    if redis_url and not redis_url.startswith(("redis://", "rediss://")):
-        raise Failure("--redis-url must start with redis:// or rediss://")
+    if redis_url and (problem := runtime_image.load("router").redis_problem(redis_url)):
+        raise Failure(f"--redis-url is wrong: {problem}")
     return from_flags(
         BaselineOptions,
         flags,

@@ -171,3 +171,21 @@ def test_printed_warnings(base: Project, app: Path) -> None:
     assert verb.out.count("railway.toml") == 1
     assert 'Add this to it first: export const partial = "site"' in verb.out
     assert "! its files and settings: the upload holds .env" in verb.out
+
+
+@pytest.mark.parametrize(
+    ("facts", "says"),
+    [
+        ({}, ""),
+        ({"maxmemory": 0, "maxmemory_policy": "allkeys-lru", "save": "60 1"}, ""),
+        ({"maxmemory": 100, "maxmemory_policy": "allkeys-lru"}, "is allkeys-lru: it can evict"),
+        ({"maxmemory": 100, "maxmemory_policy": "volatile-lru", "used_memory": 20}, ""),
+        ({"maxmemory": 2**20, "used_memory": 2**20 - 1}, "99 % of maxmemory are used (1 MB)"),
+        ({"save": "", "aof_enabled": 0}, "do not outlive a restart"),
+        ({"save": "", "aof_enabled": 1}, ""),
+    ],
+)
+def test_a_redis_that_can_lose_the_state(facts: dict[str, Any], says: str) -> None:
+    warnings = doctor.redis_warnings(facts)
+    assert len(warnings) == bool(says)
+    assert says in "".join(warnings)

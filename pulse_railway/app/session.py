@@ -178,14 +178,21 @@ class RailwaySessionStore(ps.SessionStore):
                 raise RuntimeError(
                     f"RailwaySessionStore needs url= or {contract.SESSION_REDIS_URL}"
                 )
-            self._client = redis.asyncio.Redis.from_url(
-                url,
-                decode_responses=True,
-                socket_timeout=TIMEOUT,
-                socket_connect_timeout=TIMEOUT,
-                # a connection that a restart of Redis has closed is made anew, once
-                retry=Retry(NoBackoff(), 1, (redis.ConnectionError,)),
-            )
+            try:
+                self._client = redis.asyncio.Redis.from_url(
+                    url,
+                    decode_responses=True,
+                    socket_timeout=TIMEOUT,
+                    socket_connect_timeout=TIMEOUT,
+                    # a connection that a restart of Redis has closed is made anew, once
+                    retry=Retry(NoBackoff(), 1, (redis.ConnectionError,)),
+                )
+            except ValueError:  # whose message has a part of the password
+                raise RuntimeError(
+                    "RailwaySessionStore's Redis address is wrong: it must be"
+                    " redis://[user:password@]host[:port][/number], and special characters of the"
+                    " password percent-encoded"
+                ) from None
         return self._client
 
     @property

@@ -8,7 +8,7 @@ import json
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
@@ -262,12 +262,39 @@ def check_stack(
             since = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(down["since"]))
             said = f"on since {since}: nobody gets the app; `pulse-railway maintenance off` ends it"
             checkup.add("maintenance", "warning", said)
+        for warning in redis_warnings(state.get("redis") or {}):
+            checkup.add("the router's Redis", "warning", warning)
         by = stack.target.control_route.kind or "ssh"
         return f"answers, by {by}; {state['active'] or 'none'} is active"
 
     checkup.run("the router", ask)
     if stack.target.control_route.kind != "job":
         check_relay(checkup)
+
+
+FULL = 0.9  # of maxmemory
+
+
+def redis_warnings(facts: Mapping[str, Any]) -> list[str]:
+    """Return what can lose the routing state or the sessions, by what Redis says of itself."""
+    warnings = []
+    policy, limit = facts.get("maxmemory_policy"), int(facts.get("maxmemory") or 0)
+    if limit and str(policy).startswith("allkeys"):
+        warnings.append(
+            f"maxmemory-policy is {policy}: it can evict the routing state; set noeviction, or a"
+            " volatile- policy, which evicts sessions alone"
+        )
+    used = int(facts.get("used_memory") or 0)
+    if limit and used > FULL * limit:
+        warnings.append(
+            f"{used * 100 // limit} % of maxmemory are used ({limit // 2**20} MB): give it more"
+        )
+    if facts.get("save") == "" and not facts.get("aof_enabled"):
+        warnings.append(
+            "its data do not outlive a restart, with which all sessions end: set `save` or"
+            " `appendonly yes`, and give it a volume"
+        )
+    return warnings
 
 
 def check_versions(checkup: Checkup, stack: Stack) -> None:
