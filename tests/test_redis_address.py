@@ -26,7 +26,7 @@ from pulse_railway.app.session import RailwaySessionStore
 from pulse_railway.errors import Failure
 from pulse_railway.output import Output
 from tests.conftest import ROOT, Process, Redis
-from tests.net import eventually
+from tests.net import Backend, ask, eventually, ok
 
 Run = Callable[..., Process]
 
@@ -171,3 +171,26 @@ def test_the_router_and_control_name_it(
     env = {"REDIS_URL": url, "RAILWAY_SERVICE_ID": "r"}
     answer = control.carry_out(["active"], env)
     assert answer["error"] == "the router's Redis does not answer (it refuses the password)"
+
+
+def test_the_acl_in_the_docs_suffices(redis_server: Redis, run_router: Run) -> None:
+    line = re.search(r"`(ACL SETUSER .*?)`", (ROOT / "docs" / "operating.md").read_text())
+    assert line
+    client = redis_server.client
+    client.execute_command(*line[1].replace("PASSWORD", "app-pass").split())
+    url = redis_server.url.replace("redis://", "redis://pulse:app-pass@")
+    try:
+        with Backend(ok(b"a")) as a:
+            redis_server.deployment("a", a.address)
+            started = run_router(redis_server, REDIS_URL=url)
+            eventually(lambda: ask(started.port).body == b"a")
+            store = router.RedisStore(url, "pulse:railway")
+            store.apply(lambda routing: control.set_active(routing, "a", "a", []))
+            eventually(lambda: bool(control.reports(store)))
+            state = control.status_answer(store, "", None)
+            assert (state["active"], state["redis"]["save"] is None) == ("a", False)
+            assert started.output() == ""
+            with pytest.raises(redis.exceptions.NoPermissionError):
+                store.client.get("another:key")
+    finally:
+        client.acl_deluser("pulse")
