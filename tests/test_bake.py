@@ -323,11 +323,17 @@ def test_too_few_visitors_are_said(stage: Stage) -> None:
 def test_a_router_of_another_version_is_told(stage: Stage) -> None:
     """It counts no visitors, and a bake of another deployment is not this one's."""
     other = {"bake": {"deployment_id": "other", "samples": {"new": reported(100, 100)}}}
-    for answer in ({}, {"bake": None}, {"bake": 7}, other):
+    none = "counts no visitors for a bake"
+    for answer, words in (
+        ({}, none),
+        ({"bake": None}, none),
+        ({"bake": 7}, none),
+        (other, "the routers count the visitors of other, which bakes too"),
+    ):
         stage.lines.clear()
         stage.answers = [answer]
-        assert stage.bake()["verdict"] == FEW
-        assert sum("counts no visitors for a bake" in line for line in stage.lines) == 1
+        assert stage.bake(20)["verdict"] == FEW
+        assert sum(words in line for line in stage.lines) == 1
 
 
 def test_another_promotion_ends_the_bake(stage: Stage) -> None:

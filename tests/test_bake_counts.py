@@ -244,6 +244,14 @@ def test_the_table_of_addresses_is_bounded(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(json.dumps(sample)) < 1200
 
 
+def test_a_bake_lasts_its_time_whatever_the_clocks_say() -> None:
+    """The store's clock is 90 minutes ahead of the router's, or behind."""
+    for now in (time.time() + 5400, time.time() - 5400):
+        record = router.Record("new", bake=router.Bake(now + 60, now, "old"))
+        left = router.Watch(record, router.DEFAULT_LIMITS).ends - time.monotonic()
+        assert 60 < left <= 60 + router.DEFAULT_LIMITS.watch_grace_seconds
+
+
 def test_what_is_no_sample_in_the_store_is_left_out(baking: Baking) -> None:
     baking.promote()
     baking.ask("/")

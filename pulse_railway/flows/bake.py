@@ -240,7 +240,7 @@ class Look:
     new: Sample = field(default_factory=Sample)
     old: Sample = field(default_factory=Sample)
     before: Count = field(default_factory=Count)  # the old version, since the routers started
-    counted: bool = True  # False: the router is of a version that counts no visitors
+    counted: str | None = None  # the deployment whose visitors the routers count
     reported: bool = True  # False: no router has reported lately
 
     def verdict(self, slow: bool) -> Verdict:
@@ -250,14 +250,13 @@ class Look:
 def look(state: dict[str, Any], new: str, old: str) -> Look:
     """Return what `control status` says of the bake of `new`."""
     found = state.get("bake")
-    found = found if isinstance(found, dict) and found.get("deployment_id") == new else None
-    samples = (found or {}).get("samples") or {}
+    found = found if isinstance(found, dict) else {}
+    counted = found.get("deployment_id")
+    samples = (counted == new and found.get("samples")) or {}
     ages = [router.get("age") for router in state["routers"]]
     reported = any(type(age) in (int, float) and age < SILENT_SECONDS for age in ages)
     before = history(state["routers"], old)
-    return Look(
-        sample(samples.get(new)), sample(samples.get(old)), before, found is not None, reported
-    )
+    return Look(sample(samples.get(new)), sample(samples.get(old)), before, counted, reported)
 
 
 def bake(
@@ -320,12 +319,17 @@ def _watch(
             current = (state["canary"] or {}).get("deployment_id") if canary else state["active"]
             if current != new:
                 return _result(seen, new, old, f"over: {current or 'none'} took its place")
-            if not (seen.counted or warned):
-                output.warn(
-                    "the router is of another version, and counts no visitors for a bake:"
-                    " `pulse-railway ensure` brings this one"
-                )
+            if seen.counted != new and not warned:
                 warned = True
+                if seen.counted:
+                    output.warn(
+                        f"the routers count the visitors of {seen.counted}, which bakes too"
+                    )
+                else:
+                    output.warn(
+                        "the router is of another version, and counts no visitors for a bake:"
+                        " `pulse-railway ensure` brings this one"
+                    )
             judged = seen.verdict(slow)
             counts = f"{seen.new}; {old}: {seen.old}"
             why = "" if judged == "well" else f" ({judged})"
