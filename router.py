@@ -77,6 +77,8 @@ if TYPE_CHECKING:
 
     type Store = RedisStore | SqliteStore
     type Then = Callable[[Exchange], None]
+    # where a bake has counted a request: the failures by kind, the entry of its address
+    type Seen = tuple[collections.Counter[str], list[int]]
 
 VERSION = "0.4.0"  # of the package
 
@@ -1537,30 +1539,30 @@ def bake_key(record: Record) -> str:
 class Watch:
     """Counts what visitors of a baking deployment get, and those of the one before it.
 
-    Requests without affinity count, and those with one of an address that has had a request without
-    it: a stranger who names the new deployment does not. All visitors of the old deployment came to
-    it before the bake, so that they always count."""
+    Requests without affinity count, and those with one of an address that had a request without it
+    at this router: a stranger who names the new deployment does not. All visitors of the old
+    deployment came to it before the bake, so that they always count."""
 
     def __init__(self, record: Record, limits: Limits) -> None:
         bake = cast(Bake, record.bake)
-        self.new, self.key, self.limits = record.deployment_id, bake_key(record), limits
+        self.new, self.key = record.deployment_id, bake_key(record)
         self.samples = {name: Sample() for name in (record.deployment_id, bake.old) if name}
         self.slow = bake.latency_ms / 1000 if bake.latency_ms else math.inf  # seconds
         # a duration, since the clocks of store and router may differ
         self.ends = time.monotonic() + bake.until - bake.since + limits.watch_grace_seconds
 
     def json(self) -> Json:
-        key = self.key.encode()[-64:]
+        key = self.key.encode()
         return {name: sample.json(key) for name, sample in self.samples.items()}
 
     def count(
         self, request: Request, deployment: Deployment, failure: str, took: float
-    ) -> tuple[Sample, list[int]] | None:
+    ) -> Seen | None:
         """Count a request, and return where, if it counts; `failure` is empty for none."""
         sample = self.samples.get(deployment.id)
         if sample is None or request.path in NO_VISITOR or request.values(INTERNAL_TOKEN_FIELD):
             return None
-        address = network_of(client_address(request))
+        address = network_of(client_address(request)[:64])
         entry = sample.by_address.get(address)
         if entry is None:
             if request.affinity_id and deployment.id == self.new:
@@ -1575,7 +1577,7 @@ class Watch:
             sample.failed[failure] += 1
         else:
             sample.first_byte.add(took)
-        return sample, entry
+        return sample.failed, entry
 
 
 ADDRESSES = 1000  # in a sample
@@ -1589,7 +1591,7 @@ def network_of(address: bytes) -> bytes:
     try:
         ip = ipaddress.ip_address(address.decode("latin-1"))
     except ValueError:
-        return address[:64]
+        return address
     if isinstance(ip, ipaddress.IPv6Address):
         return ip.ipv4_mapped.packed if ip.ipv4_mapped else ip.packed[:8]
     return ip.packed
@@ -2850,7 +2852,7 @@ class TunnelEnd(asyncio.Protocol):
         self.ended = self.lost = False  # EOF was received; the connection was lost
         self.since = 0.0  # of an ending tunnel: time of the last data
         self.opened = 0.0  # of a backend's end: monotonic, until it has ended
-        self.seen: tuple[Sample, list[int]] | None = None  # where a bake has counted it
+        self.seen: Seen | None = None
 
     def data_received(self, data: bytes) -> None:
         self.peer.transport.write(data)
@@ -2895,9 +2897,9 @@ class TunnelEnd(asyncio.Protocol):
             tally.broken[1] += 1
             tally.errors["short_socket"] += 1
         if self.seen:
-            sample, entry = self.seen
+            failed, entry = self.seen
             entry[1] += 1
-            sample.failed["short_socket"] += 1
+            failed["short_socket"] += 1
 
     def pause_writing(self) -> None:
         if not self.peer.ended:
@@ -2916,8 +2918,8 @@ class TunnelEnd(asyncio.Protocol):
             far.transport.abort()
 
 
-def join(client: Client, exchange: Exchange, seen: tuple[Sample, list[int]] | None) -> None:
-    """Pass a backend's 101 on, and make the two connections a tunnel. `seen`: where it counts."""
+def join(client: Client, exchange: Exchange, seen: Seen | None) -> None:
+    """Pass a backend's 101 on, and make the two connections a tunnel."""
     upstream = exchange.upstream
     head = [b"HTTP/1.1 101 Switching Protocols\r\n"]
     head += [n + b": " + v + b"\r\n" for n, v in exchange.fields]
