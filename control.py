@@ -23,9 +23,11 @@ data, are in router.py, since a router repairs the store.
 from __future__ import annotations
 
 import argparse
+import collections
 import concurrent.futures
 import contextlib
 import functools
+import heapq
 import http.client
 import json
 import logging
@@ -43,7 +45,7 @@ import redis
 
 import ownership
 import router
-from router import Json, Promotion, Record, Routing, Step, Tombstone
+from router import Bake, Json, Promotion, Record, Routing, Step, Tombstone
 
 SESSIONS_PATH = "/_pulse/internal/railway/sessions"
 RELOAD_PATH = "/_pulse/internal/railway/reload"
@@ -60,6 +62,7 @@ JANITOR_RUN_SECONDS = 7 * 86_400  # that it is kept
 OUR_LOCK_PREFIX = "steps-"  # of a lock's holder that changes the state by transactions only
 COMMAND_LOCK_SECONDS = 30  # more than the duration of a command
 LEASE_AT_MOST = 3600.0  # seconds; no version of router or janitor sets a longer one
+ADDRESSES_ANSWERED = 15  # of clients with most requests and failures, for a deployment in a bake
 JANITOR_WAIT = 15.0  # seconds that a command waits for an older janitor to end
 
 
@@ -208,6 +211,7 @@ def set_active(
     instead_of: str | None = None,
     rolls_back: bool = False,
     bake: float | None = None,
+    bake_latency_ms: float | None = None,
 ) -> Routing:
     """Make a deployment active; the deployment that was active drains.
 
@@ -219,6 +223,7 @@ def set_active(
         instead_of: the deployment that must be active now. Raises StateError otherwise.
         rolls_back: the deployment that was active is no target of a rollback from now on.
         bake: seconds for which the deployment is watched; in its record until `finish_bake`.
+        bake_latency_ms: milliseconds after which an answer's beginning counts as slow in it.
     """
     hints = {item["deployment_id"]: item for item in draining}
     if deployment_id in hints:
@@ -231,7 +236,7 @@ def set_active(
         drain_started_at=None,
         weight=None,
         rejected_at=None,
-        bake=routing.now + bake if bake else None,
+        bake=new_bake(routing, bake, bake_latency_ms),
     )
     if address:
         record = replace(record, address=address.rstrip("/"))
@@ -255,6 +260,13 @@ def set_active(
     return replace(new, active=deployment_id, promoted=promotion)
 
 
+def new_bake(routing: Routing, seconds: float | None, latency_ms: float | None) -> Bake | None:
+    """Return a bake that begins now, beside the deployment that is active; None for no bake."""
+    if not seconds:
+        return None
+    return Bake(routing.now + seconds, routing.now, routing.active, latency_ms)
+
+
 def set_canary_weight(
     routing: Routing,
     deployment_id: str,
@@ -263,11 +275,12 @@ def set_canary_weight(
     service_id: str | None = None,
     instead_of: str | None = None,
     bake: float | None = None,
+    bake_latency_ms: float | None = None,
 ) -> Routing:
     """Make a deployment the canary, which gets `weight` percent of the new visitors.
 
-    There is at most one canary. It stays until it is promoted or aborted. `instead_of` and `bake`
-    are as in `set_active`.
+    There is at most one canary. It stays until it is promoted or aborted. `instead_of`, `bake` and
+    `bake_latency_ms` are as in `set_active`.
     """
     if routing.active is None:
         raise StateError("no deployment is active: promote it without a weight", "inactive")
@@ -282,7 +295,7 @@ def set_canary_weight(
         )
     record = promotable(routing, deployment_id, service_id)
     # a bake whose time is over was interrupted
-    until = record.bake if record.bake and record.bake > routing.now else None
+    present = record.bake if record.bake and record.bake.until > routing.now else None
     record = replace(
         record,
         state="pending",
@@ -292,7 +305,7 @@ def set_canary_weight(
         pinned=True,
         weight=weight,
         canary_at=routing.now,
-        bake=routing.now + bake if bake else until,
+        bake=new_bake(routing, bake, bake_latency_ms) or present,
     )
     require_address(record)
     return with_records(routing, record)
@@ -833,6 +846,56 @@ def status_answer(
         "writes_refused": write_refusal(store),
         "redis": redis_facts(store),
         "janitor": janitor_run(store),
+        "bake": bake_answer(store, routing),
+    }
+
+
+def bake_answer(store: router.Store, routing: Routing) -> Json | None:
+    """Return the bake in progress, with what all routers have counted in it by deployment."""
+    record = routing.baking
+    if record is None or record.bake is None:
+        return None
+    texts: list[Any] = []
+    if isinstance(store, router.RedisStore):
+        with contextlib.suppress(redis.ResponseError):  # a key of another type
+            texts = cast(list[Any], store.client.hvals(store.prefix + router.bake_key(record)))
+    samples: dict[str, Json] = {}
+    for text in texts:
+        for name, sample in (router.or_none(router.json_object, text) or {}).items():
+            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+                samples[name] = sum_of_samples(samples.get(name), sample)
+    for sample in samples.values():  # an answer is bounded, however many routers there are
+        most = heapq.nlargest(
+            ADDRESSES_ANSWERED, sample["addresses"].items(), key=lambda item: sum(item[1])
+        )
+        sample["addresses"] = dict(most)
+    bake = {k: v for k, v in vars(record.bake).items() if v is not None}
+    return {**bake, "deployment_id": record.deployment_id, "samples": samples}
+
+
+def sum_of_samples(one: Json | None, other: Json) -> Json:
+    """Return the sum of two routers' samples. Raises ValueError and others for an invalid one."""
+    parts = [other] if one is None else [one, other]
+    numbers = [n for part in parts for n in (part["requests"], part["slow"], part["visitors"])]
+    failed: collections.Counter[str] = collections.Counter()
+    addresses: dict[str, list[int]] = {}
+    for part in parts:
+        failed.update(part["failed"])
+        for address, entry in part["addresses"].items():
+            before = addresses.get(address, [0, 0, 0])
+            addresses[address] = [a + b for a, b in zip(before, entry, strict=True)]
+    seconds = [sum(column) for column in zip(*(part["seconds"] for part in parts), strict=True)]
+    counts = [*numbers, *seconds, *failed.values(), *(n for e in addresses.values() for n in e)]
+    if not all(type(n) is int and n >= 0 for n in counts):
+        raise ValueError
+    return {
+        "requests": sum(part["requests"] for part in parts),
+        "failed": dict(failed),
+        "slow": sum(part["slow"] for part in parts),
+        # one that came to two routers counts once
+        "visitors": max(len(addresses), *(part["visitors"] for part in parts)),
+        "seconds": seconds,
+        "addresses": addresses,
     }
 
 
@@ -1006,6 +1069,7 @@ ACCEPTED: dict[str, Callable[[Any], Any]] = {
     "address": router.an_address,
     "holder": router.a_text,
     "bake": a_duration,
+    "bake_latency_ms": a_duration,
     "lease": a_duration,
     "retry_after": a_positive_duration,
     "maintenance_since": router.a_time,
@@ -1069,6 +1133,7 @@ def control_parser() -> argparse.ArgumentParser:
         help="the active one is no rollback target from then on",
     )
     add("--bake", type=moment, metavar="SECONDS", help="how long it is watched")
+    add("--bake-latency-ms", type=moment, metavar="MS", help="what counts as slow meanwhile")
     add = command("withdraw", "end a canary: it drains")
     add("--deployment-id", type=valid_id, required=True)
     add = command("baked", "end a deployment's bake; the deployment stays")
@@ -1122,6 +1187,7 @@ def step_of(args: argparse.Namespace) -> Step:
                 "service_id": args.service_id,
                 "instead_of": args.instead_of,
                 "bake": args.bake,
+                "bake_latency_ms": args.bake_latency_ms,
             }
             if args.weight is not None:
                 step = functools.partial(set_canary_weight, weight=args.weight, **common)

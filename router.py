@@ -38,8 +38,10 @@ import concurrent.futures
 import contextlib
 import errno
 import hashlib
+import heapq
 import hmac
 import http.client
+import ipaddress
 import json
 import logging
 import math
@@ -57,7 +59,7 @@ from bisect import bisect_left
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import httptools
@@ -77,6 +79,8 @@ if TYPE_CHECKING:
 
     type Store = RedisStore | SqliteStore
     type Then = Callable[[Exchange], None]
+    # where a bake has counted a request: the failures by kind, the entry of its address
+    type Seen = tuple[collections.Counter[str], list[int]]
 
 VERSION = "0.4.0"  # of the package
 
@@ -102,6 +106,7 @@ LAST_PROMOTED_VARIABLE = "PULSE_RAILWAY_ACTIVE"  # on Railway: id of the deploym
 LAST_PROMOTED_AT_VARIABLE = "PULSE_RAILWAY_ACTIVE_AT"
 
 REPORT_LEASE = 120  # seconds that a router's report lasts
+BAKE_TTL = 6 * 3600  # seconds after a router's last report about a bake
 SCAN_COUNT = 1000  # keys per step of Redis' SCAN
 SERVICE_PREFIX = os.environ.get("PULSE_RAILWAY_SERVICE_PREFIX", "")
 
@@ -155,6 +160,9 @@ class Limits:
     half_closed_seconds: float = 60.0  # of silence in a half-closed tunnel
     flush_seconds: float = 30.0  # to write the rest after the other end was lost
     busy_share: float = 0.5  # of the connections, for one deployment's requests
+    gave_up_seconds: float = 1.0  # a client that leaves later, without an answer, gave up
+    canary_seconds: float = 10.0  # until the active one answers for a silent canary
+    short_tunnel_seconds: float = 1.0  # a backend that closes a tunnel sooner has failed
     # the active deployment cannot be connected to
     breaker_connect_seconds: float = 1.5  # until its fallback gets the request
     breaker_probe_seconds: float = 1.0  # between two attempts to connect
@@ -182,6 +190,7 @@ class Limits:
     scan_step_seconds: float = 90.0  # between two steps of a slow scan
     report_seconds: float = 10.0  # between two reports while counters change
     report_idle_seconds: float = 45.0
+    watch_grace_seconds: float = 120.0  # after a bake that nobody has ended
     # the process
     restarts: int = 3  # of a background task in `restart_seconds`, then the process ends
     restart_seconds: float = 60.0
@@ -214,7 +223,7 @@ ACTIVE, PROMOTED, EPOCH, STORE_ID = ":active", ":promoted", ":epoch", ":store"
 TOMBSTONES, PROCESSED, HISTORY = ":removed", ":answers", ":history"
 MAINTENANCE, DEPLOY_LOCK, OWNER = ":maintenance", ":deploy:lock", ":owner"
 STAMP = re.compile(r"[A-Za-z0-9_-]{1,64}/[A-Za-z0-9_-]{1,64}")  # as ownership.parse takes it
-RECORD, REPORT = ":deployment:", ":router:"  # prefixes of keys
+RECORD, REPORT, BAKE = ":deployment:", ":router:", ":bake:"  # prefixes of keys
 TOMBSTONE_TTL = max(7 * 86_400.0, number_from_env("PULSE_RAILWAY_DRAIN_TTL_SECONDS", 0.0))
 TOMBSTONES_AT_MOST = 1000
 CLOCKS_MAY_DIFFER = 86_400.0  # a promotion later than that is invalid
@@ -299,6 +308,27 @@ HOST_NAME = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
+class Bake:
+    """A deployment is watched: routers count what its visitors get (`Watch`)."""
+
+    until: float
+    since: float = 0.0  # 0: begun by an earlier version; nothing is counted
+    old: str | None = None  # the deployment that it is compared with
+    latency_ms: float | None = None  # a request whose answer begins later is slow
+
+
+def a_bake(value: Any) -> Bake:
+    found = an_object(value)
+    old, latency = found.get("old"), found.get("latency_ms")
+    return Bake(
+        a_time(found.get("until")),
+        a_time(found.get("since", 0.0)),
+        None if old is None else a_text(old),
+        None if latency is None else a_number(1e9, latency),
+    )
+
+
+@dataclass(frozen=True)
 class Record:
     """A deployment as the store has it. Times are seconds since 1970 by the store's clock."""
 
@@ -316,7 +346,7 @@ class Record:
     bake_ended_at: float | None = stored(a_time)
     pinned: bool = stored(a_flag, False, "held")  # stays pending on purpose
     weight: float | None = stored(a_percentage)  # percent of new visitors; set on the canary
-    bake: float | None = stored(lambda v: a_time(an_object(v).get("until")))
+    bake: Bake | None = stored(a_bake)  # noqa: RUF009
     about: Mapping[str, Any] | None = stored(an_object)  # commit, message, author
     instances: Mapping[str, Any] | None = stored(an_object)
     raw: Json = field(default_factory=dict)  # as stored, with unknown fields
@@ -346,8 +376,8 @@ class Record:
         stored_record = {**self.raw, "deployment_id": self.deployment_id}
         for name, stored_field in FIELDS.items():
             value = getattr(self, stored_field.name)
-            if name == "bake" and value is not None:
-                value = {"until": value}
+            if isinstance(value, Bake):
+                value = {key: part for key, part in vars(value).items() if part}
             if not (value is None or value is False or value == ""):
                 stored_record[name] = value
             elif name not in self.ignored:
@@ -444,6 +474,14 @@ class Routing:
         """The deployment that gets a share of the new visitors beside the active one."""
         canaries = (r for r in self.records.values() if r.is_canary)
         return next((r for r in canaries if r.deployment_id != self.active), None)
+
+    @property
+    def baking(self) -> Record | None:
+        """The deployment whose visitors routers count: the canary, or the active one."""
+        for record in (self.canary, self.records.get(self.active or "")):
+            if record and record.bake and record.bake.since:
+                return record
+        return None
 
     @property
     def promoted_by_other(self) -> bool:
@@ -918,6 +956,7 @@ class Follower:
         self.scan_all, self.cursor = True, 0
         self.next_report = self.report_by = 0.0  # report_by: also without changes
         self.reported: Json = {}
+        self.reported_watch = ""
 
     async def run(self, pubsub: redis.asyncio.client.PubSub) -> None:
         listener, event = asyncio.create_task(self.listen(pubsub)), self.table.refresh_event
@@ -935,6 +974,7 @@ class Follower:
         except asyncio.CancelledError:
             with contextlib.suppress(redis.RedisError, OSError, TimeoutError):
                 if not self.table.other_owner:
+                    await self.report_watch()
                     await self.client.delete(self.store.prefix + REPORT + METRICS.name)
             raise
         finally:
@@ -1014,6 +1054,19 @@ class Follower:
             uptime, tasks = round(time.time() - METRICS.started_at), len(asyncio.all_tasks())
             text = compact({**report, "uptime_seconds": uptime, "tasks": tasks})
             await self.client.set(self.store.prefix + REPORT + METRICS.name, text, ex=REPORT_LEASE)
+        await self.report_watch()
+        if table.watch and now > table.watch.ends:
+            table.watch = None
+
+    async def report_watch(self) -> None:
+        """Write what this router has counted in a bake. It stays when this router has ended."""
+        watch = self.table.watch
+        if watch is None or (text := compact(watch.json())) == self.reported_watch:
+            return
+        key = self.store.prefix + watch.key
+        await self.client.hset(key, METRICS.name, text)
+        await self.client.expire(key, BAKE_TTL)
+        self.reported_watch = text
 
 
 def written(after: Routing, change: Change) -> Routing:
@@ -1125,6 +1178,8 @@ class Table:
         self.absent: dict[bytes, float] = {}  # assets that no deployment has; until when
         self.fallback: Deployment | None = None  # see Routing.fallback
         self.down: Deployment | None = None  # the active one, while the fallback gets its visitors
+        self.watch: Watch | None = None  # while a deployment bakes
+        self.baked = ""  # key of the last `watch`: one that is over does not begin again
 
     @property
     def lost(self) -> bool:
@@ -1278,6 +1333,11 @@ class Table:
         self.canary = known.get(canary.deployment_id.encode()) if canary else None
         self.weight = (canary.weight if canary else None) or 0.0
         self.closed = routing.maintenance
+        baking = routing.baking
+        if baking is None or baking.bake is None:
+            self.watch = None
+        elif self.baked != bake_key(baking):
+            self.baked, self.watch = bake_key(baking), Watch(baking, self.limits)
 
     def _entry(self, record: Record) -> Deployment | None:
         """Return a record's entry: the present one if the address is the same, or a new one."""
@@ -1440,19 +1500,22 @@ class Tally:
     )
     first_byte: Histogram = field(default_factory=Histogram)
     errors: collections.Counter[str] = field(default_factory=collections.Counter)  # by kind
-    failed: int = 0  # errors without an answer in `answers`: broken off, or another answered
+    failed: int = 0  # errors without an answer in `answers`
+    broken: list[int] = field(default_factory=lambda: [0] * 10)  # by class: answers that failed
     tunnels: int = 0  # number of opened tunnels
 
     def answered(self, method: bytes, status: int, seconds: float) -> None:
         self.answers[method if method in METHODS else b"_OTHER", status // 100].add(seconds)
 
     def summary(self) -> tuple[list[int], int, list[int]]:
-        """Return answers by status class, failures without one, answers by bucket of duration."""
+        """Return whole answers by status class, other failures, answers by bucket of duration."""
         classes = [0] * 10
         for (_, status), histogram in self.answers.items():
             classes[status] += sum(histogram.counts)
+        failed = self.failed + sum(self.broken)
+        classes = [count - broken for count, broken in zip(classes, self.broken, strict=True)]
         buckets = [h.counts for h in self.answers.values()] or [Histogram().counts]
-        return classes, self.failed, [sum(column) for column in zip(*buckets, strict=True)]
+        return classes, failed, [sum(column) for column in zip(*buckets, strict=True)]
 
 
 @dataclass(slots=True)
@@ -1488,6 +1551,109 @@ class Metrics:
 
 
 METRICS = Metrics()
+
+
+@dataclass(slots=True)
+class Sample:
+    """What visitors of one deployment got during a bake, by client address and in total."""
+
+    # requests, failed, slow; the address b"" stands for those beyond ADDRESSES
+    by_address: dict[bytes, list[int]] = field(default_factory=dict)
+    failed: collections.Counter[str] = field(default_factory=collections.Counter)  # by kind
+    first_byte: Histogram = field(default_factory=Histogram)
+
+    def json(self, key: bytes) -> Json:
+        """Return the totals, and the addresses that count most, hashed with `key`: enough to limit
+        their share, and to know whether there are five."""
+        entries = {address: e for address, e in self.by_address.items() if address}
+        most = {
+            address: entry
+            for column in range(3)
+            for address, entry in heapq.nlargest(
+                ADDRESSES_REPORTED, entries.items(), key=lambda item: item[1][column]
+            )
+        }
+        sums = [sum(column) for column in zip(*self.by_address.values(), strict=True)]
+        requests, _, slow = sums or (0, 0, 0)
+        return {
+            "requests": requests,
+            "failed": self.failed,
+            "slow": slow,
+            "visitors": len(entries),
+            "seconds": self.first_byte.counts,
+            "addresses": {
+                hashlib.blake2b(address, digest_size=6, key=key).hexdigest(): entry
+                for address, entry in most.items()
+            },
+        }
+
+
+def bake_key(record: Record) -> str:
+    """Return the store's key of what routers count in a deployment's bake: a hash by router."""
+    since = record.bake.since if record.bake else 0.0
+    return f"{BAKE}{record.deployment_id}:{since * 1000:.0f}"
+
+
+class Watch:
+    """Counts what visitors of a baking deployment get, and those of the one before it.
+
+    Requests without affinity count, and those with one of an address that had a request without it
+    at this router: a stranger who names the new deployment does not. All visitors of the old
+    deployment came to it before the bake, so that they always count."""
+
+    def __init__(self, record: Record, limits: Limits) -> None:
+        bake = cast(Bake, record.bake)
+        self.new, self.key = record.deployment_id, bake_key(record)
+        self.samples = {name: Sample() for name in (record.deployment_id, bake.old) if name}
+        self.slow = bake.latency_ms / 1000 if bake.latency_ms else math.inf  # seconds
+        # a duration, since the clocks of store and router may differ
+        self.ends = time.monotonic() + bake.until - bake.since + limits.watch_grace_seconds
+
+    def json(self) -> Json:
+        key = self.key.encode()
+        return {name: sample.json(key) for name, sample in self.samples.items()}
+
+    def count(
+        self, request: Request, deployment: Deployment, failure: str, took: float
+    ) -> Seen | None:
+        """Count a request, and return where, if it counts; `failure` is empty for none."""
+        sample = self.samples.get(deployment.id)
+        if sample is None or request.path in NO_VISITOR or request.values(INTERNAL_TOKEN_FIELD):
+            return None
+        address = network_of(client_address(request)[:64])
+        entry = sample.by_address.get(address)
+        if entry is None:
+            if request.affinity_id and deployment.id == self.new:
+                return None
+            if len(sample.by_address) >= ADDRESSES:
+                address = b""
+            entry = sample.by_address.setdefault(address, [0, 0, 0])
+        entry[0] += 1
+        entry[2] += took > self.slow
+        if failure:
+            entry[1] += 1
+            sample.failed[failure] += 1
+        else:
+            sample.first_byte.add(took)
+        return sample.failed, entry
+
+
+ADDRESSES = 1000  # in a sample
+ADDRESSES_REPORTED = 5  # with most requests, failures, slow ones
+NO_VISITOR = frozenset((META_PATH.encode(), HEALTH_PATH.encode()))  # deploy and janitor ask
+
+
+@lru_cache(1024)
+def network_of(address: bytes) -> bytes:
+    """Return a client's address, of IPv6 its /64: a client has all of it."""
+    try:
+        ip = ipaddress.ip_address(address.decode("latin-1"))
+    except ValueError:
+        return address
+    if isinstance(ip, ipaddress.IPv6Address):
+        return ip.ipv4_mapped.packed if ip.ipv4_mapped else ip.packed[:8]
+    return ip.packed
+
 
 # == The backend's side of a connection =========================================================
 
@@ -1943,6 +2109,8 @@ class Client(asyncio.Protocol):
     def refuse(self, status: int) -> None:
         """Answer an invalid request after the earlier answers, and close the connection."""
         arriving = self.arriving
+        if self.state is HEAD and ACCESS_LOG is not None:
+            ACCESS_LOG.refused(status, time.monotonic() - self.head_since)
         if self.state is BODY and arriving:
             self.abort_request(arriving, status)
         elif self.state is HEAD and arriving and not arriving.answered:
@@ -1967,7 +2135,11 @@ class Client(asyncio.Protocol):
         if begun or not alone:
             self.close()
         else:
-            self.send_response(error_response(status))
+            response = error_response(status)
+            self.send_response(response)
+            if ACCESS_LOG is not None:
+                took = time.monotonic() - self.touched
+                ACCESS_LOG.answered(arriving, status, None, len(response.body), took)
             self.linger("refused")
 
     def reject(self, open_now: int) -> None:
@@ -2122,7 +2294,8 @@ class Client(asyncio.Protocol):
         tally, name = (tried.tally, tried.id) if tried else (METRICS.own, None)
         tally.answered(request.method, response.status_code, took)
         if ACCESS_LOG is not None:
-            ACCESS_LOG.answered(request, response.status_code, name, len(response.body), took)
+            size = 0 if request.method == b"HEAD" else len(response.body)
+            ACCESS_LOG.answered(request, response.status_code, name, size, took)
         if request.span is not None:
             request.span.end(response.status_code, name)
         self.finish(request)
@@ -2456,9 +2629,7 @@ class Exchange:
         self.keep = False
         if self.state is ANSWERING:
             log.warning("%s: %s", self.upstream.deployment.id, why)
-            tally = self.upstream.deployment.tally
-            tally.failed += 1
-            tally.errors["broken_off"] += 1
+            self.upstream.deployment.tally.errors["broken_off"] += 1
             self.flush()
             if self.version_10:  # only a reset distinguishes it from a complete answer
                 reset(self.client.transport)
@@ -2472,6 +2643,8 @@ class Exchange:
         """End an exchange whose backend does not begin its answer, or falls silent in it."""
         limits = TABLE.limits
         limit = limits.handshake_seconds if self.request.handshake else limits.response_seconds
+        if self.state is WAITING and may_leave_canary(self.request, self.upstream.deployment):
+            limit = min(limit, limits.canary_seconds)
         since = self.began if self.state is WAITING else self.heard
         if self.state.finished or time.monotonic() - since <= limit:
             return
@@ -2644,6 +2817,7 @@ async def forward(
         upstream = upstream or await connect(target, timeout or connect_seconds(request, target))
         if request.gone:
             upstream.transport.abort()
+            count_gone(request, target)
             return GONE
         exchange = await exchanged(request, upstream, hedge, timeout)
     finally:
@@ -2680,6 +2854,9 @@ async def exchanged(request: Request, upstream: Upstream, hedge: bool, timeout: 
     return exchange
 
 
+ENDED = {BROKEN: "broken_off", GONE: "client_gone"}  # in the access log
+
+
 def record_outcome(exchange: Exchange) -> ExchangeState:
     """Count an ended exchange, and go on as its outcome says. Returns and raises as `forward`."""
     request, deployment, outcome = exchange.request, exchange.upstream.deployment, exchange.state
@@ -2687,20 +2864,41 @@ def record_outcome(exchange: Exchange) -> ExchangeState:
         raise UpstreamError(502, exchange.why, "lost", sent=True)
     if outcome is TIMED_OUT:
         raise UpstreamError(504, "the deployment did not answer in time", "timeout", sent=True)
-    took = exchange.heard - exchange.began
-    if exchange.status:
-        deployment.tally.answered(request.method, exchange.status, took)
+    if outcome is MISSING:
+        return outcome  # another deployment, or a request to this one, answers
+    took, status, seen = exchange.heard - exchange.began, exchange.status, None
+    if outcome is GONE and not exchange.answered_at:
+        status = 0  # at most a 1xx has come
+    if status:
+        tally, first_byte = deployment.tally, took
+        tally.answered(request.method, status, took)
         if exchange.answered_at:
-            deployment.tally.first_byte.add(exchange.answered_at - exchange.began)
+            first_byte = exchange.answered_at - exchange.began
+            tally.first_byte.add(first_byte)
+        if outcome is BROKEN:
+            tally.broken[status // 100] += 1
+        if TABLE.watch is not None:
+            failure = "broken_off" if outcome is BROKEN else "5xx" if status >= 500 else ""
+            seen = TABLE.watch.count(request, deployment, failure, first_byte)
+    else:
+        count_gone(request, deployment)
     if ACCESS_LOG is not None:
-        ACCESS_LOG.answered(request, exchange.status, deployment.id, exchange.bytes_out, took)
-    if request.span is not None and outcome is not MISSING:
-        request.span.end(exchange.status, deployment.id)
+        ended = ENDED.get(outcome, "complete")
+        ACCESS_LOG.answered(request, status, deployment.id, exchange.bytes_out, took, ended)
+    if request.span is not None:
+        request.span.end(status, deployment.id)
     if outcome is OK:
         request.client.finish(request, exchange.close)
     elif outcome is SWITCHED:
-        join(request.client, exchange)
+        join(request.client, exchange, seen)
     return outcome
+
+
+def count_gone(request: Request, deployment: Deployment) -> None:
+    """Count a client that has left before an answer, if it waited for one for long enough."""
+    waited = time.monotonic() - request.client.touched  # since its last byte
+    if waited >= TABLE.limits.gave_up_seconds and not request.more_body:
+        count_failure(request, deployment, "gave_up", waited)
 
 
 # == WebSockets: tunnels of bytes ===============================================================
@@ -2711,7 +2909,7 @@ class TunnelEnd(asyncio.Protocol):
     have sent EOF, a connection is lost, or only one has sent EOF and the other is silent for
     `half_closed_seconds`. Then buffers are written for at most `flush_seconds`."""
 
-    __slots__ = ("deployment", "ended", "lost", "peer", "since", "transport")
+    __slots__ = ("deployment", "ended", "lost", "opened", "peer", "seen", "since", "transport")
     open: ClassVar[set[TunnelEnd]] = set()  # the clients' ends, until both connections are gone
 
     def __init__(self, transport: asyncio.Transport, deployment: str) -> None:
@@ -2719,6 +2917,8 @@ class TunnelEnd(asyncio.Protocol):
         self.peer: TunnelEnd = self
         self.ended = self.lost = False  # EOF was received; the connection was lost
         self.since = 0.0  # of an ending tunnel: time of the last data
+        self.opened = 0.0  # of a backend's end: monotonic, until it has ended
+        self.seen: Seen | None = None
 
     def data_received(self, data: bytes) -> None:
         self.peer.transport.write(data)
@@ -2728,6 +2928,8 @@ class TunnelEnd(asyncio.Protocol):
     def eof_received(self) -> bool:
         peer = self.peer
         self.ended, self.since = True, time.monotonic()
+        if self.opened:
+            self.count_if_short()
         if peer.ended or peer.lost or not peer.transport.can_write_eof():
             # No other code closes a connection with both halves ended, and a tunnel would keep its
             # two descriptors.
@@ -2740,6 +2942,8 @@ class TunnelEnd(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         peer = self.peer
         self.lost = True
+        if self.opened:
+            self.count_if_short()
         if peer.lost:
             TunnelEnd.open.discard(self)
             TunnelEnd.open.discard(peer)
@@ -2749,6 +2953,19 @@ class TunnelEnd(asyncio.Protocol):
             peer.transport.close()
         else:
             reset(peer.transport)
+
+    def count_if_short(self) -> None:
+        """Count a backend's end that closes at once after its 101, before the client has."""
+        lasted, self.opened = time.monotonic() - self.opened, 0.0
+        if lasted > TABLE.limits.short_tunnel_seconds or self.peer.ended or self.peer.lost:
+            return
+        if tally := METRICS.tallies.get(self.deployment):
+            tally.broken[1] += 1
+            tally.errors["short_socket"] += 1
+        if self.seen:
+            failed, entry = self.seen
+            entry[1] += 1
+            failed["short_socket"] += 1
 
     def pause_writing(self) -> None:
         if not self.peer.ended:
@@ -2767,7 +2984,7 @@ class TunnelEnd(asyncio.Protocol):
             far.transport.abort()
 
 
-def join(client: Client, exchange: Exchange) -> None:
+def join(client: Client, exchange: Exchange, seen: Seen | None) -> None:
     """Pass a backend's 101 on, and make the two connections a tunnel."""
     upstream = exchange.upstream
     head = [b"HTTP/1.1 101 Switching Protocols\r\n"]
@@ -2784,6 +3001,7 @@ def join(client: Client, exchange: Exchange) -> None:
     name = upstream.deployment.id
     near, far = TunnelEnd(client.transport, name), TunnelEnd(upstream.transport, name)
     near.peer, far.peer = far, near
+    far.opened, far.seen = time.monotonic(), seen
     near.transport.write(b"".join(head))
     if client.early:
         far.transport.write(client.early)
@@ -2887,7 +3105,12 @@ def on_done(exchange: Exchange) -> None:
     try:
         record_outcome(exchange)
     except UpstreamError as error:
-        answer_for(request, exchange.upstream.deployment, error)
+        target = exchange.upstream.deployment
+        if other := substitute(request, target, error):
+            count_failure(request, target, error.kind)
+            request.client.spawn(handle(request, other))
+        else:
+            answer_for(request, target, error)
 
 
 # -- without affinity: the active deployment, or the canary ------------------------------------
@@ -2902,7 +3125,7 @@ def pick_default(request: Request) -> Deployment | None:
         if in_canary_bucket(visitor_of(request), table.canary.id, table.weight):
             return table.canary
     if active is not None and active is table.down and may_use_fallback(request):
-        count_failure(active, "refused")
+        count_failure(request, active, "refused")
         return table.fallback
     return active
 
@@ -2913,10 +3136,12 @@ def may_use_fallback(request: Request) -> bool:
     return TABLE.fallback is not None and not about_active
 
 
-def count_failure(deployment: Deployment, kind: str) -> None:
-    """Count a request that another deployment answered in place of this one."""
+def count_failure(request: Request, deployment: Deployment, kind: str, took: float = 0.0) -> None:
+    """Count a request that got no answer of this deployment's: of another one's, or none."""
     deployment.tally.failed += 1
     deployment.tally.errors[kind] += 1
+    if TABLE.watch is not None and kind != "own":
+        TABLE.watch.count(request, deployment, kind, took)
 
 
 def in_canary_bucket(visitor: bytes, deployment_id: str, weight: float) -> bool:
@@ -2931,22 +3156,29 @@ VISITOR = re.compile(rb"(?:^|;) *" + VISITOR_COOKIE.encode() + rb"=([0-9a-f]{16}
 def visitor_of(request: Request) -> bytes:
     """Return a visitor's id, from our cookie, or else from client address and user agent: it is the
     new cookie's. An app's session cookie would come too late for the first page's assets."""
-    address = agent = forwarded = b""
+    agent = b""
     for _, name, value in request.fields:
         if name == b"cookie":
             if match := VISITOR.search(value):
                 return match[1]
         elif name == b"user-agent":
             agent = value
-        elif name == b"x-real-ip":  # set by Railway's edge
-            address = value
-        elif name == b"x-forwarded-for":
-            forwarded = value.partition(b",")[0].strip()
-    client = (address or forwarded or request.client.peer) + b"\n" + agent
+    client = client_address(request) + b"\n" + agent
     visitor = hashlib.blake2b(client, digest_size=8).hexdigest().encode()
     if navigates(request):  # not another site's POST, which comes without the cookie (SameSite)
         request.visitor = visitor
     return visitor
+
+
+def client_address(request: Request) -> bytes:
+    """Return a client's address, as Railway's edge or another proxy gives it."""
+    address = forwarded = b""
+    for _, name, value in request.fields:
+        if name == b"x-real-ip":  # set by Railway's edge
+            address = value
+        elif name == b"x-forwarded-for":
+            forwarded = value.partition(b",")[0].strip()
+    return address or forwarded or request.client.peer
 
 
 def navigates(request: Request) -> bool:
@@ -3016,9 +3248,8 @@ def bypasses_maintenance(request: Request) -> bool:
 
 async def handle(request: Request, target: Deployment | None, *, fresh: bool = False) -> None:
     """Answer a request that must wait for a lookup, a connection or other deployments."""
-    affinity_id = request.affinity_id
-    if affinity_id and not target:
-        target = await TABLE.find(affinity_id)
+    if target is None and request.affinity_id:
+        target = await TABLE.find(request.affinity_id)
     reloads = request.handshake and QUERY_RELOAD.search(request.query)
     if target is None and reloads and not TABLE.provisional:  # no stale answers without a state
         METRICS.stale += 1
@@ -3037,7 +3268,7 @@ async def handle(request: Request, target: Deployment | None, *, fresh: bool = F
             other, fresh = substitute(request, other, error), False
     else:  # the error of the last one that the request was meant for
         meant = [item for item in failed if item[0] is not TABLE.fallback]
-        if not meant and TABLE.active and not affinity_id:  # pick_default gave it away, and counted
+        if not meant and TABLE.active and not request.affinity_id:  # counted by pick_default
             refused = UpstreamError(502, NO_CONNECTION, "refused")
             request.client.answer(request, unavailable_by(request, TABLE.active, refused))
         else:
@@ -3045,7 +3276,7 @@ async def handle(request: Request, target: Deployment | None, *, fresh: bool = F
             failed.remove(blamed)
             answer_for(request, *blamed)
     for deployment, lost in failed:
-        count_failure(deployment, lost.kind)
+        count_failure(request, deployment, lost.kind)
 
 
 def substitute(request: Request, target: Deployment, error: UpstreamError) -> Deployment | None:
@@ -3055,12 +3286,18 @@ def substitute(request: Request, target: Deployment, error: UpstreamError) -> De
     if request.affinity_id or request.begun or target is TABLE.fallback:
         return None
     if target is not active:
-        unsent = not error.sent or (error.kind == "lost" and repeatable(request))
-        return active if unsent else None
+        again = error.kind in ("lost", "timeout") and repeatable(request)
+        return active if again or not error.sent else None
     if error.kind not in ("refused", "connect_timeout") or not may_use_fallback(request):
         return None
     TABLE.give_up(active)
     return TABLE.fallback
+
+
+def may_leave_canary(request: Request, target: Deployment) -> bool:
+    """May the active deployment answer a new visitor whom the canary leaves without an answer?"""
+    drawn = target is TABLE.canary and not request.affinity_id
+    return drawn and TABLE.active is not None and repeatable(request)
 
 
 async def answer_by(request: Request, target: Deployment, fresh: bool = False) -> None:
@@ -3073,16 +3310,23 @@ async def answer_by(request: Request, target: Deployment, fresh: bool = False) -
     except UpstreamError as error:
         if not await fetch_from_others(request, target):
             raise
-        count_failure(target, error.kind)
+        count_failure(request, target, error.kind)
         return
-    if outcome is MISSING and not await fetch_from_others(request, target):
-        await forward(request, target, hedge=False)
+    if outcome is MISSING:
+        failed = request.unsure  # the answer was a 5xx
+        if not await fetch_from_others(request, target):
+            await forward(request, target, hedge=False)
+        elif failed:
+            count_failure(request, target, "5xx")
 
 
 def answer_for(request: Request, target: Deployment, error: UpstreamError) -> None:
     """Answer with 502 or 504 in place of a backend."""
     METRICS.errors += 1
     target.tally.errors[error.kind] += 1
+    if TABLE.watch is not None and error.kind != "own":
+        took = time.monotonic() - request.client.touched
+        TABLE.watch.count(request, target, error.kind, took)
     request.client.answer(request, unavailable_by(request, target, error), target)
 
 

@@ -150,7 +150,13 @@ class AccessLog:
         self.lines.append(json.dumps(line) + "\n")
 
     def answered(
-        self, request: Request, status: int, deployment: str | None, size: int, took: float
+        self,
+        request: Request,
+        status: int,
+        deployment: str | None,
+        size: int,
+        took: float,
+        ended: str = "complete",
     ) -> None:
         """Log an answer. The query is left out, since it can have a secret.
 
@@ -158,16 +164,19 @@ class AccessLog:
             status: 0 if the client closed the connection before an answer.
             size: bytes of the body.
             took: seconds.
+            ended: `complete`; `broken_off` by the deployment; `client_gone`, by the client.
         """
-        if not self.admits(status >= 500):
+        error = status >= 500 or ended == "broken_off"
+        if not self.admits(error):
             return
         path = urllib.parse.unquote(request.path.decode("latin-1"))
         method = request.method.decode()
         request_id = next((v for _, lower, v in request.fields if lower == REQUEST_ID), b"")
         self.add(
             {
-                "message": f"{method} {path} {status or 'gone'} {took * 1000:.1f} ms",
-                "level": "error" if status >= 500 else "warn" if status >= 400 else "info",
+                "message": f"{method} {path} {status or 'gone'} {took * 1000:.1f} ms"
+                + (f", {ended.replace('_', ' ')}" if status and ended != "complete" else ""),
+                "level": "error" if error else "warn" if status >= 400 else "info",
                 "requestId": request_id.decode("latin-1") or None,
                 "time": round(time.time(), 3),
                 "method": method,
@@ -176,9 +185,27 @@ class AccessLog:
                 "deployment": deployment,
                 "bytes": size,
                 "seconds": round(took, 6),
+                "ended": ended,
             },
-            error=status >= 500,
+            error=error,
         )
+
+    def refused(self, status: int, took: float) -> None:
+        """Log a request head that was refused: what it asked for is not known for sure.
+
+        Args:
+            took: seconds since its first byte.
+        """
+        if self.admits(False):
+            line = {
+                "message": f"refused {status}",
+                "level": "warn",
+                "time": round(time.time(), 3),
+                "status": status,
+                "seconds": round(took, 6),
+                "ended": "refused",
+            }
+            self.add(line, error=False)
 
     def second(self) -> None:
         """Begin the next second, with a sample rate by the number of lines in the last one."""

@@ -184,6 +184,9 @@ _ALL = (
     Flag("weight", "make it a canary for this percentage of the new visitors", "PERCENT", float),
     Flag("bake", "seconds to watch it after the switch; roll back if it fails more often",
          "SECONDS", int, 0, minimum=0),
+    Flag("bake_latency_ms",
+         "in a bake, roll back also if clearly fewer than 99 % of its answers begin in this time",
+         "P99", int, words="durations are not judged", minimum=1),
     Flag("lock_wait", "seconds to wait for another deploy", "SECONDS", int,
          words="does not wait", minimum=0),
     Flag("message", "a message for the history", "TEXT", words="the commit's"),
@@ -224,5 +227,5 @@ DEPLOY = [
     *WHERE,
     *"deployment_name deployment_id service_prefix server_address web_root".split(),
     *"image_repository build_arg no_gitignore env backend_replicas no_promote".split(),
-    *"replace_app keep_failed canary bake lock_wait message notify json".split(),
+    *"replace_app keep_failed canary bake bake_latency_ms lock_wait message notify json".split(),
 ]

@@ -48,6 +48,7 @@ class StackOptions:
 class PromoteOptions(StackOptions):
     weight: float | None = None  # percent of new visitors; None: it becomes the active deployment
     bake: int = FLAGS["bake"].default  # seconds
+    bake_latency_ms: int | None = None
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ class DeployOptions:
     keep_failed: bool = False
     canary: float | None = None  # percent of new visitors, instead of a promotion
     bake: int = FLAGS["bake"].default  # seconds
+    bake_latency_ms: int | None = None
     lock_wait: int | None = None  # seconds; None: fail at once if another deploy runs
     message: str | None = None
     notify: str | None = field(default=None, repr=False)
@@ -162,7 +164,14 @@ def parse_stack(flags: Flags, output: Output) -> StackOptions:
 
 def parse_promote(flags: Flags, output: Output) -> PromoteOptions:
     need_deployment_id(flags)
+    check_bake(flags)
     return stack_options(PromoteOptions, flags, output)
+
+
+def check_bake(flags: Flags) -> None:
+    """Raise Failure for a latency without a bake that could judge it."""
+    if value(flags, "bake_latency_ms") is not None and flags.get("bake") is None:
+        raise Failure("--bake-latency-ms needs --bake: nothing is judged without it")
 
 
 def parse_maintenance(flags: Flags, output: Output) -> MaintenanceOptions:
@@ -250,6 +259,7 @@ def parse_deploy(flags: Flags, output: Output) -> DeployOptions:
     watched = value(flags, "canary") is not None or value(flags, "bake")
     if flags.get("no_promote") and watched:
         raise Failure("--no-promote excludes --canary and --bake: nobody uses a pending version")
+    check_bake(flags)
     return from_flags(
         DeployOptions,
         flags,

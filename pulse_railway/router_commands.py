@@ -177,6 +177,7 @@ def send_promote(
     instead_of: str | None = None,
     rolls_back: bool = False,
     bake: int = 0,
+    bake_latency_ms: int | None = None,
     why: str | None = None,
     unlock: str | None = None,
     warn: Warn = lambda _: None,
@@ -190,6 +191,7 @@ def send_promote(
         instead_of: the deployment that must be active, else Refused with the reason `changed`.
         rolls_back: the present active deployment is no target of a rollback from now on.
         bake: seconds for which the caller watches the deployment.
+        bake_latency_ms: milliseconds after which a request counts as slow in it.
         unlock: the holder of the deploy lock, which the command releases.
 
     Returns:
@@ -200,6 +202,7 @@ def send_promote(
     words += ["--instead-of", instead_of] if instead_of else []
     words += ["--rolls-back"] if rolls_back else []
     words += ["--bake", str(bake)] if bake else []
+    words += ["--bake-latency-ms", str(bake_latency_ms)] if bake and bake_latency_ms else []
     words += ["--unlock", unlock] if unlock else []
     words += _why_arguments(why)
     service = stack.backend(deployment_id)

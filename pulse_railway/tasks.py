@@ -99,6 +99,7 @@ def deploy(options: options.DeployOptions, output: Output) -> None:
     """Bring up the app as a new deployment and make it the active one."""
     from pulse_railway import config
     from pulse_railway.flows import deploy as flow
+    from pulse_railway.flows.bake import is_over, summary
     from pulse_railway.notify import notifying
 
     plan = flow.prepare(options, output)
@@ -118,6 +119,9 @@ def deploy(options: options.DeployOptions, output: Output) -> None:
                 f"{name} is up, {role}, at {result['address']}/?pulse_deployment={name}"
             )
             next_command = f"pulse-railway promote --deployment-id {name}"
+        if is_over(result["bake"]):
+            next_command = "pulse-railway status"
+        notification.text = summary(notification.text, name, result["bake"])
     output.result(result, [notification.text, f"next: {next_command}"])
 
 
@@ -131,10 +135,14 @@ def redeploy(options: options.StackOptions, output: Output) -> None:
     output.result(result, [f"{result['deployment_id']} is redeployed"])
 
 
-@verb([*STACK, *"deployment_id weight bake force message notify".split()], parser="parse_promote")
+@verb(
+    [*STACK, *"deployment_id weight bake bake_latency_ms force message notify".split()],
+    parser="parse_promote",
+)
 def promote(options: options.PromoteOptions, output: Output) -> None:
     """Make a running deployment the active one, or with --weight the canary."""
     from pulse_railway.flows import promote as flow
+    from pulse_railway.flows.bake import summary
     from pulse_railway.notify import notifying
 
     with notifying(options.notify, "promote", output) as notification:
@@ -144,7 +152,8 @@ def promote(options: options.PromoteOptions, output: Output) -> None:
         if result["active"]:
             notification.text = f"{name} is active at {result['address']}"
         else:
-            notification.text = f"{name} gets {result['weight']:g} % of the new visitors"
+            notification.text = f"{name} gets {result['weight'] or 0:g} % of the new visitors"
+        notification.text = summary(notification.text, name, result.get("bake"))
     output.result(result, [notification.text])
 
 

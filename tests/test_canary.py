@@ -192,6 +192,35 @@ def test_visitors_of_a_canary_that_is_down_get_the_active_version(canary: Canary
     assert (answer.status, answer.header("x-pulse-selected-deployment")) == (502, "a")
 
 
+def test_new_visitors_of_a_silent_canary_get_the_active_deployment(
+    redis_server: Redis, run_router: Run
+) -> None:
+    """After a while, if the request may be repeated; a tab of the canary waits for its version."""
+
+    def silent(c: Connection) -> None:
+        while head := c.head():
+            if b" /first " in head:  # the connection is pooled then
+                c.send(ok(b"b"))
+                continue
+            c.rest()
+
+    with Backend(ok(b"a")) as a, Backend(handle=silent) as b:
+        redis_server.deployment("a", a.address)
+        redis_server.deployment("b", b.address, "pending", weight=100)
+        limits = {"canary_seconds": 0.3, "response_seconds": 2.0}
+        port = run_router(redis_server, limits).port
+        eventually(lambda: ask(port, "/healthz").status == 200)
+        for _ in range(2):  # on a new connection, and on a pooled one
+            began = time.monotonic()
+            assert ask(port).body == b"a"
+            assert time.monotonic() - began < 1.9
+            assert ask(port, "/first").body == b"b"
+        began = time.monotonic()
+        assert ask(port, "/?pulse_deployment=b").status == 504
+        assert time.monotonic() - began > 1.9
+        assert ask(port, "/", method="POST", body=b"x").status == 504
+
+
 def test_the_share_outlives_redis_and_a_restarted_router(canary: Canary, run_router: Run) -> None:
     expected = canary.sides()
     fresh = run_router(canary.redis).port

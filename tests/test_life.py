@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -46,13 +48,20 @@ def visits(project: Project, url: str, count: int = 40) -> list[str]:
 
 @contextlib.contextmanager
 def traffic(project: Project, url: str, path: str = "/work") -> Iterator[None]:
-    """Send requests all the time, as visitors do."""
+    """Send requests all the time, as visitors do, from six addresses."""
     done = threading.Event()
     trust = demo.tls_context(project.stage.bundle)
 
     def visit() -> None:
-        with httpx.Client(verify=trust, trust_env=False) as client:
-            while not done.wait(0.05):
+        with contextlib.ExitStack() as stack:
+            clients = []
+            for n in range(2, 8):
+                transport = httpx.HTTPTransport(verify=trust, local_address=f"127.0.0.{n}")
+                client = httpx.Client(transport=transport, trust_env=False)
+                clients.append(stack.enter_context(client))
+            for client in itertools.cycle(clients):
+                if done.wait(0.03):
+                    return
                 with contextlib.suppress(httpx.HTTPError):
                     client.get(url + path)
 
@@ -150,6 +159,7 @@ def step_05_a_bake_rolls_back(base: Project) -> None:
     last = base.ok("history")["history"][-1]
     assert (last["what"], last["deployment_id"], last["active"]) == ("rollback", "first", "bad")
     assert last["why"].startswith("bake: ")
+    assert re.search(r"of \d visitors, \d+\.\d% failed \(\d+ answered 5xx\)", last["why"])
     assert base.variables("pulse-router")["PULSE_RAILWAY_ACTIVE"] == "first"
 
 
@@ -167,6 +177,7 @@ def step_07_a_bake_that_goes_well_and_one_that_is_killed(base: Project) -> None:
         done = base.ok("deploy", "main.py", "--deployment-id", "good", "--bake", "12")
     assert done["bake"]["verdict"] == "well"
     assert done["bake"]["good"]["failed"] == 0
+    assert done["bake"]["good"]["visitors"] >= 5
     assert "bake" not in record(base, "good")
     assert base.ok("status")["problems"] == []
     command = ["promote", "--deployment-id", "first", "--bake", "60"]
@@ -184,6 +195,20 @@ def step_07_a_bake_that_goes_well_and_one_that_is_killed(base: Project) -> None:
     assert "the bake of first was cut off" in base.ok("status")["problem"]
     base.ok("promote", "--deployment-id", "first")
     assert base.ok("status")["problems"] == []
+
+
+def step_07b_a_bake_that_another_promotion_overtakes_says_so(base: Project) -> None:
+    command = ["promote", "--deployment-id", "good", "--bake", "60", "--json"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pulse_railway", *command], cwd=TINY, env=base.env,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    eventually(lambda: base.active == "good", 60)
+    base.ok("promote", "--deployment-id", "first")
+    stdout, stderr = process.communicate(timeout=60)
+    result = json.loads(stdout)
+    assert process.returncode == 0, stderr
+    assert (result["active"], result["bake"]["verdict"]) == (False, "over: first took its place")
 
 
 def step_08_one_deploy_at_a_time(base: Project) -> None:

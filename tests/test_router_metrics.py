@@ -68,6 +68,10 @@ def session_answers(connection: Connection) -> None:
             return
         elif path.startswith(b"/mute"):
             return
+        elif path.startswith(b"/endless"):
+            connection.send(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\nten bytes.")
+            connection.rest()
+            return
         elif b"upgrade: websocket" in head.lower():
             connection.send(b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\n")
             connection.send(b"upgrade: websocket\r\n\r\n")
@@ -425,6 +429,39 @@ def test_a_line_is_what_railway_reads(stage: Callable[..., tuple[Process, int]])
     assert (missing["level"], missing["status"], missing["requestId"]) == ("warn", 404, None)
     assert (mute["level"], mute["status"], mute["deployment"]) == ("error", 502, "a")
     assert (gone["level"], gone["status"], gone["deployment"]) == ("error", 502, "gone")
+    assert "secret" not in router.output()
+
+
+def test_refused_heads_and_partial_answers_have_lines(
+    stage: Callable[..., tuple[Process, int]],
+) -> None:
+    router, _ = stage(PULSE_RAILWAY_ACCESS_LOG="1")
+    with Connection.to(router.port) as connection:
+        connection.send(b"GET / HTTP/1.1\r\nhost: a\r\nhost: secret\r\n\r\n")
+        assert b" 400 " in connection.head()
+    with Connection.to(router.port) as connection:
+        connection.send(b"GET / HTTP/1.1\r\nhost: a\r\n" + b"x: %b\r\n" % (b"y" * 70_000))
+        assert b" 431 " in connection.head()
+    with Connection.to(router.port) as connection:  # a bad body: its head is known
+        connection.send(b"POST /up HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n")
+        assert b" 400 " in connection.head()
+    ask(router.port, "/broken")
+    with Connection.to(router.port) as connection:
+        connection.send(b"GET /endless HTTP/1.1\r\nhost: a\r\n\r\n")
+        connection.head()
+    ask(router.port, "/", method="HEAD")
+    ask(router.port, "/?pulse_deployment=never", method="HEAD")
+    eventually(lambda: len(lines(router)) >= 8)
+    twice, large, body, broken, left, head, stale = lines(router)[-7:]
+    assert (twice["message"], large["message"]) == ("refused 400", "refused 431")
+    assert (twice["level"], twice["ended"], twice["seconds"] < 5) == ("warn", "refused", True)
+    assert (body["path"], body["status"], body["deployment"]) == ("/up", 400, None)
+    assert re.fullmatch(r"GET /broken 200 \d+\.\d ms, broken off", broken["message"])
+    assert (broken["level"], broken["ended"], broken["bytes"]) == ("error", "broken_off", 10)
+    assert re.fullmatch(r"GET /endless 200 \d+\.\d ms, client gone", left["message"])
+    assert (left["level"], left["ended"]) == ("info", "client_gone")
+    assert (head["method"], head["bytes"], head["ended"]) == ("HEAD", 0, "complete")
+    assert (stale["status"], stale["bytes"]) == (409, 0)  # the router's own answer
     assert "secret" not in router.output()
 
 

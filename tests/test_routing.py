@@ -100,7 +100,12 @@ ADDRESS = "http://a.railway.internal:8000"
         ("weight", 0, 0.0),
         ("weight", 12.5, 12.5),
         ("weight", 100, 100.0),
-        ("bake", {"until": NOW, "x": 1}, NOW),
+        ("bake", {"until": NOW, "x": 1}, router.Bake(NOW)),
+        (
+            "bake",
+            {"until": NOW, "since": 5, "old": "b", "latency_ms": 300},
+            router.Bake(NOW, 5.0, "b", 300.0),
+        ),
         ("about", {"commit": "1a2b"}, {"commit": "1a2b"}),
         ("instances", {"2": {"address": ADDRESS}}, {"2": {"address": ADDRESS}}),
     ],
@@ -144,6 +149,9 @@ def test_a_field_of_a_record(field: str, stored: object, value: object) -> None:
         ("bake", 5),
         ("bake", {"until": "later"}),
         ("bake", {}),
+        ("bake", {"until": 5, "since": -1}),
+        ("bake", {"until": 5, "old": 7}),
+        ("bake", {"until": 5, "latency_ms": "300"}),
         ("about", "me"),
         ("instances", [1]),
     ],
@@ -331,7 +339,9 @@ def test_the_shape_of_0_3_x() -> None:
         "drain_started_at": None,
     }
     assert record(**OLD).json() == OLD
-    canary = router.Record("a", "pending", "s", weight=0.0, bake=5.0, pinned=True).json()
+    canary = router.Record(
+        "a", "pending", "s", weight=0.0, bake=router.Bake(5.0), pinned=True
+    ).json()
     assert (canary["weight"], canary["bake"], canary["held"]) == (0.0, {"until": 5.0}, True)
 
 

@@ -20,7 +20,7 @@ from pulse_railway.app_identity import AppIdentity
 from pulse_railway.build_context import secrets_in_image
 from pulse_railway.config import AppConfig, Target, inside
 from pulse_railway.errors import Failure, Refused
-from pulse_railway.flows.bake import bake
+from pulse_railway.flows.bake import bake, is_over
 from pulse_railway.flows.baseline import warn_of_lost_variables
 from pulse_railway.flows.cleanup import Attempt, release_lock, undo_on_failure
 from pulse_railway.flows.reachability import (
@@ -280,7 +280,8 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
             canary = plan.options.canary is not None
             attempt.step = f"watch it for {seconds} s"
             old = str(attempt.previous)
-            baking = bake(api, stack, attempt.deployment_id, old, seconds, output, canary)
+            slow = plan.options.bake_latency_ms is not None
+            baking = bake(api, stack, attempt.deployment_id, old, seconds, output, canary, slow)
         app_identity.store_identity(api, stack, identity, plan.options.replace_app, output)
         if danger := config_files.would_delete(plan.app.context):
             output.warn(danger)
@@ -290,7 +291,7 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
         "service_name": plan.service_name,
         "railway_deployment_id": attempt.railway_deployment,
         "image": plan.image,
-        "active": attempt.promoted and plan.options.canary is None,
+        "active": attempt.promoted and plan.options.canary is None and not is_over(baking),
         "canary": plan.options.canary,
         "bake": baking,
         "address": stack.address,
@@ -494,6 +495,7 @@ def promote_new(api: Api, stack: Stack, plan: Plan, attempt: Attempt, output: Ou
         plan.service_name,
         weight=options.canary,
         bake=seconds,
+        bake_latency_ms=options.bake_latency_ms,
         why=options.message,
         unlock=unlock,
         warn=output.warn,

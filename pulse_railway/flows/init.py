@@ -51,6 +51,7 @@ pulse_railway:
   # project: shop             # a project token says it by itself
   # lock_wait: 600            # seconds to wait for another deploy
   # bake: 300                 # seconds to watch a new version; it goes back where it does worse
+  # bake_latency_ms: 800      # or where clearly fewer than 99 % of its answers begin in this time
 """
 
 ENVIRONMENT = """\

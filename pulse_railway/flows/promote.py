@@ -6,7 +6,7 @@ from typing import Any
 
 from pulse_railway import router_commands
 from pulse_railway.errors import Failure
-from pulse_railway.flows.bake import bake
+from pulse_railway.flows.bake import bake, is_over
 from pulse_railway.flows.reachability import (
     store_last_promoted,
     wait_until_active,
@@ -37,13 +37,18 @@ def promote(api: Api, stack: Stack, options: PromoteOptions, output: Output) -> 
         output,
         weight=options.weight,
         bake=bake_seconds,
+        bake_latency_ms=options.bake_latency_ms,
         why=options.message,
         force=options.force,
     )
     if bake_seconds and previous:
         canary = options.weight is not None
         with interruptible():
-            result["bake"] = bake(api, stack, deployment_id, previous, bake_seconds, output, canary)
+            slow = options.bake_latency_ms is not None
+            result["bake"] = baking = bake(
+                api, stack, deployment_id, previous, bake_seconds, output, canary, slow
+            )
+        result["active"] = result["active"] and not is_over(baking)
     return result
 
 
@@ -55,6 +60,7 @@ def check_and_promote(
     *,
     weight: float | None = None,
     bake: int = 0,
+    bake_latency_ms: int | None = None,
     why: str | None = None,
     instead_of: str | None = None,
     force: bool = False,
@@ -64,6 +70,7 @@ def check_and_promote(
     Args:
         weight: percent of new visitors, for a canary; None makes the deployment active.
         bake: seconds.
+        bake_latency_ms: milliseconds after which a request counts as slow in it.
         instead_of: in a rollback, the deployment that is active.
         force: skip the check.
     """
@@ -82,6 +89,7 @@ def check_and_promote(
             service.name,
             weight=weight,
             bake=bake,
+            bake_latency_ms=bake_latency_ms,
             why=why,
             instead_of=instead_of,
             rolls_back=bool(instead_of),
