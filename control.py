@@ -746,7 +746,7 @@ def checked_report(report: Json) -> Json:
     """Return the fields that are read of a report, with valid types; invalid ones are empty."""
     counters = ("requests", "errors", "tunnels_open", "uptime_seconds")
     checked: Json = {n: report[n] if type(report.get(n)) is int else 0 for n in counters}
-    for name in ("in_flight", "tallies"):
+    for name in ("in_flight", "tallies", "failing"):
         checked[name] = report[name] if isinstance(report.get(name), dict) else {}
     return checked
 

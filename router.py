@@ -1530,6 +1530,20 @@ class Metrics:
     tunnels_open: int = 0
     own: Tally = field(default_factory=Tally)  # the router's own answers
     tallies: dict[str, Tally] = field(default_factory=dict)  # by deployment
+    # good answers and failures by deployment, at the last count with more good ones
+    last_good: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def failing(self, tallies: Mapping[str, tuple[list[int], int, list[int]]]) -> dict[str, int]:
+        """Return the failures in a row by deployment: those since the last count, of one each few
+        seconds, with a good answer."""
+        rows, last = {}, self.last_good
+        self.last_good = {}
+        for name, (classes, failed, _) in tallies.items():
+            good, bad = sum(classes[:5]), sum(classes[5:]) + failed
+            before = last.get(name, (0, 0))
+            self.last_good[name] = before if good == before[0] else (good, bad)
+            rows[name] = bad - self.last_good[name][1]
+        return {name: row for name, row in rows.items() if row > 0}
 
     def counters(self) -> Json:
         in_use = requests_under_way() + [end.deployment for end in TunnelEnd.open]
@@ -1546,6 +1560,7 @@ class Metrics:
             "tunnels_opened": self.tunnels_opened,
             "requests_per_deployment": {name: sum(t[0]) for name, t in tallies.items()},
             "tallies": {name: t for name, t in tallies.items() if t[1] or any(t[0])},
+            "failing": self.failing(tallies),
             "in_flight": collections.Counter(in_use),  # a download without a tab counts, too
         }
 

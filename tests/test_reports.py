@@ -297,3 +297,26 @@ def test_it_goes_on_reporting_when_redis_was_away(site: Site, run_router: Run) -
     site.server.start()
     eventually(lambda: set(reports(site.server)) == {name}, 20)
     eventually(lambda: reports(site.server)[name]["active"] == "new")
+
+
+def test_failures_in_a_row_are_reported(redis_server: Redis, run_router: Run) -> None:
+    with Backend(ok(b"no", status="500 No")) as a:
+        redis_server.deployment("a", a.address)
+        started = run_router(redis_server, {"report_seconds": 0.1})
+        store = router.RedisStore(redis_server.url, "pulse:railway")
+
+        def failing() -> Any:
+            return [report["failing"] for report in control.reports(store)]
+
+        eventually(lambda: ask(started.port).status == 500)
+        for _ in range(29):
+            ask(started.port)
+        eventually(lambda: failing() == [{"a": 30}])
+        a.answer = ok(b"yes")
+        ask(started.port)
+        eventually(lambda: failing() == [{}])
+        a.answer = ok(b"no", status="404 Not Found")
+        ask(started.port)
+        a.stop()
+        assert ask(started.port).status == 502
+        eventually(lambda: failing() == [{"a": 1}])

@@ -67,6 +67,7 @@ def scheduled(cron: str) -> Stack:
 RECORD = {"deployment_id": "a", "state": "active"}
 DRAINING = {"deployment_id": "b", "state": "draining", "drain_started_at": 1.0}
 ROUTER = {"router": "r", "age": 1.0, "epoch": 7, "version": "1"}
+FAILING = ROUTER | {"failing": {"a": 60}}
 UP = {"active": "a", "lost": False, "epoch": 7, "deployments": [RECORD], "routers": [ROUTER]}
 
 
@@ -179,6 +180,16 @@ def test_only_commands_that_help_are_advised_for_a_silent_active_deployment() ->
             stack(A, service("b", PULSE_DEPLOYMENT_ID="b")),
             UP | {"deployments": [RECORD, DRAINING | {"sessions": None, "wrong_token": True}]},
             ["b does not accept", "until its drain time is over, or PULSE_RAILWAY_INTERNAL_TOKEN"],
+        ),
+        (stack(A), UP | {"routers": [ROUTER | {"failing": {"a": 19, "b": 90}}]}, []),
+        (
+            stack(A, service("b", PULSE_DEPLOYMENT_ID="b")),
+            UP | {"deployments": [RECORD, DRAINING], "routers": [ROUTER, FAILING, ROUTER]},
+            [
+                "the last 60 requests to the active deployment a got a 5xx or no answer",
+                "logs --deployment-id a`",
+                "`pulse-railway rollback` goes back to b",
+            ],
         ),
         (stack(A), UP | {"janitor": {"age": 900.0, "failed": 1, "why": "gave up"}}, []),
         (

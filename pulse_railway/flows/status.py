@@ -188,10 +188,36 @@ def active_problems(state: dict[str, Any], stack: Stack) -> list[str]:
             remedies.append(f"`pulse-railway rollback` goes back to {target}")
         remedy = ", ".join(remedies) or "`pulse-railway deploy` deploys a new one"
         messages.append(f"the active deployment {name} does not answer: {remedy}")
+    messages += [
+        failing_message(name, count, state, stack)
+        for name in {state["active"], (state.get("canary") or {}).get("deployment_id")} - {None}
+        if (count := failures_in_a_row(name, state)) >= FAILING
+    ]
     if fallback := state.get("fallback"):  # an older router reports none
         given = f"{state['active']} cannot be connected to: new visitors get {fallback}"
         messages.append(given)
     return messages
+
+
+FAILING = 20  # requests in a row
+
+
+def failures_in_a_row(name: str, state: dict[str, Any]) -> int:
+    """Return how many requests in a row have failed, at the router where it is the most."""
+    counts = [(r.get("failing") or {}).get(name) for r in state["routers"]]
+    return max((count for count in counts if type(count) is int), default=0)
+
+
+def failing_message(name: str, count: int, state: dict[str, Any], stack: Stack) -> str:
+    what, remedy = "active deployment", ""
+    if name != state["active"]:
+        what, remedy = "canary", ", `pulse-railway rollback` ends it"
+    elif not state.get("canary") and (target := rollback_target(state, stack)):
+        remedy = f", `pulse-railway rollback` goes back to {target}"
+    return (
+        f"the last {count} requests to the {what} {name} got a 5xx or no answer:"
+        f" `pulse-railway logs --deployment-id {name}` shows why{remedy}"
+    )
 
 
 def wrong_token_message(name: str, active: bool, stack: Stack) -> str:
