@@ -317,6 +317,7 @@ def test_failures_in_a_row_are_reported(redis_server: Redis, run_router: Run) ->
         eventually(lambda: failing() == [{}])
         a.answer = ok(b"no", status="404 Not Found")
         ask(started.port)
+        time.sleep(0.3)  # a count between the two
         a.stop()
         assert ask(started.port).status == 502
         eventually(lambda: failing() == [{"a": 1}])

@@ -74,6 +74,7 @@ UP = {"active": "a", "lost": False, "epoch": 7, "deployments": [RECORD], "router
 def test_only_commands_that_help_are_advised_for_a_silent_active_deployment() -> None:
     b = service("b", PULSE_DEPLOYMENT_ID="b")
     state = {"active": "a", "canary": None, "deployments": [{**RECORD, "sessions": None}, DRAINING]}
+    state |= {"routers": []}
     (both,) = active_problems(state, stack(A, b))
     assert "`pulse-railway redeploy --deployment-id a` starts it again" in both
     assert "`pulse-railway rollback` goes back to b" in both
