@@ -2,7 +2,7 @@
 
 From the bake's beginning the routers count what the visitors of the new version and of the version
 before it get, in total and by client address (router.py's `Watch`). `verdict` compares the two; it
-is a function of counts, and tests/bake_rates.py prints how often it is wrong.
+is a function of counts, and `python -m benchmarks.bake` prints how often it is wrong.
 """
 
 from __future__ import annotations
