@@ -692,7 +692,7 @@ def finish(api: Api, stack: Stack, changes: list[Change], options: BaselineOptio
     version = {contract.RUNTIME_VERSION: options.runtime_image or runtime_image.runtime_version()}
     deployed = [change for change in changes if change.deploy]
     marked = [s for s in stack.baseline if UNFINISHED in s.variables]
-    inputs = {}
+    inputs: dict[str, Any] = {}
     for i, change in enumerate(deployed):
         values = {contract.UNDEPLOYED: ""}
         if contract.RUNTIME_VERSION in change.variables:
