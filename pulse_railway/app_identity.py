@@ -71,6 +71,17 @@ def to_json(app: AppIdentity) -> str:
     return json.dumps({k: v for k, v in asdict(app).items() if v})
 
 
+def require_same_app(stack: Stack, app: AppConfig) -> None:
+    """Raise Failure if the stack serves an app of another name than the one that was given."""
+    stored, name = stored_identity(stack).name, app.plugin.name
+    if stored and name and stored != name:
+        raise Failure(
+            f"{stack.names.router} serves the app {stored!r}, and --app is {name!r}: name that"
+            " app's router (--service, or `RailwayPlugin(router_service=...)`), or leave --app out"
+            " (`app` in invoke.yaml, too) to act on this stack"
+        )
+
+
 def check_same_app(stack: Stack, app: AppIdentity, replace: bool, output: Output) -> None:
     """Warn if the last deploy to this stack was from another repository or file.
 

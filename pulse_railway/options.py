@@ -29,10 +29,11 @@ PAGE_LIMIT = 24 * 1024  # bytes: the page is one argument of a control command
 
 @dataclass(frozen=True)
 class StackOptions:
-    """The options of verbs that act on a stack, and need no app."""
+    """The options of verbs that act on a stack, or read it, and need no app."""
 
     where: Where
     names: Names
+    app: AppConfig | None = None  # if one is given
     redis_service: str | None = None
     redis_url: str | None = field(default=None, repr=False)
     redis_prefix: str | None = None
@@ -151,6 +152,7 @@ def stack_options[T: StackOptions](kind: type[T], flags: Flags, output: Output, 
     known = {
         "where": where(flags, app.plugin if app else None),
         "names": with_router(flags, app.names) if app else names(flags),
+        "app": app,
         "deployment_id": parse_deployment_id(flags),
         "notify": notify_url(flags),
         **known,

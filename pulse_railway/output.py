@@ -68,6 +68,7 @@ class Output:
     def __init__(self, *, as_json: bool = False) -> None:
         self.as_json = as_json
         self.value: dict[str, Any] = {}  # the verb's result
+        self.warnings: list[str] = []
         self._console: Console | None = None
         self._status: Status | None = None
         self._title = ""
@@ -124,11 +125,13 @@ class Output:
         self.console.print(pasteable(redact(line)), soft_wrap=True)
 
     def warn(self, line: str) -> None:
-        text = f"warning: {pasteable(redact(line))}"
-        self.console.print(text, style="yellow", soft_wrap=True)
+        self.warnings.append(pasteable(redact(line)))
+        self.console.print(f"warning: {self.warnings[-1]}", style="yellow", soft_wrap=True)
 
     def result(self, value: dict[str, Any], summary: list[str]) -> None:
         """Print a verb's result: with --json `value` on stdout, else the summary on stderr."""
+        if self.warnings:
+            value = {**value, "warnings": self.warnings}
         self.value = value
         if self.as_json:
             self._json(value)
@@ -139,7 +142,8 @@ class Output:
     def failure(self, why: str) -> None:
         """With --json, print one object on stdout: the result so far, and the `error`."""
         if self.as_json:
-            self._json({**self.value, "error": why})
+            warned = {"warnings": self.warnings} if self.warnings else {}
+            self._json({**self.value, **warned, "error": why})
 
     def _json(self, value: dict[str, Any]) -> None:
         sys.stdout.write(redact(json.dumps(value, indent=2, sort_keys=True)) + "\n")

@@ -66,6 +66,7 @@ class Stack:
     empty: list[Service] = field(default_factory=list)  # its own, left empty by a deletion
     taken: dict[str, str] = field(default_factory=dict)  # all services of the project: name -> id
     no_such_router: str | None = None  # the existing routers, if the one given by name is not there
+    guessed: bool = False  # nobody named its router, which is the only one, and has another name
     copied_from: str | None = None  # the original environment's id, until `ensure` has run
     incomplete: str | None = None  # the reason why Railway's answer cannot be complete
     edge_failed: bool = False  # Railway's edge has answered in place of the router, in this run
@@ -229,6 +230,7 @@ def find_stack(environment: Stack) -> Stack:
             (router,) = routers.values()
     if router is not None:
         stack = stack_of(environment, router, every, owners)
+        stack.guessed = router.name != names.router
     elif lost is not None:
         stack = stack_without_router(environment, lost, every, owners)
     else:
@@ -690,6 +692,11 @@ def partial(stack: Stack) -> str:
             " another name, pass --app or the flag for it"
         )
         reason = f"{'are' if len(certain) > 1 else 'is'} this stack's. If the rest was deleted, "
+        if stack.guessed:
+            return (
+                f"{message}. Nobody named {stack.names.router}, and it may be another stack's: name"
+                " the router that is meant (--service, or RailwayPlugin(router_service=...))"
+            )
     unknown = joined(s.name for s in stack.baseline if s not in certain)
     if unknown:
         message += (

@@ -190,7 +190,7 @@ def history(options: options.HistoryOptions, output: Output) -> None:
     """Show what was promoted, rolled back and removed, when, by whom and why."""
     from pulse_railway import rendering, router_commands
 
-    api, stack = _stack(options, output)
+    api, stack = _stack(options, output, acts=False)
     with output.step("ask the router"):
         entries = router_commands.read_history(api, stack)[-options.lines :]
     output.result({"history": entries}, [])
@@ -248,7 +248,7 @@ def status(options: options.StatusOptions, output: Output) -> None:
     from pulse_railway.flows import status as flow
     from pulse_railway.flows import watch
 
-    api, stack = _stack(options, output, require=False)
+    api, stack = _stack(options, output, require=False, acts=False)
     if options.watch:
         rendering.show_watch(watch.watch(api, stack, options.every))
         return
@@ -346,9 +346,15 @@ def local(_: Any, dir: str = ".local-railway", env: bool = False) -> None:
 
 
 def _stack(
-    options: options.StackOptions, output: Output, *, require: bool = True
+    options: options.StackOptions, output: Output, *, require: bool = True, acts: bool = True
 ) -> tuple[Api, Stack]:
-    from pulse_railway import config
+    """Return the API and the stack of a run.
+
+    Args:
+        require: the router has to be there.
+        acts: the verb changes something, so that the stack has to be that of the app given.
+    """
+    from pulse_railway import app_identity, config
     from pulse_railway.stack import check_redis, inspect, partial, require_router
 
     api, target = config.resolve_target(options.where, output)
@@ -359,6 +365,8 @@ def _stack(
             if stack.missing:  # these verbs work without, which matters in an outage
                 output.warn(partial(stack))
         check_redis(stack, options.redis_service, options.redis_url, options.redis_prefix)
+        if acts and options.app:
+            app_identity.require_same_app(stack, options.app)
     return api, stack
 
 

@@ -10,17 +10,28 @@ from pulse_railway.config import Target
 from pulse_railway.errors import Failure
 from pulse_railway.output import Output
 from pulse_railway.railway import documents
-from pulse_railway.railway.api import Api
+from pulse_railway.railway.api import Api, ApiError
 
-POLL_SECONDS = 2.0  # between two polls: Railway limits the rate of calls
+# Railway limits the calls in an hour: a poll is one, and polls get rarer as a build goes on
+FIRST_POLLS = 2.0  # seconds to which the pause between two polls doubles
+SLOWDOWN = 1.3  # by which each pause is longer from then on
+MAX_POLL_PAUSE = 15.0  # seconds
+SCARCE_POLL_PAUSE = 60.0  # seconds, if few calls are left
 BUILD_TIMEOUT = 1800.0  # seconds
 FAILED_STATES = ("FAILED", "CRASHED", "REMOVED", "SKIPPED")
 
 
-def poll(timeout: float, ask: Callable[[], Any], label: str) -> Any:
-    """Call `ask` every two seconds until it returns something other than None, and return that.
+def poll(
+    timeout: float, ask: Callable[[], Any], label: str, is_scarce: Callable[[], bool] = bool
+) -> Any:
+    """Call `ask`, ever more rarely, until it returns something other than None, and return that.
 
-    Raises Failure, with the label, after `timeout` seconds.
+    Args:
+        timeout: seconds.
+        label: what is waited for, for the message.
+        is_scarce: are there few calls left? Then `ask` is called once a minute.
+
+    Raises Failure, with the label, after the timeout.
     """
     deadline = time.monotonic() + timeout
     pause = 0.5
@@ -28,15 +39,25 @@ def poll(timeout: float, ask: Callable[[], Any], label: str) -> Any:
         answer = ask()
         if answer is not None:
             return answer
-        if time.monotonic() > deadline:
+        left = deadline - time.monotonic()
+        if left < 0:
             raise Failure(f"{label} took longer than {timeout:.0f} s")
-        time.sleep(pause)
-        pause = min(pause * 2, POLL_SECONDS)
+        time.sleep(min(SCARCE_POLL_PAUSE if is_scarce() else pause, left + 0.5))
+        pause = min(pause * (2 if pause < FIRST_POLLS else SLOWDOWN), MAX_POLL_PAUSE)
 
 
-def latest(api: Api, target: Target) -> dict[str, dict[str, str]]:
-    """Return the latest deployment of every service that has one, by service id."""
-    data = api.call(documents.LATEST, project=target.project_id, environment=target.environment_id)
+def latest(api: Api, target: Target, patience: float | None = None) -> dict[str, dict[str, str]]:
+    """Return the latest deployment of every service that has one, by service id.
+
+    Args:
+        patience: seconds for which an outage of Railway is waited out.
+    """
+    data = api.call(
+        documents.LATEST,
+        patience=patience,
+        project=target.project_id,
+        environment=target.environment_id,
+    )
     return {
         node["serviceId"]: node["latestDeployment"]
         for edge in data["environment"]["serviceInstances"]["edges"]
@@ -62,9 +83,10 @@ def wait_for_services(
     Raises Failure, with the service's name and the end of its build log, if a deployment fails.
     """
     shown: dict[str, str] = {}
+    deadline = time.monotonic() + timeout
 
     def ask() -> bool | None:
-        newest = latest(api, target)
+        newest = latest(api, target, patience=deadline - time.monotonic())
         waiting = []
         for service_id, name in services.items():
             deployment = newest.get(service_id)
@@ -83,25 +105,48 @@ def wait_for_services(
             output.waiting(line)
         return None if waiting else True
 
-    poll(timeout, ask, f"the deployment of {', '.join(services.values())}")
+    label = f"the deployment of {', '.join(services.values())}"
+    poll(timeout, ask, label, lambda: api.is_nearly_used_up)
 
 
-def wait_for_build(
-    api: Api, deployment_id: str, output: Output, timeout: float = BUILD_TIMEOUT
-) -> None:
-    """Wait for one deployment, at most `timeout` seconds, and show its build log meanwhile.
+def wait_for_build(api: Api, deployment_id: str, output: Output) -> None:
+    """Wait for one deployment, at most BUILD_TIMEOUT, and show its build log meanwhile.
+
+    An outage of Railway's API does not end the build, so it is waited out. The log is left out if
+    few API calls are left, or if Railway does not give it.
 
     Raises Failure with the end of the log if the deployment fails.
     """
+    deadline = time.monotonic() + BUILD_TIMEOUT
+    with_log = True
     log: list[str] = []
     since: str | None = None
     seen: set[tuple[str, str]] = set()
     last = ""
 
     def ask() -> bool | None:
-        nonlocal since, last
-        data = api.call(documents.DEPLOYMENT, deployment=deployment_id, since=since)
-        for line in data["buildLogs"]:
+        nonlocal since, last, with_log
+        if with_log and api.is_nearly_used_up:
+            with_log = False
+            output.info(
+                f"{api.remaining} of the {api.limit} API calls are left that Railway allows an"
+                " hour: the build is looked at once a minute, without its log"
+            )
+        patience = deadline - time.monotonic()
+        try:
+            if with_log:
+                data = api.call(
+                    documents.DEPLOYMENT, patience=patience, deployment=deployment_id, since=since
+                )
+            else:
+                data = api.call(documents.STATUS, patience=patience, deployment=deployment_id)
+        except ApiError as error:
+            if not with_log:
+                raise
+            with_log = False  # the log alone may be what Railway does not give
+            output.info(f"the build log cannot be read: {error}")
+            return None
+        for line in data.get("buildLogs", ()):
             if (key := (line["timestamp"], line["message"])) not in seen:
                 seen.add(key)
                 since = line["timestamp"]
@@ -112,6 +157,8 @@ def wait_for_build(
             return True
         if status in FAILED_STATES:
             tail = "\n".join(f"    {line}" for line in log[-20:])
+            if not with_log:
+                tail = build_tail(api, deployment_id)
             output_tail = runtime_tail(api, deployment_id)
             raise Failure(
                 f"the build or start ended as {status}; its log ended with\n{tail}{output_tail}"
@@ -123,7 +170,7 @@ def wait_for_build(
             output.waiting(status.lower())
         return None
 
-    poll(timeout, ask, "the build")
+    poll(BUILD_TIMEOUT, ask, "the build", lambda: api.is_nearly_used_up)
 
 
 def runtime_tail(api: Api, deployment_id: str) -> str:
@@ -137,5 +184,9 @@ def runtime_tail(api: Api, deployment_id: str) -> str:
 
 
 def build_tail(api: Api, deployment_id: str) -> str:
-    data = api.call(documents.DEPLOYMENT, deployment=deployment_id, since=None)
+    """Return the end of a deployment's build log, or why it cannot be read."""
+    try:
+        data = api.call(documents.DEPLOYMENT, deployment=deployment_id, since=None)
+    except Failure as failure:
+        return f"    its build log could not be read: {failure}"
     return "\n".join(f"    {line['message']}" for line in data["buildLogs"][-20:])

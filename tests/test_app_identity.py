@@ -152,6 +152,24 @@ def test_another_app_does_not_take_its_place(base: Project, tmp_path: Path) -> N
         refused = base.run(verb, "main.py", cwd=blog)
         assert refused.code == 1
         assert "pulse-router serves the app 'shop', and this one is 'blog'" in refused.err
+    state = base.state
+    for words in (
+        *(["maintenance", "on"], ["redeploy"], ["rollback"], ["restore"], ["unlock"]),
+        ["promote", "--deployment-id", "unnamed"],
+        ["delete", "--deployment-id", "unnamed"],
+        ["remove", "--deployment-name", "unnamed"],
+    ):
+        refused = base.run(*words, "--app", "main.py", cwd=blog)
+        assert refused.code == 1, words
+        assert "serves the app 'shop', and --app is 'blog'" in refused.error
+        assert "--replace-app" not in refused.error
+    assert base.state == state
+    for words in (["status"], ["history"], ["logs"]):
+        assert base.run(*words, "--app", "main.py", cwd=blog).code == 0, words
+    assert base.run("unlock", "--app", "main.py", cwd=shop).code == 0
+    refused = base.run("scaffold", "main.py", cwd=blog)
+    assert "this one is that of pulse-router, which serves the app 'shop'" in refused.error
+    assert "delete" not in refused.error
     done = base.run("deploy", "main.py", "--replace-app", "--deployment-id", "posts", cwd=blog)
     assert done.code == 0, done.err
     noted = json.loads(base.variables("pulse-router")[contract.APP])

@@ -95,7 +95,8 @@ def step_01_the_janitor(edge: Project) -> None:
     assert (status["problem"], status["missing"]) == (said, ["edge-janitor"])
     with_app = said.replace("--repair`", "--repair --app main.py`")
     assert with_app in edge.run("deploy", "main.py").error
-    assert with_app in edge.run("scaffold", "main.py").error
+    # the app does not name edge-router, which may thus be another stack's
+    assert "is its stack, `pulse-railway ensure" in edge.run("scaffold", "main.py").error
     refused = ensure(edge)  # as the requirements say of a partial baseline
     assert refused.code == 1
     assert with_app in refused.error
@@ -185,6 +186,9 @@ def step_04_the_router(edge: Project) -> None:
     status = edge.ok("status")
     assert status["missing"] == ["edge-router"]
     said = "edge-router of this stack is missing: `pulse-railway ensure --repair` creates it again"
+    began = time.monotonic()  # it once asked the missing router for half a minute
+    assert "there is no router that says which" in edge.run("logs").error
+    assert time.monotonic() - began < 10
     assert said in status["problem"]
     assert "it gets a new address" in status["problem"]
     assert "delete" not in status["problem"]

@@ -67,8 +67,9 @@ def step_01_a_state_without_an_owner_is_not_claimed(shared: Shared) -> None:
     record = {"deployment_id": "first", "state": "active", "address": "http://127.0.0.1:9"}
     shared.client.set("pulse:railway:deployment:first", json.dumps(record))
     shared.client.set("pulse:railway:active", "first")
-    said = shared.ensure("--redis-url", shared.url)
+    said = shared.ensure("--redis-url", shared.url, "--json")
     assert NOBODYS in said.err
+    assert any(NOBODYS in warning for warning in said.json["warnings"])
     assert "go by the janitor" not in said.err, "though there is a key for ssh"
     assert "`pulse-railway ensure --owns-state" in said.err
     assert "uses it too" not in said.err
@@ -85,6 +86,7 @@ def step_02_owns_state_claims_it(shared: Shared) -> None:
     assert "pulse-router: deploy" not in said.err
     assert shared.client.get(OWNER) == shared.stamp
     assert "nothing to change; the baseline is up" in shared.ensure().err
+    assert "warnings" not in shared.ensure("--json").json
 
 
 def step_03_other_owners(shared: Shared) -> None:

@@ -15,13 +15,15 @@ from pulse_railway import contract
 from pulse_railway import stack as stack_module
 from pulse_railway.config import Names, Target, Where
 from pulse_railway.errors import Failure
+from pulse_railway.flows import baseline
 from pulse_railway.flows.baseline import desired_redis_prefix
 from pulse_railway.flows.status import region_problems
 from pulse_railway.options import BaselineOptions
+from pulse_railway.output import Output
 from pulse_railway.railway.api import Api, GraphqlError
 from pulse_railway.railway.tokens import Token
 from pulse_railway.services import replicas_by_region
-from pulse_railway.stack import Service, Stack, check_redis, check_redis_prefix, partial
+from pulse_railway.stack import Service, Stack, check_redis, check_redis_prefix, find_stack, partial
 from tests.conftest import TINY, Project
 from tests.net import eventually
 from tests.test_local_environments import create
@@ -554,6 +556,41 @@ def test_a_default_name_does_not_show_the_owner() -> None:
     message = partial(stack)
     assert "Nothing says" not in message
     assert "delete pulse-env, pulse-redis, pulse-router on Railway" in message
+
+
+def test_another_stack_is_not_for_deletion(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`scaffold` of an app with default names advised to delete the only stack there."""
+    names = ("blog-router", "blog-env", "blog-redis", "blog-janitor")
+    environment = part_of(*names, stamp="e/blog-router")
+    router = environment.services["blog-router"]
+    router.variables |= {"REDIS_URL": "${{blog-redis.REDIS_URL}}", contract.RUNTIME_VERSION: "1"}
+
+    def inspect(_: Api, __: Target, names: Names) -> Stack:
+        return find_stack(replace(environment, names=names))
+
+    monkeypatch.setattr(baseline, "inspect", inspect)
+    target, options = environment.target, BaselineOptions(Where(), Names())
+
+    def refusal() -> str:
+        with pytest.raises(Failure) as refused:
+            baseline.scaffold(cast(Api, None), target, options, Output())
+        return str(refused.value)
+
+    message = refusal()
+    assert "this one is that of blog-router: leave it as it is" in message
+    assert "RailwayPlugin(router_service=..." in message
+    assert "delete" not in message
+    router.variables[contract.APP] = '{"name": "blog"}'
+    assert "that of blog-router, which serves the app 'blog'" in refusal()
+    options = BaselineOptions(Where(), Names(*names, asked=True))
+    assert "use `pulse-railway ensure`, or delete those services first" in refusal()
+    del environment.services["blog-janitor"]
+    environment.services["blog-env"].variables.clear()
+    message = partial(find_stack(environment))  # a run with the default names
+    assert "Nobody named blog-router, and it may be another stack's" in message
+    assert "delete" not in message
+    message = partial(inspect(cast(Api, None), target, options.names))
+    assert "delete blog-redis, blog-router on Railway" in message
 
 
 def test_a_copy_has_its_own_prefix_in_a_shared_redis() -> None:

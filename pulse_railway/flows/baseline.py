@@ -68,8 +68,15 @@ def scaffold(api: Api, target: Target, options: BaselineOptions, output: Output)
     warn_of_config_file(options, output)
     with output.step("inspect the project"):
         stack = inspect(api, target, options.names)
+    exists = f"a baseline exists already: {joined(s.name for s in stack.baseline)}. `scaffold`"
+    if owner := other_owner(stack, options):
+        raise Failure(
+            f"{exists} only creates a fresh one, and this one is {owner}: leave it as it is."
+            " Give this app's stack names of its own (`RailwayPlugin(router_service=...,"
+            " env_service=..., redis_service=..., janitor_service=...)`) and run this again; if"
+            " this is its stack, `pulse-railway ensure` updates it"
+        )
     if stack.baseline and not unfinished(stack):
-        exists = f"a baseline exists already: {joined(s.name for s in stack.baseline)}. `scaffold`"
         if stack.missing:
             raise Failure(f"{exists} only creates a fresh one; {partial(stack)}")
         if len(of_router(stack)) < len(stack.baseline):  # the owner of the others is not known
@@ -81,6 +88,15 @@ def scaffold(api: Api, target: Target, options: BaselineOptions, output: Output)
     require_named(stack)
     warn_of_orphans(stack, output)
     return create(api, stack, options, output)
+
+
+def other_owner(stack: Stack, options: BaselineOptions) -> str:
+    """Return whose stack this is if it may be another one than the app's; else ""."""
+    app = app_identity.stored_identity(stack).name
+    other_app = bool(app and options.app and options.app.plugin.name not in (None, app))
+    if not (stack.guessed or other_app):
+        return ""
+    return f"that of {stack.names.router}" + (f", which serves the app {app!r}" if app else "")
 
 
 def require_named(stack: Stack) -> None:
@@ -128,14 +144,14 @@ def ensure(
             return stack, ["create router, env, janitor" + ("" if options.redis_url else ", Redis")]
         return create(api, stack, options, output), ["created the baseline"]
     require_complete_answer(stack)
+    if options.app:
+        app = app_identity.of_app(options.app)
+        app_identity.check_same_app(stack, app, options.replace_app, output)
     repair = options.repair or bool(stack.copied_from)
     if stack.missing and not (repair and can_create_missing(stack)):
         raise Failure(partial(stack))
     check_redis_mode(stack, options)
     check_redis_prefix(stack, options.redis_prefix)
-    if options.app:
-        app = app_identity.of_app(options.app)
-        app_identity.check_same_app(stack, app, options.replace_app, output)
     if stack.copied_from:
         warn_of_copy(stack, output)
         token = own_project_token(api, stack, options.plan_only, output)
@@ -676,7 +692,7 @@ def finish(api: Api, stack: Stack, changes: list[Change], options: BaselineOptio
     version = {contract.RUNTIME_VERSION: options.runtime_image or runtime_image.runtime_version()}
     deployed = [change for change in changes if change.deploy]
     marked = [s for s in stack.baseline if UNFINISHED in s.variables]
-    inputs = {}
+    inputs: dict[str, Any] = {}
     for i, change in enumerate(deployed):
         values = {contract.UNDEPLOYED: ""}
         if contract.RUNTIME_VERSION in change.variables:

@@ -66,6 +66,11 @@ def find_source(api: Api, target: Target, options: LogsOptions) -> Service:
     if not options.service and not options.deployment_id:
         stack = inspect(api, target, options.names)
         check_redis(stack, options.redis_service, options.redis_url, options.redis_prefix)
+        if stack.router is None:
+            raise Failure(
+                "there is no router that says which deployment is active: pass --deployment-id, or"
+                f" --service with one of these: {joined(stack.services) or 'none'}"
+            )
         active = read_active(api, stack)
         if not active:
             raise Failure("no deployment is active: pass --deployment-id or --service")

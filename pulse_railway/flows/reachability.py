@@ -17,8 +17,9 @@ from pulse_railway.railway.api import Api, trust
 from pulse_railway.router_commands import Promotion, read_active, send_probe
 from pulse_railway.services import write_variables
 from pulse_railway.stack import Stack, read_variables
-from pulse_railway.waiting import POLL_SECONDS
 
+RAILWAY_TIMEOUT = 600.0  # seconds: the deployment runs, so an outage is no reason to remove it
+REQUEST_PAUSE = 2.0  # seconds, at most, between two requests to the public address
 ROUTED_TIMEOUT = 180.0  # seconds
 PAGE_TIMEOUT = 120.0  # seconds
 EDGE_TIMEOUT = 20.0  # seconds in which only Railway's edge answers
@@ -29,6 +30,7 @@ def backend_address(api: Api, target: Target, service_id: str) -> str:
     """Return a backend's URL in the private network, with the domain and port from Railway."""
     rendered = api.call(
         documents.RENDERED,
+        patience=RAILWAY_TIMEOUT,
         project=target.project_id,
         environment=target.environment_id,
         service=service_id,
@@ -156,7 +158,7 @@ def _wait(
             if passed > timeout or (only_edge and (stack.edge_failed or passed > EDGE_TIMEOUT)):
                 break
             time.sleep(pause)
-            pause = min(pause * 2, POLL_SECONDS)
+            pause = min(pause * 2, REQUEST_PAUSE)
     message = (
         f"{label} took longer than {passed:.0f} s; {url.copy_with(query=None)} gave {attempts.last}"
     )

@@ -16,6 +16,7 @@ class Fault:
     status: int | None = None  # the HTTP status of the answer
     retry_after: float | None = None  # seconds, with `status`
     error: str | None = None  # a GraphQL error, with status 200
+    body: str = ""  # an HTML page instead of JSON, with status 200 or `status`
     delay: float = 0.0  # seconds before the answer
     drop: bool = False  # the connection ends without an answer
     after: bool = False  # the call is carried out first

@@ -21,6 +21,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
@@ -33,7 +34,7 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from pulse_railway import contract
@@ -190,6 +191,8 @@ class LocalRailway:
                 raise ConnectionAbortedError("dropped by a fault of /local/faults")
             if fault.error:
                 return JSONResponse({"data": None, "errors": [{"message": fault.error}]})
+            if fault.body:
+                return HTMLResponse(fault.body, fault.status or 200)
             if fault.status:
                 headers = {}
                 if fault.retry_after is not None:
@@ -210,6 +213,13 @@ class LocalRailway:
         self.calls.update(fields)
         if limited := self._rate_limit_answer():
             return limited
+        answer = await self._answer(request, document, values, fields)
+        answer.headers.update(self._rate_limit_headers())
+        return answer
+
+    async def _answer(
+        self, request: Request, document: str, values: dict[str, Any] | None, fields: list[str]
+    ) -> Response:
         if self.latency:
             await asyncio.sleep(self.latency)
         if faulty := await self._fault_answer(fields):
@@ -258,8 +268,20 @@ class LocalRailway:
         self.rate_window = start, count + 1
         if self.rate_limit is None or count < self.rate_limit:
             return None
-        seconds = str(int(start + 60 - now) + 1)
-        return JSONResponse({"message": "Too many requests"}, 429, {"retry-after": seconds})
+        headers = {"retry-after": str(int(start + 60 - now) + 1), **self._rate_limit_headers()}
+        return JSONResponse({"message": "Too many requests"}, 429, headers)
+
+    def _rate_limit_headers(self) -> dict[str, str]:
+        """Return Railway's headers about its rate limit (docs.railway.com, "Rate limits")."""
+        if self.rate_limit is None:
+            return {}
+        start, count = self.rate_window
+        reset = datetime.fromtimestamp(time.time() + start + 60 - time.monotonic(), UTC)
+        return {
+            "x-ratelimit-limit": str(self.rate_limit),
+            "x-ratelimit-remaining": str(max(self.rate_limit - count, 0)),
+            "x-ratelimit-reset": reset.isoformat(),
+        }
 
     async def up(self, request: Request) -> Response:
         caller = self.caller(request)

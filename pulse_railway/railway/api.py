@@ -20,6 +20,11 @@ from pulse_railway.railway.tokens import Token
 ATTEMPTS = 5
 FIRST_PAUSE = 0.5  # seconds; doubled before each retry, with jitter
 MAX_PAUSE = 60.0  # seconds
+# for a call that waits out an outage, in seconds
+FIRST_TIMEOUT = 10.0  # of its first try; doubled before each retry, up to TIMEOUT
+PATIENT_PAUSE = 15.0  # at most between two tries
+FIRST_WORD, NEXT_WORD = 10.0, 60.0  # after which the user is told
+REFUSAL_SECONDS = 60.0  # for which an error has to hold to be believed
 TIMEOUT = httpx.Timeout(60.0, connect=15.0)
 
 
@@ -37,6 +42,10 @@ class ApiError(Failure):
     """Railway has refused a call. The message is Railway's."""
 
 
+class NoAnswer(ApiError):
+    """A page, or nothing, came with a status of success in place of the API's answer."""
+
+
 class GraphqlError(ApiError):
     """Railway's API has answered a document with errors."""
 
@@ -47,11 +56,16 @@ class Api:
     Args:
         token: its kind is read from Railway once, by the first call that depends on it.
         on_wait: called with the reason when a call waits for a retry.
+
+    `remaining` and `limit` are the calls that are left, and that Railway allows, in its present
+    hour: None and 0 until an answer says it.
     """
 
     def __init__(self, token: Token, on_wait: Callable[[str], None] = lambda _: None) -> None:
         self._token = token
         self.calls = 0
+        self.remaining: int | None = None
+        self.limit = 0
         self._on_wait = on_wait
         self._scope: dict[str, Any] | None = None
         self._scope_is_read = False
@@ -112,7 +126,14 @@ class Api:
 
     # -- calls ---------------------------------------------------------------------------------
 
-    def call(self, document: str, *, repeatable: bool | None = None, **variables: Any) -> Any:
+    def call(
+        self,
+        document: str,
+        *,
+        repeatable: bool | None = None,
+        patience: float | None = None,
+        **variables: Any,
+    ) -> Any:
         """Send a document and return its data.
 
         A query is retried when Railway is busy or unreachable. A mutation is retried if Railway has
@@ -120,6 +141,7 @@ class Api:
 
         Args:
             repeatable: a mutation that is retried like a query, since repeating it is harmless.
+            patience: seconds for which a query waits out an outage or the rate limit.
 
         Raises:
             ApiError: Railway has refused; the message is Railway's.
@@ -128,66 +150,88 @@ class Api:
         """
         if repeatable is None:
             repeatable = not document.lstrip().startswith("mutation")
-        return self._call(document, variables, self._headers(), repeatable)
+        return self._call(document, variables, self._headers(), repeatable, patience)
 
     def public(self, document: str, **variables: Any) -> Any:
         """Send a query that needs no token, and return its data."""
         return self._call(document, variables, {}, repeatable=True)
 
     def _call(
-        self, document: str, variables: dict[str, Any], headers: dict[str, str], repeatable: bool
+        self,
+        document: str,
+        variables: dict[str, Any],
+        headers: dict[str, str],
+        repeatable: bool,
+        patience: float | None = None,
     ) -> Any:
         body = {"query": document, "variables": variables}
-        for attempt in range(ATTEMPTS):
-            last = attempt == ATTEMPTS - 1
+        retries = Retries(patience, self._on_wait)
+        while True:
             self.calls += 1
             if "Authorization" in headers:  # a login may have expired during the wait
                 headers = {"Authorization": f"Bearer {self.token.value}"}
             try:
-                answer = self._client.post(self.url, json=body, headers=headers)
+                answer = self._client.post(
+                    self.url, json=body, headers=headers, timeout=retries.timeout
+                )
             except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
                 # the request was not sent, so a mutation may be retried too
-                if last:
-                    raise Failure(f"Railway's API is not reachable: {_reason(error)}") from None
-                self._wait(attempt, "Railway is not reachable")
+                failure = Failure(f"Railway's API is not reachable: {_reason(error)}")
+                retries.wait("Railway is not reachable", failure)
                 continue
             except httpx.HTTPError as error:
                 if not repeatable:
                     raise Uncertain(f"Railway's answer was lost: {_reason(error)}") from None
-                if last:
-                    raise Failure(f"Railway's API does not answer: {_reason(error)}") from None
-                self._wait(attempt, "Railway does not answer")
+                failure = Failure(f"Railway's API does not answer: {_reason(error)}")
+                retries.wait("Railway does not answer", failure)
                 continue
+            self._read_limit(answer)
             if answer.status_code == 429:
                 after = _retry_after(answer)
-                if last or after > MAX_PAUSE * 5:
-                    raise Failure(
-                        "Railway's rate limit is used up; it asks to wait"
-                        f" {after or MAX_PAUSE:.0f} s: try again then"
-                    )
-                self._wait(attempt, "Railway's rate limit", after)
-                continue
-            if answer.status_code >= 500:
+                failure = Failure(
+                    "Railway's rate limit is used up; it asks to wait"
+                    f" {after or MAX_PAUSE:.0f} s: try again then"
+                )
+                retries.wait("Railway's rate limit", failure, after)
+            elif answer.status_code >= 500:
                 if not repeatable:
                     raise Uncertain(f"Railway answered {answer.status_code}")
-                if last:
-                    raise Failure(f"Railway answers {answer.status_code}: try again later")
-                self._wait(attempt, f"Railway answered {answer.status_code}")
-                continue
-            return self._data(answer)
-        raise AssertionError("unreachable")
+                failure = Failure(f"Railway answers {answer.status_code}: try again later")
+                retries.wait(f"Railway answered {answer.status_code}", failure)
+            else:
+                try:
+                    return self._data(answer)
+                except NoAnswer as error:  # a page of a proxy, where Railway is not to be had
+                    if not repeatable:
+                        raise Uncertain(str(error)) from None
+                    retries.wait(f"Railway answered {answer.status_code} with a page", error)
+                except ApiError as error:
+                    retries.wait_for_another_answer(error)
+
+    def _read_limit(self, answer: httpx.Response) -> None:
+        """Keep what the headers say of the rate limit (docs.railway.com, "Rate limits")."""
+        remaining, limit = (
+            answer.headers.get(f"x-ratelimit-{name}", "") for name in ("remaining", "limit")
+        )
+        if remaining.isdecimal() and limit.isdecimal():
+            self.remaining, self.limit = int(remaining), int(limit)
+
+    @property
+    def is_nearly_used_up(self) -> bool:
+        """Is less than a tenth of the calls left that Railway allows an hour? False: not known."""
+        return self.remaining is not None and self.remaining * 10 < self.limit
 
     def _data(self, answer: httpx.Response) -> Any:
         if answer.status_code in (401, 403):
             raise ApiError("Railway does not accept the token: check it, or make a new one")
-        unexpected = ApiError(
-            f"Railway answered {answer.status_code}, which is no answer of its API: is"
-            f" {contract.API_URL_VARIABLE} right?"
-        )
+        own = self.url == contract.API_URL
+        advice = "try again later" if own else f"is {contract.API_URL_VARIABLE} right?"
+        message = f"Railway answered {answer.status_code}, which is no answer of its API: {advice}"
+        unexpected = ApiError(message)
         try:
             body = answer.json()
         except (ValueError, RecursionError):
-            raise unexpected from None
+            raise (NoAnswer(message) if answer.status_code == 200 else unexpected) from None
         if not isinstance(body, dict):
             raise unexpected
         if errors := body.get("errors"):
@@ -204,11 +248,66 @@ class Api:
             raise unexpected
         return data
 
-    def _wait(self, attempt: int, reason: str, at_least: float = 0.0) -> None:
-        pause = min(FIRST_PAUSE * 2**attempt, MAX_PAUSE) * random.uniform(0.75, 1.25)
+
+class Retries:
+    """Decides whether and when one call is sent again.
+
+    Args:
+        patience: seconds for which an outage is waited out; None: there are ATTEMPTS tries.
+        on_wait: called with what is waited for: at each wait, with `patience` at those that last.
+    """
+
+    def __init__(self, patience: float | None, on_wait: Callable[[str], None]) -> None:
+        self._patience, self._on_wait = patience, on_wait
+        self._began = time.monotonic()
+        self._tries = 0
+        self._refused_since: float | None = None
+        self._told: float | None = None
+
+    @property
+    def timeout(self) -> httpx.Timeout:
+        """Of the next try: short at first if it may be repeated for long, to notice an outage."""
+        if self._patience is None:
+            return TIMEOUT
+        seconds = min(float(TIMEOUT.read or 0), FIRST_TIMEOUT * 2**self._tries)
+        return httpx.Timeout(seconds, connect=min(seconds, float(TIMEOUT.connect or seconds)))
+
+    def wait(self, reason: str, failure: Failure, at_least: float = 0.0) -> None:
+        """Wait before another try. Raises `failure` if there is none.
+
+        Args:
+            at_least: seconds that Railway asks to wait.
+        """
+        pause = min(FIRST_PAUSE * 2**self._tries, MAX_PAUSE) * random.uniform(0.75, 1.25)
         pause = max(pause, at_least)
-        self._on_wait(f"{reason}; trying again in {pause:.1f} s")
+        self._tries += 1
+        if self._patience is None:
+            if self._tries >= ATTEMPTS or at_least > MAX_PAUSE * 5:
+                raise failure from None
+            self._on_wait(f"{reason}; trying again in {pause:.1f} s")
+        else:
+            passed = time.monotonic() - self._began
+            if passed >= self._patience:
+                raise failure from None
+            pause = min(max(min(pause, PATIENT_PAUSE), at_least), self._patience - passed)
+            if passed + pause >= FIRST_WORD and (
+                self._told is None or passed + pause >= self._told + NEXT_WORD
+            ):
+                self._told = passed + pause
+                self._on_wait(
+                    f"{reason}; trying again for {self._patience - passed:.0f} s, in {pause:.0f} s"
+                    " next: what was started on Railway goes on meanwhile"
+                )
         time.sleep(pause)
+
+    def wait_for_another_answer(self, refusal: ApiError) -> None:
+        """Wait as for an outage, which can look like a refusal. Raises it if it holds for long."""
+        now = time.monotonic()
+        if self._refused_since is None:
+            self._refused_since = now
+        if self._patience is None or now - self._refused_since >= REFUSAL_SECONDS:
+            raise refusal
+        self.wait(str(refusal), refusal)
 
 
 def _retry_after(answer: httpx.Response) -> float:

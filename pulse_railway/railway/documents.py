@@ -133,6 +133,12 @@ query Deployment($deployment: String!, $since: DateTime) {
 }
 """
 
+STATUS = """
+query Status($deployment: String!) {
+  deployment(id: $deployment) { id status deploymentStopped }
+}
+"""
+
 RUNTIME_LOGS = """
 query RuntimeLogs($deployment: String!, $since: DateTime, $limit: Int) {
   deployment(id: $deployment) { status }
