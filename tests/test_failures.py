@@ -279,8 +279,16 @@ def test_messages_of_a_clean_up_that_fails(
     api: Any = None
     cause = Failure("the build failed")
     cleanup.clean_up(api, config.Target("p", "e"), parsed, attempt, Output(), cause)
-    assert said in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert said in printed
     assert attempt.promoted == (said == "x was promoted and stays")
+    if "not certain" in said:
+        assert "run `pulse-railway delete --deployment-id x`" in printed
+        attempt = replace(attempt, registered=True, creating=True)
+        cleanup.clean_up(api, config.Target("p", "e"), parsed, attempt, Output(), cause)
+        printed = capsys.readouterr().err  # it is built and runs: a delete would waste that
+        assert "`pulse-railway promote --deployment-id x` makes it active" in printed
+        assert "delete" not in printed
 
 
 def test_a_generated_name_that_is_taken_gets_a_later_time(here: InProcess) -> None:

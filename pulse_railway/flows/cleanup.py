@@ -100,11 +100,17 @@ def clean_up(
             known = isinstance(undo_error, Failure | httpx.HTTPError)
             reason = str(undo_error) if known else f"{type(undo_error).__name__}: {undo_error}"
             reason = "interrupted again" if isinstance(undo_error, Interrupted) else reason
+            what_next = f"`pulse-railway status` shows whether {name} is active; if not,"
+            if attempt.registered:  # it is built, and runs
+                what_next += f" `pulse-railway promote --deployment-id {name}` makes it active"
+            else:
+                what_next += (
+                    f" run `pulse-railway delete --deployment-id {name}`. Else the janitor removes"
+                    " it after an hour"
+                )
             output.info(
                 f"{attempt.service_name} stays, since it is not certain that it may go: {reason}."
-                f" `pulse-railway status` shows whether {name} is active; if not, run"
-                f" `pulse-railway delete --deployment-id {name}`. Else the janitor removes it after"
-                " an hour"
+                f" {what_next}"
             )
 
 
