@@ -58,7 +58,7 @@ LATE_SECONDS = 3600.0  # a command may arrive so long after it was sent
 OTHER_VERSION_SECONDS = 30.0  # until a router that reports no epoch has read the state
 JANITOR_LOCK = ":janitor:lock"
 JANITOR_RUN = ":janitor:run"  # the outcome of the janitor's last run, for `status`
-JANITOR_RUN_SECONDS = 7 * 86_400  # that it is kept
+JANITOR_RUN_SECONDS = 7 * 86_400  # that it is kept, at most
 OUR_LOCK_PREFIX = "steps-"  # of a lock's holder that changes the state by transactions only
 COMMAND_LOCK_SECONDS = 30  # more than the duration of a command
 LEASE_AT_MOST = 3600.0  # seconds; no version of router or janitor sets a longer one
@@ -935,22 +935,22 @@ def janitor_run(store: router.Store) -> Json | None:
     """
     if not isinstance(store, router.RedisStore):
         return None
-    key = store.prefix + JANITOR_RUN
-    with store.client.pipeline(transaction=False) as pipe:
-        pipe.mget(key)  # None for another type, where GET is an error
-        pipe.pttl(key)
-        (text,), left = pipe.execute()
-    if text is None or not 0 <= left <= JANITOR_RUN_SECONDS * 1000:
-        return None
-    with contextlib.suppress(ValueError):
-        run = router.json_object(text)
+    (text,) = store.client.mget(store.prefix + JANITOR_RUN)  # None for another type
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        run = router.json_object(str(text))
         failed, why = run.get("failed"), run.get("why")
         return {
-            "age": round(JANITOR_RUN_SECONDS - left / 1000, 1),
+            "age": max(round(store_time(store) - router.a_time(run["at"]), 1), 0.0),
             "failed": failed if type(failed) is int else 0,
             "why": str(why)[:300] if why else None,
         }
     return None
+
+
+def store_time(store: router.RedisStore) -> float:
+    """Return Redis' time, in seconds since 1970."""
+    seconds, microseconds = store.client.time()
+    return float(seconds) + float(microseconds) / 1e6
 
 
 def record_answer(record: Record) -> Json:

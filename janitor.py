@@ -1007,9 +1007,11 @@ def note_run(store: router.RedisStore, why: str | None) -> None:
     """
     with contextlib.suppress(redis.RedisError):
         before = control.janitor_run(store) or {}
-        run = {"failed": before.get("failed", 0) + 1, "why": why} if why else {"failed": 0}
-        key = store.prefix + control.JANITOR_RUN
-        store.client.set(key, json.dumps(run), ex=control.JANITOR_RUN_SECONDS)
+        run: Json = {"at": control.store_time(store), "failed": 0}
+        if why:
+            run |= {"failed": before.get("failed", 0) + 1, "why": why}
+        key, kept = store.prefix + control.JANITOR_RUN, control.JANITOR_RUN_SECONDS
+        store.client.set(key, json.dumps(run), ex=min(store.ttl or kept, kept))
 
 
 def in_another_service(env: Mapping[str, str]) -> str:

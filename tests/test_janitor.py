@@ -814,7 +814,7 @@ def test_a_run_that_cannot_begin(
     for damage in ("{", "[]", '{"failed": "x", "why": [1]}'):
         redis_server.client.set("pulse:railway:janitor:run", damage, ex=60)
         assert (control.janitor_run(store) or {}).get("failed", 0) == 0
-    redis_server.client.set("pulse:railway:janitor:run", "{}")  # without an end
+    redis_server.client.set("pulse:railway:janitor:run", "{}")  # without a time
     assert control.janitor_run(store) is None
 
 
