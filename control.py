@@ -58,7 +58,6 @@ LATE_SECONDS = 3600.0  # a command may arrive so long after it was sent
 OTHER_VERSION_SECONDS = 30.0  # until a router that reports no epoch has read the state
 JANITOR_LOCK = ":janitor:lock"
 JANITOR_RUN = ":janitor:run"  # the outcome of the janitor's last run, for `status`
-JANITOR_RUN_SECONDS = 7 * 86_400  # that it is kept, at most
 OUR_LOCK_PREFIX = "steps-"  # of a lock's holder that changes the state by transactions only
 COMMAND_LOCK_SECONDS = 30  # more than the duration of a command
 LEASE_AT_MOST = 3600.0  # seconds; no version of router or janitor sets a longer one

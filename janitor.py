@@ -1010,8 +1010,7 @@ def note_run(store: router.RedisStore, why: str | None) -> None:
         run: Json = {"at": control.store_time(store), "failed": 0}
         if why:
             run |= {"failed": before.get("failed", 0) + 1, "why": why}
-        key, kept = store.prefix + control.JANITOR_RUN, control.JANITOR_RUN_SECONDS
-        store.client.set(key, json.dumps(run), ex=min(store.ttl or kept, kept))
+        store.client.set(store.prefix + control.JANITOR_RUN, json.dumps(run), ex=store.ttl)
 
 
 def in_another_service(env: Mapping[str, str]) -> str:
