@@ -18,7 +18,14 @@ SLOWDOWN = 1.3  # by which each pause is longer from then on
 MAX_POLL_PAUSE = 15.0  # seconds
 SCARCE_POLL_PAUSE = 60.0  # seconds, if few calls are left
 BUILD_TIMEOUT = 1800.0  # seconds
+RAILWAY_STATUS = "https://status.railway.com says whether builds are paused"
+NOT_BEGUN = ("INITIALIZING", "QUEUED", "WAITING")
+WORD_EVERY = 60.0  # seconds in one state after which a word says so
 FAILED_STATES = ("FAILED", "CRASHED", "REMOVED", "SKIPPED")
+
+
+class TookTooLong(Failure):
+    """What `poll` waited for has not come."""
 
 
 def poll(
@@ -31,7 +38,7 @@ def poll(
         label: what is waited for, for the message.
         is_scarce: are there few calls left? Then `ask` is called once a minute.
 
-    Raises Failure, with the label, after the timeout.
+    Raises TookTooLong, with the label, after the timeout.
     """
     deadline = time.monotonic() + timeout
     pause = 0.5
@@ -41,7 +48,7 @@ def poll(
             return answer
         left = deadline - time.monotonic()
         if left < 0:
-            raise Failure(f"{label} took longer than {timeout:.0f} s")
+            raise TookTooLong(f"{label} took longer than {timeout:.0f} s")
         time.sleep(min(SCARCE_POLL_PAUSE if is_scarce() else pause, left + 0.5))
         pause = min(pause * (2 if pause < FIRST_POLLS else SLOWDOWN), MAX_POLL_PAUSE)
 
@@ -122,10 +129,10 @@ def wait_for_build(api: Api, deployment_id: str, output: Output) -> None:
     log: list[str] = []
     since: str | None = None
     seen: set[tuple[str, str]] = set()
-    last = ""
+    last, changed, word = "", 0.0, WORD_EVERY
 
     def ask() -> bool | None:
-        nonlocal since, last, with_log
+        nonlocal since, last, changed, word, with_log
         if with_log and api.is_nearly_used_up:
             with_log = False
             output.info(
@@ -165,12 +172,25 @@ def wait_for_build(api: Api, deployment_id: str, output: Output) -> None:
             )
         if status == "NEEDS_APPROVAL":
             raise Failure("the deployment waits for an approval on Railway: approve it there")
+        now = time.monotonic()
         if status != last:
-            last = status
+            last, changed, word = status, now, WORD_EVERY
             output.waiting(status.lower())
+        elif now - changed >= word:
+            word += WORD_EVERY
+            why = f": Railway has not begun it; {RAILWAY_STATUS}" if status in NOT_BEGUN else ""
+            output.waiting(f"{status.lower()} for {(now - changed) / 60:.0f} min{why}")
         return None
 
-    poll(BUILD_TIMEOUT, ask, "the build", lambda: api.is_nearly_used_up)
+    try:
+        poll(BUILD_TIMEOUT, ask, "the build", lambda: api.is_nearly_used_up)
+    except TookTooLong:
+        if last not in NOT_BEGUN:
+            raise
+        raise Failure(
+            f"Railway has not begun the build in {BUILD_TIMEOUT / 60:.0f} minutes ({last.lower()}):"
+            f" {RAILWAY_STATUS}, and deploy again when it builds"
+        ) from None
 
 
 def runtime_tail(api: Api, deployment_id: str) -> str:

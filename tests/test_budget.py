@@ -204,3 +204,17 @@ def test_few_calls_that_are_left(server: Railway) -> None:
         api = Api(Token("t", "flag"))
         api._read_limit(httpx.Response(200, headers=unknown))
         assert not api.is_nearly_used_up
+
+
+def test_a_build_that_railway_does_not_begin(server: Railway) -> None:
+    """Builds are paused now and then: that was told as a build that took too long."""
+    queued = data(one("QUEUED"))
+    with pytest.raises(Failure, match=r"Railway has not begun the build in 30 minutes \(queued\)"):
+        server.build((9999, queued))
+    words = [line for line in server.lines if line.startswith("queued for ")]
+    assert 25 <= len(words) <= 30
+    assert "queued for 1 min: Railway has not begun it; https://status.railway.com" in words[0]
+    server.lines.clear()
+    with pytest.raises(Failure, match=r"the build took longer than 1800 s"):
+        server.build((9999, BUILDING))
+    assert "building for 10 min" in server.lines
