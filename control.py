@@ -562,6 +562,17 @@ def idempotent(step: Step, nonce: str) -> Step:
     return inner
 
 
+def in_time(step: Step, until: float) -> Step:
+    """Return `step`, which raises StateError later than `until`, by the store's clock."""
+
+    def inner(routing: Routing) -> Routing:
+        if routing.now > until:
+            raise StateError("the command came too late: nothing was changed", "late")
+        return step(routing)
+
+    return inner
+
+
 def with_history(step: Step, what: str, deployment_id: str, **facts: Any) -> Step:
     """Return `step` with an entry in the history if it changes the state.
 
@@ -957,6 +968,7 @@ def control_parser() -> argparse.ArgumentParser:
     common.add_argument("--by", type=some_text, help="who asks, for the history")
     common.add_argument("--why", help="for the history")
     common.add_argument("--unlock", metavar="HOLDER", help="release the deploy lock, too")
+    common.add_argument("--until", type=moment, help="refused later, by the store's clock")
 
     def command(name: str, summary: str) -> Callable[..., Any]:
         return commands.add_parser(name, help=summary, parents=[common]).add_argument
@@ -1178,6 +1190,8 @@ def change_state(store: router.Store, args: argparse.Namespace, me: str | None =
     """
     check_arguments(args)
     step = step_of(args)
+    if args.until is not None:
+        step = in_time(step, args.until)
     if args.command == "claim":  # idempotent by itself, and not in the history
         if me not in (None, args.owner):
             raise StateError(f"this is {me}, and claims nothing for {args.owner}", "owner")

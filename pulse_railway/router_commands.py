@@ -59,6 +59,8 @@ def send_command(
         answer = parse_answer(outcome.stdout, command, nonce)
         if answer is not None:
             if answer.get("ok") is True:
+                if answer.get("cut"):
+                    stack.target.control_route.info(str(answer["cut"]))
                 return answer
             why = str(answer.get("error"))
             if answer.get("reason") != "store":  # after a lost connection Redis may have changed

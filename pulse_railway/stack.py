@@ -26,6 +26,8 @@ SECRET_NAMES = (
     contract.NOTIFY_URL,
 )
 
+LONGEST_VARIABLE = 128 * 1024  # bytes, with its name and the byte that ends it (Linux)
+
 
 @dataclass
 class Service:
@@ -47,6 +49,11 @@ class Service:
     @property
     def deployment_id(self) -> str | None:
         return self.variables.get(contract.DEPLOYMENT_ID)
+
+    def is_too_long(self, name: str) -> bool:
+        """Return whether Linux starts no process with this variable."""
+        text = f"{name}={self.variables.get(name, '')}"
+        return len(text.encode(errors="replace")) + 1 > LONGEST_VARIABLE
 
     @property
     def age(self) -> float:

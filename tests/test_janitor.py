@@ -712,7 +712,9 @@ def test_a_control_command_is_carried_out_once_and_in_time(room: Room) -> None:
         **{"nonce": "n1", "version": version},
     }
     assert answer(request, json.dumps(said)) is None  # it was answered
-    assert answer({**request, "until": time.time() - 1}) is None  # nobody waits any more
+    late = answer({**request, "words": ["maintenance", "on"], "until": time.time() - 7200})
+    assert (late["ok"], late["reason"]) == (False, "late")  # an earlier CLI's
+    assert "was over 7200 s before it was read: is this machine's clock right?" in late["error"]
     for nonsense in ("", "{", "[]", "null", "{}", '{"nonce": 1}', {**request, "words": []}):
         assert answer(nonsense) is None
     unknown = answer({**request, "words": ["explode"]})

@@ -117,7 +117,9 @@ class World:
         self.known = router.Routing()  # a router's copy of the state
         self.lines: list[str] = []  # the verb's output
         self.count = 0
-        self.api: Any = types.SimpleNamespace(call=self.call, calls=0, is_project_token=False)
+        self.api: Any = types.SimpleNamespace(
+            call=self.call, calls=0, is_project_token=False, url=""
+        )
         for name in ("pulse-router", "pulse-env", "pulse-janitor", "pulse-redis"):
             secrets = (contract.RAILWAY_TOKEN, contract.REDIS_URL, contract.INTERNAL_TOKEN)
             self.create(name, {**dict.fromkeys(secrets, "${{x}}"), contract.RUNTIME_VERSION: "1"})

@@ -602,6 +602,12 @@ def plan(
             change.variables |= {
                 name: "" for name in STATE_OF_ORIGINAL if service.variables.get(name)
             }
+        # with a variable of 128 KB the janitor would not start
+        change.variables |= {
+            name: ""
+            for name in (contract.CONTROL, contract.CONTROL_ANSWER)
+            if service.is_too_long(name)
+        }
         change.settings = {
             k: v for k, v in desired_state.settings.items() if service.settings.get(k) != v
         }

@@ -317,6 +317,16 @@ def manual_changes(stack: Stack, state: dict[str, Any] | None) -> list[str]:
         for s in (stack.router, stack.janitor)
         if s and s.variables.get(contract.UNDEPLOYED)
     ]
+    for service in stack.services.values():
+        for variable in filter(service.is_too_long, service.variables):
+            size = len(service.variables[variable].encode(errors="replace")) // 1024
+            is_ours = variable in (contract.CONTROL, contract.CONTROL_ANSWER)
+            is_ours &= service is stack.janitor
+            remedy = "`pulse-railway ensure` empties it" if is_ours else "shorten it on Railway"
+            messages.append(
+                f"{service.name} cannot start with {variable}, which has {size} KB, and Linux takes"
+                f" 128: {remedy}"
+            )
     if stack.redis and stack.redis.settings.get("numReplicas") == 0:
         messages.append(
             f"{stack.redis.name} has a replica in no region: `railway scale REGION=1 --service"
