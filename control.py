@@ -64,12 +64,13 @@ JANITOR_WAIT = 15.0  # seconds that a command waits for an older janitor to end
 class StateError(Exception):
     """A control command that would leave the routing state wrong is refused.
 
-    `reason` is a word for programs.
+    `reason` is a word for programs; `facts` are further fields of the answer.
     """
 
-    def __init__(self, message: str, reason: str = "refused") -> None:
+    def __init__(self, message: str, reason: str = "refused", **facts: Any) -> None:
         super().__init__(message)
         self.reason = reason
+        self.facts = facts
 
 
 # -- the steps ---------------------------------------------------------------------------------
@@ -332,22 +333,51 @@ def set_maintenance(
 def deploy_lock(routing: Routing, holder: str, by: str | None, lease: float) -> Routing:
     """Take the deploy lock for `lease` seconds from now, or renew it for its holder.
 
-    Raises StateError while another holder has it.
+    Raises StateError while another holder has it, and for a holder that has ended: the command that
+    releases a lock can overtake the one that takes it.
     """
     lock, now = routing.lock, routing.now
     renewed = lock is not None and lock.holder == holder
+    if holder in ended_runs(routing):
+        raise StateError("this run has ended, and its lock was released", "ended")
     if lock and not renewed and lock.until > now:
         since = time.strftime("%H:%M:%S UTC", time.gmtime(lock.since))
-        raise StateError(f"{lock.by or 'somebody'} deploys since {since}", "locked")
+        message = f"{lock.by or 'somebody'} deploys since {since}"
+        raise StateError(message, "locked", lock=lock_answer(lock), now=now)
+    if lock and not renewed:
+        routing = with_ended(routing, lock.holder)
     locked_since = lock.since if lock and renewed else now
     return replace(routing, lock=router.DeployLock(holder, by, locked_since, now + lease))
 
 
+def lock_answer(lock: router.DeployLock) -> Json:
+    return {name: getattr(lock, name) for name in ("holder", "by", "since", "until")}
+
+
 def release_deploy_lock(routing: Routing, holder: str | None) -> Routing:
-    """Release the deploy lock of this holder; without a holder, anybody's."""
-    if routing.lock and holder in (None, routing.lock.holder):
-        return replace(routing, lock=None)
-    return routing
+    """Release the deploy lock of this holder, which cannot take it again; without a holder,
+    anybody's."""
+    lock = routing.lock
+    if holder is None:
+        return with_ended(replace(routing, lock=None), lock.holder) if lock else routing
+    if lock and lock.holder == holder:
+        routing = replace(routing, lock=None)
+    return with_ended(routing, holder)
+
+
+ENDED = "ended:"  # begins the names of ended runs among the nonces, which are forgotten in an hour
+
+
+def with_ended(routing: Routing, holder: str) -> Routing:
+    """Note that a run of `deploy` has ended."""
+    if holder in ended_runs(routing):
+        return routing
+    return replace(routing, processed={**routing.processed, ENDED + holder: routing.now})
+
+
+def ended_runs(routing: Routing) -> list[str]:
+    """Return the runs of `deploy` that have given back the lock, or lost it."""
+    return [name.removeprefix(ENDED) for name in routing.processed if name.startswith(ENDED)]
 
 
 def set_owner(routing: Routing, owner: str, instead_of: str | None = None) -> Routing:
@@ -593,6 +623,18 @@ def with_history(step: Step, what: str, deployment_id: str, **facts: Any) -> Ste
     return inner
 
 
+def renewing(step: Step, holder: str, lease: float) -> Step:
+    """Return `step`, after which this holder's deploy lock ends in `lease` seconds."""
+
+    def inner(routing: Routing) -> Routing:
+        new = step(routing)
+        if new.lock is None or new.lock.holder != holder:
+            return new
+        return replace(new, lock=replace(new.lock, until=routing.now + lease))
+
+    return inner
+
+
 def with_unlock(step: Step, holder: str) -> Step:
     """Return `step`, with the release of the deploy lock in the same transaction."""
     return lambda routing: step(release_deploy_lock(routing, holder))
@@ -806,7 +848,8 @@ def status_answer(
         "promoted": routing.promoted and vars(routing.promoted),
         "canary": canary and {"deployment_id": canary.deployment_id, "weight": canary.weight},
         "maintenance": closed,
-        "lock": lock and {"by": lock.by, "since": lock.since, "until": lock.until},
+        "lock": lock and lock_answer(lock),
+        "now": routing.now,
         "lost": is_lost(routing, last_promoted),
         "epoch": routing.epoch,
         "owner": routing.owner,
@@ -897,6 +940,12 @@ def moment(value: str) -> float:
     return seconds
 
 
+def renewal(value: str) -> tuple[str, float]:
+    """Parse HOLDER@SECONDS."""
+    holder, _, lease = value.rpartition("@")
+    return router.a_text(holder), a_duration(float(lease))
+
+
 def some_text(value: str) -> str:
     """Return a name without control characters, cut to 300 characters."""
     return "".join(c if c.isprintable() else " " for c in value)[:300]
@@ -968,6 +1017,9 @@ def control_parser() -> argparse.ArgumentParser:
     common.add_argument("--by", type=some_text, help="who asks, for the history")
     common.add_argument("--why", help="for the history")
     common.add_argument("--unlock", metavar="HOLDER", help="release the deploy lock, too")
+    common.add_argument(
+        "--renew", type=renewal, metavar="HOLDER@SECONDS", help="renew that holder's deploy lock"
+    )
     common.add_argument("--until", type=moment, help="refused later, by the store's clock")
 
     def command(name: str, summary: str) -> Callable[..., Any]:
@@ -1200,6 +1252,8 @@ def change_state(store: router.Store, args: argparse.Namespace, me: str | None =
         step = claiming_bare(step, me)
     if args.unlock:
         step = with_unlock(step, args.unlock)
+    if args.renew:
+        step = renewing(step, *args.renew)
     if args.command not in ALLOWED_WHEN_LOST:
         step = refuse_if_lost(step, args.promoted)
     step = owned(step, me)
@@ -1273,7 +1327,7 @@ def carry_out(argv: list[str], env: Mapping[str, str]) -> Json:
             case _:
                 answer = {"ok": True, **change_answer(store, args, token, ownership.name(env))}
     except StateError as error:
-        answer = {"ok": False, "error": str(error), "reason": error.reason}
+        answer = {"ok": False, "error": str(error), "reason": error.reason, **error.facts}
     except (redis.RedisError, sqlite3.Error, OSError) as error:
         # The class only: the message of a Redis error can carry its URL.
         message = f"the router's Redis does not answer ({type(error).__name__})"
@@ -1328,6 +1382,7 @@ def change_answer(
         answer["at"] = routing.now
     if args.command == "lock":
         answer |= {"active": routing.active, "lost": is_lost(routing, args.promoted)}
+        answer |= {"ended": ended_runs(routing), "now": routing.now}
     if args.command in WAITS_FOR_ROUTERS:
         deletes = args.command == "retire"
         since = retired_for(routing, args.deployment_id) if deletes else 0.0

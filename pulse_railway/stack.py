@@ -45,6 +45,7 @@ class Service:
     variables: dict[str, str] = field(default_factory=dict)  # references not resolved
     stopped: bool = False  # the latest deployment was stopped
     regions: dict[str, int] = field(default_factory=dict)  # region -> replicas; empty: not known
+    status_at: float | None = None  # since when it has that status, in seconds since 1970
 
     @property
     def deployment_id(self) -> str | None:
@@ -177,6 +178,11 @@ _SETTINGS = (
     "cronSchedule",
     "restartPolicyType",
 )
+
+
+def seconds_of(time_text: str | None) -> float | None:
+    """Parse a time of Railway's API; None without one."""
+    return datetime.fromisoformat(time_text).timestamp() if time_text else None
 
 
 RETRY_DELAY = 1.0  # seconds before variables are read again
@@ -564,6 +570,7 @@ def read_services(api: Api, target: Target, names: Names) -> Stack:
             domains=[d["domain"] for d in (*domains["customDomains"], *domains["serviceDomains"])],
             group_id=of_config.get("groupId"),
             status=latest["status"] if latest else None,
+            status_at=seconds_of(latest.get("statusUpdatedAt")) if latest else None,
             stopped=bool(latest and latest["deploymentStopped"]),
             regions=regions,
         )
