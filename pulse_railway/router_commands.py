@@ -22,6 +22,7 @@ from pulse_railway.railway.api import Api
 from pulse_railway.stack import Stack
 
 PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0)  # seconds before each retry
+WHY_LIMIT = 300  # characters of a reason, as in the history
 RETRY_TIMEOUT = 150.0  # seconds after which a command is not retried
 
 Answer = dict[str, Any]
@@ -264,7 +265,7 @@ def send_finish_bake(api: Api, stack: Stack, deployment_id: str) -> None:
 
 
 def _why_arguments(why: str | None) -> list[str]:
-    return ["--why=" + why.replace("\0", " ")] if why else []
+    return ["--why=" + why.replace("\0", " ")[:WHY_LIMIT]] if why else []
 
 
 @dataclass(frozen=True)

@@ -185,6 +185,7 @@ def seconds_of(time_text: str | None) -> float | None:
     return datetime.fromisoformat(time_text).timestamp() if time_text else None
 
 
+READS = 4  # of an environment in which services go at the same time
 RETRY_DELAY = 1.0  # seconds before variables are read again
 
 
@@ -194,15 +195,7 @@ def inspect(api: Api, target: Target, names: Names) -> Stack:
     Variables that cannot be complete are read again; if the second answer is not complete either,
     `stack.incomplete` has the reason.
     """
-    environment = read_services(api, target, names)
-    try:
-        read_variables(api, environment)
-    except GraphqlError as error:
-        if "not found" not in str(error).lower():
-            raise
-        # a janitor has deleted a service between the two queries
-        environment = read_services(api, target, names)
-        read_variables(api, environment)
+    environment = read_environment(api, target, names)
     stack = find_stack(environment)
     if why_incomplete(stack):
         time.sleep(RETRY_DELAY)
@@ -210,6 +203,29 @@ def inspect(api: Api, target: Target, names: Names) -> Stack:
         stack = find_stack(environment)
         stack.incomplete = why_incomplete(stack)
     return stack
+
+
+def read_environment(api: Api, target: Target, names: Names) -> Stack:
+    """Return the environment's services with their variables.
+
+    They are read again if a janitor or another run has deleted one between the two queries.
+    """
+    for _ in range(READS - 1):
+        environment = read_services(api, target, names)
+        try:
+            read_variables(api, environment)
+            return environment
+        except GraphqlError as error:
+            if not is_gone(error):
+                raise
+    environment = read_services(api, target, names)
+    read_variables(api, environment)
+    return environment
+
+
+def is_gone(error: GraphqlError) -> bool:
+    """Return whether Railway says that what was asked for does not exist (any more)."""
+    return "not found" in str(error).lower()
 
 
 def find_stack(environment: Stack) -> Stack:

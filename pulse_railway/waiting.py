@@ -14,6 +14,7 @@ from pulse_railway.railway.api import Api
 
 POLL_SECONDS = 2.0  # between two polls: Railway limits the rate of calls
 BUILD_TIMEOUT = 1800.0  # seconds
+SUPERSEDED = ("REMOVED", "SKIPPED")
 FAILED_STATES = ("FAILED", "CRASHED", "REMOVED", "SKIPPED")
 
 
@@ -62,6 +63,7 @@ def wait_for_services(
     Raises Failure, with the service's name and the end of its build log, if a deployment fails.
     """
     shown: dict[str, str] = {}
+    following = dict(deployments)
 
     def ask() -> bool | None:
         newest = latest(api, target)
@@ -69,9 +71,12 @@ def wait_for_services(
         for service_id, name in services.items():
             deployment = newest.get(service_id)
             status = deployment["status"] if deployment else "INITIALIZING"
-            expected = deployments.get(service_id)
+            expected = following.get(service_id)
             if expected and deployment and deployment["id"] != expected:
                 status = "QUEUED"  # an older deployment is still the latest
+                if was_superseded(api, expected):
+                    output.info(f"another run has deployed {name} since: waiting for that")
+                    following[service_id] = None
             if deployment and status in FAILED_STATES:
                 tail = build_tail(api, deployment["id"])
                 raise Failure(f"the deployment of {name} ended as {status}\n{tail}".rstrip())
@@ -84,6 +89,12 @@ def wait_for_services(
         return None if waiting else True
 
     poll(timeout, ask, f"the deployment of {', '.join(services.values())}")
+
+
+def was_superseded(api: Api, deployment_id: str) -> bool:
+    """Return whether a newer deployment of the same service has replaced one that was starting."""
+    data = api.call(documents.BUILD_LOGS, deployment=deployment_id, since=None, limit=1)
+    return data["deployment"]["status"] in SUPERSEDED
 
 
 def wait_for_build(

@@ -220,3 +220,25 @@ def step_04_two_runs_in_the_same_second(base: Project) -> None:
             base.ok("delete", "--deployment-id", made.pop())
         base.railway.graphql("mutation ($i: String!) { serviceDelete(id: $i) }", i=other)
         assert lock(base) is None
+
+
+def step_05_two_redeploys(base: Project) -> None:
+    """One ended with "REMOVED"."""
+    base.faults(build_seconds=1.5)
+    runs = [Running(base, "redeploy", "--deployment-id", "first") for _ in range(2)]
+    ended = [run.end() for run in runs]
+    base.faults()
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert sum("another run has deployed it since" in said for _, said in ended) == 1, ended
+
+
+def step_06_a_service_that_goes_between_two_reads(base: Project) -> None:
+    """`logs` ended with "Railway: Service not found"."""
+    for words in (["logs", "--deployment-id", "first"], ["status"]):
+        base.faults({"match": "variables", "error": "Service not found", "times": 2})
+        done = base.run(*words)
+        base.faults()
+        assert done.code == 0, done.err
+    base.faults({"match": "deploymentLogs", "error": "Deployment not found"})
+    assert "first was removed meanwhile" in base.run("logs", "--deployment-id", "first").error
+    base.faults()

@@ -702,8 +702,8 @@ def life(call: Callable[..., Any], site: Site, warned: dict[str, Any]) -> None:
     assert site.state.maintenance.page == "<p>closed</p>"
     call("maintenance", False, None, 30, None, **warned)
     assert site.state.maintenance is None
-    call("lock", "me", 60)
-    call("unlock", "me")
+    call("lock", "me again", 60)
+    call("unlock", "me again")
     assert site.state.lock is None
     call("retire", "b", "s-b")
     assert site.state.records["b"].retiring_at
