@@ -64,6 +64,7 @@ def wait_for_services(
     """
     shown: dict[str, str] = {}
     following = dict(deployments)
+    behind = dict.fromkeys(services, 0)  # polls with another deployment as the latest
 
     def ask() -> bool | None:
         newest = latest(api, target)
@@ -74,7 +75,8 @@ def wait_for_services(
             expected = following.get(service_id)
             if expected and deployment and deployment["id"] != expected:
                 status = "QUEUED"  # an older deployment is still the latest
-                if was_superseded(api, expected):
+                behind[service_id] += 1
+                if behind[service_id] % 5 == 0 and was_superseded(api, expected):
                     output.info(f"another run has deployed {name} since: waiting for that")
                     following[service_id] = None
             if deployment and status in FAILED_STATES:

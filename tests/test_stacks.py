@@ -494,8 +494,9 @@ def test_two_services_of_one_name_are_refused() -> None:
             environment = {"config": {}, "serviceInstances": {"edges": nodes}}
             return {"environment": environment, "project": {"services": {"edges": []}}}
 
+    stack = stack_module.read_services(cast(Any, Prepared()), Target("p", "e"), Names())
     with pytest.raises(Failure, match="two services named pulse-router \\(s1 and s2\\)"):
-        stack_module.read_services(cast(Any, Prepared()), Target("p", "e"), Names())
+        stack_module.require_complete_answer(stack)
 
 
 def test_a_service_that_is_deleted_while_the_stack_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,12 +41,14 @@ from pulse_railway.stack import (
     check_redis_prefix,
     find_stack,
     inspect,
+    is_withdrawable,
     joined,
     lost_with_baseline,
     lost_with_missing,
     of_router,
     ownership,
     partial,
+    read_environment,
     read_services,
     read_variables,
     references,
@@ -55,8 +57,6 @@ from pulse_railway.stack import (
 )
 from pulse_railway.waiting import FAILED_STATES, poll, wait_for_services
 
-# A variable of each service that an unfinished `scaffold` has created: the next run completes them.
-UNFINISHED = "PULSE_RAILWAY_SETUP"
 LOGIN_IS_NOT_DURABLE = (
     "a Railway CLI login is not written into the router and the janitor, since it expires: set"
     " RAILWAY_TOKEN (project token) or RAILWAY_API_TOKEN and run this again"
@@ -68,6 +68,7 @@ def scaffold(api: Api, target: Target, options: BaselineOptions, output: Output)
     warn_of_config_file(options, output)
     with output.step("inspect the project"):
         stack = inspect(api, target, options.names)
+    require_complete_answer(stack)
     if stack.baseline and not unfinished(stack):
         exists = f"a baseline exists already: {joined(s.name for s in stack.baseline)}. `scaffold`"
         if stack.missing:
@@ -121,13 +122,15 @@ def ensure(
     warn_of_config_file(options, output)
     with output.step("inspect the project"):
         stack = inspect(api, target, options.names)
+    if not options.plan_only:
+        stack = withdraw_doubles(api, stack, output)
+    require_complete_answer(stack)
     if not stack.baseline or unfinished(stack):
         require_named(stack)
         warn_of_orphans(stack, output)
         if options.plan_only:
             return stack, ["create router, env, janitor" + ("" if options.redis_url else ", Redis")]
         return create(api, stack, options, output), ["created the baseline"]
-    require_complete_answer(stack)
     repair = options.repair or bool(stack.copied_from)
     if stack.missing and not (repair and can_create_missing(stack)):
         raise Failure(partial(stack))
@@ -296,7 +299,7 @@ def warn_of_lost_variables(stack: Stack, deployments: Iterable[Service], output:
 
 def unfinished(stack: Stack) -> bool:
     """Return whether the existing services are those of an interrupted `scaffold`."""
-    return any(UNFINISHED in s.variables for s in stack.baseline)
+    return any(contract.UNFINISHED in s.variables for s in stack.baseline)
 
 
 def check_redis_mode(stack: Stack, options: BaselineOptions) -> None:
@@ -681,7 +684,7 @@ def finish(api: Api, stack: Stack, changes: list[Change], options: BaselineOptio
     target = stack.target
     version = {contract.RUNTIME_VERSION: options.runtime_image or runtime_image.runtime_version()}
     deployed = [change for change in changes if change.deploy]
-    marked = [s for s in stack.baseline if UNFINISHED in s.variables]
+    marked = [s for s in stack.baseline if contract.UNFINISHED in s.variables]
     inputs = {}
     for i, change in enumerate(deployed):
         values = {contract.UNDEPLOYED: ""}
@@ -693,7 +696,7 @@ def finish(api: Api, stack: Stack, changes: list[Change], options: BaselineOptio
             "projectId": target.project_id,
             "environmentId": target.environment_id,
             "serviceId": service.id,
-            "name": UNFINISHED,
+            "name": contract.UNFINISHED,
         }
     if inputs:
         document = documents.configure(variables=len(deployed), deletions=len(marked))
@@ -739,15 +742,16 @@ def create(api: Api, stack: Stack, options: BaselineOptions, output: Output) -> 
     if not all(name in stack.services for name in expected):
         if not stack.baseline:  # else an interrupted run has deployed it: its services appear
             with output.step(f"deploy the template {contract.TEMPLATE_CODE}"):
-                marked = {name: {UNFINISHED: "1"} for name in expected}
+                run = secrets.token_hex(8)
+                marked = {name: {contract.UNFINISHED: run} for name in expected}
                 deploy_template(api, target, names, marked, options.runtime_image)
-        stack = _await_services(api, stack, expected, output)
+            stack = _await_services(api, stack, expected, output, run)
+            stack = withdraw_doubles(api, stack, output)
+        else:
+            stack = _await_services(api, stack, expected, output)
     if names.env not in stack.services:
         with output.step(f"create {names.env}"):
-            mark = {UNFINISHED: "1"}
-            env_id = create_service(api, target, names.env, mark, group_id=None)
-            env = Service(env_id, "", names.env, "", None, {}, [], None, None, mark)
-            stack.services[names.env] = env
+            stack.services[names.env] = create_env(api, stack)
     if options.redis_url and stack.redis:
         with output.step(f"delete {names.redis}"):
             if not delete_service(api, target, stack.redis.id):
@@ -765,6 +769,35 @@ def create(api: Api, stack: Stack, options: BaselineOptions, output: Output) -> 
     return stack
 
 
+def create_env(api: Api, stack: Stack) -> Service:
+    """Create the service that holds the app's variables, unless another run has just done it."""
+    name, mark = stack.names.env, {contract.UNFINISHED: "1"}
+    try:
+        env_id = create_service(api, stack.target, name, mark, group_id=None)
+    except GraphqlError:
+        if present := read_environment(api, stack.target, stack.names).services.get(name):
+            return present
+        raise
+    return Service(env_id, "", name, "", None, {}, [], None, None, mark)
+
+
+def withdraw_doubles(api: Api, stack: Stack, output: Output) -> Stack:
+    """Delete what the later one of two runs of `ensure` has made beside the services of the other.
+
+    Only services that their run has not finished are deleted, so nothing uses them. Returns the
+    stack; its services are completed by both runs.
+    """
+    withdrawn = [s for s in stack.doubles if is_withdrawable(stack.services[s.name], s)]
+    if not withdrawn:
+        return stack
+    names = joined({service.name for service in withdrawn})
+    with output.step(f"withdraw {names}, which another `ensure` has created, too"):
+        for service in withdrawn:
+            if not delete_service(api, stack.target, service.id):
+                output.warn(empty_service_message(service.name, None))
+        return inspect(api, stack.target, stack.names)
+
+
 def check_names(stack: Stack, needed: set[str]) -> None:
     """Raise Failure if another environment of the project has services of these names.
 
@@ -779,16 +812,19 @@ def check_names(stack: Stack, needed: set[str]) -> None:
         )
 
 
-def _await_services(api: Api, stack: Stack, expected: list[str], output: Output) -> Stack:
+def _await_services(
+    api: Api, stack: Stack, expected: list[str], output: Output, run: str | None = None
+) -> Stack:
+    """Wait until the services of these names exist; with `run`, those that this run creates."""
+
     def ask() -> Stack | None:
-        environment = read_services(api, stack.target, stack.names)
-        complete = all(name in environment.services for name in expected)
-        return environment if complete else None
+        environment = read_environment(api, stack.target, stack.names)
+        services = (*environment.services.values(), *environment.doubles)
+        names = {s.name for s in services if run in (None, s.variables.get(contract.UNFINISHED))}
+        return environment if names.issuperset(expected) else None
 
     with output.step(f"wait for {joined(expected)} to appear"):
-        environment: Stack = poll(180.0, ask, "the template")
-        read_variables(api, environment)
-    return find_stack(environment)
+        return find_stack(poll(180.0, ask, "the template"))
 
 
 def deploy_template(

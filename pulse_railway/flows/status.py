@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 from pulse_railway import contract, router_commands
@@ -15,7 +16,7 @@ from pulse_railway.flows.promote import rollback_target
 from pulse_railway.railway import documents
 from pulse_railway.railway.api import Api, GraphqlError
 from pulse_railway.services import empty_service_message, replicas_by_region
-from pulse_railway.stack import Service, Stack, joined, ownership, require_baseline
+from pulse_railway.stack import Service, Stack, double_words, joined, ownership, require_baseline
 from pulse_railway.waiting import FAILED_STATES
 
 
@@ -363,7 +364,7 @@ def problems(stack: Stack, state: dict[str, Any] | None, router_error: str | Non
     """
     messages = []
     try:
-        require_baseline(stack)
+        require_baseline(replace(stack, doubles=[]))
     except Failure as failure:
         messages.append(str(failure))
     messages += [
@@ -377,6 +378,7 @@ def problems(stack: Stack, state: dict[str, Any] | None, router_error: str | Non
         if s.status in FAILED_STATES
     ]
     messages += manual_changes(stack, state)
+    messages += [double_words(stack, double) for double in stack.doubles]
     messages += [empty_service_message(s.name, s.deployment_id) for s in stack.empty]
     messages += [u.words() for u in stack.unowned.values() if u.can_be_restored]
     if router_error and REDIS_IS_SILENT in router_error:
