@@ -27,7 +27,7 @@ from pulse_railway import contract, provenance
 from pulse_railway.errors import Failure, Interrupted
 from pulse_railway.railway import documents
 from pulse_railway.railway.api import Api, ApiError
-from pulse_railway.railway.clock import clock_is_off
+from pulse_railway.railway.clock import clock_difference
 from pulse_railway.railway.ssh import Outcome
 from pulse_railway.services import write_variables
 from pulse_railway.stack import Service, Stack, read_variables
@@ -174,10 +174,10 @@ class Job:
     def why_silent(self) -> str:
         name = self.janitor.name
         why = f"{name} gave no answer in time; see `pulse-railway logs --service {name}`"
-        if off := clock_is_off(self.api.url):
+        if difference := clock_difference(self.api.url):
             why += (
-                f". {off}, and a janitor of an earlier version judges a command by it: set the"
-                " clock, or run `pulse-railway ensure`"
+                f". This machine's clock is {difference:.0f} s off, and a janitor of an earlier"
+                " version judges a command by it: set the clock, or run `pulse-railway ensure`"
             )
         return why
 

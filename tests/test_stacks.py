@@ -328,7 +328,9 @@ def test_deployments_of_a_deleted_router_are_taken_over(base: Project, shop: Pat
     assert status["deployments"] == []
     (problem,) = (line for line in status["problems"] if "late" in line)
     assert "`pulse-railway restore --deployment-id late --app main.py`" in problem
-    assert "late" not in str(json_of(base, "status", "--service", "pulse-router"))
+    status = json_of(base, "status", "--service", "pulse-router")
+    assert "late" not in str([status[name] for name in ("problems", "copied")])
+    assert [d["deployment_id"] for d in status["deployments"]] == ["first"]
     restored = json_of(base, "restore", "--app", "main.py", "--deployment-id", "late", cwd=shop)
     assert restored["active"] == "late"
     assert json_of(base, "status", "--app", "main.py", cwd=shop)["active"] == "late"

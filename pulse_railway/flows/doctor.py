@@ -22,7 +22,7 @@ from pulse_railway.options import DeployOptions
 from pulse_railway.output import Output
 from pulse_railway.railway import config_files, program, tokens
 from pulse_railway.railway.api import Api
-from pulse_railway.railway.clock import clock_is_off
+from pulse_railway.railway.clock import clock_difference
 from pulse_railway.stack import Stack, inspect, require_baseline
 
 
@@ -185,8 +185,8 @@ def check_clock(url: str) -> None:
 
     With a wrong clock certificates and sessions look expired. Raises Failure.
     """
-    if off := clock_is_off(url):
-        raise Failure(f"{off}: set it")
+    if difference := clock_difference(url):
+        raise Failure(f"this machine's clock is {difference:.0f} s off: set it")
 
 
 def check_identity(checkup: Checkup, plan: deploy.Plan, stack: Stack) -> None:

@@ -10,16 +10,15 @@ import httpx
 MAX_DIFFERENCE = 60.0  # seconds
 
 
-def clock_is_off(url: str) -> str | None:
-    """Return a sentence if this machine's clock differs from the server's `Date`, else None.
+def clock_difference(url: str) -> float | None:
+    """Return the seconds by which this machine's clock is ahead of the server's `Date`.
 
-    None also without an answer, or for a server without a clock (RFC 9110 section 6.6.1).
+    None if they are few, without an answer, and for a server without a clock (RFC 9110 section
+    6.6.1).
     """
     try:
         date = httpx.get(url, timeout=10).headers.get("date", "")
         difference = time.time() - email.utils.parsedate_to_datetime(date).timestamp()
     except (httpx.HTTPError, ValueError):
         return None
-    if abs(difference) <= MAX_DIFFERENCE:
-        return None
-    return f"this machine's clock is {difference:.0f} s off"
+    return difference if abs(difference) > MAX_DIFFERENCE else None
