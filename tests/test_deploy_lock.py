@@ -15,7 +15,7 @@ from pulse_railway.config import Names, Target
 from pulse_railway.flows import deploy_lock
 from pulse_railway.router_commands import Lock
 from pulse_railway.stack import Service, Stack
-from tests.conftest import BASE, Project, play
+from tests.conftest import BASE, Project, Redis, play
 from tests.net import eventually
 from tests.test_signals import Running
 
@@ -72,6 +72,18 @@ def test_a_command_that_comes_too_late() -> None:
     assert step(state()) == state()
     with pytest.raises(control.StateError, match="came too late"):
         step(replace(state(), now=NOW + 1))
+
+
+def test_the_locks_clock_is_the_stores(
+    redis_server: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = router.RedisStore(redis_server.url, "pulse:railway")
+    store.apply(lambda routing: control.deploy_lock(routing, "a", "ada", 60))
+    real = time.time
+    for skew in (-5400, 5400):
+        monkeypatch.setattr(time, "time", lambda skew=skew: real() + skew)
+        with pytest.raises(control.StateError, match="ada deploys since"):
+            store.apply(lambda routing: control.deploy_lock(routing, "b", "bob", 60))
 
 
 # -- is a run dead? ----------------------------------------------------------------------------
@@ -194,7 +206,22 @@ def step_03_a_dead_runs_lock_is_taken_over(base: Project) -> None:
     base.ok("delete", "--deployment-id", "dead")
 
 
-def step_04_two_runs_in_the_same_second(base: Project) -> None:
+def step_04_a_dead_runs_lock_is_released_by_a_deploy_beside_it(base: Project) -> None:
+    words = ("--deployment-id", "dead")
+    killed_at(base, "build and start", *words, fault={"match": "deployment", "delay": 3.0})
+    verb = Running(base, "deploy", "main.py", "--deployment-id", "beside", "--no-promote")
+    for line in verb.said:
+        if line.strip().startswith("build and start"):
+            break
+    service = base.stage.services()["dead"]["serviceId"]
+    base.railway.graphql("mutation ($i: String!) { serviceDelete(id: $i) }", i=service)
+    code, said = verb.end()
+    assert code == 0, said
+    assert lock(base) is None
+    base.ok("delete", "--deployment-id", "beside")
+
+
+def step_05_two_runs_in_the_same_second(base: Project) -> None:
     """The second one's name was taken, and it said that it removed the first one's service."""
     for words in ((), ("--deployment-id", "same")):
         base.faults({"match": "serviceCreate", "delay": 2.0})
@@ -222,7 +249,7 @@ def step_04_two_runs_in_the_same_second(base: Project) -> None:
         assert lock(base) is None
 
 
-def step_05_two_redeploys(base: Project) -> None:
+def step_06_two_redeploys(base: Project) -> None:
     """One ended with "REMOVED"."""
     base.faults(build_seconds=1.5)
     runs = [Running(base, "redeploy", "--deployment-id", "first") for _ in range(2)]
@@ -232,7 +259,7 @@ def step_05_two_redeploys(base: Project) -> None:
     assert sum("another run has deployed it since" in said for _, said in ended) == 1, ended
 
 
-def step_06_a_service_that_goes_between_two_reads(base: Project) -> None:
+def step_07_a_service_that_goes_between_two_reads(base: Project) -> None:
     """`logs` ended with "Railway: Service not found"."""
     for words in (["logs", "--deployment-id", "first"], ["status"]):
         base.faults({"match": "variables", "error": "Service not found", "times": 2})

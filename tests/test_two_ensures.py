@@ -8,6 +8,10 @@ from typing import Any
 import pytest
 
 from pulse_railway import contract
+from pulse_railway.config import Names, Target
+from pulse_railway.flows import baseline
+from pulse_railway.output import Output
+from pulse_railway.stack import Service, Stack
 from tests.conftest import BASE, Project, play
 from tests.test_signals import Running
 
@@ -51,6 +55,24 @@ def add_double(project: Project, name: str, variables: dict[str, str]) -> str:
     )
     project.railway.graphql(rename, s=service, i={"name": name})
     return service
+
+
+def test_services_that_railway_has_renamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that is taken may get an ending in place of a second service of that name."""
+
+    def service(name: str, run: str) -> Service:
+        variables = {contract.UNFINISHED: run}
+        return Service(f"{name} of {run}", "", name, "", None, {}, [], None, None, variables)
+
+    services = [service("pulse-router", "a"), service("pulse-janitor", "b")]
+    stack = Stack(Target("p", "e"), Names(), {s.name: s for s in services})
+    stack.others = [service("pulse-router-x1y2", "b"), service("pulse-janitor-x1y2", "a")]
+    deleted: list[str] = []
+    monkeypatch.setattr(baseline, "delete_service", lambda _, __, of: bool(deleted.append(of)) or 1)
+    monkeypatch.setattr(baseline, "inspect", lambda *_: stack)
+    names = ["pulse-router", "pulse-janitor"]
+    assert baseline.withdraw_doubles(None, stack, Output(), baseline.renamed(stack, "b", names))  # type: ignore[arg-type]
+    assert deleted == ["pulse-router-x1y2 of b"]
 
 
 def step_02_what_a_killed_one_has_left(made: Project) -> None:

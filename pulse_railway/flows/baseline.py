@@ -746,7 +746,7 @@ def create(api: Api, stack: Stack, options: BaselineOptions, output: Output) -> 
                 marked = {name: {contract.UNFINISHED: run} for name in expected}
                 deploy_template(api, target, names, marked, options.runtime_image)
             stack = _await_services(api, stack, expected, output, run)
-            stack = withdraw_doubles(api, stack, output)
+            stack = withdraw_doubles(api, stack, output, renamed(stack, run, expected))
         else:
             stack = _await_services(api, stack, expected, output)
     if names.env not in stack.services:
@@ -781,13 +781,25 @@ def create_env(api: Api, stack: Stack) -> Service:
     return Service(env_id, "", name, "", None, {}, [], None, None, mark)
 
 
-def withdraw_doubles(api: Api, stack: Stack, output: Output) -> Stack:
+def renamed(stack: Stack, run: str, expected: list[str]) -> list[Service]:
+    """Return the services of this run's template to which Railway gave other names, since those
+    were taken."""
+    services = (*stack.services.values(), *stack.others)
+    marked = (s for s in services if s.variables.get(contract.UNFINISHED) == run)
+    return [s for s in marked if s.name not in expected]
+
+
+def withdraw_doubles(
+    api: Api, stack: Stack, output: Output, renamed: Iterable[Service] = ()
+) -> Stack:
     """Delete what the later one of two runs of `ensure` has made beside the services of the other.
 
     Only services that their run has not finished are deleted, so nothing uses them. Returns the
     stack; its services are completed by both runs.
     """
-    withdrawn = [s for s in stack.doubles if is_withdrawable(stack.services[s.name], s)]
+    present = {s.name: s for s in (*stack.others, *stack.services.values())}
+    withdrawn = [s for s in stack.doubles if is_withdrawable(present[s.name], s)]
+    withdrawn += renamed
     if not withdrawn:
         return stack
     names = joined({service.name for service in withdrawn})
@@ -819,9 +831,11 @@ def _await_services(
 
     def ask() -> Stack | None:
         environment = read_environment(api, stack.target, stack.names)
+        if not environment.services.keys() >= set(expected):
+            return None
         services = (*environment.services.values(), *environment.doubles)
-        names = {s.name for s in services if run in (None, s.variables.get(contract.UNFINISHED))}
-        return environment if names.issuperset(expected) else None
+        own = [s for s in services if s.variables.get(contract.UNFINISHED) == run]
+        return environment if run is None or len(own) >= len(expected) else None
 
     with output.step(f"wait for {joined(expected)} to appear"):
         return find_stack(poll(180.0, ask, "the template"))

@@ -45,6 +45,7 @@ class Attempt:
     locked: bool = False  # this run may hold the deploy lock
     lock: Lock | None = None  # the lock, once this run has it
     rival: Lock | None = None  # the lock of another run, which this one did not wait for
+    rival_seen: bool = False  # the other run's service was there
     previous: str | None = None  # the active deployment at the start
     railway_deployment: str | None = None
     stack: Stack | None = None  # after the inspection
@@ -132,8 +133,9 @@ def find_created(
     if attempt.service_id:
         return True
     try:
-        stack = stack_of(attempt, target, options)
-        attempt.service_id = find_late_service(api, stack, attempt)
+        with output.step(f"see whether {attempt.service_name} was created"):
+            stack = stack_of(attempt, target, options)
+            attempt.service_id = find_late_service(api, stack, attempt)
     except (Failure, httpx.HTTPError, Interrupted) as error:
         reason = "interrupted again" if isinstance(error, Interrupted) else str(error)
         output.info(

@@ -48,7 +48,7 @@ from pulse_railway.railway.api import Api, GraphqlError
 from pulse_railway.railway.up import up
 from pulse_railway.router_commands import Lock
 from pulse_railway.services import create_service, deploy_service, shell
-from pulse_railway.stack import Stack, inspect, read_services, require_baseline
+from pulse_railway.stack import Stack, inspect, require_baseline
 from pulse_railway.waiting import latest, poll, runtime_tail, wait_for_build
 
 
@@ -390,12 +390,14 @@ def create_named(
             create_backend(api, stack, plan, attempt, about, identity)
             return plan
         except GraphqlError:
-            if attempt.service_id:
+            present = inspect(api, stack.target, stack.names)
+            if attempt.service_id or service_of(present, attempt.run):
                 raise
-            attempt.creating = False  # Railway has refused, and has created nothing
-            stack.taken |= read_services(api, stack.target, stack.names).taken
-            taken = plan.service_name in stack.taken
-            if not taken or plan.image:  # the image is built, with the id as its tag
+            stack.taken |= present.taken
+            if plan.service_name not in stack.taken:
+                raise
+            attempt.creating = False  # the service of that name is another run's
+            if plan.image:  # the image is built, with the id as its tag
                 raise
             plan = free_name(api, plan, stack, attempt, output)
             output.info(f"another run took that name: deployment {plan.deployment_id}")

@@ -41,7 +41,7 @@ def take_lock(
     stack, read anew after a wait. Raises Failure if the lock is not free in time.
     """
     deadline = time.monotonic() + (options.lock_wait or 0)
-    polls, seen = 0, False
+    polls = 0
     while True:
         try:
             attempt.locked = True  # before the command, whose answer may be lost
@@ -58,17 +58,10 @@ def take_lock(
             if refused.reason != "locked":
                 raise
             rival = attempt.rival = router_commands.held_lock(refused)
-            if polls % LOOK_EVERY == 0 and rival:
-                stack = inspect(api, stack.target, stack.names)
-                seen = seen or service_of(stack, rival.holder) is not None
-                if is_dead(api, stack, rival, seen):
-                    router_commands.send_unlock(api, stack, rival.holder)
-                    output.info(
-                        f"the run of {rival.by or 'somebody'} is dead: its lock is taken over"
-                    )
-                    polls += 1
-                    continue
+            looks = polls % LOOK_EVERY == 0
             polls += 1
+            if rival and looks and take_over(api, stack, rival, attempt, output):
+                continue
             if options.lock_wait is None:
                 output.warn(
                     f"{refused}: both go on, and the one that is promoted last is active;"
@@ -83,6 +76,21 @@ def take_lock(
                 ) from None
             output.waiting(str(refused))
         time.sleep(min(POLL, max(deadline - time.monotonic(), 0.1)))
+
+
+def take_over(api: Api, stack: Stack, rival: Lock, attempt: Attempt, output: Output) -> bool:
+    """Release another run's lock if that run is dead; return whether it was."""
+    try:
+        stack = inspect(api, stack.target, stack.names)
+        attempt.rival_seen |= service_of(stack, rival.holder) is not None
+        if not is_dead(api, stack, rival, attempt.rival_seen):
+            return False
+        router_commands.send_unlock(api, stack, rival.holder)
+    except Failure as failure:
+        output.warn(f"the deploy lock of {rival.by} was not looked at: {failure}")
+        return False
+    output.info(f"the run of {rival.by or 'somebody'} is dead: its lock is taken over")
+    return True
 
 
 def check_canary(api: Api, stack: Stack, options: DeployOptions, attempt: Attempt) -> None:
@@ -153,13 +161,11 @@ def release_dead(api: Api, stack: Stack, attempt: Attempt, output: Output) -> No
     try:
         state = router_commands.read_state(api, stack)
         present = router_commands.lock_in(state)
-        if present is None or present.holder != attempt.rival.holder:
-            return
-        stack = inspect(api, stack.target, stack.names)
-        if is_dead(api, stack, present, service_of(stack, present.holder) is not None):
-            router_commands.send_unlock(api, stack, present.holder)
     except Failure as failure:
         output.warn(f"the deploy lock of {attempt.rival.by} was not looked at: {failure}")
+        return
+    if present and present.holder == attempt.rival.holder:
+        take_over(api, stack, present, attempt, output)
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ def state_problems(state: dict[str, Any], stack: Stack) -> list[str]:
     recorded = {r["deployment_id"] for r in state["deployments"]}
     if active and active not in recorded and stack.backend(active):
         messages.append(f"the record of {active} is lost: `pulse-railway restore` restores it")
-    deploying = float((state.get("lock") or {}).get("until") or 0) > time.time()
+    deploying = float((state.get("lock") or {}).get("until") or 0) > time_of(state)
     if active and not state["lost"] and not deploying:
         messages += [
             f"{s.deployment_id} runs without a record, and its tabs are sent to {active}: unless it"
@@ -216,11 +216,19 @@ NEW_SERVICE_SECONDS = 60.0  # in which services and records may not yet agree
 BAKE_GRACE = 60.0  # seconds after the end of a bake in which its verdict may come
 
 
-def record_problems(record: dict[str, Any], stack: Stack) -> list[str]:
-    """Report an unfinished deploy or bake, and a record whose service has failed or is gone."""
+def time_of(state: dict[str, Any]) -> float:
+    """Return the time by the store's clock, by which the state's times are."""
+    return float(state.get("now") or time.time())  # an earlier router does not say it
+
+
+def record_problems(record: dict[str, Any], stack: Stack, now: float) -> list[str]:
+    """Report an unfinished deploy or bake, and a record whose service has failed or is gone.
+
+    `now`: by the store's clock.
+    """
     name = record["deployment_id"]
     messages = []
-    age = time.time() - float(record.get("registered_at") or time.time())
+    age = now - float(record.get("registered_at") or now)
     pinned = record.get("held")
     unfinished = record["state"] == "pending" and not pinned and age > DEAD_DEPLOY_SECONDS
     if unfinished and name != stack.last_promoted:  # else the state is an older one
@@ -231,7 +239,7 @@ def record_problems(record: dict[str, Any], stack: Stack) -> list[str]:
         )
     until = (record.get("bake") or {}).get("until")
     weight = record.get("weight")
-    if until and time.time() > float(until) + BAKE_GRACE:
+    if until and now > float(until) + BAKE_GRACE:
         share = "" if weight is None else f" --weight {weight:g}"
         messages.append(
             f"the bake of {name} was cut off: it stays as it is, unwatched. `pulse-railway"
@@ -250,7 +258,7 @@ def record_problems(record: dict[str, Any], stack: Stack) -> list[str]:
             f" --deployment-id {name}` removes it"
         )
     # the services were read before the records, and a deletion removes the service first
-    old = time.time() - float(record.get("registered_at") or 0) > NEW_SERVICE_SECONDS
+    old = now - float(record.get("registered_at") or 0) > NEW_SERVICE_SECONDS
     missing = service is None and old and not record.get("retiring_at")
     if missing and record["state"] in ("draining", "pending"):
         messages.append(
@@ -401,7 +409,7 @@ def problems(stack: Stack, state: dict[str, Any] | None, router_error: str | Non
     messages += active_problems(state, stack)
     messages += router_problems(state, stack)
     for record in state["deployments"]:
-        messages += record_problems(record, stack)
+        messages += record_problems(record, stack, time_of(state))
     if not active:
         return messages
     service = stack.backend(active)
