@@ -68,12 +68,13 @@ JANITOR_WAIT = 15.0  # seconds that a command waits for an older janitor to end
 class StateError(Exception):
     """A control command that would leave the routing state wrong is refused.
 
-    `reason` is a word for programs.
+    `reason` is a word for programs; `facts` are further fields of the answer.
     """
 
-    def __init__(self, message: str, reason: str = "refused") -> None:
+    def __init__(self, message: str, reason: str = "refused", **facts: Any) -> None:
         super().__init__(message)
         self.reason = reason
+        self.facts = facts
 
 
 # -- the steps ---------------------------------------------------------------------------------
@@ -346,22 +347,51 @@ def set_maintenance(
 def deploy_lock(routing: Routing, holder: str, by: str | None, lease: float) -> Routing:
     """Take the deploy lock for `lease` seconds from now, or renew it for its holder.
 
-    Raises StateError while another holder has it.
+    Raises StateError while another holder has it, and for a holder that has ended: the command that
+    releases a lock can overtake the one that takes it.
     """
     lock, now = routing.lock, routing.now
     renewed = lock is not None and lock.holder == holder
+    if holder in ended_runs(routing):
+        raise StateError("this run has ended, and its lock was released", "ended")
     if lock and not renewed and lock.until > now:
         since = time.strftime("%H:%M:%S UTC", time.gmtime(lock.since))
-        raise StateError(f"{lock.by or 'somebody'} deploys since {since}", "locked")
+        message = f"{lock.by or 'somebody'} deploys since {since}"
+        raise StateError(message, "locked", lock=lock_answer(lock), now=now)
+    if lock and not renewed:
+        routing = with_ended(routing, lock.holder)
     locked_since = lock.since if lock and renewed else now
     return replace(routing, lock=router.DeployLock(holder, by, locked_since, now + lease))
 
 
+def lock_answer(lock: router.DeployLock) -> Json:
+    return {name: getattr(lock, name) for name in ("holder", "by", "since", "until")}
+
+
 def release_deploy_lock(routing: Routing, holder: str | None) -> Routing:
-    """Release the deploy lock of this holder; without a holder, anybody's."""
-    if routing.lock and holder in (None, routing.lock.holder):
-        return replace(routing, lock=None)
-    return routing
+    """Release the deploy lock of this holder, which cannot take it again; without a holder,
+    anybody's."""
+    lock = routing.lock
+    if holder is None:
+        return with_ended(replace(routing, lock=None), lock.holder) if lock else routing
+    if lock and lock.holder == holder:
+        routing = replace(routing, lock=None)
+    return with_ended(routing, holder)
+
+
+ENDED = "ended:"  # begins the names of ended runs among the nonces, which are forgotten in an hour
+
+
+def with_ended(routing: Routing, holder: str) -> Routing:
+    """Note that a run of `deploy` has ended."""
+    if holder in ended_runs(routing):
+        return routing
+    return replace(routing, processed={**routing.processed, ENDED + holder: routing.now})
+
+
+def ended_runs(routing: Routing) -> list[str]:
+    """Return the runs of `deploy` that have given back the lock, or lost it."""
+    return [name.removeprefix(ENDED) for name in routing.processed if name.startswith(ENDED)]
 
 
 def set_owner(routing: Routing, owner: str, instead_of: str | None = None) -> Routing:
@@ -576,6 +606,17 @@ def idempotent(step: Step, nonce: str) -> Step:
     return inner
 
 
+def in_time(step: Step, until: float) -> Step:
+    """Return `step`, which raises StateError later than `until`, by the store's clock."""
+
+    def inner(routing: Routing) -> Routing:
+        if routing.now > until:
+            raise StateError("the command came too late: nothing was changed", "late")
+        return step(routing)
+
+    return inner
+
+
 def with_history(step: Step, what: str, deployment_id: str, **facts: Any) -> Step:
     """Return `step` with an entry in the history if it changes the state.
 
@@ -592,6 +633,18 @@ def with_history(step: Step, what: str, deployment_id: str, **facts: Any) -> Ste
         entry["active"] = routing.active  # before the step
         entry |= {key: str(value)[:300] for key, value in facts.items() if value}
         return replace(new, history=(*new.history, entry)[-router.HISTORY_AT_MOST :])
+
+    return inner
+
+
+def renewing(step: Step, holder: str, lease: float) -> Step:
+    """Return `step`, after which this holder's deploy lock ends in `lease` seconds."""
+
+    def inner(routing: Routing) -> Routing:
+        new = step(routing)
+        if new.lock is None or new.lock.holder != holder:
+            return new
+        return replace(new, lock=replace(new.lock, until=routing.now + lease))
 
     return inner
 
@@ -829,7 +882,8 @@ def status_answer(
         "promoted": routing.promoted and vars(routing.promoted),
         "canary": canary and {"deployment_id": canary.deployment_id, "weight": canary.weight},
         "maintenance": closed,
-        "lock": lock and {"by": lock.by, "since": lock.since, "until": lock.until},
+        "lock": lock and lock_answer(lock),
+        "now": routing.now,
         "lost": is_lost(routing, last_promoted),
         "epoch": routing.epoch,
         "owner": routing.owner,
@@ -1027,6 +1081,12 @@ def moment(value: str) -> float:
     return seconds
 
 
+def renewal(value: str) -> tuple[str, float]:
+    """Parse HOLDER@SECONDS."""
+    holder, _, lease = value.rpartition("@")
+    return router.a_text(holder), a_duration(float(lease))
+
+
 def some_text(value: str) -> str:
     """Return a name without control characters, cut to 300 characters."""
     return "".join(c if c.isprintable() else " " for c in value)[:300]
@@ -1099,6 +1159,10 @@ def control_parser() -> argparse.ArgumentParser:
     common.add_argument("--by", type=some_text, help="who asks, for the history")
     common.add_argument("--why", help="for the history")
     common.add_argument("--unlock", metavar="HOLDER", help="release the deploy lock, too")
+    common.add_argument(
+        "--renew", type=renewal, metavar="HOLDER@SECONDS", help="renew that holder's deploy lock"
+    )
+    common.add_argument("--until", type=moment, help="refused later, by the store's clock")
 
     def command(name: str, summary: str) -> Callable[..., Any]:
         return commands.add_parser(name, help=summary, parents=[common]).add_argument
@@ -1322,6 +1386,8 @@ def change_state(store: router.Store, args: argparse.Namespace, me: str | None =
     """
     check_arguments(args)
     step = step_of(args)
+    if args.until is not None:
+        step = in_time(step, args.until)
     if args.command == "claim":  # idempotent by itself, and not in the history
         if me not in (None, args.owner):
             raise StateError(f"this is {me}, and claims nothing for {args.owner}", "owner")
@@ -1330,6 +1396,8 @@ def change_state(store: router.Store, args: argparse.Namespace, me: str | None =
         step = claiming_bare(step, me)
     if args.unlock:
         step = with_unlock(step, args.unlock)
+    if args.renew:
+        step = renewing(step, *args.renew)
     if args.command not in ALLOWED_WHEN_LOST:
         step = refuse_if_lost(step, args.promoted)
     step = owned(step, me)
@@ -1403,7 +1471,7 @@ def carry_out(argv: list[str], env: Mapping[str, str]) -> Json:
             case _:
                 answer = {"ok": True, **change_answer(store, args, token, ownership.name(env))}
     except StateError as error:
-        answer = {"ok": False, "error": str(error), "reason": error.reason}
+        answer = {"ok": False, "error": str(error), "reason": error.reason, **error.facts}
     except (redis.RedisError, sqlite3.Error, OSError) as error:
         message = f"the router's Redis does not answer ({router.redis_cause(error)})"
         answer = {"ok": False, "error": message, "reason": "store"}
@@ -1457,6 +1525,7 @@ def change_answer(
         answer["at"] = routing.now
     if args.command == "lock":
         answer |= {"active": routing.active, "lost": is_lost(routing, args.promoted)}
+        answer |= {"ended": ended_runs(routing), "now": routing.now}
     if args.command in WAITS_FOR_ROUTERS:
         deletes = args.command == "retire"
         since = retired_for(routing, args.deployment_id) if deletes else 0.0

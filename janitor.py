@@ -45,6 +45,7 @@ if __name__ == "__main__":  # SystemExit releases the run's lock
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 import argparse
+import base64
 import contextlib
 import functools
 import json
@@ -55,7 +56,8 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
@@ -85,8 +87,15 @@ RELOAD_GRACE_SECONDS = 3.0
 NOTIFY = "PULSE_RAILWAY_NOTIFY_URL"
 OWNS_STATE = "PULSE_RAILWAY_OWNS_STATE"  # on the router service: 1 if set by `ensure --owns-state`
 OTHER_STACK = "its service belongs to another stack"
-CONTROL = "PULSE_RAILWAY_CONTROL"  # {"nonce": ..., "words": [...], "until": seconds since 1970}
-CONTROL_ANSWER = "PULSE_RAILWAY_CONTROL_ANSWER"  # the answer of that control command
+# {"nonce": ..., "words": [...], "caller": who waits, "confirmed": the run that may carry it out};
+# an earlier CLI's has no caller, and "until", seconds since 1970
+CONTROL = "PULSE_RAILWAY_CONTROL"
+# the answer of that control command; before, {"ready": its nonce, "run": ...} asks its caller
+CONTROL_ANSWER = "PULSE_RAILWAY_CONTROL_ANSWER"
+CONFIRM_SECONDS = 12.0  # until the caller of a command has confirmed that it waits
+CONFIRM_POLL = 0.7
+ANSWER_BYTES = 16 * 1024  # with a variable of 128 KB Linux starts no process
+EARLIER_ANSWER_BYTES = 100 * 1024  # to a caller that cannot unpack one
 
 SERVICES = """
 query Services($project: String!, $environment: String!) {
@@ -96,6 +105,14 @@ query Services($project: String!, $environment: String!) {
       edges { node { serviceId serviceName createdAt numReplicas latestDeployment { status } } }
     }
   }
+}
+"""
+
+VARIABLES = """
+query Variables($project: String!, $environment: String!, $service: String!) {
+  variables(
+    projectId: $project, environmentId: $environment, serviceId: $service, unrendered: true
+  )
 }
 """
 
@@ -382,6 +399,13 @@ class Railway:
         for candidate in own_backends:
             others.pop(candidate.deployment, None)
         return own_backends, others
+
+    def variables(self, service_id: str) -> dict[str, str]:
+        """Return a service's variables, with references not resolved."""
+        answer = self.call(
+            VARIABLES, project=self.project, environment=self.environment, service=service_id
+        )
+        return dict(answer["variables"])
 
     def set_variables(self, service_id: str, values: dict[str, str]) -> None:
         """Set variables of a service without a new deployment of it."""
@@ -847,26 +871,146 @@ class Run:
             self.report.expired.append(name)
 
 
-def carry_out_request(inventory: Inventory, env: Mapping[str, str]) -> Json | None:
+def answer_request(
+    store: router.RedisStore, railway: Railway, inventory: Inventory, env: Mapping[str, str]
+) -> Json | None:
+    """Carry out the control command in the janitor's variable, and write its answer beside it.
+
+    Returns the answer; None if there was no command, or if it was withdrawn.
+    """
+    janitor_id, request = inventory.janitor_id, request_in(inventory.request)
+    if janitor_id is None or request is None:
+        return None
+    confirm = functools.partial(await_confirmation, store, railway, janitor_id)
+    answer = carry_out_request(inventory, env, confirm)
+    if answer:
+        text = answer_text(answer, request.caller)
+        railway.set_variables(janitor_id, {CONTROL_ANSWER: text})
+    return answer
+
+
+@dataclass(frozen=True)
+class Request:
+    """A control command that waits for an answer."""
+
+    nonce: str
+    words: list[str]
+    until: float  # seconds since 1970 by its caller's clock; an earlier CLI's is over then
+    caller: str | None  # None: an earlier CLI, which confirms nothing
+    confirmed: str | None = None  # the run of the janitor that may carry it out
+
+    @property
+    def refusal(self) -> Json:
+        return {"ok": False, "command": self.words[0], "nonce": self.nonce}
+
+
+def request_in(text: str) -> Request | None:
+    """Parse a control command in the janitor's variable; None if there is none."""
+    try:
+        request = router.from_json(text or "null")
+        words = [str(word) for word in request["words"]]
+        until = float(request["until"])
+        caller, confirmed = request.get("caller"), request.get("confirmed")
+        return Request(str(request["nonce"]), words, until, caller, confirmed) if words else None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def carry_out_request(
+    inventory: Inventory,
+    env: Mapping[str, str],
+    confirm: Callable[[Request], float | None] = lambda _: math.inf,
+) -> Json | None:
     """Carry out the control command in the janitor's variable, and return its answer.
 
-    Returns None if there is no command, if it was answered already, or if its caller does not wait
-    any longer and must not be surprised by it.
+    Returns None if there is no command, or if it was answered already. A command that changes
+    something is refused if nobody waits for it any longer.
+
+    Args:
+        confirm: asks the caller, and returns until when the command may be carried out, by the
+            store's clock; None if the caller has gone.
     """
-    try:
-        request = router.from_json(inventory.request or "null")
-        nonce, words = request["nonce"], [str(word) for word in request["words"]]
-        answered = (router.from_json(inventory.answer or "null") or {}).get("nonce")
-        if nonce == answered or time.time() > float(request["until"]):
-            return None
-        name = words[0]
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+    request = request_in(inventory.request)
+    answered = router.or_none(router.json_object, inventory.answer) or {}
+    if request is None or answered.get("nonce") == request.nonce:
         return None
+    words = [*request.words, "--nonce", request.nonce]
+    if request.words[0] not in control.READ_ONLY:
+        if request.caller is None and (late := time.time() - request.until) > 0:
+            why = (
+                f"the command's time was over {late:.0f} s before it was read: is this machine's"
+                " clock right? Nothing was changed"
+            )
+            return {**request.refusal, "reason": "late", "error": why}
+        until = confirm(request) if request.caller else math.inf
+        if until is None:
+            why = "nobody waited for the command any longer: nothing was changed"
+            return {**request.refusal, "reason": "gone", "error": why}
+        words += [f"--until={until!r}"] if until < math.inf else []
     try:
-        return control.carry_out([*words, "--nonce", str(nonce)], env)
+        return control.carry_out(words, env)
     except SystemExit:
         message = "the janitor runs another version of pulse-railway: run `pulse-railway ensure`"
-        return {"ok": False, "reason": "version", "error": message, "command": name, "nonce": nonce}
+        return {**request.refusal, "reason": "version", "error": message}
+
+
+def await_confirmation(
+    store: router.RedisStore, railway: Railway, janitor_id: str, request: Request
+) -> float | None:
+    """Ask a command's caller, by the janitor's variables, whether it still waits.
+
+    A caller that was killed cannot withdraw its command. Returns until when the command may be
+    carried out, by the store's clock; None without a confirmation that names this run.
+    """
+    run = secrets.token_hex(4)
+    railway.set_variables(
+        janitor_id, {CONTROL_ANSWER: text_of({"ready": request.nonce, "run": run})}
+    )
+    deadline = time.monotonic() + CONFIRM_SECONDS
+    while time.monotonic() < deadline:
+        time.sleep(CONFIRM_POLL)
+        present = request_in(railway.variables(janitor_id).get(CONTROL) or "")
+        if present is None or present.nonce != request.nonce:  # withdrawn
+            return None
+        if present.confirmed == run:
+            seconds, microseconds = store.client.time()
+            return float(seconds) + microseconds / 1e6 + CONFIRM_SECONDS
+    return None
+
+
+def text_of(value: Json) -> str:
+    """Return JSON for a variable, in which `$` begins a reference."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return text.encode(errors="replace").decode().replace("$", "\\u0024")
+
+
+def answer_text(answer: Json, caller: str | None) -> str:
+    """Return an answer as a variable of at most ANSWER_BYTES bytes.
+
+    Of a longer history the oldest entries are left out; `cut` says so. Another answer is packed, if
+    its caller can unpack it.
+    """
+    limit = ANSWER_BYTES if caller else EARLIER_ANSWER_BYTES
+
+    def fits(text: str) -> bool:
+        return len(text.encode()) <= limit
+
+    if fits(text := text_of(answer)):
+        return text
+    entries = answer.get("history") or []
+    for left_out in range(1, len(entries) + 1):
+        cut = f"the oldest {left_out} of {len(entries)} entries are left out: --control ssh has all"
+        if fits(text := text_of({**answer, "history": entries[left_out:], "cut": cut})):
+            return text
+    names = ("ok", "command", "nonce", "version")
+    few = {name: answer[name] for name in names if name in answer}
+    packed = base64.b64encode(zlib.compress(text_of(answer).encode())).decode()
+    if caller and fits(text := text_of({**few, "packed": packed})):
+        return text
+    error = (
+        f"the answer to `{answer.get('command')}` is too long for the janitor: pass --control ssh"
+    )
+    return text_of({**few, "ok": False, "reason": "long", "error": error})
 
 
 def notify(env: dict[str, str], report: Report) -> None:
@@ -960,9 +1104,7 @@ def main(argv: list[str]) -> int:
             inventory = railway.inspect(routing)
             store.me = inventory.identity
             env = {**env, **({ownership.STACK: inventory.identity} if inventory.identity else {})}
-            answer = carry_out_request(inventory, env)  # also while another run holds the lock
-            if inventory.janitor_id and answer:
-                railway.set_variables(inventory.janitor_id, {CONTROL_ANSWER: json.dumps(answer)})
+            if answer := answer_request(store, railway, inventory, env):  # also without the lock
                 print(json.dumps({"carried_out": answer.get("command"), "ok": answer["ok"]}))
                 return 0
             foreign = is_foreign(routing, store.me)

@@ -75,6 +75,8 @@ ABOUT: Final = "PULSE_RAILWAY_ABOUT"  # ours, on a backend: commit, author, mess
 RUN: Final = "PULSE_RAILWAY_DEPLOY_RUN"  # ours, on a backend: the run that created it
 CONTROL: Final = "PULSE_RAILWAY_CONTROL"  # ours, on the janitor: a control command to carry out
 CONTROL_ANSWER: Final = "PULSE_RAILWAY_CONTROL_ANSWER"  # ours, on the janitor: its answer
+ANSWER_BYTES: Final = 16 * 1024  # of that answer, at most
+UNFINISHED: Final = "PULSE_RAILWAY_SETUP"  # ours: the `ensure` that creates it; deleted at its end
 UNDEPLOYED: Final = "PULSE_RAILWAY_UNDEPLOYED"  # ours: 1 until what `ensure` wrote is deployed
 RUNTIME_VERSION: Final = "PULSE_RAILWAY_RUNTIME_VERSION"  # ours: the version of a service's runtime
 

@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import urllib.parse
+from typing import Any
 
 _URL_PASSWORD = re.compile(r"(\b[a-z][a-z0-9+.-]*://[^\s:/@]*:)[^\s@/]+@")
 _secrets: set[str] = set()
@@ -21,11 +22,15 @@ class Uncertain(Failure):
 
 
 class Refused(Failure):
-    """The router has answered that it refuses a command. `reason`: active, removed, unknown, ..."""
+    """The router has answered that it refuses a command. `reason`: active, removed, unknown, ...
 
-    def __init__(self, message: str, reason: str) -> None:
+    `answer` is the whole answer.
+    """
+
+    def __init__(self, message: str, reason: str, answer: dict[str, Any] | None = None) -> None:
         super().__init__(message)
         self.reason = reason
+        self.answer = answer or {}
 
 
 class Interrupted(BaseException):

@@ -185,10 +185,24 @@ def parse_maintenance(flags: Flags, output: Output) -> MaintenanceOptions:
         path = Path(flags["page"])
         if not path.is_file():
             raise Failure(f"no page at {path}: --page takes an HTML file")
-        page = path.read_text(errors="replace")
-        if len(page.encode()) > PAGE_LIMIT:
-            raise Failure(f"{path} is larger than {PAGE_LIMIT // 1024} KB: link what it shows")
+        page = read_page(path)
     return stack_options(MaintenanceOptions, flags, output, on=on, page=page)
+
+
+def read_page(path: Path) -> str:
+    """Return the text of a maintenance page. Raises Failure if it cannot be sent as it is."""
+    raw = path.read_bytes()
+    if len(raw) > PAGE_LIMIT:
+        raise Failure(f"{path} is larger than {PAGE_LIMIT // 1024} KB: link what it shows")
+    try:
+        page = raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        page = "\0"
+    if "\0" in page:
+        raise Failure(f"{path} is no UTF-8 text: save it as UTF-8")
+    if not page.strip():
+        raise Failure(f"{path} is empty: leave --page out for the router's own page")
+    return page
 
 
 def parse_one_deployment(flags: Flags, output: Output) -> StackOptions:

@@ -22,6 +22,7 @@ from pulse_railway.railway.api import Api
 from pulse_railway.stack import Stack
 
 PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0)  # seconds before each retry
+WHY_LIMIT = 300  # characters of a reason, as in the history
 RETRY_TIMEOUT = 150.0  # seconds after which a command is not retried
 
 Answer = dict[str, Any]
@@ -42,7 +43,8 @@ def send_command(
         Failure: no command was sent, since there is no way to the router.
     """
     nonce = secrets.token_hex(8)
-    words = [command, *arguments, "--by", provenance.by()]
+    # a value that begins with a dash would be read as a flag in a word of its own
+    words = [command, *arguments, f"--by={provenance.by()}"]
     if stack.last_promotion:
         words += ["--intent", stack.last_promotion]
     choose_route(api, stack)
@@ -59,10 +61,12 @@ def send_command(
         answer = parse_answer(outcome.stdout, command, nonce)
         if answer is not None:
             if answer.get("ok") is True:
+                if answer.get("cut"):
+                    stack.target.control_route.info(str(answer["cut"]))
                 return answer
             why = str(answer.get("error"))
             if answer.get("reason") != "store":  # after a lost connection Redis may have changed
-                raise Refused(why, str(answer.get("reason")))
+                raise Refused(why, str(answer.get("reason")), answer)
             if pause == pauses[0] and len(pauses) > 1:
                 stack.target.control_route.info(f"{why}: asking again for {sum(pauses):.0f} s")
             logs = f"`pulse-railway logs --service {stack.names.redis}`"
@@ -160,10 +164,13 @@ def send_register(
     address: str,
     held: bool,
     about: dict[str, str],
+    renew: str | None = None,
 ) -> None:
+    """Add a pending deployment. `renew`: as in `send_promote`."""
     words = ["--deployment-id", deployment_id, "--service-name", service_name]
     words += ["--service-id", service_id, "--address", address]
     words += ["--about", json.dumps(about, separators=(",", ":"))]
+    words += [f"--renew={renew}"] if renew else []
     send_command(api, stack, "register", *words, *(["--hold"] if held else []))
 
 
@@ -180,6 +187,7 @@ def send_promote(
     bake_latency_ms: int | None = None,
     why: str | None = None,
     unlock: str | None = None,
+    renew: str | None = None,
     warn: Warn = lambda _: None,
 ) -> Promotion | None:
     """Make a deployment the active one; with a weight, the canary.
@@ -193,6 +201,7 @@ def send_promote(
         bake: seconds for which the caller watches the deployment.
         bake_latency_ms: milliseconds after which a request counts as slow in it.
         unlock: the holder of the deploy lock, which the command releases.
+        renew: HOLDER@SECONDS: that holder's lock ends so many seconds later.
 
     Returns:
         The last promotion that the router has stored; None from a router of an earlier version.
@@ -203,7 +212,8 @@ def send_promote(
     words += ["--rolls-back"] if rolls_back else []
     words += ["--bake", str(bake)] if bake else []
     words += ["--bake-latency-ms", str(bake_latency_ms)] if bake and bake_latency_ms else []
-    words += ["--unlock", unlock] if unlock else []
+    words += [f"--unlock={unlock}"] if unlock else []
+    words += [f"--renew={renew}"] if renew else []
     words += _why_arguments(why)
     service = stack.backend(deployment_id)
     try:
@@ -258,26 +268,63 @@ def send_finish_bake(api: Api, stack: Stack, deployment_id: str) -> None:
 
 
 def _why_arguments(why: str | None) -> list[str]:
-    return ["--why", why] if why else []
+    return ["--why=" + why.replace("\0", " ")[:WHY_LIMIT]] if why else []
 
 
-def send_lock(api: Api, stack: Stack, holder: str, lease: int) -> tuple[str | None, bool]:
+@dataclass(frozen=True)
+class Lock:
+    """The deploy lock. Its times are the store's, in seconds since 1970."""
+
+    holder: str
+    by: str | None
+    since: float
+    now: float  # when the router was asked
+    active: str | None = None  # the active deployment
+    lost: bool = False  # the routing state is lost
+    ended: frozenset[str] = frozenset()  # the runs that have given it back or lost it
+    renews: bool = False  # the router renews it with other commands
+
+
+def send_lock(api: Api, stack: Stack, holder: str, lease: int) -> Lock:
     """Take or renew the deploy lock for `lease` seconds.
 
-    Returns the active deployment, and whether the routing state is lost. Raises Refused with the
-    reason `locked` if another holder has the lock.
+    Raises Refused with the reason `locked` if another holder has the lock (see `held_lock`).
     """
-    words = ["--holder", holder, "--lease", str(lease)]
+    words = [f"--holder={holder}", "--lease", str(lease)]
     answer = send_command(api, stack, "lock", *words)
-    active = answer.get("active")
-    return str(active) if active else None, answer.get("lost") is True
+    active, ended, now = (answer.get(name) for name in ("active", "ended", "now"))
+    at = float(now) if isinstance(now, int | float) else 0.0
+    return Lock(
+        holder,
+        None,
+        at,
+        at,
+        active=str(active) if active else None,
+        lost=answer.get("lost") is True,
+        ended=frozenset(map(str, ended)) if isinstance(ended, list) else frozenset(),
+        renews=isinstance(ended, list),
+    )
+
+
+def held_lock(refused: Refused) -> Lock | None:
+    """Return another run's lock, from a refusal; None from a router of an earlier version."""
+    return lock_in(refused.answer)
+
+
+def lock_in(answer: Answer) -> Lock | None:
+    """Return the deploy lock in an answer; None without one that names its holder and the time."""
+    lock, now = answer.get("lock"), answer.get("now")
+    if not isinstance(lock, dict) or not lock.get("holder") or not isinstance(now, int | float):
+        return None
+    by = lock.get("by")
+    return Lock(str(lock["holder"]), str(by) if by else None, float(lock["since"]), float(now))
 
 
 def send_unlock(
     api: Api, stack: Stack, holder: str | None, *, pauses: tuple[float, ...] = PAUSES
 ) -> None:
     """Release the deploy lock; without a holder, that of any holder."""
-    words = ["--holder", holder] if holder else []
+    words = [f"--holder={holder}"] if holder else []
     send_command(api, stack, "unlock", *words, pauses=pauses)
 
 
@@ -296,7 +343,7 @@ def send_maintenance(
     by a router of an earlier version.
     """
     words = ["on" if on else "off", "--retry-after", str(retry_after), *_why_arguments(why)]
-    answer = send_command(api, stack, "maintenance", *words, *(["--page", page] if page else []))
+    answer = send_command(api, stack, "maintenance", *words, *([f"--page={page}"] if page else []))
     warn_of_late_routers(answer, warn)
     since, at = (
         float(value) if isinstance(value := answer.get(name), int | float) else None

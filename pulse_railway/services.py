@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -47,7 +48,8 @@ class Change:
             if key in SECRET_NAMES:
                 lines.append(f"{name}: set {key} (secret)")
             else:
-                lines.append(f"{name}: {key} {before or 'unset'} -> {value}")
+                shown = textwrap.shorten(before or "unset", 200)
+                lines.append(f"{name}: {key} {shown} -> {value or 'empty'}")
         for key, value in sorted(self.settings.items()):
             before = self.service.image if key == "source" else self.service.settings.get(key)
             shown = value.get("image") if key == "source" else value

@@ -26,6 +26,8 @@ SECRET_NAMES = (
     contract.NOTIFY_URL,
 )
 
+LONGEST_VARIABLE = 128 * 1024  # bytes, with its name and the byte that ends it (Linux)
+
 
 @dataclass
 class Service:
@@ -43,10 +45,16 @@ class Service:
     variables: dict[str, str] = field(default_factory=dict)  # references not resolved
     stopped: bool = False  # the latest deployment was stopped
     regions: dict[str, int] = field(default_factory=dict)  # region -> replicas; empty: not known
+    status_at: float | None = None  # since when it has that status, in seconds since 1970
 
     @property
     def deployment_id(self) -> str | None:
         return self.variables.get(contract.DEPLOYMENT_ID)
+
+    def is_too_long(self, name: str) -> bool:
+        """Return whether Linux starts no process with this variable."""
+        text = f"{name}={self.variables.get(name, '')}"
+        return len(text.encode(errors="replace")) + 1 > LONGEST_VARIABLE
 
     @property
     def age(self) -> float:
@@ -69,6 +77,7 @@ class Stack:
     guessed: bool = False  # nobody named its router, which is the only one, and has another name
     copied_from: str | None = None  # the original environment's id, until `ensure` has run
     incomplete: str | None = None  # the reason why Railway's answer cannot be complete
+    doubles: list[Service] = field(default_factory=list)  # with the name of another one
     edge_failed: bool = False  # Railway's edge has answered in place of the router, in this run
 
     @property
@@ -173,6 +182,12 @@ _SETTINGS = (
 )
 
 
+def seconds_of(time_text: str | None) -> float | None:
+    """Parse a time of Railway's API; None without one."""
+    return datetime.fromisoformat(time_text).timestamp() if time_text else None
+
+
+READS = 4  # of an environment in which services go at the same time
 RETRY_DELAY = 1.0  # seconds before variables are read again
 
 
@@ -182,15 +197,7 @@ def inspect(api: Api, target: Target, names: Names) -> Stack:
     Variables that cannot be complete are read again; if the second answer is not complete either,
     `stack.incomplete` has the reason.
     """
-    environment = read_services(api, target, names)
-    try:
-        read_variables(api, environment)
-    except GraphqlError as error:
-        if "not found" not in str(error).lower():
-            raise
-        # a janitor has deleted a service between the two queries
-        environment = read_services(api, target, names)
-        read_variables(api, environment)
+    environment = read_environment(api, target, names)
     stack = find_stack(environment)
     if why_incomplete(stack):
         time.sleep(RETRY_DELAY)
@@ -198,6 +205,64 @@ def inspect(api: Api, target: Target, names: Names) -> Stack:
         stack = find_stack(environment)
         stack.incomplete = why_incomplete(stack)
     return stack
+
+
+def read_environment(api: Api, target: Target, names: Names) -> Stack:
+    """Return the environment's services with their variables.
+
+    They are read again if a janitor or another run has deleted one between the two queries.
+    """
+    for _ in range(READS - 1):
+        environment = read_services(api, target, names)
+        try:
+            read_variables(api, environment)
+            return with_finished(environment)
+        except GraphqlError as error:
+            if not is_gone(error):
+                raise
+    environment = read_services(api, target, names)
+    read_variables(api, environment)
+    return with_finished(environment)
+
+
+def with_finished(environment: Stack) -> Stack:
+    """Return the environment with the one of two services of a name that is in use, or the older;
+    the other one is among the doubles."""
+    if not environment.doubles:
+        return environment
+
+    def order(service: Service) -> tuple[bool, str, str]:
+        return contract.UNFINISHED in service.variables, service.created_at, service.id
+
+    services: dict[str, Service] = {}
+    doubles: list[Service] = []
+    every = [*environment.services.values(), *environment.doubles]
+    for service in sorted(every, key=order):
+        if service.name in services:
+            doubles.append(service)
+        services.setdefault(service.name, service)
+    return replace(environment, services=services, doubles=doubles)
+
+
+def double_words(stack: Stack, double: Service) -> str:
+    """Return the message about two services of one name."""
+    first = next(s for s in (*stack.services.values(), *stack.others) if s.name == double.name)
+    remedy = "Rename or delete the one that nothing uses, on Railway"
+    if is_withdrawable(first, double):
+        remedy = "`pulse-railway ensure` removes the second one, which an `ensure` did not finish"
+    return f"Railway has two services named {double.name} ({first.id} and {double.id}): {remedy}"
+
+
+def is_withdrawable(first: Service, double: Service) -> bool:
+    """Return whether an unfinished `ensure` has made `double` beside `first`, so that nothing uses
+    it."""
+    marks = [s.variables.get(contract.UNFINISHED) for s in (first, double)]
+    return marks[1] not in (None, "", "1", marks[0])  # 1: an earlier version's, of any run
+
+
+def is_gone(error: GraphqlError) -> bool:
+    """Return whether Railway says that what was asked for does not exist (any more)."""
+    return "not found" in str(error).lower()
 
 
 def find_stack(environment: Stack) -> Stack:
@@ -526,6 +591,8 @@ def require_complete_answer(stack: Stack) -> None:
             f"{stack.incomplete}: its answer is not used, and nothing was changed; run this"
             " again, and look at the service's variables on Railway if that does not help"
         )
+    if stack.doubles:
+        raise Failure(f"{double_words(stack, stack.doubles[0])}. Nothing was changed")
 
 
 def read_services(api: Api, target: Target, names: Names) -> Stack:
@@ -534,22 +601,18 @@ def read_services(api: Api, target: Target, names: Names) -> Stack:
     data = answer["environment"]
     config = data["config"].get("services") or {}
     services: dict[str, Service] = {}
+    doubles: list[Service] = []
     for edge in data["serviceInstances"]["edges"]:
         node = edge["node"]
         domains = node["domains"]
         latest = node["latestDeployment"]
         of_config = config.get(node["serviceId"]) or {}
         settings = {name: node[name] for name in _SETTINGS}
-        if other := services.get(node["serviceName"]):  # a template was deployed twice
-            raise Failure(
-                f"Railway has two services named {other.name} ({other.id} and {node['serviceId']}):"
-                " nothing was changed. Rename or delete the one that nothing uses, on Railway"
-            )
         counts = ownership.replicas(data["config"], node["serviceId"])
         regions = {region: count for region, count in counts.items() if count}
         if counts and None not in counts.values():  # Railway then ignores `numReplicas`
             settings["numReplicas"] = sum(regions.values())
-        services[node["serviceName"]] = Service(
+        service = Service(
             id=node["serviceId"],
             instance_id=node["id"],
             name=node["serviceName"],
@@ -559,18 +622,23 @@ def read_services(api: Api, target: Target, names: Names) -> Stack:
             domains=[d["domain"] for d in (*domains["customDomains"], *domains["serviceDomains"])],
             group_id=of_config.get("groupId"),
             status=latest["status"] if latest else None,
+            status_at=seconds_of(latest.get("statusUpdatedAt")) if latest else None,
             stopped=bool(latest and latest["deploymentStopped"]),
             regions=regions,
         )
+        if service.name in services:  # a template was deployed twice
+            doubles.append(service)
+        services.setdefault(service.name, service)
     taken = {
         edge["node"]["name"]: edge["node"]["id"] for edge in answer["project"]["services"]["edges"]
     }
-    return Stack(target, names, services, taken=taken | {s.name: s.id for s in services.values()})
+    taken |= {s.name: s.id for s in services.values()}
+    return Stack(target, names, services, taken=taken, doubles=doubles)
 
 
 def read_variables(api: Api, stack: Stack) -> None:
     """Set the variables of each service, with references not resolved; register the secrets."""
-    services = list(stack.services.values())
+    services = [*stack.services.values(), *stack.doubles]
     if not services:
         return
     ids: dict[str, Any] = {f"s{i}": service.id for i, service in enumerate(services)}

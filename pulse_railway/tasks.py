@@ -202,14 +202,19 @@ def history(options: options.HistoryOptions, output: Output) -> None:
 def unlock(options: options.StackOptions, output: Output) -> None:
     """Take the deploy lock from a run that is dead."""
     from pulse_railway import router_commands
+    from pulse_railway.flows import deploy_lock as flow
 
     api, stack = _stack(options, output)
     with output.step("ask the router who deploys"):
-        lock = router_commands.read_state(api, stack)["lock"]
-    if lock:
-        confirm(f"take the lock from {lock.get('by')}?", options.yes)
-        router_commands.send_unlock(api, stack, None)
-    output.result({"lock": lock}, ["the deploy lock is free" if lock else "nobody deploys"])
+        lock = flow.read_lock(api, stack)
+    if lock is None:
+        output.result({"lock": None}, ["nobody deploys"])
+        return
+    confirm(f"take the lock from {flow.holder_words(lock)}?", options.yes)
+    router_commands.send_unlock(api, stack, lock.get("holder"))  # not one that was taken since
+    output.result(
+        {"lock": lock}, [f"the deploy lock is free; it was that of {flow.holder_words(lock)}"]
+    )
 
 
 @verb(

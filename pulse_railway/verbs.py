@@ -101,6 +101,7 @@ def run_verb(verb: Callable[..., None], parser: str, flags: Mapping[str, Any]) -
     from pulse_railway import options
     from pulse_railway.advice import pasteable
     from pulse_railway.errors import Failure, Interrupted, redact
+    from pulse_railway.flows.signals import interruptible
     from pulse_railway.output import Output, printable, silence_stdout
 
     load_dotenv()
@@ -116,7 +117,8 @@ def run_verb(verb: Callable[..., None], parser: str, flags: Mapping[str, Any]) -
         return Exit(f"error: {message}" if code == 1 else message, code)
 
     try:
-        verb(getattr(options, parser)(flags, output), output)
+        with interruptible():
+            verb(getattr(options, parser)(flags, output), output)
     except Failure as failure:
         raise end(redact(str(failure)), 1) from None
     except KeyboardInterrupt:

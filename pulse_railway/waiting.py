@@ -21,6 +21,7 @@ BUILD_TIMEOUT = 1800.0  # seconds
 RAILWAY_STATUS = "https://status.railway.com says whether builds are paused"
 NOT_BEGUN = ("INITIALIZING", "QUEUED", "WAITING")
 WORD_EVERY = 60.0  # seconds in one state after which a word says so
+SUPERSEDED = ("REMOVED", "SKIPPED")
 FAILED_STATES = ("FAILED", "CRASHED", "REMOVED", "SKIPPED")
 
 
@@ -91,6 +92,8 @@ def wait_for_services(
     """
     shown: dict[str, str] = {}
     deadline = time.monotonic() + timeout
+    following = dict(deployments)
+    behind = dict.fromkeys(services, 0)  # polls with another deployment as the latest
 
     def ask() -> bool | None:
         newest = latest(api, target, patience=deadline - time.monotonic())
@@ -98,9 +101,13 @@ def wait_for_services(
         for service_id, name in services.items():
             deployment = newest.get(service_id)
             status = deployment["status"] if deployment else "INITIALIZING"
-            expected = deployments.get(service_id)
+            expected = following.get(service_id)
             if expected and deployment and deployment["id"] != expected:
                 status = "QUEUED"  # an older deployment is still the latest
+                behind[service_id] += 1
+                if behind[service_id] % 5 == 0 and was_superseded(api, expected):
+                    output.info(f"another run has deployed {name} since: waiting for that")
+                    following[service_id] = None
             if deployment and status in FAILED_STATES:
                 tail = build_tail(api, deployment["id"])
                 raise Failure(f"the deployment of {name} ended as {status}\n{tail}".rstrip())
@@ -114,6 +121,12 @@ def wait_for_services(
 
     label = f"the deployment of {', '.join(services.values())}"
     poll(timeout, ask, label, lambda: api.is_nearly_used_up)
+
+
+def was_superseded(api: Api, deployment_id: str) -> bool:
+    """Return whether a newer deployment of the same service has replaced one that was starting."""
+    data = api.call(documents.BUILD_LOGS, deployment=deployment_id, since=None, limit=1)
+    return data["deployment"]["status"] in SUPERSEDED
 
 
 def wait_for_build(api: Api, deployment_id: str, output: Output) -> None:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from examples import demo
+from pulse_railway import options, provenance, router_commands, runtime_image
+from pulse_railway.config import ControlRoute, Names, Target
+from pulse_railway.errors import Failure
+from pulse_railway.output import Output
+from pulse_railway.railway import ssh
+from pulse_railway.stack import Stack
 from tests.conftest import ROOT, Project, pulse_railway
 
+control: Any = runtime_image.load("control")
 TINY = ROOT / "tests" / "apps" / "tiny"
 
 
@@ -203,3 +212,53 @@ def test_a_terminal_is_asked_before_something_goes(
     confirm("delete deployment x?", yes=True)
     sys.stdin.close()
     os.close(there)
+
+
+@pytest.mark.parametrize(
+    ("page", "said"),
+    [
+        (b"", "is empty: leave --page out for the router's own page"),
+        (b" \n", "is empty"),
+        ("<p>später</p>".encode("utf-16"), "is no UTF-8 text: save it as UTF-8"),
+        ("<p>later</p>".encode("utf-16-le"), "is no UTF-8 text"),
+        ("<p>später</p>".encode("latin-1"), "is no UTF-8 text"),
+        (b"<p>\0</p>", "is no UTF-8 text"),
+        (b"x" * 25_000, "is larger than 24 KB"),
+    ],
+)
+def test_a_maintenance_page_that_cannot_be_sent(tmp_path: Path, page: bytes, said: str) -> None:
+    """It was sent, and it was not known whether the command ran; or visitors got other letters."""
+    path = tmp_path / "page.html"
+    path.write_bytes(page)
+    with pytest.raises(Failure, match=said):
+        options.parse_maintenance({"switch": "on", "page": str(path)}, Output())
+    path.write_bytes("\ufeff- später".encode())
+    assert options.parse_maintenance({"switch": "on", "page": str(path)}, Output()).page == (
+        "- später"
+    )
+
+
+def test_values_that_begin_with_a_dash(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--message=-fix` was read as a flag by the router: "it is not known whether"."""
+    sent: list[Any] = []
+
+    def by_ssh(_: Any, __: Any, words: list[str]) -> ssh.Outcome:
+        sent.append(control.control_parser().parse_args(words))
+        answer = {"ok": True, "command": words[0], "nonce": sent[-1].nonce}
+        return ssh.Outcome(json.dumps(answer), "", False)
+
+    monkeypatch.setattr(router_commands, "by_ssh", by_ssh)
+    monkeypatch.setattr(provenance, "by", lambda: "-u@host")
+    api: Any = None
+    stack = Stack(Target("p", "e", ControlRoute("ssh", checked=True)), Names(), {})
+    why, page = "-fix", "--page of ours"
+    router_commands.send_promote(api, stack, "a", "a", why=why, unlock="-u", renew="-r@9")
+    router_commands.send_abort_canary(api, stack, "a", why)
+    router_commands.send_maintenance(api, stack, True, page, 30, why)
+    router_commands.send_lock(api, stack, "-holder", 60)
+    assert [args.why for args in sent] == [why, why, why, None]
+    assert {args.by for args in sent} == {"-u@host"}
+    assert (sent[0].unlock, sent[0].renew, sent[2].page) == ("-u", ("-r", 9.0), page)
+    assert sent[3].holder == "-holder"
+    router_commands.send_abort_canary(api, stack, "a", "a\0b" + "x" * 200_000)
+    assert sent[-1].why == "a b" + "x" * 297

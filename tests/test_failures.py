@@ -275,7 +275,7 @@ def test_messages_of_a_clean_up_that_fails(
 
     monkeypatch.setattr(cleanup, "undo", undo)
     parsed = options.parse_deploy({"app": "main.py", "context": TINY}, Output())
-    attempt = cleanup.Attempt("x", "prod-x", step="build and start", creating=True)
+    attempt = cleanup.Attempt("x", "prod-x", step="build", service_id="s", creating=True)
     api: Any = None
     cause = Failure("the build failed")
     cleanup.clean_up(api, config.Target("p", "e"), parsed, attempt, Output(), cause)
@@ -297,17 +297,17 @@ def test_a_generated_name_that_is_taken_gets_a_later_time(here: InProcess) -> No
     stack = inspect(here.api(), here.target, here.names)
     assert stack.router
     stack.taken |= {plan.service_name: "id"}
-    free = deploy.free_name(plan, stack)
+    free = deploy.untaken(plan, stack)
     assert free.service_name not in stack.taken
     assert free.deployment_id.rsplit("-", 2)[0] == plan.deployment_id.rsplit("-", 2)[0] == "prod"
     given = deploy.prepare(
         options.parse_deploy({**flags, "deployment_id": "first"}, Output()), Output()
     )
     with pytest.raises(Failure, match="deployment first exists already: choose another"):
-        deploy.free_name(given, stack)
+        deploy.untaken(given, stack)
     named = replace(given, deployment_id="pulse-redis")
     with pytest.raises(Failure, match="a service pulse-redis of this project, which is no depl"):
-        deploy.free_name(named, stack)
+        deploy.untaken(named, stack)
 
 
 def test_a_watch_goes_on_without_railways_api(here: InProcess) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pulse_railway import runtime_image
+from pulse_railway import control_job, runtime_image
 from tests.conftest import ROOT, Redis
 from tests.net import Backend, Connection, header, ok
 
@@ -708,6 +709,25 @@ def test_a_fallback_in_use_is_retired_only_by_force(room: Room, monkeypatch: Any
     assert control.carry_out([*words, "--force"], dict(os.environ))["ok"]
 
 
+def test_a_long_answer_is_packed_or_cut() -> None:
+    """At 128 KB the janitor would not start."""
+    few = {"ok": True, "command": "status", "nonce": "n", "version": "v"}
+    long = {**few, "deployments": [{"name": f"d-{i}", "why": "ж" * 200} for i in range(100)]}
+    text = janitor.answer_text(long, "ada")
+    assert len(text.encode()) <= 16 * 1024
+    assert json.loads(control_job.unpacked(json.loads(text))) == long
+    assert json.loads(janitor.answer_text(long, None)) == long  # an earlier CLI cannot unpack it
+    huge = {**few, "deployments": [secrets.token_hex(30_000)] * 3}
+    for caller in ("ada", None):
+        said = json.loads(janitor.answer_text(huge, caller))
+        assert (said["ok"], said["reason"], said["nonce"]) == (False, "long", "n")
+        assert "too long for the janitor: pass --control ssh" in said["error"]
+    short = {**few, "error": "${{pulse-env.KEY}} ж \ud800"}
+    text = janitor.answer_text(short, "ada")
+    assert "$" not in text
+    assert json.loads(text)["error"] == "${{pulse-env.KEY}} ж ?"
+
+
 def test_a_control_command_is_carried_out_once_and_in_time(room: Room) -> None:
     env = {"REDIS_URL": room.server.url, "RAILWAY_SERVICE_ID": "x"}
 
@@ -724,7 +744,12 @@ def test_a_control_command_is_carried_out_once_and_in_time(room: Room) -> None:
         **{"nonce": "n1", "version": version},
     }
     assert answer(request, json.dumps(said)) is None  # it was answered
-    assert answer({**request, "until": time.time() - 1}) is None  # nobody waits any more
+    late = answer({**request, "words": ["maintenance", "on"], "until": time.time() - 7200})
+    assert (late["ok"], late["reason"]) == (False, "late")  # an earlier CLI's
+    assert "was over 7200 s before it was read: is this machine's clock right?" in late["error"]
+    of_today = {"nonce": "n0", "words": ["maintenance", "off"], "until": 0, "caller": "ada"}
+    said = answer(of_today)
+    assert said["ok"]  # this version's callers confirm, whatever their clock says
     for nonsense in ("", "{", "[]", "null", "{}", '{"nonce": 1}', {**request, "words": []}):
         assert answer(nonsense) is None
     unknown = answer({**request, "words": ["explode"]})

@@ -330,7 +330,9 @@ def test_deployments_of_a_deleted_router_are_taken_over(base: Project, shop: Pat
     assert status["deployments"] == []
     (problem,) = (line for line in status["problems"] if "late" in line)
     assert "`pulse-railway restore --deployment-id late --app main.py`" in problem
-    assert "late" not in str(json_of(base, "status", "--service", "pulse-router"))
+    status = json_of(base, "status", "--service", "pulse-router")
+    assert "late" not in str([status[name] for name in ("problems", "copied")])
+    assert [d["deployment_id"] for d in status["deployments"]] == ["first"]
     restored = json_of(base, "restore", "--app", "main.py", "--deployment-id", "late", cwd=shop)
     assert restored["active"] == "late"
     assert json_of(base, "status", "--app", "main.py", cwd=shop)["active"] == "late"
@@ -496,8 +498,9 @@ def test_two_services_of_one_name_are_refused() -> None:
             environment = {"config": {}, "serviceInstances": {"edges": nodes}}
             return {"environment": environment, "project": {"services": {"edges": []}}}
 
+    stack = stack_module.read_services(cast(Any, Prepared()), Target("p", "e"), Names())
     with pytest.raises(Failure, match="two services named pulse-router \\(s1 and s2\\)"):
-        stack_module.read_services(cast(Any, Prepared()), Target("p", "e"), Names())
+        stack_module.require_complete_answer(stack)
 
 
 def test_a_service_that_is_deleted_while_the_stack_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -274,14 +274,16 @@ class Life(RuleBasedStateMachine):
     @rule(who=st.sampled_from("ab"), lease=st.integers(1, 400))
     def lock(self, who: str, lease: int) -> None:
         held = self.holder if self.holder and self.holder[1] > self.clock.now else None
+        ended = who in control.ended_runs(self.state)
         done = self.control("lock", "--holder", who, "--lease", str(lease))
-        assert done == (held is None or held[0] == who)
+        assert done == (not ended and (held is None or held[0] == who))
         if done:
             self.holder = who, self.clock.now + lease
 
     @rule(who=st.sampled_from("ab"))
     def unlock(self, who: str) -> None:
         self.control("unlock", "--holder", who)
+        assert who in control.ended_runs(self.state)
         if self.holder and self.holder[0] == who:
             self.holder = None
 

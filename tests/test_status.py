@@ -324,7 +324,7 @@ def test_the_advice_after_an_interrupted_bake_keeps_the_canary() -> None:
         return dict(routing.records["c"].json())
 
     overdue = set_weight(-120.0)
-    messages = record_problems(overdue, stack(A))
+    messages = record_problems(overdue, stack(A), time.time())
     assert messages[0].endswith("`pulse-railway promote --deployment-id c --weight 10` keeps it")
     assert "bake" not in set_weight(None)
     assert "bake" in set_weight(300.0)

@@ -118,7 +118,7 @@ class World:
         self.lines: list[str] = []  # the verb's output
         self.count = 0
         self.api: Any = types.SimpleNamespace(
-            call=self.call, calls=0, is_project_token=False, is_nearly_used_up=False
+            call=self.call, calls=0, is_project_token=False, is_nearly_used_up=False, url=""
         )
         for name in ("pulse-router", "pulse-env", "pulse-janitor", "pulse-redis"):
             secrets = (contract.RAILWAY_TOKEN, contract.REDIS_URL, contract.INTERNAL_TOKEN)

@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 
 from benchmarks import peer
-from pulse_railway import router_commands, runtime_image
+from pulse_railway import control_job, router_commands, runtime_image
 from pulse_railway.errors import Refused, Uncertain
 from pulse_railway.local.supervisor import free_port
 from pulse_railway.railway import ssh
@@ -702,8 +702,8 @@ def life(call: Callable[..., Any], site: Site, warned: dict[str, Any]) -> None:
     assert site.state.maintenance.page == "<p>closed</p>"
     call("maintenance", False, None, 30, None, **warned)
     assert site.state.maintenance is None
-    call("lock", "me", 60)
-    call("unlock", "me")
+    call("lock", "me again", 60)
+    call("unlock", "me again")
     assert site.state.lock is None
     call("retire", "b", "s-b")
     assert site.state.records["b"].retiring_at
@@ -824,6 +824,10 @@ def test_a_command_that_is_left_for_a_janitor_of_the_other_version(
     for order in (["active"], ["lock", "--holder", "me", "--lease", "60"], ["probe"]):
         words = [*order, "--by", "me", "--intent", f"a@{site.state.promoted.at!r}"]
         left = json.dumps({"nonce": "n", "words": words, "until": time.time() + 60})
+        by_today: Any = SimpleNamespace(nonce="n", words=words, confirmed=None)
+        with_caller = control_job.Job.text(by_today, 60.0)
+        seen = before.janitor.Seen([], order=with_caller)
+        assert before.janitor.answer_to(seen, site.env)["nonce"] == "n"
         of_older = before.janitor.answer_to(before.janitor.Seen([], order=left), site.env)
         of_today = janitor.carry_out_request(janitor.Inventory([], request=left), site.env)
         assert (of_older["command"], of_older["nonce"]) == (order[0], "n")

@@ -76,6 +76,15 @@ def test_an_older_deployments_status_is_ignored(railway: MakeApi) -> None:
     assert lines == ["router queued", "router building"]
 
 
+def test_a_deployment_that_another_run_has_replaced(railway: MakeApi) -> None:
+    """The loser of two `ensure` waited for it for half an hour."""
+    lines: list[str] = []
+    newer = [latest(r=("newer", "BUILDING"))] * 5
+    api = railway(*newer, one("REMOVED"), latest(r=("newer", "SUCCESS")))
+    waiting.wait_for_services(api, TARGET, {"r": "router"}, {"r": "ours"}, Recorder(lines))
+    assert "another run has deployed router since: waiting for that" in lines
+
+
 def test_one_of_several_that_fails_is_named(railway: MakeApi) -> None:
     api = railway(
         latest(r=("1", "SUCCESS"), j=("2", "BUILDING")),

@@ -41,12 +41,14 @@ from pulse_railway.stack import (
     check_redis_prefix,
     find_stack,
     inspect,
+    is_withdrawable,
     joined,
     lost_with_baseline,
     lost_with_missing,
     of_router,
     ownership,
     partial,
+    read_environment,
     read_services,
     read_variables,
     references,
@@ -55,8 +57,6 @@ from pulse_railway.stack import (
 )
 from pulse_railway.waiting import FAILED_STATES, poll, wait_for_services
 
-# A variable of each service that an unfinished `scaffold` has created: the next run completes them.
-UNFINISHED = "PULSE_RAILWAY_SETUP"
 LOGIN_IS_NOT_DURABLE = (
     "a Railway CLI login is not written into the router and the janitor, since it expires: set"
     " RAILWAY_TOKEN (project token) or RAILWAY_API_TOKEN and run this again"
@@ -68,6 +68,7 @@ def scaffold(api: Api, target: Target, options: BaselineOptions, output: Output)
     warn_of_config_file(options, output)
     with output.step("inspect the project"):
         stack = inspect(api, target, options.names)
+    require_complete_answer(stack)
     exists = f"a baseline exists already: {joined(s.name for s in stack.baseline)}. `scaffold`"
     if owner := other_owner(stack, options):
         raise Failure(
@@ -137,13 +138,15 @@ def ensure(
     warn_of_config_file(options, output)
     with output.step("inspect the project"):
         stack = inspect(api, target, options.names)
+    if not options.plan_only:
+        stack = withdraw_doubles(api, stack, output)
+    require_complete_answer(stack)
     if not stack.baseline or unfinished(stack):
         require_named(stack)
         warn_of_orphans(stack, output)
         if options.plan_only:
             return stack, ["create router, env, janitor" + ("" if options.redis_url else ", Redis")]
         return create(api, stack, options, output), ["created the baseline"]
-    require_complete_answer(stack)
     if options.app:
         app = app_identity.of_app(options.app)
         app_identity.check_same_app(stack, app, options.replace_app, output)
@@ -312,7 +315,7 @@ def warn_of_lost_variables(stack: Stack, deployments: Iterable[Service], output:
 
 def unfinished(stack: Stack) -> bool:
     """Return whether the existing services are those of an interrupted `scaffold`."""
-    return any(UNFINISHED in s.variables for s in stack.baseline)
+    return any(contract.UNFINISHED in s.variables for s in stack.baseline)
 
 
 def check_redis_mode(stack: Stack, options: BaselineOptions) -> None:
@@ -618,6 +621,12 @@ def plan(
             change.variables |= {
                 name: "" for name in STATE_OF_ORIGINAL if service.variables.get(name)
             }
+        # with a variable of 128 KB the janitor would not start
+        change.variables |= {
+            name: ""
+            for name in (contract.CONTROL, contract.CONTROL_ANSWER)
+            if service.is_too_long(name)
+        }
         change.settings = {
             k: v for k, v in desired_state.settings.items() if service.settings.get(k) != v
         }
@@ -691,7 +700,7 @@ def finish(api: Api, stack: Stack, changes: list[Change], options: BaselineOptio
     target = stack.target
     version = {contract.RUNTIME_VERSION: options.runtime_image or runtime_image.runtime_version()}
     deployed = [change for change in changes if change.deploy]
-    marked = [s for s in stack.baseline if UNFINISHED in s.variables]
+    marked = [s for s in stack.baseline if contract.UNFINISHED in s.variables]
     inputs: dict[str, Any] = {}
     for i, change in enumerate(deployed):
         values = {contract.UNDEPLOYED: ""}
@@ -703,7 +712,7 @@ def finish(api: Api, stack: Stack, changes: list[Change], options: BaselineOptio
             "projectId": target.project_id,
             "environmentId": target.environment_id,
             "serviceId": service.id,
-            "name": UNFINISHED,
+            "name": contract.UNFINISHED,
         }
     if inputs:
         document = documents.configure(variables=len(deployed), deletions=len(marked))
@@ -749,15 +758,16 @@ def create(api: Api, stack: Stack, options: BaselineOptions, output: Output) -> 
     if not all(name in stack.services for name in expected):
         if not stack.baseline:  # else an interrupted run has deployed it: its services appear
             with output.step(f"deploy the template {contract.TEMPLATE_CODE}"):
-                marked = {name: {UNFINISHED: "1"} for name in expected}
+                run = secrets.token_hex(8)
+                marked = {name: {contract.UNFINISHED: run} for name in expected}
                 deploy_template(api, target, names, marked, options.runtime_image)
-        stack = _await_services(api, stack, expected, output)
+            stack = _await_services(api, stack, expected, output, run)
+            stack = withdraw_doubles(api, stack, output, renamed(stack, run, expected))
+        else:
+            stack = _await_services(api, stack, expected, output)
     if names.env not in stack.services:
         with output.step(f"create {names.env}"):
-            mark = {UNFINISHED: "1"}
-            env_id = create_service(api, target, names.env, mark, group_id=None)
-            env = Service(env_id, "", names.env, "", None, {}, [], None, None, mark)
-            stack.services[names.env] = env
+            stack.services[names.env] = create_env(api, stack)
     if options.redis_url and stack.redis:
         with output.step(f"delete {names.redis}"):
             if not delete_service(api, target, stack.redis.id):
@@ -775,6 +785,47 @@ def create(api: Api, stack: Stack, options: BaselineOptions, output: Output) -> 
     return stack
 
 
+def create_env(api: Api, stack: Stack) -> Service:
+    """Create the service that holds the app's variables, unless another run has just done it."""
+    name, mark = stack.names.env, {contract.UNFINISHED: "1"}
+    try:
+        env_id = create_service(api, stack.target, name, mark, group_id=None)
+    except GraphqlError:
+        if present := read_environment(api, stack.target, stack.names).services.get(name):
+            return present
+        raise
+    return Service(env_id, "", name, "", None, {}, [], None, None, mark)
+
+
+def renamed(stack: Stack, run: str, expected: list[str]) -> list[Service]:
+    """Return the services of this run's template to which Railway gave other names, since those
+    were taken."""
+    services = (*stack.services.values(), *stack.others)
+    marked = (s for s in services if s.variables.get(contract.UNFINISHED) == run)
+    return [s for s in marked if s.name not in expected]
+
+
+def withdraw_doubles(
+    api: Api, stack: Stack, output: Output, renamed: Iterable[Service] = ()
+) -> Stack:
+    """Delete what the later one of two runs of `ensure` has made beside the services of the other.
+
+    Only services that their run has not finished are deleted, so nothing uses them. Returns the
+    stack; its services are completed by both runs.
+    """
+    present = {s.name: s for s in (*stack.others, *stack.services.values())}
+    withdrawn = [s for s in stack.doubles if is_withdrawable(present[s.name], s)]
+    withdrawn += renamed
+    if not withdrawn:
+        return stack
+    names = joined({service.name for service in withdrawn})
+    with output.step(f"withdraw {names}, which another `ensure` has created, too"):
+        for service in withdrawn:
+            if not delete_service(api, stack.target, service.id):
+                output.warn(empty_service_message(service.name, None))
+        return inspect(api, stack.target, stack.names)
+
+
 def check_names(stack: Stack, needed: set[str]) -> None:
     """Raise Failure if another environment of the project has services of these names.
 
@@ -789,16 +840,21 @@ def check_names(stack: Stack, needed: set[str]) -> None:
         )
 
 
-def _await_services(api: Api, stack: Stack, expected: list[str], output: Output) -> Stack:
+def _await_services(
+    api: Api, stack: Stack, expected: list[str], output: Output, run: str | None = None
+) -> Stack:
+    """Wait until the services of these names exist; with `run`, those that this run creates."""
+
     def ask() -> Stack | None:
-        environment = read_services(api, stack.target, stack.names)
-        complete = all(name in environment.services for name in expected)
-        return environment if complete else None
+        environment = read_environment(api, stack.target, stack.names)
+        if not environment.services.keys() >= set(expected):
+            return None
+        services = (*environment.services.values(), *environment.doubles)
+        own = [s for s in services if s.variables.get(contract.UNFINISHED) == run]
+        return environment if run is None or len(own) >= len(expected) else None
 
     with output.step(f"wait for {joined(expected)} to appear"):
-        environment: Stack = poll(180.0, ask, "the template")
-        read_variables(api, environment)
-    return find_stack(environment)
+        return find_stack(poll(180.0, ask, "the template"))
 
 
 def deploy_template(

@@ -23,6 +23,7 @@ from pulse_railway.flows.signals import shielded
 from pulse_railway.options import DeployOptions
 from pulse_railway.output import Output
 from pulse_railway.railway.api import Api
+from pulse_railway.router_commands import Lock
 from pulse_railway.services import delete_service, empty_service_message
 from pulse_railway.stack import Stack, inspect
 
@@ -42,9 +43,17 @@ class Attempt:
     registered: bool = False  # the router may have a record of the deployment
     promoted: bool = False  # the deployment is active, or the canary
     locked: bool = False  # this run may hold the deploy lock
+    lock: Lock | None = None  # the lock, once this run has it
+    rival: Lock | None = None  # the lock of another run, which this one did not wait for
+    rival_seen: bool = False  # the other run's service was there
     previous: str | None = None  # the active deployment at the start
     railway_deployment: str | None = None
     stack: Stack | None = None  # after the inspection
+
+    def renewal(self, lease: int) -> str | None:
+        """Return the flag's value that renews this run's lock; None if it has none, or cannot."""
+        renews = self.locked and self.lock and self.lock.renews
+        return f"{self.run}@{lease}" if renews else None
 
 
 @contextlib.contextmanager
@@ -79,6 +88,8 @@ def clean_up(
     if attempt.promoted:
         _stays(name, output)
         return
+    if not find_created(api, target, options, attempt, output):
+        return
     if options.keep_failed:
         output.info(
             "kept as asked, for an hour; then the janitor removes it. Sooner: `pulse-railway delete"
@@ -87,7 +98,7 @@ def clean_up(
         return
     try:
         with output.step(f"remove {attempt.service_name}"):
-            stack = attempt.stack or Stack(target, options.app.names, {})
+            stack = stack_of(attempt, target, options)
             if not undo(api, stack, attempt):
                 output.warn(empty_service_message(attempt.service_name, name))
     except (Exception, Interrupted) as undo_error:
@@ -112,6 +123,35 @@ def clean_up(
                 f"{attempt.service_name} stays, since it is not certain that it may go: {reason}."
                 f" {what_next}"
             )
+
+
+def stack_of(attempt: Attempt, target: Target, options: DeployOptions) -> Stack:
+    return attempt.stack or Stack(target, options.app.names, {})
+
+
+def find_created(
+    api: Api, target: Target, options: DeployOptions, attempt: Attempt, output: Output
+) -> bool:
+    """Return whether this run has created a service; its id is in `attempt.service_id` then.
+
+    Not if that is not known: the message says what to do.
+    """
+    if attempt.service_id:
+        return True
+    try:
+        with output.step(f"see whether {attempt.service_name} was created"):
+            stack = stack_of(attempt, target, options)
+            attempt.service_id = find_late_service(api, stack, attempt)
+    except (Failure, httpx.HTTPError, Interrupted) as error:
+        reason = "interrupted again" if isinstance(error, Interrupted) else str(error)
+        output.info(
+            f"it is not known whether {attempt.service_name} was created: {reason}. If it was, the"
+            f" janitor removes it after an hour, `pulse-railway delete --deployment-id"
+            f" {attempt.deployment_id}` sooner"
+        )
+        return False
+    attempt.creating = attempt.service_id is not None
+    return attempt.creating
 
 
 def _stays(name: str, output: Output) -> None:
@@ -140,8 +180,8 @@ def undo(api: Api, stack: Stack, attempt: Attempt) -> bool:
     """
     if attempt.registered:
         router_commands.send_retire(api, stack, attempt.deployment_id, attempt.service_id)
-    service_id = attempt.service_id or find_late_service(api, stack, attempt)
-    deleted = not service_id or delete_service(api, stack.target, service_id)
+    assert attempt.service_id
+    deleted = delete_service(api, stack.target, attempt.service_id)
     attempt.creating = False
     if attempt.registered:
         router_commands.send_forget(api, stack, attempt.deployment_id)

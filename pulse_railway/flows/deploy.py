@@ -19,10 +19,20 @@ from pulse_railway import app_identity, contract, naming, provenance, router_com
 from pulse_railway.app_identity import AppIdentity
 from pulse_railway.build_context import secrets_in_image
 from pulse_railway.config import AppConfig, Target, inside
-from pulse_railway.errors import Failure, Refused
+from pulse_railway.errors import Failure
 from pulse_railway.flows.bake import bake, is_over
 from pulse_railway.flows.baseline import warn_of_lost_variables
 from pulse_railway.flows.cleanup import Attempt, release_lock, undo_on_failure
+from pulse_railway.flows.deploy_lock import (
+    IMAGE,
+    LATE_LEASE,
+    check_canary,
+    leftover,
+    release_dead,
+    remove_leftover,
+    service_of,
+    take_lock,
+)
 from pulse_railway.flows.reachability import (
     backend_address,
     store_last_promoted,
@@ -34,8 +44,9 @@ from pulse_railway.flows.signals import interruptible, shielded
 from pulse_railway.options import DeployOptions
 from pulse_railway.output import Output
 from pulse_railway.railway import config_files, docker, program, upload
-from pulse_railway.railway.api import Api
+from pulse_railway.railway.api import Api, GraphqlError
 from pulse_railway.railway.up import up
+from pulse_railway.router_commands import Lock
 from pulse_railway.services import create_service, deploy_service, shell
 from pulse_railway.stack import Stack, inspect, require_baseline
 from pulse_railway.waiting import latest, poll, runtime_tail, wait_for_build
@@ -158,24 +169,50 @@ def check_secret(plan: Plan, stack: Stack) -> None:
     )
 
 
-def free_name(plan: Plan, stack: Stack) -> Plan:
-    """Return a plan whose service name is not taken in the project.
+def free_name(api: Api, plan: Plan, stack: Stack, attempt: Attempt, output: Output) -> Plan:
+    """Return a plan whose service name is not taken in the project; it is noted in `attempt`.
 
-    A generated id gets a later time. Raises Failure if `--deployment-id` is taken.
+    A generated id is made from the present time, or from a later one. What a dead run has left of
+    `--deployment-id` is removed. Raises Failure if it is taken.
     """
-    moment = datetime.now(UTC)
+    if plan.options.deployment_id and (
+        left := leftover(api, stack, attempt, plan.options.deployment_id)
+    ):
+        remove_leftover(api, stack, left, output)
+    plan = untaken(plan, stack, attempt.rival)
+    attempt.deployment_id, attempt.service_name = plan.deployment_id, plan.service_name
+    return plan
+
+
+def untaken(plan: Plan, stack: Stack, rival: Lock | None = None) -> Plan:
+    """Return a plan with an id that no service has. Raises Failure if `--deployment-id` is taken.
+
+    Args:
+        rival: the deploy lock of another run.
+    """
     services = [*stack.services.values(), *stack.others, *stack.empty]
     ids = {service.deployment_id for service in services}
-    while plan.service_name in stack.taken or plan.deployment_id in ids:
-        if plan.options.deployment_id:
-            what = f"deployment {plan.deployment_id}"
-            if plan.deployment_id not in ids:
-                what = f"a service {plan.service_name} of this project, which is no deployment,"
-            raise Failure(f"{what} exists already: choose another --deployment-id")
-        moment += timedelta(seconds=1)
-        name = plan.deployment_id[: -len("-yymmdd-HHMMSS")]
+    if plan.options.deployment_id:
+        if plan.service_name not in stack.taken and plan.deployment_id not in ids:
+            return plan
+        what = f"deployment {plan.deployment_id}"
+        if plan.deployment_id not in ids:
+            what = f"a service {plan.service_name} of this project, which is no deployment,"
+        service = service_of(stack, rival.holder) if rival else None
+        if rival and service and service.deployment_id == plan.deployment_id:
+            raise Failure(
+                f"{what} exists already, and the run of {rival.by or 'somebody'} deploys it: wait"
+                " for it (--lock-wait SECONDS). If that run is dead, `pulse-railway unlock`, then"
+                " this again"
+            )
+        raise Failure(f"{what} exists already: choose another --deployment-id")
+    moment = datetime.now(UTC)
+    name = plan.deployment_id[: -len("-yymmdd-HHMMSS")]
+    while True:
         plan = replace(plan, deployment_id=naming.generate_deployment_id(name, moment))
-    return plan
+        if plan.service_name not in stack.taken and plan.deployment_id not in ids:
+            return plan
+        moment += timedelta(seconds=1)
 
 
 def backend_variables(plan: Plan, stack: Stack) -> dict[str, str]:
@@ -231,6 +268,7 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
     if not plan.image:
         program.need_railway(api)
     attempt = Attempt(plan.deployment_id, plan.service_name)
+    attempt.run += IMAGE if plan.image else ""
     began = time.monotonic()
     baking: dict[str, Any] | None = None
     with interruptible(), contextlib.ExitStack() as exit_stack:
@@ -246,20 +284,19 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
             identity = app_identity.of_app(plan.app)
             app_identity.check_same_app(stack, identity, plan.options.replace_app, output)
             app = replace(plan.app, names=stack.names)  # the existing services' names
-            plan = free_name(replace(plan, options=replace(plan.options, app=app)), stack)
-            attempt.deployment_id, attempt.service_name = (
-                plan.deployment_id,
-                plan.service_name,
-            )
+            plan = replace(plan, options=replace(plan.options, app=app))
         with step(output, attempt, "ask the router"):  # a failure here saves the build
-            lock_deploy(api, stack, plan, attempt, output)
+            stack = attempt.stack = take_lock(api, stack, plan.options, attempt, output)
+            require_baseline(stack)
+            check_canary(api, stack, plan.options, attempt)
+            plan = free_name(api, plan, stack, attempt, output)
         output.info(f"deployment {plan.deployment_id}")
         if plan.image:
             with step(output, attempt, f"build and push {plan.image}"):
                 build_image(plan, stack, output)
         with step(output, attempt, f"create the service {plan.service_name}"):
             about = provenance.about(plan.app.context, plan.options.message)
-            create_backend(api, stack, plan, attempt, about, identity)
+            plan = create_named(api, stack, plan, attempt, about, identity, output)
         with step(output, attempt, "build and start"):
             start_backend(api, stack, plan, attempt, output)
         with step(output, attempt, "register with the router"):
@@ -282,6 +319,7 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
             old = str(attempt.previous)
             slow = plan.options.bake_latency_ms is not None
             baking = bake(api, stack, attempt.deployment_id, old, seconds, output, canary, slow)
+        release_dead(api, stack, attempt, output)
         app_identity.store_identity(api, stack, identity, plan.options.replace_app, output)
         if danger := config_files.would_delete(plan.app.context):
             output.warn(danger)
@@ -313,58 +351,6 @@ def step(output: Output, attempt: Attempt, title: str) -> Iterator[None]:
         yield
 
 
-LOCK_LEASE = 3600  # seconds, plus the bake: more than all steps of a deploy may take
-LOCK_POLL = 10.0  # seconds
-
-
-def lock_deploy(api: Api, stack: Stack, plan: Plan, attempt: Attempt, output: Output) -> None:
-    """Take the deploy lock, which also shows that the router can be reached, before the build.
-
-    Without `--lock-wait` a lock of another run is only a warning. Raises Failure if the lock is
-    not free in time, or if a canary is asked for and not possible.
-    """
-    options = plan.options
-    deadline = time.monotonic() + (options.lock_wait or 0)
-    while True:
-        try:
-            lease = LOCK_LEASE + options.bake
-            attempt.locked = True  # before the command, whose answer may be lost
-            attempt.previous, lost = router_commands.send_lock(api, stack, attempt.run, lease)
-            if lost and (options.bake or options.canary is not None):
-                raise Failure(
-                    "the routing state is lost, or an older one: there is nothing certain to"
-                    " compare with or to go back to; run `pulse-railway restore` first"
-                )
-            break
-        except Refused as refused:
-            attempt.locked = False
-            if refused.reason != "locked":
-                raise
-            if options.lock_wait is None:
-                output.warn(
-                    f"{refused}: both go on, and the one that is promoted last is active;"
-                    " --lock-wait SECONDS waits"
-                )
-                attempt.previous = router_commands.read_active(api, stack)
-                break
-            if time.monotonic() >= deadline:
-                raise Failure(
-                    f"{refused}, still after {options.lock_wait} s: if that run is dead,"
-                    " `pulse-railway unlock`"
-                ) from None
-            output.waiting(str(refused))
-        time.sleep(min(LOCK_POLL, max(deadline - time.monotonic(), 0.1)))
-    if options.canary is None:
-        return
-    if attempt.previous is None:
-        raise Failure("a canary stands beside an active deployment, and none is active: deploy one")
-    if other := router_commands.read_state(api, stack)["canary"]:
-        raise Failure(
-            f"{other['deployment_id']} is the canary already, with {other['weight']:g} %: promote"
-            " it, or `pulse-railway rollback`"
-        )
-
-
 def bake_seconds(plan: Plan, attempt: Attempt) -> int:
     """Return the bake's duration in seconds; 0 if there is no version for a rollback."""
     return plan.options.bake if attempt.previous else 0
@@ -385,6 +371,37 @@ def build_image(plan: Plan, stack: Stack, output: Output) -> None:
         build_args=arguments,
         on_line=output.log,
     )
+
+
+def create_named(
+    api: Api,
+    stack: Stack,
+    plan: Plan,
+    attempt: Attempt,
+    about: dict[str, str],
+    identity: AppIdentity,
+    output: Output,
+) -> Plan:
+    """Create the backend's service, and return the plan.
+
+    If another run has taken the name since the stack was read, a generated id gets a later time.
+    """
+    while True:
+        try:
+            create_backend(api, stack, plan, attempt, about, identity)
+            return plan
+        except GraphqlError:
+            present = inspect(api, stack.target, stack.names)
+            if attempt.service_id or service_of(present, attempt.run):
+                raise
+            stack.taken |= present.taken
+            if plan.service_name not in stack.taken:
+                raise
+            attempt.creating = False  # the service of that name is another run's
+            if plan.image:  # the image is built, with the id as its tag
+                raise
+            plan = free_name(api, plan, stack, attempt, output)
+            output.info(f"another run took that name: deployment {plan.deployment_id}")
 
 
 def create_backend(
@@ -465,6 +482,7 @@ def register(api: Api, stack: Stack, plan: Plan, attempt: Attempt, about: dict[s
         address=address,
         held=not plan.options.promote or plan.options.canary is not None,
         about=about,
+        renew=attempt.renewal(LATE_LEASE + plan.options.bake),
     )
 
 
@@ -488,6 +506,7 @@ def promote_new(api: Api, stack: Stack, plan: Plan, attempt: Attempt, output: Ou
     """
     options, seconds = plan.options, bake_seconds(plan, attempt)
     unlock = attempt.run if attempt.locked and not seconds else None
+    renew = attempt.renewal(LATE_LEASE + seconds) if seconds else None
     promoted = router_commands.send_promote(
         api,
         stack,
@@ -498,6 +517,7 @@ def promote_new(api: Api, stack: Stack, plan: Plan, attempt: Attempt, output: Ou
         bake_latency_ms=options.bake_latency_ms,
         why=options.message,
         unlock=unlock,
+        renew=renew,
         warn=output.warn,
     )
     attempt.promoted = True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import email.utils
 import json
 import shutil
 import subprocess
@@ -24,9 +23,8 @@ from pulse_railway.options import DeployOptions
 from pulse_railway.output import Output
 from pulse_railway.railway import config_files, program, tokens
 from pulse_railway.railway.api import Api
+from pulse_railway.railway.clock import clock_difference
 from pulse_railway.stack import Stack, inspect, require_baseline
-
-MAX_CLOCK_DIFFERENCE = 60.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -188,13 +186,7 @@ def check_clock(url: str) -> None:
 
     With a wrong clock certificates and sessions look expired. Raises Failure.
     """
-    response = httpx.get(url, timeout=10)
-    try:
-        date = email.utils.parsedate_to_datetime(response.headers.get("date", "")).timestamp()
-    except ValueError:  # a server without a clock sends no Date (RFC 9110 section 6.6.1)
-        return
-    difference = time.time() - date
-    if abs(difference) > MAX_CLOCK_DIFFERENCE:
+    if difference := clock_difference(url):
         raise Failure(f"this machine's clock is {difference:.0f} s off: set it")
 
 

@@ -10,16 +10,17 @@ from pulse_railway.errors import Failure
 from pulse_railway.options import LogsOptions
 from pulse_railway.output import Output, printable
 from pulse_railway.railway import documents
-from pulse_railway.railway.api import Api
+from pulse_railway.railway.api import Api, GraphqlError
 from pulse_railway.router_commands import read_active
 from pulse_railway.stack import (
     Service,
     check_redis,
     find_backend,
     inspect,
+    is_gone,
     joined,
+    read_environment,
     read_services,
-    read_variables,
 )
 from pulse_railway.waiting import latest
 
@@ -40,7 +41,12 @@ def logs(
     printed: set[tuple[str, str]] = set()
     since: str | None = None
     while True:
-        data = api.call(document, deployment=deployment["id"], since=since, limit=options.lines)
+        try:
+            data = api.call(document, deployment=deployment["id"], since=since, limit=options.lines)
+        except GraphqlError as error:
+            if not is_gone(error):
+                raise
+            raise Failure(f"{service.name} was removed meanwhile, and its log with it") from None
         for line in data[key]:
             key_of_line = (line["timestamp"], line["message"])
             if key_of_line not in printed:
@@ -75,11 +81,9 @@ def find_source(api: Api, target: Target, options: LogsOptions) -> Service:
         if not active:
             raise Failure("no deployment is active: pass --deployment-id or --service")
         return find_backend(stack, active)
-    environment = read_services(api, target, options.names)
     if options.deployment_id:
-        read_variables(api, environment)
-        return find_backend(environment, options.deployment_id)
-    services = environment.services
+        return find_backend(read_environment(api, target, options.names), options.deployment_id)
+    services = read_services(api, target, options.names).services
     if options.service not in services:
         raise Failure(
             f"no service is named {options.service}; there are: {joined(services) or 'none'}"

@@ -11,7 +11,7 @@ from pulse_railway.railway.api import Api
 from pulse_railway.router_commands import read_active
 from pulse_railway.services import deploy_service, write_variables
 from pulse_railway.stack import Stack, find_backend, joined, mended_references, unset_references
-from pulse_railway.waiting import wait_for_build
+from pulse_railway.waiting import latest, wait_for_build, was_superseded
 
 
 def redeploy(api: Api, stack: Stack, deployment_id: str | None, output: Output) -> dict[str, Any]:
@@ -31,8 +31,9 @@ def redeploy(api: Api, stack: Stack, deployment_id: str | None, output: Output) 
             " it: set it there (empty, if the app does not need it), or deploy a new version"
         )
     with output.step(f"redeploy {service.name}"):
-        railway_deployment = deploy_service(api, stack.target, service.id)
-        wait_for_build(api, railway_deployment, output)
+        railway_deployment = wait_for_newest(
+            api, stack, service.id, deploy_service(api, stack.target, service.id), output
+        )
     with output.step("reach it through the router"):
         wait_until_reachable(api, stack, deployment_id, output, by_affinity=True)
     return {
@@ -42,3 +43,22 @@ def redeploy(api: Api, stack: Stack, deployment_id: str | None, output: Output) 
         "backend_deployment_id": railway_deployment,
         "backend_status": "SUCCESS",
     }
+
+
+def wait_for_newest(
+    api: Api, stack: Stack, service_id: str, deployment: str, output: Output
+) -> str:
+    """Wait for a service's deployment, or for the one with which another run has replaced it.
+
+    Returns the id of the deployment that runs then. Raises Failure if it does not.
+    """
+    while True:
+        try:
+            wait_for_build(api, deployment, output)
+            return deployment
+        except Failure:
+            newest = latest(api, stack.target).get(service_id)
+            if not newest or newest["id"] == deployment or not was_superseded(api, deployment):
+                raise
+            output.info("another run has deployed it since: waiting for that")
+            deployment = newest["id"]

@@ -1,9 +1,10 @@
-"""SIGINT and SIGTERM during a flow: the flow stops where it can clean up."""
+"""SIGINT, SIGTERM and SIGHUP during a verb: it stops where it can clean up."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
@@ -37,7 +38,10 @@ def shielded() -> Iterator[None]:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Raise Interrupted for each SIGINT and SIGTERM, so that a verb can clean up."""
+    """Raise Interrupted for each SIGINT, SIGTERM and SIGHUP, so that a verb can clean up.
+
+    A verb that `nohup` has started goes on after SIGHUP.
+    """
 
     def handler(number: int, _: FrameType | None) -> None:
         if _shield.depth and _shield.pending is None:
@@ -45,7 +49,13 @@ def interruptible() -> Iterator[None]:
         else:
             raise Interrupted(number)
 
-    handlers = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        yield
+        return
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    handlers = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:

@@ -6,6 +6,7 @@ import re
 import shlex
 import time
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 from pulse_railway import contract, router_commands
@@ -17,7 +18,7 @@ from pulse_railway.railway import documents
 from pulse_railway.railway.api import Api, GraphqlError
 from pulse_railway.runtime_image import runtime_version
 from pulse_railway.services import empty_service_message, replicas_by_region
-from pulse_railway.stack import Service, Stack, joined, ownership, require_baseline
+from pulse_railway.stack import Service, Stack, double_words, joined, ownership, require_baseline
 from pulse_railway.waiting import FAILED_STATES
 
 
@@ -129,7 +130,7 @@ def state_problems(state: dict[str, Any], stack: Stack) -> list[str]:
     recorded = {r["deployment_id"] for r in records}
     if active and active not in recorded and stack.backend(active):
         messages.append(f"the record of {active} is lost: `pulse-railway restore` restores it")
-    deploying = float((state.get("lock") or {}).get("until") or 0) > time.time()
+    deploying = float((state.get("lock") or {}).get("until") or 0) > time_of(state)
     if active and not state["lost"] and not deploying:
         messages += [
             f"{s.deployment_id} runs without a record, and its tabs are sent to {active}: unless it"
@@ -334,11 +335,19 @@ NEW_SERVICE_SECONDS = 60.0  # in which services and records may not yet agree
 BAKE_GRACE = 60.0  # seconds after the end of a bake in which its verdict may come
 
 
-def record_problems(record: dict[str, Any], stack: Stack) -> list[str]:
-    """Report an unfinished deploy or bake, and a record whose service has failed or is gone."""
+def time_of(state: dict[str, Any]) -> float:
+    """Return the time by the store's clock, by which the state's times are."""
+    return float(state.get("now") or time.time())  # an earlier router does not say it
+
+
+def record_problems(record: dict[str, Any], stack: Stack, now: float) -> list[str]:
+    """Report an unfinished deploy or bake, and a record whose service has failed or is gone.
+
+    `now`: by the store's clock.
+    """
     name = record["deployment_id"]
     messages = []
-    age = time.time() - float(record.get("registered_at") or time.time())
+    age = now - float(record.get("registered_at") or now)
     pinned = record.get("held")
     unfinished = record["state"] == "pending" and not pinned and age > DEAD_DEPLOY_SECONDS
     if unfinished and name != stack.last_promoted:  # else the state is an older one
@@ -349,7 +358,7 @@ def record_problems(record: dict[str, Any], stack: Stack) -> list[str]:
         )
     until = (record.get("bake") or {}).get("until")
     weight = record.get("weight")
-    if until and time.time() > float(until) + BAKE_GRACE:
+    if until and now > float(until) + BAKE_GRACE:
         share = "" if weight is None else f" --weight {weight:g}"
         messages.append(
             f"the bake of {name} was cut off: it stays as it is, unwatched. `pulse-railway"
@@ -368,7 +377,7 @@ def record_problems(record: dict[str, Any], stack: Stack) -> list[str]:
             f" --deployment-id {name}` removes it"
         )
     # the services were read before the records, and a deletion removes the service first
-    old = time.time() - float(record.get("registered_at") or 0) > NEW_SERVICE_SECONDS
+    old = now - float(record.get("registered_at") or 0) > NEW_SERVICE_SECONDS
     missing = service is None and old and not record.get("retiring_at")
     if missing and record["state"] in ("draining", "pending"):
         messages.append(
@@ -448,6 +457,16 @@ def manual_changes(stack: Stack, state: dict[str, Any] | None) -> list[str]:
         for s in (stack.router, stack.janitor)
         if s and s.variables.get(contract.UNDEPLOYED)
     ]
+    for service in stack.services.values():
+        for variable in filter(service.is_too_long, service.variables):
+            size = len(service.variables[variable].encode(errors="replace")) // 1024
+            is_ours = variable in (contract.CONTROL, contract.CONTROL_ANSWER)
+            is_ours &= service is stack.janitor
+            remedy = "`pulse-railway ensure` empties it" if is_ours else "shorten it on Railway"
+            messages.append(
+                f"{service.name} cannot start with {variable}, which has {size} KB, and Linux takes"
+                f" 128: {remedy}"
+            )
     if stack.redis and stack.redis.settings.get("numReplicas") == 0:
         messages.append(
             f"{stack.redis.name} has a replica in no region: `railway scale REGION=1 --service"
@@ -484,7 +503,7 @@ def problems(stack: Stack, state: dict[str, Any] | None, router_error: str | Non
     """
     messages = []
     try:
-        require_baseline(stack)
+        require_baseline(replace(stack, doubles=[]))
     except Failure as failure:
         messages.append(str(failure))
     messages += [
@@ -498,6 +517,7 @@ def problems(stack: Stack, state: dict[str, Any] | None, router_error: str | Non
         if s.status in FAILED_STATES
     ]
     messages += manual_changes(stack, state)
+    messages += [double_words(stack, double) for double in stack.doubles]
     messages += [empty_service_message(s.name, s.deployment_id) for s in stack.empty]
     messages += [u.words() for u in stack.unowned.values() if u.can_be_restored]
     if router_error and REDIS_IS_SILENT in router_error:
@@ -522,7 +542,7 @@ def problems(stack: Stack, state: dict[str, Any] | None, router_error: str | Non
     messages += router_problems(state, stack)
     messages += janitor_problems(state, stack)
     for record in state["deployments"]:
-        messages += record_problems(record, stack)
+        messages += record_problems(record, stack, time_of(state))
     if not active:
         return messages
     service = stack.backend(active)

@@ -100,7 +100,7 @@ query Stack($project: String!, $environment: String!) {
           cronSchedule
           restartPolicyType
           domains { serviceDomains { domain targetPort } customDomains { domain } }
-          latestDeployment { id status createdAt deploymentStopped }
+          latestDeployment { id status statusUpdatedAt createdAt deploymentStopped }
         }
       }
     }
