@@ -230,6 +230,8 @@ def send_promote(
 class Promotion:
     deployment_id: str
     at: float  # seconds since 1970 by Redis' clock
+    # the deployment that drains since then: its `deployment_id` and `sessions`, None if not known
+    drains: Answer | None = None
 
 
 def promotion(answer: Answer) -> Promotion | None:
@@ -237,7 +239,23 @@ def promotion(answer: Answer) -> Promotion | None:
     promoted = answer.get("promoted")
     if not isinstance(promoted, dict) or type(promoted.get("at")) not in (int, float):
         return None
-    return Promotion(str(promoted.get("deployment_id")), float(promoted["at"]))
+    drains = answer.get("drains")
+    return Promotion(
+        str(promoted.get("deployment_id")),
+        float(promoted["at"]),
+        drains if isinstance(drains, dict) else None,
+    )
+
+
+def drains_words(drains: Answer | None) -> list[str]:
+    """Return a line about the deployment that was active until now, if there was one."""
+    if not drains:
+        return []
+    count = drains.get("sessions")
+    tabs = {None: "how many sessions it has is not known", 1: "1 session"}.get(
+        count, f"{count} sessions"
+    )
+    return [f"{drains.get('deployment_id')} drains, {tabs}"]
 
 
 def warn_of_late_routers(answer: Answer, warn: Warn) -> None:

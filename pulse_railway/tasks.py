@@ -101,6 +101,7 @@ def deploy(options: options.DeployOptions, output: Output) -> None:
     from pulse_railway.flows import deploy as flow
     from pulse_railway.flows.bake import is_over, summary
     from pulse_railway.notify import notifying
+    from pulse_railway.router_commands import drains_words
 
     plan = flow.prepare(options, output)
     with notifying(options.notify, "deploy", output) as notification:
@@ -122,7 +123,8 @@ def deploy(options: options.DeployOptions, output: Output) -> None:
         if is_over(result["bake"]):
             next_command = "pulse-railway status"
         notification.text = summary(notification.text, name, result["bake"])
-    output.result(result, [notification.text, f"next: {next_command}"])
+    lines = [notification.text, *drains_words(result["drains"]), f"next: {next_command}"]
+    output.result(result, lines)
 
 
 @verb([*STACK, "deployment_id"], parser="parse_stack")
@@ -144,6 +146,7 @@ def promote(options: options.PromoteOptions, output: Output) -> None:
     from pulse_railway.flows import promote as flow
     from pulse_railway.flows.bake import summary
     from pulse_railway.notify import notifying
+    from pulse_railway.router_commands import drains_words
 
     with notifying(options.notify, "promote", output) as notification:
         name = notification.facts["deployment_id"] = str(options.deployment_id)
@@ -154,7 +157,7 @@ def promote(options: options.PromoteOptions, output: Output) -> None:
         else:
             notification.text = f"{name} gets {result['weight'] or 0:g} % of the new visitors"
         notification.text = summary(notification.text, name, result.get("bake"))
-    output.result(result, [notification.text])
+    output.result(result, [notification.text, *drains_words(result["drains"])])
 
 
 @verb([*STACK, "message", "notify"], parser="parse_stack")
@@ -162,6 +165,7 @@ def rollback(options: options.StackOptions, output: Output) -> None:
     """End the canary; without one, promote the deployment that was active before."""
     from pulse_railway.flows import promote as flow
     from pulse_railway.notify import notifying
+    from pulse_railway.router_commands import drains_words
 
     with notifying(options.notify, "rollback", output) as notification:
         api, stack = _stack(options, output)
@@ -171,7 +175,7 @@ def rollback(options: options.StackOptions, output: Output) -> None:
             notification.text = f"{result['ended']} is no canary any more; {name} is active"
         else:
             notification.text = f"{name} is active again at {result['address']}"
-    output.result(result, [notification.text])
+    output.result(result, [notification.text, *drains_words(result.get("drains"))])
 
 
 @verb(["switch", *STACK, "page", "retry_after", "message"], parser="parse_maintenance")

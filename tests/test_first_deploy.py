@@ -166,6 +166,7 @@ def test_what_the_pages_say(newcomer: Newcomer) -> None:
     assert "give the app in main.py the plugin" in seen
     assert "not in order: the baseline" in seen
     assert "✓ the router: answers" in seen
+    assert re.search(r"^\S+ drains, \d+ sessions?$", seen, re.M)
     assert seen.count("is active at https://localhost:") == 2
     assert "the first" in seen
     deployed = re.findall(r"^(\S+) is active at", seen, re.M)

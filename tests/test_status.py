@@ -25,8 +25,8 @@ import router
 from pulse_railway import cli, contract, router_commands, verbs
 from pulse_railway.config import ControlRoute, Names, Target, Where
 from pulse_railway.errors import Uncertain
+from pulse_railway.flows import deploy, promote
 from pulse_railway.flows import logs as flows_logs
-from pulse_railway.flows import promote
 from pulse_railway.flows.status import active_problems, problems, record_problems, status
 from pulse_railway.flows.watch import LENGTH, History
 from pulse_railway.options import LogsOptions
@@ -669,3 +669,14 @@ def test_a_rollback_goes_on_where_one_does_not_answer(
     answering.clear()
     with pytest.raises(promote.Silent, match="b does not answer now"):
         promote.rollback(Mock(), stack(A, *versions), Output())
+
+
+def test_a_deploy_beside_many_live_versions_is_warned_of() -> None:
+    many = [service(f"v{n}", PULSE_DEPLOYMENT_ID=f"v{n}") for n in range(8)]
+    output = Output()
+    deploy.warn_of_many(stack(*many[1:]), output)
+    assert output.warnings == []
+    deploy.warn_of_many(stack(*many, last_promoted="v0"), output)
+    (warning,) = output.warnings
+    assert warning.startswith("8 versions are live")
+    assert "delete --deployment-id v1`" in warning

@@ -12,6 +12,7 @@ import secrets
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 
@@ -47,6 +48,7 @@ class Attempt:
     rival: Lock | None = None  # the lock of another run, which this one did not wait for
     rival_seen: bool = False  # the other run's service was there
     previous: str | None = None  # the active deployment at the start
+    drains: dict[str, Any] | None = None  # the one that drains since the promotion
     railway_deployment: str | None = None
     stack: Stack | None = None  # after the inspection
 

@@ -285,6 +285,7 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
             app_identity.check_same_app(stack, identity, plan.options.replace_app, output)
             app = replace(plan.app, names=stack.names)  # the existing services' names
             plan = replace(plan, options=replace(plan.options, app=app))
+            warn_of_many(stack, output)
         with step(output, attempt, "ask the router"):  # a failure here saves the build
             stack = attempt.stack = take_lock(api, stack, plan.options, attempt, output)
             require_baseline(stack)
@@ -332,6 +333,7 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
         "active": attempt.promoted and plan.options.canary is None and not is_over(baking),
         "canary": plan.options.canary,
         "bake": baking,
+        "drains": attempt.drains,
         "address": stack.address,
         "server_address": plan.options.server_address or stack.address,
         "seconds": round(time.monotonic() - began, 1),
@@ -371,6 +373,22 @@ def build_image(plan: Plan, stack: Stack, output: Output) -> None:
         build_args=arguments,
         on_line=output.log,
     )
+
+
+MANY_LIVE = 8  # versions
+
+
+def warn_of_many(stack: Stack, output: Output) -> None:
+    """Warn of many live versions, each of which is a service with memory of its own."""
+    live = sorted(stack.backends, key=lambda service: service.created_at)
+    if len(live) >= MANY_LIVE:
+        oldest = next(s for s in live if s.deployment_id != stack.last_promoted)
+        output.warn(
+            f"{len(live)} versions are live, each a service of its own, and this is one more:"
+            " `pulse-railway status` shows their tabs, `pulse-railway delete --deployment-id"
+            f" {oldest.deployment_id}` removes the oldest one, and `pulse-railway ensure"
+            " --drain-ttl-seconds` limits how long they drain"
+        )
 
 
 def create_named(
@@ -521,6 +539,7 @@ def promote_new(api: Api, stack: Stack, plan: Plan, attempt: Attempt, output: Ou
         warn=output.warn,
     )
     attempt.promoted = True
+    attempt.drains = promoted.drains if promoted else None
     attempt.locked = attempt.locked and not unlock
     if options.canary is None:
         store_last_promoted(api, stack, plan.deployment_id, promoted, output)

@@ -105,6 +105,7 @@ def check_and_promote(
         "active": weight is None,
         "weight": weight,
         "address": stack.address,
+        "drains": promoted.drains if promoted else None,
     }
 
 
