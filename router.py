@@ -160,6 +160,7 @@ class Limits:
     half_closed_seconds: float = 60.0  # of silence in a half-closed tunnel
     flush_seconds: float = 30.0  # to write the rest after the other end was lost
     busy_share: float = 0.5  # of the connections, for one deployment's requests
+    hung_seconds: float = 10.0  # a page that takes longer counts as failed until it is answered
     gave_up_seconds: float = 1.0  # a client that leaves later, without an answer, gave up
     canary_seconds: float = 10.0  # until the active one answers for a silent canary
     short_tunnel_seconds: float = 1.0  # a backend that closes a tunnel sooner has failed
@@ -1180,6 +1181,7 @@ class Table:
         self.down: Deployment | None = None  # the active one, while the fallback gets its visitors
         self.watch: Watch | None = None  # while a deployment bakes
         self.baked = ""  # key of the last `watch`: one that is over does not begin again
+        self.watches: dict[str, Watch] = {}  # the last few, by key
 
     @property
     def lost(self) -> bool:
@@ -1337,7 +1339,10 @@ class Table:
         if baking is None or baking.bake is None:
             self.watch = None
         elif self.baked != bake_key(baking):
-            self.baked, self.watch = bake_key(baking), Watch(baking, self.limits)
+            # one that is taken up again, after a canary's, goes on with its counts
+            self.baked = bake_key(baking)
+            self.watch = self.watches.get(self.baked) or Watch(baking, self.limits)
+            self.watches = {**dict([*self.watches.items()][-3:]), self.baked: self.watch}
 
     def _entry(self, record: Record) -> Deployment | None:
         """Return a record's entry: the present one if the address is the same, or a new one."""
@@ -1572,15 +1577,32 @@ METRICS = Metrics()
 class Sample:
     """What visitors of one deployment got during a bake, by client address and in total."""
 
-    # requests, failed, slow; the address b"" stands for those beyond ADDRESSES
-    by_address: dict[bytes, list[int]] = field(default_factory=dict)
+    by_address: dict[bytes, list[int]] = field(default_factory=dict)  # requests, failed, slow
     failed: collections.Counter[str] = field(default_factory=collections.Counter)  # by kind
     first_byte: Histogram = field(default_factory=Histogram)
 
-    def json(self, key: bytes) -> Json:
+    def entry(self, address: bytes, may_begin: bool) -> list[int] | None:
+        """Return an address' counts; None if it does not count.
+
+        Args:
+            may_begin: an address that has none yet begins to count.
+        """
+        entry = self.by_address.get(address)
+        if entry is None and may_begin and len(self.by_address) < ADDRESSES:
+            entry = self.by_address[address] = [0, 0, 0]
+        return entry
+
+    def json(self, key: bytes, hung: collections.Counter[bytes]) -> Json:
         """Return the totals, and the addresses that count most, hashed with `key`: enough to limit
-        their share, and to know whether there are five."""
-        entries = {address: e for address, e in self.by_address.items() if address}
+        their share, and to know whether there are five.
+
+        Args:
+            hung: requests by address that wait for an answer, which have failed until one comes.
+        """
+        entries = {
+            address: [requests + hung[address], failed + hung[address], slow + hung[address]]
+            for address, (requests, failed, slow) in self.by_address.items()
+        }
         most = {
             address: entry
             for column in range(3)
@@ -1588,11 +1610,11 @@ class Sample:
                 ADDRESSES_REPORTED, entries.items(), key=lambda item: item[1][column]
             )
         }
-        sums = [sum(column) for column in zip(*self.by_address.values(), strict=True)]
+        sums = [sum(column) for column in zip(*entries.values(), strict=True)]
         requests, _, slow = sums or (0, 0, 0)
         return {
             "requests": requests,
-            "failed": self.failed,
+            "failed": {**self.failed, "hung": hung.total()} if hung else self.failed,
             "slow": slow,
             "visitors": len(entries),
             "seconds": self.first_byte.counts,
@@ -1623,10 +1645,27 @@ class Watch:
         self.slow = bake.latency_ms / 1000 if bake.latency_ms else math.inf  # seconds
         # a duration, since the clocks of store and router may differ
         self.ends = time.monotonic() + bake.until - bake.since + limits.watch_grace_seconds
+        self.hung_seconds = limits.hung_seconds
 
     def json(self) -> Json:
-        key = self.key.encode()
-        return {name: sample.json(key) for name, sample in self.samples.items()}
+        key, hung = self.key.encode(), self.hung()
+        return {name: sample.json(key, hung[name]) for name, sample in self.samples.items()}
+
+    def hung(self) -> dict[str, collections.Counter[bytes]]:
+        """Return how many pages each version's visitors wait for, by address. What else waits may
+        be meant to (long polling)."""
+        found = {name: collections.Counter[bytes]() for name in self.samples}
+        before = time.monotonic() - self.hung_seconds
+        for client in Client.instances:
+            exchange = client.exchange
+            if exchange and exchange.state is WAITING and exchange.began < before:
+                request, name = exchange.request, exchange.upstream.deployment.id
+                sample = self.samples.get(name)
+                if sample and navigates(request):
+                    address = visitor_address(request)
+                    if sample.entry(address, not request.affinity_id or name != self.new):
+                        found[name][address] += 1
+        return found
 
     def count(
         self, request: Request, deployment: Deployment, failure: str, took: float
@@ -1635,14 +1674,10 @@ class Watch:
         sample = self.samples.get(deployment.id)
         if sample is None or request.path in NO_VISITOR or request.values(INTERNAL_TOKEN_FIELD):
             return None
-        address = network_of(client_address(request)[:64])
-        entry = sample.by_address.get(address)
+        may_begin = not request.affinity_id or deployment.id != self.new
+        entry = sample.entry(visitor_address(request), may_begin)
         if entry is None:
-            if request.affinity_id and deployment.id == self.new:
-                return None
-            if len(sample.by_address) >= ADDRESSES:
-                address = b""
-            entry = sample.by_address.setdefault(address, [0, 0, 0])
+            return None
         entry[0] += 1
         entry[2] += took > self.slow
         if failure:
@@ -1653,9 +1688,13 @@ class Watch:
         return sample.failed, entry
 
 
-ADDRESSES = 1000  # in a sample
+ADDRESSES = 1000  # in a sample: a visitor beyond them does not count
 ADDRESSES_REPORTED = 5  # with most requests, failures, slow ones
 NO_VISITOR = frozenset((META_PATH.encode(), HEALTH_PATH.encode()))  # deploy and janitor ask
+
+
+def visitor_address(request: Request) -> bytes:
+    return network_of(client_address(request)[:64])
 
 
 @lru_cache(1024)
@@ -1975,6 +2014,8 @@ class Request:
     visitor = b""  # id of a visitor who gets a cookie, during a canary
     affinity_id = b""  # the deployment that the request names
     span: tracing.Span | None = None  # if the request is traced
+    # of one that had to wait: when it came, and when the present deployment was chosen (monotonic)
+    received = since = 0.0
     body: bytes | bytearray = b""  # received and not taken yet
     arrived: asyncio.Event | None = None  # set when data arrive, and at every end: for `read`
 
@@ -2852,7 +2893,8 @@ def connect_seconds(request: Request, target: Deployment) -> float:
 async def exchanged(request: Request, upstream: Upstream, hedge: bool, timeout: float) -> Exchange:
     """Carry out an exchange. A `timeout` in seconds is for a hedged request."""
     done = asyncio.Event()
-    exchange = Exchange(request, upstream, lambda _: done.set(), time.monotonic())
+    began = time.monotonic() if hedge else request.since
+    exchange = Exchange(request, upstream, lambda _: done.set(), began)
     exchange.hedge = hedge
     body_task = exchange.send(request_head(request, upstream.deployment))
     response_timer = request.client.loop.call_later(timeout, exchange.give_up) if timeout else None
@@ -2899,6 +2941,7 @@ def record_outcome(exchange: Exchange) -> ExchangeState:
         count_gone(request, deployment)
     if ACCESS_LOG is not None:
         ended = ENDED.get(outcome, "complete")
+        took = exchange.heard - (request.received or exchange.began)
         ACCESS_LOG.answered(request, status, deployment.id, exchange.bytes_out, took, ended)
     if request.span is not None:
         request.span.end(status, deployment.id)
@@ -2932,13 +2975,15 @@ class TunnelEnd(asyncio.Protocol):
         self.peer: TunnelEnd = self
         self.ended = self.lost = False  # EOF was received; the connection was lost
         self.since = 0.0  # of an ending tunnel: time of the last data
-        self.opened = 0.0  # of a backend's end: monotonic, until it has ended
+        self.opened = 0.0  # of a young tunnel's backend's end: monotonic
         self.seen: Seen | None = None
 
     def data_received(self, data: bytes) -> None:
         self.peer.transport.write(data)
         if self.peer.ended:
             self.peer.since = time.monotonic()
+        if self.peer.opened and ends_with_close(data):
+            self.peer.opened = 0.0  # the client leaves: a backend then closes first
 
     def eof_received(self) -> bool:
         peer = self.peer
@@ -2992,11 +3037,23 @@ class TunnelEnd(asyncio.Protocol):
 
     def check_time(self, now: float, limits: Limits) -> None:
         near, far = self, self.peer
+        if far.opened and now - far.opened > limits.short_tunnel_seconds:
+            far.opened = 0.0
         limit = limits.flush_seconds if near.lost or far.lost else limits.half_closed_seconds
         ending = near.lost or far.lost or near.ended or far.ended
         if ending and now - max(near.since, far.since) > limit:
             near.transport.abort()
             far.transport.abort()
+
+
+def ends_with_close(data: bytes) -> bool:
+    """Does what a client has sent end with a Close frame, which is masked (RFC 6455 section 5)?"""
+    start = max(len(data) - 131, 0)
+    while (start := data.find(b"\x88", start)) >= 0:
+        if data[start + 1 : start + 2] == bytes((0x80 | max(len(data) - start - 6, 0) & 0x7F,)):
+            return True
+        start += 1
+    return False
 
 
 def join(client: Client, exchange: Exchange, seen: Seen | None) -> None:
@@ -3108,6 +3165,7 @@ def route(request: Request) -> None:
         exchange = Exchange(request, upstream, on_done, client.touched)
         exchange.send(request_head(request, target))
     else:
+        request.received = request.since = client.touched
         client.spawn(handle(request, target))
 
 
@@ -3115,6 +3173,7 @@ def on_done(exchange: Exchange) -> None:
     """Go on after an exchange that `route` began without a task."""
     request = exchange.request
     if exchange.state is RESET:
+        request.received = request.since = exchange.began
         request.client.spawn(handle(request, exchange.upstream.deployment, fresh=True))
         return
     try:
@@ -3281,6 +3340,7 @@ async def handle(request: Request, target: Deployment | None, *, fresh: bool = F
         except UpstreamError as error:
             failed.append((other, error))
             other, fresh = substitute(request, other, error), False
+            request.since = time.monotonic()
     else:  # the error of the last one that the request was meant for
         meant = [item for item in failed if item[0] is not TABLE.fallback]
         if not meant and TABLE.active and not request.affinity_id:  # counted by pick_default

@@ -83,20 +83,21 @@ def few_requests(new: Visitors, old: Visitors, look: int) -> None:
 
 
 def hostile_to_new(new: Visitors, old: Visitors, look: int) -> None:
-    """One address sends a hundred failing requests to the new version between two looks."""
+    """One client sends two hundred failing requests to the new version between two looks."""
     nothing_fails(new, old, look)
     attack(new)
 
 
 def hostile_to_old(new: Visitors, old: Visitors, look: int) -> None:
-    """The new version fails, and one address has the old one fail, too."""
+    """The new version fails, and one client has the old one fail, too."""
     only_new_fails(new, old, look)
     attack(old)
 
 
 def attack(version: Visitors) -> None:
-    version.counts[0][0] += 100
-    version.counts[0][1] += 100
+    for counts in version.counts[:2]:  # IPv4 and IPv6
+        counts[0] += 100
+        counts[1] += 100
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,8 @@ KINDS = (
     Kind(f"only the new one fails ({BAD:.0%})", only_new_fails, ("worse",)),
     Kind(f"only the old one fails ({BAD:.0%})", only_old_fails, ("well",)),
     Kind("few requests", few_requests, TOO_FEW),
-    Kind("one client has the new one fail", hostile_to_new, ("well",)),
-    Kind(f"one client hides that {BAD:.0%} fail", hostile_to_old, ("worse",)),
+    Kind("one client, with two addresses, has the new one fail", hostile_to_new, ("well",)),
+    Kind(f"one client, with two addresses, hides that {BAD:.0%} fail", hostile_to_old, ("worse",)),
 )
 
 

@@ -32,7 +32,10 @@ def serve(connection: Connection) -> None:
         if b"upgrade: websocket" in head.lower():
             connection.send(b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\n")
             connection.send(b"upgrade: websocket\r\n\r\n")
-            if path != b"/short":
+            if path == b"/leaves":
+                frame = connection.read(8)  # the client's Close, which a server answers and closes
+                connection.send(b"\x88\x02" + frame[6:])  # its mask is zeros
+            elif path != b"/short":
                 connection.rest()
             return
         if path == b"/broken":
@@ -46,6 +49,8 @@ def serve(connection: Connection) -> None:
             return
         if path == b"/late":
             time.sleep(0.15)
+        if path == b"/hang":
+            time.sleep(1.5)
         status = "500 Internal Server Error" if path == b"/500" else "200 OK"
         status = "404 Not Found" if path.startswith(b"/assets/old") else status
         connection.send(ok(b"new", status=status))
@@ -236,10 +241,11 @@ def test_the_table_of_addresses_is_bounded(monkeypatch: pytest.MonkeyPatch) -> N
     request: Any = Request()
     for number in range(router.ADDRESSES + 500):
         monkeypatch.setattr(router, "client_address", lambda _, n=number: b"%d" % n)
-        assert watch.count(request, to, "5xx" if number % 2 else "", 0.0)
-    assert len(watch.samples["new"].by_address) == router.ADDRESSES + 1
+        counted = watch.count(request, to, "5xx" if number % 2 else "", 0.0)
+        assert bool(counted) == (number < router.ADDRESSES)  # one address among the rest decided
+    assert len(watch.samples["new"].by_address) == router.ADDRESSES
     sample = watch.json()["new"]
-    assert sample["requests"] == router.ADDRESSES + 500
+    assert sample["requests"] == router.ADDRESSES
     assert len(sample["addresses"]) <= 3 * router.ADDRESSES_REPORTED
     assert len(json.dumps(sample)) < 1200
 
@@ -286,3 +292,73 @@ def test_a_bake_of_an_earlier_version_is_not_counted() -> None:
         assert record.json()["bake"] == {"until": 9e9}
     broken = router.parse_record("a", json.dumps({"bake": {"until": 9e9, "since": "x"}}))
     assert (broken.bake, broken.ignored) == (None, ("bake",))
+
+
+def test_a_page_that_hangs_has_failed_until_it_is_answered(baking: Baking) -> None:
+    """Before, a version whose pages all hung was well: only ended requests counted."""
+    baking.routers.append(baking.start({"hung_seconds": 0.2}))
+    baking.promote()
+    port = baking.routers[1].port
+    eventually(lambda: baking.selected(baking.routers[1]) == "new")
+    with Connection.to(port) as page, Connection.to(port) as poll:
+        line = b"GET /hang HTTP/1.1\r\nhost: x\r\nx-real-ip: 10.0.0.1\r\n"
+        page.send(line + b"accept: text/html\r\n\r\n")
+        poll.send(line + b"accept: */*\r\n\r\n")  # long polling is meant to wait
+        eventually(lambda: baking.counts() == (1, {"hung": 1}))
+        assert b" 200 " in page.head()
+        assert b" 200 " in poll.head()
+    eventually(lambda: baking.counts() == (2, {}))
+
+
+def test_a_visitor_who_leaves_with_a_close_frame_is_no_failure(baking: Baking) -> None:
+    """By RFC 6455 the server then closes first, as one that fails does."""
+    baking.promote()
+    with Connection.to(baking.routers[0].port) as tab:
+        tab.send(SOCKET % (b"leaves", b"10.0.0.1"))
+        assert b" 101 " in tab.head()
+        tab.send(b"\x88\x82\0\0\0\0\x03\xe9")
+        assert tab.rest().startswith(b"\x88")
+    baking.ask("/")
+    eventually(lambda: baking.counts() == (2, {}))
+    assert baking.tally("new").failed == 0
+
+
+@pytest.mark.parametrize(
+    ("data", "close"),
+    [
+        (b"\x88\x80mask", True),
+        (b"\x81\x85maskhello" + b"\x88\x87maskxxGoing"[:13], True),
+        (b"\x88\xfdmask" + b"x" * 125, True),
+        (b"\x81\x85maskhello", False),
+        (b"\x88\x80mask\x81\x85maskhello", False),  # no frame follows a Close
+        (b"\x88", False),
+        (b"", False),
+    ],
+)
+def test_what_ends_with_a_close_frame(data: bytes, close: bool) -> None:
+    assert router.ends_with_close(data) == close
+
+
+def test_a_bake_goes_on_with_its_counts_after_a_canarys(baking: Baking) -> None:
+    """Its router has once begun anew, and written that over what it had counted."""
+    baking.promote()
+    for _ in range(3):
+        baking.ask("/500")
+    eventually(lambda: baking.counts() == (3, {"5xx": 3}))
+    with Backend(ok(b"canary")) as canary:
+        baking.server.deployment("canary", canary.address, "pending", registered_at=4)
+        baking.store.apply(
+            lambda routing: control.set_canary_weight(routing, "canary", "canary", 0.0, bake=60)
+        )
+        eventually(
+            lambda: (
+                (control.bake_answer(baking.store, baking.store.read()) or {}).get("deployment_id")
+                == "canary"
+            )
+        )
+        time.sleep(0.3)
+        baking.store.apply(lambda routing: control.finish_bake(routing, "canary"))
+        eventually(lambda: baking.counts() == (3, {"5xx": 3}))
+        time.sleep(0.3)
+        baking.ask("/")
+        eventually(lambda: baking.counts() == (4, {"5xx": 3}))

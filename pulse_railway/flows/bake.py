@@ -25,10 +25,11 @@ from pulse_railway.stack import Stack
 MIN_REQUESTS = 30  # of a version, below which it is not judged
 MIN_VISITORS = 5  # client addresses, below which it is not judged
 MOST_OF_ONE = 1 / MIN_VISITORS  # of the requests: what one address counts at most
+LEFT_OUT = 2  # addresses with most failures: one person has an IPv4 and an IPv6 address
 CONFIDENCE = 0.99  # that the new version does worse, required for a rollback
 Z = statistics.NormalDist().inv_cdf(CONFIDENCE)  # one-sided
 MIN_FAILED = 3  # requests, below which a version does not do worse
-DEFAULT_FAILED_SHARE = 0.05  # allowed if the version before had too few, ever
+DEFAULT_FAILED_SHARE = 0.05  # allowed if the version before has too few in the bake, at most
 SLOW_SHARE = 0.01  # of requests beyond --bake-latency-ms, which is a 99 % quantile
 POLL_INTERVAL = 10.0  # seconds, at least; each poll is a control command
 MAX_POLLS = 20  # in one bake: a long one polls less often
@@ -119,6 +120,7 @@ class Sample:
 KINDS = {
     "5xx": "answered 5xx",
     "gave_up": "left without an answer",
+    "hung": "still wait for their page",
     "broken_off": "broke off",
     "short_socket": "sockets closed at once",
     "refused": "refused",
@@ -178,10 +180,10 @@ def limited(sample: Sample) -> list[Client]:
 
 
 def without_worst(sample: Sample, what: Callable[[Client], float]) -> tuple[float, float]:
-    """Return the number of requests, and of those that `what` counts, without the listed client
-    that has most of them: no single address may decide."""
+    """Return the number of requests, and of those that `what` counts, without the listed clients
+    that have most of them: no single visitor may decide."""
     *clients, others = limited(sample)
-    kept = [*sorted(clients, key=what)[:-1], others]
+    kept = [*sorted(clients, key=what)[:-LEFT_OUT], others]
     return sum(client.requests for client in kept), sum(map(what, kept))
 
 
@@ -201,8 +203,9 @@ def verdict(new: Sample, old: Sample, before: Count, slow: bool = False) -> Verd
 
     "worse" if the lower bound of the share of failed requests is above the upper bound of the old
     version's. If the old version has too few in the bake, its share `before` is taken, or that of
-    the few if it is larger. "slow", if it is to be judged, likewise by slow requests, of which
-    SLOW_SHARE is always allowed.
+    the few if it is larger; `before` excuses at most DEFAULT_FAILED_SHARE, since anybody can have
+    made it worse. "slow", if it is to be judged, likewise by slow requests, of which SLOW_SHARE is
+    always allowed.
     """
     if new.visitors < MIN_VISITORS and new.requests:
         return "too few visitors"
@@ -211,7 +214,7 @@ def verdict(new: Sample, old: Sample, before: Count, slow: bool = False) -> Verd
 
     usual = DEFAULT_FAILED_SHARE
     if before.requests >= MIN_REQUESTS:
-        usual = bounds(before.requests, before.failed)[1]
+        usual = min(usual, bounds(before.requests, before.failed)[1])
     if exceeds(new, old, lambda client: client.failed, 0.0 if old.enough else usual):
         return "worse"
     if slow and exceeds(new, old, lambda client: client.slow, SLOW_SHARE):
@@ -241,6 +244,7 @@ class Look:
     old: Sample = field(default_factory=Sample)
     before: Count = field(default_factory=Count)  # the old version, since the routers started
     counted: str | None = None  # the deployment whose visitors the routers count
+    since: float | None = None  # when the bake began that they count, by the store's clock
     reported: bool = True  # False: no router has reported lately
 
     def verdict(self, slow: bool) -> Verdict:
@@ -256,7 +260,9 @@ def look(state: dict[str, Any], new: str, old: str) -> Look:
     ages = [router.get("age") for router in state["routers"]]
     reported = any(type(age) in (int, float) and age < SILENT_SECONDS for age in ages)
     before = history(state["routers"], old)
-    return Look(sample(samples.get(new)), sample(samples.get(old)), before, counted, reported)
+    since = found.get("since") if counted == new else None
+    new_sample, old_sample = sample(samples.get(new)), sample(samples.get(old))
+    return Look(new_sample, old_sample, before, counted, since, reported)
 
 
 def bake(
@@ -305,6 +311,7 @@ def _watch(
     slow: bool,
 ) -> dict[str, Any]:
     began, warned, retried = time.monotonic(), False, False
+    last, lost = Look(), False
     interval = max(POLL_INTERVAL, seconds / MAX_POLLS)
     while True:
         passed, seen = time.monotonic() - began, None
@@ -319,6 +326,11 @@ def _watch(
             current = (state["canary"] or {}).get("deployment_id") if canary else state["active"]
             if current != new:
                 return _result(seen, new, old, f"over: {current or 'none'} took its place")
+            if None not in (seen.since, last.since) and seen.since != last.since:
+                return _result(seen, new, old, "over: another bake of it has begun")
+            if seen.counted == new:
+                lost = lost or seen.new.requests < last.new.requests
+                last = seen
             if seen.counted != new and not warned:
                 warned = True
                 if seen.counted:
@@ -339,6 +351,11 @@ def _watch(
         if passed < seconds:
             time.sleep(min(interval, max(seconds - passed, 0.1)))
             continue
+        if lost:
+            raise Failure(
+                f"Redis has lost what the routers had counted: it is not known whether {new} does"
+                " well. `pulse-railway promote --bake` watches it anew"
+            )
         if seen and seen.reported:
             router_commands.send_finish_bake(api, stack, new)
             return _result(seen, new, old, seen.verdict(slow))
