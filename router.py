@@ -49,6 +49,7 @@ import posixpath
 import re
 import resource
 import secrets
+import select
 import socket
 import ssl
 import struct
@@ -1205,7 +1206,7 @@ class Table:
         age = time.monotonic() - self.loaded_at
         if self.loaded and age > 3 * self.limits.refresh_seconds:
             answer["stale_seconds"] = round(age)
-        return JSONResponse(answer, 200 if ready else 503)
+        return JSONResponse(answer, 200 if ready else 503, NO_STORE)
 
     # -- the state in the store ----------------------------------------------------------------
 
@@ -1954,6 +1955,7 @@ def client_limit(configured: int | None, limits: Limits) -> int:
 CHUNKED = b"transfer-encoding: chunked\r\n"
 VARY = f"vary: {AFFINITY_HEADER}\r\n".encode()
 PRIVATE = b"cache-control: private\r\n"  # in a canary, another visitor gets another answer
+NOT_STORED = b"cache-control: no-store\r\n"
 # RFC 9110 section 7.6.1: for one connection only. The header `Connection` names more, ...
 HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer"
@@ -1974,13 +1976,47 @@ FORWARDED = frozenset(b"host x-forwarded-for x-forwarded-proto x-forwarded-host 
 INTERNAL_TOKEN_FIELD = INTERNAL_TOKEN_HEADER.encode()
 REQUEST_HEADERS = HOP_BY_HOP | FORWARDED | {INTERNAL_TOKEN_FIELD}
 # RFC 3986 section 3.2; an app may take anything else for a part of its URL (CVE-2026-48710)
-HOST = re.compile(rb"(\[[0-9a-f:.]+\]|([a-z0-9._~!$&'()*+,;=-]|%[0-9a-f]{2})*)(:[0-9]*)?", re.I)
+HOST = re.compile(rb"([a-z0-9._~!$&'()*+,;=-]|%[0-9a-f]{2})*(:[0-9]*)?", re.I)
+LITERAL = re.compile(
+    rb"\[(?:([0-9a-f:.]+)|v[0-9a-f]+\.[a-z0-9._~!$&'()*+,;=:-]+)\](:[0-9]*)?", re.I
+)
+
+
+def is_host(value: bytes) -> bool:
+    """Is this a host with an optional port?"""
+    if HOST.fullmatch(value):
+        return True
+    literal = LITERAL.fullmatch(value)
+    try:
+        return bool(literal and (not literal[1] or ipaddress.IPv6Address(literal[1].decode())))
+    except ValueError:
+        return False
 
 
 def without_named(lines: list[bytes], connection: bytes) -> list[bytes]:
     """Drop the headers that values of the field `Connection` name."""
-    names = {n for n in re.findall(rb"[^\s,]+", connection.lower()) if not KEPT.fullmatch(n)}
-    return [line for line in lines if line.partition(b":")[0].lower() not in names]
+    named = set(map(bytes.strip, connection.lower().split(b",")))
+
+    def is_dropped(line: bytes) -> bool:
+        name = line.partition(b":")[0].lower()
+        return name in named and not KEPT.fullmatch(name)
+
+    return [line for line in lines if not is_dropped(line)]
+
+
+def without_cache_control(lines: list[bytes], directives: bytes) -> list[bytes]:
+    """Drop directives, a regular expression of their names, from the header lines of an answer."""
+    kept = []
+    for line in lines:
+        name, _, value = line.partition(b":")
+        if name.lower() == b"cache-control":
+            dropped = re.compile(rb"(?:%b)\s*(?:=.*)?" % directives, re.IGNORECASE | re.DOTALL)
+            parts = [part.strip() for part in value.split(b",")]
+            left = b", ".join(part for part in parts if not dropped.fullmatch(part))
+            line = name + b": " + left + b"\r\n" if left else b""
+        if line:
+            kept.append(line)
+    return kept
 
 
 NO_STORE = {"cache-control": "no-store"}  # on the router's own answers
@@ -2010,6 +2046,7 @@ class Request:
     begun = False  # a byte of the answer was written
     answered = False
     by_visitor = False  # the visitor's id chose the deployment
+    counted = False  # an answer of the router's own was counted and logged
     unsure = False  # a deployment that was asked for an asset gave no clear answer
     visitor = b""  # id of a visitor who gets a cookie, during a canary
     affinity_id = b""  # the deployment that the request names
@@ -2165,8 +2202,6 @@ class Client(asyncio.Protocol):
     def refuse(self, status: int) -> None:
         """Answer an invalid request after the earlier answers, and close the connection."""
         arriving = self.arriving
-        if self.state is HEAD and ACCESS_LOG is not None:
-            ACCESS_LOG.refused(status, time.monotonic() - self.head_since)
         if self.state is BODY and arriving:
             self.abort_request(arriving, status)
         elif self.state is HEAD and arriving and not arriving.answered:
@@ -2175,8 +2210,10 @@ class Client(asyncio.Protocol):
         else:
             if self.state is HEAD:  # else the request was answered, and its rest is dropped
                 METRICS.requests += 1
-                METRICS.own.answered(b"", status, time.monotonic() - self.touched)
-                self.send_response(error_response(status))
+                if self.send_response(error_response(status)):
+                    METRICS.own.answered(b"", status, time.monotonic() - self.touched)
+                    if ACCESS_LOG is not None:
+                        ACCESS_LOG.refused(status, time.monotonic() - self.head_since)
             self.close()
 
     def abort_request(self, arriving: Request, status: int) -> None:
@@ -2192,10 +2229,9 @@ class Client(asyncio.Protocol):
             self.close()
         else:
             response = error_response(status)
-            self.send_response(response)
-            if ACCESS_LOG is not None:
-                took = time.monotonic() - self.touched
-                ACCESS_LOG.answered(arriving, status, None, len(response.body), took)
+            sent = self.send_response(response)
+            took = time.monotonic() - self.touched
+            self.count_own(arriving, response if sent else None, None, took)
             self.linger("refused")
 
     def reject(self, open_now: int) -> None:
@@ -2276,7 +2312,7 @@ class Client(asyncio.Protocol):
                 continue
             if name == b"host":
                 hosts += 1
-                if value != self.host and not HOST.fullmatch(value):
+                if value != self.host and not is_host(value):
                     raise BadRequest("not a host")
                 self.host = value
             elif name == b"content-length":
@@ -2290,7 +2326,7 @@ class Client(asyncio.Protocol):
                 self.chunked = self.has_body = True
             elif name == b"expect":
                 self.expects_continue = value.lower() == b"100-continue"
-            elif not all(HOST.fullmatch(host.strip()) for host in value.split(b",")):
+            elif len(value) > 1000 or not all(is_host(h.strip()) for h in value.split(b",")):
                 raise BadRequest("not a host")
         if lengths > 1 or (self.chunked and (lengths or version == "1.0")):
             raise BadRequest("conflicting message lengths, or HTTP/1.0 with a transfer coding")
@@ -2344,22 +2380,34 @@ class Client(asyncio.Protocol):
 
     def answer(self, request: Request, response: Response, tried: Deployment | None = None) -> None:
         """Send the router's own answer, or one in place of a deployment that gave none."""
-        self.send_response(response, request)
+        sent = self.send_response(response, request)
         now = time.monotonic()
         took, self.touched = now - self.touched, now
-        tally, name = (tried.tally, tried.id) if tried else (METRICS.own, None)
-        tally.answered(request.method, response.status_code, took)
-        if ACCESS_LOG is not None:
-            size = 0 if request.method == b"HEAD" else len(response.body)
-            ACCESS_LOG.answered(request, response.status_code, name, size, took)
-        if request.span is not None:
-            request.span.end(response.status_code, name)
+        if not request.counted:  # else an invalid body was answered
+            self.count_own(request, response if sent else None, tried, took)
         self.finish(request)
 
-    def send_response(self, response: Response, request: Request | None = None) -> None:
-        """Write the router's own answer if the state allows it; without a request the last one."""
+    def count_own(
+        self, request: Request, response: Response | None, tried: Deployment | None, took: float
+    ) -> None:
+        """Count and log an answer of the router's own; None: its client has gone before it."""
+        tally, name = (tried.tally, tried.id) if tried else (METRICS.own, None)
+        status, size, request.counted = 0, 0, True
+        if response:
+            status = response.status_code
+            size = 0 if request.method == b"HEAD" else len(response.body)
+            tally.answered(request.method, status, took)
+        if ACCESS_LOG is not None:
+            ended = "complete" if response else "client_gone"
+            ACCESS_LOG.answered(request, status, name, size, took, ended)
+        if request.span is not None:
+            request.span.end(status, name)
+
+    def send_response(self, response: Response, request: Request | None = None) -> bool:
+        """Write the router's own answer if the state allows it; without a request the last one.
+        Returns whether it was written."""
         if not self.state.may_answer or self.transport.is_closing():
-            return
+            return False
         status = http.HTTPStatus(response.status_code)
         head = b"HTTP/1.1 %d %b\r\n" % (status, status.phrase.encode())
         lines = [name + b": " + value + b"\r\n" for name, value in response.raw_headers]
@@ -2367,6 +2415,7 @@ class Client(asyncio.Protocol):
             lines.append(b"connection: close\r\n")
         body = b"" if request and request.method == b"HEAD" else bytes(response.body)
         self.transport.write(b"".join([head, *lines, b"\r\n", body]))
+        return True
 
     def finish(self, request: Request, close: bool = False) -> None:
         """After an answer, begin the next request or close the connection."""
@@ -2438,6 +2487,9 @@ class Client(asyncio.Protocol):
         """End the connection's state if its limit of time is over."""
         limits, transport, arriving = TABLE.limits, self.transport, self.arriving
         idle, closing = now - self.touched, transport.is_closing()
+        if self.waiting and has_hung_up(transport):
+            transport.abort()  # it is not read while a request waits, so nothing else sees this
+            return
         stalled = now - self.stalled_since if self.stalled_since else 0.0
         if self.state in (LINGERING, DROPPING):
             lasted = now - self.lingers_since
@@ -2455,6 +2507,16 @@ class Client(asyncio.Protocol):
             transport.abort()
         elif self.exchange:
             self.exchange.check_time()
+
+
+HANG_UP = select.POLLHUP | select.POLLERR | getattr(select, "POLLRDHUP", 0)  # the last: Linux
+
+
+def has_hung_up(transport: asyncio.Transport) -> bool:
+    """Has the other side closed its connection? Also where it is not read."""
+    poll = select.poll()
+    poll.register(transport.get_extra_info("socket"), HANG_UP)
+    return any(events & HANG_UP for _, events in poll.poll(0))
 
 
 async def close_overdue() -> None:
@@ -2594,10 +2656,14 @@ class Exchange:
         if header := self.upstream.deployment.header:  # else this is the local Railway's edge
             if not page and request.path.startswith(ASSET_PREFIXES):  # the same everywhere
                 append(header)
+                if status == 404:  # but a version that is down, or not there yet, may have it
+                    out[1:] = [*without_cache_control(out[1:], b"[^,;]*"), NOT_STORED]
+                    append = out.append
             else:
                 append(header + VARY)
                 if request.by_visitor:
-                    append(PRIVATE)
+                    out[1:] = [*without_cache_control(out[1:], b"public|s-maxage"), PRIVATE]
+                    append = out.append
             if page:  # affinity.js reads the document's deployment from it
                 timing = b'server-timing: pulse;desc="%b"\r\n'
                 append(timing % self.upstream.deployment.id.encode())
@@ -3096,11 +3162,14 @@ _PREFIXES = os.environ.get("PULSE_RAILWAY_ASSET_PREFIXES", "/assets/").encode().
 ASSET_PREFIXES = tuple(filter(None, _PREFIXES))
 
 
+LONGEST_AFFINITY = 300  # bytes: what is longer is no id, however it is encoded
+
+
 def affinity(request: Request) -> bytes:
     """Return the deployment id in a request, from the query or else the header, or nothing."""
     query = request.query
     if query and (match := QUERY_AFFINITY.search(query)) and match[1]:
-        return urllib.parse.unquote_to_bytes(match[1])
+        return urllib.parse.unquote_to_bytes(match[1][:LONGEST_AFFINITY])
     values = request.values(b"x-pulse-deployment")
     return values[0].strip() if values else b""
 
@@ -3119,8 +3188,8 @@ def is_internal(raw: bytes) -> bool:
     """Is a path below INTERNAL_PREFIX, in any encoding that a backend could decode?"""
     if not SUSPECT_PATH.search(raw):
         return False
-    if raw.count(b"%") > 1000:  # no app's; decoding it would take milliseconds
-        return True
+    if len(raw) > 1000 and sum(map(raw.count, (b"%", b"/", b"\\", b";"))) > 1000:  # no app's
+        return True  # since normalizing it would take milliseconds
     path = raw.decode("latin-1")
     for _ in range(5):  # servers on the path may decode it more than once
         path, before = urllib.parse.unquote(path), path

@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 REQUEST_ID = b"x-railway-request-id"  # set by Railway's edge
 LOG_RATE = 400  # lines of the access log per second; Railway keeps 500 per replica
 LOG_FLUSH = 0.2  # seconds between two writes
-LOG_AHEAD = 20_000  # lines kept in memory while stdout is not read
+LOG_AHEAD = 4_000_000  # characters kept in memory while stdout is not read
+LOGGED_PATH = 1000  # characters of a path
 TABS_EVERY = 10.0  # seconds at least between two questions for the deployments' sessions
 DESCRIPTORS_EVERY = 10.0  # seconds at least between two counts of descriptors
 TABS_TIMEOUT = 2.0  # seconds that a scrape waits for the sessions
@@ -128,6 +129,7 @@ class AccessLog:
     def __init__(self, rate: int) -> None:
         self.rate = rate
         self.lines: list[str] = []
+        self.size = 0  # characters of `lines`
         self.seen = self.kept = self.dropped = 0  # in this second, except `dropped`
         self.sample = 1
         self.idle = threading.Event()  # set while no thread writes
@@ -137,7 +139,7 @@ class AccessLog:
         """Is the next line to be written? Called before the line is made, which costs time."""
         self.seen += 1
         too_many = not error and (self.seen % self.sample or self.kept >= self.rate)
-        if too_many or len(self.lines) >= LOG_AHEAD:
+        if too_many or self.size >= LOG_AHEAD:
             self.dropped += 1
             return False
         return True
@@ -147,7 +149,9 @@ class AccessLog:
         self.kept += 1
         if self.sample > 1 and not error:
             line["sample"] = self.sample
-        self.lines.append(json.dumps(line) + "\n")
+        text = json.dumps(line) + "\n"
+        self.lines.append(text)
+        self.size += len(text)
 
     def answered(
         self,
@@ -169,7 +173,9 @@ class AccessLog:
         error = status >= 500 or ended == "broken_off"
         if not self.admits(error):
             return
-        path = urllib.parse.unquote(request.path.decode("latin-1"))
+        path = urllib.parse.unquote(request.path[:LOGGED_PATH].decode("latin-1"))
+        if len(request.path) > LOGGED_PATH:
+            path += "…"
         method = request.method.decode()
         request_id = next((v for _, lower, v in request.fields if lower == REQUEST_ID), b"")
         self.add(
@@ -177,7 +183,7 @@ class AccessLog:
                 "message": f"{method} {path} {status or 'gone'} {took * 1000:.1f} ms"
                 + (f", {ended.replace('_', ' ')}" if status and ended != "complete" else ""),
                 "level": "error" if error else "warn" if status >= 400 else "info",
-                "requestId": request_id.decode("latin-1") or None,
+                "requestId": request_id[:100].decode("latin-1") or None,
                 "time": round(time.time(), 3),
                 "method": method,
                 "path": path,
@@ -216,7 +222,7 @@ class AccessLog:
         """Start a thread that writes all lines, unless one is still writing."""
         if self.lines and self.idle.is_set():
             self.idle.clear()
-            text, self.lines = "".join(self.lines), []
+            text, self.lines, self.size = "".join(self.lines), [], 0
             # a daemon, so that the process can end although nobody reads stdout
             threading.Thread(target=self.write, args=(text.encode(),), daemon=True).start()
 

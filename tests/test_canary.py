@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pulse_railway import runtime_image
 from tests.conftest import Process, Redis
-from tests.net import Answer, Backend, Connection, ask, eventually, ok
+from tests.net import Answer, Backend, Connection, ask, eventually, headers, ok
 
 router: Any = runtime_image.load("router")
 control: Any = runtime_image.load("control")
@@ -153,6 +153,20 @@ def test_no_shared_cache_keeps_what_a_visitor_got(canary: Canary) -> None:
     """Nor an answer that the header chose, or could have chosen, for another header."""
     page, asset = canary.page(1), canary.page(1, path="/assets/x.css")
     assert (page.header("cache-control"), page.header("vary")) == ("private", "x-pulse-deployment")
+    before = canary.a.answer, canary.b.answer
+    for sent, kept in (
+        ("public, max-age=3600", ["max-age=3600", "private"]),
+        ("Public, s-maxage=9", ["private"]),
+        ("no-store", ["no-store", "private"]),
+    ):
+        page_answer = ok(b"x", "content-type: text/html", f"cache-control: {sent}")
+        canary.a.answer = canary.b.answer = page_answer
+        assert headers(canary.page(1).head, "cache-control") == kept
+        missing = ok(b"x", f"cache-control: {sent}", status="404 Not Found")
+        canary.a.answer = canary.b.answer = missing  # another version may have it soon
+        found = headers(canary.page(1, path="/assets/x.css").head, "cache-control")
+        assert found == ["no-store"]
+    canary.a.answer, canary.b.answer = before
     named = canary.page(1, path="/?pulse_deployment=b")
     assert (named.header("cache-control"), named.header("vary")) == (None, "x-pulse-deployment")
     canary.a.answer = canary.b.answer = ok(b"x", "content-type: text/css")

@@ -154,6 +154,13 @@ def test_the_internal_token_goes_no_further(routed: Callable[..., Routed]) -> No
     [
         ("app.example:8080", 200),
         ("[::1]:80", 200),
+        ("[v1.fe80:a]", 200),
+        ("[::ffff:1.2.3.4]", 200),
+        ("[::::::]", 400),
+        ("[.]", 400),
+        ("[a]", 400),
+        ("[1:2:3:4:5:6:7:8:9]", 400),
+        ("[]", 400),
         ("xn--bcher-kva.example", 200),
         ("", 200),
         ("app.example/abc?bar=", 400),  # CVE-2026-48710

@@ -150,6 +150,54 @@ def test_a_path_of_escapes_costs_little(site: tuple[Bodies, Process]) -> None:
     assert ask(router.port, "/" + "%e3%81%82" * 300).status == 200  # 300 letters of Japanese
 
 
+@pytest.mark.parametrize(
+    ("target", "line", "status"),
+    [
+        ("/" + "/" * 31_000, "x: y", 404),
+        ("/" + "\\/" * 30_000, "x: y", 404),
+        ("/", "connection: " + ",".join(["a"] * 30_000), 200),
+        ("/", "x-forwarded-host: " + ",".join(["a"] * 30_000), 400),
+        ("/?pulse_deployment=" + "%41" * 20_000, "x: y", 409),
+    ],
+)
+def test_what_is_long_costs_little(
+    site: tuple[Bodies, Process], target: str, line: str, status: int
+) -> None:
+    _, router = site
+    ask(router.port)
+    fields = Path(f"/proc/{router.popen.pid}/stat").read_text().rpartition(")")[2].split()
+    before = int(fields[11]) + int(fields[12])
+    for _ in range(40):
+        assert ask(router.port, target, line).status == status
+    fields = Path(f"/proc/{router.popen.pid}/stat").read_text().rpartition(")")[2].split()
+    ticks = int(fields[11]) + int(fields[12]) - before
+    assert ticks / os.sysconf("SC_CLK_TCK") / 40 < 0.003  # seconds a request; before, up to 0.008
+
+
+def test_a_client_that_leaves_behind_a_pipelined_request_is_noticed(
+    redis_server: Redis, run_router: Run
+) -> None:
+    """Its connection is not read while a request waits: for 15 minutes nothing saw its end."""
+    ended = []
+
+    def hang(connection: Connection) -> None:
+        connection.head()
+        connection.rest()
+        ended.append(1)
+
+    with Backend(handle=hang) as backend:
+        redis_server.deployment("a", backend.address)
+        router = run_router(redis_server)
+        eventually(lambda: ask(router.port, "/healthz").status == 200)
+        for leave in (Connection.close, Connection.reset):
+            c = Connection.to(router.port)
+            c.send(2 * b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+            time.sleep(0.3)
+            ended.clear()
+            leave(c)
+            eventually(lambda: ended == [1], 4)
+
+
 def test_a_body_that_turns_bad_after_the_answer_is_not_logged(
     site: tuple[Bodies, Process],
 ) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -526,3 +529,44 @@ def test_a_reader_that_does_not_read_holds_nothing_up(
             process.wait()
             os.close(read_end[0])
             os.close(read_end[1])
+
+
+def test_a_log_that_nobody_reads_is_bounded_in_size() -> None:
+    """It was bounded in lines, of up to 124 KB each."""
+    log = telemetry.AccessLog(10_000_000)
+    request: Any = SimpleNamespace(
+        path=b"/" + b"%ff" * 10_000,
+        method=b"GET",
+        fields=[(b"", telemetry.REQUEST_ID, b"x" * 9999)],
+    )
+    for _ in range(3000):
+        log.answered(request, 200, "a", 5, 0.1)
+    assert sum(map(len, log.lines)) == log.size < telemetry.LOG_AHEAD + 20_000
+    assert log.dropped > 1000
+    line = json.loads(log.lines[0])
+    assert (len(line["path"]) < 1100, line["path"][-1], len(line["requestId"])) == (True, "…", 100)
+
+
+@pytest.mark.parametrize("connects", [True, False])
+def test_an_invalid_body_is_one_answer_in_log_and_metrics(
+    redis_server: Redis, run_router: Run, connects: bool
+) -> None:
+    """It was in no metric; while the router was connecting it was two, the second a 5xx."""
+    with contextlib.ExitStack() as stack:
+        hole = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(0 if connects else 3):  # its queue is full: SYNs are dropped
+            sock = stack.enter_context(socket.socket())
+            sock.setblocking(False)
+            sock.connect_ex(hole.getsockname())
+        redis_server.deployment("a", f"http://127.0.0.1:{hole.getsockname()[1]}")
+        started = run_router(redis_server, {"connect_seconds": 0.6}, PULSE_RAILWAY_ACCESS_LOG="1")
+        eventually(lambda: ask(started.port, "/healthz").status == 200)
+        with Connection.to(started.port) as c:
+            c.send(b"POST /up HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n")
+            if not connects:
+                time.sleep(0.2)
+            c.send(b"no chunk\r\n")
+            assert b" 400 " in c.head()
+        time.sleep(1.2)
+        lines = [json.loads(line) for line in started.output().splitlines() if "/up" in line]
+        assert [(line["status"], line["ended"]) for line in lines] == [(400, "complete")]
