@@ -2897,7 +2897,7 @@ def request_head(request: Request, deployment: Deployment) -> list[bytes]:
     if request.handshake:
         out.append(b"connection: Upgrade\r\nupgrade: websocket\r\n")
     out.append(b"\r\n")
-    return out if request.span is None else request.span.replace_parent(out)
+    return out if request.span is None else request.span.replace_parent(out, deployment.id)
 
 
 SAFE_TO_REPEAT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE"))

@@ -55,10 +55,13 @@ class Span:
         self.span_id = secrets.token_hex(8).encode()
         self.flags = int(parent[4], 16) & KNOWN_FLAGS
         self.began = time.time_ns()
+        self.chosen_by: dict[str, str] = {}  # by deployment
         self.header = b"traceparent: 00-%b-%b-%02x\r\n" % (parent[2], self.span_id, self.flags)
 
-    def replace_parent(self, lines: list[bytes]) -> list[bytes]:
-        """Return a backend's request head with this span in the header `traceparent`."""
+    def replace_parent(self, lines: list[bytes], deployment: str) -> list[bytes]:
+        """Return a backend's request head with this span in the header `traceparent`. Notes by what
+        the backend was chosen, since roles can change until the answer."""
+        self.chosen_by[deployment] = chosen_by(self.request, deployment)
         return [self.header if line[:12].lower() == b"traceparent:" else line for line in lines]
 
     def end(self, status: int, deployment: str | None) -> None:
@@ -78,7 +81,8 @@ class Span:
             attributes["error.type"] = str(status)
         if deployment:
             attributes["pulse.deployment"] = deployment
-            attributes["pulse.chosen_by"] = chosen_by(request, deployment)
+            by = self.chosen_by.get(deployment) or chosen_by(request, deployment)
+            attributes["pulse.chosen_by"] = by
         span = OtlpSpan(
             trace_id=self.trace_id,
             span_id=bytes.fromhex(self.span_id.decode()),
@@ -100,7 +104,8 @@ def chosen_by(request: Request, deployment: str) -> str:
     `fallback`, the visitor's `cookie`, a draw for the `canary`, `active`, or `asset`."""
     table = router.TABLE
     if request.affinity_id:
-        return "query" if router.QUERY_AFFINITY.search(request.query) else "header"
+        match = router.QUERY_AFFINITY.search(request.query)
+        return "query" if match and match[1] else "header"
     if (fallback := table.fallback_in_use) and fallback.id == deployment:
         return "fallback"
     main = {d.id for d in (table.active, table.canary) if d}

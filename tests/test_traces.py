@@ -11,6 +11,7 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span as OtlpSpan
 
+import control
 import router
 import telemetry
 import tracing
@@ -153,7 +154,7 @@ def test_other_requests_go_on_as_they_are(stage: Stage, line: str) -> None:
 def test_a_span_says_which_deployment_was_chosen_and_by_what(stage: Stage) -> None:
     stage.start()
     stage.ask("/1?pulse_deployment=old", SAMPLED)
-    stage.ask("/2", SAMPLED, "x-pulse-deployment: old")
+    stage.ask("/2?pulse_deployment=", SAMPLED, "x-pulse-deployment: old")
     stage.ask("/3", SAMPLED)
     stage.ask("/assets/4.js", SAMPLED)
     stage.ask("/5?pulse_deployment=gone", SAMPLED)
@@ -273,3 +274,24 @@ def test_a_bad_setting_is_one_line_and_the_router_serves(
     said = stage.router.output()
     assert (said.count("\n"), says in said) == (1, True), said
     assert stage.ask("/", SAMPLED).body.decode() == SAMPLED[13:]  # as it came
+
+
+def test_what_has_chosen_is_noted_when_it_chooses(stage: Stage) -> None:
+    """A version that was promoted in the middle of a request was an `asset` then."""
+
+    def slow(connection: Connection) -> None:
+        while connection.head():
+            time.sleep(0.6)
+            connection.send(ok(b"slow"))
+
+    with Backend(handle=slow) as before:
+        stage.redis.deployment("before", before.address, registered_at=3, promoted_at=3.5)
+        stage.start()
+        with Connection.to(stage.router.port) as c:
+            c.send(b"GET /1 HTTP/1.1\r\nhost: x\r\n" + SAMPLED.encode() + b"\r\n\r\n")
+            time.sleep(0.2)
+            store = router.RedisStore(stage.redis.url, "pulse:railway")
+            store.apply(lambda routing: control.set_active(routing, "new", "new", []))
+            assert b" 200 " in c.head()
+        eventually(lambda: bool(stage.spans()))
+        assert stage.chosen() == [("/1", "before", "active", 200)]
