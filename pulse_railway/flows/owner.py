@@ -23,6 +23,9 @@ Ask = Callable[[str], bool | None]  # asks the user a question; None: not intera
 MAX_SERVICES = 200  # of other environments, whose variables are read
 
 
+WRONG_PASSWORD = ("it refuses the password", "AuthenticationError")  # the latter: an older router
+
+
 def claim_state(
     api: Api, stack: Stack, output: Output, ask: Ask, owns_state: bool, created: bool = False
 ) -> bool:
@@ -81,7 +84,7 @@ def is_stopped(stack: Stack) -> str:
 
 def no_answer(stack: Stack, failure: Failure, replaced: bool) -> str:
     """Return the message for a router that has not answered whose its state is."""
-    if "(AuthenticationError)" in str(failure):
+    if any(f"({cause})" in str(failure) for cause in WRONG_PASSWORD):
         names = [s.name for s in (stack.router, stack.janitor) if s]
         commands = " and ".join(f"`railway redeploy --service {name}`" for name in names)
         return (
