@@ -96,9 +96,12 @@ class Span:
 
 
 def chosen_by(request: Request, deployment: str) -> str:
-    """Return what has chosen the deployment of a request: its affinity (`query` or `header`),
-    `fallback`, the visitor's `cookie`, a draw for the `canary`, `active`, or `asset`."""
+    """Return what has chosen the deployment of a request: a key (`preview`), its affinity (`query`
+    or `header`), `fallback`, the visitor's `cookie`, a draw for the `canary`, `active`, or
+    `asset`."""
     table = router.TABLE
+    if deployment.encode() in table.previews:
+        return "preview"
     if request.affinity_id:
         return "query" if router.QUERY_AFFINITY.search(request.query) else "header"
     if (fallback := table.fallback_in_use) and fallback.id == deployment:
