@@ -511,6 +511,7 @@ def clean_up(
     report = Report(problems=list(routing.problems))
     routing = claim_unowned(store, routing, inventory, report)
     stamp_backends(railway, routing, inventory)
+    release_previews(railway, routing, inventory)
     if mend(store, railway, routing, inventory, report):
         return report  # the next run judges by the repaired state
     refuse_contradiction(routing, inventory)
@@ -575,6 +576,15 @@ def stamp_backends(railway: Railway, routing: Routing, inventory: Inventory) -> 
     for service in inventory.backends:
         if not service.stamped and routing_names(routing, service):
             railway.set_variables(service.id, {ownership.STACK: inventory.identity})
+
+
+def release_previews(railway: Railway, routing: Routing, inventory: Inventory) -> None:
+    """Remove the hash from the services of previews that were promoted, since an earlier version of
+    `promote` leaves it: a record that is lost would be restored as a preview's."""
+    for service in inventory.backends:
+        record = routing.records.get(service.deployment)
+        if service.preview is not None and record and not record.is_preview:
+            railway.set_variables(service.id, {PREVIEW: "", RUN: secrets.token_hex(8)})
 
 
 def mend(
