@@ -182,7 +182,8 @@ def check_bake(flags: Flags) -> None:
 
 def check_evict(flags: Flags, *others: str) -> None:
     """Raise Failure for --evict with one of these flags, by which an old version is needed."""
-    given = [FLAGS[name].option for name in others if value(flags, name) not in (None, False, 0)]
+    found = [FLAGS[name] for name in others]  # a weight of 0 makes a canary, too
+    given = [f.option for f in found if value(flags, f.name) not in (f.default, f.unset)]
     if value(flags, "evict") and given:
         raise Failure(f"--evict excludes {' and '.join(given)}: no other version stays")
 
