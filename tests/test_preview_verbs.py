@@ -13,7 +13,7 @@ from examples import demo
 from tests.conftest import BASE, Project, Verb, play
 from tests.net import eventually
 from tests.test_life import Listener
-from tests.users import LiveSite
+from tests.users import PREFIX, LiveSite
 
 ONCE: dict[str, Any] = {}  # what a step leaves for the later ones
 
@@ -36,7 +36,8 @@ def reviewer(site: LiveSite) -> httpx.Client:
 
 
 def answering(client: httpx.Client, url: str) -> str | None:
-    return client.get(url).headers.get("x-pulse-selected-deployment")
+    found: str | None = client.get(url).headers.get("x-pulse-selected-deployment")
+    return found
 
 
 def row(project: Project, name: str) -> dict[str, Any]:
@@ -215,3 +216,18 @@ def step_11_promote_evicts_too(site: LiveSite) -> None:
     eventually(lambda: site.visited == "pr-14")
     again = project.ok(*"promote --deployment-id pr-14 --evict".split())
     assert again["evicted"] == []
+
+
+def step_12_what_a_router_may_still_route_to_stays(site: LiveSite) -> None:
+    project = site.project
+    site.deploy("last", tabs=0)
+    ghost = f"{PREFIX}:router:ghost"  # it has not reported for a while, and may run
+    project.redis.set(ghost, json.dumps({"epoch": 1, "version": "x"}), ex=50)
+    verb = project.run(*"promote --deployment-id last --evict".split())
+    assert "pr-14 is retired, and its service stays for now: the router ghost" in verb.error
+    assert "pr-14" in project.services
+    assert site.get(pulse_deployment="pr-14").status_code == 409
+    project.redis.delete(ghost)
+    again = project.ok(*"promote --deployment-id last --evict".split())
+    assert again["evicted"] == ["pr-14"]
+    assert project.services == BASE | {"last"}

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from pulse_railway import contract, runtime_image
 from pulse_railway.flows import preview as flow
 from tests.conftest import Process
-from tests.net import Answer, Backend, ask, eventually, ok
+from tests.net import Answer, Backend, ask, eventually, header, ok
 from tests.scene import Site, up
 
 router: Any = runtime_image.load("router")
@@ -371,6 +371,31 @@ def test_the_hash_of_a_registration_is_checked(site: Site, capsys: Any) -> None:
     words = ["--deployment-id", ID, "--service-name", ID, "--preview", "abc"]
     assert site.control("register", *words) == 1
     assert "--preview cannot be" in capsys.readouterr().err
+
+
+def test_who_reaches_the_other_versions(gate: Gate) -> None:
+    """The table of SECURITY.md: by its id everybody reaches what runs; what is retired, nobody."""
+    site = gate.site
+    by_id = "/?pulse_deployment={}".format
+    with Backend(ok(b"held")) as backend:
+        words = ["--deployment-id", "held", "--service-id", "s-held", "--hold"]
+        assert site.control("register", *words, backend=backend) == 0
+        assert (gate.got(by_id("held")), gate.got(by_id("old"))) == ("held", "old")
+        site.promote("held", "--weight", "1")
+        assert gate.got(by_id("held")) == "held"
+        site.promote("held")
+        site.promote("new", "--instead-of", "held", "--rolls-back")
+        assert site.record("held")["rejected_at"]
+        assert gate.got(by_id("held")) == "held"
+        assert site.control("retire", "--deployment-id", "held") == 0
+        assert gate.ask(by_id("held")).status == 409
+
+
+def test_backends_see_the_cookie_as_they_see_all_others(gate: Gate) -> None:
+    gate.ask("/", COOKIE)
+    assert header(gate.backend.heads[-1], "cookie") == COOKIE.partition(": ")[2]
+    gate.ask("/?pulse_deployment=old", COOKIE)
+    assert header(gate.site.old.heads[-1], "cookie") == COOKIE.partition(": ")[2]
 
 
 # -- a request, without sockets ------------------------------------------------------------------
