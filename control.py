@@ -121,6 +121,7 @@ def add_record(
     pinned: bool = False,
     service_id: str | None = None,
     about: Json | None = None,
+    preview: str | None = None,
 ) -> Routing:
     """Add a pending deployment: it runs, and is reachable by affinity only.
 
@@ -130,6 +131,7 @@ def add_record(
     Args:
         pinned: it stays pending on purpose, so that the janitor does not remove it.
         about: its commit, author and message, and who deployed it.
+        preview: the hash of the key with which alone it is reachable, until it is promoted.
     """
     if routing.active == deployment_id:
         raise StateError(
@@ -145,6 +147,8 @@ def add_record(
         if late or (service_id and service_id == tombstone.service_id):
             raise StateError(f"{deployment_id} was removed and cannot be registered", "removed")
         record = None
+    if record and record.is_preview and not preview and service_id in (None, record.service_id):
+        raise StateError(f"{deployment_id} is a preview: promote it, or delete it", "preview")
     record = record or Record(deployment_id)
     new = replace(
         record,
@@ -152,7 +156,8 @@ def add_record(
         service_name=service_name,
         drain_started_at=None,
         registered_at=routing.now,
-        pinned=pinned,
+        pinned=pinned or preview is not None,
+        preview=preview,
         service_id=service_id or record.service_id,
         address=address.rstrip("/") if address else record.address,
         about=about or record.about,
@@ -237,6 +242,7 @@ def set_active(
         weight=None,
         rejected_at=None,
         bake=new_bake(routing, bake, bake_latency_ms),
+        preview=None,
     )
     if address:
         record = replace(record, address=address.rstrip("/"))
@@ -306,6 +312,7 @@ def set_canary_weight(
         weight=weight,
         canary_at=routing.now,
         bake=new_bake(routing, bake, bake_latency_ms) or present,
+        preview=None,
     )
     require_address(record)
     return with_records(routing, record)
@@ -476,12 +483,17 @@ def mark_draining(routing: Routing, deployment_id: str, judged: Record) -> Routi
 
 
 def adopt_orphan(routing: Routing, record: Record) -> Routing:
-    """Add the record of a running deployment without one: draining, or active if it is."""
+    """Add the record of a running deployment without one: draining, a preview, or active."""
     if record.deployment_id in routing.records:
         return routing
     if routing.active == record.deployment_id:
-        return with_records(routing, replace(record, state="active"))
-    return with_records(routing, record.as_draining(routing.now))
+        return with_records(routing, replace(record, state="active", preview=None))
+    return with_records(routing, as_found(record, routing.now))
+
+
+def as_found(record: Record, now: float) -> Record:
+    """Return the record of a running deployment whose record was lost: draining, or a preview."""
+    return record if record.is_preview else record.as_draining(now)
 
 
 def rebuild_records(
@@ -518,7 +530,7 @@ def rebuild_records(
     for rebuilt in running:
         name = rebuilt.deployment_id
         if is_unrecorded(routing, rebuilt):
-            records[name] = rebuilt if name == active else rebuilt.as_draining(routing.now)
+            records[name] = rebuilt if name == active else as_found(rebuilt, routing.now)
         elif name in records:
             records[name] = fill_from(records[name], rebuilt)
     if active not in records:
@@ -531,7 +543,8 @@ def rebuild_records(
         if name == active:
             at = promoted.at if promoted else record.promoted_at
             record = replace(record, state="active", drain_started_at=None, promoted_at=at)
-            records[name] = replace(record, weight=None, rejected_at=None, bake=None)
+            record = replace(record, weight=None, rejected_at=None, bake=None, preview=None)
+            records[name] = record
         elif record.state == "active":
             records[name] = record.as_draining(routing.now)
     maintenance = routing.maintenance or (router.Maintenance(closed) if closed else None)
@@ -849,7 +862,7 @@ def keep_while_routers_report(store: router.RedisStore, routing: Routing) -> Non
         return
     end = int(routing.now - min(ages)) + cast(int, store.ttl)
     with store.client.pipeline(transaction=False) as pipe:
-        for key in [*router.FIXED, *(router.RECORD + name for name in routing.records)]:
+        for key in [*router.FIXED, *(record.key for record in routing.records.values())]:
             pipe.expireat(store.prefix + key, end)
         pipe.execute()
 
@@ -900,6 +913,7 @@ def status_answer(
         "redis": redis_facts(store),
         "janitor": janitor_run(store),
         "bake": bake_answer(store, routing),
+        "previews": PREVIEWS,
     }
 
 
@@ -1009,6 +1023,7 @@ def store_time(store: router.RedisStore) -> float:
 def record_answer(record: Record) -> Json:
     """Return a record as JSON, without its invalid fields."""
     fields = {k: v for k, v in record.json().items() if k not in record.ignored}
+    fields |= {"preview": True} if record.is_preview else {}  # the hash is of no use to a caller
     names = {"deployment_id": record.deployment_id, "state": record.state or "unknown"}
     return {**fields, **names, "ignored": list(record.ignored)}
 
@@ -1125,6 +1140,7 @@ ACCEPTED: dict[str, Callable[[Any], Any]] = {
     "service_name": router.a_text,
     "active_service_name": router.a_text,
     "service_id": router.a_text,
+    "preview": router.a_key_hash,
     "address": router.an_address,
     "holder": router.a_text,
     "bake": a_duration,
@@ -1182,6 +1198,7 @@ def control_parser() -> argparse.ArgumentParser:
     add("--address", help="the backend's base URL")
     add("--hold", action="store_true", help="leave it pending until it is promoted")
     add("--about", type=json_argument, help="its commit, author, message, as JSON")
+    add("--preview", metavar="HASH", help="reachable only with the key of this SHA-256")
     add = command("promote", "make a deployment active; the active one drains")
     add("--active-deployment-id", type=valid_id, required=True)
     add("--active-service-name", required=True)
@@ -1233,7 +1250,7 @@ def step_of(args: argparse.Namespace) -> Step:
     noted = {"by": args.by, "why": args.why}
     match args.command:
         case "register":
-            return functools.partial(
+            step = functools.partial(
                 add_record,
                 deployment_id=name,
                 service_name=args.service_name,
@@ -1241,7 +1258,9 @@ def step_of(args: argparse.Namespace) -> Step:
                 pinned=args.hold,
                 service_id=args.service_id,
                 about=args.about,
+                preview=args.preview,
             )
+            return with_history(step, "preview", name, **noted) if args.preview else step
         case "promote":
             name = args.active_deployment_id
             common = {
@@ -1313,6 +1332,7 @@ READ_ONLY = ("active", "status", "history", "probe")
 EXCLUDES_OLD_JANITORS = ("promote", "restore")
 # These commands change which visitors get which deployment, so they wait for the routers.
 WAITS_FOR_ROUTERS = ("promote", "withdraw", "retire", "maintenance", "restore")
+PREVIEWS = True  # in answers: this version has previews
 
 
 @contextlib.contextmanager
@@ -1529,8 +1549,8 @@ def change_answer(
         answer["at"] = routing.now
     if args.command == "lock":
         answer |= {"active": routing.active, "lost": is_lost(routing, args.promoted)}
-        answer |= {"ended": ended_runs(routing), "now": routing.now}
-    if args.command in WAITS_FOR_ROUTERS:
+        answer |= {"ended": ended_runs(routing), "now": routing.now, "previews": PREVIEWS}
+    if args.command in WAITS_FOR_ROUTERS or getattr(args, "preview", None):
         deletes = args.command == "retire"
         since = retired_for(routing, args.deployment_id) if deletes else 0.0
         answer |= serving_answer(wait_for_routers(store, routing.epoch, since, deletes))

@@ -82,6 +82,7 @@ MAINTENANCE = "PULSE_RAILWAY_MAINTENANCE"  # on the router service: since when m
 MAINTENANCE_OFF = "PULSE_RAILWAY_MAINTENANCE_OFF"  # when maintenance ended last
 ABOUT = "PULSE_RAILWAY_ABOUT"  # on a backend: its commit, author and message
 RUN = "PULSE_RAILWAY_DEPLOY_RUN"  # on a backend: the `deploy` run that created it
+PREVIEW = "PULSE_RAILWAY_PREVIEW"  # on a preview's backend: the SHA-256 of its key
 INTERNAL_TOKEN = "PULSE_RAILWAY_INTERNAL_TOKEN"
 RELOAD_GRACE_SECONDS = 3.0
 NOTIFY = "PULSE_RAILWAY_NOTIFY_URL"
@@ -143,6 +144,7 @@ class Backend:
     stamped: bool = True  # it has the variable PULSE_RAILWAY_STACK
     replicas: int = 1
     about: Mapping[str, Any] | None = None  # commit, author and message, by the variable ABOUT
+    preview: str | None = None  # by the variable PREVIEW; "" if its value is invalid
 
     def record(self) -> Record:
         """Return a record with no more than what Railway shows of the service."""
@@ -152,6 +154,9 @@ class Backend:
             service_id=self.id,
             registered_at=time.time() - self.age,
             about=self.about,
+            state="" if self.preview is None else "pending",
+            pinned=self.preview is not None,
+            preview=self.preview,
         )
 
 
@@ -427,16 +432,18 @@ class Railway:
 
 def backend(node: dict[str, Any], service: ownership.ServiceVariables) -> Backend:
     """Return a backend as the janitor sees it, from Railway's service instance (`node`)."""
+    preview = service.variables.get(PREVIEW)
     return Backend(
         service.id,
         service.name,
         service.variables[ownership.DEPLOYMENT_ID],
         time.time() - datetime.fromisoformat(node["createdAt"]).timestamp(),
         (node["latestDeployment"] or {}).get("status"),
-        ours=bool(service.variables.get(RUN)),
+        ours=bool(service.variables.get(RUN) or preview),
         stamped=bool(service.variables.get(ownership.STACK)),
         replicas=1 if node["numReplicas"] is None else node["numReplicas"],
         about=router.or_none(router.json_object, service.variables.get(ABOUT) or "") or None,
+        preview=router.or_none(router.a_key_hash, preview) or "" if preview else None,
     )
 
 
@@ -504,6 +511,7 @@ def clean_up(
     report = Report(problems=list(routing.problems))
     routing = claim_unowned(store, routing, inventory, report)
     stamp_backends(railway, routing, inventory)
+    release_previews(railway, routing, inventory)
     if mend(store, railway, routing, inventory, report):
         return report  # the next run judges by the repaired state
     refuse_contradiction(routing, inventory)
@@ -568,6 +576,15 @@ def stamp_backends(railway: Railway, routing: Routing, inventory: Inventory) -> 
     for service in inventory.backends:
         if not service.stamped and routing_names(routing, service):
             railway.set_variables(service.id, {ownership.STACK: inventory.identity})
+
+
+def release_previews(railway: Railway, routing: Routing, inventory: Inventory) -> None:
+    """Remove the hash from the services of previews that were promoted, since an earlier version of
+    `promote` leaves it: a record that is lost would be restored as a preview's."""
+    for service in inventory.backends:
+        record = routing.records.get(service.deployment)
+        if service.preview is not None and record and not record.is_preview:
+            railway.set_variables(service.id, {PREVIEW: "", RUN: secrets.token_hex(8)})
 
 
 def mend(
@@ -770,6 +787,8 @@ class Run:
 
     def judge_pending(self, record: Record, service: Backend | None) -> str:
         """Return the verdict on a pending deployment, as `judge` does."""
+        if record.is_preview:
+            return "keep: a preview"
         if record.pinned:
             return "keep: pinned"
         age = service.age if service else 0.0
@@ -828,7 +847,8 @@ class Run:
             self.remove(name, None, service, "dead")
         else:
             self.store.apply(functools.partial(control.adopt_orphan, record=record))
-            self.report.kept[name] = "no record named it: draining from now on"
+            role = "draining" if service.preview is None else "a preview, as it was,"
+            self.report.kept[name] = f"no record named it: {role} from now on"
 
     def remove(self, name: str, judged: Record | None, service: Backend | None, why: str) -> None:
         """Delete a deployment whose record has not changed since it was judged.

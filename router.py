@@ -98,6 +98,9 @@ INTERNAL_PREFIX = "/_pulse/internal"
 INTERNAL_TOKEN_HEADER = "x-pulse-railway-internal-token"
 HEALTH_PATH = "/_pulse/health"
 VISITOR_COOKIE = "pulse_railway_visitor"
+PREVIEW_QUERY = "pulse_preview"
+PREVIEW_HEADER = "x-pulse-preview"
+PREVIEW_COOKIE = "__Host-pulse_preview"  # the prefix: no other host can set it (RFC 6265bis)
 ROUTER_HEALTH_PATH = "/healthz"
 META_PATH = "/_pulse/meta"
 DEFAULT_PORT = 8000
@@ -226,6 +229,8 @@ TOMBSTONES, PROCESSED, HISTORY = ":removed", ":answers", ":history"
 MAINTENANCE, DEPLOY_LOCK, OWNER = ":maintenance", ":deploy:lock", ":owner"
 STAMP = re.compile(r"[A-Za-z0-9_-]{1,64}/[A-Za-z0-9_-]{1,64}")  # as ownership.parse takes it
 RECORD, REPORT, BAKE = ":deployment:", ":router:", ":bake:"  # prefixes of keys
+PREVIEW = ":preview:"  # of the records of previews: an older router does not know it
+RECORDS = (RECORD, PREVIEW)
 TOMBSTONE_TTL = max(7 * 86_400.0, number_from_env("PULSE_RAILWAY_DRAIN_TTL_SECONDS", 0.0))
 TOMBSTONES_AT_MOST = 1000
 CLOCKS_MAY_DIFFER = 86_400.0  # a promotion later than that is invalid
@@ -274,6 +279,13 @@ def a_number(most: float, value: Any) -> float:
 
 def an_instance(kind: type, value: Any) -> Any:
     if type(value) is not kind:
+        raise ValueError
+    return value
+
+
+def a_key_hash(value: Any) -> str:
+    """Check that a value is a SHA-256 in hexadecimal digits."""
+    if not isinstance(value, str) or not re.fullmatch(r"[0-9a-f]{64}", value):
         raise ValueError
     return value
 
@@ -351,6 +363,8 @@ class Record:
     bake: Bake | None = stored(a_bake)  # noqa: RUF009
     about: Mapping[str, Any] | None = stored(an_object)  # commit, message, author
     instances: Mapping[str, Any] | None = stored(an_object)
+    # of a preview: the SHA-256 of its key; "" if it is invalid, so that no key opens the preview
+    preview: str | None = stored(a_key_hash)
     raw: Json = field(default_factory=dict)  # as stored, with unknown fields
     ignored: tuple[str, ...] = ()  # names of invalid fields
 
@@ -364,6 +378,15 @@ class Record:
     @property
     def is_canary(self) -> bool:
         return self.weight is not None and self.state == "pending" and self.retiring_at is None
+
+    @property
+    def is_preview(self) -> bool:
+        return self.preview is not None
+
+    @property
+    def key(self) -> str:
+        """The store's key of this record."""
+        return (PREVIEW if self.is_preview else RECORD) + self.deployment_id
 
     @property
     def changed_at(self) -> float:
@@ -563,9 +586,14 @@ def parse(state: State, now: float) -> Routing:
 
     records = {}
     for key, text in state.items():
-        if key.startswith(RECORD):
-            name = key.removeprefix(RECORD)
-            record = records[name] = parse_record(name, text, latest)
+        if key.startswith(RECORDS):
+            prefix = RECORD if key.startswith(RECORD) else PREVIEW
+            name = key.removeprefix(prefix)
+            if prefix == PREVIEW and RECORD + name in state:
+                continue  # promoted by an earlier version
+            record = parse_record(name, text, latest)
+            preview = (record.preview or "") if prefix == PREVIEW else None  # the key decides
+            records[name] = replace(record, preview=preview)
             if record.ignored:
                 problems.append(f"{name}: {', '.join(record.ignored)} not understood")
             elif not record.url or not DEPLOYMENT_ID.fullmatch(name):
@@ -575,6 +603,8 @@ def parse(state: State, now: float) -> Routing:
     if own and own.retiring_at:  # no step retires the active deployment
         records[own.deployment_id] = replace(own, retiring_at=None)
         problems.append(f"{active}: retiring_at, although it is active")
+    if own and own.is_preview:
+        records[own.deployment_id] = replace(records[own.deployment_id], preview=None)
     newest = sorted(records.values(), key=lambda r: (r.registered_at or 0, r.deployment_id))
     epoch = checked(EPOCH, state.get(EPOCH), re.compile(r"[0-9]{1,15}").fullmatch)
     active = checked(ACTIVE, active, DEPLOYMENT_ID.fullmatch, "is no deployment id")
@@ -659,9 +689,13 @@ def changes(old: Routing, new: Routing) -> Change:
     for key in (PROMOTED, MAINTENANCE, DEPLOY_LOCK):
         put(key)
     for name in old.records.keys() | new.records.keys():
-        after = new.records.get(name)
-        if after != old.records.get(name):
-            change[RECORD + name] = compact(after.json()) if after else None
+        before, after = old.records.get(name), new.records.get(name)
+        if after == before:
+            continue
+        if before and (after is None or after.key != before.key):
+            change[before.key] = None
+        if after:
+            change[after.key] = compact(after.json())
     if change:
         if new.store_id is None and change.keys() != {OWNER}:  # an owner alone is no data
             change[STORE_ID] = secrets.token_hex(8)
@@ -804,7 +838,12 @@ def _with_one_active(
     for name, record in records.items():
         if name == routing.active:
             new_records[name] = replace(
-                record, state="active", drain_started_at=None, weight=None, retiring_at=None
+                record,
+                state="active",
+                drain_started_at=None,
+                weight=None,
+                retiring_at=None,
+                preview=None,
             )
         elif record.state == "active" and name in before:
             new_records[name] = record.as_draining(routing.now)
@@ -891,13 +930,14 @@ class RedisStore:
             retry=redis.retry.Retry(redis.backoff.NoBackoff(), 1, (redis.ConnectionError,)),
             **self.options,
         )
-        self.pattern = f"{prefix}{RECORD}*"
+        self.pattern = f"{prefix}:[dp]*:*"  # of RECORDS, and a few other keys
         self.fixed = [prefix + key for key in FIXED]
 
     def read(self, transaction: Any = None) -> Routing:
         """Return the state. In a transaction, a concurrent write makes EXEC fail (WATCH)."""
         client = transaction or self.client
-        keys = [*self.fixed, *self.client.scan_iter(self.pattern, count=SCAN_COUNT)]
+        found = self.client.scan_iter(self.pattern, count=SCAN_COUNT)
+        keys = [*self.fixed, *filter(self.is_record, found)]
         if transaction:
             transaction.watch(*keys)
         now, values = client.time(), client.mget(keys)
@@ -928,6 +968,10 @@ class RedisStore:
     def announce(self) -> None:
         """Ask every router to read the whole state."""
         self.client.publish(f"{self.prefix}:events", "[]")
+
+    def is_record(self, key: str) -> bool:
+        """Is this the key of a record?"""
+        return key.startswith((self.prefix + RECORD, self.prefix + PREVIEW))
 
     def disconnect(self) -> None:
         self.client.connection_pool.disconnect()
@@ -989,7 +1033,7 @@ class Follower:
                 continue
             try:
                 names = [str(name) for name in from_json(message["data"])]
-                self.keys |= {self.store.prefix + n for n in names if n.startswith(RECORD)}
+                self.keys |= {self.store.prefix + n for n in names if n.startswith(RECORDS)}
                 self.scan_all = self.scan_all or not names
             except (ValueError, TypeError):  # 0.3.x's announcements name no keys
                 self.scan_all = True
@@ -1000,7 +1044,10 @@ class Follower:
         table, lookups = self.table, set(self.table.pending_lookups)
         self.next_read = time.monotonic() + self.limits.refresh_seconds
         await self.scan()
-        known = {self.store.prefix + RECORD + name for name in {*table.routing.records, *lookups}}
+        known = {RECORD + name for name in {*table.routing.records, *lookups}}
+        previews = (r.deployment_id for r in table.routing.records.values() if r.is_preview)
+        known |= {PREVIEW + name for name in {*previews, *lookups}}
+        known = {self.store.prefix + key for key in known}
         keys, self.keys = [*self.store.fixed, *(known | self.keys)], set()
         routing = await self.read_keys(keys)
         if await table.repair(self.store, routing):
@@ -1016,12 +1063,12 @@ class Follower:
         if self.scan_all and began >= self.next_scan:
             self.scan_all = False
             scan = self.client.scan_iter(self.store.pattern, count=SCAN_COUNT)
-            self.keys |= {key async for key in scan}
+            self.keys |= {key async for key in scan if self.store.is_record(key)}
             took = time.monotonic() - began
             self.next_scan = began + took + took / self.limits.scan_share
         elif began >= self.next_step:
             self.cursor, names = await self.client.scan(self.cursor, self.store.pattern, SCAN_COUNT)
-            self.keys |= {str(key) for key in names}
+            self.keys |= {str(key) for key in names if self.store.is_record(str(key))}
         else:
             return
         self.next_step = began + self.limits.scan_step_seconds
@@ -1129,6 +1176,7 @@ class Deployment:
     ejected_until: float = 0.0  # monotonic; until then it gets no hedged requests
     live: bool = True  # in the table
     busy: int = 0  # requests that wait in `forward`
+    key_hash: str | None = None  # of a preview
     trial: asyncio.Future[str] | None = None  # of an ejected deployment: does it answer again?
     tried_at: float = 0.0
 
@@ -1160,6 +1208,7 @@ class Table:
             self.me, self.copy = ownership.name(env), ownership.copy_refusal(env)
         self.other_owner: str | None = None  # the store's owner, if it is another stack
         self.deployments: dict[bytes, Deployment] = {}
+        self.previews: dict[bytes, Deployment] = {}  # in `deployments` none of them is
         self.active: Deployment | None = None
         self.canary: Deployment | None = None
         self.weight = 0.0  # percent of new visitors that get the canary
@@ -1192,7 +1241,12 @@ class Table:
     @property
     def empty(self) -> bool:
         """Is nothing deployed, or is the state lost? A router cannot always distinguish them."""
-        return self.lost or (self.routing.active is None and not self.routing.records)
+        only_previews = all(record.is_preview for record in self.routing.records.values())
+        return self.lost or (self.routing.active is None and only_previews)
+
+    @property
+    def backends(self) -> list[Deployment]:
+        return [*self.deployments.values(), *self.previews.values()]
 
     def health(self) -> Response:
         """Return the answer of /healthz: 503 only while nothing can be served. A store without any
@@ -1310,6 +1364,7 @@ class Table:
     def take_over(self, routing: Routing) -> None:
         """Make the table's entries those of a state."""
         known: dict[bytes, Deployment] = {}
+        previews: dict[bytes, Deployment] = {}
         records = dict(routing.records)
         if active := routing.record_of_active():
             records[active.deployment_id] = active
@@ -1317,19 +1372,20 @@ class Table:
             # a retired one has no entry, so that its tabs reload instead of getting 502
             entry = None if record.retiring_at else self._entry(record)
             if entry:
-                known[name.encode()] = entry
+                (previews if record.is_preview else known)[name.encode()] = entry
         self.provisional = self.provisional and routing.active is None
         if self.provisional and self.active:
             known.setdefault(self.active.id.encode(), self.active)
         else:
             self.active = known.get((routing.active or "").encode())
-        for name_, entry in self.deployments.items():
-            if known.get(name_) is not entry:
+        present = known | previews
+        for entry in self.backends:
+            if present.get(entry.id.encode()) is not entry:
                 entry.live = False
                 close_idle(entry)
-            if name_ not in known:
+            if entry.id.encode() not in present:
                 METRICS.tallies.pop(entry.id, None)
-        self.deployments, self.absent = known, {}
+        self.deployments, self.previews, self.absent = known, previews, {}
         before = routing.fallback if FALLBACK else None
         self.fallback = known.get(before.deployment_id.encode()) if before else None
         canary = routing.canary
@@ -1352,13 +1408,15 @@ class Table:
             return None
         url = urllib.parse.urlsplit(record.url)
         host, port = str(url.hostname), url.port or 80
-        old = self.deployments.get(name.encode())
-        if old and (old.host, old.port) == (host, port):
-            old.state = record.state
-            return old
-        header = f"{SELECTED_HEADER}: {name}\r\n".encode()
-        tally = METRICS.tallies.setdefault(name, Tally())
-        return Deployment(name, record.state, host, port, header, tally)
+        header = f"{SELECTED_HEADER}: {name}\r\n"
+        if record.is_preview:  # not for everybody behind a shared cache (RFC 9111 section 3)
+            header += "cache-control: private\r\n"
+        old = self.deployments.get(name.encode()) or self.previews.get(name.encode())
+        if old is None or (old.host, old.port) != (host, port):
+            tally = METRICS.tallies.setdefault(name, Tally())
+            old = Deployment(name, record.state, host, port, b"", tally)
+        old.state, old.header, old.key_hash = record.state, header.encode(), record.preview
+        return old
 
     async def serve_without_state(self) -> None:
         """Without a state, serve the deployment of Railway's variable if it answers."""
@@ -1786,7 +1844,7 @@ def close_idle(deployment: Deployment) -> None:
 
 
 def idle_connections() -> int:
-    return sum(len(deployment.idle) for deployment in TABLE.deployments.values())
+    return sum(len(deployment.idle) for deployment in TABLE.backends)
 
 
 class Resolver:
@@ -1835,7 +1893,7 @@ async def connect(deployment: Deployment, timeout: float) -> Upstream:
     cannot open one."""
     clients, limit = len(Client.instances) + len(TunnelEnd.open), TABLE.limits.connections
     if clients > limit // 2 and clients + idle_connections() > limit:
-        for other in TABLE.deployments.values():
+        for other in TABLE.backends:
             close_idle(other)  # their descriptors are needed for this connection
     host, port = deployment.host, deployment.port
     create = asyncio.get_running_loop().create_connection
@@ -2529,7 +2587,7 @@ async def close_overdue() -> None:
             client.check_time(now)
         for end in list(TunnelEnd.open):
             end.check_time(now, limits)
-        for deployment in TABLE.deployments.values():
+        for deployment in TABLE.backends:
             pool, oldest = deployment.idle, now - limits.upstream_idle_seconds
             while pool and pool[0].idle_since < oldest:
                 pool.popleft().transport.close()
@@ -2931,7 +2989,7 @@ async def forward(
     client. Returns the outcome. Raises UpstreamError if nothing was sent to the client."""
     limits = TABLE.limits
     share = limits.connections * limits.busy_share  # one that hangs must not stop the others
-    if target.busy >= share and len(TABLE.deployments) > 1:
+    if target.busy >= share and len(TABLE.backends) > 1:
         raise UpstreamError(503, "the deployment has too many requests in progress", "busy")
     target.busy += 1
     try:
@@ -3155,6 +3213,7 @@ def join(client: Client, exchange: Exchange, seen: Seen | None) -> None:
 # == Which deployment gets a request ============================================================
 
 QUERY_AFFINITY = re.compile(rb"(?:^|&)" + AFFINITY_QUERY.encode() + rb"=([^&]*)")
+QUERY_PREVIEW = re.compile(rb"(?:^|&)" + PREVIEW_QUERY.encode() + rb"=([^&]*)")
 QUERY_RELOAD = re.compile(rb"(?:^|&)" + RELOAD_QUERY.encode() + rb"=1(?:&|$)")
 SUSPECT_PATH = re.compile(rb"_pulse|//|/\.|[%\\;]", re.IGNORECASE)
 OWN_HEALTH_PATH = ROUTER_HEALTH_PATH.encode()
@@ -3175,10 +3234,11 @@ def affinity(request: Request) -> bytes:
 
 
 def without_affinity(url: bytes) -> str | None:
-    """Return a URL without the deployment in its query, to redirect to: only a path that no browser
-    takes for another host's."""
+    """Return a URL without the deployment and the preview's key in its query, to redirect to: only
+    a path that no browser takes for another host's."""
     path, _, query = url.partition(b"?")
-    kept = b"&".join(p for p in query.split(b"&") if not QUERY_AFFINITY.match(p))
+    names = (QUERY_AFFINITY, QUERY_PREVIEW)
+    kept = b"&".join(p for p in query.split(b"&") if not any(name.match(p) for name in names))
     if kept == query or not re.fullmatch(rb"/(?![/\\])[\x21-\x7e]*", path) or b"\\" in path:
         return None
     return (path + (b"?" + kept if kept else b"")).decode("latin-1")
@@ -3228,7 +3288,15 @@ def route(request: Request) -> None:
         client.answer(request, unavailable(request, 503, detail, after, closed.page))
         return
     request.affinity_id = name = affinity(request)
-    target = table.deployments.get(name) if name else pick_default(request)
+    target = None
+    if table.previews or PREVIEW_PARAMETER in request.query:
+        if response := follow_preview_link(request):
+            client.answer(request, response)
+            return
+        if target := preview_of(request):  # as if by affinity: no other version stands in for it
+            request.affinity_id = target.id.encode()
+    if target is None:
+        target = table.deployments.get(name) if name else pick_default(request)
     simple = target and not request.more_body and not may_hedge(request)
     if target and simple and (upstream := from_pool(request, target, client.touched)):
         exchange = Exchange(request, upstream, on_done, client.touched)
@@ -3254,6 +3322,58 @@ def on_done(exchange: Exchange) -> None:
             request.client.spawn(handle(request, other))
         else:
             answer_for(request, target, error)
+
+
+# -- previews: reachable with a key only -------------------------------------------------------
+
+PREVIEW_PARAMETER = PREVIEW_QUERY.encode() + b"="
+PREVIEW_FIELD = PREVIEW_HEADER.encode()
+PREVIEW_KEY = re.compile(rb"([a-z0-9][a-z0-9-]{0,23})\.([A-Za-z0-9_-]{43})")  # <id>.<256 bits>
+IN_COOKIE = re.compile(rb"(?:^|;) *" + PREVIEW_COOKIE.encode() + rb"=([a-z0-9-]+\.[\w-]+) *(?:;|$)")
+NO_HASH = "-" * 64  # of no key
+
+
+def open_preview(text: bytes) -> Deployment | None:
+    """Return the preview that `<id>.<key>` opens. It takes as long for an id that is none."""
+    match = PREVIEW_KEY.fullmatch(text)
+    if match is None:
+        return None
+    preview = TABLE.previews.get(match[1])
+    expected = (preview.key_hash if preview else None) or NO_HASH
+    same = hmac.compare_digest(hashlib.sha256(match[2]).hexdigest(), expected)
+    return preview if same else None
+
+
+def preview_of(request: Request) -> Deployment | None:
+    """Return the preview that a request gets: by its key, in the header or else the cookie, or by
+    the internal token. A request with affinity gets no other deployment than that one."""
+    name = request.affinity_id
+    if name in TABLE.deployments:
+        return None
+    if name and is_trusted(request):
+        return TABLE.previews.get(name)
+    keys = request.values(PREVIEW_FIELD)
+    if not keys:
+        cookies = (IN_COOKIE.search(value) for value in request.values(b"cookie"))
+        keys = [match[1] for match in cookies if match]
+    preview = open_preview(keys[0].strip()) if keys else None
+    return preview if preview and name in (b"", preview.id.encode()) else None
+
+
+def follow_preview_link(request: Request) -> Response | None:
+    """Answer a link with a preview's key: it becomes a cookie, and leaves the address. A link
+    without a key ends the preview. A wrong key is answered as an unknown id is. None: no link."""
+    match = QUERY_PREVIEW.search(request.query)
+    if match is None:
+        return None
+    target = without_affinity(request.url)
+    opens = open_preview(match[1]) is not None
+    if not target or request.method not in (b"GET", b"HEAD") or not (opens or match[1] == b""):
+        request.affinity_id = b"-"
+        return stale_response(request)
+    cookie = f"{PREVIEW_COOKIE}={match[1].decode()}; Path=/; Secure; HttpOnly; SameSite=Lax"
+    headers = {"location": target, "set-cookie": cookie + ("" if opens else "; Max-Age=0")}
+    return Response(None, 302, NO_STORE | headers | {"referrer-policy": "no-referrer"})
 
 
 # -- without affinity: the active deployment, or the canary ------------------------------------
@@ -3381,9 +3501,13 @@ def unavailable(
 def bypasses_maintenance(request: Request) -> bool:
     """Does a request reach the app during maintenance? The health check does, and a request with
     the internal token, by which `deploy` checks a new version."""
+    return is_trusted(request) or request.path == HEALTH_PATH.encode()
+
+
+def is_trusted(request: Request) -> bool:
+    """Has a request the internal token?"""
     tokens = request.values(INTERNAL_TOKEN_FIELD)
-    trusted = INTERNAL_TOKEN and any(hmac.compare_digest(v, INTERNAL_TOKEN) for v in tokens)
-    return bool(trusted) or request.path == HEALTH_PATH.encode()
+    return bool(INTERNAL_TOKEN) and any(hmac.compare_digest(v, INTERNAL_TOKEN) for v in tokens)
 
 
 # -- requests that must wait -------------------------------------------------------------------
@@ -3392,7 +3516,7 @@ def bypasses_maintenance(request: Request) -> bool:
 async def handle(request: Request, target: Deployment | None, *, fresh: bool = False) -> None:
     """Answer a request that must wait for a lookup, a connection or other deployments."""
     if target is None and request.affinity_id:
-        target = await TABLE.find(request.affinity_id)
+        target = await TABLE.find(request.affinity_id) or preview_of(request)
     reloads = request.handshake and QUERY_RELOAD.search(request.query)
     if target is None and reloads and not TABLE.provisional:  # no stale answers without a state
         METRICS.stale += 1

@@ -100,9 +100,12 @@ class Span:
 
 
 def chosen_by(request: Request, deployment: str) -> str:
-    """Return what has chosen the deployment of a request: its affinity (`query` or `header`),
-    `fallback`, the visitor's `cookie`, a draw for the `canary`, `active`, or `asset`."""
+    """Return what has chosen the deployment of a request: a key (`preview`), its affinity (`query`
+    or `header`), `fallback`, the visitor's `cookie`, a draw for the `canary`, `active`, or
+    `asset`."""
     table = router.TABLE
+    if deployment.encode() in table.previews:
+        return "preview"
     if request.affinity_id:
         match = router.QUERY_AFFINITY.search(request.query)
         return "query" if match and match[1] else "header"

@@ -45,7 +45,9 @@ VARIABLES = {
         "PULSE_RAILWAY_DEPLOYMENT_NAME": "the name from which its id was generated",
         "PULSE_RAILWAY_ABOUT": "commit, author and message, as JSON: `restore` and the janitor"
         " write them again where Redis has lost them",
-        "PULSE_RAILWAY_DEPLOY_RUN": "the run of `deploy` that created it",
+        "PULSE_RAILWAY_DEPLOY_RUN": "the run of `deploy` that created it; empty on a preview",
+        "PULSE_RAILWAY_PREVIEW": "on a preview: the SHA-256 of its key, from which a lost record is"
+        " restored",
         "PORT": "8000",
         "RAILWAY_DEPLOYMENT_DRAINING_SECONDS": "seconds from SIGTERM to SIGKILL: 10, as a setting"
         " of the service too",

@@ -18,6 +18,10 @@ CLIENT_LOADER_HEADER: Final = "x-pulse-client-loader"
 CLIENT_LOADER_LOCATION_HEADER: Final = "x-pulse-client-loader-location"
 RELOAD_QUERY: Final = "pulse_reload_on_stale_affinity"
 STALE_HEADER: Final = "x-pulse-stale-affinity"
+# A preview's key, `<deployment id>.<key>`; ours.
+PREVIEW_QUERY: Final = "pulse_preview"
+PREVIEW_HEADER: Final = "x-pulse-preview"
+PREVIEW_COOKIE: Final = "__Host-pulse_preview"
 
 # Paths of the app and of the router.
 META_PATH: Final = "/_pulse/meta"
@@ -73,6 +77,7 @@ TOKEN_MADE: Final = "PULSE_RAILWAY_TOKEN_MADE"  # ours, on the router: `ensure` 
 NAME: Final = "PULSE_RAILWAY_DEPLOYMENT_NAME"  # ours, on a backend: its id was generated from this
 ABOUT: Final = "PULSE_RAILWAY_ABOUT"  # ours, on a backend: commit, author, message, as JSON
 RUN: Final = "PULSE_RAILWAY_DEPLOY_RUN"  # ours, on a backend: the run that created it
+PREVIEW: Final = "PULSE_RAILWAY_PREVIEW"  # ours, on a preview: the SHA-256 of its key
 CONTROL: Final = "PULSE_RAILWAY_CONTROL"  # ours, on the janitor: a control command to carry out
 CONTROL_ANSWER: Final = "PULSE_RAILWAY_CONTROL_ANSWER"  # ours, on the janitor: its answer
 ANSWER_BYTES: Final = 16 * 1024  # of that answer, at most
@@ -94,6 +99,7 @@ RESERVED: Final = frozenset(
         KEY_TTL,
         NAME,
         ABOUT,
+        PREVIEW,
         STACK,
         REMOVED,
         "PULSE_RAILWAY_DEPLOYMENT_STATE",

@@ -176,6 +176,9 @@ _ALL = (
     Flag("env", "variable KEY=VALUE of this deployment; may be repeated", "KEY=VALUE", dict),
     Flag("backend_replicas", "backend replicas; 1 is the safe number", "NUMBER", int, 1),
     Flag("no_promote", "leave the new deployment pending", kind=bool),
+    Flag("preview", "leave it pending, and reachable only with the link that is printed",
+         kind=bool),
+    Flag("evict", "then delete all other versions at once, for a security release", kind=bool),
     Flag("replace_app", "deploy even if the stack serves an app of another name", kind=bool),
     Flag("keep_failed", "keep the service if the deploy fails", kind=bool),
     # its life
@@ -226,6 +229,7 @@ BASELINE = [
 DEPLOY = [
     *WHERE,
     *"deployment_name deployment_id service_prefix server_address web_root".split(),
-    *"image_repository build_arg no_gitignore env backend_replicas no_promote".split(),
-    *"replace_app keep_failed canary bake bake_latency_ms lock_wait message notify json".split(),
+    *"image_repository build_arg no_gitignore env backend_replicas no_promote preview".split(),
+    *"evict replace_app keep_failed canary bake bake_latency_ms lock_wait".split(),
+    *"message notify json".split(),
 ]

@@ -50,6 +50,7 @@ class PromoteOptions(StackOptions):
     weight: float | None = None  # percent of new visitors; None: it becomes the active deployment
     bake: int = FLAGS["bake"].default  # seconds
     bake_latency_ms: int | None = None
+    evict: bool = False  # delete all other versions then
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,8 @@ class DeployOptions:
     no_gitignore: bool = False
     replicas: int = FLAGS["backend_replicas"].default
     promote: bool = True
+    preview: bool = False  # pending, and reachable with a key only
+    evict: bool = False  # delete all other versions then
     replace_app: bool = False
     keep_failed: bool = False
     canary: float | None = None  # percent of new visitors, instead of a promotion
@@ -167,6 +170,7 @@ def parse_stack(flags: Flags, output: Output) -> StackOptions:
 def parse_promote(flags: Flags, output: Output) -> PromoteOptions:
     need_deployment_id(flags)
     check_bake(flags)
+    check_evict(flags, "weight", "bake")
     return stack_options(PromoteOptions, flags, output)
 
 
@@ -174,6 +178,14 @@ def check_bake(flags: Flags) -> None:
     """Raise Failure for a latency without a bake that could judge it."""
     if value(flags, "bake_latency_ms") is not None and flags.get("bake") is None:
         raise Failure("--bake-latency-ms needs --bake: nothing is judged without it")
+
+
+def check_evict(flags: Flags, *others: str) -> None:
+    """Raise Failure for --evict with one of these flags, by which an old version is needed."""
+    found = [FLAGS[name] for name in others]  # a weight of 0 makes a canary, too
+    given = [f.option for f in found if value(flags, f.name) not in (f.default, f.unset)]
+    if value(flags, "evict") and given:
+        raise Failure(f"--evict excludes {' and '.join(given)}: no other version stays")
 
 
 def parse_maintenance(flags: Flags, output: Output) -> MaintenanceOptions:
@@ -273,9 +285,12 @@ def parse_deploy(flags: Flags, output: Output) -> DeployOptions:
             raise Failure(f"{flag} cannot set {', '.join(reserved)}: pulse-railway manages it")
     keep_secret(*env.values(), *build_args.values())
     watched = value(flags, "canary") is not None or value(flags, "bake")
-    if flags.get("no_promote") and watched:
-        raise Failure("--no-promote excludes --canary and --bake: nobody uses a pending version")
+    for name in ("no_promote", "preview"):
+        if flags.get(name) and watched:
+            option = FLAGS[name].option
+            raise Failure(f"{option} excludes --canary and --bake: nobody uses a pending version")
     check_bake(flags)
+    check_evict(flags, "canary", "bake", "no_promote", "preview")
     return from_flags(
         DeployOptions,
         flags,
@@ -286,7 +301,7 @@ def parse_deploy(flags: Flags, output: Output) -> DeployOptions:
         server_address=value(flags, "server_address") or app.server_address,
         build_args=build_args,
         replicas=value(flags, "backend_replicas"),
-        promote=not flags.get("no_promote"),
+        promote=not (flags.get("no_promote") or flags.get("preview")),
         notify=notify_url(flags),
     )
 

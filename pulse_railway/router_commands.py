@@ -164,14 +164,23 @@ def send_register(
     address: str,
     held: bool,
     about: dict[str, str],
+    preview: str | None = None,
     renew: str | None = None,
+    warn: Warn = lambda _: None,
 ) -> None:
-    """Add a pending deployment. `renew`: as in `send_promote`."""
+    """Add a pending deployment.
+
+    Args:
+        preview: the hash of a preview's key.
+        renew: as in `send_promote`.
+    """
     words = ["--deployment-id", deployment_id, "--service-name", service_name]
     words += ["--service-id", service_id, "--address", address]
     words += ["--about", json.dumps(about, separators=(",", ":"))]
     words += [f"--renew={renew}"] if renew else []
-    send_command(api, stack, "register", *words, *(["--hold"] if held else []))
+    words += [f"--preview={preview}"] if preview else []
+    answer = send_command(api, stack, "register", *words, *(["--hold"] if held else []))
+    warn_of_late_routers(answer, warn)
 
 
 def send_promote(
@@ -405,8 +414,9 @@ def send_retire(
         )
 
 
-def send_forget(api: Api, stack: Stack, deployment_id: str) -> None:
-    send_command(api, stack, "delete", "--deployment-id", deployment_id)
+def send_forget(api: Api, stack: Stack, deployment_id: str, why: str | None = None) -> None:
+    """Delete the record of a retired deployment."""
+    send_command(api, stack, "delete", "--deployment-id", deployment_id, *_why_arguments(why))
 
 
 def send_claim(api: Api, stack: Stack, instead_of: str | None = None) -> None:

@@ -119,11 +119,14 @@ def deploy(options: options.DeployOptions, output: Output) -> None:
             notification.text = (
                 f"{name} is up, {role}, at {result['address']}/?pulse_deployment={name}"
             )
+            if result["preview"]:  # its link is a secret
+                notification.text = f"{name} is up, a preview at {result['address']}"
             next_command = f"pulse-railway promote --deployment-id {name}"
         if is_over(result["bake"]):
             next_command = "pulse-railway status"
         notification.text = summary(notification.text, name, result["bake"])
-    lines = [notification.text, *drains_words(result["drains"]), f"next: {next_command}"]
+    link = [f"only this link opens it: {result['preview']}"] if result["preview"] else []
+    lines = [notification.text, *drains_words(result["drains"]), *link, f"next: {next_command}"]
     output.result(result, lines)
 
 
@@ -138,7 +141,7 @@ def redeploy(options: options.StackOptions, output: Output) -> None:
 
 
 @verb(
-    [*STACK, *"deployment_id weight bake bake_latency_ms force message notify".split()],
+    [*STACK, *"deployment_id weight bake bake_latency_ms evict force message notify".split()],
     parser="parse_promote",
 )
 def promote(options: options.PromoteOptions, output: Output) -> None:

@@ -24,14 +24,15 @@ from benchmarks import peer
 from tests.conftest import ROOT
 
 OLDER = "52e6667"  # the last commit with an untyped routing state
-MISSING = f"this clone has no commit {OLDER}: a shallow one gets it by `git fetch --unshallow`"
+WITHOUT_PREVIEWS = "fafa346"  # the last commit without previews
+MISSING = "this clone lacks a commit: a shallow one gets it by `git fetch --unshallow`"
 SITE = ROOT / "pulse_railway" / "local" / "site"  # resolves the private network's names
 
 
-def unpack(folder: Path) -> Path:
-    """Write the older commit's tree into a folder. Skip the test if the clone lacks it."""
+def unpack(folder: Path, commit: str = OLDER) -> Path:
+    """Write an older commit's tree into a folder. Skip the test if the clone lacks it."""
     try:
-        done = subprocess.run(["git", "archive", OLDER], cwd=ROOT, capture_output=True)
+        done = subprocess.run(["git", "archive", commit], cwd=ROOT, capture_output=True)
     except OSError:
         pytest.skip("there is no git, which has the older sources")
     if done.returncode:

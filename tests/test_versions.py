@@ -8,9 +8,11 @@ writes the active record anew, with four fields, in each run.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import itertools
 import json
+import os
 import shlex
 import socket
 import subprocess
@@ -1007,3 +1009,117 @@ def test_what_0_3_13_promotes_is_served_whatever_it_was_before(
     record = site.state.records["b"]
     assert (record.state, record.retiring_at, record.rejected_at) == ("active", None, None)
     assert record.address == site.backends["b"].address
+
+
+# -- previews, which earlier versions do not know ------------------------------------------------
+
+KEY = "k" * 43
+
+
+def preview(site: Site, name: str) -> dict[str, str]:
+    """Register a preview, as `deploy --preview` does; return what the store has then."""
+    words = ["register", "--deployment-id", name, "--service-name", name, "--service-id"]
+    words += [f"s-{name}", "--address", site.backends[name].address]
+    digest = hashlib.sha256(KEY.encode()).hexdigest()
+    assert site.control(*words, "--preview", digest)["ok"]
+    site.tabs(name, 0)
+    return site.keys()
+
+
+def reviewed(process: Process, name: str) -> tuple[int, str | None]:
+    target = f"/?pulse_deployment={name}"
+    answer = ask(process.port, target, f"cookie: __Host-pulse_preview={name}.{KEY}")
+    return answer.status, answer.header("x-pulse-selected-deployment")
+
+
+def records(keys: dict[str, str]) -> dict[str, str]:
+    return {k: v for k, v in keys.items() if ":deployment:" in k or ":preview:" in k}
+
+
+@pytest.mark.parametrize("version", ["older", "0.3.13"])
+def test_an_older_router_shows_a_preview_to_nobody(
+    site: Site, run: Callable[[str], Process], version: str
+) -> None:
+    site.deploy("a")
+    old, today = run(version), run("today")
+    before = records(preview(site, "d"))
+    eventually(lambda: reviewed(today, "d") == (200, "d"))
+    assert reviewed(old, "d") == served(old, "d") == (409, None)
+    assert served(today, "d") == (409, None)
+    assert served(old) == (200, "a")
+    site.server.client.publish(f"{PREFIX}:events", "[]")
+    time.sleep(1.2)  # each has read the state again
+    assert records(site.keys()) == before
+    assert site.promote("d")["ok"]
+    serves(old, "d")
+    eventually(lambda: served(old) == (200, "d"))
+
+
+def test_the_janitor_of_0_3_13_leaves_a_preview(site: Site, published: older.Published) -> None:
+    site.deploy("a", "b")
+    before = records(preview(site, "d"))
+    names = ("service_id", "service_name", "deployment_id")
+    found = [dict(zip(names, (f"s-{n}", n, n), strict=True)) for n in "abd"]
+    assert list(published.janitor(lambda: found))[-1][1:] == []
+    after = records(site.keys())
+    assert after.keys() == before.keys()
+    assert after[f"{PREFIX}:preview:d"] == before[f"{PREFIX}:preview:d"]
+
+
+RUN_OF_THE_JANITOR_BEFORE = """if True:
+    import json, os, sys
+    import control, janitor, router
+
+    class Railway:
+        def set_variables(self, *_): pass
+        def delete(self, service): print("deleted", service.deployment); return True
+
+    assert not hasattr(router, "PREVIEW")
+    store = router.RedisStore(os.environ["REDIS_URL"], "pulse:railway")
+    services = [
+        janitor.Backend(f"s-{n}", n, n, 7200.0, "SUCCESS", ours=bool(run))
+        for n, run in json.loads(sys.argv[1]).items()
+    ]
+    inventory = janitor.Inventory(services, "router")
+    limits = janitor.Retention(86_400.0, 0.0, 0)
+    for _ in range(2):
+        report = janitor.clean_up(store, Railway(), store.read(), inventory, "t", limits)
+    print(json.dumps(report.kept))
+"""
+
+
+def test_the_janitor_before_previews_leaves_one(
+    site: Site, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Since its service has no mark of a run; with one it is made reachable, and deleted then."""
+    folder = older.unpack(tmp_path_factory.mktemp("before"), older.WITHOUT_PREVIEWS)
+    site.deploy("a")
+
+    def run_of(mark: str) -> list[str]:
+        marks = json.dumps({"a": "run", "d": mark})
+        command = [sys.executable, "-P", "-c", RUN_OF_THE_JANITOR_BEFORE, marks]
+        env = {**os.environ, **site.env, "PYTHONPATH": str(folder)}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    before = records(preview(site, "d"))
+    kept = "no record names its service, and no deploy of this stack created it"
+    assert run_of("") == [json.dumps({"d": kept})]
+    assert records(site.keys()) == before
+    run_of("run")
+    assert site.record("d")["state"] == "draining"  # what the empty mark prevents
+
+
+def test_an_older_control_promotes_a_preview(site: Site, before: SimpleNamespace) -> None:
+    """It writes an ordinary record beside the preview's, and that counts."""
+    site.deploy("a")
+    preview(site, "d")
+
+    def old_control(*words: str) -> dict[str, Any]:
+        return dict(before.router.carry_out(list(words), site.env))
+
+    assert site.register("d", run=old_control)["ok"]
+    assert site.promote("d", run=old_control)["ok"]
+    state = site.state
+    assert (state.active, state.records["d"].is_preview) == ("d", False)

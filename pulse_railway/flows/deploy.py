@@ -10,7 +10,7 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from pulse_railway.app_identity import AppIdentity
 from pulse_railway.build_context import secrets_in_image
 from pulse_railway.config import AppConfig, Target, inside
 from pulse_railway.errors import Failure
+from pulse_railway.flows import preview
 from pulse_railway.flows.bake import bake, is_over
 from pulse_railway.flows.baseline import warn_of_lost_variables
 from pulse_railway.flows.cleanup import Attempt, release_lock, undo_on_failure
@@ -40,6 +41,7 @@ from pulse_railway.flows.reachability import (
     wait_until_reachable,
     wait_until_rendered,
 )
+from pulse_railway.flows.remove import evict
 from pulse_railway.flows.signals import interruptible, shielded
 from pulse_railway.options import DeployOptions
 from pulse_railway.output import Output
@@ -61,6 +63,11 @@ class Plan:
     dockerfile: Path  # like web_root, relative to the context
     web_root: Path
     start_command: str
+    preview_key: str | None = field(default=None, repr=False)
+
+    @property
+    def preview_hash(self) -> str | None:
+        return preview.hash_of(self.preview_key) if self.preview_key else None
 
     @property
     def app(self) -> AppConfig:
@@ -134,6 +141,7 @@ def check(options: DeployOptions, output: Output) -> Plan:
         dockerfile=dockerfile,
         web_root=web_root,
         start_command=shell(app.plugin.start_command or contract.START_COMMAND),
+        preview_key=preview.new_key() if options.preview else None,
     )
 
 
@@ -271,6 +279,7 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
     attempt.run += IMAGE if plan.image else ""
     began = time.monotonic()
     baking: dict[str, Any] | None = None
+    evicted: list[str] = []
     with interruptible(), contextlib.ExitStack() as exit_stack:
         exit_stack.callback(release_lock, api, attempt)
         exit_stack.enter_context(undo_on_failure(api, target, plan.options, attempt, output))
@@ -290,6 +299,8 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
             stack = attempt.stack = take_lock(api, stack, plan.options, attempt, output)
             require_baseline(stack)
             check_canary(api, stack, plan.options, attempt)
+            if plan.preview_key:
+                preview.require_previews(api, stack)
             plan = free_name(api, plan, stack, attempt, output)
         output.info(f"deployment {plan.deployment_id}")
         if plan.image:
@@ -301,11 +312,14 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
         with step(output, attempt, "build and start"):
             start_backend(api, stack, plan, attempt, output)
         with step(output, attempt, "register with the router"):
-            register(api, stack, plan, attempt, about)
+            register(api, stack, plan, attempt, about, output)
         with step(output, attempt, "reach it through the router"):
             wait_until_reachable(api, stack, plan.deployment_id, output, by_affinity=True)
         with step(output, attempt, f"see its page {plan.app.plugin.check_path}"):
             wait_for_page(api, stack, plan, attempt, output)
+        if plan.preview_key:
+            with step(output, attempt, "close it to janitors of earlier versions"):
+                preview.hide_from_earlier_janitors(api, stack, str(attempt.service_id))
         if plan.options.canary is not None:
             with step(output, attempt, f"give it {plan.options.canary:g} % of new visitors"):
                 promote_new(api, stack, plan, attempt, output)
@@ -320,6 +334,9 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
             old = str(attempt.previous)
             slow = plan.options.bake_latency_ms is not None
             baking = bake(api, stack, attempt.deployment_id, old, seconds, output, canary, slow)
+        if plan.options.evict:
+            attempt.step = "evict the other versions"
+            evicted = evict(api, stack, plan.deployment_id, output)
         release_dead(api, stack, attempt, output)
         app_identity.store_identity(api, stack, identity, plan.options.replace_app, output)
         if danger := config_files.would_delete(plan.app.context):
@@ -334,6 +351,8 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
         "canary": plan.options.canary,
         "bake": baking,
         "drains": attempt.drains,
+        "preview": plan.preview_key and preview.link(stack, plan.deployment_id, plan.preview_key),
+        "evicted": evicted,
         "address": stack.address,
         "server_address": plan.options.server_address or stack.address,
         "seconds": round(time.monotonic() - began, 1),
@@ -444,6 +463,7 @@ def create_backend(
                 **backend_variables(plan, stack),
                 contract.RUN: attempt.run,
                 contract.APP: app_identity.to_json(app),
+                **({contract.PREVIEW: plan.preview_hash} if plan.preview_hash else {}),
                 # a `$` in a commit's message could begin a reference
                 contract.ABOUT: json.dumps(about, separators=(",", ":")).replace("$", "\\u0024"),
             },
@@ -487,7 +507,9 @@ def start_backend(api: Api, stack: Stack, plan: Plan, attempt: Attempt, output: 
     wait_for_build(api, str(deployment), output)
 
 
-def register(api: Api, stack: Stack, plan: Plan, attempt: Attempt, about: dict[str, str]) -> None:
+def register(
+    api: Api, stack: Stack, plan: Plan, attempt: Attempt, about: dict[str, str], output: Output
+) -> None:
     assert attempt.service_id
     address = backend_address(api, stack.target, attempt.service_id)
     attempt.registered = True  # before the command, whose answer may be lost
@@ -500,7 +522,9 @@ def register(api: Api, stack: Stack, plan: Plan, attempt: Attempt, about: dict[s
         address=address,
         held=not plan.options.promote or plan.options.canary is not None,
         about=about,
+        preview=plan.preview_hash,
         renew=attempt.renewal(LATE_LEASE + plan.options.bake),
+        warn=output.warn,
     )
 
 
@@ -520,10 +544,10 @@ def wait_for_page(api: Api, stack: Stack, plan: Plan, attempt: Attempt, output: 
 def promote_new(api: Api, stack: Stack, plan: Plan, attempt: Attempt, output: Output) -> None:
     """Make the new deployment active, or the canary.
 
-    If no bake follows, the same command releases the deploy lock.
+    If neither a bake nor an eviction follows, the same command releases the deploy lock.
     """
     options, seconds = plan.options, bake_seconds(plan, attempt)
-    unlock = attempt.run if attempt.locked and not seconds else None
+    unlock = attempt.run if attempt.locked and not (seconds or options.evict) else None
     renew = attempt.renewal(LATE_LEASE + seconds) if seconds else None
     promoted = router_commands.send_promote(
         api,

@@ -7,11 +7,13 @@ from typing import Any
 from pulse_railway import router_commands
 from pulse_railway.errors import Failure
 from pulse_railway.flows.bake import bake, is_over
+from pulse_railway.flows.preview import release
 from pulse_railway.flows.reachability import (
     store_last_promoted,
     wait_until_active,
     wait_until_reachable,
 )
+from pulse_railway.flows.remove import evict
 from pulse_railway.flows.signals import interruptible
 from pulse_railway.options import PromoteOptions
 from pulse_railway.output import Output
@@ -49,6 +51,8 @@ def promote(api: Api, stack: Stack, options: PromoteOptions, output: Output) -> 
                 api, stack, deployment_id, previous, bake_seconds, output, canary, slow
             )
         result["active"] = result["active"] and not is_over(baking)
+    if options.evict:
+        result["evicted"] = evict(api, stack, deployment_id, output)
     return result
 
 
@@ -95,6 +99,7 @@ def check_and_promote(
             rolls_back=bool(instead_of),
             warn=output.warn,
         )
+        release(api, stack, service, output)
         if weight is None:
             store_last_promoted(api, stack, deployment_id, promoted, output)
     if weight is None and not force:

@@ -1,15 +1,15 @@
-"""`delete` and `remove`: delete a deployment that is not active."""
+"""`delete` and `remove`: delete a deployment that is not active; `--evict`: all of them."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from pulse_railway import contract, naming, router_commands
-from pulse_railway.errors import Failure
+from pulse_railway.errors import Failure, Refused
 from pulse_railway.output import Output
 from pulse_railway.railway.api import Api
 from pulse_railway.services import delete_service, empty_service_message
-from pulse_railway.stack import Stack, find_backend, joined
+from pulse_railway.stack import Service, Stack, find_backend, joined
 
 
 def delete(
@@ -35,12 +35,55 @@ def delete(
         service_id = service.id if service else None
         router_commands.send_retire(api, stack, deployment_id, service_id, force)
     if service:
-        with output.step(f"delete the service {service.name}"):
-            if not delete_service(api, stack.target, service.id):
-                output.warn(empty_service_message(service.name, deployment_id))
+        delete_retired(api, stack, service, output)
     with output.step("delete its record"):
         router_commands.send_forget(api, stack, deployment_id)
     return {"deployment_id": deployment_id, "deleted": True}
+
+
+def delete_retired(api: Api, stack: Stack, service: Service, output: Output) -> None:
+    """Delete the service of a deployment that the router has retired."""
+    with output.step(f"delete the service {service.name}"):
+        if not delete_service(api, stack.target, service.id):
+            output.warn(empty_service_message(service.name, str(service.deployment_id)))
+
+
+def evict(api: Api, stack: Stack, kept: str, output: Output) -> list[str]:
+    """Delete all deployments but `kept`, which is active, and return their ids.
+
+    All are retired, and their tabs told to reload, before the first service is deleted. Those that
+    are held or rolled back are among them. Previews stay, since their keys close them, and so does
+    a deploy in progress. Raises Failure if another deployment is active by now, and, after all
+    others are deleted, for one that a router may still route to.
+    """
+    with output.step("ask the router for the other versions"):
+        state = router_commands.read_state(api, stack)
+        if state["active"] != kept:
+            raise Failure(f"{state['active']} is active by now, not {kept}: nothing was evicted")
+    names = [
+        str(record["deployment_id"])
+        for record in state["deployments"]
+        if record["deployment_id"] != kept and not record.get("preview")
+        if record.get("state") != "pending" or record.get("held") or record.get("retiring_at")
+    ]
+    services = {str(s.deployment_id): s for s in [*stack.backends, *stack.empty]}
+    retired, refusals = [], []
+    for name in names:
+        with output.step(f"retire {name}"):
+            try:
+                service_id = services[name].id if name in services else None
+                router_commands.send_retire(api, stack, name, service_id, force=True)
+                retired.append(name)
+            except Refused as refused:
+                refusals.append(str(refused))
+    for name in retired:
+        if name in services:
+            delete_retired(api, stack, services[name], output)
+        with output.step(f"delete the record of {name}"):
+            router_commands.send_forget(api, stack, name, f"{kept} evicts it")
+    if refusals:
+        raise Failure("; ".join(refusals))
+    return retired
 
 
 def find_by_name(stack: Stack, name: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from pulse_railway import contract, router_commands
 from pulse_railway.errors import Failure, Refused
 from pulse_railway.flows.owner import has_other_owner, take_over_state
+from pulse_railway.flows.preview import has_hash, is_preview, release
 from pulse_railway.flows.promote import check_answers
 from pulse_railway.flows.reachability import (
     backend_address,
@@ -61,6 +62,12 @@ def restore(api: Api, stack: Stack, deployment_id: str | None, output: Output) -
         if deployment_id == state["active"] and not (taken_over or added):
             lost_active(stack, state)  # raises if nothing is lost
         check_answers(api, stack, deployment_id, output)
+    # a router of an earlier version would show a preview to everybody
+    restored = [
+        s
+        for s in stack.backends
+        if not is_preview(s) or (state.get("previews") and has_hash(s)) or s.deployment_id == active
+    ]
     with output.step("find the deployments' addresses"):
         records = [
             {
@@ -71,8 +78,9 @@ def restore(api: Api, stack: Stack, deployment_id: str | None, output: Output) -
                 "registered_at": datetime.fromisoformat(service.created_at).timestamp(),
                 "drain_started_at": None,
                 "about": stored_about(service),
+                **(as_preview(service) if service.deployment_id != active else {}),
             }
-            for service in stack.backends
+            for service in restored
         ]
     with output.step("restore the routing state"):
         # a router of an earlier version has no option `--chosen`, so it is sent only if needed
@@ -86,9 +94,17 @@ def restore(api: Api, stack: Stack, deployment_id: str | None, output: Output) -
             output.info("the routers have restored it meanwhile")
             return {"active": router_commands.read_active(api, stack), "restored": []}
         store_last_promoted(api, stack, active, promoted, output)
+        release(api, stack, find_backend(stack, active), output)
     with output.step("reach the active deployment"):
         wait_until_reachable(api, stack, active, output, by_affinity=False)
     return {"active": active, "restored": [r["deployment_id"] for r in records]}
+
+
+def as_preview(service: Service) -> dict[str, Any]:
+    """Return the fields by which the record of a preview differs; none for another deployment."""
+    if not is_preview(service):
+        return {}
+    return {"state": "pending", "held": True, "preview": service.variables[contract.PREVIEW]}
 
 
 def stored_about(service: Service) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ from pulse_railway import contract, router_commands
 from pulse_railway.advice import pasteable
 from pulse_railway.errors import Failure
 from pulse_railway.flows import baseline
+from pulse_railway.flows.preview import is_preview
 from pulse_railway.flows.promote import rollback_target
 from pulse_railway.railway import documents
 from pulse_railway.railway.api import Api, GraphqlError
@@ -48,7 +49,7 @@ def status(api: Api, stack: Stack) -> dict[str, Any]:
         rows.append(
             {
                 "deployment_id": name,
-                "state": record.get("state") or unrecorded,
+                "state": "preview" if record.get("preview") else record.get("state") or unrecorded,
                 "service": service.name if service else None,
                 "railway": service.status if service else "GONE",
                 "age_seconds": round(service.age) if service else None,
@@ -131,6 +132,14 @@ def state_problems(state: dict[str, Any], stack: Stack) -> list[str]:
     if active and active not in recorded and stack.backend(active):
         messages.append(f"the record of {active} is lost: `pulse-railway restore` restores it")
     deploying = float((state.get("lock") or {}).get("until") or 0) > time_of(state)
+    if not state.get("previews"):
+        messages += [
+            f"{s.deployment_id} is a preview, and {stack.names.router} is of an earlier version,"
+            " which shows it to nobody: `pulse-railway ensure` updates the router"
+            for s in stack.backends
+            if is_preview(s) and s.deployment_id not in recorded
+        ]
+        recorded |= {str(s.deployment_id) for s in stack.backends if is_preview(s)}
     if active and not state["lost"] and not deploying:
         messages += [
             f"{s.deployment_id} runs without a record, and its tabs are sent to {active}: unless it"
@@ -165,6 +174,7 @@ def other_version(state: dict[str, Any], stack: Stack) -> str | None:
         (s.created_at, str(s.deployment_id))
         for s in stack.backends
         if s.status not in FAILED_STATES and not s.stopped and s.deployment_id != state["active"]
+        if not is_preview(s)
     ]
     return rollback_target(state, stack) or (max(running)[1] if running else None)
 

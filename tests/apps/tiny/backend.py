@@ -24,6 +24,8 @@ class Handler(BaseHTTPRequestHandler):
                 status = 403
             count = int(SESSIONS.read_text()) if SESSIONS.exists() else 0
             answer |= {"render_session_count": count, "reloaded_socket_count": count}
+            if self.command == "POST" and SESSIONS.exists():  # its tabs are told to reload
+                SESSIONS.with_suffix(".told").touch()
         elif path == "/environment":
             answer = dict(os.environ)
         elif path == "/work" and os.environ.get("TINY_BROKEN"):
