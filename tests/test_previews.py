@@ -98,7 +98,8 @@ def test_an_older_promotion_wins_over_the_record_of_the_preview() -> None:
     """An earlier control knows no previews, and writes an ordinary record beside one."""
     ordinary = {"deployment_id": ID, "state": "pending", "service_name": ID, "preview": HASH}
     both = {":preview:pr-12": {"preview": HASH}, ":deployment:pr-12": ordinary}
-    assert not parse(both).records[ID].is_preview
+    for state in (both, dict(reversed(both.items()))):
+        assert not parse(state).records[ID].is_preview
     assert not parse({":active": ID, ":preview:pr-12": {"preview": HASH}}).records[ID].is_preview
 
 
@@ -182,6 +183,8 @@ def test_who_reaches_a_preview(gate: Gate) -> None:
     assert answer.header("cache-control") == "private"
     # a tab of another version stays where it is
     assert gate.got("/?pulse_deployment=old", COOKIE) == "old"
+    # and what is gone is gone
+    assert gate.ask("/?pulse_deployment=gone", COOKIE).status == 409
     # without: what everybody gets
     assert gate.got("/") == "new"
     for line in (
@@ -352,6 +355,23 @@ def test_a_deleted_preview_is_gone(gate: Gate) -> None:
     assert gate.ask(f"/?pulse_deployment={ID}", COOKIE).status == 409
 
 
+def test_a_router_looks_a_preview_up_that_it_does_not_know(gate: Gate) -> None:
+    """A tab's request can come to a router that an announcement has not reached."""
+    record = {**json.loads(gate.site.state[":preview:pr-12"]), "deployment_id": "pr-13"}
+    gate.site.server.client.set("pulse:railway:preview:pr-13", json.dumps(record))
+    target, cookie = "/?pulse_deployment=pr-13", COOKIE.replace(ID, "pr-13")
+    assert gate.got(target, cookie) == "pr-13"
+    assert gate.ask(target).status == 409
+
+
+def test_a_registration_waits_for_the_routers(gate: Gate) -> None:
+    """So that the link works at once."""
+    words = ["--deployment-id", "pr-13", "--service-name", "pr-13", "--preview", HASH]
+    answer = control.carry_out(["register", *words], {"REDIS_URL": gate.site.server.url})
+    (report,) = answer["routers"]
+    assert (answer["behind"], report["epoch"]) == ([], gate.site.store.read().epoch)
+
+
 def test_a_router_that_starts_finds_the_previews(gate: Gate, run_router: Run) -> None:
     process = up(run_router(gate.site.server))
     eventually(lambda: ask(process.port, "/", COOKIE).body == b"preview")
@@ -449,6 +469,8 @@ def test_a_request_makes_at_most_one_digest(monkeypatch: pytest.MonkeyPatch) -> 
     began = time.perf_counter()
     assert router.preview_of(Asking(cookie=wrong)) is None
     assert (len(digests), time.perf_counter() - began < 0.05) == (1, True)
+    assert router.open_preview(f"pr-13.{KEY}".encode()) is None  # an unknown id costs the same
+    assert digests.pop() == KEY.encode()
     long = b"__Host-pulse_preview=" + b"a" * 60_000
     assert router.preview_of(Asking(cookie=long)) is None
     assert len(digests) == 1
