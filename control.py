@@ -389,9 +389,13 @@ def release_deploy_lock(routing: Routing, holder: str | None) -> Routing:
 ENDED = "ended:"  # begins the names of ended runs among the nonces, which are forgotten in an hour
 
 
+ENDED_AGAIN = 1800.0  # seconds after which it is noted anew, before it is forgotten
+
+
 def with_ended(routing: Routing, holder: str) -> Routing:
     """Note that a run of `deploy` has ended."""
-    if holder in ended_runs(routing):
+    noted_at = routing.processed.get(ENDED + holder, 0.0)
+    if routing.now - noted_at < ENDED_AGAIN:
         return routing
     return replace(routing, processed={**routing.processed, ENDED + holder: routing.now})
 
