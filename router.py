@@ -2062,15 +2062,19 @@ def without_named(lines: list[bytes], connection: bytes) -> list[bytes]:
     return [line for line in lines if not is_dropped(line)]
 
 
-def without_cache_control(lines: list[bytes], directives: bytes) -> list[bytes]:
-    """Drop directives, a regular expression of their names, from the header lines of an answer."""
+# directives of Cache-Control
+FOR_SHARED = re.compile(rb"(?:public|s-maxage)\s*(?:=.*)?", re.IGNORECASE | re.DOTALL)
+ANY = re.compile(rb"[^,;]*\s*(?:=.*)?", re.DOTALL)
+
+
+def without_cache_control(lines: list[bytes], directives: re.Pattern[bytes]) -> list[bytes]:
+    """Drop directives from the header lines of an answer."""
     kept = []
     for line in lines:
         name, _, value = line.partition(b":")
         if name.lower() == b"cache-control":
-            dropped = re.compile(rb"(?:%b)\s*(?:=.*)?" % directives, re.IGNORECASE | re.DOTALL)
             parts = [part.strip() for part in value.split(b",")]
-            left = b", ".join(part for part in parts if not dropped.fullmatch(part))
+            left = b", ".join(part for part in parts if not directives.fullmatch(part))
             line = name + b": " + left + b"\r\n" if left else b""
         if line:
             kept.append(line)
@@ -2715,13 +2719,11 @@ class Exchange:
             if not page and request.path.startswith(ASSET_PREFIXES):  # the same everywhere
                 append(header)
                 if status == 404:  # but a version that is down, or not there yet, may have it
-                    out[1:] = [*without_cache_control(out[1:], b"[^,;]*"), NOT_STORED]
-                    append = out.append
+                    out[1:] = [*without_cache_control(out[1:], ANY), NOT_STORED]
             else:
                 append(header + VARY)
                 if request.by_visitor:
-                    out[1:] = [*without_cache_control(out[1:], b"public|s-maxage"), PRIVATE]
-                    append = out.append
+                    out[1:] = [*without_cache_control(out[1:], FOR_SHARED), PRIVATE]
             if page:  # affinity.js reads the document's deployment from it
                 timing = b'server-timing: pulse;desc="%b"\r\n'
                 append(timing % self.upstream.deployment.id.encode())
