@@ -672,7 +672,10 @@ def test_a_rollback_goes_on_where_one_does_not_answer(
 
 
 def test_a_deploy_beside_many_live_versions_is_warned_of() -> None:
-    many = [service(f"v{n}", PULSE_DEPLOYMENT_ID=f"v{n}") for n in range(8)]
+    many = [
+        replace(service(f"v{n}", PULSE_DEPLOYMENT_ID=f"v{n}"), created_at=f"2026-01-0{n + 1}")
+        for n in range(8)
+    ]
     output = Output()
     deploy.warn_of_many(stack(*many[1:]), output)
     assert output.warnings == []

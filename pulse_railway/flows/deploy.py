@@ -308,7 +308,8 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
                 build_image(plan, stack, output)
         with step(output, attempt, f"create the service {plan.service_name}"):
             about = provenance.about(plan.app.context, plan.options.message)
-            plan = create_named(api, stack, plan, attempt, about, identity, output)
+            facts = described(stack, plan, about, identity)
+            plan = create_named(api, stack, plan, attempt, facts, output)
         with step(output, attempt, "build and start"):
             start_backend(api, stack, plan, attempt, output)
         with step(output, attempt, "register with the router"):
@@ -399,9 +400,9 @@ MANY_LIVE = 8  # versions
 
 def warn_of_many(stack: Stack, output: Output) -> None:
     """Warn of many live versions, each of which is a service with memory of its own."""
-    live = sorted(stack.backends, key=lambda service: service.created_at)
+    live = stack.backends  # newest first
     if len(live) >= MANY_LIVE:
-        oldest = next(s for s in live if s.deployment_id != stack.last_promoted)
+        oldest = next(s for s in reversed(live) if s.deployment_id != stack.last_promoted)
         output.warn(
             f"{len(live)} versions are live, each a service of its own, and this is one more:"
             " `pulse-railway status` shows their tabs, `pulse-railway delete --deployment-id"
@@ -410,14 +411,20 @@ def warn_of_many(stack: Stack, output: Output) -> None:
         )
 
 
+def described(
+    stack: Stack, plan: Plan, about: dict[str, str], identity: AppIdentity
+) -> dict[str, str]:
+    """Return the variables that say what is deployed, and of which app."""
+    app = app_identity.merge_stored(stack, identity, plan.options.replace_app)
+    return {
+        contract.APP: app_identity.to_json(app),
+        # a `$` in a commit's message could begin a reference
+        contract.ABOUT: json.dumps(about, separators=(",", ":")).replace("$", "\\u0024"),
+    }
+
+
 def create_named(
-    api: Api,
-    stack: Stack,
-    plan: Plan,
-    attempt: Attempt,
-    about: dict[str, str],
-    identity: AppIdentity,
-    output: Output,
+    api: Api, stack: Stack, plan: Plan, attempt: Attempt, facts: dict[str, str], output: Output
 ) -> Plan:
     """Create the backend's service, and return the plan.
 
@@ -425,7 +432,7 @@ def create_named(
     """
     while True:
         try:
-            create_backend(api, stack, plan, attempt, about, identity)
+            create_backend(api, stack, plan, attempt, facts)
             return plan
         except GraphqlError:
             present = inspect(api, stack.target, stack.names)
@@ -442,15 +449,9 @@ def create_named(
 
 
 def create_backend(
-    api: Api,
-    stack: Stack,
-    plan: Plan,
-    attempt: Attempt,
-    about: dict[str, str],
-    identity: AppIdentity,
+    api: Api, stack: Stack, plan: Plan, attempt: Attempt, facts: dict[str, str]
 ) -> None:
     assert stack.router is not None
-    app = app_identity.merge_stored(stack, identity, plan.options.replace_app)
     attempt.creating = True
     command = plan.app.plugin.pre_deploy
     pre_deploy = {"preDeployCommand": [command]} if command else {}
@@ -462,10 +463,8 @@ def create_backend(
             {
                 **backend_variables(plan, stack),
                 contract.RUN: attempt.run,
-                contract.APP: app_identity.to_json(app),
+                **facts,
                 **({contract.PREVIEW: plan.preview_hash} if plan.preview_hash else {}),
-                # a `$` in a commit's message could begin a reference
-                contract.ABOUT: json.dumps(about, separators=(",", ":")).replace("$", "\\u0024"),
             },
             group_id=stack.router.group_id,
             settings={

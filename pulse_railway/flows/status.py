@@ -170,13 +170,13 @@ def state_problems(state: dict[str, Any], stack: Stack) -> list[str]:
 def other_version(state: dict[str, Any], stack: Stack) -> str | None:
     """Return what to make active in place of the active one: what `rollback` goes back to, or else
     the latest deployment that runs."""
-    running = [
-        (s.created_at, str(s.deployment_id))
-        for s in stack.backends
+    running = (
+        s.deployment_id
+        for s in stack.backends  # newest first
         if s.status not in FAILED_STATES and not s.stopped and s.deployment_id != state["active"]
         if not is_preview(s)
-    ]
-    return rollback_target(state, stack) or (max(running)[1] if running else None)
+    )
+    return rollback_target(state, stack) or next(running, None)
 
 
 def active_problems(state: dict[str, Any], stack: Stack) -> list[str]:
