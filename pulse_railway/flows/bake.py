@@ -7,10 +7,11 @@ is a function of counts, and `python -m benchmarks.bake` prints how often it is 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -286,9 +287,64 @@ def bake(
 
     Raises RolledBack if `new` does worse, and Failure if the routers cannot be asked at the end.
     """
+    with told_if_cut_off(new, output), output.step(f"watch it for {seconds} s"):
+        began, warned, retried = time.monotonic(), False, False
+        last, lost = Look(), False
+        interval = max(POLL_INTERVAL, seconds / MAX_POLLS)
+        while True:
+            passed, seen = time.monotonic() - began, None
+            try:
+                state = router_commands.read_state(api, stack)
+            except Refused:
+                raise
+            except Failure as failure:  # without the counts there is nothing to judge
+                output.warn(f"the bake goes on without a look: {failure}")
+            else:
+                seen = look(state, new, old)
+                current = (
+                    (state["canary"] or {}).get("deployment_id") if canary else state["active"]
+                )
+                if current != new:
+                    return _result(seen, new, old, f"over: {current or 'none'} took its place")
+                if None not in (seen.since, last.since) and seen.since != last.since:
+                    return _result(seen, new, old, "over: another bake of it has begun")
+                if seen.counted == new:
+                    lost = lost or seen.new.requests < last.new.requests
+                    last = seen
+                if seen.counted != new and not warned:
+                    warned = True
+                    output.warn(not_counted(seen))
+                judged = seen.verdict(slow)
+                counts = f"{seen.new}; {old}: {seen.old}"
+                why = "" if judged == "well" else f" ({judged})"
+                output.waiting(f"{passed:.0f} of {seconds} s: {counts}{why}")
+                if judged in ("worse", "slow"):
+                    roll_back(api, stack, new, old, judged, counts, output, canary)
+            if passed < seconds:
+                time.sleep(min(interval, max(seconds - passed, 0.1)))
+                continue
+            if lost:
+                raise Failure(
+                    "Redis has lost what the routers had counted: it is not known whether"
+                    f" {new} does well. `pulse-railway promote --bake` watches it anew"
+                )
+            if seen and seen.reported:
+                router_commands.send_finish_bake(api, stack, new)
+                return _result(seen, new, old, seen.verdict(slow))
+            if retried:
+                raise Failure(
+                    "the routers could not be asked at the end of the bake: it is not known"
+                    f" whether {new} does well. `pulse-railway status` shows what answers"
+                )
+            retried = True
+            time.sleep(POLL_INTERVAL)
+
+
+@contextlib.contextmanager
+def told_if_cut_off(new: str, output: Output) -> Iterator[None]:
+    """Say what holds after a bake that has no verdict."""
     try:
-        with output.step(f"watch it for {seconds} s"):
-            return _watch(api, stack, new, old, seconds, output, canary, slow)
+        yield
     except RolledBack:
         raise
     except (Failure, Interrupted) as error:
@@ -300,72 +356,13 @@ def bake(
         raise
 
 
-def _watch(
-    api: Api,
-    stack: Stack,
-    new: str,
-    old: str,
-    seconds: int,
-    output: Output,
-    canary: bool,
-    slow: bool,
-) -> dict[str, Any]:
-    began, warned, retried = time.monotonic(), False, False
-    last, lost = Look(), False
-    interval = max(POLL_INTERVAL, seconds / MAX_POLLS)
-    while True:
-        passed, seen = time.monotonic() - began, None
-        try:
-            state = router_commands.read_state(api, stack)
-        except Refused:
-            raise
-        except Failure as failure:  # without the counts there is nothing to judge
-            output.warn(f"the bake goes on without a look: {failure}")
-        else:
-            seen = look(state, new, old)
-            current = (state["canary"] or {}).get("deployment_id") if canary else state["active"]
-            if current != new:
-                return _result(seen, new, old, f"over: {current or 'none'} took its place")
-            if None not in (seen.since, last.since) and seen.since != last.since:
-                return _result(seen, new, old, "over: another bake of it has begun")
-            if seen.counted == new:
-                lost = lost or seen.new.requests < last.new.requests
-                last = seen
-            if seen.counted != new and not warned:
-                warned = True
-                if seen.counted:
-                    output.warn(
-                        f"the routers count the visitors of {seen.counted}, which bakes too"
-                    )
-                else:
-                    output.warn(
-                        "the router is of another version, and counts no visitors for a bake:"
-                        " `pulse-railway ensure` brings this one"
-                    )
-            judged = seen.verdict(slow)
-            counts = f"{seen.new}; {old}: {seen.old}"
-            why = "" if judged == "well" else f" ({judged})"
-            output.waiting(f"{passed:.0f} of {seconds} s: {counts}{why}")
-            if judged in ("worse", "slow"):
-                roll_back(api, stack, new, old, judged, counts, output, canary)
-        if passed < seconds:
-            time.sleep(min(interval, max(seconds - passed, 0.1)))
-            continue
-        if lost:
-            raise Failure(
-                f"Redis has lost what the routers had counted: it is not known whether {new} does"
-                " well. `pulse-railway promote --bake` watches it anew"
-            )
-        if seen and seen.reported:
-            router_commands.send_finish_bake(api, stack, new)
-            return _result(seen, new, old, seen.verdict(slow))
-        if retried:
-            raise Failure(
-                f"the routers could not be asked at the end of the bake: it is not known whether"
-                f" {new} does well. `pulse-railway status` shows what answers"
-            )
-        retried = True
-        time.sleep(POLL_INTERVAL)
+def not_counted(seen: Look) -> str:
+    if seen.counted:
+        return f"the routers count the visitors of {seen.counted}, which bakes too"
+    return (
+        "the router is of another version, and counts no visitors for a bake: `pulse-railway"
+        " ensure` brings this one"
+    )
 
 
 def _result(seen: Look, new: str, old: str, verdict: str) -> dict[str, Any]:
