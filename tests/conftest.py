@@ -570,6 +570,15 @@ def project(railway: demo.Stage, request: pytest.FixtureRequest) -> Iterator[Pro
     created.delete()
 
 
+@pytest.fixture(scope="module")
+def two(project: Project) -> Project:
+    """A baseline with two deployments, of which `second` is active."""
+    project.ok("ensure", "main.py", "--rollback-window-seconds", "900")
+    project.deploy("first")
+    project.deploy("second")
+    return project
+
+
 BASE = {"pulse-router", "pulse-env", "pulse-redis", "pulse-janitor"}
 
 

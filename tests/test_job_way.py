@@ -26,15 +26,6 @@ KILLS = int(os.environ.get("PULSE_KILLS") or 1)
 JOB = ("--control", "job")
 
 
-@pytest.fixture(scope="module")
-def two(project: Project) -> Project:
-    """Two deployments, `second` active."""
-    project.ok("ensure", "main.py", "--rollback-window-seconds", "900")
-    project.deploy("first")
-    project.deploy("second")
-    return project
-
-
 def test_commands_by_the_janitor(two: Project, request: pytest.FixtureRequest) -> None:
     play(globals(), request)
 

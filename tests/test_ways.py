@@ -238,21 +238,13 @@ def test_the_way_is_settled_by_what_there_is(
 # -- on the local Railway ----------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def stack(project: Project) -> Project:
-    project.ok("ensure", "main.py", "--rollback-window-seconds", "900")
-    project.deploy("first")
-    project.deploy("second")
-    return project
-
-
-@pytest.fixture
-def two(stack: Project) -> Project:
-    """A baseline with two deployments, of which `second` is active."""
-    set_faults(stack.railway)
-    if stack.active != "second":
-        stack.ok("promote", "--deployment-id", "second", "--control", "ssh")
-    return stack
+@pytest.fixture(name="two")
+def two_as_they_were(two: Project) -> Project:
+    """As conftest.py's, for each test."""
+    set_faults(two.railway)
+    if two.active != "second":
+        two.ok("promote", "--deployment-id", "second", "--control", "ssh")
+    return two
 
 
 def test_who_has_no_key_is_turned_away(two: Project, tmp_path: Path) -> None:
