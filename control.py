@@ -1537,7 +1537,6 @@ def change_answer(
         if is_former and needed_fallback(reports(store), before):
             words = fallback_words(before, args.deployment_id)
             raise StateError(f"{words}. --force removes it all the same", "fallback")
-    drained = store.read().active if args.command == "promote" else None
     routing = change_state(store, args, me)
     answer: Json = {}
     if args.command == "claim":
@@ -1545,9 +1544,11 @@ def change_answer(
     record = routing.records.get(getattr(args, "deployment_id", None) or "")
     if args.command in ("promote", "restore"):
         answer["promoted"] = routing.promoted and vars(routing.promoted)
-        former = routing.former_active
-        if former and former.deployment_id == drained:
-            answer["drains"] = {"deployment_id": drained, "sessions": sessions(former, token)}
+        records = routing.records.values()
+        former = next((r for r in records if r.drain_started_at == routing.now), None)
+        if former and args.command == "promote":
+            name = former.deployment_id
+            answer["drains"] = {"deployment_id": name, "sessions": sessions(former, token)}
     if args.command == "maintenance":
         answer["since"] = routing.maintenance and routing.maintenance.since
         answer["at"] = routing.now

@@ -72,7 +72,7 @@ def test_a_name_is_kept_with_its_service(base: Project) -> None:
     name = "prod-feature-login"
     deployment_id = base.ok("deploy", "main.py", "--deployment-name", name)["deployment_id"]
     assert base.variables(deployment_id)[contract.NAME] == name
-    base.ok("rollback")
+    assert base.ok("rollback")["drains"]["deployment_id"] == deployment_id
     assert "no deployment is named prod" in base.run("remove", "--deployment-name", "prod").error
     assert base.ok("remove", "--deployment-name", name)["deployment_id"] == deployment_id
 

@@ -195,6 +195,7 @@ def step_10_deploy_evicts_the_old_versions(site: LiveSite) -> None:
     project.ok("rollback")  # `second` is rolled back from, and has tabs
     done = project.ok(*"deploy main.py --deployment-id fixed --evict".split())
     assert (done["active"], set(done["evicted"])) == (True, {"first", "held", "pr-12", "second"})
+    assert done["drains"] is None  # it is gone
     assert project.services == BASE | {"fixed", "pr-14"}
     assert set(project.records) == {"fixed"}
     assert site.visited == "fixed"

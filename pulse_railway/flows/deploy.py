@@ -351,7 +351,7 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
         "active": attempt.promoted and plan.options.canary is None and not is_over(baking),
         "canary": plan.options.canary,
         "bake": baking,
-        "drains": attempt.drains,
+        "drains": None if plan.options.evict else attempt.drains,
         "preview": plan.preview_key and preview.link(stack, plan.deployment_id, plan.preview_key),
         "evicted": evicted,
         "address": stack.address,

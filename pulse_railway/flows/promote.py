@@ -52,7 +52,7 @@ def promote(api: Api, stack: Stack, options: PromoteOptions, output: Output) -> 
             )
         result["active"] = result["active"] and not is_over(baking)
     if options.evict:
-        result["evicted"] = evict(api, stack, deployment_id, output)
+        result |= {"evicted": evict(api, stack, deployment_id, output), "drains": None}
     return result
 
 
