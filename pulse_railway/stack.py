@@ -45,6 +45,7 @@ class Service:
     variables: dict[str, str] = field(default_factory=dict)  # references not resolved
     stopped: bool = False  # the latest deployment was stopped
     regions: dict[str, int] = field(default_factory=dict)  # region -> replicas; empty: not known
+    limits: dict[str, float] = field(default_factory=dict)  # memory_gb, vcpus; empty: the plan's
     status_at: float | None = None  # since when it has that status, in seconds since 1970
 
     @property
@@ -635,6 +636,7 @@ def read_services(api: Api, target: Target, names: Names) -> Stack:
             status_at=seconds_of(latest.get("statusUpdatedAt")) if latest else None,
             stopped=bool(latest and latest["deploymentStopped"]),
             regions=regions,
+            limits=limits_of(of_config),
         )
         if service.name in services:  # a template was deployed twice
             doubles.append(service)
@@ -644,6 +646,21 @@ def read_services(api: Api, target: Target, names: Names) -> Stack:
     }
     taken |= {s.name: s.id for s in services.values()}
     return Stack(target, names, services, taken=taken, doubles=doubles)
+
+
+def limits_of(config: dict[str, Any]) -> dict[str, float]:
+    """Return the limits that a service's config has: memory_gb (10^9 bytes) and vcpus.
+
+    Its shape is that of `limitOverride` in Railway's CLI (src/controllers/config/environment.rs).
+    """
+    override = (config.get("deploy") or {}).get("limitOverride") or {}
+    containers = override.get("containers") or {}
+    limits = {}
+    if cpu := containers.get("cpu"):
+        limits["vcpus"] = float(cpu)
+    if memory := containers.get("memoryBytes"):
+        limits["memory_gb"] = memory / 10**9
+    return limits
 
 
 def read_variables(api: Api, stack: Stack) -> None:
