@@ -62,6 +62,9 @@ ROUTER_SERVICE: Final = "PULSE_RAILWAY_SERVICE"
 JANITOR_SERVICE: Final = "PULSE_RAILWAY_JANITOR_SERVICE"
 REDIS_SERVICE: Final = "PULSE_RAILWAY_REDIS_SERVICE"
 NOTIFY_URL: Final = "PULSE_RAILWAY_NOTIFY_URL"  # ours, on the janitor: the URL of notifications
+# ours, where a verb runs: what Railway pulls private images with
+REGISTRY_USERNAME: Final = "PULSE_RAILWAY_REGISTRY_USERNAME"
+REGISTRY_PASSWORD: Final = "PULSE_RAILWAY_REGISTRY_PASSWORD"
 SSH_KEY: Final = "PULSE_RAILWAY_SSH_KEY"  # ours, where a verb runs: the key of `railway ssh`
 # ours, on the router: the deployment promoted last, and the time in seconds by Redis' clock
 LAST_PROMOTED: Final = "PULSE_RAILWAY_ACTIVE"
