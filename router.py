@@ -2549,8 +2549,8 @@ class Client(asyncio.Protocol):
         """End the connection's state if its limit of time is over."""
         limits, transport, arriving = TABLE.limits, self.transport, self.arriving
         idle, closing = now - self.touched, transport.is_closing()
-        if self.waiting and has_hung_up(transport):
-            transport.abort()  # it is not read while a request waits, so nothing else sees this
+        if self.reading_paused and has_hung_up(transport):
+            transport.abort()  # nothing else sees it while the connection is not read
             return
         stalled = now - self.stalled_since if self.stalled_since else 0.0
         if self.state in (LINGERING, DROPPING):
@@ -3000,6 +3000,9 @@ async def forward(
         if request.gone:
             upstream.transport.abort()
             count_gone(request, target)
+            if not request.counted:
+                took = time.monotonic() - request.received
+                request.client.count_own(request, None, target, took)
             return GONE
         exchange = await exchanged(request, upstream, hedge, timeout)
     finally:
