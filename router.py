@@ -1408,14 +1408,12 @@ class Table:
             return None
         url = urllib.parse.urlsplit(record.url)
         host, port = str(url.hostname), url.port or 80
-        header = f"{SELECTED_HEADER}: {name}\r\n"
-        if record.is_preview:  # not for everybody behind a shared cache (RFC 9111 section 3)
-            header += "cache-control: private\r\n"
         old = self.deployments.get(name.encode()) or self.previews.get(name.encode())
         if old is None or (old.host, old.port) != (host, port):
             tally = METRICS.tallies.setdefault(name, Tally())
             old = Deployment(name, record.state, host, port, b"", tally)
-        old.state, old.header, old.key_hash = record.state, header.encode(), record.preview
+        old.header = f"{SELECTED_HEADER}: {name}\r\n".encode()
+        old.state, old.key_hash = record.state, record.preview
         return old
 
     async def serve_without_state(self) -> None:
@@ -2012,8 +2010,6 @@ def client_limit(configured: int | None, limits: Limits) -> int:
 
 CHUNKED = b"transfer-encoding: chunked\r\n"
 VARY = f"vary: {AFFINITY_HEADER}\r\n".encode()
-PRIVATE = b"cache-control: private\r\n"  # in a canary, another visitor gets another answer
-NOT_STORED = b"cache-control: no-store\r\n"
 # RFC 9110 section 7.6.1: for one connection only. The header `Connection` names more, ...
 HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer"
@@ -2062,23 +2058,27 @@ def without_named(lines: list[bytes], connection: bytes) -> list[bytes]:
     return [line for line in lines if not is_dropped(line)]
 
 
-# directives of Cache-Control
-FOR_SHARED = re.compile(rb"(?:public|s-maxage)\s*(?:=.*)?", re.IGNORECASE | re.DOTALL)
-ANY = re.compile(rb"[^,;]*\s*(?:=.*)?", re.DOTALL)
+# of Cache-Control: a directive, whose argument may be quoted; those that `private` replaces; all
+DIRECTIVE = re.compile(rb'(?:[^,"]+|"(?:[^"\\]+|\\.)*"?)+', re.DOTALL)
+FOR_SHARED = re.compile(rb"(?:public|private|s-maxage)(?![\w-]).*", re.IGNORECASE | re.DOTALL)
+ANY = re.compile(rb".*", re.DOTALL)
 
 
-def without_cache_control(lines: list[bytes], directives: re.Pattern[bytes]) -> list[bytes]:
-    """Drop directives from the header lines of an answer."""
-    kept = []
+def with_cache_control(
+    lines: list[bytes], directive: bytes, dropped: re.Pattern[bytes]
+) -> list[bytes]:
+    """Add a directive to the header lines of an answer, in place of those that are `dropped`. All
+    are in one line then, since a cache may read only one (RFC 9111 section 5.2)."""
+    kept, directives = [], []
     for line in lines:
         name, _, value = line.partition(b":")
         if name.lower() == b"cache-control":
-            parts = [part.strip() for part in value.split(b",")]
-            left = b", ".join(part for part in parts if not directives.fullmatch(part))
-            line = name + b": " + left + b"\r\n" if left else b""
-        if line:
+            parts = [part.strip() for part in DIRECTIVE.findall(value)]
+            directives += [part for part in parts if part and not dropped.fullmatch(part)]
+        else:
             kept.append(line)
-    return kept
+    # the new one first, where no quote that is not closed can hide it
+    return [*kept, b"cache-control: " + b", ".join([directive, *directives]) + b"\r\n"]
 
 
 NO_STORE = {"cache-control": "no-store"}  # on the router's own answers
@@ -2693,7 +2693,7 @@ class Exchange:
                     self.happens("missing")
                 return
             self.client.exchange = self
-        length = page = False
+        deployment, length, page = self.upstream.deployment, False, False
         named = coding = b""
         out = [b"HTTP/1.1 %d %b\r\n" % (status, reason)]
         append = out.append
@@ -2710,23 +2710,28 @@ class Exchange:
                     elif lower == b"connection" and value.lower() not in USUAL_CONNECTION:
                         named += b"," + value
                     continue
-                elif self.upstream.deployment.header:
+                elif deployment.header:
                     continue
             append(name + b": " + value + b"\r\n")
         if named:
             out[1:] = without_named(out[1:], named)
-        if header := self.upstream.deployment.header:  # else this is the local Railway's edge
-            if not page and request.path.startswith(ASSET_PREFIXES):  # the same everywhere
+        if header := deployment.header:  # else this is the local Railway's edge
+            private = deployment.key_hash is not None  # a preview's, for those with its key
+            asset = request.path.startswith(ASSET_PREFIXES)
+            if asset and lacks_asset(request.path, status, page):
+                append(header)  # a version that is down, or not there yet, may have it
+                out[:] = with_cache_control(out, b"no-store", ANY)
+                private = False
+            elif asset and not page:  # the same everywhere
                 append(header)
-                if status == 404:  # but a version that is down, or not there yet, may have it
-                    out[1:] = [*without_cache_control(out[1:], ANY), NOT_STORED]
             else:
                 append(header + VARY)
-                if request.by_visitor:
-                    out[1:] = [*without_cache_control(out[1:], FOR_SHARED), PRIVATE]
+                private = private or request.by_visitor  # another one may get another answer
+            if private:
+                out[:] = with_cache_control(out, b"private", FOR_SHARED)
             if page:  # affinity.js reads the document's deployment from it
                 timing = b'server-timing: pulse;desc="%b"\r\n'
-                append(timing % self.upstream.deployment.id.encode())
+                append(timing % deployment.id.encode())
                 if request.visitor:
                     append(visitor_cookie(request))
         empty = self.head_only or status in (204, 304)
@@ -3709,9 +3714,13 @@ def is_miss(path: bytes, status: int, fields: list[tuple[bytes, bytes]]) -> bool
         return True
     if not path.startswith(ASSET_PREFIXES):
         return status == 204 and any(n.lower() == b"x-remix-reload-document" for n, _ in fields)
-    is_html = any(name.lower() == b"content-type" and is_page(value) for name, value in fields)
-    page = status == 200 and not path.endswith((b".html", b".htm")) and is_html
-    return status == 404 or page
+    page = any(name.lower() == b"content-type" and is_page(value) for name, value in fields)
+    return lacks_asset(path, status, page)
+
+
+def lacks_asset(path: bytes, status: int, page: bool) -> bool:
+    """Does an answer for an asset say that there is none, or is it a page in place of a file?"""
+    return status == 404 or (page and status == 200 and not path.endswith((b".html", b".htm")))
 
 
 # == Serving ====================================================================================

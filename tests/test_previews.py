@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from pulse_railway import contract, runtime_image
 from pulse_railway.flows import preview as flow
 from tests.conftest import Process
-from tests.net import Answer, Backend, ask, eventually, header, ok
+from tests.net import Answer, Backend, ask, eventually, header, headers, ok
 from tests.scene import Site, up
 
 router: Any = runtime_image.load("router")
@@ -181,6 +181,9 @@ def test_who_reaches_a_preview(gate: Gate) -> None:
     answer = gate.ask("/", COOKIE)
     assert answer.body == b"preview"
     assert answer.header("cache-control") == "private"
+    gate.backend.answer = ok(b"preview", "cache-control: public, max-age=9")
+    for path in ("/", "/assets/app.js"):  # one line: a cache may read only the first
+        assert headers(gate.ask(path, COOKIE).head, "cache-control") == ["private, max-age=9"]
     # a tab of another version stays where it is
     assert gate.got("/?pulse_deployment=old", COOKIE) == "old"
     # and what is gone is gone
