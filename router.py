@@ -2394,9 +2394,10 @@ class Client(asyncio.Protocol):
                 self.chunked = self.has_body = True
             elif name == b"expect":
                 self.expects_continue = value.lower() == b"100-continue"
-            elif name == b"x-forwarded-host" and value != self.host and not is_host(value):
-                if not all(is_host(host.strip()) for host in value.split(b",")):
-                    raise BadRequest("not a host")
+            elif name == b"connection" or value == self.host:
+                continue
+            elif not all(is_host(host.strip()) for host in value.split(b",")):
+                raise BadRequest("not a host")
         if lengths > 1 or (self.chunked and (lengths or version == "1.0")):
             raise BadRequest("conflicting message lengths, or HTTP/1.0 with a transfer coding")
         if method == b"CONNECT":
@@ -3230,8 +3231,9 @@ def join(client: Client, exchange: Exchange, seen: Seen | None) -> None:
 
 # == Which deployment gets a request ============================================================
 
-QUERY_AFFINITY = re.compile(rb"(?:^|&)" + AFFINITY_QUERY.encode() + rb"=([^&]*)")
-QUERY_PREVIEW = re.compile(rb"(?:^|&)" + PREVIEW_QUERY.encode() + rb"=([^&]*)")
+AFFINITY_PARAMETER, PREVIEW_PARAMETER = (
+    re.compile(b"&" + name.encode() + rb"=([^&]*)") for name in (AFFINITY_QUERY, PREVIEW_QUERY)
+)
 QUERY_RELOAD = re.compile(rb"(?:^|&)" + RELOAD_QUERY.encode() + rb"=1(?:&|$)")
 SUSPECT_PATH = re.compile(rb"_pulse|//|/\.|[%\\;]", re.IGNORECASE)
 OWN_HEALTH_PATH = ROUTER_HEALTH_PATH.encode()
@@ -3242,11 +3244,16 @@ ASSET_PREFIXES = tuple(filter(None, _PREFIXES))
 LONGEST_AFFINITY = 300  # bytes: what is longer is no id, however it is encoded
 
 
+def query_field(parameter: re.Pattern[bytes], query: bytes) -> bytes | None:
+    """Return the first value of a query's parameter, as it is; None if the query lacks it."""
+    match = parameter.search(b"&" + query)
+    return match[1] if match else None
+
+
 def affinity(request: Request) -> bytes:
     """Return the deployment id in a request, from the query or else the header, or nothing."""
-    query = request.query
-    if query and (match := QUERY_AFFINITY.search(query)) and match[1]:
-        return urllib.parse.unquote_to_bytes(match[1][:LONGEST_AFFINITY])
+    if request.query and (value := query_field(AFFINITY_PARAMETER, request.query)):
+        return urllib.parse.unquote_to_bytes(value[:LONGEST_AFFINITY])
     values = request.values(b"x-pulse-deployment")
     return values[0].strip() if values else b""
 
@@ -3255,8 +3262,10 @@ def without_affinity(url: bytes) -> str | None:
     """Return a URL without the deployment and the preview's key in its query, to redirect to: only
     a path that no browser takes for another host's."""
     path, _, query = url.partition(b"?")
-    names = (QUERY_AFFINITY, QUERY_PREVIEW)
-    kept = b"&".join(p for p in query.split(b"&") if not any(name.match(p) for name in names))
+    kept = b"&" + query
+    for parameter in (AFFINITY_PARAMETER, PREVIEW_PARAMETER):
+        kept = parameter.sub(b"", kept)
+    kept = kept[1:]
     if kept == query or not re.fullmatch(rb"/(?![/\\])[\x21-\x7e]*", path) or b"\\" in path:
         return None
     return (path + (b"?" + kept if kept else b"")).decode("latin-1")
@@ -3307,12 +3316,11 @@ def route(request: Request) -> None:
         return
     request.affinity_id = name = affinity(request)
     target = None
-    if table.previews or PREVIEW_PARAMETER in request.query:
-        if response := follow_preview_link(request):
-            client.answer(request, response)
-            return
-        if target := preview_of(request):  # as if by affinity: no other version stands in for it
-            request.affinity_id = target.id.encode()
+    if PREVIEW_LINK in request.query and (response := follow_preview_link(request)):
+        client.answer(request, response)
+        return
+    if table.previews and (target := preview_of(request)):
+        request.affinity_id = target.id.encode()  # so that no other version stands in for it
     if target is None:
         target = table.deployments.get(name) if name else pick_default(request)
     simple = target and not request.more_body and not may_hedge(request)
@@ -3344,9 +3352,10 @@ def on_done(exchange: Exchange) -> None:
 
 # -- previews: reachable with a key only -------------------------------------------------------
 
-PREVIEW_PARAMETER = PREVIEW_QUERY.encode() + b"="
+PREVIEW_LINK = PREVIEW_QUERY.encode() + b"="
 PREVIEW_FIELD = PREVIEW_HEADER.encode()
 PREVIEW_KEY = re.compile(rb"([a-z0-9][a-z0-9-]{0,23})\.([A-Za-z0-9_-]{43})")  # <id>.<256 bits>
+COOKIE_START = PREVIEW_COOKIE.encode() + b"="
 IN_COOKIE = re.compile(rb"(?:^|;) *" + PREVIEW_COOKIE.encode() + rb"=([a-z0-9-]+\.[\w-]+) *(?:;|$)")
 NO_HASH = "-" * 64  # of no key
 
@@ -3370,26 +3379,30 @@ def preview_of(request: Request) -> Deployment | None:
         return None
     if name and is_trusted(request):
         return TABLE.previews.get(name)
-    keys = request.values(PREVIEW_FIELD)
-    if not keys:
-        cookies = (IN_COOKIE.search(value) for value in request.values(b"cookie"))
-        keys = [match[1] for match in cookies if match]
-    preview = open_preview(keys[0].strip()) if keys else None
+    key = in_cookie = None  # the first of each
+    for _, lower, value in request.fields:
+        if lower == PREVIEW_FIELD:
+            key = value.strip() if key is None else key
+        elif lower == b"cookie" and in_cookie is None:
+            match = IN_COOKIE.search(value) if COOKIE_START in value else None
+            in_cookie = match[1] if match else None
+    key = in_cookie if key is None else key
+    preview = open_preview(key) if key else None
     return preview if preview and name in (b"", preview.id.encode()) else None
 
 
 def follow_preview_link(request: Request) -> Response | None:
     """Answer a link with a preview's key: it becomes a cookie, and leaves the address. A link
     without a key ends the preview. A wrong key is answered as an unknown id is. None: no link."""
-    match = QUERY_PREVIEW.search(request.query)
-    if match is None:
+    key = query_field(PREVIEW_PARAMETER, request.query)
+    if key is None:
         return None
     target = without_affinity(request.url)
-    opens = open_preview(match[1]) is not None
-    if not target or request.method not in (b"GET", b"HEAD") or not (opens or match[1] == b""):
+    opens = open_preview(key) is not None
+    if not target or request.method not in (b"GET", b"HEAD") or not (opens or key == b""):
         request.affinity_id = b"-"
         return stale_response(request)
-    cookie = f"{PREVIEW_COOKIE}={match[1].decode()}; Path=/; Secure; HttpOnly; SameSite=Lax"
+    cookie = f"{PREVIEW_COOKIE}={key.decode()}; Path=/; Secure; HttpOnly; SameSite=Lax"
     headers = {"location": target, "set-cookie": cookie + ("" if opens else "; Max-Age=0")}
     return Response(None, 302, NO_STORE | headers | {"referrer-policy": "no-referrer"})
 

@@ -109,8 +109,8 @@ def chosen_by(request: Request, deployment: str) -> str:
     if deployment.encode() in table.previews:
         return "preview"
     if request.affinity_id:
-        match = router.QUERY_AFFINITY.search(request.query)
-        return "query" if match and match[1] else "header"
+        by_query = router.query_field(router.AFFINITY_PARAMETER, request.query)
+        return "query" if by_query else "header"
     if (fallback := table.fallback_in_use) and fallback.id == deployment:
         return "fallback"
     main = {d.id for d in (table.active, table.canary) if d}

@@ -249,6 +249,34 @@ def test_a_wrong_key_takes_as_long_as_an_unknown_id(gate: Gate) -> None:
     assert 0.7 < ratio < 1.4
 
 
+def test_requests_without_a_key_cost_one_look_at_the_headers(monkeypatch: Any) -> None:
+    """While there is a preview, every request of every visitor is asked for its key."""
+    looks = []
+
+    class Fields(list[Any]):
+        def __iter__(self) -> Any:
+            looks.append(1)
+            return super().__iter__()
+
+    class Request:
+        affinity_id, query = b"", b"a=b"
+        fields = Fields([(b"Cookie", b"cookie", b"a=b"), (b"Host", b"host", b"x")])
+
+        def values(self, field: bytes) -> list[bytes]:
+            return [value for _, name, value in self.fields if name == field]
+
+    preview = router.Deployment(ID, "pending", "h", 1, b"", key_hash=HASH)
+    monkeypatch.setattr(router.TABLE, "previews", {ID.encode(): preview})
+    request: Any = Request()
+    assert router.preview_of(request) is None
+    assert len(looks) == 1
+    key = (b"", b"cookie", COOKIE.partition(": ")[2].encode())
+    request.fields.append(key)
+    assert router.preview_of(request) is preview
+    request.fields.append((b"", b"x-pulse-preview", b""))  # the header comes first, if it is there
+    assert router.preview_of(request) is None
+
+
 def test_the_link_sets_a_cookie_and_leaves_the_address(gate: Gate) -> None:
     answer = gate.ask(f"/a%2Fb//c;d?x=%41&pulse_preview={TICKET}&y=&&z=1")
     assert answer.status == 302

@@ -167,6 +167,9 @@ def test_a_path_of_escapes_costs_little(site: tuple[Bodies, Process]) -> None:
         ("/", "connection: " + ",".join(["a"] * 900), 200),  # what a proxy could send
         ("/", "x-forwarded-host: " + ",".join(["a"] * 900), 200),
         ("/?pulse_deployment=" + "%41" * 20_000, "x: y", 409),
+        ("/?pulse_deployment=x" + "&" * 30_000, "accept: text/html", 302),
+        ("/?" + "pulse_deployment=x&" * 3_000, "accept: text/html", 302),
+        ("/?" + "x&" * 30_000, "x: y", 200),
     ],
 )
 def test_what_is_long_costs_little(
