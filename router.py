@@ -3316,7 +3316,9 @@ def route(request: Request) -> None:
         return
     request.affinity_id = name = affinity(request)
     target = None
-    if PREVIEW_LINK in request.query and (response := follow_preview_link(request)):
+    # not `in`: of bytes that takes three times as long
+    links = bool(request.query) and request.query.find(PREVIEW_LINK) >= 0
+    if links and (response := follow_preview_link(request)):
         client.answer(request, response)
         return
     if table.previews and (target := preview_of(request)):
@@ -3384,7 +3386,7 @@ def preview_of(request: Request) -> Deployment | None:
         if lower == PREVIEW_FIELD:
             key = value.strip() if key is None else key
         elif lower == b"cookie" and in_cookie is None:
-            match = IN_COOKIE.search(value) if COOKIE_START in value else None
+            match = IN_COOKIE.search(value) if value.find(COOKIE_START) >= 0 else None
             in_cookie = match[1] if match else None
     key = in_cookie if key is None else key
     preview = open_preview(key) if key else None
