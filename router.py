@@ -2350,9 +2350,9 @@ class Client(asyncio.Protocol):
         parser = self.parser
         method, version = parser.get_method(), parser.get_http_version()
         self.check_head(method, version)
-        if len(self.waiting) >= TABLE.limits.pipelined_requests:
-            raise BadRequest("too many requests at once")
         behind = self.request or self.waiting
+        if behind and len(self.waiting) >= TABLE.limits.pipelined_requests:
+            raise BadRequest("too many requests at once")
         if handshake := parser.should_upgrade():
             protocols = [value.lower() for _, name, value in self.fields if name == b"upgrade"]
             if method != b"GET" or self.has_body or protocols[-1:] != [b"websocket"]:
@@ -3317,8 +3317,8 @@ def route(request: Request) -> None:
     request.affinity_id = name = affinity(request)
     target = None
     # not `in`: of bytes that takes three times as long
-    links = bool(request.query) and request.query.find(PREVIEW_LINK) >= 0
-    if links and (response := follow_preview_link(request)):
+    query = request.query
+    if query and query.find(PREVIEW_LINK) >= 0 and (response := follow_preview_link(request)):
         client.answer(request, response)
         return
     if table.previews and (target := preview_of(request)):
