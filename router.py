@@ -2743,7 +2743,7 @@ class Exchange:
                 if request.visitor:
                     append(visitor_cookie(request))
         empty = self.head_only or status in (204, 304)
-        inner = coding.removesuffix(b"chunked, ")  # such as gzip: passed on as it is
+        inner = coding and coding.removesuffix(b"chunked, ")  # such as gzip: passed on as it is
         self.until_close = not (length or empty or inner != coding)
         self.keep = parser.should_keep_alive() and not self.until_close
         if not (length or empty) or (coding and self.head_only):
@@ -3060,15 +3060,16 @@ ENDED = {BROKEN: "broken_off", GONE: "client_gone"}  # in the access log
 def record_outcome(exchange: Exchange) -> ExchangeState:
     """Count an ended exchange, and go on as its outcome says. Returns and raises as `forward`."""
     request, deployment, outcome = exchange.request, exchange.upstream.deployment, exchange.state
-    if outcome is LOST:
-        raise UpstreamError(502, exchange.why, "lost", sent=True)
-    if outcome is TIMED_OUT:
-        raise UpstreamError(504, "the deployment did not answer in time", "timeout", sent=True)
-    if outcome is MISSING:
-        return outcome  # another deployment, or a request to this one, answers
     took, status, seen = exchange.heard - exchange.began, exchange.status, None
-    if outcome is GONE and not exchange.answered_at:
-        status = 0  # at most a 1xx has come
+    if outcome is not OK:
+        if outcome is LOST:
+            raise UpstreamError(502, exchange.why, "lost", sent=True)
+        if outcome is TIMED_OUT:
+            raise UpstreamError(504, "the deployment did not answer in time", "timeout", sent=True)
+        if outcome is MISSING:
+            return outcome  # another deployment, or a request to this one, answers
+        if outcome is GONE and not exchange.answered_at:
+            status = 0  # at most a 1xx has come
     if status:
         tally, first_byte = deployment.tally, took
         tally.answered(request.method, status, took)
