@@ -47,7 +47,9 @@ WEB_ROOT: Final = "PULSE_WEB_ROOT"
 DOCKERFILE_PATH: Final = "RAILWAY_DOCKERFILE_PATH"
 
 # Variables of the router and the janitor.
-RAILWAY_TOKEN: Final = "RAILWAY_TOKEN"
+RAILWAY_TOKEN: Final = "RAILWAY_TOKEN"  # the janitor's
+# ours, as RAILWAY_TOKEN on the router, which needs none: 0.3.x refuses a router without one
+NO_TOKEN: Final = "the-janitor-alone-has-it"
 RAILWAY_API_TOKEN: Final = "RAILWAY_API_TOKEN"
 REDIS_URL: Final = "REDIS_URL"
 REDIS_PREFIX: Final = "PULSE_RAILWAY_REDIS_PREFIX"

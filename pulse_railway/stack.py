@@ -116,6 +116,13 @@ class Stack:
         return [value for value in values if value]
 
     @property
+    def runtime_token(self) -> str | None:
+        """The janitor's Railway token, or None. In a stack of an earlier version the router has it,
+        too."""
+        found = (s.variables.get(contract.RAILWAY_TOKEN) for s in (self.janitor, self.router) if s)
+        return next((token for token in found if token and token != contract.NO_TOKEN), None)
+
+    @property
     def missing(self) -> list[str]:
         """The names of the baseline's services that do not exist."""
         names = [self.names.router, self.names.env, self.names.janitor]
@@ -651,7 +658,7 @@ def read_variables(api: Api, stack: Stack) -> None:
     for i, service in enumerate(services):
         service.variables = values[f"v{i}"]
         secrets = (service.variables.get(name, "") for name in SECRET_NAMES)
-        keep_secret(*(value for value in secrets if "${{" not in value))
+        keep_secret(*(v for v in secrets if "${{" not in v and v != contract.NO_TOKEN))
 
 
 def can_create_missing(stack: Stack) -> bool:
@@ -671,8 +678,9 @@ def can_create_missing(stack: Stack) -> bool:
         recognised &= bool(router.variables.get(contract.STACK))
         known = of_router(stack)
     else:
-        needed = (contract.RAILWAY_TOKEN, contract.REDIS_URL, contract.REDIS_PREFIX)
+        needed = (contract.REDIS_URL, contract.REDIS_PREFIX)
         recognised = janitor in of_lost_router(stack) and all(map(stack.stored, needed))
+        recognised &= stack.runtime_token is not None
         recognised &= "${{" not in (stack.stored(contract.INTERNAL_TOKEN) or "${{")
         if stack.copied_from and janitor:  # the original's router is added to the copy
             stamp = f"{here}/{stack.taken.get(stack.names.router)}"
@@ -871,7 +879,7 @@ def require_router(stack: Stack) -> None:
     router = stack.router
     if router is None or stack.names.redis in stack.missing:
         raise Failure(partial(stack))
-    require_variables(router)
+    require_variables(router, contract.REDIS_URL, contract.INTERNAL_TOKEN)
     if not router.variables.get(contract.RUNTIME_VERSION):
         raise Failure(
             f"{router.name} runs an older pulse-railway: run `pulse-railway ensure`, which takes it"
@@ -886,13 +894,16 @@ def require_baseline(stack: Stack) -> None:
     if stack.missing:
         raise Failure(partial(stack))
     assert stack.janitor is not None
-    require_variables(stack.janitor)
-
-
-def require_variables(service: Service) -> None:
-    """Raise Failure if a variable without which router and janitor do not work is not set."""
     needed = (contract.RAILWAY_TOKEN, contract.REDIS_URL, contract.INTERNAL_TOKEN)
-    absent = [name for name in needed if not service.variables.get(name)]
+    require_variables(stack.janitor, *needed)
+
+
+def require_variables(service: Service, *needed: str) -> None:
+    """Raise Failure if one of these variables, without which a service does not work, is not
+    set."""
+    absent = [
+        name for name in needed if service.variables.get(name) in (None, "", contract.NO_TOKEN)
+    ]
     if absent:
         raise Failure(f"{service.name} lacks {', '.join(absent)}: run `pulse-railway ensure`")
 

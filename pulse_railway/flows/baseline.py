@@ -58,8 +58,13 @@ from pulse_railway.stack import (
 from pulse_railway.waiting import FAILED_STATES, poll, wait_for_services
 
 LOGIN_IS_NOT_DURABLE = (
-    "a Railway CLI login is not written into the router and the janitor, since it expires: set"
+    "a Railway CLI login is not written into the janitor, since it expires: set"
     " RAILWAY_TOKEN (project token) or RAILWAY_API_TOKEN and run this again"
+)
+NO_PROJECT_TOKEN = (
+    "the janitor's Railway token is no project token of this environment, so it may open more:"
+    " create one (Railway, project settings, Tokens), and run `pulse-railway ensure` with it as"
+    " RAILWAY_TOKEN"
 )
 
 
@@ -178,15 +183,15 @@ def ensure(
 
 
 def check_written_token(api: Api, stack: Stack) -> None:
-    """Raise Failure if the router's token is not valid.
+    """Raise Failure if the janitor's token is not valid.
 
     Another run at the same time has deleted it as one that was not used, or has written its own.
     """
-    router = stack.router
-    assert router is not None
-    read_variables(api, Stack(stack.target, stack.names, {router.name: router}))
-    written = router.variables.get(contract.RAILWAY_TOKEN, "")
-    if router.variables.get(contract.TOKEN_MADE) and (
+    janitor = stack.janitor
+    assert janitor is not None
+    read_variables(api, Stack(stack.target, stack.names, {janitor.name: janitor}))
+    written = janitor.variables.get(contract.RAILWAY_TOKEN, "")
+    if janitor.variables.get(contract.TOKEN_MADE) and (
         api.environment_of(written) != stack.target.environment_id
     ):
         raise Failure(
@@ -348,7 +353,7 @@ def warn_of_copy(stack: Stack, output: Output) -> None:
 
 
 def own_project_token(api: Api, stack: Stack, plan_only: bool, output: Output) -> str:
-    """Return a project token of this environment for router and janitor, created if need be.
+    """Return a project token of this environment for the janitor, created if need be.
 
     A copied environment's variables hold the original's token, which must not be used.
     """
@@ -373,8 +378,8 @@ def own_project_token(api: Api, stack: Stack, plan_only: bool, output: Output) -
 def delete_unused_tokens(api: Api, target: Target, name: str, output: Output) -> None:
     """Delete the project tokens of this name and environment.
 
-    An interrupted run has created them, and has not written them to the router: the caller has
-    found no token on the router that opens the environment.
+    An interrupted run has created them, and has not written them to the janitor: the caller has
+    found no token there that opens the environment.
     """
     try:
         tokens = api.call(documents.PROJECT_TOKENS, project=target.project_id)["projectTokens"]
@@ -413,21 +418,24 @@ STATE_OF_ORIGINAL = (
 
 
 def runtime_token(api: Api, stack: Stack, plan_only: bool, output: Output) -> str:
-    """Return the token of router and janitor.
+    """Return the janitor's token: this run's project token, else the present one if it is a
+    project's, else this run's token.
 
     A token that `ensure` has created is replaced if it no longer opens this environment. Raises
-    Failure if they have none and the user has a Railway CLI login, which expires.
+    Failure if there is none and the user has a Railway CLI login, which expires.
     """
-    present = stack.stored(contract.RAILWAY_TOKEN)
-    if present and stack.stored(contract.TOKEN_MADE) and not api.scope():
-        if api.environment_of(present) == stack.target.environment_id:
-            return present
-        return own_project_token(api, stack, plan_only, output)
-    if api.token.durable:
+    if api.scope():
         return api.token.value
-    if not present:
+    present = stack.runtime_token
+    if present and api.environment_of(present) == stack.target.environment_id:
+        return present
+    if stack.stored(contract.TOKEN_MADE):
+        return own_project_token(api, stack, plan_only, output)
+    token = api.token.value if api.token.durable else present
+    if not token:
         raise Failure(LOGIN_IS_NOT_DURABLE)
-    return present
+    output.warn(NO_PROJECT_TOKEN)
+    return token
 
 
 def internal_token(stack: Stack) -> str:
@@ -551,7 +559,6 @@ def desired(
     else:
         redis_url = str(stack.stored(contract.REDIS_URL))
     shared = {
-        contract.RAILWAY_TOKEN: runtime_token,
         contract.INTERNAL_TOKEN: internal_token,
         contract.REDIS_URL: redis_url,
         contract.REDIS_PREFIX: desired_redis_prefix(stack, options),
@@ -568,7 +575,11 @@ def desired(
         shared[contract.TOKEN_MADE] = "1"
     router = Desired(
         names.router,
-        {**shared, contract.PORT: str(contract.DEFAULT_PORT)},
+        {
+            **shared,
+            contract.RAILWAY_TOKEN: contract.NO_TOKEN,
+            contract.PORT: str(contract.DEFAULT_PORT),
+        },
         {
             **ROUTER_SETTINGS,
             "numReplicas": flags.router_replicas,
@@ -580,6 +591,7 @@ def desired(
     )
     janitor_variables = {
         **shared,
+        contract.RAILWAY_TOKEN: runtime_token,
         contract.ROLLBACK_WINDOW: str(flags.rollback_window),
         contract.KEEP: str(flags.keep),
         contract.ROUTER_SERVICE: names.router,
