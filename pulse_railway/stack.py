@@ -46,6 +46,7 @@ class Service:
     stopped: bool = False  # the latest deployment was stopped
     regions: dict[str, int] = field(default_factory=dict)  # region -> replicas; empty: not known
     status_at: float | None = None  # since when it has that status, in seconds since 1970
+    railway_domains: list[str] = field(default_factory=list)  # those of `domains` by Railway
 
     @property
     def deployment_id(self) -> str | None:
@@ -175,6 +176,13 @@ class Stack:
         if self.router is None or not self.router.domains:
             raise Failure(f"{self.names.router} has no public address: run `pulse-railway ensure`")
         return f"https://{self.router.domains[0]}"
+
+    @property
+    def railway_address(self) -> str | None:
+        """The router's public URL that Railway has given, at which nobody else answers; None if it
+        has custom domains alone."""
+        domains = self.router.railway_domains if self.router else []
+        return f"https://{domains[0]}" if domains else None
 
 
 _SETTINGS = (
@@ -632,6 +640,7 @@ def read_services(api: Api, target: Target, names: Names) -> Stack:
             status_at=seconds_of(latest.get("statusUpdatedAt")) if latest else None,
             stopped=bool(latest and latest["deploymentStopped"]),
             regions=regions,
+            railway_domains=[d["domain"] for d in domains["serviceDomains"]],
         )
         if service.name in services:  # a template was deployed twice
             doubles.append(service)

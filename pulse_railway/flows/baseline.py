@@ -695,7 +695,8 @@ def apply(
             write(api, target, changes)
             for change in changes:
                 if change.domain:
-                    change.service.domains = [create_domain(api, target, change.service.id)]
+                    created = create_domain(api, target, change.service.id)
+                    change.service.domains = change.service.railway_domains = [created]
     for change in changes:
         if change.deploy:
             service = change.service

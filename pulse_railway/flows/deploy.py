@@ -315,7 +315,8 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
         with step(output, attempt, "register with the router"):
             register(api, stack, plan, attempt, about, output)
         with step(output, attempt, "reach it through the router"):
-            wait_until_reachable(api, stack, plan.deployment_id, output, by_affinity=True)
+            name, closed = plan.deployment_id, plan.options.preview
+            wait_until_reachable(api, stack, name, output, by_affinity=True, preview=closed)
         with step(output, attempt, f"see its page {plan.app.plugin.check_path}"):
             wait_for_page(api, stack, plan, attempt, output)
         if plan.preview_key:
@@ -534,7 +535,8 @@ def wait_for_page(api: Api, stack: Stack, plan: Plan, attempt: Attempt, output: 
     start later or fail. Raises Failure with the end of the deployment's log.
     """
     try:
-        wait_until_rendered(api, stack, plan.deployment_id, plan.app.plugin.check_path, output)
+        path, closed = plan.app.plugin.check_path, plan.options.preview
+        wait_until_rendered(api, stack, plan.deployment_id, path, output, closed)
     except Failure as failure:
         log_tail = runtime_tail(api, str(attempt.railway_deployment))
         raise Failure(f"{failure}{log_tail}") from None
