@@ -102,6 +102,8 @@ VARIABLES = {
         " since when it is empty",
         "PULSE_RAILWAY_KEY_TTL_SECONDS": "in a copy of an environment, on a shared Redis: its keys'"
         " time to live. On the janitor and the backends, too",
+        "PULSE_RAILWAY_FORMER_TOKENS": "as on the janitor: JSON, the internal tokens before the"
+        " present one that live versions hold, and until when; by `ensure --rotate`",
         "PULSE_RAILWAY_TOKEN_MADE": "`ensure` has made its token, in a copied environment",
         "PULSE_RAILWAY_OWNS_STATE": "`1`: the janitor claims a routing state that has no owner for"
         " this stack, even one with deployments",

@@ -63,6 +63,8 @@ ROUTER_REPLICAS: Final = "PULSE_RAILWAY_ROUTER_REPLICAS"  # ours: the same of th
 ROUTER_SERVICE: Final = "PULSE_RAILWAY_SERVICE"
 JANITOR_SERVICE: Final = "PULSE_RAILWAY_JANITOR_SERVICE"
 REDIS_SERVICE: Final = "PULSE_RAILWAY_REDIS_SERVICE"
+# ours: JSON, former internal tokens that live versions hold -> until when each was the present one
+FORMER_TOKENS: Final = "PULSE_RAILWAY_FORMER_TOKENS"
 NOTIFY_URL: Final = "PULSE_RAILWAY_NOTIFY_URL"  # ours, on the janitor: the URL of notifications
 SSH_KEY: Final = "PULSE_RAILWAY_SSH_KEY"  # ours, where a verb runs: the key of `railway ssh`
 # ours, on the router: the deployment promoted last, and the time in seconds by Redis' clock

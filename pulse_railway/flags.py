@@ -162,6 +162,8 @@ _ALL = (
     Flag("repair", "create services of this stack again that were deleted", kind=bool),
     Flag("owns_state", "claim the routing state of an external Redis if it has no owner",
          kind=bool),
+    Flag("rotate", "replace the internal token; live versions go on with the former one",
+         kind=bool),
     Flag("plan", "print the changes without making them", kind=bool),
     # a deployment
     Flag("deployment_name", "prefix of the generated deployment id",

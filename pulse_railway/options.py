@@ -99,6 +99,7 @@ class BaselineOptions:
     notify: str | None = field(default=None, repr=False)
     owns_state: bool = False
     repair: bool = False
+    rotate: bool = False  # replace the internal token
     plan_only: bool = False
 
 

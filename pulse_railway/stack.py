@@ -3,6 +3,7 @@ the stack."""
 
 from __future__ import annotations
 
+import json
 import re
 import time
 import urllib.parse
@@ -23,6 +24,7 @@ SECRET_NAMES = (
     contract.RAILWAY_TOKEN,
     contract.REDIS_URL,
     contract.INTERNAL_TOKEN,
+    contract.FORMER_TOKENS,
     contract.NOTIFY_URL,
 )
 
@@ -124,6 +126,14 @@ class Stack:
         return next((token for token in found if token and token != contract.NO_TOKEN), None)
 
     @property
+    def former_tokens(self) -> dict[str, float]:
+        """Former internal tokens, and the time until which each was the present one."""
+        found: dict[str, float] = {}
+        for text in self.values(contract.FORMER_TOKENS):
+            found |= tokens_and_times(text)
+        return found
+
+    @property
     def missing(self) -> list[str]:
         """The names of the baseline's services that do not exist."""
         names = [self.names.router, self.names.env, self.names.janitor]
@@ -183,6 +193,15 @@ class Stack:
         has custom domains alone."""
         domains = self.router.railway_domains if self.router else []
         return f"https://{domains[0]}" if domains else None
+
+
+def tokens_and_times(text: str) -> dict[str, float]:
+    """Parse the variable FORMER_TOKENS; what is not of its form is left out."""
+    try:
+        entries = json.loads(text or "{}").items()
+    except (ValueError, AttributeError, RecursionError):
+        return {}
+    return {token: float(at) for token, at in entries if isinstance(at, int | float)}
 
 
 _SETTINGS = (
@@ -668,6 +687,7 @@ def read_variables(api: Api, stack: Stack) -> None:
         service.variables = values[f"v{i}"]
         secrets = (service.variables.get(name, "") for name in SECRET_NAMES)
         keep_secret(*(v for v in secrets if "${{" not in v and v != contract.NO_TOKEN))
+        keep_secret(*tokens_and_times(service.variables.get(contract.FORMER_TOKENS, "")))
 
 
 def can_create_missing(stack: Stack) -> bool:

@@ -6,9 +6,11 @@ prints their difference (`plan`); `ensure` applies it.
 
 from __future__ import annotations
 
+import json
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,6 +170,9 @@ def ensure(
     else:
         token = runtime_token(api, stack, options.plan_only, output)
         shared = internal_token(stack)
+        if options.rotate:
+            shared = secrets.token_urlsafe(32)
+            keep_secret(shared)
     token_made = bool(stack.copied_from) and not api.scope()
     missing = create_missing(api, stack, options.plan_only, output)
     changes = plan(stack, options, token, shared, token_made)
@@ -177,6 +182,11 @@ def ensure(
         if any(change.deploy for change in changes) and not options.runtime_image:
             program.need("railway")
         apply(api, stack, changes, options, output)
+        if options.rotate and stack.backends and not stack.copied_from:
+            output.info(
+                f"{joined(str(s.deployment_id) for s in stack.backends)} keep the former internal"
+                " token, and go on with it: see docs/rotation.md"
+            )
         if not api.scope() and any(contract.RAILWAY_TOKEN in c.variables for c in changes):
             check_written_token(api, stack)
     return stack, lines
@@ -441,8 +451,8 @@ def runtime_token(api: Api, stack: Stack, plan_only: bool, output: Output) -> st
 def internal_token(stack: Stack) -> str:
     """Return the secret that router, janitor and backends share.
 
-    It is never replaced, since running backends hold it. Raises Failure if there are backends and
-    no service shows it.
+    Only `--rotate` replaces it, since running backends hold it. Raises Failure if there are
+    backends and no service shows it.
     """
     present = known_internal_token(stack)
     if present is None and stack.backends:
@@ -461,6 +471,31 @@ def known_internal_token(stack: Stack) -> str | None:
     holders = (stack.router, stack.janitor, *stack.backends)
     values = (service.variables.get(contract.INTERNAL_TOKEN) for service in holders if service)
     return next((value for value in values if value and "${{" not in value), None)
+
+
+HELD_AT_LEAST = 3600.0  # seconds: a deploy may be under way, and clocks differ
+
+
+def former_tokens(stack: Stack, internal_token: str) -> dict[str, float]:
+    """Return the former internal tokens that a live version may hold, and until when each was the
+    present one.
+
+    A version holds the token of its start until it is started again.
+
+    Args:
+        internal_token: the one that router and janitor get.
+    """
+    former, present, now = stack.former_tokens, known_internal_token(stack), time.time()
+    if stack.copied_from:  # no router routes to the versions that hold one
+        return {}
+    if present not in (None, internal_token):
+        former[str(present)] = now
+    oldest = min([now, *(now - service.age for service in stack.backends)])
+    return {
+        token: until
+        for token, until in former.items()
+        if token != internal_token and oldest < until + HELD_AT_LEAST
+    }
 
 
 # Router and janitor do not work without these settings: `ensure` restores them.
@@ -571,6 +606,10 @@ def desired(
         shared[contract.SERVICE_PREFIX] = names.prefix
     if not options.runtime_image:
         shared[contract.DOCKERFILE_PATH] = "Dockerfile.router"
+    former = former_tokens(stack, internal_token)
+    records = dict(flags.records)
+    if former or stack.stored(contract.FORMER_TOKENS):
+        records[contract.FORMER_TOKENS] = json.dumps(former) if former else ""
     if token_made or (not stack.copied_from and stack.stored(contract.TOKEN_MADE)):
         shared[contract.TOKEN_MADE] = "1"
     router = Desired(
@@ -587,7 +626,7 @@ def desired(
             "overlapSeconds": 30,
             "drainingSeconds": 30,
         },
-        flags.records,
+        records,
     )
     janitor_variables = {
         **shared,
@@ -605,7 +644,7 @@ def desired(
         names.janitor,
         janitor_variables,
         {**JANITOR_SETTINGS, "cronSchedule": flags.cron},
-        flags.records,
+        records,
     )
     return [router, janitor]
 
