@@ -39,7 +39,8 @@ VARIABLES = {
         "PULSE_RAILWAY_INTERNAL_TOKEN": "the token of the router and the janitor for its internal"
         " endpoints; set by `deploy`",
         "PULSE_RAILWAY_REDIS_URL": "the Redis of the sessions, a reference; only with"
-        " `RailwaySessionStore`",
+        " `RailwaySessionStore`. On the env service: another one than the router's, by"
+        " `ensure --session-redis-url`",
         "PULSE_RAILWAY_SESSION_SCOPE": "in a copy of an environment, on a shared Redis: its id,"
         " which follows the prefix of session keys",
         "PULSE_RAILWAY_DEPLOYMENT_NAME": "the name from which its id was generated",

@@ -40,7 +40,7 @@ APP_FILE: Final = "PULSE_APP_FILE"
 SERVER_ADDRESS: Final = "PULSE_SERVER_ADDRESS"
 PUBLIC_ORIGIN: Final = "PULSE_PUBLIC_ORIGIN"  # a later Pulse reads this in place of the former
 PORT: Final = "PORT"
-SESSION_REDIS_URL: Final = "PULSE_RAILWAY_REDIS_URL"
+SESSION_REDIS_URL: Final = "PULSE_RAILWAY_REDIS_URL"  # on the env service: another one for apps
 SESSION_SCOPE: Final = "PULSE_RAILWAY_SESSION_SCOPE"  # ours, in a copy: follows the keys' prefix
 # Variables of its build, besides some of those.
 WEB_ROOT: Final = "PULSE_WEB_ROOT"

@@ -25,6 +25,7 @@ SECRET_NAMES = (
     contract.REDIS_URL,
     contract.INTERNAL_TOKEN,
     contract.FORMER_TOKENS,
+    contract.SESSION_REDIS_URL,
     contract.NOTIFY_URL,
 )
 
@@ -126,6 +127,18 @@ class Stack:
         return next((token for token in found if token and token != contract.NO_TOKEN), None)
 
     @property
+    def session_redis_url(self) -> str | None:
+        """The Redis of apps' sessions by `ensure --session-redis-url`; None: the router's."""
+        return (self.env.variables.get(contract.SESSION_REDIS_URL) or None) if self.env else None
+
+    @property
+    def session_redis_reference(self) -> str:
+        """The value by which a deployment gets the Redis of its sessions."""
+        if self.session_redis_url:
+            return f"${{{{{self.names.env}.{contract.SESSION_REDIS_URL}}}}}"
+        return f"${{{{{self.names.router}.{contract.REDIS_URL}}}}}"
+
+    @property
     def former_tokens(self) -> dict[str, float]:
         """Former internal tokens, and the time until which each was the present one."""
         found: dict[str, float] = {}
@@ -193,6 +206,20 @@ class Stack:
         has custom domains alone."""
         domains = self.router.railway_domains if self.router else []
         return f"https://{domains[0]}" if domains else None
+
+
+WRONG_ADDRESS = "an address that is wrong"
+
+
+def address_without_secrets(url: str) -> str:
+    """Return scheme, host, port and number of a Redis address; a reference as it is."""
+    if ownership.REFERENCE.fullmatch(url):
+        return url
+    if runtime_image.load("router").redis_problem(url):
+        return WRONG_ADDRESS
+    parts = urllib.parse.urlsplit(url)
+    host = f"[{parts.hostname}]" if ":" in str(parts.hostname) else parts.hostname
+    return f"{parts.scheme}://{host}:{parts.port or 6379}{parts.path.rstrip('/')}"
 
 
 def tokens_and_times(text: str) -> dict[str, float]:
@@ -590,7 +617,8 @@ def mended_references(stack: Stack, service: Service) -> dict[str, str]:
             new = f"${{{{{router}.{name}}}}}"
             same = value == stack.router.variables.get(name) or (match and match[1] == router)
         elif name in (contract.SESSION_REDIS_URL, contract.KEY_TTL):
-            new = f"${{{{{router}.{name if name == contract.KEY_TTL else contract.REDIS_URL}}}}}"
+            new = f"${{{{{router}.{name}}}}}"
+            new = stack.session_redis_reference if name == contract.SESSION_REDIS_URL else new
             same = not match or match[1] in stack.services
         else:
             new, same = ownership.REFERENCE.sub(of_env, value), False

@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 import control
 import janitor
 from pulse_railway import contract
-from pulse_railway.config import Names, Target
-from pulse_railway.flows.baseline import HELD_AT_LEAST, former_tokens
+from pulse_railway.config import Names, Target, Where
+from pulse_railway.errors import Failure
+from pulse_railway.flows.baseline import HELD_AT_LEAST, check_redis_mode, former_tokens
+from pulse_railway.options import BaselineOptions
 from pulse_railway.stack import Service, Stack
 from router import Record, Routing
 from tests.conftest import Project, play
@@ -238,6 +240,34 @@ def test_no_version_is_deleted_for_a_refused_token(status: int) -> None:
         assert run.judge(record, service, 1000.0) == "keep: not answering"
         assert run.judge(record, service, 40.0) == "expired"
         assert control.sessions_answer(record, "t").get("wrong_token", False) is (status == 403)
+
+
+# -- a Redis password ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "same"),
+    [
+        ("redis://u:old@h:6379", True),
+        ("redis://u:new@h:6379", True),
+        ("redis://other:new@h/", True),
+        ("redis://u:old@h2:6379", False),
+        ("redis://u:old@h:6380", False),
+        ("redis://u:old@h:6379/1", False),
+        ("rediss://u:old@h:6379", False),
+    ],
+)
+def test_the_password_of_an_external_redis_can_be_replaced(url: str, same: bool) -> None:
+    """`ensure` took any other address for another Redis."""
+    variables = {contract.REDIS_URL: "redis://u:old@h:6379"}
+    router = Service("r", "", "pulse-router", "", None, {}, [], None, None, variables)
+    stack = Stack(Target("p", "e"), Names(), {"pulse-router": router})
+    options = BaselineOptions(Where(), Names(), redis_url=url)
+    if same:
+        check_redis_mode(stack, options)
+        return
+    with pytest.raises(Failure, match="this stack uses another Redis"):
+        check_redis_mode(stack, options)
 
 
 # -- how long one is kept --------------------------------------------------------------------------

@@ -37,8 +37,10 @@ from pulse_railway.services import (
     write_variables,
 )
 from pulse_railway.stack import (
+    WRONG_ADDRESS,
     Service,
     Stack,
+    address_without_secrets,
     can_create_missing,
     check_redis_prefix,
     find_stack,
@@ -334,13 +336,23 @@ def unfinished(stack: Stack) -> bool:
 
 
 def check_redis_mode(stack: Stack, options: BaselineOptions) -> None:
-    present = stack.stored(contract.REDIS_URL)
-    if options.redis_url and (stack.redis or options.redis_url != present):
+    """Raise Failure if `--redis-url` is another Redis than the stack's; its password may be new."""
+    present = stack.stored(contract.REDIS_URL) or ""
+    same = not stack.redis and options.redis_url and is_same_redis(options.redis_url, present)
+    if options.redis_url and not same:
         raise Failure(
             "this stack uses another Redis, and its sessions and state would be lost: delete the"
             " baseline and run `pulse-railway scaffold --redis-url ...`, or leave --redis-url out"
             + lost_with_baseline(stack)
         )
+
+
+def is_same_redis(url: str, other: str) -> bool:
+    """Are these the addresses of one Redis, whatever their users and passwords?"""
+    if url == other:
+        return True
+    places = {address_without_secrets(url), address_without_secrets(other)}
+    return len(places) == 1 and places != {WRONG_ADDRESS}
 
 
 def warn_of_copy(stack: Stack, output: Output) -> None:
@@ -437,7 +449,8 @@ def runtime_token(api: Api, stack: Stack, plan_only: bool, output: Output) -> st
     if api.scope():
         return api.token.value
     present = stack.runtime_token
-    if present and api.environment_of(present) == stack.target.environment_id:
+    known = present == api.token.value  # as no project's
+    if present and not known and api.environment_of(present) == stack.target.environment_id:
         return present
     if stack.stored(contract.TOKEN_MADE):
         return own_project_token(api, stack, plan_only, output)
@@ -649,6 +662,22 @@ def desired(
     return [router, janitor]
 
 
+def session_variables(stack: Stack, options: BaselineOptions) -> dict[str, str]:
+    """Return the env service's variables about the Redis of apps' sessions.
+
+    A copy may share that Redis with its original, so its keys get its id, and end by themselves.
+    """
+    url = options.session_redis_url or stack.session_redis_url
+    if url is None:
+        return {}
+    variables = {contract.SESSION_REDIS_URL: url}
+    if stack.copied_from:
+        ttl = max(configured(stack, options).drain_ttl, contract.MIN_KEY_TTL_SECONDS)
+        variables[contract.SESSION_SCOPE] = stack.target.environment_id
+        variables[contract.KEY_TTL] = str(ttl)
+    return variables
+
+
 def plan(
     stack: Stack,
     options: BaselineOptions,
@@ -698,6 +727,12 @@ def plan(
         app = app_identity.AppIdentity(name)
         app = app_identity.merge_stored(stack, app, options.replace_app)
         changes[stack.names.router].variables[contract.APP] = app_identity.to_json(app)
+    change = changes[stack.names.env]
+    change.variables = {
+        k: v
+        for k, v in session_variables(stack, options).items()
+        if change.service.variables.get(k) != v
+    }
     for change in changes.values():  # the changes from here on need no deployment
         if router.group_id and change.service.group_id != router.group_id:
             change.group_id = router.group_id

@@ -246,10 +246,13 @@ def backend_variables(plan: Plan, stack: Stack) -> dict[str, str]:
     if not plan.options.deployment_id:
         managed[contract.NAME] = plan.options.deployment_name.strip()
     if plan.app.uses_session_store:
-        managed[contract.SESSION_REDIS_URL] = f"${{{{{names.router}.{contract.REDIS_URL}}}}}"
+        managed[contract.SESSION_REDIS_URL] = stack.session_redis_reference
         if stack.router and stack.router.variables.get(contract.KEY_TTL):
             managed[contract.SESSION_SCOPE] = stack.target.environment_id
             managed[contract.KEY_TTL] = f"${{{{{names.router}.{contract.KEY_TTL}}}}}"
+        elif stack.session_redis_url and (scope := env.variables.get(contract.SESSION_SCOPE)):
+            managed[contract.SESSION_SCOPE] = scope
+            managed[contract.KEY_TTL] = f"${{{{{names.env}.{contract.KEY_TTL}}}}}"
     build = {**plan.options.build_args}
     if not plan.image:
         build.setdefault(contract.WEB_ROOT, plan.web_root.as_posix())

@@ -26,7 +26,7 @@ from pulse_railway.railway import config_files, documents, program, tokens
 from pulse_railway.railway.api import Api, ApiError
 from pulse_railway.railway.clock import clock_difference
 from pulse_railway.railway.tokens import Token
-from pulse_railway.stack import Stack, inspect, require_baseline
+from pulse_railway.stack import Stack, address_without_secrets, inspect, require_baseline
 
 
 @dataclass(frozen=True)
@@ -233,6 +233,8 @@ def check_stack(
         return
     check_versions(checkup, stack)
     check_janitor_token(checkup, api, stack)
+    if url := stack.session_redis_url:
+        checkup.run("the Redis of the sessions", lambda: check_session_redis(url))
     if plan:
         checkup.run("PULSE_SECRET", lambda: deploy.check_secret(plan, stack))
         check_identity(checkup, plan, stack)
@@ -332,6 +334,16 @@ def check_janitor_token(checkup: Checkup, api: Api, stack: Stack) -> None:
     if stack.router.variables.get(contract.RAILWAY_TOKEN) not in (None, "", contract.NO_TOKEN):
         said = f"{stack.names.router} has {contract.RAILWAY_TOKEN}, which it does not need"
         checkup.add(name, "warning", f"{said}: `pulse-railway ensure` takes it away")
+
+
+def check_session_redis(url: str) -> str:
+    """Return the address of the apps' sessions without secrets. Raises Failure for a wrong one."""
+    if problem := options.session_redis_problem(url):
+        raise Failure(
+            f"its address is wrong: {problem}. `pulse-railway ensure --session-redis-url` writes"
+            " another"
+        )
+    return address_without_secrets(url)
 
 
 def check_relay(checkup: Checkup) -> None:
