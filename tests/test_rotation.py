@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import redis
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,7 +24,7 @@ from pulse_railway.flows.baseline import HELD_AT_LEAST, check_redis_mode, former
 from pulse_railway.options import BaselineOptions
 from pulse_railway.stack import Service, Stack
 from router import Record, Routing
-from tests.conftest import Project, play
+from tests.conftest import Project, Redis, play
 from tests.net import Backend, header, ok
 from tests.users import LiveSite
 
@@ -268,6 +270,27 @@ def test_the_password_of_an_external_redis_can_be_replaced(url: str, same: bool)
         return
     with pytest.raises(Failure, match="this stack uses another Redis"):
         check_redis_mode(stack, options)
+
+
+def test_a_redis_password_is_replaced(
+    new_project: Callable[[], Project], redis_server: Redis
+) -> None:
+    """In the order of docs/rotation.md: nobody notices."""
+    project = new_project()
+    redis_server.client.execute_command("ACL", "SETUSER", "default", ">old-pass")
+    place = f"@127.0.0.1:{redis_server.port}/3"
+    project.ok("ensure", "main.py", "--redis-url", f"redis://:old-pass{place}")
+    project.deploy("one")
+    admin = redis.Redis.from_url(f"redis://:old-pass{place}")
+    admin.execute_command("ACL", "SETUSER", "default", ">new-pass")
+    verb = project.run("ensure", "main.py", "--redis-url", f"redis://:new-pass{place}")
+    assert verb.code == 0, verb.err
+    assert "-pass" not in verb.err
+    admin.execute_command("ACL", "SETUSER", "default", "<old-pass")
+    project.deploy("two")
+    status = project.ok("status")
+    assert (status["active"], status["problems"]) == ("two", [])
+    assert project.janitor()["exit"] == 0
 
 
 # -- how long one is kept --------------------------------------------------------------------------
