@@ -276,7 +276,7 @@ class World:
     # -- the public address ----------------------------------------------------------------------
 
     def routed(
-        self, _: Any, __: Any, name: str, ___: Any, *, by_affinity: bool, timeout: float = 0
+        self, _: Any, __: Any, name: str, ___: Any, *, by_affinity: bool, **____: Any
     ) -> None:
         state = self.known if control.is_lost(self.state, self.last_promoted) else self.state
         exists = name in state.records and name in self.services

@@ -20,7 +20,8 @@ from pulse_railway.app_identity import AppIdentity
 from pulse_railway.build_context import secrets_in_image
 from pulse_railway.config import AppConfig, Target, inside
 from pulse_railway.errors import Failure
-from pulse_railway.flows import preview
+from pulse_railway.flows import backend_settings, preview
+from pulse_railway.flows.backend_settings import Hosting
 from pulse_railway.flows.bake import bake, is_over
 from pulse_railway.flows.baseline import warn_of_lost_variables
 from pulse_railway.flows.cleanup import Attempt, release_lock, undo_on_failure
@@ -64,6 +65,7 @@ class Plan:
     web_root: Path
     start_command: str
     preview_key: str | None = field(default=None, repr=False)
+    hosting: Hosting = field(default_factory=Hosting)
 
     @property
     def preview_hash(self) -> str | None:
@@ -262,12 +264,6 @@ def backend_variables(plan: Plan, stack: Stack) -> dict[str, str]:
 
 
 PULSE_SECRET = "PULSE_SECRET"  # Pulse signs its session cookies with it
-BACKEND_SETTINGS: dict[str, Any] = {
-    "healthcheckPath": contract.HEALTH_PATH,
-    "healthcheckTimeout": 300,
-    "overlapSeconds": 30,
-    "drainingSeconds": 10,
-}
 
 
 def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, Any]:
@@ -305,6 +301,8 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
             if plan.preview_key:
                 preview.require_previews(api, stack)
             plan = free_name(api, plan, stack, attempt, output)
+            hosting = backend_settings.choose_hosting(api, stack, plan.options, output)
+            plan = replace(plan, hosting=hosting)
         output.info(f"deployment {plan.deployment_id}")
         if plan.image:
             with step(output, attempt, f"build and push {plan.image}"):
@@ -472,14 +470,15 @@ def create_backend(
             },
             group_id=stack.router.group_id,
             settings={
-                **BACKEND_SETTINGS,
-                "numReplicas": plan.options.replicas,
+                **backend_settings.FIXED,
+                **plan.hosting.settings(plan.options.replicas),
                 "startCommand": plan.start_command,
                 **pre_deploy,
             },
             image=plan.image,
             created=lambda service_id: setattr(attempt, "service_id", service_id),
         )
+        backend_settings.allot(api, stack.target, str(attempt.service_id), plan.hosting)
 
 
 def start_backend(api: Api, stack: Stack, plan: Plan, attempt: Attempt, output: Output) -> None:
