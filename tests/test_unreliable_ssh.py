@@ -156,6 +156,10 @@ class World:
             return self.delete(values["service"])
         if document == documents.SERVICE_DEPLOY:
             return {"serviceInstanceDeployV2": "d"}
+        if document == documents.SET_BY_HAND:
+            instance = {"ipv6EgressEnabled": False, "autoInstrumentationEnabled": False}
+            tracing = {"tracingEnabled": False}
+            return {"service": tracing, "serviceInstance": instance, "egressGateways": []}
         if document == documents.EXECUTE:
             return self.run_janitor()
         if document == documents.RENDERED:
