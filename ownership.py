@@ -288,7 +288,8 @@ class Unowned:
         if not self.related:
             return (
                 f"{name} ran under another router, which was deleted: `ensure --repair` with the"
-                " app of that stack creates it again; this stack changes nothing of it"
+                " app of that stack creates it again, or says why not; this stack changes nothing"
+                " of it"
             )
         if self.kind == "copy":
             return (
@@ -327,8 +328,12 @@ def unowned(
         case _:
             refers = service.refers_to()
             # it refers to deleted services, and no janitor is left that names their router
-            # it refers to deleted services
-            is_former = bool(refers) and refers.isdisjoint(s.name for s in services)
+            # it refers to deleted services, and of no stack of which more is left
+            known = {s.name for s in services}
+            for left in services:
+                if left.stamp and left.stamp.router_id != router.id:
+                    known |= left.refers_to()
+            is_former = bool(refers) and refers.isdisjoint(known)
             related = is_former or ties_to(service, router, names) is not False
             others = [*routers(services), *former_routers(services)]
             others = [r for r in others if r.name != router.name and r.id != router.id]

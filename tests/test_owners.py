@@ -130,6 +130,8 @@ def test_a_backend_with_another_stacks_variables_is_not_offered(variables: dict[
     of_two = {"PULSE_RAILWAY_JANITOR_SERVICE": "two-janitor", "PULSE_RAILWAY_SERVICE": "two-router"}
     left = [ONE, service("two-janitor", **of_two)]  # its router is to be created again
     assert not ownership.unowned(found, ownership.NOBODY, ONE, names, left).related
+    left = [ONE, backend("c", **stamp("two-router"), **token("two-router"))]
+    assert not ownership.unowned(found, ownership.NOBODY, ONE, names, left).related
 
 
 def test_a_stamp_counts_for_more_than_what_a_state_names() -> None:
