@@ -46,7 +46,7 @@ class Flag:
     @property
     def option(self) -> str:
         """Return the option, as in `--bake`."""
-        return f"--{self.name.replace('_', '-')}"
+        return f"--{self.name.rstrip('_').replace('_', '-')}"
 
     @property
     def usage(self) -> str:
@@ -149,6 +149,8 @@ _ALL = (
     Flag("redis_url", "use this Redis instead of one in the project", "URL"),
     Flag("redis_prefix", "prefix of the state's Redis keys", "PREFIX",
          words=contract.DEFAULT_REDIS_PREFIX),
+    Flag("session_redis_url", "keep apps' sessions in this Redis", "URL",
+         words="the router's Redis", kept=True),
     Flag("janitor_cron_schedule", "when the janitor runs, in UTC", "CRON",
          default=contract.DEFAULT_CRON, kept=True),
     Flag("drain_ttl_seconds", "the longest time to keep a draining deployment", "SECONDS", int,
@@ -164,6 +166,8 @@ _ALL = (
     Flag("repair", "create services of this stack again that were deleted", kind=bool),
     Flag("owns_state", "claim the routing state of an external Redis if it has no owner",
          kind=bool),
+    Flag("rotate", "replace the internal token; live versions go on with the former one",
+         kind=bool),
     Flag("plan", "print the changes without making them", kind=bool),
     # a deployment
     Flag("deployment_name", "prefix of the generated deployment id",
@@ -173,6 +177,12 @@ _ALL = (
     Flag("web_root", "the React project, relative to the context", "FOLDER", words="the app's"),
     Flag("image_repository", "build here and push to this repository, e.g. registry/org/name",
          "REPOSITORY", plugin=True),
+    Flag("image", "deploy this image, which exists, instead of building one", "IMAGE"),
+    Flag("from_", "deploy the image of this deployment again, which may be gone", "ID"),
+    Flag("registry_username", "the user with whom Railway pulls a private image",
+         variable=contract.REGISTRY_USERNAME, words="the image's owner"),
+    Flag("registry_password_file", "a file with the password or token for that", "FILE",
+         words=f"${contract.REGISTRY_PASSWORD}"),
     Flag("build_arg", "build argument KEY=VALUE; may be repeated", "KEY=VALUE", dict),
     Flag("no_gitignore", "upload files that .gitignore excludes, too", kind=bool),
     Flag("env", "variable KEY=VALUE of this deployment; may be repeated", "KEY=VALUE", dict),
@@ -231,13 +241,15 @@ WHERE = [
 STACK = [*WHERE, "service", "service_prefix", "redis_service", "json"]
 BASELINE = [
     *WHERE,
-    *"service_prefix redis_url redis_prefix janitor_cron_schedule drain_ttl_seconds".split(),
-    *"rollback_window_seconds keep router_replicas runtime_image notify json".split(),
+    *"service_prefix redis_url redis_prefix session_redis_url janitor_cron_schedule".split(),
+    *"drain_ttl_seconds rollback_window_seconds keep router_replicas runtime_image".split(),
+    *"registry_username registry_password_file notify json".split(),
 ]
 DEPLOY = [
     *WHERE,
     *"deployment_name deployment_id service_prefix server_address web_root".split(),
-    *"image_repository build_arg no_gitignore env backend_replicas region memory_gb".split(),
+    *"image_repository image from_ registry_username registry_password_file build_arg".split(),
+    *"no_gitignore env backend_replicas region memory_gb".split(),
     *"vcpus no_promote preview".split(),
     *"evict replace_app keep_failed canary bake bake_latency_ms lock_wait".split(),
     *"message notify json".split(),
