@@ -328,12 +328,11 @@ def unowned(
         case _:
             refers = service.refers_to()
             # it refers to deleted services, and no janitor is left that names their router
-            # it refers to deleted services, and of no stack of which more is left
-            known = {s.name for s in services}
-            for left in services:
-                if left.stamp and left.stamp.router_id != router.id:
-                    known |= left.refers_to()
-            is_former = bool(refers) and refers.isdisjoint(known)
+            # it refers to deleted services, and nothing is left of a stack that may be its own
+            ids = {router.id, *(s.id for s in services)}
+            nothing_left = all(s.stamp.router_id in ids for s in services if s.stamp)
+            is_former = bool(refers) and refers.isdisjoint(s.name for s in services)
+            is_former &= nothing_left
             related = is_former or ties_to(service, router, names) is not False
             others = [*routers(services), *former_routers(services)]
             others = [r for r in others if r.name != router.name and r.id != router.id]

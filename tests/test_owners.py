@@ -130,7 +130,7 @@ def test_a_backend_with_another_stacks_variables_is_not_offered(variables: dict[
     of_two = {"PULSE_RAILWAY_JANITOR_SERVICE": "two-janitor", "PULSE_RAILWAY_SERVICE": "two-router"}
     left = [ONE, service("two-janitor", **of_two)]  # its router is to be created again
     assert not ownership.unowned(found, ownership.NOBODY, ONE, names, left).related
-    left = [ONE, backend("c", **stamp("two-router"), **token("two-router"))]
+    left = [ONE, service("two-env", **stamp("two-router"))]  # which it does not refer to
     assert not ownership.unowned(found, ownership.NOBODY, ONE, names, left).related
 
 
