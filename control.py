@@ -668,6 +668,7 @@ def renewing(step: Step, holder: str, lease: float) -> Step:
     """Return `step`, after which this holder's deploy lock ends in `lease` seconds."""
 
     def inner(routing: Routing) -> Routing:
+        refuse_ended(routing, holder)
         new = step(routing)
         if new.lock is None or new.lock.holder != holder:
             return new
@@ -678,7 +679,22 @@ def renewing(step: Step, holder: str, lease: float) -> Step:
 
 def with_unlock(step: Step, holder: str) -> Step:
     """Return `step`, with the release of the deploy lock in the same transaction."""
-    return lambda routing: step(release_deploy_lock(routing, holder))
+
+    def inner(routing: Routing) -> Routing:
+        refuse_ended(routing, holder)
+        return step(release_deploy_lock(routing, holder))
+
+    return inner
+
+
+def refuse_ended(routing: Routing, holder: str) -> None:
+    """Raise StateError for a run of `deploy` that has lost its lock: it would undo the next one's
+    promotion."""
+    if holder in ended_runs(routing):
+        raise StateError(
+            "the deploy lock of this run was taken over, or released by `unlock`: deploy again",
+            "ended",
+        )
 
 
 # -- the app's internal endpoints --------------------------------------------------------------

@@ -196,7 +196,8 @@ def active_problems(state: dict[str, Any], stack: Stack) -> list[str]:
     messages = []
     for record in state["deployments"]:
         name = record["deployment_id"]
-        if record.get("wrong_token"):
+        # without a service, another stack's may answer to its name
+        if record.get("wrong_token") and stack.backend(name):
             messages.append(wrong_token_message(name, name == state["active"], stack))
             continue
         if name != state["active"] or record.get("sessions", 0) is not None:
