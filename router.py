@@ -3525,13 +3525,25 @@ def pick_process(request: Request, deployment: Deployment) -> Deployment:
 def process_of(visitor: bytes, deployment: Deployment) -> Deployment:
     """Return a visitor's process, by rendezvous hashing: if it has refused a connection lately, the
     one with the next highest hash."""
-    now = time.monotonic()
-    accepting = [p for p in deployment.processes if p.refused_until <= now]
-    return max(accepting or deployment.processes, key=partial(process_hash, visitor))
+    processes = deployment.processes
+    process = processes[highest_hash(visitor, deployment.affinity, len(processes))]
+    if process.refused_until:  # 0 for most
+        now = time.monotonic()
+        accepting = [k for k, p in enumerate(processes) if p.refused_until <= now]
+        if accepting:
+            process = processes[
+                max(accepting, key=partial(process_hash, visitor, deployment.affinity))
+            ]
+    return process
 
 
-def process_hash(visitor: bytes, process: Deployment) -> bytes:
-    return hashlib.blake2b(visitor, digest_size=8, key=process.affinity).digest()
+@lru_cache(4096)  # a page is followed by its assets
+def highest_hash(visitor: bytes, name: bytes, count: int) -> int:
+    return max(range(count), key=partial(process_hash, visitor, name))
+
+
+def process_hash(visitor: bytes, name: bytes, index: int) -> bytes:
+    return hashlib.blake2b(visitor, digest_size=8, key=b"%b.%d" % (name, index)).digest()
 
 
 DRAWS = 1000  # of ids, until one is in the wanted part of a canary
