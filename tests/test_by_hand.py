@@ -451,7 +451,7 @@ def test_what_is_left_of_a_deleted_stack_keeps_verbs_from_the_other(environment:
         ({"service_prefix": "x"}, True),
     ],
 )
-def test_an_app_that_names_its_router(plugin: dict[str, str], named: bool) -> None:
+def test_an_app_that_names_its_router(plugin: dict[str, Any], named: bool) -> None:
     assert RailwayPlugin(**plugin).router_is_named == named
 
 
