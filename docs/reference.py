@@ -49,7 +49,8 @@ VARIABLES = {
         "PULSE_RAILWAY_PREVIEW": "on a preview: the SHA-256 of its key, from which a lost record is"
         " restored",
         "PULSE_RAILWAY_INSTANCES": "how many processes `serve` runs; set by `deploy --instances`",
-        "PULSE_RAILWAY_INSTANCE": "which process this is, from 1; `serve` sets it on each of several",
+        "PULSE_RAILWAY_INSTANCE": "which process this is, from 1; `serve` sets it on each of"
+        " several",
         "PULSE_SSR_BACKEND_URL": "its own address, by which React's server beside it renders pages;"
         " `serve` sets it on each of several",
         "PORT": "8000; of the second process 8001, and so on",

@@ -114,7 +114,7 @@ class DeployOptions:
     build_args: Mapping[str, str] = EMPTY
     env: Mapping[str, str] = EMPTY
     no_gitignore: bool = False
-    replicas: int = FLAGS["backend_replicas"].default
+    instances: int = FLAGS["instances"].default  # processes
     promote: bool = True
     preview: bool = False  # pending, and reachable with a key only
     evict: bool = False  # delete all other versions then
@@ -289,6 +289,12 @@ def parse_deploy(flags: Flags, output: Output) -> DeployOptions:
         if flags.get(name) and watched:
             option = FLAGS[name].option
             raise Failure(f"{option} excludes --canary and --bake: nobody uses a pending version")
+    if (replicas := value(flags, "backend_replicas")) > 1:
+        raise Failure(
+            f"--backend-replicas {replicas}: Railway does not send a tab to the same replica again;"
+            f" --instances {min(replicas, contract.INSTANCES_AT_MOST)} runs as many processes in"
+            " one container, and a tab stays on its own"
+        )
     check_bake(flags)
     check_evict(flags, "canary", "bake", "no_promote", "preview")
     return from_flags(
@@ -300,7 +306,6 @@ def parse_deploy(flags: Flags, output: Output) -> DeployOptions:
         deployment_id=parse_deployment_id(flags),
         server_address=value(flags, "server_address") or app.server_address,
         build_args=build_args,
-        replicas=value(flags, "backend_replicas"),
         promote=not (flags.get("no_promote") or flags.get("preview")),
         notify=notify_url(flags),
     )

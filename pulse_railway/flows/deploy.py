@@ -20,7 +20,7 @@ from pulse_railway.app_identity import AppIdentity
 from pulse_railway.build_context import secrets_in_image
 from pulse_railway.config import AppConfig, Target, inside
 from pulse_railway.errors import Failure
-from pulse_railway.flows import preview
+from pulse_railway.flows import instances, preview
 from pulse_railway.flows.bake import bake, is_over
 from pulse_railway.flows.baseline import warn_of_lost_variables
 from pulse_railway.flows.cleanup import Attempt, release_lock, undo_on_failure
@@ -37,6 +37,7 @@ from pulse_railway.flows.deploy_lock import (
 from pulse_railway.flows.reachability import (
     backend_address,
     store_last_promoted,
+    wait_for_instances,
     wait_until_active,
     wait_until_reachable,
     wait_until_rendered,
@@ -128,8 +129,7 @@ def check(options: DeployOptions, output: Output) -> Plan:
             f"the app's server address is {options.server_address}, and must be https in"
             " production: set server_address on ps.App, or pass --server-address https://..."
         )
-    if options.replicas > 1:
-        output.warn("with several replicas a tab can reach one that does not know it: use 1")
+    instances.warn_of_size(options.instances, output)
     if "127.0.0.1" not in app.internal_address:
         output.warn(
             f"the app renders its pages through {app.internal_address}, so a page of one deployment"
@@ -243,6 +243,8 @@ def backend_variables(plan: Plan, stack: Stack) -> dict[str, str]:
         contract.PUBLIC_ORIGIN: plan.options.server_address or stack.address,
         contract.PORT: str(contract.DEFAULT_PORT),
     }
+    if plan.options.instances > 1:
+        managed[contract.INSTANCES] = str(plan.options.instances)
     if not plan.options.deployment_id:
         managed[contract.NAME] = plan.options.deployment_name.strip()
     if plan.app.uses_session_store:
@@ -262,6 +264,7 @@ PULSE_SECRET = "PULSE_SECRET"  # Pulse signs its session cookies with it
 BACKEND_SETTINGS: dict[str, Any] = {
     "healthcheckPath": contract.HEALTH_PATH,
     "healthcheckTimeout": 300,
+    "numReplicas": 1,
     "overlapSeconds": 30,
     "drainingSeconds": 10,
 }
@@ -301,6 +304,7 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
             check_canary(api, stack, plan.options, attempt)
             if plan.preview_key:
                 preview.require_previews(api, stack)
+            instances.require_instances(api, stack, plan.options.instances)
             plan = free_name(api, plan, stack, attempt, output)
         output.info(f"deployment {plan.deployment_id}")
         if plan.image:
@@ -316,6 +320,8 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
             register(api, stack, plan, attempt, about, output)
         with step(output, attempt, "reach it through the router"):
             wait_until_reachable(api, stack, plan.deployment_id, output, by_affinity=True)
+            if plan.options.instances > 1:
+                wait_for_instances(api, stack, plan.deployment_id, plan.options.instances, output)
         with step(output, attempt, f"see its page {plan.app.plugin.check_path}"):
             wait_for_page(api, stack, plan, attempt, output)
         if plan.preview_key:
@@ -350,6 +356,7 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
         "image": plan.image,
         "active": attempt.promoted and plan.options.canary is None and not is_over(baking),
         "canary": plan.options.canary,
+        "instances": plan.options.instances,
         "bake": baking,
         "drains": None if plan.options.evict else attempt.drains,
         "preview": plan.preview_key and preview.link(stack, plan.deployment_id, plan.preview_key),
@@ -469,7 +476,6 @@ def create_backend(
             group_id=stack.router.group_id,
             settings={
                 **BACKEND_SETTINGS,
-                "numReplicas": plan.options.replicas,
                 "startCommand": plan.start_command,
                 **pre_deploy,
             },
@@ -522,6 +528,7 @@ def register(
         held=not plan.options.promote or plan.options.canary is not None,
         about=about,
         preview=plan.preview_hash,
+        instances=plan.options.instances,
         renew=attempt.renewal(LATE_LEASE + plan.options.bake),
         warn=output.warn,
     )

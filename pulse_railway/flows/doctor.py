@@ -17,7 +17,7 @@ import httpx
 from pulse_railway import app_identity, config, contract, options, router_commands
 from pulse_railway.advice import pasteable
 from pulse_railway.errors import Failure
-from pulse_railway.flows import deploy, status
+from pulse_railway.flows import deploy, instances, status
 from pulse_railway.flows.init import page_without_script
 from pulse_railway.options import DeployOptions
 from pulse_railway.output import Output
@@ -122,6 +122,8 @@ def check_app(checkup: Checkup, flags: dict[str, Any]) -> deploy.Plan | None:
     ):
         if warning:
             checkup.add("Railway's configuration files", "warning", warning)
+    if (count := parsed[0].instances) > 1:
+        checkup.add("its processes", "warning", f"{count} instances: {instances.ALIKE}")
     check_react(checkup, parsed[0])
     return plans[0] if plans else None
 

@@ -1,0 +1,55 @@
+"""Deployments of several processes: what is checked, and what is said about them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pulse_railway import contract, router_commands, runtime_image
+from pulse_railway.errors import Failure
+from pulse_railway.output import Output
+from pulse_railway.railway.api import Api
+from pulse_railway.stack import Service, Stack
+
+PROCESS_MB = 150  # of Python and of React's server beside it, measured with the example
+# https://docs.railway.com/reference/pricing/plans: of a replica, vCPU and GB alike
+PLANS = {"Hobby": 8, "Pro": 24}
+ALIKE = (
+    "each process has its own memory: module-level state, caches and locks are not shared, what is"
+    " started at import or at startup (a scheduler, a background task) runs in each of them, and"
+    f" {contract.INSTANCE} says which one it is, for what only one may do"
+)
+
+
+def require_instances(api: Api, stack: Stack, count: int) -> None:
+    """Raise Failure for a router whose version knows one process only."""
+    if count > 1 and not router_commands.read_state(api, stack).get("instances"):
+        raise Failure(
+            f"{stack.names.router} is of an earlier version, without instances: run"
+            " `pulse-railway ensure`"
+        )
+
+
+def warn_of_size(count: int, output: Output) -> None:
+    """Warn of more processes than a plan of Railway's has cores or memory for."""
+    too_small = [f"{plan} {n} vCPU and {n} GB" for plan, n in PLANS.items() if count > n]
+    if too_small:
+        output.warn(
+            f"{count} instances keep {count} cores busy and take about"
+            f" {count * PROCESS_MB / 1000:.1f} GB without users; Railway's plans give one service:"
+            f" {', '.join(too_small)}"
+        )
+
+
+def of_service(service: Service) -> int:
+    """Return how many processes a deployment has, by its service's variable."""
+    try:
+        return contract.parse_instances(service.variables.get(contract.INSTANCES) or "1")
+    except ValueError:
+        return 1
+
+
+def as_recorded(address: str, count: int) -> dict[str, Any]:
+    """Return the fields of a record about further processes; none for one process."""
+    if count == 1:
+        return {}
+    return {"instances": runtime_image.load("router").instances_at(address, count)}
