@@ -589,7 +589,7 @@ def janitor(services: str, gone: str, last_promoted: str) -> None:
     names = json.loads(Path(services).read_text())
     name, _, at = last_promoted.partition("@")
     promoted = script.Promotion(name, float(at)) if last_promoted else None
-    backends = [script.Service(n, n, n, 1e6, "SUCCESS", ours=True) for n in names]
+    backends = [script.Backend(n, n, n, 1e6, "SUCCESS", ours=True) for n in names]
     inventory = script.Inventory(backends, "router", promoted)
 
     def delete(service: Any) -> None:

@@ -74,10 +74,12 @@ Start = Callable[..., "Container"]
 
 
 class Container:
-    def __init__(self, folder: Path, count: str, env: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, count: str, env: dict[str, Any], files: dict[str, str] = SITE
+    ) -> None:
         self.port = consecutive_ports(4)
         self.folder = folder
-        for name, text in SITE.items():
+        for name, text in files.items():
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
