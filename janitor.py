@@ -395,16 +395,17 @@ class Railway:
             if services[node["serviceId"]].is_backend and not services[node["serviceId"]].is_empty
         ]
         named = {router_id: {b.id for b in backends if routing_names(routing, b)}}
-        owners = ownership.owners(self.environment, list(services.values()), named)
+        every = list(services.values())
+        owners = ownership.owners(self.environment, every, named)
         own_router = services.get(router_id) or ownership.ServiceVariables("", self.router, {})
-        names = ownership.names_of(own_router, list(services.values()))
+        names = ownership.names_of(own_router, every)
         own_backends, others = [], {}
         for candidate in backends:
             owner, service = owners[candidate.id], services[candidate.id]
             if owner == ownership.Owner("stack", router_id):
                 own_backends.append(candidate)
             else:
-                unowned = ownership.unowned(service, owner, names, router_id)
+                unowned = ownership.unowned(service, owner, own_router, names, every)
                 others[candidate.deployment] = unowned.words() if unowned else OTHER_STACK
         for candidate in own_backends:
             others.pop(candidate.deployment, None)

@@ -18,6 +18,7 @@ from typing import Any
 
 STACK = "PULSE_RAILWAY_STACK"  # <environment id>/<router service id>
 DEPLOYMENT_ID = "PULSE_DEPLOYMENT_ID"
+INTERNAL_TOKEN = "PULSE_RAILWAY_INTERNAL_TOKEN"
 ROUTER_SERVICE = "PULSE_RAILWAY_SERVICE"  # on a janitor, as the next two: the service's name
 JANITOR_SERVICE = "PULSE_RAILWAY_JANITOR_SERVICE"
 REDIS_SERVICE = "PULSE_RAILWAY_REDIS_SERVICE"
@@ -168,39 +169,60 @@ def owners(
         services: all of the environment, with their variables.
         named: by a router's id, the ids of the services that its routing state names.
     """
-    names = {router.id: names_of(router, services) for router in routers(services)}
-    return {s.id: _owner(environment_id, s, names, named or {}) for s in services}
+    stacks = [(router, names_of(router, services)) for router in routers(services)]
+    return {s.id: _owner(environment_id, s, stacks, named or {}) for s in services}
 
 
 def _owner(
     environment_id: str,
     service: ServiceVariables,
-    names: Mapping[str, StackNames],
+    stacks: Sequence[tuple[ServiceVariables, StackNames]],
     named: Mapping[str, Collection[str]],
 ) -> Owner:
-    """Return the owner of a service. `names` and `named` are by router id."""
+    """Return the owner of a service. `stacks` has each router, and the names in its stack."""
+    ids = {router.id for router, _ in stacks}
     if stamp := service.stamp:
         if stamp.environment_id != environment_id:
             return Owner("copy", stamp.router_id)
-        return Owner("stack" if stamp.router_id in names else "gone", stamp.router_id)
-    if service.id in names:
+        return Owner("stack" if stamp.router_id in ids else "gone", stamp.router_id)
+    if service.id in ids:
         return Owner("stack", service.id)
     stack = service.variables.get(STACK)
     # 0.3.x's `deploy` writes a reference to each variable of pulse-env; other values are invalid
     reference = REFERENCE.fullmatch(stack or "")
     if stack and not (reference and reference[2] == STACK):
         return NOBODY
-    for router_id, ids in named.items():
-        if service.id in ids:
+    for router_id, backends in named.items():
+        if service.id in backends:
             return Owner("stack", router_id)
-    if not service.is_backend:
-        candidates = [r for r, own in names.items() if service.name in vars(own).values()]
-    elif len(names) == 1:  # only backends of 0.3.x have no stamp, and it makes one stack
-        candidates = list(names)
+    if service.is_backend:
+        ties = {router.id: ties_to(service, router, names) for router, names in stacks}
+        candidates = [router_id for router_id, tied in ties.items() if tied]
+        if list(ties.values()) == [None]:  # a backend of 0.3.x, which makes one stack
+            candidates = list(ties)
     else:
-        refers = service.refers_to()
-        candidates = [r for r, own in names.items() if refers & {own.router, own.env}]
+        candidates = [r.id for r, names in stacks if service.name in vars(names).values()]
     return Owner("stack", candidates[0]) if len(candidates) == 1 else NOBODY
+
+
+def ties_to(backend: ServiceVariables, router: ServiceVariables, names: StackNames) -> bool | None:
+    """Do a backend's variables tie it to a router's stack (True), to another one (False), or to
+    none (None)?
+
+    A backend refers to variables of its router and its env service. 0.3.x writes the router's
+    internal token into it, and no reference if the env service has no variables.
+
+    Args:
+        names: of the services in the router's stack.
+    """
+    refers = backend.refers_to() - {names.redis}  # stacks can share a Redis
+    if refers & {names.router, names.env}:
+        return True
+    tokens = {s.variables.get(INTERNAL_TOKEN, "${{") for s in (backend, router)}
+    are_known = not any("${{" in token for token in tokens)
+    if are_known and len(tokens) == 1:
+        return True
+    return False if refers or are_known else None
 
 
 @dataclass(frozen=True)
@@ -210,7 +232,8 @@ class Unowned:
     name: str
     deployment_id: str
     kind: str  # of Owner: copy, gone, nobody
-    # copied with this stack, of its former router, or nobody's; so this stack may handle it
+    # copied with this stack, of its former router, or without ties to another stack; so this stack
+    # may handle it
     related: bool
     own_router_gone: bool = False  # it is of the stack that asks, whose router was deleted
 
@@ -237,6 +260,11 @@ class Unowned:
                 f"{name} was copied with another router, which is not set up here: `ensure` with"
                 " the app of that stack sets it up, and then lists it"
             )
+        if not self.related and self.kind == "nobody":
+            return (
+                f"{name} has no owner, and its variables are another stack's: `status` with the app"
+                " of that stack says what to do; this stack changes nothing of it"
+            )
         if not self.related:
             return (
                 f"{name} ran under another router, which was deleted: `ensure --repair` with the"
@@ -255,27 +283,41 @@ class Unowned:
 
 
 def unowned(
-    service: ServiceVariables, owner: Owner, names: StackNames, router_id: str
+    service: ServiceVariables,
+    owner: Owner,
+    router: ServiceVariables,
+    names: StackNames,
+    services: Sequence[ServiceVariables],
 ) -> Unowned | None:
     """Return a service as an unowned backend; None if a stack owns it or it is no backend.
 
     Args:
         owner: of the service.
-        names: of the services of the stack that asks.
-        router_id: of that stack's router.
+        router: of the stack that asks.
+        names: of the services of that stack.
+        services: all of the environment.
     """
     if owner.kind == "stack" or not service.is_backend or service.is_empty:
         return None
     match owner.kind:
         case "copy":
-            related = owner.router_id == router_id
+            related = owner.router_id == router.id
         case "gone":
-            related = bool(service.refers_to() & {names.router, names.env})
+            related = ties_to(service, router, names) is True
         case _:
-            related = True
-    own_router_gone = owner == Owner("gone", router_id)
+            refers = service.refers_to()
+            # it refers to deleted services, and no janitor is left that names their router
+            is_former = bool(refers) and not refers & _known_names(services)
+            related = is_former or ties_to(service, router, names) is not False
+    own_router_gone = owner == Owner("gone", router.id)
     deployment_id = service.variables[DEPLOYMENT_ID]
     return Unowned(service.name, deployment_id, owner.kind, related, own_router_gone)
+
+
+def _known_names(services: Sequence[ServiceVariables]) -> set[str]:
+    """Return the names of all services, and of deleted routers that a janitor names."""
+    janitors = [s for s in services if is_janitor(s)]
+    return {s.name for s in services} | {s.variables.get(ROUTER_SERVICE, "") for s in janitors}
 
 
 def identity(env: Mapping[str, str]) -> Stamp | None:

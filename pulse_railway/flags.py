@@ -33,12 +33,13 @@ class Flag:
     name: str  # as a keyword of the task and as a key in invoke.yaml
     help: str
     value: str = "NAME"  # the placeholder for its value in the help
-    kind: type = str  # bool: a switch; int; float: a percentage; dict: KEY=VALUE, may be repeated
+    kind: type = str  # bool: a switch; int; float; dict: KEY=VALUE, may be repeated
     default: Any = None  # the value of a text or number that is not given
     words: str = ""  # describes the default in the help, where other code determines it
     kept: bool = False  # a stack keeps its value; the default is a new stack's
     minimum: int = 1  # the smallest whole number
     maximum: int = MAX_NUMBER  # the largest
+    range: tuple[float, float] = (0, 100)  # of a float
     variable: str = ""  # an environment variable that is read if nothing else gives a value
     plugin: bool = False  # an argument of RailwayPlugin has this name, and comes before `variable`
     positional: bool = False
@@ -69,7 +70,7 @@ class Flag:
 
     def parse(self, raw: Any) -> Any:
         """Return `raw` as a value of this flag's kind. Raises Failure if it is none."""
-        parsers: Any = {bool: bool, int: self._number, float: self._percentage, dict: self._pairs}
+        parsers: Any = {bool: bool, int: self._number, float: self._fraction, dict: self._pairs}
         return parsers[self.kind](raw) if self.kind in parsers else raw
 
     def _number(self, raw: Any) -> int:
@@ -84,14 +85,15 @@ class Flag:
             )
         return number
 
-    def _percentage(self, raw: Any) -> float:
+    def _fraction(self, raw: Any) -> float:
+        least, most = self.range
         try:
-            percentage = float(str(raw).removesuffix("%"))
+            number = float(str(raw).removesuffix("%"))
         except ValueError:
-            percentage = -1.0
-        if not 0 <= percentage <= 100:
-            raise Failure(f"{self.option} takes a number from 0 to 100, not {raw!r}")
-        return percentage
+            number = least - 1
+        if not least <= number <= most:
+            raise Failure(f"{self.option} takes a number from {least:g} to {most:g}, not {raw!r}")
+        return number
 
     def _pairs(self, raw: Iterable[str]) -> dict[str, str]:
         pairs = {}
@@ -178,6 +180,12 @@ _ALL = (
     Flag("instances", "processes of the new version, in its one container", "NUMBER", int, 1,
          maximum=contract.INSTANCES_AT_MOST, plugin=True),
     Flag("backend_replicas", "only 1: for more processes use --instances", "NUMBER", int, 1),
+    Flag("region", "Railway's region to run in", words="the active version's, then the router's",
+         plugin=True),
+    Flag("memory_gb", "the memory that it may use, in GB", "GB", float, range=(0.1, 1024),
+         words="the active version's", plugin=True),
+    Flag("vcpus", "the vCPUs that it may use", "NUMBER", float, range=(0.1, 64),
+         words="the active version's", plugin=True),
     Flag("no_promote", "leave the new deployment pending", kind=bool),
     Flag("preview", "leave it pending, and reachable only with the link that is printed",
          kind=bool),
@@ -232,8 +240,8 @@ BASELINE = [
 DEPLOY = [
     *WHERE,
     *"deployment_name deployment_id service_prefix server_address web_root".split(),
-    *"image_repository build_arg no_gitignore env instances backend_replicas".split(),
-    *"no_promote preview".split(),
+    *"image_repository build_arg no_gitignore env instances backend_replicas region".split(),
+    *"memory_gb vcpus no_promote preview".split(),
     *"evict replace_app keep_failed canary bake bake_latency_ms lock_wait".split(),
     *"message notify json".split(),
 ]

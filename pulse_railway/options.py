@@ -115,6 +115,9 @@ class DeployOptions:
     env: Mapping[str, str] = EMPTY
     no_gitignore: bool = False
     instances: int = FLAGS["instances"].default  # processes
+    region: str | None = None
+    memory_gb: float | None = None  # 10^9 bytes
+    vcpus: float | None = None
     promote: bool = True
     preview: bool = False  # pending, and reachable with a key only
     evict: bool = False  # delete all other versions then

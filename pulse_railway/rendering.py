@@ -144,6 +144,7 @@ def status_parts(result: dict[str, Any], history: History | None = None) -> list
                 # the env service has only variables, no deployment
                 "" if row["railway"] is None else ("  up" if good else f"  {row['railway']}"),
                 (f"  {row['version']}" if row["version"] else "", "dim"),
+                (f"  {row['region']}" if row.get("region") else "", "dim"),
             )
         )
     parts += [Text.assemble(("○ ", "red"), n, (" missing", "red")) for n in result["missing"]]
@@ -168,7 +169,7 @@ def status_parts(result: dict[str, Any], history: History | None = None) -> list
 
 def deployments_table(rows: list[dict[str, Any]], history: History | None) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for title in ("deployment", "state", "railway", "age"):
+    for title in ("deployment", "state", "railway", "region", "age"):
         table.add_column(title)
     table.add_column("sessions", justify="left" if history else "right")
     if history:
@@ -185,6 +186,7 @@ def deployments_table(rows: list[dict[str, Any]], history: History | None) -> Ta
             row["deployment_id"],
             Text(state_of(row), STATE_STYLES.get(row["state"], "red")),
             row["railway"] or "",
+            row.get("region") or "",
             age(row["age_seconds"]),
             *cells,
             describe(row["about"]),

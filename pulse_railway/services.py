@@ -16,6 +16,9 @@ from pulse_railway.railway import documents
 from pulse_railway.railway.api import Api, GraphqlError
 from pulse_railway.stack import SECRET_NAMES, Service, ownership
 
+# Railway's regions in November 2026; its list is asked for only if a service is in another one
+REGIONS = {"us-west2", "us-east4-eqdc4a", "europe-west4-drams3a", "asia-southeast1-eqsg3a"}
+
 
 @dataclass
 class Change:
@@ -153,6 +156,12 @@ def in_regions(service: Service, settings: dict[str, Any]) -> dict[str, Any]:
     }
     others = {name: value for name, value in settings.items() if name != "numReplicas"}
     return {**others, "multiRegionConfig": regions}
+
+
+def region_of(service: Service) -> str | None:
+    """Return the region with most of a service's replicas; None if Railway does not say it."""
+    regions = service.regions
+    return min(regions, key=lambda region: (-regions[region], region)) if regions else None
 
 
 def replicas_by_region(regions: dict[str, int], replicas: int) -> dict[str, int]:

@@ -45,6 +45,7 @@ class Service:
     variables: dict[str, str] = field(default_factory=dict)  # references not resolved
     stopped: bool = False  # the latest deployment was stopped
     regions: dict[str, int] = field(default_factory=dict)  # region -> replicas; empty: not known
+    limits: dict[str, float] = field(default_factory=dict)  # memory_gb, vcpus; empty: the plan's
     status_at: float | None = None  # since when it has that status, in seconds since 1970
 
     @property
@@ -299,13 +300,17 @@ def find_stack(environment: Stack) -> Stack:
     elif lost is not None:
         stack = stack_without_router(environment, lost, every, owners)
     else:
-        baseline = {names.router, names.env, names.redis, names.janitor}
+        baseline = ownership.StackNames(names.router, names.janitor, names.redis, names.env)
+        deleted = ownership.ServiceVariables("", names.router, {})
         own = {
-            name: service
-            for name, service in services.items()
-            if owners[service.id].kind in ("gone", "nobody")
-            and (name in baseline or service.deployment_id)
-            and not (routers and service.deployment_id)
+            s.name: services[s.name]
+            for s in every
+            if owners[s.id].kind in ("gone", "nobody")
+            if (
+                not routers and ownership.ties_to(s, deleted, baseline) is not False
+                if s.is_backend
+                else s.name in vars(baseline).values()
+            )
         }
         instead = joined(routers) or None
         stack = replace(environment, names=names, services=own, no_such_router=instead)
@@ -373,9 +378,8 @@ def stack_without_router(
     An interrupted `ensure --repair` leaves a new router that has not written its stamp yet.
     """
     names, router = environment.names, str(janitor.variables[contract.ROUTER_SERVICE])
-    stored = ownership.names_of(
-        ownership.ServiceVariables(janitor.stamp.router_id, router, janitor.variables), every
-    )
+    deleted = ownership.ServiceVariables(janitor.stamp.router_id, router, janitor.variables)
+    stored = ownership.names_of(deleted, every)
     names = replace(
         names,
         router=router,
@@ -384,6 +388,7 @@ def stack_without_router(
         janitor=janitor.name,
         prefix=janitor.variables.get(contract.SERVICE_PREFIX) or "",
     )
+    own_names = ownership.StackNames(names.router, names.janitor, names.redis, names.env)
     unfinished = environment.services.get(router)
     stamps = {janitor.variables[contract.STACK]}
     if unfinished and (replaced := unfinished.variables.get(contract.REPLACES)):
@@ -393,7 +398,12 @@ def stack_without_router(
         for s in every
         if s.variables.get(contract.STACK) in stamps
         or (s.name in (names.env, names.redis) and owners[s.id].kind == "nobody")
-        or (s.is_backend and owners[s.id].kind == "nobody" and not ownership.routers(every))
+        or (
+            s.is_backend
+            and owners[s.id].kind == "nobody"
+            and not ownership.routers(every)
+            and ownership.ties_to(s, deleted, own_names) is not False
+        )
     }
     original = janitor.stamp.environment_id
     copied = original if original != environment.target.environment_id else None
@@ -486,7 +496,8 @@ def stack_of(environment: Stack, router: Any, every: list[Any], owners: dict[str
     unowned = {
         s.name: entry
         for s in every
-        if s.name not in own and (entry := ownership.unowned(s, owners[s.id], own_names, router.id))
+        if s.name not in own
+        if (entry := ownership.unowned(s, owners[s.id], router, own_names, every))
     }
     copied = router.stamp.environment_id if of_copy else None
     return replace(environment, names=names, services=own, unowned=unowned, copied_from=copied)
@@ -625,6 +636,7 @@ def read_services(api: Api, target: Target, names: Names) -> Stack:
             status_at=seconds_of(latest.get("statusUpdatedAt")) if latest else None,
             stopped=bool(latest and latest["deploymentStopped"]),
             regions=regions,
+            limits=limits_of(of_config),
         )
         if service.name in services:  # a template was deployed twice
             doubles.append(service)
@@ -634,6 +646,21 @@ def read_services(api: Api, target: Target, names: Names) -> Stack:
     }
     taken |= {s.name: s.id for s in services.values()}
     return Stack(target, names, services, taken=taken, doubles=doubles)
+
+
+def limits_of(config: dict[str, Any]) -> dict[str, float]:
+    """Return the limits that a service's config has: memory_gb (10^9 bytes) and vcpus.
+
+    Its shape is that of `limitOverride` in Railway's CLI (src/controllers/config/environment.rs).
+    """
+    override = (config.get("deploy") or {}).get("limitOverride") or {}
+    containers = override.get("containers") or {}
+    limits = {}
+    if cpu := containers.get("cpu"):
+        limits["vcpus"] = float(cpu)
+    if memory := containers.get("memoryBytes"):
+        limits["memory_gb"] = memory / 10**9
+    return limits
 
 
 def read_variables(api: Api, stack: Stack) -> None:

@@ -106,15 +106,18 @@ def test_an_earlier_router_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     instances.require_instances(nothing, stack, 1)  # any router has one
 
 
-def test_more_processes_than_a_plan_has_cores(capsys: pytest.CaptureFixture[str]) -> None:
-    for count in (1, 2, 8, 9, 30):
-        instances.warn_of_size(count, Output())
-    lines = [line for line in capsys.readouterr().err.splitlines() if "instances" in line]
-    assert len(lines) == 2
-    assert "9 instances keep 9 cores busy and take about 1.4 GB" in lines[0]
-    assert "Hobby 8 vCPU and 8 GB" in lines[0]
-    assert "Pro" not in lines[0]
-    assert "Pro 24 vCPU and 24 GB" in lines[1]
+def test_more_processes_than_there_are_cores_or_memory_for() -> None:
+    assert [instances.size_warning(count) for count in (1, 2, 8)] == [None] * 3
+    nine, thirty = str(instances.size_warning(9)), str(instances.size_warning(30))
+    assert "9 instances keep 9 cores busy and take about 1.4 GB" in nine
+    assert "Hobby 8 vCPU and 8 GB" in nine
+    assert "Pro" not in nine
+    assert "Pro 24 vCPU and 24 GB" in thirty
+    assert instances.size_warning(2, vcpus=2, memory_gb=1) is None
+    assert instances.size_warning(9, vcpus=16) is None
+    assert "limited to 1 vCPU" in str(instances.size_warning(2, vcpus=1))
+    assert "limited to 0.2 GB" in str(instances.size_warning(2, memory_gb=0.2))
+    assert instances.size_warning(1, vcpus=0.5, memory_gb=0.1) is None
 
 
 def test_doctor_says_what_several_processes_mean(base: Project) -> None:

@@ -21,7 +21,8 @@ def stamp(router: str, environment: str = "e") -> dict[str, str]:
 
 
 def router(name: str, **more: str) -> Any:
-    return service(name, REDIS_URL="redis://x", PULSE_RAILWAY_REDIS_PREFIX="p", **more)
+    state = {"REDIS_URL": "redis://x", "PULSE_RAILWAY_REDIS_PREFIX": "p"}
+    return service(name, **(state | more))
 
 
 def backend(name: str, **more: str) -> Any:
@@ -30,6 +31,14 @@ def backend(name: str, **more: str) -> Any:
 
 def token(of: str) -> dict[str, str]:
     return {"PULSE_RAILWAY_INTERNAL_TOKEN": f"${{{{{of}.PULSE_RAILWAY_INTERNAL_TOKEN}}}}"}
+
+
+def literal(text: str) -> dict[str, str]:
+    return {"PULSE_RAILWAY_INTERNAL_TOKEN": text}
+
+
+def redis_of(name: str) -> dict[str, str]:
+    return {"REDIS_URL": f"${{{{{name}.REDIS_URL}}}}"}
 
 
 ONE, TWO = router("one-router"), router("two-router")
@@ -41,7 +50,20 @@ COPY, NOBODY = ("copy", "id-one-router"), ("nobody", None)
     ("found", "routers", "named", "expected"),
     [
         (backend("b"), [ONE], {}, OF_ONE),  # 0.3.x, one router
-        (backend("b", **token("gone-router")), [ONE], {}, OF_ONE),
+        (backend("b", **token("gone-router")), [ONE], {}, NOBODY),  # of another stack
+        (backend("b", **token("gone-env")), [ONE, service("one-env")], {}, NOBODY),
+        (backend("b", **token("gone-router")), [ONE], {"id-one-router": {"id-b"}}, OF_ONE),
+        (
+            backend("b", **redis_of("shared")),
+            [router("one-router", **redis_of("shared"))],
+            {},
+            OF_ONE,
+        ),
+        # 0.3.x's, without a variable in the env service: the router's token as a literal
+        (backend("b", **literal("a")), [router("one-router", **literal("a"))], {}, OF_ONE),
+        (backend("b", **literal("b")), [router("one-router", **literal("a"))], {}, NOBODY),
+        (backend("b", **literal("a")), [router("one-router", **literal("a")), TWO], {}, OF_ONE),
+        (backend("b", **literal("a")), [router("one-router", **token("x"))], {}, OF_ONE),
         (backend("b"), [ONE, TWO], {}, NOBODY),
         (backend("b"), [], {}, NOBODY),
         (backend("b"), [ONE, TWO], {"id-one-router": {"id-b"}}, OF_ONE),
@@ -77,14 +99,35 @@ def test_nothing_is_advised_that_a_missing_router_refuses() -> None:
     names = ownership.StackNames("one-router", None, None, "one-env")
     found = backend("b", **stamp("gone"), **token("one-router"))
     gone = ownership.Owner(*GONE)
-    own = ownership.unowned(found, gone, names, "id-gone").words()
+    own = ownership.unowned(found, gone, service("gone"), names, ()).words()
     assert "`pulse-railway ensure --repair`" in own
     assert "restore" not in own
     assert "delete --" not in own
-    former = ownership.unowned(found, gone, names, "id-new").words()
+    former = ownership.unowned(found, gone, service("new"), names, ()).words()
     assert "`pulse-railway restore --deployment-id b`" in former
     others = backend("b", **stamp("gone"))
-    assert "delete its" not in ownership.unowned(others, gone, names, "id-one").words()
+    assert "delete --" not in ownership.unowned(others, gone, ONE, names, ()).words()
+
+
+@pytest.mark.parametrize("variables", [{}, {STACK: "x"}, {STACK: "${{two-env.OTHER}}"}])
+def test_a_backend_with_another_stacks_variables_is_not_offered(variables: dict[str, str]) -> None:
+    """`status` has once offered `restore` and `delete` for it, where its stamp was invalid."""
+    names = ownership.StackNames("one-router", None, None, "one-env")
+    found = backend("b", **token("two-router"), **variables)
+    existing = [ONE, TWO]
+    entry = ownership.unowned(found, ownership.NOBODY, ONE, names, existing)
+    assert not entry.related
+    assert not entry.can_be_restored
+    assert "restore" not in entry.words()
+    assert "delete --" not in entry.words()
+    own = backend("b", **token("one-env"), **{STACK: "x"})
+    assert ownership.unowned(own, ownership.NOBODY, ONE, names, existing).can_be_restored
+    # its stack has been deleted
+    former = ownership.unowned(found, ownership.NOBODY, ONE, names, [ONE])
+    assert former.can_be_restored
+    of_two = {"PULSE_RAILWAY_JANITOR_SERVICE": "two-janitor", "PULSE_RAILWAY_SERVICE": "two-router"}
+    left = [ONE, service("two-janitor", **of_two)]  # its router is to be created again
+    assert not ownership.unowned(found, ownership.NOBODY, ONE, names, left).related
 
 
 def test_a_stamp_counts_for_more_than_what_a_state_names() -> None:

@@ -388,6 +388,34 @@ def check_that_references_to_a_former_stack_are_mended(base: Project, shop: Path
     assert base.variables("late")["API_KEY"] == "${{shop-env.API_KEY}}"
     rows = json_of(base, "status", "--app", "main.py", cwd=shop)["deployments"]
     assert ("late", 0) in [(row["deployment_id"], row["sessions"]) for row in rows]
+    check_nothing_is_taken_over(base)
+
+
+def check_nothing_is_taken_over(base: Project) -> None:
+    """Check that a stack leaves the deployment of another one alone, whose router was deleted.
+
+    The only router that is left was once taken for its owner.
+    """
+    unstamp(base)
+    document = "mutation ($i: String!) { serviceDelete(id: $i) }"
+    base.railway.graphql(document, i=base.stage.services()["shop-router"]["serviceId"])
+    for stamp in ("", "x"):
+        base.stage.set_variables("late", {contract.STACK: stamp})
+        status = json_of(base, "status", "--app", "main.py")
+        assert [row["deployment_id"] for row in status["deployments"]] == ["first"]
+        assert "late" not in str(status["problems"])
+        for verb in ("restore", "delete", "promote", "redeploy"):
+            refused = base.run(verb, "--app", "main.py", "--deployment-id", "late", "--yes")
+            assert refused.code == 1, verb
+            assert "restore --deployment-id" not in refused.err
+            assert "delete --deployment-id" not in refused.err
+        ran = base.janitor()
+        assert (ran["exit"], ran["deleted"]) == (0, [])
+        assert "another stack's" in str(ran)
+    assert "late" in base.services
+    assert base.active == "first"
+    json_of(base, "ensure", "main.py")
+    assert json_of(base, "status", "--service", "pulse-router")["problems"] == []
 
 
 def test_changes_made_on_railway_are_reported_and_reverted(base: Project) -> None:

@@ -49,6 +49,8 @@ class RailwayPlugin(ps.Plugin):
             version serves meanwhile and after it, so it has to stand what the command changes.
         check_path: the page that has to come up before a deployment is promoted.
         instances: how many processes a deployment runs, in its one container.
+        region, memory_gb, vcpus: where a backend runs, and what it may use; where not set, as the
+            active one, which may have been changed on Railway's page.
         router_service, janitor_service, redis_service, env_service: names of the stable services.
         service_prefix: put before every service's name; at most 8 characters with its dash.
 
@@ -72,6 +74,9 @@ class RailwayPlugin(ps.Plugin):
         pre_deploy: str | None = None,
         check_path: str = "/",
         instances: int = 1,
+        region: str | None = None,
+        memory_gb: float | None = None,
+        vcpus: float | None = None,
         router_service: str | None = None,
         janitor_service: str = contract.DEFAULT_JANITOR,
         redis_service: str = contract.DEFAULT_REDIS,
@@ -98,6 +103,9 @@ class RailwayPlugin(ps.Plugin):
         self.start_command = start_command
         self.pre_deploy = pre_deploy
         self.check_path = check_path
+        self.region = region
+        self.memory_gb = memory_gb
+        self.vcpus = vcpus
         self.service_prefix = naming.service_prefix(service_prefix)
         router = router_service or contract.DEFAULT_ROUTER
         self.router_service = naming.baseline_name(self.service_prefix, router)

@@ -20,7 +20,8 @@ from pulse_railway.app_identity import AppIdentity
 from pulse_railway.build_context import secrets_in_image
 from pulse_railway.config import AppConfig, Target, inside
 from pulse_railway.errors import Failure
-from pulse_railway.flows import instances, preview
+from pulse_railway.flows import backend_settings, instances, preview
+from pulse_railway.flows.backend_settings import Hosting
 from pulse_railway.flows.bake import bake, is_over
 from pulse_railway.flows.baseline import warn_of_lost_variables
 from pulse_railway.flows.cleanup import Attempt, release_lock, undo_on_failure
@@ -65,6 +66,7 @@ class Plan:
     web_root: Path
     start_command: str
     preview_key: str | None = field(default=None, repr=False)
+    hosting: Hosting = field(default_factory=Hosting)
 
     @property
     def preview_hash(self) -> str | None:
@@ -129,7 +131,6 @@ def check(options: DeployOptions, output: Output) -> Plan:
             f"the app's server address is {options.server_address}, and must be https in"
             " production: set server_address on ps.App, or pass --server-address https://..."
         )
-    instances.warn_of_size(options.instances, output)
     if "127.0.0.1" not in app.internal_address:
         output.warn(
             f"the app renders its pages through {app.internal_address}, so a page of one deployment"
@@ -261,13 +262,6 @@ def backend_variables(plan: Plan, stack: Stack) -> dict[str, str]:
 
 
 PULSE_SECRET = "PULSE_SECRET"  # Pulse signs its session cookies with it
-BACKEND_SETTINGS: dict[str, Any] = {
-    "healthcheckPath": contract.HEALTH_PATH,
-    "healthcheckTimeout": 300,
-    "numReplicas": 1,
-    "overlapSeconds": 30,
-    "drainingSeconds": 10,
-}
 
 
 def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, Any]:
@@ -306,6 +300,13 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
                 preview.require_previews(api, stack)
             instances.require_instances(api, stack, plan.options.instances)
             plan = free_name(api, plan, stack, attempt, output)
+            hosting = backend_settings.choose_hosting(api, stack, plan.options, output)
+            plan = replace(plan, hosting=hosting)
+            warning = instances.size_warning(
+                plan.options.instances, hosting.vcpus, hosting.memory_gb
+            )
+            if warning:
+                output.warn(warning)
         output.info(f"deployment {plan.deployment_id}")
         if plan.image:
             with step(output, attempt, f"build and push {plan.image}"):
@@ -475,13 +476,15 @@ def create_backend(
             },
             group_id=stack.router.group_id,
             settings={
-                **BACKEND_SETTINGS,
+                **backend_settings.FIXED,
+                **plan.hosting.settings(),
                 "startCommand": plan.start_command,
                 **pre_deploy,
             },
             image=plan.image,
             created=lambda service_id: setattr(attempt, "service_id", service_id),
         )
+        backend_settings.allot(api, stack.target, str(attempt.service_id), plan.hosting)
 
 
 def start_backend(api: Api, stack: Stack, plan: Plan, attempt: Attempt, output: Output) -> None:

@@ -123,7 +123,9 @@ def check_app(checkup: Checkup, flags: dict[str, Any]) -> deploy.Plan | None:
         if warning:
             checkup.add("Railway's configuration files", "warning", warning)
     if (count := parsed[0].instances) > 1:
-        checkup.add("its processes", "warning", f"{count} instances: {instances.ALIKE}")
+        size = instances.size_warning(count, parsed[0].vcpus, parsed[0].memory_gb)
+        said = f"{count} instances: {instances.ALIKE}" + (f". {size}" if size else "")
+        checkup.add("its processes", "warning", said)
     check_react(checkup, parsed[0])
     return plans[0] if plans else None
 

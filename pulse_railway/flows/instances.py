@@ -6,7 +6,6 @@ from typing import Any
 
 from pulse_railway import contract, router_commands, runtime_image
 from pulse_railway.errors import Failure
-from pulse_railway.output import Output
 from pulse_railway.railway.api import Api
 from pulse_railway.stack import Service, Stack
 
@@ -29,15 +28,28 @@ def require_instances(api: Api, stack: Stack, count: int) -> None:
         )
 
 
-def warn_of_size(count: int, output: Output) -> None:
-    """Warn of more processes than a plan of Railway's has cores or memory for."""
-    too_small = [f"{plan} {n} vCPU and {n} GB" for plan, n in PLANS.items() if count > n]
-    if too_small:
-        output.warn(
-            f"{count} instances keep {count} cores busy and take about"
-            f" {count * PROCESS_MB / 1000:.1f} GB without users; Railway's plans give one service:"
-            f" {', '.join(too_small)}"
-        )
+def size_warning(
+    count: int, vcpus: float | None = None, memory_gb: float | None = None
+) -> str | None:
+    """Return a warning of more processes than there are cores or memory for, by the limits of the
+    service, or else by Railway's plans; None if they fit."""
+    needed = count * PROCESS_MB / 1000
+    if vcpus or memory_gb:
+        is_small = count > (vcpus or count) or needed > (memory_gb or needed)
+        limits = [f"{vcpus:g} vCPU"] if vcpus else []
+        limits += [f"{memory_gb:g} GB"] if memory_gb else []
+        given = f"the service is limited to {' and '.join(limits)}"
+    else:
+        small = [
+            f"{plan} {size} vCPU and {size} GB" for plan, size in PLANS.items() if count > size
+        ]
+        is_small, given = bool(small), f"Railway's plans give one service: {', '.join(small)}"
+    if not is_small or count == 1:
+        return None
+    return (
+        f"{count} instances keep {count} cores busy and take about {needed:.1f} GB without users;"
+        f" {given}"
+    )
 
 
 def of_service(service: Service) -> int:

@@ -18,7 +18,7 @@ from pulse_railway.flows.promote import rollback_target
 from pulse_railway.railway import documents
 from pulse_railway.railway.api import Api, GraphqlError
 from pulse_railway.runtime_image import runtime_version
-from pulse_railway.services import empty_service_message, replicas_by_region
+from pulse_railway.services import REGIONS, empty_service_message, region_of, replicas_by_region
 from pulse_railway.stack import Service, Stack, double_words, joined, ownership, require_baseline
 from pulse_railway.waiting import FAILED_STATES
 
@@ -52,6 +52,7 @@ def status(api: Api, stack: Stack) -> dict[str, Any]:
                 "state": "preview" if record.get("preview") else record.get("state") or unrecorded,
                 "service": service.name if service else None,
                 "railway": service.status if service else "GONE",
+                "region": region_of(service) if service else None,
                 "age_seconds": round(service.age) if service else None,
                 "drain_started_at": record.get("drain_started_at"),
                 "sessions": record.get("sessions"),
@@ -80,6 +81,7 @@ def status(api: Api, stack: Stack) -> dict[str, Any]:
                 "service": s.name,
                 "railway": s.status,
                 "version": s.variables.get(contract.RUNTIME_VERSION),
+                "region": region_of(s),
             }
             for s in stack.baseline
         ],
@@ -408,10 +410,6 @@ def version_problem(service: Service) -> str | None:
         f"{service.name} runs {deployed or 'an earlier version'}, and this is {installed}:"
         " `pulse-railway ensure` updates it"
     )
-
-
-# Railway's regions in November 2026: if a service is in another one, Railway is asked for its list
-REGIONS = {"us-west2", "us-east4-eqdc4a", "europe-west4-drams3a", "asia-southeast1-eqsg3a"}
 
 
 def region_problems(api: Api, stack: Stack) -> list[str]:

@@ -82,6 +82,7 @@ class Instance:
     settings: dict[str, Any] = field(default_factory=dict)
     volume: bool = False
     custom_domains: list[Domain] = field(default_factory=list)
+    egress_regions: list[str] = field(default_factory=list)  # of its static outbound addresses
 
 
 @dataclass

@@ -108,6 +108,18 @@ query Stack($project: String!, $environment: String!) {
 }
 """
 
+# what a person can set on a service; STACK has its region and its limits
+SET_BY_HAND = """
+query SetByHand($service: String!, $environment: String!) {
+  service(id: $service) { tracingEnabled }
+  serviceInstance(serviceId: $service, environmentId: $environment) {
+    autoInstrumentationEnabled
+    ipv6EgressEnabled
+  }
+  egressGateways(serviceId: $service, environmentId: $environment) { region }
+}
+"""
+
 RENDERED = """
 query Rendered($project: String!, $environment: String!, $service: String!) {
   variablesForServiceDeployment(
@@ -221,6 +233,22 @@ def variables_of(count: int) -> str:
         for i in range(count)
     )
     return f"query Variables($project: String!, $environment: String!{parameters}) {{\n{fields}\n}}"
+
+
+def allot(*, limits: bool, gateway: bool) -> str:
+    """Return a document that gives a service its limits and its static outbound addresses.
+
+    Its variables: `limits` (ServiceInstanceLimitsUpdateInput), `gateway`
+    (EgressGatewayCreateInput), each if it is asked for.
+    """
+    parameters, fields = [], []
+    if limits:
+        parameters.append("$limits: ServiceInstanceLimitsUpdateInput!")
+        fields.append("  limits: serviceInstanceLimitsUpdate(input: $limits)")
+    if gateway:
+        parameters.append("$gateway: EgressGatewayCreateInput!")
+        fields.append("  gateway: egressGatewayAssociationCreate(input: $gateway) { region }")
+    return f"mutation Allot({', '.join(parameters)}) {{\n" + "\n".join(fields) + "\n}"
 
 
 def configure(

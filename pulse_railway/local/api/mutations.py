@@ -19,13 +19,14 @@ from pulse_railway.local.api.access import (
     refuse_project_token,
     ssh_key_owner,
 )
-from pulse_railway.local.api.patch import check_settings
+from pulse_railway.local.api.patch import DEFAULT_REGION, REGIONS, check_settings
 from pulse_railway.local.api.services import affected_environments, remove_instances
 from pulse_railway.local.api.views import (
     SETTINGS,
     custom_domain_view,
     deployment_view,
     domain_view,
+    gateways_view,
     project_view,
     service_view,
     ssh_key_view,
@@ -152,6 +153,43 @@ def serviceInstanceUpdate(
             instance.image = input["source"].get("image")
             instance.repo = input["source"].get("repo")
         instance.updated_at = model.now()
+    return True
+
+
+# of a replica on Pro; what Railway says beyond it is not known
+PLAN_LIMITS = {"cpu": 24, "memoryBytes": 24 * 10**9}
+
+
+@mutation
+def serviceInstanceLimitsUpdate(caller: Caller, input: dict[str, Any]) -> bool:
+    """Set limits in the shape that an environment's config has (the CLI's `limitOverride`)."""
+    instance = need_instance(caller, input["serviceId"], input["environmentId"])
+    given = {"cpu": input.get("vCPUs"), "memoryBytes": input.get("memoryGB")}
+    if given["memoryBytes"] is not None:
+        given["memoryBytes"] = int(given["memoryBytes"] * 10**9)
+    limits = {name: value for name, value in given.items() if value is not None}
+    for name, value in limits.items():
+        if not 0 < value <= PLAN_LIMITS[name]:
+            raise refuse(f"{name} is over the limit of your plan")
+    before = (instance.settings.get("limitOverride") or {}).get("containers") or {}
+    instance.settings["limitOverride"] = {"containers": {**before, **limits}}
+    return True
+
+
+@mutation
+def egressGatewayAssociationCreate(caller: Caller, input: dict[str, Any]) -> Any:
+    instance = need_instance(caller, input["serviceId"], input["environmentId"])
+    own = [name for name, at in (instance.settings.get("multiRegionConfig") or {}).items() if at]
+    region = input.get("region") or next(iter(own), DEFAULT_REGION)
+    if region not in REGIONS:
+        raise refuse(f"Region {region} not found")
+    instance.egress_regions = sorted({*instance.egress_regions, region})
+    return gateways_view(instance)
+
+
+@mutation
+def egressGatewayAssociationsClear(caller: Caller, input: dict[str, Any]) -> bool:
+    need_instance(caller, input["serviceId"], input["environmentId"]).egress_regions = []
     return True
 
 

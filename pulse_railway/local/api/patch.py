@@ -19,7 +19,7 @@ BUILD = ("builder", "buildCommand", "dockerfilePath", "watchPatterns")
 DEPLOY = (
     "startCommand preDeployCommand healthcheckPath healthcheckTimeout numReplicas"
     " multiRegionConfig cronSchedule restartPolicyType restartPolicyMaxRetries sleepApplication"
-    " overlapSeconds drainingSeconds region"
+    " overlapSeconds drainingSeconds region limitOverride ipv6EgressEnabled"
 ).split()
 SERVICE = (
     "groupId source build deploy variables networking volumeMounts configFile isDeleted isCreated"
@@ -30,6 +30,7 @@ REGIONS = {
     "europe-west4-drams3a": ("Amsterdam, Netherlands", "NL"),
     "asia-southeast1-eqsg3a": ("Singapore", "SG"),
 }
+DEFAULT_REGION = "us-west2"
 SHORTEST_CRON = 5  # minutes
 
 
@@ -55,7 +56,7 @@ def check_settings(changes: dict[str, Any]) -> dict[str, Any]:
             _check_region(region)
         settings["numReplicas"] = sum((r or {}).get("numReplicas") or 0 for r in regions.values())
     elif settings.get("numReplicas"):
-        region = settings.get("region") or "us-west2"
+        region = settings.get("region") or DEFAULT_REGION
         settings["multiRegionConfig"] = {region: {"numReplicas": settings["numReplicas"]}}
     if region := settings.get("region"):
         _check_region(region)

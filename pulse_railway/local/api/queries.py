@@ -24,6 +24,7 @@ from pulse_railway.local.api.views import (
     deployment_view,
     environment_view,
     environments_view,
+    gateways_view,
     instance_view,
     project_view,
     service_view,
@@ -155,6 +156,16 @@ def service(caller: Caller, id: str) -> Any:
 def serviceInstance(caller: Caller, serviceId: str, environmentId: str) -> Any:
     instance = need_instance(caller, serviceId, environmentId)
     return instance_view(caller, need_service(caller, serviceId), instance)
+
+
+@query
+def serviceInstanceLimitOverride(caller: Caller, serviceId: str, environmentId: str) -> Any:
+    return need_instance(caller, serviceId, environmentId).settings.get("limitOverride")
+
+
+@query
+def egressGateways(caller: Caller, serviceId: str, environmentId: str) -> Any:
+    return gateways_view(need_instance(caller, serviceId, environmentId))
 
 
 @query

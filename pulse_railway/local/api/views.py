@@ -26,10 +26,10 @@ from pulse_railway.local.state import (
 
 # the fields of ServiceInstanceUpdateInput that are stored as they are
 SETTINGS = (
-    "buildCommand builder cronSchedule dockerfilePath drainingSeconds healthcheckPath"
-    " healthcheckTimeout multiRegionConfig numReplicas overlapSeconds preDeployCommand"
-    " railwayConfigFile region restartPolicyMaxRetries restartPolicyType rootDirectory"
-    " sleepApplication startCommand watchPatterns"
+    "autoInstrumentationEnabled buildCommand builder cronSchedule dockerfilePath drainingSeconds"
+    " healthcheckPath healthcheckTimeout ipv6EgressEnabled multiRegionConfig numReplicas"
+    " overlapSeconds preDeployCommand railwayConfigFile region restartPolicyMaxRetries"
+    " restartPolicyType rootDirectory sleepApplication startCommand tracingEnabled watchPatterns"
 ).split()
 
 
@@ -170,6 +170,17 @@ def service_view(caller: Caller, service: Service) -> dict[str, Any]:
         "projectId": service.project_id,
         "createdAt": service.created_at,
         "updatedAt": service.created_at,
+        "autoInstrumentationEnabled": any(
+            i.settings.get("autoInstrumentationEnabled") for i in service.instances
+        ),
+        "tracingEnabled": next(
+            (
+                i.settings["tracingEnabled"]
+                for i in service.instances
+                if i.settings.get("tracingEnabled") is not None
+            ),
+            None,
+        ),
         "project": lambda *_: project_view(caller, need_project(caller, service.project_id)),
         "serviceInstances": lambda *_, **__: connection(
             [
@@ -210,6 +221,8 @@ def instance_view(caller: Caller, service: Service, instance: Instance) -> dict[
         "restartPolicyMaxRetries": settings.get("restartPolicyMaxRetries") or 10,
         "watchPatterns": settings.get("watchPatterns") or [],
         "isUpdatable": True,
+        "autoInstrumentationEnabled": bool(settings.get("autoInstrumentationEnabled")),
+        "tracingEnabled": bool(settings.get("tracingEnabled")),  # a project here has no default
         "domains": {
             "serviceDomains": [domain_view(service, instance, d) for d in instance.domains],
             "customDomains": [
@@ -223,6 +236,14 @@ def instance_view(caller: Caller, service: Service, instance: Instance) -> dict[
             if d.status == "SUCCESS" and not d.stopped
         ],
     }
+
+
+def gateways_view(instance: Instance) -> list[dict[str, Any]]:
+    """Return static outbound addresses. They are for documentation (RFC 5737): nothing has them."""
+    return [
+        {"ipv4": f"192.0.2.{number}", "region": region, "zone": None}
+        for number, region in enumerate(instance.egress_regions, 1)
+    ]
 
 
 def ssh_key_view(key: SshKey) -> dict[str, Any]:
