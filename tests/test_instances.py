@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,6 +21,7 @@ from tests.scene import Site
 
 router: Any = runtime_image.load("router")
 control: Any = runtime_image.load("control")
+janitor: Any = runtime_image.load("janitor")
 Run = Callable[..., Process]
 NOW = 1_800_000_000.0
 HTML, CHROME = "accept: text/html", "user-agent: Mozilla/5.0"
@@ -116,6 +118,50 @@ def test_restore_fills_in_instances() -> None:
     running = router.parse_record("new", json.dumps({"service_id": "s", "instances": TWO}))
     rebuilt = control.rebuild_records(store, [running], "new", chosen=True)
     assert rebuilt.records["new"].instances == TWO
+
+
+@pytest.mark.parametrize(("number", "count"), [("3", 3), ("1", 1), ("x", 1), ("65", 1), ("", 1)])
+def test_the_janitor_rebuilds_them_from_the_services_variable(number: str, count: int) -> None:
+    variables = {"PULSE_DEPLOYMENT_ID": "new", "PULSE_RAILWAY_INSTANCES": number}
+    node = {
+        "createdAt": "2026-01-01T00:00:00+00:00",
+        "latestDeployment": None,
+        "numReplicas": None,
+    }
+    service = janitor.ownership.ServiceVariables("s", "x-new", variables)
+    record = janitor.backend(node, service).record()
+    assert len(record.instances or {}) == count - 1
+    if count == 3:
+        assert record.instances["3"] == {"address": "http://x-new.railway.internal:8002"}
+
+
+@given(st.binary(min_size=1, max_size=40), st.integers(2, 64))
+def test_a_process_that_refuses_moves_its_own_visitors_only(visitor: bytes, count: int) -> None:
+    table = router.Table({})
+    at = router.instances_at("http://h:1", count)
+    table.take_over(
+        parse({":active": "n", ":deployment:n": {"address": "http://h:1", "instances": at}})
+    )
+    chosen = router.process_of(visitor, table.active)
+    for process in table.active.processes:
+        if process is not chosen:
+            process.refused_until = math.inf
+    assert router.process_of(visitor, table.active) is chosen
+    for process in table.active.processes:
+        process.refused_until = 0.0
+    chosen.refused_until = math.inf
+    assert router.process_of(visitor, table.active) is not chosen
+    chosen.refused_until = 1.0  # it is over
+    assert router.process_of(visitor, table.active) is chosen
+
+
+def test_visitors_spread_evenly() -> None:
+    for count in (2, 5, 64):
+        found = collections.Counter(
+            router.highest_hash(f"{n:016x}".encode(), b"new", count) for n in range(count * 400)
+        )
+        assert len(found) == count
+        assert 300 < min(found.values()) <= max(found.values()) < 520
 
 
 # -- in the router -------------------------------------------------------------------------------
