@@ -50,6 +50,7 @@ from router import Bake, Json, Promotion, Record, Routing, Step, Tombstone
 
 SESSIONS_PATH = "/_pulse/internal/railway/sessions"
 RELOAD_PATH = "/_pulse/internal/railway/reload"
+FORMER_TOKENS = "PULSE_RAILWAY_FORMER_TOKENS"  # JSON: former internal tokens, and until when
 RAILWAY_RUNTIME = ("RAILWAY_SERVICE_ID", "RAILWAY_REPLICA_ID", "RAILWAY_PRIVATE_DOMAIN")
 HEAL_WAIT = 8.0  # seconds that a command waits for a router to write lost state back
 REPORT_WAIT = 10.0  # seconds that a command waits until every router serves what it has written
@@ -688,15 +689,36 @@ def ask_backend(record: Record, path: str, token: str, method: str = "GET") -> J
 
     Raises OSError, and ValueError for anything but a JSON object with status 200.
     """
-    try:
-        status, body = backend_answer(record, path, {router.INTERNAL_TOKEN_HEADER: token}, method)
-    except http.client.HTTPException as error:
-        raise ValueError from error
+    status, body = 403, b""
+    for held in tokens_of(record, token):
+        try:
+            headers = {router.INTERNAL_TOKEN_HEADER: held}
+            status, body = backend_answer(record, path, headers, method)
+        except http.client.HTTPException as error:
+            raise ValueError from error
+        if status != 403:
+            break
     if status == 403:
         raise WrongToken
     if status != 200:
         raise ValueError
     return router.json_object(body)
+
+
+def tokens_of(record: Record, token: str) -> list[str]:
+    """Return the tokens that a backend may hold, the likeliest first.
+
+    Its process keeps the one with which it was started, also after `ensure --rotate`.
+
+    Args:
+        token: the present one.
+    """
+    former = router.or_none(router.json_object, os.environ.get(FORMER_TOKENS) or "{}") or {}
+    times = {held: until for held, until in former.items() if type(until) in (int, float)}
+    older = sorted(times, key=lambda held: times[held])
+    since = record.registered_at or 0.0
+    at_start = [held for held in older if times[held] > since]
+    return list(dict.fromkeys([*at_start, token, *older]))
 
 
 def backend_answer(

@@ -1472,16 +1472,14 @@ class Table:
         """Return a process' entry: the present one if the address is the same, or a new one."""
         name, url = record.deployment_id, urllib.parse.urlsplit(address)
         host, port = str(url.hostname), url.port or 80
-        # the id alone: clients and earlier versions of `deploy` compare it with the id
-        header = f"{SELECTED_HEADER}: {name}\r\n"
-        if record.is_preview:  # not for everybody behind a shared cache (RFC 9111 section 3)
-            header += "cache-control: private\r\n"
         old = self.processes.get(affinity.encode())
         if old is None or (old.host, old.port) != (host, port):
             tally = METRICS.tallies.setdefault(name, Tally())
             old = Deployment(name, record.state, host, port, b"", tally)
             old.affinity = affinity.encode()
-        old.state, old.header, old.key_hash = record.state, header.encode(), record.preview
+        # the id alone: clients and earlier versions of `deploy` compare it with the id
+        old.header = f"{SELECTED_HEADER}: {name}\r\n".encode()
+        old.state, old.key_hash = record.state, record.preview
         return old
 
     async def serve_without_state(self) -> None:
@@ -2105,8 +2103,6 @@ def client_limit(configured: int | None, limits: Limits) -> int:
 
 CHUNKED = b"transfer-encoding: chunked\r\n"
 VARY = f"vary: {AFFINITY_HEADER}\r\n".encode()
-PRIVATE = b"cache-control: private\r\n"  # in a canary, another visitor gets another answer
-NOT_STORED = b"cache-control: no-store\r\n"
 # RFC 9110 section 7.6.1: for one connection only. The header `Connection` names more, ...
 HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer"
@@ -2120,14 +2116,15 @@ KEPT = re.compile(
 )
 # what the loops over headers look at
 CHECKED_HEADERS = frozenset(
-    (b"host", b"x-forwarded-host", b"content-length", b"transfer-encoding", b"expect")
+    b"host x-forwarded-host content-length transfer-encoding expect connection".split()
 )
+LONGEST_CHECKED = 2000  # bytes of their lines, since a check costs up to 10 times as much as a copy
 ANSWER_HEADERS = HOP_BY_HOP | {b"content-length", b"content-type", b"x-pulse-selected-deployment"}
 FORWARDED = frozenset(b"host x-forwarded-for x-forwarded-proto x-forwarded-host x-real-ip".split())
 INTERNAL_TOKEN_FIELD = INTERNAL_TOKEN_HEADER.encode()
 REQUEST_HEADERS = HOP_BY_HOP | FORWARDED | {INTERNAL_TOKEN_FIELD}
 # RFC 3986 section 3.2; an app may take anything else for a part of its URL (CVE-2026-48710)
-HOST = re.compile(rb"([a-z0-9._~!$&'()*+,;=-]|%[0-9a-f]{2})*(:[0-9]*)?", re.I)
+HOST = re.compile(rb"(?:[a-z0-9._~!$&'()*+,;=-]++|%[0-9a-f]{2})*+(?::[0-9]*)?", re.I)
 LITERAL = re.compile(
     rb"\[(?:([0-9a-f:.]+)|v[0-9a-f]+\.[a-z0-9._~!$&'()*+,;=:-]+)\](:[0-9]*)?", re.I
 )
@@ -2139,8 +2136,10 @@ def is_host(value: bytes) -> bool:
         return True
     literal = LITERAL.fullmatch(value)
     try:
-        return bool(literal and (not literal[1] or ipaddress.IPv6Address(literal[1].decode())))
-    except ValueError:
+        return bool(
+            literal and (not literal[1] or socket.inet_pton(socket.AF_INET6, literal[1].decode()))
+        )
+    except OSError:
         return False
 
 
@@ -2155,23 +2154,27 @@ def without_named(lines: list[bytes], connection: bytes) -> list[bytes]:
     return [line for line in lines if not is_dropped(line)]
 
 
-# directives of Cache-Control
-FOR_SHARED = re.compile(rb"(?:public|s-maxage)\s*(?:=.*)?", re.IGNORECASE | re.DOTALL)
-ANY = re.compile(rb"[^,;]*\s*(?:=.*)?", re.DOTALL)
+# of Cache-Control: a directive, whose argument may be quoted; those that `private` replaces; all
+DIRECTIVE = re.compile(rb'(?:[^,"]+|"(?:[^"\\]+|\\.)*"?)+', re.DOTALL)
+FOR_SHARED = re.compile(rb"(?:public|private|s-maxage)(?![\w-]).*", re.IGNORECASE | re.DOTALL)
+ANY = re.compile(rb".*", re.DOTALL)
 
 
-def without_cache_control(lines: list[bytes], directives: re.Pattern[bytes]) -> list[bytes]:
-    """Drop directives from the header lines of an answer."""
-    kept = []
+def with_cache_control(
+    lines: list[bytes], directive: bytes, dropped: re.Pattern[bytes]
+) -> list[bytes]:
+    """Add a directive to the header lines of an answer, in place of those that are `dropped`. All
+    are in one line then, since a cache may read only one (RFC 9111 section 5.2)."""
+    kept, directives = [], []
     for line in lines:
         name, _, value = line.partition(b":")
         if name.lower() == b"cache-control":
-            parts = [part.strip() for part in value.split(b",")]
-            left = b", ".join(part for part in parts if not directives.fullmatch(part))
-            line = name + b": " + left + b"\r\n" if left else b""
-        if line:
+            parts = [part.strip() for part in DIRECTIVE.findall(value)]
+            directives += [part for part in parts if part and not dropped.fullmatch(part)]
+        else:
             kept.append(line)
-    return kept
+    # the new one first, where no quote that is not closed can hide it
+    return [*kept, b"cache-control: " + b", ".join([directive, *directives]) + b"\r\n"]
 
 
 NO_STORE = {"cache-control": "no-store"}  # on the router's own answers
@@ -2442,9 +2445,9 @@ class Client(asyncio.Protocol):
         parser = self.parser
         method, version = parser.get_method(), parser.get_http_version()
         self.check_head(method, version)
-        if len(self.waiting) >= TABLE.limits.pipelined_requests:
-            raise BadRequest("too many requests at once")
         behind = self.request or self.waiting
+        if behind and len(self.waiting) >= TABLE.limits.pipelined_requests:
+            raise BadRequest("too many requests at once")
         if handshake := parser.should_upgrade():
             protocols = [value.lower() for _, name, value in self.fields if name == b"upgrade"]
             if method != b"GET" or self.has_body or protocols[-1:] != [b"websocket"]:
@@ -2462,11 +2465,14 @@ class Client(asyncio.Protocol):
         already refused bare CR and LF, invalid names, and chunked before another coding."""
         if len(self.fields) > TABLE.limits.header_count:
             raise BadRequest("too many headers", 431)
-        lengths = hosts = 0
+        lengths = hosts = checked = 0
         self.chunked = self.has_body = False
         for _, name, value in self.fields:
             if name not in CHECKED_HEADERS:
                 continue
+            checked += len(name) + len(value)
+            if checked > LONGEST_CHECKED:
+                raise BadRequest("headers that must be checked are too large", 431)
             if name == b"host":
                 hosts += 1
                 if value != self.host and not is_host(value):
@@ -2483,7 +2489,9 @@ class Client(asyncio.Protocol):
                 self.chunked = self.has_body = True
             elif name == b"expect":
                 self.expects_continue = value.lower() == b"100-continue"
-            elif len(value) > 1000 or not all(is_host(h.strip()) for h in value.split(b",")):
+            elif name == b"connection" or value == self.host:
+                continue
+            elif not all(is_host(host.strip()) for host in value.split(b",")):
                 raise BadRequest("not a host")
         if lengths > 1 or (self.chunked and (lengths or version == "1.0")):
             raise BadRequest("conflicting message lengths, or HTTP/1.0 with a transfer coding")
@@ -2644,8 +2652,8 @@ class Client(asyncio.Protocol):
         """End the connection's state if its limit of time is over."""
         limits, transport, arriving = TABLE.limits, self.transport, self.arriving
         idle, closing = now - self.touched, transport.is_closing()
-        if self.waiting and has_hung_up(transport):
-            transport.abort()  # it is not read while a request waits, so nothing else sees this
+        if self.reading_paused and has_hung_up(transport):
+            transport.abort()  # nothing else sees it while the connection is not read
             return
         stalled = now - self.stalled_since if self.stalled_since else 0.0
         if self.state in (LINGERING, DROPPING):
@@ -2788,7 +2796,7 @@ class Exchange:
                     self.happens("missing")
                 return
             self.client.exchange = self
-        length = page = False
+        deployment, length, page = self.upstream.deployment, False, False
         named = coding = b""
         out = [b"HTTP/1.1 %d %b\r\n" % (status, reason)]
         append = out.append
@@ -2805,27 +2813,33 @@ class Exchange:
                     elif lower == b"connection" and value.lower() not in USUAL_CONNECTION:
                         named += b"," + value
                     continue
-                elif self.upstream.deployment.header:
+                elif deployment.header:
                     continue
             append(name + b": " + value + b"\r\n")
         if named:
             out[1:] = without_named(out[1:], named)
-        if header := self.upstream.deployment.header:  # else this is the local Railway's edge
-            if not page and request.path.startswith(ASSET_PREFIXES):  # the same everywhere
+        if header := deployment.header:  # else this is the local Railway's edge
+            private = deployment.key_hash is not None  # a preview's, for those with its key
+            asset = request.path.startswith(ASSET_PREFIXES)
+            if asset and lacks_asset(request.path, status, page):
+                append(header)  # a version that is down, or not there yet, may have it
+                out[:] = with_cache_control(out, b"no-store", ANY)
+                private = False
+            elif asset and not page:  # the same everywhere
                 append(header)
-                if status == 404:  # but a version that is down, or not there yet, may have it
-                    out[1:] = [*without_cache_control(out[1:], ANY), NOT_STORED]
             else:
                 append(header + VARY)
-                if request.by_visitor or (page and request.visitor):
-                    out[1:] = [*without_cache_control(out[1:], FOR_SHARED), PRIVATE]
+                # another one may get another answer
+                private = private or request.by_visitor or bool(page and request.visitor)
+            if private:
+                out[:] = with_cache_control(out, b"private", FOR_SHARED)
             if page:  # affinity.js reads the document's deployment from it
                 timing = b'server-timing: pulse;desc="%b"\r\n'
-                append(timing % self.upstream.deployment.affinity)
+                append(timing % deployment.affinity)
                 if request.visitor:
                     append(visitor_cookie(request))
         empty = self.head_only or status in (204, 304)
-        inner = coding.removesuffix(b"chunked, ")  # such as gzip: passed on as it is
+        inner = coding and coding.removesuffix(b"chunked, ")  # such as gzip: passed on as it is
         self.until_close = not (length or empty or inner != coding)
         self.keep = parser.should_keep_alive() and not self.until_close
         if not (length or empty) or (coding and self.head_only):
@@ -3024,7 +3038,7 @@ def request_head(request: Request, deployment: Deployment) -> list[bytes]:
     for name, lower, value in request.fields:
         if lower in REQUEST_HEADERS:
             if lower in FORWARDED:
-                seen[lower] = seen[lower] + b", " + value if lower in seen else value
+                seen[lower] = value  # of repeated ones the last: the edge's
             else:  # hop by hop, or the internal token
                 if lower == b"connection" and value.lower() not in USUAL_CONNECTION:
                     named += b"," + value
@@ -3044,7 +3058,8 @@ def request_head(request: Request, deployment: Deployment) -> list[bytes]:
         out.append(b"x-forwarded-for: " + (visitor or request.client.peer) + b"\r\n")
     elif visitor and before.rpartition(b",")[2].strip() != visitor:  # the client sent it
         out[4:] = [line for line in out[4:] if line[:16].lower() != b"x-forwarded-for:"]
-        out.append(b"x-forwarded-for: " + before + b", " + visitor + b"\r\n")
+        addresses = b", ".join([*request.values(b"x-forwarded-for"), visitor])
+        out.append(b"x-forwarded-for: " + addresses + b"\r\n")
     if b"x-forwarded-proto" not in seen:
         out.append(b"x-forwarded-proto: http\r\n")
     if coded:
@@ -3095,6 +3110,9 @@ async def forward(
         if request.gone:
             upstream.transport.abort()
             count_gone(request, target)
+            if not request.counted:
+                took = time.monotonic() - request.received
+                request.client.count_own(request, None, target, took)
             return GONE
         exchange = await exchanged(request, upstream, hedge, timeout)
     finally:
@@ -3140,15 +3158,16 @@ ENDED = {BROKEN: "broken_off", GONE: "client_gone"}  # in the access log
 def record_outcome(exchange: Exchange) -> ExchangeState:
     """Count an ended exchange, and go on as its outcome says. Returns and raises as `forward`."""
     request, deployment, outcome = exchange.request, exchange.upstream.deployment, exchange.state
-    if outcome is LOST:
-        raise UpstreamError(502, exchange.why, "lost", sent=True)
-    if outcome is TIMED_OUT:
-        raise UpstreamError(504, "the deployment did not answer in time", "timeout", sent=True)
-    if outcome is MISSING:
-        return outcome  # another deployment, or a request to this one, answers
     took, status, seen = exchange.heard - exchange.began, exchange.status, None
-    if outcome is GONE and not exchange.answered_at:
-        status = 0  # at most a 1xx has come
+    if outcome is not OK:
+        if outcome is LOST:
+            raise UpstreamError(502, exchange.why, "lost", sent=True)
+        if outcome is TIMED_OUT:
+            raise UpstreamError(504, "the deployment did not answer in time", "timeout", sent=True)
+        if outcome is MISSING:
+            return outcome  # another deployment, or a request to this one, answers
+        if outcome is GONE and not exchange.answered_at:
+            status = 0  # at most a 1xx has come
     if status:
         tally, first_byte = deployment.tally, took
         tally.answered(request.method, status, took)
@@ -3318,8 +3337,9 @@ def join(client: Client, exchange: Exchange, seen: Seen | None) -> None:
 
 # == Which deployment gets a request ============================================================
 
-QUERY_AFFINITY = re.compile(rb"(?:^|&)" + AFFINITY_QUERY.encode() + rb"=([^&]*)")
-QUERY_PREVIEW = re.compile(rb"(?:^|&)" + PREVIEW_QUERY.encode() + rb"=([^&]*)")
+AFFINITY_PARAMETER, PREVIEW_PARAMETER = (
+    re.compile(b"&" + name.encode() + rb"=([^&]*)") for name in (AFFINITY_QUERY, PREVIEW_QUERY)
+)
 QUERY_RELOAD = re.compile(rb"(?:^|&)" + RELOAD_QUERY.encode() + rb"=1(?:&|$)")
 SUSPECT_PATH = re.compile(rb"_pulse|//|/\.|[%\\;]", re.IGNORECASE)
 OWN_HEALTH_PATH = ROUTER_HEALTH_PATH.encode()
@@ -3330,11 +3350,16 @@ ASSET_PREFIXES = tuple(filter(None, _PREFIXES))
 LONGEST_AFFINITY = 300  # bytes: what is longer is no id, however it is encoded
 
 
+def query_field(parameter: re.Pattern[bytes], query: bytes) -> bytes | None:
+    """Return the first value of a query's parameter, as it is; None if the query lacks it."""
+    match = parameter.search(b"&" + query)
+    return match[1] if match else None
+
+
 def affinity(request: Request) -> bytes:
     """Return the deployment id in a request, from the query or else the header, or nothing."""
-    query = request.query
-    if query and (match := QUERY_AFFINITY.search(query)) and match[1]:
-        return urllib.parse.unquote_to_bytes(match[1][:LONGEST_AFFINITY])
+    if request.query and (value := query_field(AFFINITY_PARAMETER, request.query)):
+        return urllib.parse.unquote_to_bytes(value[:LONGEST_AFFINITY])
     values = request.values(b"x-pulse-deployment")
     return values[0].strip() if values else b""
 
@@ -3343,8 +3368,10 @@ def without_affinity(url: bytes) -> str | None:
     """Return a URL without the deployment and the preview's key in its query, to redirect to: only
     a path that no browser takes for another host's."""
     path, _, query = url.partition(b"?")
-    names = (QUERY_AFFINITY, QUERY_PREVIEW)
-    kept = b"&".join(p for p in query.split(b"&") if not any(name.match(p) for name in names))
+    kept = b"&" + query
+    for parameter in (AFFINITY_PARAMETER, PREVIEW_PARAMETER):
+        kept = parameter.sub(b"", kept)
+    kept = kept[1:]
     if kept == query or not re.fullmatch(rb"/(?![/\\])[\x21-\x7e]*", path) or b"\\" in path:
         return None
     return (path + (b"?" + kept if kept else b"")).decode("latin-1")
@@ -3395,12 +3422,13 @@ def route(request: Request) -> None:
         return
     request.affinity_id = name = affinity(request)
     target = None
-    if table.previews or PREVIEW_PARAMETER in request.query:
-        if response := follow_preview_link(request):
-            client.answer(request, response)
-            return
-        if target := preview_of(request):  # as if by affinity: no other version stands in for it
-            request.affinity_id = target.affinity
+    # not `in`: of bytes that takes three times as long
+    query = request.query
+    if query and query.find(PREVIEW_LINK) >= 0 and (response := follow_preview_link(request)):
+        client.answer(request, response)
+        return
+    if table.previews and (target := preview_of(request)):
+        request.affinity_id = target.affinity  # so that no other version stands in for it
     if target is None:
         if name:
             target = table.deployments.get(name) or table.further.get(name)
@@ -3435,9 +3463,10 @@ def on_done(exchange: Exchange) -> None:
 
 # -- previews: reachable with a key only -------------------------------------------------------
 
-PREVIEW_PARAMETER = PREVIEW_QUERY.encode() + b"="
+PREVIEW_LINK = PREVIEW_QUERY.encode() + b"="
 PREVIEW_FIELD = PREVIEW_HEADER.encode()
 PREVIEW_KEY = re.compile(rb"([a-z0-9][a-z0-9-]{0,23})\.([A-Za-z0-9_-]{43})")  # <id>.<256 bits>
+COOKIE_START = PREVIEW_COOKIE.encode() + b"="
 IN_COOKIE = re.compile(rb"(?:^|;) *" + PREVIEW_COOKIE.encode() + rb"=([a-z0-9-]+\.[\w-]+) *(?:;|$)")
 NO_HASH = "-" * 64  # of no key
 
@@ -3462,11 +3491,15 @@ def preview_of(request: Request) -> Deployment | None:
     named = TABLE.processes.get(name)
     if name and is_trusted(request):
         return named
-    keys = request.values(PREVIEW_FIELD)
-    if not keys:
-        cookies = (IN_COOKIE.search(value) for value in request.values(b"cookie"))
-        keys = [match[1] for match in cookies if match]
-    preview = open_preview(keys[0].strip()) if keys else None
+    key = in_cookie = None  # the first of each
+    for _, lower, value in request.fields:
+        if lower == PREVIEW_FIELD:
+            key = value.strip() if key is None else key
+        elif lower == b"cookie" and in_cookie is None:
+            match = IN_COOKIE.search(value) if value.find(COOKIE_START) >= 0 else None
+            in_cookie = match[1] if match else None
+    key = in_cookie if key is None else key
+    preview = open_preview(key) if key else None
     if preview is None:
         return None
     if name:
@@ -3477,15 +3510,15 @@ def preview_of(request: Request) -> Deployment | None:
 def follow_preview_link(request: Request) -> Response | None:
     """Answer a link with a preview's key: it becomes a cookie, and leaves the address. A link
     without a key ends the preview. A wrong key is answered as an unknown id is. None: no link."""
-    match = QUERY_PREVIEW.search(request.query)
-    if match is None:
+    key = query_field(PREVIEW_PARAMETER, request.query)
+    if key is None:
         return None
     target = without_affinity(request.url)
-    opens = open_preview(match[1]) is not None
-    if not target or request.method not in (b"GET", b"HEAD") or not (opens or match[1] == b""):
+    opens = open_preview(key) is not None
+    if not target or request.method not in (b"GET", b"HEAD") or not (opens or key == b""):
         request.affinity_id = b"-"
         return stale_response(request)
-    cookie = f"{PREVIEW_COOKIE}={match[1].decode()}; Path=/; Secure; HttpOnly; SameSite=Lax"
+    cookie = f"{PREVIEW_COOKIE}={key.decode()}; Path=/; Secure; HttpOnly; SameSite=Lax"
     headers = {"location": target, "set-cookie": cookie + ("" if opens else "; Max-Age=0")}
     return Response(None, 302, NO_STORE | headers | {"referrer-policy": "no-referrer"})
 
@@ -3890,9 +3923,13 @@ def is_miss(path: bytes, status: int, fields: list[tuple[bytes, bytes]]) -> bool
         return True
     if not path.startswith(ASSET_PREFIXES):
         return status == 204 and any(n.lower() == b"x-remix-reload-document" for n, _ in fields)
-    is_html = any(name.lower() == b"content-type" and is_page(value) for name, value in fields)
-    page = status == 200 and not path.endswith((b".html", b".htm")) and is_html
-    return status == 404 or page
+    page = any(name.lower() == b"content-type" and is_page(value) for name, value in fields)
+    return lacks_asset(path, status, page)
+
+
+def lacks_asset(path: bytes, status: int, page: bool) -> bool:
+    """Does an answer for an asset say that there is none, or is it a page in place of a file?"""
+    return status == 404 or (page and status == 200 and not path.endswith((b".html", b".htm")))
 
 
 # == Serving ====================================================================================

@@ -41,6 +41,7 @@ PUSH_EVERY = 2.0  # seconds
 SPANS = 1000  # in each WINDOW; Railway's receiver takes no more of a replica
 WINDOW = 10.0  # seconds
 KEPT = 2 * SPANS  # spans that wait for the receiver
+LONGEST = 1000  # bytes of a value: a path or a host can have 64 KB
 RETRYABLE = (429, 502, 503, 504)  # OTLP/HTTP, section "Retryable Response Codes"
 
 log = logging.getLogger("pulse.router")
@@ -83,11 +84,12 @@ class Span:
             attributes["pulse.deployment"] = deployment
             by = self.chosen_by.get(deployment) or chosen_by(request, deployment)
             attributes["pulse.chosen_by"] = by
+        trace_state = b",".join(request.values(b"tracestate"))
         span = OtlpSpan(
             trace_id=self.trace_id,
             span_id=bytes.fromhex(self.span_id.decode()),
             parent_span_id=bytes.fromhex(self.parent_id.decode()),
-            trace_state=b",".join(request.values(b"tracestate")).decode("latin-1"),
+            trace_state=trace_state.decode("latin-1") if len(trace_state) <= LONGEST else "",
             flags=self.flags,
             name=str(attributes["http.request.method"]).replace("_OTHER", "HTTP"),
             kind=OtlpSpan.SPAN_KIND_SERVER,
@@ -107,8 +109,8 @@ def chosen_by(request: Request, deployment: str) -> str:
     if deployment.encode() in table.previews:
         return "preview"
     if request.affinity_id:
-        match = router.QUERY_AFFINITY.search(request.query)
-        return "query" if match and match[1] else "header"
+        by_query = router.query_field(router.AFFINITY_PARAMETER, request.query)
+        return "query" if by_query else "header"
     if (fallback := table.fallback_in_use) and fallback.id == deployment:
         return "fallback"
     main = {d.id for d in (table.active, table.canary) if d}
@@ -122,9 +124,11 @@ def chosen_by(request: Request, deployment: str) -> str:
 
 
 def encode_attributes(attributes: Mapping[str, str | int]) -> list[KeyValue]:
+    """Return OTLP's attributes, each text cut at LONGEST bytes."""
+
     def encode(value: str | int) -> AnyValue:
         if isinstance(value, str):
-            return AnyValue(string_value=value)
+            return AnyValue(string_value=value.encode()[:LONGEST].decode(errors="ignore"))
         return AnyValue(int_value=value)
 
     return [KeyValue(key=key, value=encode(value)) for key, value in attributes.items()]

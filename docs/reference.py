@@ -39,7 +39,8 @@ VARIABLES = {
         "PULSE_RAILWAY_INTERNAL_TOKEN": "the token of the router and the janitor for its internal"
         " endpoints; set by `deploy`",
         "PULSE_RAILWAY_REDIS_URL": "the Redis of the sessions, a reference; only with"
-        " `RailwaySessionStore`",
+        " `RailwaySessionStore`. On the env service: another one than the router's, by"
+        " `ensure --session-redis-url`",
         "PULSE_RAILWAY_SESSION_SCOPE": "in a copy of an environment, on a shared Redis: its id,"
         " which follows the prefix of session keys",
         "PULSE_RAILWAY_DEPLOYMENT_NAME": "the name from which its id was generated",
@@ -107,6 +108,8 @@ VARIABLES = {
         " since when it is empty",
         "PULSE_RAILWAY_KEY_TTL_SECONDS": "in a copy of an environment, on a shared Redis: its keys'"
         " time to live. On the janitor and the backends, too",
+        "PULSE_RAILWAY_FORMER_TOKENS": "as on the janitor: JSON, the internal tokens before the"
+        " present one that live versions hold, and until when; by `ensure --rotate`",
         "PULSE_RAILWAY_TOKEN_MADE": "`ensure` has made its token, in a copied environment",
         "PULSE_RAILWAY_OWNS_STATE": "`1`: the janitor claims a routing state that has no owner for"
         " this stack, even one with deployments",

@@ -40,14 +40,16 @@ APP_FILE: Final = "PULSE_APP_FILE"
 SERVER_ADDRESS: Final = "PULSE_SERVER_ADDRESS"
 PUBLIC_ORIGIN: Final = "PULSE_PUBLIC_ORIGIN"  # a later Pulse reads this in place of the former
 PORT: Final = "PORT"
-SESSION_REDIS_URL: Final = "PULSE_RAILWAY_REDIS_URL"
+SESSION_REDIS_URL: Final = "PULSE_RAILWAY_REDIS_URL"  # on the env service: another one for apps
 SESSION_SCOPE: Final = "PULSE_RAILWAY_SESSION_SCOPE"  # ours, in a copy: follows the keys' prefix
 # Variables of its build, besides some of those.
 WEB_ROOT: Final = "PULSE_WEB_ROOT"
 DOCKERFILE_PATH: Final = "RAILWAY_DOCKERFILE_PATH"
 
 # Variables of the router and the janitor.
-RAILWAY_TOKEN: Final = "RAILWAY_TOKEN"
+RAILWAY_TOKEN: Final = "RAILWAY_TOKEN"  # the janitor's
+# ours, as RAILWAY_TOKEN on the router, which needs none: 0.3.x refuses a router without one
+NO_TOKEN: Final = "the-janitor-alone-has-it"
 RAILWAY_API_TOKEN: Final = "RAILWAY_API_TOKEN"
 REDIS_URL: Final = "REDIS_URL"
 REDIS_PREFIX: Final = "PULSE_RAILWAY_REDIS_PREFIX"
@@ -61,6 +63,8 @@ ROUTER_REPLICAS: Final = "PULSE_RAILWAY_ROUTER_REPLICAS"  # ours: the same of th
 ROUTER_SERVICE: Final = "PULSE_RAILWAY_SERVICE"
 JANITOR_SERVICE: Final = "PULSE_RAILWAY_JANITOR_SERVICE"
 REDIS_SERVICE: Final = "PULSE_RAILWAY_REDIS_SERVICE"
+# ours: JSON, former internal tokens that live versions hold -> until when each was the present one
+FORMER_TOKENS: Final = "PULSE_RAILWAY_FORMER_TOKENS"
 NOTIFY_URL: Final = "PULSE_RAILWAY_NOTIFY_URL"  # ours, on the janitor: the URL of notifications
 SSH_KEY: Final = "PULSE_RAILWAY_SSH_KEY"  # ours, where a verb runs: the key of `railway ssh`
 # ours, on the router: the deployment promoted last, and the time in seconds by Redis' clock

@@ -150,6 +150,8 @@ _ALL = (
     Flag("redis_url", "use this Redis instead of one in the project", "URL"),
     Flag("redis_prefix", "prefix of the state's Redis keys", "PREFIX",
          words=contract.DEFAULT_REDIS_PREFIX),
+    Flag("session_redis_url", "keep apps' sessions in this Redis", "URL",
+         words="the router's Redis", kept=True),
     Flag("janitor_cron_schedule", "when the janitor runs, in UTC", "CRON",
          default=contract.DEFAULT_CRON, kept=True),
     Flag("drain_ttl_seconds", "the longest time to keep a draining deployment", "SECONDS", int,
@@ -164,6 +166,8 @@ _ALL = (
          words="built on Railway", plugin=True),
     Flag("repair", "create services of this stack again that were deleted", kind=bool),
     Flag("owns_state", "claim the routing state of an external Redis if it has no owner",
+         kind=bool),
+    Flag("rotate", "replace the internal token; live versions go on with the former one",
          kind=bool),
     Flag("plan", "print the changes without making them", kind=bool),
     # a deployment
@@ -234,7 +238,8 @@ WHERE = [
 STACK = [*WHERE, "service", "service_prefix", "redis_service", "json"]
 BASELINE = [
     *WHERE,
-    *"service_prefix redis_url redis_prefix janitor_cron_schedule drain_ttl_seconds".split(),
+    *"service_prefix redis_url redis_prefix session_redis_url janitor_cron_schedule".split(),
+    "drain_ttl_seconds",
     *"rollback_window_seconds keep router_replicas runtime_image notify json".split(),
 ]
 DEPLOY = [

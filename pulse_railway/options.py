@@ -88,6 +88,7 @@ class BaselineOptions:
     redis_url: str | None = None
     redis_prefix: str | None = None  # None: the stack's, or the default in a new stack
     # None: the stack's value, or the default in a new stack
+    session_redis_url: str | None = field(default=None, repr=False)
     cron: str | None = None
     drain_ttl: int | None = None  # seconds
     rollback_window: int | None = None  # seconds; 0: none
@@ -99,6 +100,7 @@ class BaselineOptions:
     notify: str | None = field(default=None, repr=False)
     owns_state: bool = False
     repair: bool = False
+    rotate: bool = False  # replace the internal token
     plan_only: bool = False
 
 
@@ -258,10 +260,12 @@ def parse_baseline(flags: Flags, output: Output) -> BaselineOptions:
     app = app_from_flags(flags, output)
     if cron := value(flags, "janitor_cron_schedule"):
         check_cron(cron)
-    redis_url = flags.get("redis_url")
-    keep_secret(redis_url)
+    redis_url, session_url = flags.get("redis_url"), flags.get("session_redis_url")
+    keep_secret(redis_url, session_url)
     if redis_url and (problem := runtime_image.load("router").redis_problem(redis_url)):
         raise Failure(f"--redis-url is wrong: {problem}")
+    if session_url and (problem := session_redis_problem(session_url)):
+        raise Failure(f"--session-redis-url is wrong: {problem}")
     return from_flags(
         BaselineOptions,
         flags,
@@ -275,6 +279,14 @@ def parse_baseline(flags: Flags, output: Output) -> BaselineOptions:
         notify=notify_url(flags),
         plan_only=value(flags, "plan"),
     )
+
+
+def session_redis_problem(url: str) -> str | None:
+    """Return what is wrong with an address of the sessions' Redis; a reference may stand there."""
+    if runtime_image.load("ownership").REFERENCE.fullmatch(url):
+        return None
+    problem: str | None = runtime_image.load("router").redis_problem(url)
+    return problem
 
 
 def parse_deploy(flags: Flags, output: Output) -> DeployOptions:

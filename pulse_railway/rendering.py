@@ -135,6 +135,8 @@ def status_parts(result: dict[str, Any], history: History | None = None) -> list
     parts: list[Text | Table] = [
         Text.assemble("address  ", (result["address"] or "none yet", "bold"))
     ]
+    if result.get("session_redis"):
+        parts.append(Text(f"sessions in {result['session_redis']}"))
     for row in result["baseline"]:
         good = row["railway"] in ("SUCCESS", None)
         parts.append(

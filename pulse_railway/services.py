@@ -48,7 +48,9 @@ class Change:
         lines = []
         for key, value in sorted(self.variables.items()):
             before = self.service.variables.get(key)
-            if key in SECRET_NAMES:
+            if value == contract.NO_TOKEN:
+                lines.append(f"{name}: {key} (secret) -> {value}")
+            elif key in SECRET_NAMES:
                 lines.append(f"{name}: set {key} (secret)")
             else:
                 shown = textwrap.shorten(before or "unset", 200)

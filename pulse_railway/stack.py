@@ -3,6 +3,7 @@ the stack."""
 
 from __future__ import annotations
 
+import json
 import re
 import time
 import urllib.parse
@@ -23,6 +24,8 @@ SECRET_NAMES = (
     contract.RAILWAY_TOKEN,
     contract.REDIS_URL,
     contract.INTERNAL_TOKEN,
+    contract.FORMER_TOKENS,
+    contract.SESSION_REDIS_URL,
     contract.NOTIFY_URL,
 )
 
@@ -47,6 +50,7 @@ class Service:
     regions: dict[str, int] = field(default_factory=dict)  # region -> replicas; empty: not known
     limits: dict[str, float] = field(default_factory=dict)  # memory_gb, vcpus; empty: the plan's
     status_at: float | None = None  # since when it has that status, in seconds since 1970
+    railway_domains: list[str] = field(default_factory=list)  # those of `domains` by Railway
 
     @property
     def deployment_id(self) -> str | None:
@@ -117,6 +121,33 @@ class Stack:
         return [value for value in values if value]
 
     @property
+    def runtime_token(self) -> str | None:
+        """The janitor's Railway token, or None. In a stack of an earlier version the router has it,
+        too."""
+        found = (s.variables.get(contract.RAILWAY_TOKEN) for s in (self.janitor, self.router) if s)
+        return next((token for token in found if token and token != contract.NO_TOKEN), None)
+
+    @property
+    def session_redis_url(self) -> str | None:
+        """The Redis of apps' sessions by `ensure --session-redis-url`; None: the router's."""
+        return (self.env.variables.get(contract.SESSION_REDIS_URL) or None) if self.env else None
+
+    @property
+    def session_redis_reference(self) -> str:
+        """The value by which a deployment gets the Redis of its sessions."""
+        if self.session_redis_url:
+            return f"${{{{{self.names.env}.{contract.SESSION_REDIS_URL}}}}}"
+        return f"${{{{{self.names.router}.{contract.REDIS_URL}}}}}"
+
+    @property
+    def former_tokens(self) -> dict[str, float]:
+        """Former internal tokens, and the time until which each was the present one."""
+        found: dict[str, float] = {}
+        for text in self.values(contract.FORMER_TOKENS):
+            found |= tokens_and_times(text)
+        return found
+
+    @property
     def missing(self) -> list[str]:
         """The names of the baseline's services that do not exist."""
         names = [self.names.router, self.names.env, self.names.janitor]
@@ -169,6 +200,36 @@ class Stack:
         if self.router is None or not self.router.domains:
             raise Failure(f"{self.names.router} has no public address: run `pulse-railway ensure`")
         return f"https://{self.router.domains[0]}"
+
+    @property
+    def railway_address(self) -> str | None:
+        """The router's public URL that Railway has given, at which nobody else answers; None if it
+        has custom domains alone."""
+        domains = self.router.railway_domains if self.router else []
+        return f"https://{domains[0]}" if domains else None
+
+
+WRONG_ADDRESS = "an address that is wrong"
+
+
+def address_without_secrets(url: str) -> str:
+    """Return scheme, host, port and number of a Redis address; a reference as it is."""
+    if ownership.REFERENCE.fullmatch(url):
+        return url
+    if runtime_image.load("router").redis_problem(url):
+        return WRONG_ADDRESS
+    parts = urllib.parse.urlsplit(url)
+    host = f"[{parts.hostname}]" if ":" in str(parts.hostname) else parts.hostname
+    return f"{parts.scheme}://{host}:{parts.port or 6379}{parts.path.rstrip('/')}"
+
+
+def tokens_and_times(text: str) -> dict[str, float]:
+    """Parse the variable FORMER_TOKENS; what is not of its form is left out."""
+    try:
+        entries = json.loads(text or "{}").items()
+    except (ValueError, AttributeError, RecursionError):
+        return {}
+    return {token: float(at) for token, at in entries if isinstance(at, int | float)}
 
 
 _SETTINGS = (
@@ -567,7 +628,8 @@ def mended_references(stack: Stack, service: Service) -> dict[str, str]:
             new = f"${{{{{router}.{name}}}}}"
             same = value == stack.router.variables.get(name) or (match and match[1] == router)
         elif name in (contract.SESSION_REDIS_URL, contract.KEY_TTL):
-            new = f"${{{{{router}.{name if name == contract.KEY_TTL else contract.REDIS_URL}}}}}"
+            new = f"${{{{{router}.{name}}}}}"
+            new = stack.session_redis_reference if name == contract.SESSION_REDIS_URL else new
             same = not match or match[1] in stack.services
         else:
             new, same = ownership.REFERENCE.sub(of_env, value), False
@@ -636,6 +698,7 @@ def read_services(api: Api, target: Target, names: Names) -> Stack:
             status_at=seconds_of(latest.get("statusUpdatedAt")) if latest else None,
             stopped=bool(latest and latest["deploymentStopped"]),
             regions=regions,
+            railway_domains=[d["domain"] for d in domains["serviceDomains"]],
             limits=limits_of(of_config),
         )
         if service.name in services:  # a template was deployed twice
@@ -678,7 +741,8 @@ def read_variables(api: Api, stack: Stack) -> None:
     for i, service in enumerate(services):
         service.variables = values[f"v{i}"]
         secrets = (service.variables.get(name, "") for name in SECRET_NAMES)
-        keep_secret(*(value for value in secrets if "${{" not in value))
+        keep_secret(*(v for v in secrets if "${{" not in v and v != contract.NO_TOKEN))
+        keep_secret(*tokens_and_times(service.variables.get(contract.FORMER_TOKENS, "")))
 
 
 def can_create_missing(stack: Stack) -> bool:
@@ -698,8 +762,9 @@ def can_create_missing(stack: Stack) -> bool:
         recognised &= bool(router.variables.get(contract.STACK))
         known = of_router(stack)
     else:
-        needed = (contract.RAILWAY_TOKEN, contract.REDIS_URL, contract.REDIS_PREFIX)
+        needed = (contract.REDIS_URL, contract.REDIS_PREFIX)
         recognised = janitor in of_lost_router(stack) and all(map(stack.stored, needed))
+        recognised &= stack.runtime_token is not None
         recognised &= "${{" not in (stack.stored(contract.INTERNAL_TOKEN) or "${{")
         if stack.copied_from and janitor:  # the original's router is added to the copy
             stamp = f"{here}/{stack.taken.get(stack.names.router)}"
@@ -898,7 +963,7 @@ def require_router(stack: Stack) -> None:
     router = stack.router
     if router is None or stack.names.redis in stack.missing:
         raise Failure(partial(stack))
-    require_variables(router)
+    require_variables(router, contract.REDIS_URL, contract.INTERNAL_TOKEN)
     if not router.variables.get(contract.RUNTIME_VERSION):
         raise Failure(
             f"{router.name} runs an older pulse-railway: run `pulse-railway ensure`, which takes it"
@@ -913,13 +978,16 @@ def require_baseline(stack: Stack) -> None:
     if stack.missing:
         raise Failure(partial(stack))
     assert stack.janitor is not None
-    require_variables(stack.janitor)
-
-
-def require_variables(service: Service) -> None:
-    """Raise Failure if a variable without which router and janitor do not work is not set."""
     needed = (contract.RAILWAY_TOKEN, contract.REDIS_URL, contract.INTERNAL_TOKEN)
-    absent = [name for name in needed if not service.variables.get(name)]
+    require_variables(stack.janitor, *needed)
+
+
+def require_variables(service: Service, *needed: str) -> None:
+    """Raise Failure if one of these variables, without which a service does not work, is not
+    set."""
+    absent = [
+        name for name in needed if service.variables.get(name) in (None, "", contract.NO_TOKEN)
+    ]
     if absent:
         raise Failure(f"{service.name} lacks {', '.join(absent)}: run `pulse-railway ensure`")
 

@@ -67,7 +67,7 @@ def scaffold(options: options.BaselineOptions, output: Output) -> None:
     )
 
 
-@verb([*BASELINE, "repair", "owns_state", "replace_app", "plan"], parser="parse_baseline")
+@verb([*BASELINE, "repair", "owns_state", "rotate", "replace_app", "plan"], parser="parse_baseline")
 def ensure(options: options.BaselineOptions, output: Output) -> None:
     """Create the baseline in an empty environment, or reconcile a complete one."""
     from pulse_railway import config

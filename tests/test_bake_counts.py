@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,11 +18,15 @@ from tests.conftest import Process, Redis
 from tests.net import Backend, Connection, ask, eventually, header, ok
 
 Run = Callable[..., Process]
-QUICK = {"report_seconds": 0.1, "gave_up_seconds": 0.2, "short_tunnel_seconds": 0.5}
+# far from what a busy machine adds
+QUICK = {"report_seconds": 0.1, "gave_up_seconds": 1.0, "short_tunnel_seconds": 5.0}
 SOCKET = (
     b"GET /%b HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket\r\nx-real-ip: %b\r\n"
     b"sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\nsec-websocket-version: 13\r\n\r\n"
 )
+
+
+HANGING = threading.Event()  # ends it
 
 
 def serve(connection: Connection) -> None:
@@ -45,12 +50,12 @@ def serve(connection: Connection) -> None:
             return
         if path == b"/silent":
             connection.send(b"HTTP/1.1 103 Early Hints\r\nlink: </a.css>\r\n\r\n")
-            time.sleep(1)
+            connection.rest()
             return
         if path == b"/late":
-            time.sleep(0.15)
+            time.sleep(2.0)
         if path == b"/hang":
-            time.sleep(1.5)
+            HANGING.wait(20)
         status = "500 Internal Server Error" if path == b"/500" else "200 OK"
         status = "404 Not Found" if path.startswith(b"/assets/old") else status
         connection.send(ok(b"new", status=status))
@@ -157,11 +162,11 @@ def test_clients_are_told_apart_by_address(baking: Baking) -> None:
 
 
 def test_each_kind_of_failure_counts_once(baking: Baking) -> None:
-    baking.promote(latency_ms=100)
+    baking.promote(latency_ms=1000)
     port = baking.routers[0].port
     for path in ("/", "/500", "/mute", "/broken", "/broken", "/late"):
         baking.ask(path)
-    for path, patience in (("/silent", 0.3), ("/silent", 0.05)):  # the second has not waited
+    for path, patience in (("/silent", 2.0), ("/silent", 0.05)):  # the second has not waited
         with Connection.to(port) as connection:
             connection.send(
                 f"GET {path} HTTP/1.1\r\nhost: x\r\nx-real-ip: 10.0.0.1\r\n\r\n".encode()
@@ -204,7 +209,7 @@ def test_visitors_given_away_count_once(baking: Baking) -> None:
     for _ in range(8):
         assert baking.ask("/") == 200  # from the old version
     eventually(lambda: baking.counts() == (8, {"refused": 8}))
-    assert baking.tally("new").failed == 8
+    eventually(lambda: baking.tally("new").failed == 8)
 
 
 def test_sums_hold_over_restarts_of_routers(baking: Baking) -> None:
@@ -296,6 +301,7 @@ def test_a_bake_of_an_earlier_version_is_not_counted() -> None:
 
 def test_a_page_that_hangs_has_failed_until_it_is_answered(baking: Baking) -> None:
     """Before, a version whose pages all hung was well: only ended requests counted."""
+    HANGING.clear()
     baking.routers.append(baking.start({"hung_seconds": 0.2}))
     baking.promote()
     port = baking.routers[1].port
@@ -305,6 +311,7 @@ def test_a_page_that_hangs_has_failed_until_it_is_answered(baking: Baking) -> No
         page.send(line + b"accept: text/html\r\n\r\n")
         poll.send(line + b"accept: */*\r\n\r\n")  # long polling is meant to wait
         eventually(lambda: baking.counts() == (1, {"hung": 1}))
+        HANGING.set()
         assert b" 200 " in page.head()
         assert b" 200 " in poll.head()
     eventually(lambda: baking.counts() == (2, {}))

@@ -375,7 +375,7 @@ def test_a_login_creates_no_baseline_and_can_update_one(
     empty = new_project()
     refused = empty.run("ensure", "main.py", **env)
     assert refused.code == 1
-    assert "a Railway CLI login is not written into the router and the janitor" in refused.error
+    assert "a Railway CLI login is not written into the janitor" in refused.error
     assert empty.services == set()
     kept = base.ok("ensure", "main.py", **env)
     assert kept["changed"] == []

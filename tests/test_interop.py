@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import peer
+from pulse_railway import contract
 from tests import older
 from tests.conftest import TINY, Project
 from tests.net import eventually
@@ -66,6 +67,8 @@ def test_a_stack_of_0_3_13_is_taken_over(project: Project, tmp_path: Path) -> No
     done = project.ok("ensure", "main.py")
     assert done["changed"]
     assert project.ok("ensure", "main.py")["changed"] == []
+    token = project.env["RAILWAY_API_TOKEN"]
+    assert tokens(project) == (contract.NO_TOKEN, token)
     after = stats(project)["pids"]
     assert {k: after[k] for k in ("old-1", "old-2", "pulse-redis")} == {
         k: pids[k] for k in ("old-1", "old-2", "pulse-redis")
@@ -121,6 +124,20 @@ def test_a_stack_of_0_3_13_is_taken_over(project: Project, tmp_path: Path) -> No
     redone = old(project, "redeploy", "--deployment-id", "old-3", *target)
     assert redone["backend_status"] == "SUCCESS"
     assert project.get("/_pulse/meta")["deployment_id"] == "old-3"
+
+    # down again, and up: 0.3.13 gives both the token that it runs with
+    old(project, "ensure", "main.py", *target, cwd=app)
+    assert tokens(project) == (token, token)
+    project.ok("ensure", "main.py")
+    assert tokens(project) == (contract.NO_TOKEN, token)
+    assert project.get("/_pulse/meta")["deployment_id"] == "old-3"
+
+
+def tokens(project: Project) -> tuple[str, str]:
+    """Return RAILWAY_TOKEN of router and janitor."""
+    names = ("pulse-router", "pulse-janitor")
+    router, janitor = (project.variables(name)[contract.RAILWAY_TOKEN] for name in names)
+    return router, janitor
 
 
 def test_its_other_verbs_work_in_a_stack_that_was_taken_over(

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from pulse_railway import contract, runtime_image
 from pulse_railway.flows import preview as flow
 from tests.conftest import Process
-from tests.net import Answer, Backend, ask, eventually, header, ok
+from tests.net import Answer, Backend, ask, eventually, header, headers, ok
 from tests.scene import Site, up
 
 router: Any = runtime_image.load("router")
@@ -181,6 +181,9 @@ def test_who_reaches_a_preview(gate: Gate) -> None:
     answer = gate.ask("/", COOKIE)
     assert answer.body == b"preview"
     assert answer.header("cache-control") == "private"
+    gate.backend.answer = ok(b"preview", "cache-control: public, max-age=9")
+    for path in ("/", "/assets/app.js"):  # one line: a cache may read only the first
+        assert headers(gate.ask(path, COOKIE).head, "cache-control") == ["private, max-age=9"]
     # a tab of another version stays where it is
     assert gate.got("/?pulse_deployment=old", COOKIE) == "old"
     # and what is gone is gone
@@ -244,6 +247,34 @@ def test_a_wrong_key_takes_as_long_as_an_unknown_id(gate: Gate) -> None:
         unknown.append(seconds("pr-13"))
     ratio = statistics.median(known) / statistics.median(unknown)
     assert 0.7 < ratio < 1.4
+
+
+def test_requests_without_a_key_cost_one_look_at_the_headers(monkeypatch: Any) -> None:
+    """While there is a preview, every request of every visitor is asked for its key."""
+    looks = []
+
+    class Fields(list[Any]):
+        def __iter__(self) -> Any:
+            looks.append(1)
+            return super().__iter__()
+
+    class Request:
+        affinity_id, query = b"", b"a=b"
+        fields = Fields([(b"Cookie", b"cookie", b"a=b"), (b"Host", b"host", b"x")])
+
+        def values(self, field: bytes) -> list[bytes]:
+            return [value for _, name, value in self.fields if name == field]
+
+    preview = router.Deployment(ID, "pending", "h", 1, b"", key_hash=HASH)
+    monkeypatch.setattr(router.TABLE, "previews", {ID.encode(): preview})
+    request: Any = Request()
+    assert router.preview_of(request) is None
+    assert len(looks) == 1
+    key = (b"", b"cookie", COOKIE.partition(": ")[2].encode())
+    request.fields.append(key)
+    assert router.preview_of(request) is preview
+    request.fields.append((b"", b"x-pulse-preview", b""))  # the header comes first, if it is there
+    assert router.preview_of(request) is None
 
 
 def test_the_link_sets_a_cookie_and_leaves_the_address(gate: Gate) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import ipaddress
 import socket
 import threading
 import time
@@ -12,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
+import router
 from tests.conftest import Process, Redis
 from tests.net import (
     Answer,
@@ -141,6 +145,17 @@ def test_a_clients_x_forwarded_for_is_never_alone(routed: Callable[..., Routed])
     ):
         ask(r.port, "/", *sent)
         assert headers(r.backend.heads[-1], "x-forwarded-for") == [received]
+
+
+@given(st.from_regex(r"[0-9a-f:.]{2,20}", fullmatch=True))
+@example("::ffff:1.2.3.4")
+@example("1::2:3:4:5:6:7:8")
+def test_a_literal_host_is_an_ipv6_address(text: str) -> None:
+    try:
+        valid = bool(ipaddress.IPv6Address(text))
+    except ValueError:
+        valid = False
+    assert router.is_host(f"[{text}]:80".encode()) == valid
 
 
 def test_the_internal_token_goes_no_further(routed: Callable[..., Routed]) -> None:

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+import control
 from pulse_railway.local.supervisor import free_port
+from router import RedisStore
 from tests.conftest import ROOT, Process, Redis
 from tests.net import Backend, Connection, ask, eventually, header, headers, read_answer
 
@@ -155,9 +157,19 @@ def test_a_path_of_escapes_costs_little(site: tuple[Bodies, Process]) -> None:
     [
         ("/" + "/" * 31_000, "x: y", 404),
         ("/" + "\\/" * 30_000, "x: y", 404),
-        ("/", "connection: " + ",".join(["a"] * 30_000), 200),
-        ("/", "x-forwarded-host: " + ",".join(["a"] * 30_000), 400),
+        ("/", "connection: " + ",".join(["a"] * 30_000), 431),
+        ("/", "x-forwarded-host: " + ",".join(["a"] * 30_000), 431),
+        ("/", "\r\n".join(500 * ["connection: " + "a" * 90]), 431),
+        ("/", "\r\n".join(500 * ["connection: a"]), 431),
+        ("/", "\r\n".join(500 * ["x-forwarded-host: " + "a, " * 20 + "a"]), 431),
+        ("/", "\r\n".join(500 * ["x-forwarded-host: " + "[::1], " * 10 + "[::1]"]), 431),
+        ("/", "\r\n".join(500 * ["x-forwarded-for: " + "a" * 90]), 200),
+        ("/", "connection: " + ",".join(["a"] * 900), 200),  # what a proxy could send
+        ("/", "x-forwarded-host: " + ",".join(["a"] * 900), 200),
         ("/?pulse_deployment=" + "%41" * 20_000, "x: y", 409),
+        ("/?pulse_deployment=x" + "&" * 30_000, "accept: text/html", 302),
+        ("/?" + "pulse_deployment=x&" * 3_000, "accept: text/html", 302),
+        ("/?" + "x&" * 30_000, "x: y", 200),
     ],
 )
 def test_what_is_long_costs_little(
@@ -174,14 +186,28 @@ def test_what_is_long_costs_little(
     assert ticks / os.sysconf("SC_CLK_TCK") / 40 < 0.003  # seconds a request; before, up to 0.008
 
 
-def test_a_client_that_leaves_behind_a_pipelined_request_is_noticed(
-    redis_server: Redis, run_router: Run
+HANDSHAKE = (
+    b"GET /socket HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket\r\n"
+    b"sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\nsec-websocket-version: 13\r\n\r\n"
+)
+
+
+@pytest.mark.parametrize("leave", [Connection.close, Connection.reset])
+@pytest.mark.parametrize(
+    "sent",
+    [2 * b"GET / HTTP/1.1\r\nhost: x\r\n\r\n", HANDSHAKE, HANDSHAKE + b"early"],
+    ids=["pipelined", "handshake", "early"],
+)
+def test_a_client_that_leaves_while_it_is_not_read_is_noticed(
+    redis_server: Redis, run_router: Run, sent: bytes, leave: Callable[[Connection], None]
 ) -> None:
-    """Its connection is not read while a request waits: for 15 minutes nothing saw its end."""
-    ended = []
+    """Its connection is not read while a request waits: for 15 minutes nothing saw its end. Nor is
+    it during a handshake."""
+    began, ended = [], []
 
     def hang(connection: Connection) -> None:
         connection.head()
+        began.append(1)
         connection.rest()
         ended.append(1)
 
@@ -189,13 +215,57 @@ def test_a_client_that_leaves_behind_a_pipelined_request_is_noticed(
         redis_server.deployment("a", backend.address)
         router = run_router(redis_server)
         eventually(lambda: ask(router.port, "/healthz").status == 200)
-        for leave in (Connection.close, Connection.reset):
-            c = Connection.to(router.port)
-            c.send(2 * b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
-            time.sleep(0.3)
-            ended.clear()
-            leave(c)
-            eventually(lambda: ended == [1], 4)
+        c = Connection.to(router.port)
+        c.send(sent)
+        eventually(lambda: began == [1])
+        leave(c)
+        eventually(lambda: ended == [1])
+
+
+def unread(connection: Connection) -> int:
+    """Return how many bytes wait for the other side to read them."""
+    mine, theirs = (f"0100007F:{name[1]:04X}" for name in (
+        connection.sock.getsockname(), connection.sock.getpeername()
+    ))  # fmt: skip
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
+    queues = [row[4] for row in rows if row[1:3] == [theirs, mine]]
+    return int(queues[0].partition(":")[2], 16)
+
+
+@pytest.mark.parametrize("leave", [Connection.close, Connection.reset])
+def test_a_client_that_leaves_in_a_paused_upload_is_noticed(
+    redis_server: Redis, run_router: Run, leave: Callable[[Connection], None]
+) -> None:
+    """A backend that does not read pauses the upload, and the client's end was not seen."""
+    accepted = []
+
+    def read_no_body(connection: Connection) -> None:
+        accepted.append(connection)
+        connection.head()
+        time.sleep(30)
+
+    def busy() -> object:
+        (report,) = control.reports(RedisStore(redis_server.url, "pulse:railway"))
+        return report["in_flight"]
+
+    with Backend(handle=read_no_body) as backend:
+        redis_server.deployment("a", backend.address)
+        router = run_router(redis_server, {"report_seconds": 0.1})
+        eventually(lambda: ask(router.port, "/healthz").status == 200)
+        c = Connection.to(router.port)
+        c.send(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000000\r\n\r\n")
+
+        def is_paused() -> bool:
+            if not unread(c):
+                c.send(b"x" * 32768)
+                return False
+            time.sleep(0.2)
+            return unread(c) > 0
+
+        eventually(is_paused, 20)
+        eventually(lambda: busy() == {"a": 1})
+        leave(c)
+        eventually(lambda: busy() == {})
 
 
 def test_a_body_that_turns_bad_after_the_answer_is_not_logged(

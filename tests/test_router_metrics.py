@@ -570,3 +570,30 @@ def test_an_invalid_body_is_one_answer_in_log_and_metrics(
         time.sleep(1.2)
         lines = [json.loads(line) for line in started.output().splitlines() if "/up" in line]
         assert [(line["status"], line["ended"]) for line in lines] == [(400, "complete")]
+
+
+def test_a_client_that_leaves_before_the_connection_to_a_backend_has_a_line(
+    redis_server: Redis, run_router: Run
+) -> None:
+    with contextlib.ExitStack() as stack:
+        slow = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        waiting = [stack.enter_context(socket.socket()) for _ in range(3)]
+        for sock in waiting:  # its queue is full: SYNs are dropped
+            sock.setblocking(False)
+            sock.connect_ex(slow.getsockname())
+        redis_server.deployment("a", f"http://127.0.0.1:{slow.getsockname()[1]}")
+        router = run_router(redis_server, {"connect_seconds": 20.0}, PULSE_RAILWAY_ACCESS_LOG="1")
+        eventually(lambda: ask(router.port, "/healthz").status == 200)
+        with Connection.to(router.port) as connection:
+            connection.send(b"GET /left HTTP/1.1\r\nhost: a\r\n\r\n")
+            time.sleep(0.2)
+        slow.settimeout(0.5)
+
+        def found() -> list[list[Any]]:  # there is room, so that the router's next SYN is answered
+            with contextlib.suppress(TimeoutError):
+                stack.enter_context(slow.accept()[0])
+            keys = ("status", "deployment", "ended")
+            return [[x[key] for key in keys] for x in lines(router) if x["path"] == "/left"]
+
+        eventually(lambda: found() != [], 20)
+        assert found() == [[0, "a", "client_gone"]]

@@ -20,7 +20,7 @@ import redis.asyncio as aioredis
 
 from pulse_railway import runtime_image
 from tests.conftest import Process, Redis
-from tests.net import Backend, Connection, ask, eventually, ok
+from tests.net import Backend, Connection, ask, eventually, headers, ok
 
 router: Any = runtime_image.load("router")
 
@@ -303,6 +303,37 @@ def test_a_page_in_place_of_a_file_is_no_file(redis_server: Redis, run_router: R
         assert ask(port, "/assets/help.html").body == b"<p>home"
         old.answer = page
         assert ask(port, "/assets/y.js").body == b"<p>home"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        ok(b"<p>home", "content-type: text/html", "cache-control: public, max-age=9"),
+        ok(b"<p>gone", "content-type: text/html", "Cache-Control: s-maxage=9", status="404 Gone"),
+        ok(b"", "cache-control: max-age=9\r\ncache-control: public", status="404 Not Found"),
+        ok(b"", status="404 Not Found"),
+    ],
+    ids=["page", "page with 404", "two lines", "plain"],
+)
+def test_no_cache_keeps_that_an_asset_is_missing(
+    redis_server: Redis, run_router: Run, answer: bytes
+) -> None:
+    """A version that is down, or not there yet, may have it."""
+    with Backend(ok(b"up")) as active:
+        redis_server.deployment("active", active.address)
+        port = run_router(redis_server).port
+        eventually(lambda: ask(port, "/").body == b"up")
+        active.answer = answer
+        for target in ("/assets/x.js", "/assets/x.js?pulse_deployment=active"):
+            for method in ("GET", "HEAD"):
+                head = ask(port, target, method=method).head
+                assert headers(head, "cache-control") == ["no-store"]
+        assert headers(ask(port, "/page").head, "cache-control") == (
+            headers(answer, "cache-control")
+        )
+        assert headers(ask(port, "/assets/help.html").head, "cache-control") == (
+            headers(answer, "cache-control") if b"200 OK" in answer else ["no-store"]
+        )
 
 
 def test_route_discovery_finds_its_build(redis_server: Redis, run_router: Run) -> None:

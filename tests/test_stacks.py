@@ -267,8 +267,10 @@ def test_a_copied_environment(base: Project) -> None:
     router = copy.variables("pulse-router")
     assert router[contract.STACK].startswith(f"{copy.environment}/")
     assert not router.get(contract.LAST_PROMOTED)
+    janitor = copy.variables("pulse-janitor")
     for name in (contract.RAILWAY_TOKEN, contract.INTERNAL_TOKEN):
-        assert router[name] != original["pulse-router"][name]
+        assert janitor[name] != original["pulse-janitor"][name]
+    assert router[contract.RAILWAY_TOKEN] == contract.NO_TOKEN
     assert copy.ok("ensure", "main.py")["changed"] == []
     restored = copy.run("restore", "--deployment-id", "first").error
     assert "first was copied from another environment" in restored

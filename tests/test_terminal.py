@@ -14,6 +14,7 @@ from typing import Any
 from unittest.mock import Mock, patch
 
 import pytest
+from invoke.exceptions import Exit
 
 from pulse_railway.errors import Failure
 from pulse_railway.flows import logs as flows_logs
@@ -121,6 +122,161 @@ def test_no_text_acts_on_the_terminal() -> None:
     for shown in ("[/admin] route", "[red]x[/red] :smile:", r"\x1b]52;c;ZXZ", r"\x9b2J", r"\u202e"):
         assert sent.count(shown) > 20, shown
     assert "\x1b[35m" not in sent
+
+
+# -- every verb ------------------------------------------------------------------------------------
+
+OBJECT = "an object"
+# verb -> what it calls, and what that returns
+FLOWS: dict[str, dict[str, Any]] = {
+    "init": {"flows.init.init": {"todo": ["x"], "written": ["x"]}},
+    "doctor": {
+        "flows.doctor.doctor": {"checks": [{"name": "x", "verdict": "good", "said": "x"}]},
+    },
+    "scaffold": {"flows.baseline.scaffold": OBJECT, "flows.owner.claim_state": True},
+    "ensure": {"flows.baseline.ensure": (OBJECT, ["x"]), "flows.owner.claim_state": True},
+    "deploy": {
+        "flows.deploy.prepare": OBJECT,
+        "flows.deploy.deploy": {
+            "deployment_id": "x",
+            "active": False,
+            "address": "x",
+            "canary": None,
+            "preview": "x",
+            "bake": {"verdict": "x"},
+            "drains": {"deployment_id": "x", "sessions": 2},
+            "evicted": ["x"],
+        },
+    },
+    "redeploy": {"flows.redeploy.redeploy": {"deployment_id": "x"}},
+    "promote": {
+        "flows.promote.promote": {
+            "active": True,
+            "address": "x",
+            "weight": None,
+            "drains": {"deployment_id": "x", "sessions": None},
+            "evicted": ["x"],
+            "bake": {"verdict": "x"},
+        }
+    },
+    "rollback": {"flows.promote.rollback": {"deployment_id": "x", "address": "x", "ended": "x"}},
+    "maintenance": {"flows.maintenance.maintenance": {"maintenance": "x"}},
+    "history": {
+        "router_commands.read_history": [
+            {"at": 5, "what": "x", "deployment_id": "x", "by": "x", "why": "x"}
+        ]
+    },
+    "unlock": {
+        "flows.deploy_lock.read_lock": {
+            **{"by": "x", "holder": "x", "deployment_id": "x", "railway": "x"},
+            "since": 5.0,
+        },
+        "router_commands.send_unlock": None,
+    },
+    "delete": {"flows.remove.delete": {"deleted": ["x"]}},
+    "remove": {"flows.remove.find_by_name": "x", "flows.remove.delete": {"deleted": ["x"]}},
+    "status": {"flows.status.status": status_result()},
+    "logs": {"flows.logs.find_source": None, "flows.logs.logs": {"lines": ["x"]}},
+    "restore": {"flows.restore.restore": {"restored": ["x"], "active": "x"}},
+    "image": {"flows.image.image": "x"},
+}
+NO_FOREIGN_TEXT = {"control", "local"}  # the first prints JSON in ASCII, to a verb
+
+
+def flow(text: str, value: Any, fails: bool) -> Any:
+    """Return a stand-in for what a verb calls, which uses each way of output."""
+
+    def called(*arguments: Any, **_: Any) -> Any:
+        output = next((a for a in arguments if isinstance(a, Output)), Output())
+        with output.step(text):
+            output.waiting(text)
+            output.log(text)
+        output.info(text)
+        output.warn(text)
+        if fails:
+            raise Failure(text)
+        if isinstance(value, tuple):
+            return Mock(backends=[], address=text), [text]
+        return Mock(address=text) if value == OBJECT else in_everything(text, value)
+
+    return called
+
+
+def use_verb(name: str, text: str, as_json: bool, fails: bool) -> None:
+    """Call a verb with a hostile string in all that it gets from outside."""
+    from pulse_railway import tasks, verbs
+
+    parsed = Mock(
+        **dict.fromkeys(("deployment_id", "deployment_name", "message", "service"), text),
+        **dict.fromkeys(("plan_only", "watch", "notify", "redis_url", "yes"), None),
+        lines=9,
+        on=True,
+        owns_state=False,
+    )
+    stack = Mock(address=text)
+    replaced = {
+        "options.parse_stack": lambda *_: parsed,
+        "options.raw_flags": lambda *_: {"app": text},
+        "tasks._stack": lambda *_, **__: (Mock(calls=1), stack),
+        "tasks._stack_result": lambda *_, **__: {"x": text},
+        "config.resolve_target": lambda *_: (Mock(calls=1), Mock()),
+    }
+    with contextlib.ExitStack() as patches:
+        for path, function in replaced.items():
+            patches.enter_context(patch(f"pulse_railway.{path}", function))
+        for path, value in FLOWS[name].items():
+            patches.enter_context(patch(f"pulse_railway.{path}", flow(text, value, fails)))
+        person = Mock(isatty=lambda: True, readline=lambda: "y\n")
+        patches.enter_context(patch("sys.stdin", person))
+        body = tasks.ns.tasks[name].body.__wrapped__
+        try:
+            verbs.run_verb(
+                body,
+                "parse_stack" if name not in ("doctor", "init") else "raw_flags",
+                {"json": as_json},
+            )
+        except Exit as end:  # as Invoke prints it
+            print(end.message, file=sys.stderr)
+
+
+def test_every_verb_is_tried() -> None:
+    from pulse_railway import tasks
+
+    assert FLOWS.keys() | NO_FOREIGN_TEXT == tasks.ns.tasks.keys()
+
+
+def test_no_verb_lets_a_text_act_on_the_terminal() -> None:
+    """Its steps, warnings, questions, result and errors, for people and as JSON."""
+    code = (
+        "import itertools\n"
+        "from tests.test_terminal import *\n"
+        "for name in FLOWS:\n"
+        "    print(f'#### {name}', flush=True)\n"
+        "    for text in HOSTILE:\n"
+        "        for as_json, fails in itertools.product((False, True), repeat=2):\n"
+        "            use_verb(name, text, as_json, fails)\n"
+    )
+    _, *parts = on_a_terminal(code, COLUMNS="300", CI="").split("#### ")
+    assert [part.split()[0] for part in parts] == list(FLOWS)
+    for sent in parts:
+        name = sent.split()[0]
+        assert [act for act in SENT if act in sent] == [], name
+        assert "Traceback" not in sent, name
+        for shown in ("[/admin] route", "[red]x[/red] :smile:", r"\x1b]52;c;ZXZ", r"\x9b2J"):
+            assert sent.count(shown) > 8, (name, shown)
+        assert sent.count('"error": ') == len(HOSTILE), name
+
+
+def test_a_control_command_prints_ascii(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its answer is parsed by a verb; a person may run it in the container, too."""
+    import control
+
+    answer = {"ok": True, "history": [{"why": text} for text in HOSTILE]}
+    with patch("control.carry_out", lambda *_: answer):
+        control.main(["history"])
+    printed = capsys.readouterr().out
+    assert printed.isascii()
+    assert printed.strip().isprintable()
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])

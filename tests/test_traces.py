@@ -151,6 +151,25 @@ def test_other_requests_go_on_as_they_are(stage: Stage, line: str) -> None:
     assert [chosen[0] for chosen in stage.chosen()] == ["/last"]
 
 
+def test_the_values_of_a_span_are_cut(stage: Stage) -> None:
+    """A span waits in memory, with up to 1,999 others, and a head has up to 64 KB."""
+    stage.start()
+    long = {"host": "h" * 1500, "x-forwarded-proto": "é" * 5000, "tracestate": "a=" + "b" * 5000}
+    lines = "".join(f"{name}: {value}\r\n" for name, value in long.items())
+    with Connection.to(stage.router.port) as c:
+        head = f"GET /{'p' * 5000} HTTP/1.1\r\n{lines}{SAMPLED}\r\n\r\n"
+        c.send(head.encode())
+        assert b" 200 " in c.head()
+    eventually(lambda: len(stage.spans()) == 1)
+    (span,) = stage.spans()
+    values = {a.key: a.value.string_value.encode() for a in span.attributes}
+    assert values["url.path"] == b"/" + b"p" * 999
+    assert values["server.address"] == b"h" * 1000
+    assert max(map(len, values.values())) == 1000
+    assert span.trace_state == ""  # a part of it could say something else
+    assert span.ByteSize() < 5000
+
+
 def test_a_span_says_which_deployment_was_chosen_and_by_what(stage: Stage) -> None:
     stage.start()
     stage.ask("/1?pulse_deployment=old", SAMPLED)

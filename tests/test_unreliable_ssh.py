@@ -156,6 +156,10 @@ class World:
             return self.delete(values["service"])
         if document == documents.SERVICE_DEPLOY:
             return {"serviceInstanceDeployV2": "d"}
+        if document == documents.SET_BY_HAND:
+            instance = {"ipv6EgressEnabled": False, "autoInstrumentationEnabled": False}
+            tracing = {"tracingEnabled": False}
+            return {"service": tracing, "serviceInstance": instance, "egressGateways": []}
         if document == documents.EXECUTE:
             return self.run_janitor()
         if document == documents.RENDERED:
@@ -276,7 +280,7 @@ class World:
     # -- the public address ----------------------------------------------------------------------
 
     def routed(
-        self, _: Any, __: Any, name: str, ___: Any, *, by_affinity: bool, timeout: float = 0
+        self, _: Any, __: Any, name: str, ___: Any, *, by_affinity: bool, **____: Any
     ) -> None:
         state = self.known if control.is_lost(self.state, self.last_promoted) else self.state
         exists = name in state.records and name in self.services

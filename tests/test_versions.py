@@ -1066,6 +1066,21 @@ def test_the_janitor_of_0_3_13_leaves_a_preview(site: Site, published: older.Pub
     assert after[f"{PREFIX}:preview:d"] == before[f"{PREFIX}:preview:d"]
 
 
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_the_janitor_of_0_3_13_leaves_a_version_that_refuses_its_token(
+    site: Site, published: older.Published, status: int
+) -> None:
+    """After `ensure --rotate` and a downgrade: 0.3.13 knows of no former token."""
+    site.deploy("a", "b")  # `a` drains
+    site.backends["a"].answer = ok(b"{}", status=f"{status} No")
+    names = ("service_id", "service_name", "deployment_id")
+    found = [dict(zip(names, (f"s-{n}", n, n), strict=True)) for n in "ab"]
+    assert list(published.janitor(lambda: found))[-1][1:] == []
+    assert "a" in site.state.records
+    site.tabs("a", 0)
+    assert list(published.janitor(lambda: found))[-1][1:] == ["a"]
+
+
 RUN_OF_THE_JANITOR_BEFORE = """if True:
     import json, os, sys
     import control, janitor, router

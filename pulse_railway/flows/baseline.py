@@ -6,9 +6,11 @@ prints their difference (`plan`); `ensure` applies it.
 
 from __future__ import annotations
 
+import json
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +37,10 @@ from pulse_railway.services import (
     write_variables,
 )
 from pulse_railway.stack import (
+    WRONG_ADDRESS,
     Service,
     Stack,
+    address_without_secrets,
     can_create_missing,
     check_redis_prefix,
     find_stack,
@@ -58,8 +62,13 @@ from pulse_railway.stack import (
 from pulse_railway.waiting import FAILED_STATES, poll, wait_for_services
 
 LOGIN_IS_NOT_DURABLE = (
-    "a Railway CLI login is not written into the router and the janitor, since it expires: set"
+    "a Railway CLI login is not written into the janitor, since it expires: set"
     " RAILWAY_TOKEN (project token) or RAILWAY_API_TOKEN and run this again"
+)
+NO_PROJECT_TOKEN = (
+    "the janitor's Railway token is no project token of this environment, so it may open more:"
+    " create one (Railway, project settings, Tokens), and run `pulse-railway ensure` with it as"
+    " RAILWAY_TOKEN"
 )
 
 
@@ -163,6 +172,9 @@ def ensure(
     else:
         token = runtime_token(api, stack, options.plan_only, output)
         shared = internal_token(stack)
+        if options.rotate:
+            shared = secrets.token_urlsafe(32)
+            keep_secret(shared)
     token_made = bool(stack.copied_from) and not api.scope()
     missing = create_missing(api, stack, options.plan_only, output)
     changes = plan(stack, options, token, shared, token_made)
@@ -172,21 +184,26 @@ def ensure(
         if any(change.deploy for change in changes) and not options.runtime_image:
             program.need("railway")
         apply(api, stack, changes, options, output)
+        if options.rotate and stack.backends and not stack.copied_from:
+            output.info(
+                f"{joined(str(s.deployment_id) for s in stack.backends)} keep the former internal"
+                " token, and go on with it: see docs/rotation.md"
+            )
         if not api.scope() and any(contract.RAILWAY_TOKEN in c.variables for c in changes):
             check_written_token(api, stack)
     return stack, lines
 
 
 def check_written_token(api: Api, stack: Stack) -> None:
-    """Raise Failure if the router's token is not valid.
+    """Raise Failure if the janitor's token is not valid.
 
     Another run at the same time has deleted it as one that was not used, or has written its own.
     """
-    router = stack.router
-    assert router is not None
-    read_variables(api, Stack(stack.target, stack.names, {router.name: router}))
-    written = router.variables.get(contract.RAILWAY_TOKEN, "")
-    if router.variables.get(contract.TOKEN_MADE) and (
+    janitor = stack.janitor
+    assert janitor is not None
+    read_variables(api, Stack(stack.target, stack.names, {janitor.name: janitor}))
+    written = janitor.variables.get(contract.RAILWAY_TOKEN, "")
+    if janitor.variables.get(contract.TOKEN_MADE) and (
         api.environment_of(written) != stack.target.environment_id
     ):
         raise Failure(
@@ -319,13 +336,23 @@ def unfinished(stack: Stack) -> bool:
 
 
 def check_redis_mode(stack: Stack, options: BaselineOptions) -> None:
-    present = stack.stored(contract.REDIS_URL)
-    if options.redis_url and (stack.redis or options.redis_url != present):
+    """Raise Failure if `--redis-url` is another Redis than the stack's; its password may be new."""
+    present = stack.stored(contract.REDIS_URL) or ""
+    same = not stack.redis and options.redis_url and is_same_redis(options.redis_url, present)
+    if options.redis_url and not same:
         raise Failure(
             "this stack uses another Redis, and its sessions and state would be lost: delete the"
             " baseline and run `pulse-railway scaffold --redis-url ...`, or leave --redis-url out"
             + lost_with_baseline(stack)
         )
+
+
+def is_same_redis(url: str, other: str) -> bool:
+    """Are these the addresses of one Redis, whatever their users and passwords?"""
+    if url == other:
+        return True
+    places = {address_without_secrets(url), address_without_secrets(other)}
+    return len(places) == 1 and places != {WRONG_ADDRESS}
 
 
 def warn_of_copy(stack: Stack, output: Output) -> None:
@@ -348,7 +375,7 @@ def warn_of_copy(stack: Stack, output: Output) -> None:
 
 
 def own_project_token(api: Api, stack: Stack, plan_only: bool, output: Output) -> str:
-    """Return a project token of this environment for router and janitor, created if need be.
+    """Return a project token of this environment for the janitor, created if need be.
 
     A copied environment's variables hold the original's token, which must not be used.
     """
@@ -373,8 +400,8 @@ def own_project_token(api: Api, stack: Stack, plan_only: bool, output: Output) -
 def delete_unused_tokens(api: Api, target: Target, name: str, output: Output) -> None:
     """Delete the project tokens of this name and environment.
 
-    An interrupted run has created them, and has not written them to the router: the caller has
-    found no token on the router that opens the environment.
+    An interrupted run has created them, and has not written them to the janitor: the caller has
+    found no token there that opens the environment.
     """
     try:
         tokens = api.call(documents.PROJECT_TOKENS, project=target.project_id)["projectTokens"]
@@ -413,28 +440,32 @@ STATE_OF_ORIGINAL = (
 
 
 def runtime_token(api: Api, stack: Stack, plan_only: bool, output: Output) -> str:
-    """Return the token of router and janitor.
+    """Return the janitor's token: this run's project token, else the present one if it is a
+    project's, else this run's token.
 
     A token that `ensure` has created is replaced if it no longer opens this environment. Raises
-    Failure if they have none and the user has a Railway CLI login, which expires.
+    Failure if there is none and the user has a Railway CLI login, which expires.
     """
-    present = stack.stored(contract.RAILWAY_TOKEN)
-    if present and stack.stored(contract.TOKEN_MADE) and not api.scope():
-        if api.environment_of(present) == stack.target.environment_id:
-            return present
-        return own_project_token(api, stack, plan_only, output)
-    if api.token.durable:
+    if api.scope():
         return api.token.value
-    if not present:
+    present = stack.runtime_token
+    known = present == api.token.value  # as no project's
+    if present and not known and api.environment_of(present) == stack.target.environment_id:
+        return present
+    if stack.stored(contract.TOKEN_MADE):
+        return own_project_token(api, stack, plan_only, output)
+    token = api.token.value if api.token.durable else present
+    if not token:
         raise Failure(LOGIN_IS_NOT_DURABLE)
-    return present
+    output.warn(NO_PROJECT_TOKEN)
+    return token
 
 
 def internal_token(stack: Stack) -> str:
     """Return the secret that router, janitor and backends share.
 
-    It is never replaced, since running backends hold it. Raises Failure if there are backends and
-    no service shows it.
+    Only `--rotate` replaces it, since running backends hold it. Raises Failure if there are
+    backends and no service shows it.
     """
     present = known_internal_token(stack)
     if present is None and stack.backends:
@@ -453,6 +484,31 @@ def known_internal_token(stack: Stack) -> str | None:
     holders = (stack.router, stack.janitor, *stack.backends)
     values = (service.variables.get(contract.INTERNAL_TOKEN) for service in holders if service)
     return next((value for value in values if value and "${{" not in value), None)
+
+
+HELD_AT_LEAST = 3600.0  # seconds: a deploy may be under way, and clocks differ
+
+
+def former_tokens(stack: Stack, internal_token: str) -> dict[str, float]:
+    """Return the former internal tokens that a live version may hold, and until when each was the
+    present one.
+
+    A version holds the token of its start until it is started again.
+
+    Args:
+        internal_token: the one that router and janitor get.
+    """
+    former, present, now = stack.former_tokens, known_internal_token(stack), time.time()
+    if stack.copied_from:  # no router routes to the versions that hold one
+        return {}
+    if present not in (None, internal_token):
+        former[str(present)] = now
+    oldest = min([now, *(now - service.age for service in stack.backends)])
+    return {
+        token: until
+        for token, until in former.items()
+        if token != internal_token and oldest < until + HELD_AT_LEAST
+    }
 
 
 # Router and janitor do not work without these settings: `ensure` restores them.
@@ -551,7 +607,6 @@ def desired(
     else:
         redis_url = str(stack.stored(contract.REDIS_URL))
     shared = {
-        contract.RAILWAY_TOKEN: runtime_token,
         contract.INTERNAL_TOKEN: internal_token,
         contract.REDIS_URL: redis_url,
         contract.REDIS_PREFIX: desired_redis_prefix(stack, options),
@@ -564,11 +619,19 @@ def desired(
         shared[contract.SERVICE_PREFIX] = names.prefix
     if not options.runtime_image:
         shared[contract.DOCKERFILE_PATH] = "Dockerfile.router"
+    former = former_tokens(stack, internal_token)
+    records = dict(flags.records)
+    if former or stack.stored(contract.FORMER_TOKENS):
+        records[contract.FORMER_TOKENS] = json.dumps(former) if former else ""
     if token_made or (not stack.copied_from and stack.stored(contract.TOKEN_MADE)):
         shared[contract.TOKEN_MADE] = "1"
     router = Desired(
         names.router,
-        {**shared, contract.PORT: str(contract.DEFAULT_PORT)},
+        {
+            **shared,
+            contract.RAILWAY_TOKEN: contract.NO_TOKEN,
+            contract.PORT: str(contract.DEFAULT_PORT),
+        },
         {
             **ROUTER_SETTINGS,
             "numReplicas": flags.router_replicas,
@@ -576,10 +639,11 @@ def desired(
             "overlapSeconds": 30,
             "drainingSeconds": 30,
         },
-        flags.records,
+        records,
     )
     janitor_variables = {
         **shared,
+        contract.RAILWAY_TOKEN: runtime_token,
         contract.ROLLBACK_WINDOW: str(flags.rollback_window),
         contract.KEEP: str(flags.keep),
         contract.ROUTER_SERVICE: names.router,
@@ -593,9 +657,25 @@ def desired(
         names.janitor,
         janitor_variables,
         {**JANITOR_SETTINGS, "cronSchedule": flags.cron},
-        flags.records,
+        records,
     )
     return [router, janitor]
+
+
+def session_variables(stack: Stack, options: BaselineOptions) -> dict[str, str]:
+    """Return the env service's variables about the Redis of apps' sessions.
+
+    A copy may share that Redis with its original, so its keys get its id, and end by themselves.
+    """
+    url = options.session_redis_url or stack.session_redis_url
+    if url is None:
+        return {}
+    variables = {contract.SESSION_REDIS_URL: url}
+    if stack.copied_from:
+        ttl = max(configured(stack, options).drain_ttl, contract.MIN_KEY_TTL_SECONDS)
+        variables[contract.SESSION_SCOPE] = stack.target.environment_id
+        variables[contract.KEY_TTL] = str(ttl)
+    return variables
 
 
 def plan(
@@ -647,6 +727,12 @@ def plan(
         app = app_identity.AppIdentity(name)
         app = app_identity.merge_stored(stack, app, options.replace_app)
         changes[stack.names.router].variables[contract.APP] = app_identity.to_json(app)
+    change = changes[stack.names.env]
+    change.variables = {
+        k: v
+        for k, v in session_variables(stack, options).items()
+        if change.service.variables.get(k) != v
+    }
     for change in changes.values():  # the changes from here on need no deployment
         if router.group_id and change.service.group_id != router.group_id:
             change.group_id = router.group_id
@@ -683,7 +769,8 @@ def apply(
             write(api, target, changes)
             for change in changes:
                 if change.domain:
-                    change.service.domains = [create_domain(api, target, change.service.id)]
+                    created = create_domain(api, target, change.service.id)
+                    change.service.domains = change.service.railway_domains = [created]
     for change in changes:
         if change.deploy:
             service = change.service

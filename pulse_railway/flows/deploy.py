@@ -249,10 +249,13 @@ def backend_variables(plan: Plan, stack: Stack) -> dict[str, str]:
     if not plan.options.deployment_id:
         managed[contract.NAME] = plan.options.deployment_name.strip()
     if plan.app.uses_session_store:
-        managed[contract.SESSION_REDIS_URL] = f"${{{{{names.router}.{contract.REDIS_URL}}}}}"
+        managed[contract.SESSION_REDIS_URL] = stack.session_redis_reference
         if stack.router and stack.router.variables.get(contract.KEY_TTL):
             managed[contract.SESSION_SCOPE] = stack.target.environment_id
             managed[contract.KEY_TTL] = f"${{{{{names.router}.{contract.KEY_TTL}}}}}"
+        elif stack.session_redis_url and (scope := env.variables.get(contract.SESSION_SCOPE)):
+            managed[contract.SESSION_SCOPE] = scope
+            managed[contract.KEY_TTL] = f"${{{{{names.env}.{contract.KEY_TTL}}}}}"
     build = {**plan.options.build_args}
     if not plan.image:
         build.setdefault(contract.WEB_ROOT, plan.web_root.as_posix())
@@ -320,9 +323,10 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
         with step(output, attempt, "register with the router"):
             register(api, stack, plan, attempt, about, output)
         with step(output, attempt, "reach it through the router"):
-            wait_until_reachable(api, stack, plan.deployment_id, output, by_affinity=True)
-            if plan.options.instances > 1:
-                wait_for_instances(api, stack, plan.deployment_id, plan.options.instances, output)
+            name, closed = plan.deployment_id, plan.options.preview
+            wait_until_reachable(api, stack, name, output, by_affinity=True, preview=closed)
+            if (count := plan.options.instances) > 1:
+                wait_for_instances(api, stack, name, count, output, preview=closed)
         with step(output, attempt, f"see its page {plan.app.plugin.check_path}"):
             wait_for_page(api, stack, plan, attempt, output)
         if plan.preview_key:
@@ -544,7 +548,8 @@ def wait_for_page(api: Api, stack: Stack, plan: Plan, attempt: Attempt, output: 
     start later or fail. Raises Failure with the end of the deployment's log.
     """
     try:
-        wait_until_rendered(api, stack, plan.deployment_id, plan.app.plugin.check_path, output)
+        path, closed = plan.app.plugin.check_path, plan.options.preview
+        wait_until_rendered(api, stack, plan.deployment_id, path, output, closed)
     except Failure as failure:
         log_tail = runtime_tail(api, str(attempt.railway_deployment))
         raise Failure(f"{failure}{log_tail}") from None

@@ -18,13 +18,15 @@ from pulse_railway import app_identity, config, contract, options, router_comman
 from pulse_railway.advice import pasteable
 from pulse_railway.errors import Failure
 from pulse_railway.flows import deploy, instances, status
+from pulse_railway.flows.baseline import NO_PROJECT_TOKEN
 from pulse_railway.flows.init import page_without_script
 from pulse_railway.options import DeployOptions
 from pulse_railway.output import Output
-from pulse_railway.railway import config_files, program, tokens
-from pulse_railway.railway.api import Api
+from pulse_railway.railway import config_files, documents, program, tokens
+from pulse_railway.railway.api import Api, ApiError
 from pulse_railway.railway.clock import clock_difference
-from pulse_railway.stack import Stack, inspect, require_baseline
+from pulse_railway.railway.tokens import Token
+from pulse_railway.stack import Stack, address_without_secrets, inspect, require_baseline
 
 
 @dataclass(frozen=True)
@@ -234,6 +236,9 @@ def check_stack(
         checkup.skip("the router", because="the baseline")
         return
     check_versions(checkup, stack)
+    check_janitor_token(checkup, api, stack)
+    if url := stack.session_redis_url:
+        checkup.run("the Redis of the sessions", lambda: check_session_redis(url))
     if plan:
         checkup.run("PULSE_SECRET", lambda: deploy.check_secret(plan, stack))
         check_identity(checkup, plan, stack)
@@ -269,6 +274,10 @@ def check_stack(
 
 
 FULL = 0.9  # of maxmemory
+WRONG_TOKEN = (
+    "the janitor's Railway token does not open this environment: run `pulse-railway ensure` with a"
+    " project token of it as RAILWAY_TOKEN"
+)
 
 
 def redis_warnings(facts: Mapping[str, Any]) -> list[str]:
@@ -301,6 +310,44 @@ def check_versions(checkup: Checkup, stack: Stack) -> None:
             checkup.add(service.name, "warning", problem)
         else:
             checkup.add(service.name, "good", str(service.variables[contract.RUNTIME_VERSION]))
+
+
+def check_janitor_token(checkup: Checkup, api: Api, stack: Stack) -> None:
+    """Check, by a call with it, that the janitor's token opens this environment, and no other."""
+    name, token = "the janitor's token", str(stack.runtime_token)
+    environment = stack.target.environment_id
+
+    def opened() -> str:
+        if (of_project := api.environment_of(token)) is not None:
+            if of_project != environment:
+                raise Failure(WRONG_TOKEN)
+            return "a project token of this environment"
+        try:
+            janitors = Api(Token(token, "the janitor"))
+            project = janitors.call(documents.ENVIRONMENTS, project=stack.target.project_id)
+        except ApiError:
+            raise Failure(WRONG_TOKEN) from None
+        edges = project["environments"]["edges"]
+        if environment not in {edge["node"]["id"] for edge in edges}:
+            raise Failure(WRONG_TOKEN)
+        checkup.add(name, "warning", NO_PROJECT_TOKEN)
+        return "opens this environment"
+
+    checkup.run(name, opened)
+    assert stack.router is not None
+    if stack.router.variables.get(contract.RAILWAY_TOKEN) not in (None, "", contract.NO_TOKEN):
+        said = f"{stack.names.router} has {contract.RAILWAY_TOKEN}, which it does not need"
+        checkup.add(name, "warning", f"{said}: `pulse-railway ensure` takes it away")
+
+
+def check_session_redis(url: str) -> str:
+    """Return the address of the apps' sessions without secrets. Raises Failure for a wrong one."""
+    if problem := options.session_redis_problem(url):
+        raise Failure(
+            f"its address is wrong: {problem}. `pulse-railway ensure --session-redis-url` writes"
+            " another"
+        )
+    return address_without_secrets(url)
 
 
 def check_relay(checkup: Checkup) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from pulse_railway import router_commands
 from pulse_railway.errors import Failure
 from pulse_railway.flows.bake import bake, is_over
-from pulse_railway.flows.preview import release
+from pulse_railway.flows.preview import is_preview, release
 from pulse_railway.flows.reachability import (
     store_last_promoted,
     wait_until_active,
@@ -125,7 +125,10 @@ def check_answers(api: Api, stack: Stack, deployment_id: str, output: Output) ->
     record, so this is only a warning.
     """
     try:
-        wait_until_reachable(api, stack, deployment_id, output, by_affinity=True, timeout=20.0)
+        closed = is_preview(find_backend(stack, deployment_id))
+        wait_until_reachable(
+            api, stack, deployment_id, output, by_affinity=True, preview=closed, timeout=20.0
+        )
     except Failure as failure:
         known = {r["deployment_id"] for r in router_commands.read_state(api, stack)["deployments"]}
         if deployment_id not in known:

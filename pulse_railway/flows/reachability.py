@@ -78,6 +78,7 @@ def wait_until_reachable(
     output: Output,
     *,
     by_affinity: bool,
+    preview: bool = False,
     timeout: float = ROUTED_TIMEOUT,
 ) -> None:
     """Request `/_pulse/meta` from the public address until this deployment answers.
@@ -88,6 +89,7 @@ def wait_until_reachable(
 
     Args:
         by_affinity: request this deployment by its id; else the active one has to be this one.
+        preview: it is one, which the router opens to the internal token.
         timeout: seconds.
     """
     url = httpx.URL(stack.address + contract.META_PATH)
@@ -117,7 +119,7 @@ def wait_until_reachable(
         return None
 
     label = f"reaching {deployment_id} through the router"
-    _wait(stack, url, {}, good, inside, label, timeout, GOOD_ANSWERS, output)
+    _wait(stack, url, {}, good, inside, label, timeout, GOOD_ANSWERS, preview, output)
 
 
 def _wait(
@@ -129,9 +131,14 @@ def _wait(
     label: str,
     timeout: float,
     needed: int,
+    preview: bool,
     output: Output,
 ) -> None:
     """Send requests until `needed` good answers have come in a row. Raises Failure.
+
+    Where the router turns strangers away, the request is repeated with the internal token, at the
+    address that Railway has given: anybody may answer at a custom domain. Without such an address
+    only `inside` is asked.
 
     Args:
         good: returns whether an answer is good, and its description.
@@ -140,13 +147,27 @@ def _wait(
         timeout: seconds.
     """
     attempts, began, pause = Attempts(), time.monotonic(), 0.5
-    headers = {**bypass_maintenance(stack), **headers}
     limits = httpx.Limits(max_keepalive_connections=0)
     with httpx.Client(timeout=30, headers=headers, limits=limits, verify=trust()) as client:
         while True:
             try:
                 answer = client.get(url)
-                attempts.add(answer, *good(answer))
+                closed = why_closed(client, answer, preview)
+                if closed and stack.railway_address is None:
+                    problem = inside()
+                    if problem is None:
+                        output.warn(
+                            f"{label} was not checked at {stack.address}, since {closed}, and the"
+                            " internal token is sent to no custom domain: it answers inside"
+                        )
+                        return
+                    attempts.router_answered, attempts.last = True, problem
+                else:
+                    if closed:
+                        own = httpx.URL(str(stack.railway_address))
+                        own = url.copy_with(scheme=own.scheme, netloc=own.netloc)
+                        answer = client.get(own, headers=internal_token(stack))
+                    attempts.add(answer, *good(answer))
             except httpx.HTTPError as error:
                 attempts.add(None, False, type(error).__name__)
             if attempts.good_in_a_row >= needed:
@@ -178,14 +199,32 @@ def _wait(
     )
 
 
-def bypass_maintenance(stack: Stack) -> dict[str, str]:
-    """Return the header with which a request reaches the app during maintenance, too."""
+def why_closed(client: httpx.Client, answer: httpx.Response, preview: bool) -> str | None:
+    """Return why the router turns a stranger away; None if it does not."""
+    if contract.SELECTED_HEADER in answer.headers:
+        return None
+    if preview and answer.status_code == 409 and contract.STALE_HEADER in answer.headers:
+        return "it is a preview"
+    if answer.status_code == 503 and "html" in answer.headers.get("content-type", ""):
+        answer = client.get(  # without the page for people
+            answer.url.copy_with(path=contract.META_PATH, query=None), headers={"accept": "*/*"}
+        )
+    try:
+        closed = answer.status_code == 503 and answer.json().get("detail") == "maintenance"
+    except (ValueError, AttributeError):
+        closed = False
+    return "the site is in maintenance" if closed else None
+
+
+def internal_token(stack: Stack) -> dict[str, str]:
+    """Return the header with which the router lets a request pass during maintenance, and to a
+    preview."""
     token = stack.router.variables.get(contract.INTERNAL_TOKEN) if stack.router else None
     return {contract.INTERNAL_TOKEN_HEADER: token} if token and "${{" not in token else {}
 
 
 def wait_until_rendered(
-    api: Api, stack: Stack, deployment_id: str, path: str, output: Output
+    api: Api, stack: Stack, deployment_id: str, path: str, output: Output, preview: bool = False
 ) -> None:
     """Request a page of this deployment from the public address until its status is below 500.
 
@@ -206,7 +245,7 @@ def wait_until_rendered(
 
     try:
         label, accept = f"the page {path}", {"accept": "text/html"}
-        _wait(stack, url, accept, good, inside, label, PAGE_TIMEOUT, 1, output)
+        _wait(stack, url, accept, good, inside, label, PAGE_TIMEOUT, 1, preview, output)
     except Failure as failure:
         raise Failure(
             f"{failure}. Python's server answers, React's beside it may not: is the web app built"
@@ -215,7 +254,7 @@ def wait_until_rendered(
 
 
 def wait_for_instances(
-    api: Api, stack: Stack, deployment_id: str, count: int, output: Output
+    api: Api, stack: Stack, deployment_id: str, count: int, output: Output, *, preview: bool
 ) -> None:
     """Request each process of a deployment from the public address until all have answered.
 
@@ -243,7 +282,8 @@ def wait_for_instances(
             return None  # what the edge hides cannot be asked: the health check has passed
 
         url = url.copy_merge_params({contract.AFFINITY_QUERY: name})
-        _wait(stack, url, {}, good, inside, f"instance {name}", ROUTED_TIMEOUT, 1, output)
+        label = f"instance {name}"
+        _wait(stack, url, {}, good, inside, label, ROUTED_TIMEOUT, 1, preview, output)
 
 
 def wait_until_active(api: Api, stack: Stack, deployment_id: str, output: Output) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pulse_railway.errors import Failure
+from pulse_railway.flows.preview import is_preview
 from pulse_railway.flows.reachability import wait_until_reachable
 from pulse_railway.output import Output
 from pulse_railway.railway.api import Api
@@ -35,7 +36,8 @@ def redeploy(api: Api, stack: Stack, deployment_id: str | None, output: Output) 
             api, stack, service.id, deploy_service(api, stack.target, service.id), output
         )
     with output.step("reach it through the router"):
-        wait_until_reachable(api, stack, deployment_id, output, by_affinity=True)
+        closed = is_preview(service)
+        wait_until_reachable(api, stack, deployment_id, output, by_affinity=True, preview=closed)
     return {
         "deployment_id": deployment_id,
         "backend_service_id": service.id,

@@ -19,7 +19,15 @@ from pulse_railway.railway import documents
 from pulse_railway.railway.api import Api, GraphqlError
 from pulse_railway.runtime_image import runtime_version
 from pulse_railway.services import REGIONS, empty_service_message, region_of, replicas_by_region
-from pulse_railway.stack import Service, Stack, double_words, joined, ownership, require_baseline
+from pulse_railway.stack import (
+    Service,
+    Stack,
+    address_without_secrets,
+    double_words,
+    joined,
+    ownership,
+    require_baseline,
+)
 from pulse_railway.waiting import FAILED_STATES
 
 
@@ -62,6 +70,7 @@ def status(api: Api, stack: Stack) -> dict[str, Any]:
                 "about": record.get("about") or {},
             }
         )
+    url = stack.session_redis_url
     has_address = stack.router and stack.router.domains
     messages = [pasteable(problem) for problem in problems(stack, state, router_error)]
     messages += region_problems(api, stack)
@@ -76,6 +85,7 @@ def status(api: Api, stack: Stack) -> dict[str, Any]:
         "maintenance": state["maintenance"] if state else None,
         "lock": state["lock"] if state else None,
         "last_promoted": stack.last_promoted,
+        "session_redis": url and address_without_secrets(url),
         "baseline": [
             {
                 "service": s.name,

@@ -42,6 +42,10 @@ class ApiError(Failure):
     """Railway has refused a call. The message is Railway's."""
 
 
+class TokenRefused(ApiError):
+    """Railway does not accept the token."""
+
+
 class NoAnswer(ApiError):
     """A page, or nothing, came with a status of success in place of the API's answer."""
 
@@ -111,7 +115,7 @@ class Api:
         headers = {"Project-Access-Token": project_token}
         try:
             data = self._call(documents.PROJECT_TOKEN, {}, headers, repeatable=True)
-        except GraphqlError:
+        except (GraphqlError, TokenRefused):
             return None
         return str(data["projectToken"]["environmentId"])
 
@@ -223,7 +227,7 @@ class Api:
 
     def _data(self, answer: httpx.Response) -> Any:
         if answer.status_code in (401, 403):
-            raise ApiError("Railway does not accept the token: check it, or make a new one")
+            raise TokenRefused("Railway does not accept the token: check it, or make a new one")
         own = self.url == contract.API_URL
         advice = "try again later" if own else f"is {contract.API_URL_VARIABLE} right?"
         message = f"Railway answered {answer.status_code}, which is no answer of its API: {advice}"

@@ -36,7 +36,7 @@ NO_TOKEN = (
 )
 
 
-Source = Literal["flag", "RAILWAY_TOKEN", "RAILWAY_API_TOKEN", "login"]
+Source = Literal["flag", "RAILWAY_TOKEN", "RAILWAY_API_TOKEN", "login", "the janitor"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Token:
 
     @property
     def durable(self) -> bool:
-        """Can router and janitor use the token for long? A login expires within hours."""
+        """Can the janitor use the token for long? A login expires within hours."""
         return self.source != "login"
 
 
