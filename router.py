@@ -3626,11 +3626,15 @@ def visitor_of(request: Request) -> bytes:
                 return match[1]
         elif name == b"user-agent":
             agent = value
-    client = client_address(request) + b"\n" + agent
-    visitor = hashlib.blake2b(client, digest_size=8).hexdigest().encode()
+    visitor = visitor_hash(client_address(request) + b"\n" + agent)
     if navigates(request):  # not another site's POST, which comes without the cookie (SameSite)
         request.visitor = visitor
     return visitor
+
+
+@lru_cache(1024)  # as for `network_of`
+def visitor_hash(client: bytes) -> bytes:
+    return hashlib.blake2b(client, digest_size=8).hexdigest().encode()
 
 
 def client_address(request: Request) -> bytes:
@@ -3653,9 +3657,13 @@ def wants_page(request: Request) -> bool:
     """Is the answer shown as a page (Fetch Metadata, or else `Accept`)?"""
     if request.handshake:
         return False
-    if modes := request.values(b"sec-fetch-mode"):
-        return modes == [b"navigate"]
-    return any(b"text/html" in value for value in request.values(b"accept"))
+    mode, accepts = None, False
+    for _, name, value in request.fields:  # one loop: a visitor's id needs this of every request
+        if name == b"sec-fetch-mode":
+            mode = value if mode is None else b""  # given twice, it says nothing
+        elif name == b"accept" and b"text/html" in value:
+            accepts = True
+    return accepts if mode is None else mode == b"navigate"
 
 
 def visitor_cookie(request: Request) -> bytes:
