@@ -646,6 +646,8 @@ def with_history(step: Step, what: str, deployment_id: str, **facts: Any) -> Ste
     Args:
         what: the kind of change.
         facts: further fields of the entry, such as `by` and `why`; empty ones are left out.
+
+    The entry says what the deployment was made of, for when its record is gone.
     """
 
     def inner(routing: Routing) -> Routing:
@@ -654,6 +656,9 @@ def with_history(step: Step, what: str, deployment_id: str, **facts: Any) -> Ste
             return routing
         entry = {"at": routing.now, "what": what, "deployment_id": deployment_id}
         entry["active"] = routing.active  # before the step
+        record = new.records.get(deployment_id) or routing.records.get(deployment_id)
+        about = (record.about if record else None) or {}
+        entry |= {k: str(about[k])[:300] for k in ("commit", "image", "digest") if about.get(k)}
         entry |= {key: str(value)[:300] for key, value in facts.items() if value}
         return replace(new, history=(*new.history, entry)[-router.HISTORY_AT_MOST :])
 

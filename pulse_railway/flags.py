@@ -47,7 +47,7 @@ class Flag:
     @property
     def option(self) -> str:
         """Return the option, as in `--bake`."""
-        return f"--{self.name.replace('_', '-')}"
+        return f"--{self.name.rstrip('_').replace('_', '-')}"
 
     @property
     def usage(self) -> str:
@@ -178,6 +178,12 @@ _ALL = (
     Flag("web_root", "the React project, relative to the context", "FOLDER", words="the app's"),
     Flag("image_repository", "build here and push to this repository, e.g. registry/org/name",
          "REPOSITORY", plugin=True),
+    Flag("image", "deploy this image, which exists, instead of building one", "IMAGE"),
+    Flag("from_", "deploy the image of this deployment again, which may be gone", "ID"),
+    Flag("registry_username", "the user with whom Railway pulls a private image",
+         variable=contract.REGISTRY_USERNAME, words="the image's owner"),
+    Flag("registry_password_file", "a file with the password or token for that", "FILE",
+         words=f"${contract.REGISTRY_PASSWORD}"),
     Flag("build_arg", "build argument KEY=VALUE; may be repeated", "KEY=VALUE", dict),
     Flag("no_gitignore", "upload files that .gitignore excludes, too", kind=bool),
     Flag("env", "variable KEY=VALUE of this deployment; may be repeated", "KEY=VALUE", dict),
@@ -239,14 +245,15 @@ STACK = [*WHERE, "service", "service_prefix", "redis_service", "json"]
 BASELINE = [
     *WHERE,
     *"service_prefix redis_url redis_prefix session_redis_url janitor_cron_schedule".split(),
-    "drain_ttl_seconds",
-    *"rollback_window_seconds keep router_replicas runtime_image notify json".split(),
+    *"drain_ttl_seconds rollback_window_seconds keep router_replicas runtime_image".split(),
+    *"registry_username registry_password_file notify json".split(),
 ]
 DEPLOY = [
     *WHERE,
     *"deployment_name deployment_id service_prefix server_address web_root".split(),
-    *"image_repository build_arg no_gitignore env instances backend_replicas region".split(),
-    *"memory_gb vcpus no_promote preview".split(),
+    *"image_repository image from_ registry_username registry_password_file build_arg".split(),
+    *"no_gitignore env instances backend_replicas region memory_gb".split(),
+    *"vcpus no_promote preview".split(),
     *"evict replace_app keep_failed canary bake bake_latency_ms lock_wait".split(),
     *"message notify json".split(),
 ]

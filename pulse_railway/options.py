@@ -7,7 +7,8 @@ of a flag in flags.py has that flag's value, kind and default.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,6 +81,24 @@ class LogsOptions(StackOptions):
 
 
 @dataclass(frozen=True)
+class RegistryCredentials:
+    """What Railway pulls private images with (its RegistryCredentialsInput)."""
+
+    password: str = field(repr=False)
+    username: str | None = None  # None: the image's owner
+
+    def setting(self, image: str) -> dict[str, Any]:
+        """Return the fields of ServiceInstanceUpdateInput for a service with that image.
+
+        For a token of GitHub's registry the user's name does not count (docs.railway.com, "Private
+        registries"), but Railway's schema needs one.
+        """
+        *_, owner, _ = f"x/{image}".split("/")[-3:]
+        credentials = {"username": self.username or owner, "password": self.password}
+        return {"registryCredentials": credentials}
+
+
+@dataclass(frozen=True)
 class BaselineOptions:
     """The options of the baseline."""
 
@@ -95,6 +114,7 @@ class BaselineOptions:
     keep: int | None = None  # deployments
     router_replicas: int | None = None
     runtime_image: str | None = None
+    registry: RegistryCredentials | None = None
     app: AppConfig | None = None
     replace_app: bool = False
     notify: str | None = field(default=None, repr=False)
@@ -113,6 +133,9 @@ class DeployOptions:
     server_address: str | None = None
     web_root: str | None = None
     image_repository: str | None = None
+    image: str | None = None  # that exists
+    from_: str | None = None  # the deployment that had it
+    registry: RegistryCredentials | None = None
     build_args: Mapping[str, str] = EMPTY
     env: Mapping[str, str] = EMPTY
     no_gitignore: bool = False
@@ -270,6 +293,8 @@ def parse_baseline(flags: Flags, output: Output) -> BaselineOptions:
         BaselineOptions,
         flags,
         app.plugin,
+        runtime_image=image_of(flags, "runtime_image", naming.image_reference, app.plugin),
+        registry=registry_credentials(flags),
         where=where(flags, app.plugin),
         names=app.names,
         app=app,
@@ -291,9 +316,17 @@ def session_redis_problem(url: str) -> str | None:
 
 def parse_deploy(flags: Flags, output: Output) -> DeployOptions:
     app = app_from_flags(flags, output)
-    repository = value(flags, "image_repository", app.plugin)
-    if repository and flags.get("no_gitignore"):
-        raise Failure("--no-gitignore is for source deploys: leave it or --image-repository out")
+    existing = [FLAGS[name].option for name in ("image", "from_") if flags.get(name)]
+    repository = None
+    if not existing or flags.get("image_repository"):
+        repository = image_of(flags, "image_repository", naming.image_repository, app.plugin)
+    if len(existing) > 1 or (existing and repository):
+        raise Failure("which image? pass one of --image, --from and --image-repository")
+    if (repository or existing) and flags.get("no_gitignore"):
+        raise Failure(
+            "--no-gitignore is for source deploys: leave it out, or"
+            f" {existing[0] if existing else '--image-repository'}"
+        )
     build_args, env = value(flags, "build_arg"), value(flags, "env")
     for flag, pairs in (("--env", env), ("--build-arg", {} if repository else build_args)):
         if reserved := sorted(contract.RESERVED & pairs.keys()):
@@ -320,6 +353,10 @@ def parse_deploy(flags: Flags, output: Output) -> DeployOptions:
         app=app,
         deployment_id=parse_deployment_id(flags),
         server_address=value(flags, "server_address") or app.server_address,
+        image_repository=repository,
+        image=image_of(flags, "image", naming.image_reference),
+        from_=parse_deployment_id({"deployment_id": flags.get("from_")}),
+        registry=registry_credentials(flags),
         build_args=build_args,
         promote=not (flags.get("no_promote") or flags.get("preview")),
         notify=notify_url(flags),
@@ -332,9 +369,10 @@ def raw_flags(flags: Flags, output: Output) -> Flags:
 
 
 def parse_image(flags: Flags, output: Output) -> ImageOptions:
-    if not flags.get("repository"):
+    repository = image_of(flags, "repository", naming.image_repository)
+    if not repository:
         raise Failure("which repository? pass --repository, e.g. registry/org/pulse-railway")
-    return from_flags(ImageOptions, flags)
+    return from_flags(ImageOptions, flags, repository=repository)
 
 
 # -- what the parsers share --------------------------------------------------------------------
@@ -421,6 +459,42 @@ def with_router(flags: Flags, app_names: Names) -> Names:
 def need_deployment_id(flags: Flags) -> None:
     if not flags.get("deployment_id"):
         raise Failure("which deployment? pass --deployment-id; `status` lists them")
+
+
+def image_of(
+    flags: Flags, name: str, check: Callable[[str], str], plugin: RailwayPlugin | None = None
+) -> str | None:
+    """Return the image or repository of a flag. Raises Failure if docker would not take it."""
+    text = value(flags, name, plugin)
+    try:
+        return check(text) if text else None
+    except ValueError as error:
+        raise Failure(f"{FLAGS[name].option}: {error}") from None
+
+
+def registry_credentials(flags: Flags) -> RegistryCredentials | None:
+    """Return what Railway pulls private images with; None if there is no password.
+
+    The password is read from the file of the flag, else from the environment. Raises Failure for a
+    file that cannot be read, and for a user without a password.
+    """
+    file, password = value(flags, "registry_password_file"), None
+    if file:
+        try:
+            password = Path(file).read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise Failure(f"--registry-password-file {file} cannot be read: {error}") from None
+        if not password:
+            raise Failure(f"--registry-password-file {file} is empty")
+    password = password or os.environ.get(contract.REGISTRY_PASSWORD)
+    keep_secret(password)
+    username = value(flags, "registry_username")
+    if username and not password:
+        raise Failure(
+            f"there is no password for the registry: set {contract.REGISTRY_PASSWORD}, or pass"
+            " --registry-password-file"
+        )
+    return RegistryCredentials(password, username) if password else None
 
 
 def parse_deployment_id(flags: Flags) -> str | None:

@@ -46,7 +46,13 @@ def describe(about: dict[str, Any]) -> str:
     facts = {name: str(value) for name, value in about.items() if value}
     commit = facts.get("commit", "")[:7] + ("+" if "dirty" in facts else "")
     people = "; ".join(dict.fromkeys(facts[k] for k in ("author", "by") if k in facts))
-    parts = [commit, facts.get("message", ""), f"({people})" if people else ""]
+    digest = facts.get("digest", "").removeprefix("sha256:")[:12]
+    parts = [
+        commit,
+        facts.get("message", ""),
+        f"image {digest}" if digest else "",
+        f"({people})" if people else "",
+    ]
     return " ".join(part for part in parts if part)
 
 
@@ -81,14 +87,15 @@ def show_history(entries: list[dict[str, Any]]) -> None:
     """Print the entries of `history` on stdout, the newest last."""
     out = stdout()
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for title in ("when (UTC)", "what", "deployment", "before", "by", "why"):
+    for title in ("when (UTC)", "what", "deployment", "before", "of", "by", "why"):
         table.add_column(title, overflow="fold")
     for entry in entries:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(entry["at"]))
         weight = f" {entry['weight']}" if entry.get("weight") else ""
         before = entry.get("active") if entry["what"] != "remove" else None
         row = [f"{entry['what']}{weight}", entry.get("deployment_id"), before]
-        row += [entry.get("by"), entry.get("why")]
+        digest = str(entry.get("digest") or "").removeprefix("sha256:")[:12]
+        row += [digest or str(entry.get("commit") or "")[:7], entry.get("by"), entry.get("why")]
         table.add_row(when, *(str(cell or "") for cell in row))
     out.print(table if entries else "nothing yet")
 

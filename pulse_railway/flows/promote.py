@@ -6,6 +6,7 @@ from typing import Any
 
 from pulse_railway import router_commands
 from pulse_railway.errors import Failure
+from pulse_railway.flows import images
 from pulse_railway.flows.bake import bake, is_over
 from pulse_railway.flows.preview import is_preview, release
 from pulse_railway.flows.reachability import (
@@ -25,6 +26,8 @@ def promote(api: Api, stack: Stack, options: PromoteOptions, output: Output) -> 
     """Make a running deployment the active one, or the canary; with `--bake`, then watch it."""
     deployment_id = str(options.deployment_id)
     require_complete_answer(stack)
+    if stack.backend(deployment_id) is None and not stack.unowned_backend(deployment_id):
+        refuse_gone(api, stack, deployment_id)
     find_backend(stack, deployment_id)
     previous = None
     if options.bake:
@@ -114,6 +117,22 @@ def check_and_promote(
     }
 
 
+def last_one_gone(api: Api, stack: Stack, active: str | None) -> str:
+    """Return which deployment was active before and is gone, and how it is brought up again."""
+    for name, facts in reversed(images.facts_of(api, stack).items()):
+        if name != active and not stack.backend(name):
+            return f". {name} was the last one: {images.again(name, facts)}"
+    return ": deploy that version again"
+
+
+def refuse_gone(api: Api, stack: Stack, deployment_id: str) -> None:
+    """Raise Failure if the history names a deployment, with how it is brought up again."""
+    if stack.router is None:
+        return
+    if facts := images.facts_of(api, stack).get(deployment_id):
+        raise Failure(f"{deployment_id} is gone: {images.again(deployment_id, facts)}")
+
+
 class Silent(Failure):
     """A deployment does not answer, so that it was not promoted."""
 
@@ -194,6 +213,7 @@ def rollback(api: Api, stack: Stack, output: Output, why: str | None = None) -> 
         command = "`pulse-railway promote --deployment-id ...`"
         hint = f"; {command} takes {joined(rejected)}, rolled back from" if rejected else ""
         raise Failure(
-            f"no earlier deployment to go back to runs any more: deploy that version again{hint}"
+            "no earlier deployment to go back to runs any more"
+            f"{last_one_gone(api, stack, state['active'])}{hint}"
         )
     raise silent

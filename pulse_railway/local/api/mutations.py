@@ -149,6 +149,8 @@ def serviceInstanceUpdate(
     settings = check_settings({k: v for k, v in input.items() if k in SETTINGS})
     for instance in _instances(caller, serviceId, environmentId)[1]:
         instance.settings.update(settings)
+        if "registryCredentials" in input:  # which no query returns
+            instance.settings["registryCredentials"] = input["registryCredentials"]
         if input.get("source"):
             instance.image = input["source"].get("image")
             instance.repo = input["source"].get("repo")
