@@ -246,6 +246,7 @@ def set_active(
         service_name=service_name,
         drain_started_at=None,
         weight=None,
+        steps=None,
         rejected_at=None,
         bake=new_bake(routing, bake, bake_latency_ms),
         preview=None,
@@ -255,7 +256,7 @@ def set_active(
     require_address(record)
     promotion = Promotion(deployment_id, router.next_time(routing))
     others = [
-        replace(other, weight=None, bake=None, canary_at=routing.now)
+        replace(other, weight=None, bake=None, steps=None, canary_at=routing.now)
         for name, other in routing.records.items()
         if other.weight is not None and name != deployment_id
     ]
@@ -288,11 +289,13 @@ def set_canary_weight(
     instead_of: str | None = None,
     bake: float | None = None,
     bake_latency_ms: float | None = None,
+    steps: Json | None = None,
 ) -> Routing:
     """Make a deployment the canary, which gets `weight` percent of the new visitors.
 
     There is at most one canary. It stays until it is promoted or aborted. `instead_of`, `bake` and
-    `bake_latency_ms` are as in `set_active`.
+    `bake_latency_ms` are as in `set_active`; `steps` are those that the caller takes, with this
+    weight as one of them.
     """
     if routing.active is None:
         raise StateError("no deployment is active: promote it without a weight", "inactive")
@@ -316,6 +319,7 @@ def set_canary_weight(
         rejected_at=None,
         pinned=True,
         weight=weight,
+        steps=steps,
         canary_at=routing.now,
         bake=new_bake(routing, bake, bake_latency_ms) or present,
         preview=None,
@@ -929,7 +933,7 @@ def status_answer(
     return {
         "active": routing.active,
         "promoted": routing.promoted and vars(routing.promoted),
-        "canary": canary and {"deployment_id": canary.deployment_id, "weight": canary.weight},
+        "canary": canary and canary_answer(canary),
         "maintenance": closed,
         "lock": lock and lock_answer(lock),
         "now": routing.now,
@@ -951,6 +955,7 @@ def status_answer(
         "bake": bake_answer(store, routing),
         "previews": PREVIEWS,
         "instances": router.INSTANCES_AT_MOST,  # that this version of the router knows
+        "steps": STEPS,
     }
 
 
@@ -1055,6 +1060,13 @@ def store_time(store: router.RedisStore) -> float:
     """Return Redis' time, in seconds since 1970."""
     seconds, microseconds = store.client.time()
     return float(seconds) + float(microseconds) / 1e6
+
+
+def canary_answer(canary: Record) -> Json:
+    """Return the canary, with its weight in percent, since when, and its steps if it has some."""
+    answer = {"deployment_id": canary.deployment_id, "weight": canary.weight}
+    steps = {"steps": canary.steps} if canary.steps else {}
+    return answer | {"since": canary.canary_at} | steps
 
 
 def record_answer(record: Record) -> Json:
@@ -1258,6 +1270,7 @@ def control_parser() -> argparse.ArgumentParser:
         help="the active one is no rollback target from then on",
     )
     add("--bake", type=moment, metavar="SECONDS", help="how long it is watched")
+    add("--steps", type=json_argument, help="the weights that follow each other, as JSON")
     add("--bake-latency-ms", type=moment, metavar="MS", help="what counts as slow meanwhile")
     add = command("withdraw", "end a canary: it drains")
     add("--deployment-id", type=valid_id, required=True)
@@ -1318,7 +1331,9 @@ def step_of(args: argparse.Namespace) -> Step:
                 "bake_latency_ms": args.bake_latency_ms,
             }
             if args.weight is not None:
-                step = functools.partial(set_canary_weight, weight=args.weight, **common)
+                step = functools.partial(
+                    set_canary_weight, weight=args.weight, steps=args.steps, **common
+                )
                 return with_history(step, "canary", name, weight=f"{args.weight:g} %", **noted)
             step = functools.partial(
                 set_active,
@@ -1379,6 +1394,7 @@ EXCLUDES_OLD_JANITORS = ("promote", "restore")
 # These commands change which visitors get which deployment, so they wait for the routers.
 WAITS_FOR_ROUTERS = ("promote", "withdraw", "retire", "maintenance", "restore")
 PREVIEWS = True  # in answers: this version has previews
+STEPS = True  # in `status`: this version keeps a canary's steps
 
 
 @contextlib.contextmanager

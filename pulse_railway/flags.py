@@ -40,6 +40,7 @@ class Flag:
     minimum: int = 1  # the smallest whole number
     maximum: int = MAX_NUMBER  # the largest
     range: tuple[float, float] = (0, 100)  # of a float
+    several: bool = False  # floats with commas between them; the value is a tuple
     variable: str = ""  # an environment variable that is read if nothing else gives a value
     plugin: bool = False  # an argument of RailwayPlugin has this name, and comes before `variable`
     positional: bool = False
@@ -70,6 +71,9 @@ class Flag:
 
     def parse(self, raw: Any) -> Any:
         """Return `raw` as a value of this flag's kind. Raises Failure if it is none."""
+        if self.several:
+            texts = raw if isinstance(raw, list | tuple) else str(raw).split(",")
+            return tuple(self._fraction(text) for text in texts)
         parsers: Any = {bool: bool, int: self._number, float: self._fraction, dict: self._pairs}
         return parsers[self.kind](raw) if self.kind in parsers else raw
 
@@ -203,8 +207,10 @@ _ALL = (
     Flag("replace_app", "deploy even if the stack serves an app of another name", kind=bool),
     Flag("keep_failed", "keep the service if the deploy fails", kind=bool),
     # its life
-    Flag("canary", "make it a canary for this percentage of the new visitors", "PERCENT",
-         float),
+    Flag("canary", "make it a canary for this percentage of the new visitors; with several, step"
+         " by step, each with a --bake, and promote it then", "PERCENT[,PERCENT]", float,
+         several=True),
+    Flag("continue_", "take up a canary's steps again, where a run was cut off", kind=bool),
     Flag("weight", "make it a canary for this percentage of the new visitors", "PERCENT", float),
     Flag("bake", "seconds to watch it after the switch; roll back if it fails more often",
          "SECONDS", int, 0, minimum=0),

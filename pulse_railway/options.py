@@ -7,6 +7,7 @@ of a flag in flags.py has that flag's value, kind and default.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -52,6 +53,7 @@ class PromoteOptions(StackOptions):
     bake: int = FLAGS["bake"].default  # seconds
     bake_latency_ms: int | None = None
     evict: bool = False  # delete all other versions then
+    continue_: bool = False  # take up the canary's steps
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,7 @@ class DeployOptions:
     replace_app: bool = False
     keep_failed: bool = False
     canary: float | None = None  # percent of new visitors, instead of a promotion
+    steps: tuple[float, ...] = ()  # or percents that follow each other, before the promotion
     bake: int = FLAGS["bake"].default  # seconds
     bake_latency_ms: int | None = None
     lock_wait: int | None = None  # seconds; None: fail at once if another deploy runs
@@ -196,10 +199,28 @@ def parse_stack(flags: Flags, output: Output) -> StackOptions:
 
 
 def parse_promote(flags: Flags, output: Output) -> PromoteOptions:
-    need_deployment_id(flags)
+    if flags.get("continue_"):
+        if given := [f.option for f in map(FLAGS.get, CONTINUED) if f and flags.get(f.name)]:
+            raise Failure(f"--continue excludes {' and '.join(given)}: the record has the steps")
+    else:
+        need_deployment_id(flags)
     check_bake(flags)
     check_evict(flags, "weight", "bake")
     return stack_options(PromoteOptions, flags, output)
+
+
+CONTINUED = ("weight", "bake", "bake_latency_ms", "evict", "force")  # what --continue excludes
+
+
+def canary_steps(flags: Flags) -> tuple[float, ...]:
+    """Return the percentages of --canary. Raises Failure for steps that are none."""
+    weights: tuple[float, ...] = value(flags, "canary") or ()
+    if len(weights) > 1:
+        if not value(flags, "bake"):
+            raise Failure("--canary with several steps needs --bake, which judges each")
+        if any(later <= earlier for earlier, later in itertools.pairwise(weights)):
+            raise Failure("--canary takes steps that grow, as in 10,25,50")
+    return weights
 
 
 def check_bake(flags: Flags) -> None:
@@ -345,6 +366,7 @@ def parse_deploy(flags: Flags, output: Output) -> DeployOptions:
         )
     check_bake(flags)
     check_evict(flags, "canary", "bake", "no_promote", "preview")
+    weights = canary_steps(flags)
     return from_flags(
         DeployOptions,
         flags,
@@ -358,6 +380,8 @@ def parse_deploy(flags: Flags, output: Output) -> DeployOptions:
         from_=parse_deployment_id({"deployment_id": flags.get("from_")}),
         registry=registry_credentials(flags),
         build_args=build_args,
+        canary=weights[0] if weights else None,
+        steps=weights if len(weights) > 1 else (),
         promote=not (flags.get("no_promote") or flags.get("preview")),
         notify=notify_url(flags),
     )

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pulse_railway.advice import pasteable
+from pulse_railway.flows.rollout import parse_steps
 from pulse_railway.output import console
 
 if TYPE_CHECKING:
@@ -75,6 +76,13 @@ def activity(result: dict[str, Any]) -> list[str]:
             f"{name} gets {canary['weight']:g} % of the new visitors: `pulse-railway promote"
             f" --deployment-id {name}` finishes, `pulse-railway rollback` ends it"
         )
+        if steps := parse_steps(canary.get("steps")):
+            at = len(steps.weights) - len(steps.from_weight(canary["weight"])) + 1
+            since = age(now - canary["since"]) if canary.get("since") else "?"
+            lines.append(
+                f"that is step {at} of {len(steps.weights)}, for {since}: if its run was cut off,"
+                " `pulse-railway promote --continue` takes it up"
+            )
     return [*map(pasteable, lines), *result["copied"]]
 
 

@@ -44,6 +44,7 @@ from pulse_railway.flows.reachability import (
     wait_until_rendered,
 )
 from pulse_railway.flows.remove import evict
+from pulse_railway.flows.rollout import Steps, require_steps, roll_out
 from pulse_railway.flows.signals import interruptible, shielded
 from pulse_railway.options import DeployOptions
 from pulse_railway.output import Output
@@ -79,6 +80,14 @@ class Plan:
     @property
     def service_name(self) -> str:
         return naming.backend_name(self.app.names.prefix, self.deployment_id)
+
+    @property
+    def steps(self) -> Steps | None:
+        """The steps of its canary; None for one weight, or none."""
+        options = self.options
+        if not options.steps:
+            return None
+        return Steps(options.steps, options.bake, options.bake_latency_ms)
 
     @property
     def is_source(self) -> bool:
@@ -321,6 +330,8 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
             stack = attempt.stack = take_lock(api, stack, plan.options, attempt, output)
             require_baseline(stack)
             check_canary(api, stack, plan.options, attempt)
+            if plan.steps:
+                require_steps(api, stack)
             if plan.preview_key:
                 preview.require_previews(api, stack)
             instances.require_instances(api, stack, plan.options.instances)
@@ -363,7 +374,10 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
         if plan.preview_key:
             with step(output, attempt, "close it to janitors of earlier versions"):
                 preview.hide_from_earlier_janitors(api, stack, str(attempt.service_id))
-        if plan.options.canary is not None:
+        if plan.steps:
+            attempt.step = "roll it out in steps"
+            baking = roll_out_new(api, stack, plan, attempt, output)
+        elif plan.options.canary is not None:
             with step(output, attempt, f"give it {plan.options.canary:g} % of new visitors"):
                 promote_new(api, stack, plan, attempt, output)
         elif plan.options.promote:
@@ -371,7 +385,7 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
                 promote_new(api, stack, plan, attempt, output)
             with step(output, attempt, "reach it without affinity"):
                 wait_until_active(api, stack, plan.deployment_id, output)
-        if seconds := bake_seconds(plan, attempt):
+        if (seconds := bake_seconds(plan, attempt)) and not plan.steps:
             canary = plan.options.canary is not None
             attempt.step = f"watch it for {seconds} s"
             old = str(attempt.previous)
@@ -384,6 +398,7 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
         app_identity.store_identity(api, stack, identity, plan.options.replace_app, output)
         if danger := config_files.would_delete(plan.app.context):
             output.warn(danger)
+    as_canary = None if plan.steps else plan.options.canary
     return {
         "deployment_id": plan.deployment_id,
         "service_id": attempt.service_id,
@@ -391,8 +406,8 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
         "railway_deployment_id": attempt.railway_deployment,
         "image": plan.image,
         "digest": digest,
-        "active": attempt.promoted and plan.options.canary is None and not is_over(baking),
-        "canary": plan.options.canary,
+        "active": attempt.promoted and as_canary is None and not is_over(baking),
+        "canary": as_canary,
         "instances": plan.options.instances,
         "bake": baking,
         "drains": None if plan.options.evict else attempt.drains,
@@ -592,6 +607,28 @@ def wait_for_page(api: Api, stack: Stack, plan: Plan, attempt: Attempt, output: 
     except Failure as failure:
         log_tail = runtime_tail(api, str(attempt.railway_deployment))
         raise Failure(f"{failure}{log_tail}") from None
+
+
+def roll_out_new(
+    api: Api, stack: Stack, plan: Plan, attempt: Attempt, output: Output
+) -> dict[str, Any]:
+    """Make the new deployment a canary with growing weights, then active; return the last bake."""
+    assert plan.steps
+    baking, promoted = roll_out(
+        api,
+        stack,
+        plan.deployment_id,
+        plan.service_name,
+        str(attempt.previous),
+        plan.steps,
+        output,
+        weights=plan.steps.weights,
+        began=lambda: setattr(attempt, "promoted", True),
+        renew=attempt.renewal(LATE_LEASE + plan.steps.bake),
+        why=plan.options.message,
+    )
+    attempt.drains = promoted.drains if promoted else None
+    return baking
 
 
 def promote_new(api: Api, stack: Stack, plan: Plan, attempt: Attempt, output: Output) -> None:

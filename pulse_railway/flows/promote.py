@@ -15,6 +15,7 @@ from pulse_railway.flows.reachability import (
     wait_until_reachable,
 )
 from pulse_railway.flows.remove import evict
+from pulse_railway.flows.rollout import take_up
 from pulse_railway.flows.signals import interruptible
 from pulse_railway.options import PromoteOptions
 from pulse_railway.output import Output
@@ -24,6 +25,10 @@ from pulse_railway.stack import Stack, find_backend, joined, require_complete_an
 
 def promote(api: Api, stack: Stack, options: PromoteOptions, output: Output) -> dict[str, Any]:
     """Make a running deployment the active one, or the canary; with `--bake`, then watch it."""
+    if options.continue_:
+        require_complete_answer(stack)
+        with interruptible():
+            return take_up(api, stack, options.deployment_id, options.message, output)
     deployment_id = str(options.deployment_id)
     require_complete_answer(stack)
     if stack.backend(deployment_id) is None and not stack.unowned_backend(deployment_id):
