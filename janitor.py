@@ -82,6 +82,7 @@ MAINTENANCE = "PULSE_RAILWAY_MAINTENANCE"  # on the router service: since when m
 MAINTENANCE_OFF = "PULSE_RAILWAY_MAINTENANCE_OFF"  # when maintenance ended last
 ABOUT = "PULSE_RAILWAY_ABOUT"  # on a backend: its commit, author and message
 RUN = "PULSE_RAILWAY_DEPLOY_RUN"  # on a backend: the `deploy` run that created it
+INSTANCES = "PULSE_RAILWAY_INSTANCES"  # on a backend: how many processes it runs
 PREVIEW = "PULSE_RAILWAY_PREVIEW"  # on a preview's backend: the SHA-256 of its key
 INTERNAL_TOKEN = "PULSE_RAILWAY_INTERNAL_TOKEN"
 RELOAD_GRACE_SECONDS = 3.0
@@ -145,10 +146,11 @@ class Backend:
     replicas: int = 1
     about: Mapping[str, Any] | None = None  # commit, author and message, by the variable ABOUT
     preview: str | None = None  # by the variable PREVIEW; "" if its value is invalid
+    instances: int = 1  # how many processes it runs, by the variable INSTANCES
 
     def record(self) -> Record:
         """Return a record with no more than what Railway shows of the service."""
-        return Record(
+        record = Record(
             self.deployment,
             service_name=self.name,
             service_id=self.id,
@@ -158,6 +160,9 @@ class Backend:
             pinned=self.preview is not None,
             preview=self.preview,
         )
+        if self.instances == 1 or record.url is None:
+            return record
+        return replace(record, instances=router.instances_at(record.url, self.instances))
 
 
 @dataclass(frozen=True)
@@ -452,7 +457,14 @@ def backend(node: dict[str, Any], service: ownership.ServiceVariables) -> Backen
         replicas=1 if node["numReplicas"] is None else node["numReplicas"],
         about=router.or_none(router.json_object, service.variables.get(ABOUT) or "") or None,
         preview=router.or_none(router.a_key_hash, preview) or "" if preview else None,
+        instances=router.or_none(instance_count, service.variables.get(INSTANCES) or "1") or 1,
     )
+
+
+def instance_count(text: str) -> int:
+    if text != "1" and not router.INSTANCE_NUMBER.fullmatch(text):
+        raise ValueError
+    return int(text)
 
 
 def routing_names(routing: Routing, service: Backend) -> bool:

@@ -171,6 +171,7 @@ def send_register(
     held: bool,
     about: dict[str, str],
     preview: str | None = None,
+    instances: int = 1,
     renew: str | None = None,
     warn: Warn = lambda _: None,
 ) -> None:
@@ -178,6 +179,7 @@ def send_register(
 
     Args:
         preview: the hash of a preview's key.
+        instances: the number of its processes.
         renew: as in `send_promote`.
     """
     words = ["--deployment-id", deployment_id, "--service-name", service_name]
@@ -185,6 +187,7 @@ def send_register(
     words += ["--about", json.dumps(about, separators=(",", ":"))]
     words += [f"--renew={renew}"] if renew else []
     words += [f"--preview={preview}"] if preview else []
+    words += [f"--instances={instances}"] if instances > 1 else []
     answer = send_command(api, stack, "register", *words, *(["--hold"] if held else []))
     warn_of_late_routers(answer, warn)
 

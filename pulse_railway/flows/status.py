@@ -64,6 +64,7 @@ def status(api: Api, stack: Stack) -> dict[str, Any]:
                 "age_seconds": round(service.age) if service else None,
                 "drain_started_at": record.get("drain_started_at"),
                 "sessions": record.get("sessions"),
+                "instances": 1 + len(record.get("instances") or {}),
                 "weight": record.get("weight"),
                 "rolled_back": bool(record.get("rejected_at")),
                 "about": record.get("about") or {},
