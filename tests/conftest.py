@@ -292,8 +292,7 @@ def set_faults(stage: demo.Stage, **body: Any) -> None:
 
     The cron does not run, since the janitor would change what a test checks.
     """
-    url = stage.api.replace("/graphql/v2", "/local/faults")
-    demo.post(url, json={"clock": False, **body}).raise_for_status()
+    stage.local("faults", {"clock": False, **body})
 
 
 @contextlib.contextmanager
@@ -524,12 +523,11 @@ class Project:
 
         `exit` is its exit status; `refused` its last line, if it has made no report.
         """
-        url = self.railway.api.replace("/graphql/v2", f"/local/cron/{service}")
         target = {"project": self.id, "environment": self.environment}
         answers: list[Any] = []
 
         def ran() -> bool:  # false while the run of a control command has not ended
-            answers.append(demo.post(url, params=target, timeout=60).json())
+            answers.append(self.railway.local(f"cron/{service}", {}, **target))
             return answers[-1]["exit"] is not None
 
         eventually(ran, 60)

@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from examples import demo
+from pulse_railway.local import guard
 from pulse_railway.local.supervisor import cron_matches
 from tests.conftest import TINY, Project, pulse_railway, redis_of, set_faults
 from tests.net import eventually
@@ -216,7 +217,8 @@ def test_orders_that_are_not_understood(railway: demo.Stage) -> None:
         b'{"faults": 1}',
         b'{"edge": "pdf"}',
     ):
-        answer = httpx.post(url, content=wrong)
+        headers = {**guard.key_header(railway.root), "content-type": "application/json"}
+        answer = httpx.post(url, content=wrong, headers=headers)
         assert answer.status_code == 400, wrong
         assert answer.json()["message"].startswith("not a fault that is known")
 

@@ -182,12 +182,14 @@ def test_a_cron_run_has_the_variables_of_its_deployment(
 ) -> None:
     name = f"cron-{time.monotonic_ns()}"
     cron = Service(new_project(), name, 'echo "it is $PROBE"', cronSchedule="0 0 1 1 *")
-    run = cron.project.railway.api.replace("/graphql/v2", f"/local/cron/{name}")
     cron.set_probe("newer")
-    assert httpx.post(run).json() == {"exit": 0, "log": ["it is of its deployment"]}
+    assert cron.project.railway.local(f"cron/{name}", {}) == {
+        "exit": 0,
+        "log": ["it is of its deployment"],
+    }
     cron.deploy()
     eventually(lambda: cron.status == "SUCCESS")
-    assert httpx.post(run).json() == {"exit": 0, "log": ["it is newer"]}
+    assert cron.project.railway.local(f"cron/{name}", {}) == {"exit": 0, "log": ["it is newer"]}
 
 
 def test_a_restarted_service_is_reached_by_every_way(new_project: Callable[[], Project]) -> None:

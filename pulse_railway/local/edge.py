@@ -28,12 +28,11 @@ router: Any = runtime_image.load("router")
 def certificates(root: Path) -> tuple[Path, Path]:
     """Return the file of the edge's key and certificates, and a CA bundle to trust it with.
 
-    Both are made on first use. The bundle has the public roots too, so that a shell which uses it
-    still reaches other sites.
+    Both are made on first use, in a folder that is there. The bundle has the public roots too, so
+    that a shell which uses it still reaches other sites.
     """
     key, bundle = root / "edge.pem", root / "ca-bundle.pem"
     if not key.exists() or not bundle.exists():
-        root.mkdir(parents=True, exist_ok=True)
         authority = trustme.CA()
         certificate = authority.issue_cert("localhost", "127.0.0.1", "::1")
         key.touch(0o600)

@@ -7,7 +7,8 @@ a loopback port of its own                     `railway ssh`: a command in a ser
 /oauth/token                                   refreshes a CLI login
 /local/faults, /local/stats, /local/cron/...,
 /local/login                                   for tests: sets faults, counts calls, runs a cron
-                                               service, makes a login of the CLI
+                                               service, makes a login of the CLI. /local/* needs
+                                               the folder's key (guard.py)
 """
 
 from __future__ import annotations
@@ -34,11 +35,12 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from pulse_railway import contract
-from pulse_railway.local import api, cli, edge
+from pulse_railway.errors import Failure
+from pulse_railway.local import api, cli, edge, guard, uploads
 from pulse_railway.local.faults import Fault, FaultSettings
 from pulse_railway.local.page import Page
 from pulse_railway.local.relay import Relay
@@ -53,7 +55,7 @@ from pulse_railway.local.state import (
     Token,
     new_id,
 )
-from pulse_railway.local.supervisor import BuildError, Supervisor, free_port
+from pulse_railway.local.supervisor import Supervisor, free_port
 
 
 class LocalRailway:
@@ -66,6 +68,7 @@ class LocalRailway:
             self.state.api_port = free_port()
             self.state.save()
         self.url = f"http://127.0.0.1:{self.state.api_port}"
+        guard.write_page(root, self.url)
         self.supervisor = Supervisor(self.state, f"{self.url}/graphql/v2")
         self.schema = api.schema()
         self.relay = Relay(self.state, self.supervisor, self.relay_fault)
@@ -117,7 +120,7 @@ class LocalRailway:
         folder = self.state.root / "bin"
         folder.mkdir(parents=True, exist_ok=True)
         script = folder / "railway"
-        script.write_text(cli.script())
+        script.write_text(cli.script(self.state.root))
         script.chmod(0o755)
 
     # -- life --------------------------------------------------------------------------------
@@ -295,13 +298,15 @@ class LocalRailway:
             service = api.need_service(caller, service_id)
         except GraphQLError as error:
             return JSONResponse({"message": error.message}, 404)
-        with tempfile.NamedTemporaryFile(suffix=".tar.gz") as file:
+        with tempfile.NamedTemporaryFile(dir=self.state.root) as file:
             async for chunk in request.stream():
                 file.write(chunk)
+                if file.tell() > uploads.MAX_UPLOAD:
+                    return PlainTextResponse(f"the limit is {uploads.MAX_UPLOAD} bytes", 413)
             file.flush()
             try:
                 upload = self.supervisor.unpack(Path(file.name))
-            except BuildError as error:
+            except uploads.BadUpload as error:
                 return JSONResponse({"message": str(error)}, 400)
         deployment = self.supervisor.deploy(service, instance, upload=upload)
         if faulty := await self._fault_answer(["up"], after=True):
@@ -315,13 +320,6 @@ class LocalRailway:
                 "deploymentDomain": instance.domains[0].domain if instance.domains else "",
             }
         )
-
-    async def relay_address(self, request: Request) -> Response:
-        """Answer with the relay's port and known_hosts; Railway's CLI has its address built in."""
-        if self.token_of(request) is None:
-            return JSONResponse({"message": "Not Authorized"}, 401)
-        known_hosts = str(self.relay.folder / "known_hosts")
-        return JSONResponse({"port": self.relay.port, "knownHosts": known_hosts})
 
     def relay_fault(self) -> Fault | None:
         """Count a command by ssh; return the fault that applies to it, or None."""
@@ -461,7 +459,6 @@ class LocalRailway:
                 Route("/graphql/v2", self.graphql, methods=post),
                 Route("/graphql/v2/", self.graphql, methods=post),  # as some clients join it
                 Route("/project/{project}/environment/{environment}/up", self.up, methods=post),
-                Route("/local/relay", self.relay_address, methods=post),
                 Route("/oauth/token", self.oauth, methods=post),
                 Route("/local/login", self.login, methods=post),
                 Route("/local/faults", self.set_faults, methods=post),
@@ -470,7 +467,8 @@ class LocalRailway:
             ],
             # DNS rebinding: a page of another site must not read logs by a name that resolves here
             middleware=[
-                Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
+                Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"]),
+                Middleware(guard.Guard, root=self.state.root),
             ],
             lifespan=lifespan,
         )
@@ -512,4 +510,7 @@ def serve(local: LocalRailway) -> None:
 
 
 if __name__ == "__main__":
-    serve(LocalRailway(Path(sys.argv[1]).resolve()))
+    try:
+        serve(LocalRailway(Path(sys.argv[1]).resolve()))
+    except Failure as failure:
+        raise SystemExit(f"error: {failure}") from None

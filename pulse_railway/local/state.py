@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import secrets
 import uuid
@@ -12,6 +11,8 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+
+from pulse_railway.local.guard import make_private, write_private
 
 RUNNING = ("INITIALIZING", "QUEUED", "WAITING", "BUILDING", "DEPLOYING")
 ENDED = ("FAILED", "CRASHED", "REMOVED", "SKIPPED")
@@ -161,9 +162,13 @@ def _stored_form(deployment: Deployment) -> Deployment:
 
 
 class State:
-    """All that exists, in memory and in `<root>/state.json`. Call `save` after each change."""
+    """All that exists, in memory and in `<root>/state.json`. Call `save` after each change.
+
+    Raises Failure if the folder `root` belongs to another user.
+    """
 
     def __init__(self, root: Path) -> None:
+        make_private(root)
         self.root = root
         self.workspaces: list[Workspace] = []
         self.projects: list[Project] = []
@@ -229,12 +234,7 @@ class State:
             "deployments": [asdict(_stored_form(d)) for d in self.deployments],
             "tokens": [asdict(t) for t in self.tokens],
         }
-        self.root.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with open(fd, "w") as file:
-            file.write(json.dumps(data))  # much faster than `dump`, which is not in C
-        temporary.replace(self.path)
+        write_private(self.path, json.dumps(data))  # much faster than `dump`, which is not in C
 
     # -- looking up ----------------------------------------------------------------------------
 

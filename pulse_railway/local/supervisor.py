@@ -21,7 +21,6 @@ import shutil
 import signal
 import socket
 import sys
-import tarfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -32,6 +31,7 @@ from typing import Any
 import httpx
 
 from pulse_railway.build_context import instructions
+from pulse_railway.local import uploads
 from pulse_railway.local.state import (
     ENDED,
     Deployment,
@@ -174,7 +174,9 @@ class Supervisor:
         self.processes: set[Running] = set()
         self.tasks: set[asyncio.Task[Any]] = set()
         self.logs = self.root / "logs"
-        self.logs.mkdir(parents=True, exist_ok=True)
+        self.uploads = self.root / "uploads"
+        for folder in (self.logs, self.uploads):
+            folder.mkdir(exist_ok=True)
         self.crash_at: str | None = None  # a status at which the next deployment fails
         self.build_seconds = 0.0
         self.clock = True  # does the cron run?
@@ -195,6 +197,7 @@ class Supervisor:
         """End the processes that a killed run has left, then start the deployments that ran."""
         self._kill_leftovers()
         move_old_volumes(self.state)
+        self.delete_unused_uploads()
         for deployment in list(self.state.deployments):
             if deployment.status not in ("SUCCESS", *ENDED):
                 self._set_status(deployment, "FAILED")
@@ -806,16 +809,21 @@ class Supervisor:
     # -- uploads and logs ----------------------------------------------------------------------
 
     def unpack(self, archive: Path) -> str:
-        """Unpack a gzipped tar and return its folder. Raises BuildError if that is impossible."""
-        folder = self.root / "uploads" / new_id()
-        try:
-            folder.mkdir(parents=True)
-            with tarfile.open(archive) as tar:
-                tar.extractall(folder, filter="data")
-        except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise BuildError(f"the upload cannot be unpacked: {error}") from None
+        """Unpack a gzipped tar and return its folder. Raises uploads.BadUpload."""
+        folder = self.uploads / new_id()
+        uploads.unpack(archive, folder)
         return str(folder)
+
+    def delete_unused_uploads(self) -> None:
+        """Delete the uploads that no service has as its source, or can be redeployed from."""
+        state = self.state
+        used = {i.upload for service in state.services for i in service.instances}
+        used |= {
+            d.upload for d in state.deployments if state.instance(d.service_id, d.environment_id)
+        }
+        for folder in self.uploads.iterdir():
+            if str(folder) not in used:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _log(self, deployment: Deployment, kind: str, message: str, severity: str = "info") -> None:
         line = {
