@@ -212,7 +212,8 @@ def _checked_change(
     networking, source = change.get("networking") or {}, change.get("source") or {}
     _check_names(build, BUILD, "build")
     _check_names(deploy, DEPLOY, "deploy")
-    _check_names(networking, ("serviceDomains",), "networking")
+    given = {name for name, value in networking.items() if value}  # the CLI sends empty ones too
+    _check_names(dict.fromkeys(given), ("serviceDomains",), "networking")
     if instance and set(networking.get("serviceDomains") or {}) - {
         domain.domain for domain in instance.domains
     }:
