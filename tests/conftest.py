@@ -155,7 +155,8 @@ class Process:
 class Redis:
     """A redis-server that a test may stop and start again on the same port.
 
-    With a folder it keeps all its data over that, else none.
+    With a folder it keeps all its data over that. Else it keeps none, and has a folder of its own:
+    it would load the `dump.rdb` of a shared one.
     """
 
     def __init__(self, port: int | None = None, folder: Path | None = None) -> None:
@@ -166,8 +167,9 @@ class Redis:
         self.start()
 
     def start(self) -> None:
+        self.own = tempfile.TemporaryDirectory()
         command = [redis_executable(), "--port", str(self.port), "--bind", "127.0.0.1"]
-        command += ["--save", "", "--dir", str(self.folder or tempfile.gettempdir())]
+        command += ["--save", "", "--dir", str(self.folder or self.own.name)]
         if self.folder:
             command += ["--appendonly", "yes", "--appendfsync", "always"]
         self.process = Process(command, self.port).wait()
@@ -178,6 +180,7 @@ class Redis:
         if self.process:
             self.process.stop(signal.SIGKILL)
             self.process = None
+            self.own.cleanup()
 
     def signal(self, number: int) -> None:
         """Send a signal: SIGSTOP freezes the server, SIGCONT continues it."""

@@ -30,7 +30,7 @@ from typing import Any
 
 import httpx
 
-from pulse_railway.build_context import instructions
+from pulse_railway.build_context import instructions, missing_sources
 from pulse_railway.local import uploads
 from pulse_railway.local.state import (
     ENDED,
@@ -86,6 +86,15 @@ def free_port() -> int:
         with socket.socket() as sock, contextlib.suppress(OSError):
             sock.bind(("127.0.0.1", port))
             return port
+
+
+def is_free(port: int) -> bool:
+    """Can a server listen on this port of the loopback?"""
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError:
+        return False
+    return True
 
 
 def is_local_process(pid: int, root: Path) -> bool:
@@ -388,6 +397,8 @@ class Supervisor:
             self._log(deployment, "build", f"{name} {rest}".strip())
             if name == "RUN" and rest in ("false", "exit 1"):
                 raise BuildError(f"process {rest!r} did not complete successfully: exit code: 1")
+        for source in missing_sources(folder, path, deployment.variables):
+            raise BuildError(f"failed to calculate checksum: {source!r}: not found in the upload")
         if command:
             return Build(shlex.split(command), folder)
         commands = [rest for name, rest in steps if name == "CMD"]
