@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import sys
 import tempfile
@@ -24,7 +25,7 @@ from collections.abc import AsyncIterator
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import parse_qs
 
 import uvicorn
@@ -55,7 +56,7 @@ from pulse_railway.local.state import (
     Token,
     new_id,
 )
-from pulse_railway.local.supervisor import Supervisor, free_port
+from pulse_railway.local.supervisor import Supervisor, free_port, is_free
 
 
 class LocalRailway:
@@ -67,7 +68,6 @@ class LocalRailway:
         if self.state.api_port is None:
             self.state.api_port = free_port()
             self.state.save()
-        self.url = f"http://127.0.0.1:{self.state.api_port}"
         guard.write_page(root, self.url)
         self.supervisor = Supervisor(self.state, f"{self.url}/graphql/v2")
         self.schema = api.schema()
@@ -78,10 +78,50 @@ class LocalRailway:
         self.latency = 0.0
         self.edge_page = ""
         self.rules = api.Rules()
+        self.lock: IO[str] | None = None  # held while it runs
         self.rate_limit: int | None = None
         self.rate_window = (0.0, 0)  # its beginning (monotonic), and the API calls in it
         self.calls: Counter[str] = Counter()
         self.documents = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.state.api_port}"
+
+    def claim(self) -> None:
+        """Take the folder for this process, and replace the ports that others have by now.
+
+        Older versions kept ephemeral ports, which any connection of the machine may get. Raises
+        Failure if another local Railway runs in this folder.
+        """
+        if self.lock:
+            return
+        state = self.state
+        lock = (state.root / "lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise Failure(f"another local Railway runs in {state.root}") from None
+        self.lock = lock
+        if not is_free(state.api_port or 0):
+            state.api_port = free_port()
+            self.supervisor.api_url = f"{self.url}/graphql/v2"
+            guard.write_page(state.root, self.url)
+        if not is_free(state.ssh_port or 0):
+            state.ssh_port = None  # the relay chooses one
+        for service in state.services:
+            for instance in service.instances:
+                for domain in instance.domains:
+                    if not is_free(domain.port):
+                        domain.port = free_port()
+                        taken, domain.domain = domain.domain, f"localhost:{domain.port}"
+                        print(
+                            f"another process has {taken}: {service.name} is at {domain.domain}"
+                            " from now on; `pulse-railway ensure` says what else that changes",
+                            file=sys.stderr,
+                        )
+        state.save()
 
     # -- shell -------------------------------------------------------------------------------
 
@@ -496,6 +536,7 @@ def is_resolver_error(answer: dict[str, Any]) -> bool:
 
 def serve(local: LocalRailway) -> None:
     """Run until SIGINT or SIGTERM, then end every process of the services."""
+    local.claim()
     config = uvicorn.Config(
         local.app(),
         host="127.0.0.1",
