@@ -22,6 +22,7 @@ from starlette.responses import HTMLResponse, JSONResponse
 
 from pulse_railway import runtime_image
 
+MAX_KNOWN = 8  # replicas, and those of the deployment before
 router: Any = runtime_image.load("router")
 
 
@@ -115,6 +116,7 @@ class Edge:
         page: Callable[[], str] = lambda: "",
     ) -> None:
         self.port, self.key, self.target, self.page = port, key, target, page
+        self._known: dict[int, Any] = {}  # the deployments, with their connections, by port
         self.server: Any = None
         self.task: asyncio.Task[None] | None = None
 
@@ -122,9 +124,11 @@ class Edge:
         port = self.target()
         if port is None:
             return None
-        if getattr(self, "_known", None) is None or self._known.port != port:
-            self._known: Any = router.Deployment("", "active", "127.0.0.1", port, b"")
-        return self._known
+        if port not in self._known:
+            if len(self._known) >= MAX_KNOWN:
+                self._known.clear()
+            self._known[port] = router.Deployment("", "active", "127.0.0.1", port, b"")
+        return self._known[port]
 
     async def start(self) -> None:
         config = uvicorn.Config(

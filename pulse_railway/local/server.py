@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import itertools
 import os
 import sys
 import tempfile
@@ -194,9 +195,11 @@ class LocalRailway:
         return domain
 
     async def _open_edge(self, service: Service, instance: Instance, domain: Domain) -> None:
+        turns = itertools.count()
+
         def target() -> int | None:
-            running = self.supervisor.traffic(instance)
-            return running.port if running and domain in instance.domains else None
+            running = self.supervisor.targets(instance) if domain in instance.domains else []
+            return running[next(turns) % len(running)].port if running else None
 
         self.edges[domain.id] = edge.Edge(domain.port, self.key, target, lambda: self.edge_page)
         await self.edges[domain.id].start()

@@ -15,6 +15,7 @@ from typing import Any
 from pulse_railway.local.guard import make_private, write_private
 
 RUNNING = ("INITIALIZING", "QUEUED", "WAITING", "BUILDING", "DEPLOYING")
+DEFAULT_REGION = "us-west2"
 ENDED = ("FAILED", "CRASHED", "REMOVED", "SKIPPED")
 
 
@@ -84,6 +85,18 @@ class Instance:
     volume: bool = False
     custom_domains: list[Domain] = field(default_factory=list)
     egress_regions: list[str] = field(default_factory=list)  # of its static outbound addresses
+
+    @property
+    def replica_regions(self) -> list[str]:
+        """Return a region for each replica. A volume or a cron schedule allows one replica."""
+        placed = [
+            region
+            for region, at in (self.settings.get("multiRegionConfig") or {}).items()
+            for _ in range((at or {}).get("numReplicas") or 0)
+        ]
+        region = self.settings.get("region") or DEFAULT_REGION
+        regions = placed or [region] * (self.settings.get("numReplicas") or 1)
+        return regions[:1] if self.volume or self.settings.get("cronSchedule") else regions
 
 
 @dataclass

@@ -22,7 +22,7 @@ import signal
 import socket
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -149,6 +149,8 @@ class Running:
     started_at: float = field(default_factory=time.monotonic)
     restarts: int = 0
     stopping: bool = False
+    ended: bool = False  # and is not restarted
+    replica: str = ""  # what tells its folder from the first replica's
     copier: asyncio.Task[None] | None = None
     watcher: asyncio.Task[None] | None = None
 
@@ -180,6 +182,8 @@ class Supervisor:
         self.root = state.root
         self.api_url = api_url
         self.current: dict[str, Running] = {}  # by instance id: the process that gets its requests
+        self.replicas: dict[str, list[Running]] = {}  # by instance id: those beside `current`
+        self.scaling: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # by instance id
         self.processes: set[Running] = set()
         self.tasks: set[asyncio.Task[Any]] = set()
         self.logs = self.root / "logs"
@@ -309,7 +313,8 @@ class Supervisor:
                 return
             self._set_status(deployment, "SUCCESS")
             await self._switch_to(instance, running, deployment)
-            running.watcher = self.spawn(self._watch(service, instance, running, build), "watch")
+            running.watcher = self.spawn(self._watch(service, instance, running), "watch")
+            self.spawn(self.scale(service, instance), "scale")
         except (BuildError, OSError, ValueError) as error:
             self._log(deployment, "build", str(error), "error")
             if deployment.status != "REMOVED":  # a superseded deployment has not failed
@@ -374,15 +379,17 @@ class Supervisor:
             deployment.stopped = True
         self.state.save()
 
-    def _build(self, service: Service, instance: Instance, deployment: Deployment) -> Build:
-        """Build the deployment's image or upload. Raises BuildError."""
+    def _build(
+        self, service: Service, instance: Instance, deployment: Deployment, replica: str = ""
+    ) -> Build:
+        """Build the deployment's image or upload, for one replica. Raises BuildError."""
         command = instance.settings.get("startCommand")
         if deployment.image:
             return self._pull(service, deployment, command)
         if not deployment.upload or not Path(deployment.upload).is_dir():
             raise BuildError("there is no source to build: upload one, or set an image")
         # each start of a container has a new file system
-        folder = self.root / "containers" / deployment.id
+        folder = self.root / "containers" / f"{deployment.id}{replica}"
         if not (self.keep_files and folder.is_dir()):
             shutil.rmtree(folder, ignore_errors=True)
             shutil.copytree(deployment.upload, folder, symlinks=True)
@@ -435,7 +442,12 @@ class Supervisor:
     # -- processes -----------------------------------------------------------------------------
 
     def environment(
-        self, instance: Instance, deployment: Deployment, build: Build, port: int
+        self,
+        instance: Instance,
+        deployment: Deployment,
+        build: Build,
+        port: int,
+        region: str | None = None,
     ) -> dict[str, str]:
         """Return a process's environment: this machine's, without what is Railway's or Pulse's,
         and the variables that a container has on Railway."""
@@ -459,14 +471,20 @@ class Supervisor:
             ROOT_VARIABLE: str(self.root),
             "RAILWAY_DEPLOYMENT_ID": deployment.id,
             "RAILWAY_REPLICA_ID": new_id(),
+            "RAILWAY_REPLICA_REGION": region or instance.replica_regions[0],
             "PULSE_RAILWAY_API_URL": self.api_url,
         }
 
     async def _launch(
-        self, service: Service, instance: Instance, deployment: Deployment, build: Build
+        self,
+        service: Service,
+        instance: Instance,
+        deployment: Deployment,
+        build: Build,
+        region: str | None = None,
     ) -> Running:
         port = free_port()
-        env = self.environment(instance, deployment, build, port)
+        env = self.environment(instance, deployment, build, port, region)
         argv = build.command
         if build.ready_by_port:  # Redis takes its port and password as arguments
             argv = [*argv, "--port", str(port), "--bind", "127.0.0.1", "-::1"]
@@ -567,9 +585,11 @@ class Supervisor:
         for older in history[history.index(deployment) + 1 :]:
             if older.status not in ENDED:  # includes a deployment that is still starting
                 self._set_status(older, "REMOVED")
+        overlap = min(float(instance.settings.get("overlapSeconds") or 0), 1.0)
+        for replica in self.replicas.pop(instance.id, ()):
+            self.spawn(self._retire(instance, replica, overlap if running else 0.0), "retire")
         if old:
             self.retiring[instance.id] = old
-            overlap = min(float(instance.settings.get("overlapSeconds") or 0), 1.0)
             self.spawn(self._retire(instance, old, overlap if running else 0.0), "retire")
             if not running:
                 await self._terminate(old, grace=self._grace(instance, old))
@@ -588,6 +608,58 @@ class Supervisor:
         """
         old = self.retiring.get(instance.id) if self.old_gets_requests else None
         return old or self.current.get(instance.id)
+
+    def targets(self, instance: Instance) -> list[Running]:
+        """Return the processes that share an instance's requests: its replicas, one for most."""
+        first = self.traffic(instance)
+        if first is None or first is not self.current.get(instance.id):
+            return [first] if first else []
+        return [first, *self.replicas.get(instance.id, ())]
+
+    async def scale(self, service: Service, instance: Instance) -> None:
+        """Start the replicas that an instance lacks, and end those that it has too many.
+
+        The others run on, as on Railway. A new one gets requests when its health check answers.
+        """
+        async with self.scaling[instance.id]:
+            current = self.current.get(instance.id)
+            if current is None:
+                return
+            deployment, regions = current.deployment, instance.replica_regions
+            replicas = self.replicas.setdefault(instance.id, [])
+            surplus = replicas[len(regions) - 1 :]
+            del replicas[len(regions) - 1 :]
+            if surplus:
+                self.write_hosts(instance.environment_id)
+            for replica in surplus:
+                self.spawn(self._terminate(replica, self._grace(instance, replica)), "retire")
+            for region in regions[len(replicas) + 1 :]:
+                await self._add_replica(service, instance, deployment, region)
+
+    async def _add_replica(
+        self, service: Service, instance: Instance, deployment: Deployment, region: str
+    ) -> None:
+        name = f"-{new_id()[:8]}"
+        try:
+            build = self._build(service, instance, deployment, name)
+            running = await self._launch(service, instance, deployment, build, region)
+        except (BuildError, OSError, ValueError) as error:
+            self._log(deployment, "deploy", f"a replica did not start: {error}", "error")
+            return
+        running.replica = name
+        try:
+            await self._wait_until_healthy(instance, running, build)
+        except BuildError as error:
+            self._log(deployment, "deploy", f"a replica did not start: {error}", "error")
+            await self._terminate(running, grace=0)
+            return
+        current = self.current.get(instance.id)
+        if current is None or current.deployment is not deployment:  # replaced meanwhile
+            await self._terminate(running, grace=0)
+            return
+        self.replicas.setdefault(instance.id, []).append(running)
+        running.watcher = self.spawn(self._watch(service, instance, running), "watch")
+        self.write_hosts(instance.environment_id)
 
     def _grace(self, instance: Instance, running: Running) -> float:
         """Return the seconds from SIGTERM to SIGKILL.
@@ -614,7 +686,8 @@ class Supervisor:
         self._kill(running)
         await running.process.wait()
         if not self.keep_files:
-            shutil.rmtree(self.root / "containers" / running.deployment.id, ignore_errors=True)
+            folder = f"{running.deployment.id}{running.replica}"
+            shutil.rmtree(self.root / "containers" / folder, ignore_errors=True)
 
     def _kill(self, running: Running) -> None:
         """Kill all that a container's processes have started.
@@ -630,9 +703,7 @@ class Supervisor:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
-    async def _watch(
-        self, service: Service, instance: Instance, running: Running, build: Build
-    ) -> None:
+    async def _watch(self, service: Service, instance: Instance, running: Running) -> None:
         """Restart the process when it exits, as often as its restart policy says."""
         while True:
             code = await running.process.wait()
@@ -641,19 +712,25 @@ class Supervisor:
             limit = instance.settings.get("restartPolicyMaxRetries") or 10
             if self.closing or running.stopping:
                 return
-            if policy == "NEVER" or (policy == "ON_FAILURE" and code == 0):
-                self._set_status(running.deployment, "SUCCESS" if code == 0 else "CRASHED")
-                return
-            if running.restarts >= limit:
-                self._set_status(running.deployment, "CRASHED")
+            done = code == 0 and policy in ("NEVER", "ON_FAILURE")
+            if done or policy == "NEVER" or running.restarts >= limit:
+                self._set_status(running.deployment, "SUCCESS" if done else "CRASHED")
+                running.ended = True
+                self.write_hosts(instance.environment_id)
                 return
             restarts = running.restarts + 1
             self._log(running.deployment, "deploy", f"exited with {code}; restart {restarts}")
             await asyncio.sleep(RESTART_DELAY)
-            build = self._build(service, instance, running.deployment)
-            running = await self._launch(service, instance, running.deployment, build)
+            before, region = running, running.env["RAILWAY_REPLICA_REGION"]
+            build = self._build(service, instance, before.deployment, before.replica)
+            running = await self._launch(service, instance, before.deployment, build, region)
             running.restarts, running.watcher = restarts, asyncio.current_task()
-            self.current[instance.id] = running
+            running.replica = before.replica
+            replicas = self.replicas.get(instance.id, [])
+            if before in replicas:
+                replicas[replicas.index(before)] = running
+            else:
+                self.current[instance.id] = running
             self.write_hosts(instance.environment_id)
 
     def remove(
@@ -673,9 +750,9 @@ class Supervisor:
                 self._set_status(deployment, "REMOVED")
         processes = [running for running in self.processes if running.deployment in history]
         self.retiring.pop(instance.id, None)
-        current = self.current.pop(instance.id, None)
-        if current and current not in processes:  # it has crashed, and waits for its restart
-            processes.append(current)
+        crashed = [*self.replicas.pop(instance.id, ()), self.current.pop(instance.id, None)]
+        # those that wait for their restart
+        processes += [running for running in crashed if running and running not in processes]
         self.write_hosts(instance.environment_id)
         graces = [min(self._grace(instance, running), max_grace) for running in processes]
         return [
@@ -713,8 +790,10 @@ class Supervisor:
         current = self.current.get(instance.id) if instance else None
         if instance and current and current.deployment is deployment:
             del self.current[instance.id]
+            replicas = self.replicas.pop(instance.id, [])
             self.write_hosts(instance.environment_id)
-            await self._terminate(current, self._grace(instance, current))
+            for running in (current, *replicas):
+                await self._terminate(running, self._grace(instance, running))
         for running in [r for r in self.processes if r.deployment is deployment]:
             await self._terminate(running, grace=0)
         self.state.save()
@@ -729,7 +808,8 @@ class Supervisor:
         try:
             running = self.current.get(instance.id)
             if running and running.deployment is deployment:
-                await self._terminate(running, self._grace(instance, running))
+                for one in (running, *self.replicas.pop(instance.id, ())):
+                    await self._terminate(one, self._grace(instance, one))
             await asyncio.sleep(RESTART_DELAY)
             if deployment.status == "DEPLOYING":  # a newer one may have removed it meanwhile
                 deployment.stopped = False
@@ -748,16 +828,18 @@ class Supervisor:
         """Write the environment's private names and ports for its processes (sitecustomize.py)."""
         if self.state.environment(environment_id) is None:
             return  # it was deleted while its processes were ending
-        hosts: dict[str, Any] = {"ipv6": self.ipv6_only}
+        hosts: dict[str, Any] = {"ipv6": self.ipv6_only, "replicas": {}}
         for service, instance in self.state.instances(environment_id):
             running = self.traffic(instance)
             if running and time.monotonic() < running.started_at + self.name_delay:
                 later = running.started_at + self.name_delay - time.monotonic()
                 asyncio.get_running_loop().call_later(later, self.write_hosts, environment_id)
-            elif running:
+            elif running and not running.ended:
                 variables = running.deployment.variables
                 declared = variables.get("PORT") or variables.get("REDISPORT") or "6379"
                 hosts[private_domain(service)] = {declared: running.port}
+                ports = [r.port for r in self.targets(instance) if not r.ended]
+                hosts["replicas"][private_domain(service)] = ports
         path = self.hosts_file(environment_id)
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(hosts))

@@ -15,8 +15,9 @@ from pulse_railway.local.api.access import (
     need_service,
     visible,
 )
-from pulse_railway.local.api.patch import DEFAULT_REGION, config_of, volume_id
+from pulse_railway.local.api.patch import config_of, volume_id
 from pulse_railway.local.state import (
+    DEFAULT_REGION,
     Deployment,
     Environment,
     Instance,
