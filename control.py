@@ -241,6 +241,7 @@ def set_active(
         service_name=service_name,
         drain_started_at=None,
         weight=None,
+        steps=None,
         rejected_at=None,
         bake=new_bake(routing, bake, bake_latency_ms),
         preview=None,
@@ -250,7 +251,7 @@ def set_active(
     require_address(record)
     promotion = Promotion(deployment_id, router.next_time(routing))
     others = [
-        replace(other, weight=None, bake=None, canary_at=routing.now)
+        replace(other, weight=None, bake=None, steps=None, canary_at=routing.now)
         for name, other in routing.records.items()
         if other.weight is not None and name != deployment_id
     ]
@@ -283,11 +284,13 @@ def set_canary_weight(
     instead_of: str | None = None,
     bake: float | None = None,
     bake_latency_ms: float | None = None,
+    steps: Json | None = None,
 ) -> Routing:
     """Make a deployment the canary, which gets `weight` percent of the new visitors.
 
     There is at most one canary. It stays until it is promoted or aborted. `instead_of`, `bake` and
-    `bake_latency_ms` are as in `set_active`.
+    `bake_latency_ms` are as in `set_active`; `steps` are those that the caller takes, with this
+    weight as one of them.
     """
     if routing.active is None:
         raise StateError("no deployment is active: promote it without a weight", "inactive")
@@ -311,6 +314,7 @@ def set_canary_weight(
         rejected_at=None,
         pinned=True,
         weight=weight,
+        steps=steps,
         canary_at=routing.now,
         bake=new_bake(routing, bake, bake_latency_ms) or present,
         preview=None,
@@ -641,6 +645,8 @@ def with_history(step: Step, what: str, deployment_id: str, **facts: Any) -> Ste
     Args:
         what: the kind of change.
         facts: further fields of the entry, such as `by` and `why`; empty ones are left out.
+
+    The entry says what the deployment was made of, for when its record is gone.
     """
 
     def inner(routing: Routing) -> Routing:
@@ -649,6 +655,9 @@ def with_history(step: Step, what: str, deployment_id: str, **facts: Any) -> Ste
             return routing
         entry = {"at": routing.now, "what": what, "deployment_id": deployment_id}
         entry["active"] = routing.active  # before the step
+        record = new.records.get(deployment_id) or routing.records.get(deployment_id)
+        about = (record.about if record else None) or {}
+        entry |= {k: str(about[k])[:300] for k in ("commit", "image", "digest") if about.get(k)}
         entry |= {key: str(value)[:300] for key, value in facts.items() if value}
         return replace(new, history=(*new.history, entry)[-router.HISTORY_AT_MOST :])
 
@@ -919,7 +928,7 @@ def status_answer(
     return {
         "active": routing.active,
         "promoted": routing.promoted and vars(routing.promoted),
-        "canary": canary and {"deployment_id": canary.deployment_id, "weight": canary.weight},
+        "canary": canary and canary_answer(canary),
         "maintenance": closed,
         "lock": lock and lock_answer(lock),
         "now": routing.now,
@@ -940,6 +949,7 @@ def status_answer(
         "janitor": janitor_run(store),
         "bake": bake_answer(store, routing),
         "previews": PREVIEWS,
+        "steps": STEPS,
     }
 
 
@@ -1044,6 +1054,13 @@ def store_time(store: router.RedisStore) -> float:
     """Return Redis' time, in seconds since 1970."""
     seconds, microseconds = store.client.time()
     return float(seconds) + float(microseconds) / 1e6
+
+
+def canary_answer(canary: Record) -> Json:
+    """Return the canary, with its weight in percent, since when, and its steps if it has some."""
+    answer = {"deployment_id": canary.deployment_id, "weight": canary.weight}
+    steps = {"steps": canary.steps} if canary.steps else {}
+    return answer | {"since": canary.canary_at} | steps
 
 
 def record_answer(record: Record) -> Json:
@@ -1239,6 +1256,7 @@ def control_parser() -> argparse.ArgumentParser:
         help="the active one is no rollback target from then on",
     )
     add("--bake", type=moment, metavar="SECONDS", help="how long it is watched")
+    add("--steps", type=json_argument, help="the weights that follow each other, as JSON")
     add("--bake-latency-ms", type=moment, metavar="MS", help="what counts as slow meanwhile")
     add = command("withdraw", "end a canary: it drains")
     add("--deployment-id", type=valid_id, required=True)
@@ -1298,7 +1316,9 @@ def step_of(args: argparse.Namespace) -> Step:
                 "bake_latency_ms": args.bake_latency_ms,
             }
             if args.weight is not None:
-                step = functools.partial(set_canary_weight, weight=args.weight, **common)
+                step = functools.partial(
+                    set_canary_weight, weight=args.weight, steps=args.steps, **common
+                )
                 return with_history(step, "canary", name, weight=f"{args.weight:g} %", **noted)
             step = functools.partial(
                 set_active,
@@ -1359,6 +1379,7 @@ EXCLUDES_OLD_JANITORS = ("promote", "restore")
 # These commands change which visitors get which deployment, so they wait for the routers.
 WAITS_FOR_ROUTERS = ("promote", "withdraw", "retire", "maintenance", "restore")
 PREVIEWS = True  # in answers: this version has previews
+STEPS = True  # in `status`: this version keeps a canary's steps
 
 
 @contextlib.contextmanager

@@ -361,6 +361,8 @@ class Record:
     pinned: bool = stored(a_flag, False, "held")  # stays pending on purpose
     weight: float | None = stored(a_percentage)  # percent of new visitors; set on the canary
     bake: Bake | None = stored(a_bake)  # noqa: RUF009
+    # of a canary: {weights, bake, latency_ms}, the weights that it gets one after another
+    steps: Mapping[str, Any] | None = stored(an_object)
     about: Mapping[str, Any] | None = stored(an_object)  # commit, message, author
     instances: Mapping[str, Any] | None = stored(an_object)
     # of a preview: the SHA-256 of its key; "" if it is invalid, so that no key opens the preview
@@ -394,7 +396,9 @@ class Record:
         return max(getattr(self, name) or 0.0 for name in FIELDS if name.endswith("_at"))
 
     def as_draining(self, since: float) -> Record:
-        return replace(self, state="draining", drain_started_at=since, weight=None, bake=None)
+        return replace(
+            self, state="draining", drain_started_at=since, weight=None, bake=None, steps=None
+        )
 
     def json(self) -> Json:
         """Return the record as 0.3.x stores it, plus our fields. An ignored field is unchanged."""

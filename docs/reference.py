@@ -26,6 +26,8 @@ VARIABLES = {
             for flag in FLAGS.values()
             if flag.variable
         },
+        "PULSE_RAILWAY_REGISTRY_PASSWORD": "the password or token with which Railway pulls private"
+        " images, a secret; `--registry-password-file` comes before it",
         "PULSE_RAILWAY_API_URL": "another address of Railway's API: the local Railway's",
         "RAILWAY_HTTP_TIMEOUT": "Railway's CLI reads it; the default for uploads is 1800 (seconds)",
         "RAILWAY_ENV, RAILWAY_OAUTH_CLIENT_ID": "as in Railway's CLI, for its login",

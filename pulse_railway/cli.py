@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from invoke.collection import Collection
 from invoke.config import Config
+from invoke.parser.context import translate_underscores
 from invoke.program import Program
 from invoke.vendor import yaml
 
@@ -91,7 +92,7 @@ def rewrite(arguments: list[str]) -> list[str]:
     positional = tasks.ns[verb].positional  # with one, a bare word is that and not the app
     # flags of all verbs; `verb` is last, so that it decides on a flag that two take differently
     takes_value = {
-        argument.name.replace("_", "-"): argument.takes_value
+        translate_underscores(argument.name): argument.takes_value
         for task in [*tasks.ns.tasks, verb]
         for argument in tasks.ns[task].get_arguments()
     }

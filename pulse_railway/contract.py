@@ -66,6 +66,9 @@ REDIS_SERVICE: Final = "PULSE_RAILWAY_REDIS_SERVICE"
 # ours: JSON, former internal tokens that live versions hold -> until when each was the present one
 FORMER_TOKENS: Final = "PULSE_RAILWAY_FORMER_TOKENS"
 NOTIFY_URL: Final = "PULSE_RAILWAY_NOTIFY_URL"  # ours, on the janitor: the URL of notifications
+# ours, where a verb runs: what Railway pulls private images with
+REGISTRY_USERNAME: Final = "PULSE_RAILWAY_REGISTRY_USERNAME"
+REGISTRY_PASSWORD: Final = "PULSE_RAILWAY_REGISTRY_PASSWORD"
 SSH_KEY: Final = "PULSE_RAILWAY_SSH_KEY"  # ours, where a verb runs: the key of `railway ssh`
 # ours, on the router: the deployment promoted last, and the time in seconds by Redis' clock
 LAST_PROMOTED: Final = "PULSE_RAILWAY_ACTIVE"

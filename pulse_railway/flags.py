@@ -39,6 +39,7 @@ class Flag:
     kept: bool = False  # a stack keeps its value; the default is a new stack's
     minimum: int = 1  # the smallest whole number
     range: tuple[float, float] = (0, 100)  # of a float
+    several: bool = False  # floats with commas between them; the value is a tuple
     variable: str = ""  # an environment variable that is read if nothing else gives a value
     plugin: bool = False  # an argument of RailwayPlugin has this name, and comes before `variable`
     positional: bool = False
@@ -46,7 +47,7 @@ class Flag:
     @property
     def option(self) -> str:
         """Return the option, as in `--bake`."""
-        return f"--{self.name.replace('_', '-')}"
+        return f"--{self.name.rstrip('_').replace('_', '-')}"
 
     @property
     def usage(self) -> str:
@@ -69,6 +70,9 @@ class Flag:
 
     def parse(self, raw: Any) -> Any:
         """Return `raw` as a value of this flag's kind. Raises Failure if it is none."""
+        if self.several:
+            texts = raw if isinstance(raw, list | tuple) else str(raw).split(",")
+            return tuple(self._fraction(text) for text in texts)
         parsers: Any = {bool: bool, int: self._number, float: self._fraction, dict: self._pairs}
         return parsers[self.kind](raw) if self.kind in parsers else raw
 
@@ -177,6 +181,12 @@ _ALL = (
     Flag("web_root", "the React project, relative to the context", "FOLDER", words="the app's"),
     Flag("image_repository", "build here and push to this repository, e.g. registry/org/name",
          "REPOSITORY", plugin=True),
+    Flag("image", "deploy this image, which exists, instead of building one", "IMAGE"),
+    Flag("from_", "deploy the image of this deployment again, which may be gone", "ID"),
+    Flag("registry_username", "the user with whom Railway pulls a private image",
+         variable=contract.REGISTRY_USERNAME, words="the image's owner"),
+    Flag("registry_password_file", "a file with the password or token for that", "FILE",
+         words=f"${contract.REGISTRY_PASSWORD}"),
     Flag("build_arg", "build argument KEY=VALUE; may be repeated", "KEY=VALUE", dict),
     Flag("no_gitignore", "upload files that .gitignore excludes, too", kind=bool),
     Flag("env", "variable KEY=VALUE of this deployment; may be repeated", "KEY=VALUE", dict),
@@ -194,8 +204,10 @@ _ALL = (
     Flag("replace_app", "deploy even if the stack serves an app of another name", kind=bool),
     Flag("keep_failed", "keep the service if the deploy fails", kind=bool),
     # its life
-    Flag("canary", "make it a canary for this percentage of the new visitors", "PERCENT",
-         float),
+    Flag("canary", "make it a canary for this percentage of the new visitors; with several, step"
+         " by step, each with a --bake, and promote it then", "PERCENT[,PERCENT]", float,
+         several=True),
+    Flag("continue_", "take up a canary's steps again, where a run was cut off", kind=bool),
     Flag("weight", "make it a canary for this percentage of the new visitors", "PERCENT", float),
     Flag("bake", "seconds to watch it after the switch; roll back if it fails more often",
          "SECONDS", int, 0, minimum=0),
@@ -236,13 +248,14 @@ STACK = [*WHERE, "service", "service_prefix", "redis_service", "json"]
 BASELINE = [
     *WHERE,
     *"service_prefix redis_url redis_prefix session_redis_url janitor_cron_schedule".split(),
-    "drain_ttl_seconds",
-    *"rollback_window_seconds keep router_replicas runtime_image notify json".split(),
+    *"drain_ttl_seconds rollback_window_seconds keep router_replicas runtime_image".split(),
+    *"registry_username registry_password_file notify json".split(),
 ]
 DEPLOY = [
     *WHERE,
     *"deployment_name deployment_id service_prefix server_address web_root".split(),
-    *"image_repository build_arg no_gitignore env backend_replicas region memory_gb".split(),
+    *"image_repository image from_ registry_username registry_password_file build_arg".split(),
+    *"no_gitignore env backend_replicas region memory_gb".split(),
     *"vcpus no_promote preview".split(),
     *"evict replace_app keep_failed canary bake bake_latency_ms lock_wait".split(),
     *"message notify json".split(),

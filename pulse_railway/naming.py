@@ -83,3 +83,47 @@ def is_made_from(deployment: str, name: str) -> bool:
 def backend_name(prefix: str, deployment: str) -> str:
     """Return the service name of a deployment. Raises ValueError if it is too long."""
     return service_name(prefix + deployment_id(deployment))
+
+
+# the grammar of an image's name (distribution's `reference` package, which docker uses)
+_PATH = r"[a-z0-9]+(?:(?:\.|_{1,2}|-+)[a-z0-9]+)*"
+# a first part without a dot or a port is a part of the path
+_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?"
+_HOST = rf"(?:(?:localhost|{_LABEL}(?:\.{_LABEL})+)(?::[0-9]+)?|{_LABEL}:[0-9]+)"
+_REPOSITORY = re.compile(rf"(?:{_HOST}/)?{_PATH}(?:/{_PATH})*")
+_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+REPOSITORY_LIMIT = 255  # characters
+
+
+def image_repository(text: str) -> str:
+    """Return an image's repository. Raises ValueError for anything else, such as one with a tag."""
+    if not _REPOSITORY.fullmatch(text) or len(text) > REPOSITORY_LIMIT:
+        raise ValueError(
+            f"{text!r} is no repository: write registry/organisation/name, in lower case, without"
+            " scheme and tag"
+        )
+    return text
+
+
+def image_reference(text: str) -> str:
+    """Return an image's reference: a repository with a tag, a digest or both.
+
+    Raises ValueError for anything else.
+    """
+    name, at, digest = text.partition("@")
+    repository, colon, tag = name.rpartition(":")
+    if not colon or "/" in tag:  # the colon is before a port
+        repository, tag = name, ""
+    if (
+        (at and not _DIGEST.fullmatch(digest))
+        or (tag and not _TAG.fullmatch(tag))
+        or not (at or tag)
+        or not _REPOSITORY.fullmatch(repository)
+        or len(repository) > REPOSITORY_LIMIT
+    ):
+        raise ValueError(
+            f"{text!r} is no image: write registry/organisation/name:tag, or @sha256: and the"
+            " digest's 64 digits, without scheme"
+        )
+    return text

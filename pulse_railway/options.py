@@ -7,7 +7,9 @@ of a flag in flags.py has that flag's value, kind and default.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +53,7 @@ class PromoteOptions(StackOptions):
     bake: int = FLAGS["bake"].default  # seconds
     bake_latency_ms: int | None = None
     evict: bool = False  # delete all other versions then
+    continue_: bool = False  # take up the canary's steps
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,24 @@ class LogsOptions(StackOptions):
 
 
 @dataclass(frozen=True)
+class RegistryCredentials:
+    """What Railway pulls private images with (its RegistryCredentialsInput)."""
+
+    password: str = field(repr=False)
+    username: str | None = None  # None: the image's owner
+
+    def setting(self, image: str) -> dict[str, Any]:
+        """Return the fields of ServiceInstanceUpdateInput for a service with that image.
+
+        For a token of GitHub's registry the user's name does not count (docs.railway.com, "Private
+        registries"), but Railway's schema needs one.
+        """
+        *_, owner, _ = f"x/{image}".split("/")[-3:]
+        credentials = {"username": self.username or owner, "password": self.password}
+        return {"registryCredentials": credentials}
+
+
+@dataclass(frozen=True)
 class BaselineOptions:
     """The options of the baseline."""
 
@@ -95,6 +116,7 @@ class BaselineOptions:
     keep: int | None = None  # deployments
     router_replicas: int | None = None
     runtime_image: str | None = None
+    registry: RegistryCredentials | None = None
     app: AppConfig | None = None
     replace_app: bool = False
     notify: str | None = field(default=None, repr=False)
@@ -113,6 +135,9 @@ class DeployOptions:
     server_address: str | None = None
     web_root: str | None = None
     image_repository: str | None = None
+    image: str | None = None  # that exists
+    from_: str | None = None  # the deployment that had it
+    registry: RegistryCredentials | None = None
     build_args: Mapping[str, str] = EMPTY
     env: Mapping[str, str] = EMPTY
     no_gitignore: bool = False
@@ -126,6 +151,7 @@ class DeployOptions:
     replace_app: bool = False
     keep_failed: bool = False
     canary: float | None = None  # percent of new visitors, instead of a promotion
+    steps: tuple[float, ...] = ()  # or percents that follow each other, before the promotion
     bake: int = FLAGS["bake"].default  # seconds
     bake_latency_ms: int | None = None
     lock_wait: int | None = None  # seconds; None: fail at once if another deploy runs
@@ -173,10 +199,28 @@ def parse_stack(flags: Flags, output: Output) -> StackOptions:
 
 
 def parse_promote(flags: Flags, output: Output) -> PromoteOptions:
-    need_deployment_id(flags)
+    if flags.get("continue_"):
+        if given := [f.option for f in map(FLAGS.get, CONTINUED) if f and flags.get(f.name)]:
+            raise Failure(f"--continue excludes {' and '.join(given)}: the record has the steps")
+    else:
+        need_deployment_id(flags)
     check_bake(flags)
     check_evict(flags, "weight", "bake")
     return stack_options(PromoteOptions, flags, output)
+
+
+CONTINUED = ("weight", "bake", "bake_latency_ms", "evict", "force")  # what --continue excludes
+
+
+def canary_steps(flags: Flags) -> tuple[float, ...]:
+    """Return the percentages of --canary. Raises Failure for steps that are none."""
+    weights: tuple[float, ...] = value(flags, "canary") or ()
+    if len(weights) > 1:
+        if not value(flags, "bake"):
+            raise Failure("--canary with several steps needs --bake, which judges each")
+        if any(later <= earlier for earlier, later in itertools.pairwise(weights)):
+            raise Failure("--canary takes steps that grow, as in 10,25,50")
+    return weights
 
 
 def check_bake(flags: Flags) -> None:
@@ -270,6 +314,8 @@ def parse_baseline(flags: Flags, output: Output) -> BaselineOptions:
         BaselineOptions,
         flags,
         app.plugin,
+        runtime_image=image_of(flags, "runtime_image", naming.image_reference, app.plugin),
+        registry=registry_credentials(flags),
         where=where(flags, app.plugin),
         names=app.names,
         app=app,
@@ -291,9 +337,17 @@ def session_redis_problem(url: str) -> str | None:
 
 def parse_deploy(flags: Flags, output: Output) -> DeployOptions:
     app = app_from_flags(flags, output)
-    repository = value(flags, "image_repository", app.plugin)
-    if repository and flags.get("no_gitignore"):
-        raise Failure("--no-gitignore is for source deploys: leave it or --image-repository out")
+    existing = [FLAGS[name].option for name in ("image", "from_") if flags.get(name)]
+    repository = None
+    if not existing or flags.get("image_repository"):
+        repository = image_of(flags, "image_repository", naming.image_repository, app.plugin)
+    if len(existing) > 1 or (existing and repository):
+        raise Failure("which image? pass one of --image, --from and --image-repository")
+    if (repository or existing) and flags.get("no_gitignore"):
+        raise Failure(
+            "--no-gitignore is for source deploys: leave it out, or"
+            f" {existing[0] if existing else '--image-repository'}"
+        )
     build_args, env = value(flags, "build_arg"), value(flags, "env")
     for flag, pairs in (("--env", env), ("--build-arg", {} if repository else build_args)):
         if reserved := sorted(contract.RESERVED & pairs.keys()):
@@ -306,6 +360,7 @@ def parse_deploy(flags: Flags, output: Output) -> DeployOptions:
             raise Failure(f"{option} excludes --canary and --bake: nobody uses a pending version")
     check_bake(flags)
     check_evict(flags, "canary", "bake", "no_promote", "preview")
+    weights = canary_steps(flags)
     return from_flags(
         DeployOptions,
         flags,
@@ -314,8 +369,14 @@ def parse_deploy(flags: Flags, output: Output) -> DeployOptions:
         app=app,
         deployment_id=parse_deployment_id(flags),
         server_address=value(flags, "server_address") or app.server_address,
+        image_repository=repository,
+        image=image_of(flags, "image", naming.image_reference),
+        from_=parse_deployment_id({"deployment_id": flags.get("from_")}),
+        registry=registry_credentials(flags),
         build_args=build_args,
         replicas=value(flags, "backend_replicas"),
+        canary=weights[0] if weights else None,
+        steps=weights if len(weights) > 1 else (),
         promote=not (flags.get("no_promote") or flags.get("preview")),
         notify=notify_url(flags),
     )
@@ -327,9 +388,10 @@ def raw_flags(flags: Flags, output: Output) -> Flags:
 
 
 def parse_image(flags: Flags, output: Output) -> ImageOptions:
-    if not flags.get("repository"):
+    repository = image_of(flags, "repository", naming.image_repository)
+    if not repository:
         raise Failure("which repository? pass --repository, e.g. registry/org/pulse-railway")
-    return from_flags(ImageOptions, flags)
+    return from_flags(ImageOptions, flags, repository=repository)
 
 
 # -- what the parsers share --------------------------------------------------------------------
@@ -416,6 +478,42 @@ def with_router(flags: Flags, app_names: Names) -> Names:
 def need_deployment_id(flags: Flags) -> None:
     if not flags.get("deployment_id"):
         raise Failure("which deployment? pass --deployment-id; `status` lists them")
+
+
+def image_of(
+    flags: Flags, name: str, check: Callable[[str], str], plugin: RailwayPlugin | None = None
+) -> str | None:
+    """Return the image or repository of a flag. Raises Failure if docker would not take it."""
+    text = value(flags, name, plugin)
+    try:
+        return check(text) if text else None
+    except ValueError as error:
+        raise Failure(f"{FLAGS[name].option}: {error}") from None
+
+
+def registry_credentials(flags: Flags) -> RegistryCredentials | None:
+    """Return what Railway pulls private images with; None if there is no password.
+
+    The password is read from the file of the flag, else from the environment. Raises Failure for a
+    file that cannot be read, and for a user without a password.
+    """
+    file, password = value(flags, "registry_password_file"), None
+    if file:
+        try:
+            password = Path(file).read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise Failure(f"--registry-password-file {file} cannot be read: {error}") from None
+        if not password:
+            raise Failure(f"--registry-password-file {file} is empty")
+    password = password or os.environ.get(contract.REGISTRY_PASSWORD)
+    keep_secret(password)
+    username = value(flags, "registry_username")
+    if username and not password:
+        raise Failure(
+            f"there is no password for the registry: set {contract.REGISTRY_PASSWORD}, or pass"
+            " --registry-password-file"
+        )
+    return RegistryCredentials(password, username) if password else None
 
 
 def parse_deployment_id(flags: Flags) -> str | None:

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pulse_railway.advice import pasteable
+from pulse_railway.flows.rollout import parse_steps
 from pulse_railway.output import console
 
 if TYPE_CHECKING:
@@ -45,7 +46,13 @@ def describe(about: dict[str, Any]) -> str:
     facts = {name: str(value) for name, value in about.items() if value}
     commit = facts.get("commit", "")[:7] + ("+" if "dirty" in facts else "")
     people = "; ".join(dict.fromkeys(facts[k] for k in ("author", "by") if k in facts))
-    parts = [commit, facts.get("message", ""), f"({people})" if people else ""]
+    digest = facts.get("digest", "").removeprefix("sha256:")[:12]
+    parts = [
+        commit,
+        facts.get("message", ""),
+        f"image {digest}" if digest else "",
+        f"({people})" if people else "",
+    ]
     return " ".join(part for part in parts if part)
 
 
@@ -68,6 +75,13 @@ def activity(result: dict[str, Any]) -> list[str]:
             f"{name} gets {canary['weight']:g} % of the new visitors: `pulse-railway promote"
             f" --deployment-id {name}` finishes, `pulse-railway rollback` ends it"
         )
+        if steps := parse_steps(canary.get("steps")):
+            at = len(steps.weights) - len(steps.from_weight(canary["weight"])) + 1
+            since = age(now - canary["since"]) if canary.get("since") else "?"
+            lines.append(
+                f"that is step {at} of {len(steps.weights)}, for {since}: if its run was cut off,"
+                " `pulse-railway promote --continue` takes it up"
+            )
     return [*map(pasteable, lines), *result["copied"]]
 
 
@@ -80,14 +94,15 @@ def show_history(entries: list[dict[str, Any]]) -> None:
     """Print the entries of `history` on stdout, the newest last."""
     out = stdout()
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for title in ("when (UTC)", "what", "deployment", "before", "by", "why"):
+    for title in ("when (UTC)", "what", "deployment", "before", "of", "by", "why"):
         table.add_column(title, overflow="fold")
     for entry in entries:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(entry["at"]))
         weight = f" {entry['weight']}" if entry.get("weight") else ""
         before = entry.get("active") if entry["what"] != "remove" else None
         row = [f"{entry['what']}{weight}", entry.get("deployment_id"), before]
-        row += [entry.get("by"), entry.get("why")]
+        digest = str(entry.get("digest") or "").removeprefix("sha256:")[:12]
+        row += [digest or str(entry.get("commit") or "")[:7], entry.get("by"), entry.get("why")]
         table.add_row(when, *(str(cell or "") for cell in row))
     out.print(table if entries else "nothing yet")
 

@@ -194,6 +194,7 @@ def send_promote(
     rolls_back: bool = False,
     bake: int = 0,
     bake_latency_ms: int | None = None,
+    steps: Answer | None = None,
     why: str | None = None,
     unlock: str | None = None,
     renew: str | None = None,
@@ -209,6 +210,7 @@ def send_promote(
         rolls_back: the present active deployment is no target of a rollback from now on.
         bake: seconds for which the caller watches the deployment.
         bake_latency_ms: milliseconds after which a request counts as slow in it.
+        steps: of the canary, as its record has them.
         unlock: the holder of the deploy lock, which the command releases.
         renew: HOLDER@SECONDS: that holder's lock ends so many seconds later.
 
@@ -221,6 +223,7 @@ def send_promote(
     words += ["--rolls-back"] if rolls_back else []
     words += ["--bake", str(bake)] if bake else []
     words += ["--bake-latency-ms", str(bake_latency_ms)] if bake and bake_latency_ms else []
+    words += [f"--steps={json.dumps(steps)}"] if steps else []
     words += [f"--unlock={unlock}"] if unlock else []
     words += [f"--renew={renew}"] if renew else []
     words += _why_arguments(why)

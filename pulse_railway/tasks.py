@@ -141,7 +141,10 @@ def redeploy(options: options.StackOptions, output: Output) -> None:
 
 
 @verb(
-    [*STACK, *"deployment_id weight bake bake_latency_ms evict force message notify".split()],
+    [
+        *STACK,
+        *"deployment_id weight continue_ bake bake_latency_ms evict force message notify".split(),
+    ],
     parser="parse_promote",
 )
 def promote(options: options.PromoteOptions, output: Output) -> None:
@@ -155,6 +158,7 @@ def promote(options: options.PromoteOptions, output: Output) -> None:
         name = notification.facts["deployment_id"] = str(options.deployment_id)
         api, stack = _stack(options, output)
         result = flow.promote(api, stack, options, output)
+        name = notification.facts["deployment_id"] = result["deployment_id"]
         if result["active"]:
             notification.text = f"{name} is active at {result['address']}"
         else:

@@ -28,10 +28,12 @@ printf '%s\\n' "$*" >> "$DOCKER_LOG"
 env | sort >> "$DOCKER_LOG.env"
 while [ $# -gt 1 ]; do
     [ "$1" = -t ] && image=$2
+    [ "$1" = --metadata-file ] && metadata=$2
     shift
 done
 [ -n "$DOCKER_FAILS" ] && { echo "ERROR: failed to solve"; exit 17; }
 echo "#1 building $image"
+echo '{"containerimage.digest": "sha256:'"$(printf '%064d' 7)"'"}' > "$metadata"
 """
 
 
@@ -229,6 +231,7 @@ def test_image_mode(new_project: Callable[[], Project], docker: dict[str, str]) 
     )
     assert verb.code == 0, verb.err
     assert verb.json["image"] == "registry.example/team/app:img-1"
+    assert verb.json["digest"] == f"sha256:{7:064d}"
     command = Path(docker["DOCKER_LOG"]).read_text()
     assert command.startswith("buildx build --push --platform linux/amd64")
     assert f"-f {TINY / 'Dockerfile'}" in command

@@ -149,6 +149,7 @@ FLOWS: dict[str, dict[str, Any]] = {
     "redeploy": {"flows.redeploy.redeploy": {"deployment_id": "x"}},
     "promote": {
         "flows.promote.promote": {
+            "deployment_id": "x",
             "active": True,
             "address": "x",
             "weight": None,

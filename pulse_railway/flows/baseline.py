@@ -815,6 +815,9 @@ def start_runtime(
     """
     if options.runtime_image:
         with output.step(f"deploy {options.runtime_image} on {service.name}"):
+            if options.registry:  # Railway does not show whether it has them
+                settings = options.registry.setting(options.runtime_image)
+                write(api, target, [Change(service, settings=settings)])
             return deploy_service(api, target, service.id)
     with (
         output.step(f"upload the runtime to {service.name}"),

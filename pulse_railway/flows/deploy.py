@@ -20,7 +20,7 @@ from pulse_railway.app_identity import AppIdentity
 from pulse_railway.build_context import secrets_in_image
 from pulse_railway.config import AppConfig, Target, inside
 from pulse_railway.errors import Failure
-from pulse_railway.flows import backend_settings, preview
+from pulse_railway.flows import backend_settings, images, preview
 from pulse_railway.flows.backend_settings import Hosting
 from pulse_railway.flows.bake import bake, is_over
 from pulse_railway.flows.baseline import warn_of_lost_variables
@@ -43,6 +43,7 @@ from pulse_railway.flows.reachability import (
     wait_until_rendered,
 )
 from pulse_railway.flows.remove import evict
+from pulse_railway.flows.rollout import Steps, require_steps, roll_out
 from pulse_railway.flows.signals import interruptible, shielded
 from pulse_railway.options import DeployOptions
 from pulse_railway.output import Output
@@ -80,31 +81,39 @@ class Plan:
         return naming.backend_name(self.app.names.prefix, self.deployment_id)
 
     @property
+    def steps(self) -> Steps | None:
+        """The steps of its canary; None for one weight, or none."""
+        options = self.options
+        if not options.steps:
+            return None
+        return Steps(options.steps, options.bake, options.bake_latency_ms)
+
+    @property
+    def is_source(self) -> bool:
+        """Is it built on Railway, from the files here?"""
+        options = self.options
+        return not (options.image_repository or options.image or options.from_)
+
+    @property
     def image(self) -> str | None:
+        """Its image; None for a source deploy, and for `--from` until that is looked up."""
         repository = self.options.image_repository
-        return f"{repository}:{self.deployment_id}" if repository else None
+        return f"{repository}:{self.deployment_id}" if repository else self.options.image
 
 
 def prepare(options: DeployOptions, output: Output) -> Plan:
     """Check the app, its files and the programs that the deploy needs. Raises Failure."""
     plan = check(options, output)
-    program.need("docker" if options.image_repository else "railway")
+    if options.image_repository or plan.is_source:
+        program.need("docker" if options.image_repository else "railway")
     return plan
 
 
 def check(options: DeployOptions, output: Output) -> Plan:
     """Check the app and its files, and return the plan. Raises Failure."""
-    app, context = options.app, options.app.context
-    if not app.plugin.dockerfile:
-        raise Failure("which Dockerfile? set RailwayPlugin(dockerfile=...)")
-    dockerfile = inside(context, app.plugin.dockerfile, "the Dockerfile")
-    if not (context / dockerfile).is_file():
-        raise Failure(f"no Dockerfile at {context / dockerfile}: set RailwayPlugin(dockerfile=...)")
-    if options.web_root and Path(options.web_root).is_absolute():
-        raise Failure(f"--web-root {options.web_root} must be relative to the deploy context")
-    web_root = inside(context, options.web_root or app.web_root, "the web root")
-    if not (context / web_root).is_dir():
-        raise Failure(f"no web root at {context / web_root}: pass --web-root")
+    app = options.app
+    exists = bool(options.image or options.from_)
+    dockerfile, web_root = (Path("Dockerfile"), Path()) if exists else sources(options)
     try:
         deployment_id = options.deployment_id or naming.generate_deployment_id(
             options.deployment_name
@@ -113,12 +122,8 @@ def check(options: DeployOptions, output: Output) -> Plan:
     except ValueError as error:
         raise Failure(str(error)) from None
     if options.image_repository:
-        if secret_files := secrets_in_image(context, context / dockerfile):
-            raise Failure(
-                f"the image would hold {', '.join(secret_files)}: name them in"
-                f" {context / '.dockerignore'}, or copy less in {dockerfile}"
-            )
-    else:
+        check_context(app.context, dockerfile)
+    elif not exists:
         check_upload(options, dockerfile, web_root, output)
     if not app.has_address and not app.plugin.start_command:  # which may not need it
         raise Failure(
@@ -147,6 +152,31 @@ def check(options: DeployOptions, output: Output) -> Plan:
     )
 
 
+def sources(options: DeployOptions) -> tuple[Path, Path]:
+    """Return Dockerfile and web root, relative to the context. Raises Failure if one is missing."""
+    app, context = options.app, options.app.context
+    if not app.plugin.dockerfile:
+        raise Failure("which Dockerfile? set RailwayPlugin(dockerfile=...)")
+    dockerfile = inside(context, app.plugin.dockerfile, "the Dockerfile")
+    if not (context / dockerfile).is_file():
+        raise Failure(f"no Dockerfile at {context / dockerfile}: set RailwayPlugin(dockerfile=...)")
+    if options.web_root and Path(options.web_root).is_absolute():
+        raise Failure(f"--web-root {options.web_root} must be relative to the deploy context")
+    web_root = inside(context, options.web_root or app.web_root, "the web root")
+    if not (context / web_root).is_dir():
+        raise Failure(f"no web root at {context / web_root}: pass --web-root")
+    return dockerfile, web_root
+
+
+def check_context(context: Path, dockerfile: Path) -> None:
+    """Raise Failure if the image would hold secrets."""
+    if secret_files := secrets_in_image(context, context / dockerfile):
+        raise Failure(
+            f"the image would hold {', '.join(secret_files)}: name them in"
+            f" {context / '.dockerignore'}, or copy less in {dockerfile}"
+        )
+
+
 def check_upload(options: DeployOptions, dockerfile: Path, web_root: Path, output: Output) -> None:
     """Check the files that `railway up` uploads.
 
@@ -169,7 +199,8 @@ def check_secret(plan: Plan, stack: Stack) -> None:
     if not plan.app.needs_secret or plan.options.env.get(PULSE_SECRET):
         return
     assert stack.env is not None
-    in_image = PULSE_SECRET in (plan.app.context / plan.dockerfile).read_text(errors="replace")
+    dockerfile = plan.app.context / plan.dockerfile
+    in_image = dockerfile.is_file() and PULSE_SECRET in dockerfile.read_text(errors="replace")
     if stack.env.variables.get(PULSE_SECRET) or in_image:
         return
     raise Failure(
@@ -256,7 +287,7 @@ def backend_variables(plan: Plan, stack: Stack) -> dict[str, str]:
             managed[contract.SESSION_SCOPE] = scope
             managed[contract.KEY_TTL] = f"${{{{{names.env}.{contract.KEY_TTL}}}}}"
     build = {**plan.options.build_args}
-    if not plan.image:
+    if plan.is_source:
         build.setdefault(contract.WEB_ROOT, plan.web_root.as_posix())
         if plan.dockerfile.as_posix() != "Dockerfile":
             build[contract.DOCKERFILE_PATH] = plan.dockerfile.as_posix()
@@ -272,10 +303,10 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
     Raises Failure if a step fails, after printing the step. Before the promotion the service and
     the record of this run are then removed (unless `plan.options.keep_failed`).
     """
-    if not plan.image:
+    if plan.is_source:
         program.need_railway(api)
     attempt = Attempt(plan.deployment_id, plan.service_name)
-    attempt.run += IMAGE if plan.image else ""
+    attempt.run += IMAGE if plan.options.image_repository else ""
     began = time.monotonic()
     baking: dict[str, Any] | None = None
     evicted: list[str] = []
@@ -298,17 +329,28 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
             stack = attempt.stack = take_lock(api, stack, plan.options, attempt, output)
             require_baseline(stack)
             check_canary(api, stack, plan.options, attempt)
+            if plan.steps:
+                require_steps(api, stack)
             if plan.preview_key:
                 preview.require_previews(api, stack)
             plan = free_name(api, plan, stack, attempt, output)
             hosting = backend_settings.choose_hosting(api, stack, plan.options, output)
             plan = replace(plan, hosting=hosting)
+            if plan.options.from_:
+                image = images.find_image(api, stack, plan.options.from_)
+                plan = replace(plan, options=replace(plan.options, image=image))
         output.info(f"deployment {plan.deployment_id}")
-        if plan.image:
+        digest = None
+        if plan.options.image_repository:
             with step(output, attempt, f"build and push {plan.image}"):
-                build_image(plan, stack, output)
+                digest = build_image(plan, stack, output)
+        elif plan.image:
+            with step(output, attempt, f"look up {plan.image}"):
+                digest = images.find_digest(plan.image, plan.options.registry, output)
         with step(output, attempt, f"create the service {plan.service_name}"):
             about = provenance.about(plan.app.context, plan.options.message)
+            if plan.image:
+                about |= {"image": plan.image, **({"digest": digest} if digest else {})}
             facts = described(stack, plan, about, identity)
             plan = create_named(api, stack, plan, attempt, facts, output)
         with step(output, attempt, "build and start"):
@@ -323,7 +365,10 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
         if plan.preview_key:
             with step(output, attempt, "close it to janitors of earlier versions"):
                 preview.hide_from_earlier_janitors(api, stack, str(attempt.service_id))
-        if plan.options.canary is not None:
+        if plan.steps:
+            attempt.step = "roll it out in steps"
+            baking = roll_out_new(api, stack, plan, attempt, output)
+        elif plan.options.canary is not None:
             with step(output, attempt, f"give it {plan.options.canary:g} % of new visitors"):
                 promote_new(api, stack, plan, attempt, output)
         elif plan.options.promote:
@@ -331,7 +376,7 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
                 promote_new(api, stack, plan, attempt, output)
             with step(output, attempt, "reach it without affinity"):
                 wait_until_active(api, stack, plan.deployment_id, output)
-        if seconds := bake_seconds(plan, attempt):
+        if (seconds := bake_seconds(plan, attempt)) and not plan.steps:
             canary = plan.options.canary is not None
             attempt.step = f"watch it for {seconds} s"
             old = str(attempt.previous)
@@ -344,14 +389,16 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
         app_identity.store_identity(api, stack, identity, plan.options.replace_app, output)
         if danger := config_files.would_delete(plan.app.context):
             output.warn(danger)
+    as_canary = None if plan.steps else plan.options.canary
     return {
         "deployment_id": plan.deployment_id,
         "service_id": attempt.service_id,
         "service_name": plan.service_name,
         "railway_deployment_id": attempt.railway_deployment,
         "image": plan.image,
-        "active": attempt.promoted and plan.options.canary is None and not is_over(baking),
-        "canary": plan.options.canary,
+        "digest": digest,
+        "active": attempt.promoted and as_canary is None and not is_over(baking),
+        "canary": as_canary,
         "bake": baking,
         "drains": None if plan.options.evict else attempt.drains,
         "preview": plan.preview_key and preview.link(stack, plan.deployment_id, plan.preview_key),
@@ -380,7 +427,8 @@ def bake_seconds(plan: Plan, attempt: Attempt) -> int:
     return plan.options.bake if attempt.previous else 0
 
 
-def build_image(plan: Plan, stack: Stack, output: Output) -> None:
+def build_image(plan: Plan, stack: Stack, output: Output) -> str | None:
+    """Build and push the image, and return its digest if docker says it."""
     assert plan.image
     arguments = {
         contract.APP_FILE: plan.app.file,
@@ -388,7 +436,7 @@ def build_image(plan: Plan, stack: Stack, output: Output) -> None:
         contract.SERVER_ADDRESS: plan.options.server_address or stack.address,
         **plan.options.build_args,
     }
-    docker.build(
+    return docker.build(
         image=plan.image,
         dockerfile=plan.app.context / plan.dockerfile,
         context=plan.app.context,
@@ -444,7 +492,7 @@ def create_named(
             if plan.service_name not in stack.taken:
                 raise
             attempt.creating = False  # the service of that name is another run's
-            if plan.image:  # the image is built, with the id as its tag
+            if plan.options.image_repository:  # the image is built, with the id as its tag
                 raise
             plan = free_name(api, plan, stack, attempt, output)
             output.info(f"another run took that name: deployment {plan.deployment_id}")
@@ -455,7 +503,7 @@ def create_backend(
 ) -> None:
     assert stack.router is not None
     attempt.creating = True
-    command = plan.app.plugin.pre_deploy
+    command, registry = plan.app.plugin.pre_deploy, plan.options.registry
     pre_deploy = {"preDeployCommand": [command]} if command else {}
     with shielded():
         create_service(
@@ -474,6 +522,7 @@ def create_backend(
                 **plan.hosting.settings(plan.options.replicas),
                 "startCommand": plan.start_command,
                 **pre_deploy,
+                **(registry.setting(plan.image) if registry and plan.image else {}),
             },
             image=plan.image,
             created=lambda service_id: setattr(attempt, "service_id", service_id),
@@ -506,7 +555,12 @@ def start_backend(api: Api, stack: Stack, plan: Plan, attempt: Attempt, output: 
 
         deployment = poll(60.0, ask, "Railway's answer to the upload")
     attempt.railway_deployment = deployment
-    wait_for_build(api, str(deployment), output)
+    try:
+        wait_for_build(api, str(deployment), output)
+    except Failure as failure:
+        if plan.image:
+            raise Failure(images.why_not_pulled(str(failure), plan.options.registry)) from None
+        raise
 
 
 def register(
@@ -542,6 +596,28 @@ def wait_for_page(api: Api, stack: Stack, plan: Plan, attempt: Attempt, output: 
     except Failure as failure:
         log_tail = runtime_tail(api, str(attempt.railway_deployment))
         raise Failure(f"{failure}{log_tail}") from None
+
+
+def roll_out_new(
+    api: Api, stack: Stack, plan: Plan, attempt: Attempt, output: Output
+) -> dict[str, Any]:
+    """Make the new deployment a canary with growing weights, then active; return the last bake."""
+    assert plan.steps
+    baking, promoted = roll_out(
+        api,
+        stack,
+        plan.deployment_id,
+        plan.service_name,
+        str(attempt.previous),
+        plan.steps,
+        output,
+        weights=plan.steps.weights,
+        began=lambda: setattr(attempt, "promoted", True),
+        renew=attempt.renewal(LATE_LEASE + plan.steps.bake),
+        why=plan.options.message,
+    )
+    attempt.drains = promoted.drains if promoted else None
+    return baking
 
 
 def promote_new(api: Api, stack: Stack, plan: Plan, attempt: Attempt, output: Output) -> None:

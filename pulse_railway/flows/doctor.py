@@ -154,7 +154,7 @@ def check_react(checkup: Checkup, deploy_options: DeployOptions) -> None:
 
 def check_programs(checkup: Checkup, plan: deploy.Plan | None, api: Api) -> bool:
     """Check the programs that `deploy` runs. Returns whether Railway's CLI can be used."""
-    if plan and plan.image:
+    if plan and plan.options.image_repository:
         checkup.run("docker", lambda: program.need("docker"))
         if plan.options.where.control == "job":
             return False

@@ -6,6 +6,7 @@ from typing import Any
 
 from pulse_railway import router_commands
 from pulse_railway.errors import Failure
+from pulse_railway.flows import images
 from pulse_railway.flows.bake import bake, is_over
 from pulse_railway.flows.preview import is_preview, release
 from pulse_railway.flows.reachability import (
@@ -14,6 +15,7 @@ from pulse_railway.flows.reachability import (
     wait_until_reachable,
 )
 from pulse_railway.flows.remove import evict
+from pulse_railway.flows.rollout import take_up
 from pulse_railway.flows.signals import interruptible
 from pulse_railway.options import PromoteOptions
 from pulse_railway.output import Output
@@ -23,8 +25,14 @@ from pulse_railway.stack import Stack, find_backend, joined, require_complete_an
 
 def promote(api: Api, stack: Stack, options: PromoteOptions, output: Output) -> dict[str, Any]:
     """Make a running deployment the active one, or the canary; with `--bake`, then watch it."""
+    if options.continue_:
+        require_complete_answer(stack)
+        with interruptible():
+            return take_up(api, stack, options.deployment_id, options.message, output)
     deployment_id = str(options.deployment_id)
     require_complete_answer(stack)
+    if stack.backend(deployment_id) is None and not stack.unowned_backend(deployment_id):
+        refuse_gone(api, stack, deployment_id)
     find_backend(stack, deployment_id)
     previous = None
     if options.bake:
@@ -114,6 +122,22 @@ def check_and_promote(
     }
 
 
+def last_one_gone(api: Api, stack: Stack, active: str | None) -> str:
+    """Return which deployment was active before and is gone, and how it is brought up again."""
+    for name, facts in reversed(images.facts_of(api, stack).items()):
+        if name != active and not stack.backend(name):
+            return f". {name} was the last one: {images.again(name, facts)}"
+    return ": deploy that version again"
+
+
+def refuse_gone(api: Api, stack: Stack, deployment_id: str) -> None:
+    """Raise Failure if the history names a deployment, with how it is brought up again."""
+    if stack.router is None:
+        return
+    if facts := images.facts_of(api, stack).get(deployment_id):
+        raise Failure(f"{deployment_id} is gone: {images.again(deployment_id, facts)}")
+
+
 class Silent(Failure):
     """A deployment does not answer, so that it was not promoted."""
 
@@ -194,6 +218,7 @@ def rollback(api: Api, stack: Stack, output: Output, why: str | None = None) -> 
         command = "`pulse-railway promote --deployment-id ...`"
         hint = f"; {command} takes {joined(rejected)}, rolled back from" if rejected else ""
         raise Failure(
-            f"no earlier deployment to go back to runs any more: deploy that version again{hint}"
+            "no earlier deployment to go back to runs any more"
+            f"{last_one_gone(api, stack, state['active'])}{hint}"
         )
     raise silent

@@ -385,7 +385,7 @@ class Supervisor:
         """Build the deployment's image or upload, for one replica. Raises BuildError."""
         command = instance.settings.get("startCommand")
         if deployment.image:
-            return self._pull(service, deployment, command)
+            return self._pull(service, instance, deployment, command)
         if not deployment.upload or not Path(deployment.upload).is_dir():
             raise BuildError("there is no source to build: upload one, or set an image")
         # each start of a container has a new file system
@@ -415,10 +415,13 @@ class Supervisor:
         argv = json.loads(words) if words.startswith("[") else ["sh", "-c", words]
         return Build(argv, folder)
 
-    def _pull(self, service: Service, deployment: Deployment, command: str | None) -> Build:
+    def _pull(
+        self, service: Service, instance: Instance, deployment: Deployment, command: str | None
+    ) -> Build:
         """Return what an image runs: Redis is built in, others are in `<root>/images.json`.
 
-        Raises BuildError for an image that is in neither, or has no start command.
+        An image with `private` there needs that password. Raises BuildError for an image that is in
+        neither, has another password, or no start command.
         """
         image = str(deployment.image)
         name = image.rsplit("/", 1)[-1].split(":")[0].split("@")[0]
@@ -433,6 +436,9 @@ class Supervisor:
         definition = definitions.get(image) or definitions.get(name)
         if definition is None:
             raise BuildError(f"image not found: {image}")
+        credentials = instance.settings.get("registryCredentials") or {}
+        if definition.get("private") not in (None, credentials.get("password")):
+            raise BuildError(f"failed to pull {image}: unauthorized: authentication required")
         if not (command or definition.get("command")):
             raise BuildError(f"no start command for {image}")
         home.mkdir(parents=True, exist_ok=True)

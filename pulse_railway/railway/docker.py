@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,8 +19,9 @@ def build(
     context: Path,
     build_args: dict[str, str],
     on_line: Callable[[str], None],
-) -> None:
-    """Run `docker buildx build --push`.
+) -> str | None:
+    """Run `docker buildx build --push`, and return the image's digest; None if docker has not
+    written it.
 
     Build arguments are passed by name, and their values by environment: values in a command line
     are visible to other users.
@@ -29,10 +32,27 @@ def build(
     Raises Failure with the end of the output.
     """
     command = ["docker", "buildx", "build", "--push", "--platform", "linux/amd64"]
-    command += ["--progress", "plain", "-t", image, "-f", str(dockerfile)]
+    command += ["--progress", "plain"]
     for name in sorted(build_args):
         command += ["--build-arg", name]
-    command.append(str(context))
+    with tempfile.TemporaryDirectory(prefix="pulse-railway-") as folder:
+        metadata = Path(folder) / "metadata.json"
+        command += ["--metadata-file", str(metadata), "-t", image, "-f", str(dockerfile)]
+        run([*command, str(context)], build_args, on_line)
+        return digest_of(metadata)
+
+
+def digest_of(metadata: Path) -> str | None:
+    """Return the digest in a file that `docker buildx build --metadata-file` has written."""
+    try:
+        digest = json.loads(metadata.read_text())["containerimage.digest"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return str(digest)
+
+
+def run(command: list[str], build_args: dict[str, str], on_line: Callable[[str], None]) -> None:
+    """Run docker with these variables. Raises Failure with the end of the output."""
     env = {**os.environ, **build_args}
     process = subprocess.Popen(
         command,

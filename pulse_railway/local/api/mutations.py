@@ -153,6 +153,8 @@ def serviceInstanceUpdate(
     for instance in instances:
         instance.settings.update(settings)
         caller.supervisor.spawn(caller.supervisor.scale(service, instance), "scale")
+        if "registryCredentials" in input:  # which no query returns
+            instance.settings["registryCredentials"] = input["registryCredentials"]
         if input.get("source"):
             instance.image = input["source"].get("image")
             instance.repo = input["source"].get("repo")
