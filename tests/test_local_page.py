@@ -73,6 +73,7 @@ def test_what_one_sees_and_can_order(base: Project, page: Page) -> None:
     expect(first).to_contain_text(re.compile(r"sessions: \d"))
     link = page.locator("#address")
     app = str(link.get_attribute("href"))
+    expect(page.locator("#probe")).to_have_attribute("href", f"{app}/probe")
     assert base.stage.get(f"{app}/_pulse/meta").json()["deployment_id"] == "first"
 
     # its share of the requests moves
