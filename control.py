@@ -33,6 +33,7 @@ import json
 import logging
 import math
 import os
+import re
 import secrets
 import sqlite3
 import sys
@@ -123,6 +124,7 @@ def add_record(
     service_id: str | None = None,
     about: Json | None = None,
     preview: str | None = None,
+    instances: int | None = None,
 ) -> Routing:
     """Add a pending deployment: it runs, and is reachable by affinity only.
 
@@ -133,6 +135,7 @@ def add_record(
         pinned: it stays pending on purpose, so that the janitor does not remove it.
         about: its commit, author and message, and who deployed it.
         preview: the hash of the key with which alone it is reachable, until it is promoted.
+        instances: the number of its processes, on ports one behind another; None: as known.
     """
     if routing.active == deployment_id:
         raise StateError(
@@ -164,6 +167,8 @@ def add_record(
         about=about or record.about,
     )
     require_address(new)
+    if instances is not None:
+        new = replace(new, instances=router.instances_at(str(new.url), instances) or None)
     tombstones = {k: v for k, v in routing.tombstones.items() if k != deployment_id}
     return replace(with_records(routing, new), tombstones=tombstones)
 
@@ -571,7 +576,7 @@ def is_unrecorded(routing: Routing, running: Record) -> bool:
 
 def fill_from(record: Record, rebuilt: Record) -> Record:
     """Return a record of the store with its missing fields taken from a rebuilt one."""
-    names = ("service_name", "address", "service_id", "registered_at")
+    names = ("service_name", "address", "service_id", "registered_at", "instances")
     return replace(record, **{n: getattr(rebuilt, n) for n in names if getattr(record, n) is None})
 
 
@@ -668,6 +673,7 @@ def renewing(step: Step, holder: str, lease: float) -> Step:
     """Return `step`, after which this holder's deploy lock ends in `lease` seconds."""
 
     def inner(routing: Routing) -> Routing:
+        refuse_ended(routing, holder)
         new = step(routing)
         if new.lock is None or new.lock.holder != holder:
             return new
@@ -678,7 +684,22 @@ def renewing(step: Step, holder: str, lease: float) -> Step:
 
 def with_unlock(step: Step, holder: str) -> Step:
     """Return `step`, with the release of the deploy lock in the same transaction."""
-    return lambda routing: step(release_deploy_lock(routing, holder))
+
+    def inner(routing: Routing) -> Routing:
+        refuse_ended(routing, holder)
+        return step(release_deploy_lock(routing, holder))
+
+    return inner
+
+
+def refuse_ended(routing: Routing, holder: str) -> None:
+    """Raise StateError for a run of `deploy` that has lost its lock: it would undo the next one's
+    promotion."""
+    if holder in ended_runs(routing):
+        raise StateError(
+            "the deploy lock of this run was taken over, or released by `unlock`: deploy again",
+            "ended",
+        )
 
 
 # -- the app's internal endpoints --------------------------------------------------------------
@@ -949,6 +970,7 @@ def status_answer(
         "janitor": janitor_run(store),
         "bake": bake_answer(store, routing),
         "previews": PREVIEWS,
+        "instances": router.INSTANCES_AT_MOST,  # that this version of the router knows
         "steps": STEPS,
     }
 
@@ -1145,6 +1167,13 @@ def renewal(value: str) -> tuple[str, float]:
     return router.a_text(holder), a_duration(float(lease))
 
 
+def instance_count(value: str) -> int:
+    if not re.fullmatch("[1-9][0-9]?", value) or int(value) > router.INSTANCES_AT_MOST:
+        most = router.INSTANCES_AT_MOST
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to {most}")
+    return int(value)
+
+
 def some_text(value: str) -> str:
     """Return a name without control characters, cut to 300 characters."""
     return "".join(c if c.isprintable() else " " for c in value)[:300]
@@ -1242,6 +1271,7 @@ def control_parser() -> argparse.ArgumentParser:
     add("--hold", action="store_true", help="leave it pending until it is promoted")
     add("--about", type=json_argument, help="its commit, author, message, as JSON")
     add("--preview", metavar="HASH", help="reachable only with the key of this SHA-256")
+    add("--instances", type=instance_count, metavar="NUMBER", help="of its processes")
     add = command("promote", "make a deployment active; the active one drains")
     add("--active-deployment-id", type=valid_id, required=True)
     add("--active-service-name", required=True)
@@ -1303,6 +1333,7 @@ def step_of(args: argparse.Namespace) -> Step:
                 service_id=args.service_id,
                 about=args.about,
                 preview=args.preview,
+                instances=args.instances,
             )
             return with_history(step, "preview", name, **noted) if args.preview else step
         case "promote":

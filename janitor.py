@@ -57,7 +57,7 @@ import secrets
 import threading
 import time
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
@@ -82,6 +82,7 @@ MAINTENANCE = "PULSE_RAILWAY_MAINTENANCE"  # on the router service: since when m
 MAINTENANCE_OFF = "PULSE_RAILWAY_MAINTENANCE_OFF"  # when maintenance ended last
 ABOUT = "PULSE_RAILWAY_ABOUT"  # on a backend: its commit, author and message
 RUN = "PULSE_RAILWAY_DEPLOY_RUN"  # on a backend: the `deploy` run that created it
+INSTANCES = "PULSE_RAILWAY_INSTANCES"  # on a backend: how many processes it runs
 PREVIEW = "PULSE_RAILWAY_PREVIEW"  # on a preview's backend: the SHA-256 of its key
 INTERNAL_TOKEN = "PULSE_RAILWAY_INTERNAL_TOKEN"
 RELOAD_GRACE_SECONDS = 3.0
@@ -145,10 +146,11 @@ class Backend:
     replicas: int = 1
     about: Mapping[str, Any] | None = None  # commit, author and message, by the variable ABOUT
     preview: str | None = None  # by the variable PREVIEW; "" if its value is invalid
+    instances: int = 1  # how many processes it runs, by the variable INSTANCES
 
     def record(self) -> Record:
         """Return a record with no more than what Railway shows of the service."""
-        return Record(
+        record = Record(
             self.deployment,
             service_name=self.name,
             service_id=self.id,
@@ -158,6 +160,9 @@ class Backend:
             pinned=self.preview is not None,
             preview=self.preview,
         )
+        if self.instances == 1 or record.url is None:
+            return record
+        return replace(record, instances=router.instances_at(record.url, self.instances))
 
 
 @dataclass(frozen=True)
@@ -173,6 +178,7 @@ class Inventory:
     request: str = ""  # the janitor service's PULSE_RAILWAY_CONTROL
     answer: str = ""  # the janitor service's PULSE_RAILWAY_CONTROL_ANSWER
     others: Mapping[str, str] = field(default_factory=dict)  # deployment -> why it is left alone
+    foreign: Set[str] = frozenset()  # those of `others` that are certainly not this stack's
     identity: str | None = None  # this stack's stamp
     stamped: bool = False  # the router service has this stamp
     owns_state: bool = False  # an ownerless state belongs to this stack, whatever its contents
@@ -351,7 +357,9 @@ class Railway:
         stamp = (own_router.stamp if own_router else None) or self.identity
         if own_router and (stamp is None or stamp.router_id != own_router.id):
             stamp = ownership.Stamp(self.environment, own_router.id)
-        backends, others = self.backends(nodes, services, router_id or "", routing or Routing())
+        backends, others, foreign = self.backends(
+            nodes, services, router_id or "", routing or Routing()
+        )
         janitor_variables: Mapping[str, str] = janitor.variables if janitor else {}
         return Inventory(
             backends,
@@ -363,6 +371,7 @@ class Railway:
             janitor_variables.get(CONTROL) or "",
             janitor_variables.get(CONTROL_ANSWER) or "",
             others,
+            foreign,
             str(stamp) if stamp else None,
             own_router is not None and own_router.stamp == stamp,
             router_variables.get(OWNS_STATE) == "1"
@@ -375,8 +384,9 @@ class Railway:
         services: Mapping[str, ownership.ServiceVariables],
         router_id: str,
         routing: Routing,
-    ) -> tuple[list[Backend], dict[str, str]]:
-        """Return the backends of this stack, and for each other backend why it is left alone.
+    ) -> tuple[list[Backend], dict[str, str], set[str]]:
+        """Return the backends of this stack, for each other backend why it is left alone, and those
+        of the others that are certainly not this stack's.
 
         Args:
             nodes: Railway's service instances.
@@ -394,7 +404,7 @@ class Railway:
         owners = ownership.owners(self.environment, every, named)
         own_router = services.get(router_id) or ownership.ServiceVariables("", self.router, {})
         names = ownership.names_of(own_router, every)
-        own_backends, others = [], {}
+        own_backends, others, foreign = [], {}, set()
         for candidate in backends:
             owner, service = owners[candidate.id], services[candidate.id]
             if owner == ownership.Owner("stack", router_id):
@@ -402,9 +412,11 @@ class Railway:
             else:
                 unowned = ownership.unowned(service, owner, own_router, names, every)
                 others[candidate.deployment] = unowned.words() if unowned else OTHER_STACK
+                if not (unowned and unowned.related):
+                    foreign.add(candidate.deployment)
         for candidate in own_backends:
             others.pop(candidate.deployment, None)
-        return own_backends, others
+        return own_backends, others, foreign
 
     def variables(self, service_id: str) -> dict[str, str]:
         """Return a service's variables, with references not resolved."""
@@ -445,7 +457,14 @@ def backend(node: dict[str, Any], service: ownership.ServiceVariables) -> Backen
         replicas=1 if node["numReplicas"] is None else node["numReplicas"],
         about=router.or_none(router.json_object, service.variables.get(ABOUT) or "") or None,
         preview=router.or_none(router.a_key_hash, preview) or "" if preview else None,
+        instances=router.or_none(instance_count, service.variables.get(INSTANCES) or "1") or 1,
     )
+
+
+def instance_count(text: str) -> int:
+    if text != "1" and not router.INSTANCE_NUMBER.fullmatch(text):
+        raise ValueError
+    return int(text)
 
 
 def routing_names(routing: Routing, service: Backend) -> bool:
@@ -705,7 +724,7 @@ def refuse_contradiction(routing: Routing, inventory: Inventory) -> None:
                 f"deployment {service.deployment} is on two services, {other} and {service.name}:"
                 " delete the wrong one on Railway"
             )
-    known = {*service_names, *inventory.others}
+    known = {*service_names, *(inventory.others.keys() - inventory.foreign)}
     if routing.active and routing.active not in known:
         raise Contradiction(
             f"the active deployment {routing.active} has no service: promote another with"

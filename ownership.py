@@ -13,7 +13,7 @@ import re
 import time
 import urllib.parse
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 STACK = "PULSE_RAILWAY_STACK"  # <environment id>/<router service id>
@@ -115,7 +115,7 @@ def routers(services: Sequence[ServiceVariables]) -> list[ServiceVariables]:
     named = {s.variables.get(ROUTER_SERVICE) for s in services if is_janitor(s)}
     found_routers = []
     for service in services:
-        if service.is_backend or is_janitor(service):
+        if service.is_backend or JANITOR_SERVICE in service.variables:
             continue
         if stamp := service.stamp:
             is_router = stamp.router_id == service.id
@@ -130,32 +130,52 @@ def routers(services: Sequence[ServiceVariables]) -> list[ServiceVariables]:
 def names_of(router: ServiceVariables, services: Sequence[ServiceVariables]) -> StackNames:
     """Return the names of the services in a router's stack.
 
-    They are the services with the router's stamp, else those that router, janitor and backends
-    refer to. 0.3.x names the env service after the router.
+    They are the services with the router's stamp, whatever their names, else those that router,
+    janitor and backends refer to. 0.3.x names the env service after the router.
     """
-    stamped = [s for s in services if s.stamp and s.stamp == router.stamp and not s.is_backend]
-    janitor = next(
-        (
-            s
-            for s in [*stamped, *services]
-            if is_janitor(s) and s.variables.get(ROUTER_SERVICE) == router.name
-        ),
-        None,
-    )
     existing = {s.name for s in services}
-    redis = (janitor.variables.get(REDIS_SERVICE) if janitor else None) or next(
-        (match[1] for match in REFERENCE.finditer(router.variables.get(REDIS_URL, ""))), None
-    )
+    stamped = [s for s in services if is_stamped_for(router, s) and not s.is_backend]
+    janitors = [
+        *(s for s in services if is_janitor(s) and s.variables.get(ROUTER_SERVICE) == router.name),
+        *(s for s in stamped if JANITOR_SERVICE in s.variables),  # it or the router was renamed
+    ]
+    janitor = next(iter(sorted(janitors, key=lambda s: s not in stamped)), None)
+    redis_names = [
+        *([janitor.variables.get(REDIS_SERVICE)] if janitor else []),
+        *(match[1] for match in REFERENCE.finditer(router.variables.get(REDIS_URL, ""))),
+    ]
+    named = [name for name in redis_names if name]
+    renamed = [s.name for s in stamped if named and is_redis(s)]
+    redis = next((n for n in [*named, *renamed] if n in existing), named[0] if named else None)
     taken = {router.name, redis, janitor.name if janitor else None}
     backends = (s.refers_to() for s in services if s.is_backend)
     referred = {name for names in backends if router.name in names for name in names}
+    usual = usual_env(router.name)
+    unnamed = [  # a copy of another service is no env service
+        s for s in stamped if JANITOR_SERVICE not in s.variables and REDIS_PREFIX not in s.variables
+    ]
     candidates = [
-        *(s.name for s in stamped if JANITOR_SERVICE not in s.variables),
-        *sorted(referred & existing),
-        *({f"{router.name.removesuffix('-router')}-env"} & existing),
+        *(s.name for s in unnamed if not is_redis(s)),
+        *({usual} & existing),
+        *(s.name for s in unnamed if s.name in referred),
+        *(() if stamped else sorted(referred & existing)),  # a guess: it may be a database
     ]
     env = next((name for name in candidates if name not in taken), None)
     return StackNames(router.name, janitor.name if janitor else None, redis, env)
+
+
+def is_stamped_for(router: ServiceVariables, service: ServiceVariables) -> bool:
+    """Has a service this router's stamp? If the router lacks it, its id decides."""
+    if service.stamp is None:
+        return False
+    return service.stamp == router.stamp or (
+        router.stamp is None and service.stamp.router_id == router.id
+    )
+
+
+def is_redis(service: ServiceVariables) -> bool:
+    """Has a service the variables of Railway's Redis?"""
+    return {REDIS_URL, "REDIS_PASSWORD"} <= service.variables.keys()
 
 
 def owners(
@@ -268,7 +288,8 @@ class Unowned:
         if not self.related:
             return (
                 f"{name} ran under another router, which was deleted: `ensure --repair` with the"
-                " app of that stack creates it again; this stack changes nothing of it"
+                " app of that stack creates it again, or says why not; this stack changes nothing"
+                " of it"
             )
         if self.kind == "copy":
             return (
@@ -306,18 +327,41 @@ def unowned(
             related = ties_to(service, router, names) is True
         case _:
             refers = service.refers_to()
-            # it refers to deleted services, and no janitor is left that names their router
-            is_former = bool(refers) and not refers & _known_names(services)
+            # it refers to deleted services, and nothing is left of a stack that may be its own
+            ids = {router.id, *(s.id for s in services)}
+            nothing_left = all(s.stamp.router_id in ids for s in services if s.stamp)
+            is_former = bool(refers) and refers.isdisjoint(s.name for s in services)
+            is_former &= nothing_left
             related = is_former or ties_to(service, router, names) is not False
+            others = [*routers(services), *former_routers(services)]
+            others = [r for r in others if r.name != router.name and r.id != router.id]
+            related &= not any(ties_to(service, r, _all_names(r, services)) for r in others)
     own_router_gone = owner == Owner("gone", router.id)
     deployment_id = service.variables[DEPLOYMENT_ID]
     return Unowned(service.name, deployment_id, owner.kind, related, own_router_gone)
 
 
-def _known_names(services: Sequence[ServiceVariables]) -> set[str]:
-    """Return the names of all services, and of deleted routers that a janitor names."""
-    janitors = [s for s in services if is_janitor(s)]
-    return {s.name for s in services} | {s.variables.get(ROUTER_SERVICE, "") for s in janitors}
+def former_routers(services: Sequence[ServiceVariables]) -> list[ServiceVariables]:
+    """Return the routers that janitors name and that do not exist, with what is known of them: they
+    were deleted, or renamed."""
+    existing = {s.name for s in services}
+    return [
+        ServiceVariables(s.stamp.router_id if s.stamp else "", name, s.variables)
+        for s in services
+        if JANITOR_SERVICE in s.variables and not s.is_backend
+        if (name := s.variables.get(ROUTER_SERVICE)) and name not in existing
+    ]
+
+
+def _all_names(router: ServiceVariables, services: Sequence[ServiceVariables]) -> StackNames:
+    """Return the names in a router's stack, with the usual one of a deleted env service."""
+    names = names_of(router, services)
+    return names if names.env else replace(names, env=usual_env(router.name))
+
+
+def usual_env(router: str) -> str:
+    """Return the env service's name as 0.3.x makes it from the router's."""
+    return f"{router.removesuffix('-router')}-env"
 
 
 def identity(env: Mapping[str, str]) -> Stamp | None:

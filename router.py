@@ -172,6 +172,7 @@ class Limits:
     breaker_connect_seconds: float = 1.5  # until its fallback gets the request
     breaker_probe_seconds: float = 1.0  # between two attempts to connect
     breaker_close_seconds: float = 5.0  # of successful attempts until it gets new visitors again
+    instance_pause_seconds: float = 2.0  # without new visitors, for a process that refuses them
     # assets that only some deployments have
     hedge_delay_seconds: float = 0.2  # between two hedged requests
     hedge_timeout_seconds: float = 1.5  # until a hedged request is answered
@@ -303,6 +304,28 @@ def an_address(value: Any) -> str:
     return str(value).rstrip("/")
 
 
+INSTANCES_AT_MOST = 64  # processes of a deployment
+INSTANCE_NUMBER = re.compile(r"[2-9]|[1-5][0-9]|6[0-4]")  # the first process has none
+
+
+def the_instances(value: Any) -> Json:
+    """Check that a value is {"2": {"address": ...}, ...}: the processes beside the first one."""
+    for number, instance in an_object(value).items():
+        if not INSTANCE_NUMBER.fullmatch(number):
+            raise ValueError
+        an_address(an_object(instance).get("address"))
+    return cast(Json, value)
+
+
+def instances_at(address: str, count: int) -> Json:
+    """Return the instances of a deployment with `count` processes: a process listens on the port
+    behind the one before it."""
+    url = urllib.parse.urlsplit(an_address(address))
+    host = f"[{url.hostname}]" if ":" in str(url.hostname) else url.hostname
+    port = (url.port or 80) - 1
+    return {str(k): {"address": f"http://{host}:{port + k}"} for k in range(2, count + 1)}
+
+
 def or_none(parse: Callable[[Any], Any], value: Any) -> Any:
     try:
         return parse(value)
@@ -364,7 +387,7 @@ class Record:
     # of a canary: {weights, bake, latency_ms}, the weights that it gets one after another
     steps: Mapping[str, Any] | None = stored(an_object)
     about: Mapping[str, Any] | None = stored(an_object)  # commit, message, author
-    instances: Mapping[str, Any] | None = stored(an_object)
+    instances: Mapping[str, Any] | None = stored(the_instances)  # the processes beside the first
     # of a preview: the SHA-256 of its key; "" if it is invalid, so that no key opens the preview
     preview: str | None = stored(a_key_hash)
     raw: Json = field(default_factory=dict)  # as stored, with unknown fields
@@ -1168,7 +1191,8 @@ def promotion_from_env(env: Mapping[str, str]) -> Promotion | None:
 
 @dataclass(slots=True)
 class Deployment:
-    """A backend: its address, and the idle connections to it."""
+    """A backend: its address, and the idle connections to it. Of a deployment with several
+    processes it is the first one, which knows them all; the others share its tally."""
 
     id: str
     state: str
@@ -1183,6 +1207,24 @@ class Deployment:
     key_hash: str | None = None  # of a preview
     trial: asyncio.Future[str] | None = None  # of an ejected deployment: does it answer again?
     tried_at: float = 0.0
+    affinity: bytes = b""  # names this process: the id, or `<id>.<k>`
+    processes: list[Deployment] = field(default_factory=list, repr=False, compare=False)  # if many
+    of: Deployment | None = field(default=None, repr=False, compare=False)  # the first process
+    sockets: int = 0  # open ones
+    refused_until: float = 0.0  # monotonic; until then it gets no new visitors
+
+    def __post_init__(self) -> None:
+        self.affinity = self.affinity or self.id.encode()
+
+    @property
+    def first(self) -> Deployment:
+        """The deployment: its first process."""
+        return self.of or self
+
+    @property
+    def all(self) -> list[Deployment]:
+        """All processes of this deployment, whose first process this is."""
+        return self.processes or [self]
 
     @property
     def netloc(self) -> str:
@@ -1213,6 +1255,8 @@ class Table:
         self.other_owner: str | None = None  # the store's owner, if it is another stack
         self.deployments: dict[bytes, Deployment] = {}
         self.previews: dict[bytes, Deployment] = {}  # in `deployments` none of them is
+        self.further: dict[bytes, Deployment] = {}  # `<id>.<k>`: processes beside the first ones
+        self.processes: dict[bytes, Deployment] = {}  # all of them, the previews' too
         self.active: Deployment | None = None
         self.canary: Deployment | None = None
         self.weight = 0.0  # percent of new visitors that get the canary
@@ -1250,7 +1294,9 @@ class Table:
 
     @property
     def backends(self) -> list[Deployment]:
-        return [*self.deployments.values(), *self.previews.values()]
+        """All processes of all deployments."""
+        entries = [*self.deployments.values(), *self.previews.values()]
+        return [process for entry in entries for process in entry.all]
 
     def health(self) -> Response:
         """Return the answer of /healthz: 503 only while nothing can be served. A store without any
@@ -1383,12 +1429,20 @@ class Table:
         else:
             self.active = known.get((routing.active or "").encode())
         present = known | previews
-        for entry in self.backends:
-            if present.get(entry.id.encode()) is not entry:
-                entry.live = False
-                close_idle(entry)
-            if entry.id.encode() not in present:
-                METRICS.tallies.pop(entry.id, None)
+        former = self.processes
+        live: dict[bytes, Deployment] = {}
+        for entry in present.values():
+            live |= {process.affinity: process for process in entry.all}
+        for process in former.values():
+            if live.get(process.affinity) is not process:
+                process.live = False
+                close_idle(process)
+            if process.id.encode() not in present:
+                METRICS.tallies.pop(process.id, None)
+        self.processes = live
+        self.further = {
+            process.affinity: process for entry in known.values() for process in entry.processes[1:]
+        }
         self.deployments, self.previews, self.absent = known, previews, {}
         before = routing.fallback if FALLBACK else None
         self.fallback = known.get(before.deployment_id.encode()) if before else None
@@ -1406,16 +1460,28 @@ class Table:
             self.watches = {**dict([*self.watches.items()][-3:]), self.baked: self.watch}
 
     def _entry(self, record: Record) -> Deployment | None:
-        """Return a record's entry: the present one if the address is the same, or a new one."""
+        """Return a record's entry, with those of its further processes."""
         name = record.deployment_id
         if not DEPLOYMENT_ID.fullmatch(name) or not record.url:
             return None
-        url = urllib.parse.urlsplit(record.url)
+        first = self._process(record, name, record.url)
+        further = sorted((record.instances or {}).items(), key=lambda item: int(item[0]))
+        processes = [self._process(record, f"{name}.{k}", i["address"]) for k, i in further]
+        for process in processes:
+            process.of = first
+        first.processes = [first, *processes] if processes else []
+        return first
+
+    def _process(self, record: Record, affinity: str, address: str) -> Deployment:
+        """Return a process' entry: the present one if the address is the same, or a new one."""
+        name, url = record.deployment_id, urllib.parse.urlsplit(address)
         host, port = str(url.hostname), url.port or 80
-        old = self.deployments.get(name.encode()) or self.previews.get(name.encode())
+        old = self.processes.get(affinity.encode())
         if old is None or (old.host, old.port) != (host, port):
             tally = METRICS.tallies.setdefault(name, Tally())
             old = Deployment(name, record.state, host, port, b"", tally)
+            old.affinity = affinity.encode()
+        # the id alone: clients and earlier versions of `deploy` compare it with the id
         old.header = f"{SELECTED_HEADER}: {name}\r\n".encode()
         old.state, old.key_hash = record.state, record.preview
         return old
@@ -1432,6 +1498,7 @@ class Table:
                     log.error("no routing state: serving %s, as Railway says", record.deployment_id)
                     self.active, self.provisional = self._entry(record), True
                     self.deployments = {record.deployment_id.encode(): cast(Any, self.active)}
+                    self.processes = dict(self.deployments)
                     if os.environ.get("PULSE_RAILWAY_MAINTENANCE"):
                         self.closed = Maintenance(0.0)
             await asyncio.sleep(self.limits.provisional_seconds)
@@ -1439,11 +1506,14 @@ class Table:
     # -- for requests --------------------------------------------------------------------------
 
     async def find(self, affinity_id: bytes) -> Deployment | None:
-        """Return the deployment of an id. An unknown id causes a read of the store, but rarely."""
-        known = self.deployments.get(affinity_id)
-        text = affinity_id.decode("latin-1")
+        """Return the process of an affinity. An unknown one causes a read of the store, but
+        rarely."""
+        known = self.process(affinity_id)
+        text, dot, number = affinity_id.decode("latin-1").partition(".")
         if known or not DEPLOYMENT_ID.fullmatch(text):
             return known
+        if dot and not INSTANCE_NUMBER.fullmatch(number):
+            return None
         now = asyncio.get_running_loop().time()
         if now - self.looked_at >= self.limits.lookup_seconds:
             self.looked_at = now
@@ -1453,14 +1523,19 @@ class Table:
             async with asyncio.timeout(1.0):
                 while text in self.pending_lookups:  # by this request or by another
                     await self.changed.wait()
-        return self.deployments.get(affinity_id)
+        return self.process(affinity_id)
+
+    def process(self, affinity_id: bytes) -> Deployment | None:
+        """Return the process that an affinity names, if it is known: `<id>`, or `<id>.<k>`."""
+        return self.deployments.get(affinity_id) or self.further.get(affinity_id)
 
     def others(self, first: Deployment, path: bytes) -> list[Deployment]:
         """Return the deployments to ask for what `first` lacks: the one that had this path lately,
         then the newest. Ejected ones (`ejected_until`) are left out."""
         now = time.monotonic()
         location, until = self.asset_locations.get(path, ("", 0.0))
-        others = [d for d in self.deployments.values() if d is not first and d.ejected_until < now]
+        entries = (d for d in self.deployments.values() if d is not first.first)
+        others = [d for d in entries if d.ejected_until < now]
         return sorted(others, key=lambda d: d.id != location) if until > now else others
 
     def cache_asset_location(self, path: bytes, deployment: Deployment) -> None:
@@ -1502,6 +1577,20 @@ class Table:
             self.down = active
             self.refresh_event.set()  # so that it is reported at once
 
+    async def accepts(self, deployment: Deployment) -> bool:
+        """Does one of a deployment's processes accept a connection?"""
+
+        async def accepts(process: Deployment) -> bool:
+            with contextlib.suppress(UpstreamError):
+                upstream = await connect(process, self.limits.breaker_connect_seconds)
+                upstream.transport.close()
+                process.refused_until = 0.0
+                return True
+            process.refused_until = time.monotonic() + self.limits.instance_pause_seconds
+            return False
+
+        return any(await asyncio.gather(*map(accepts, deployment.all)))
+
     async def watch_active(self) -> None:
         """Send new visitors back to the active deployment when it can be connected to again."""
         limits, since = self.limits, None
@@ -1511,9 +1600,7 @@ class Table:
             if down is None or down is not self.active:
                 self.down = since = None
                 continue
-            try:
-                (await connect(down, limits.breaker_connect_seconds)).transport.close()
-            except UpstreamError:
+            if not await self.accepts(down):
                 since = None
                 continue
             since = since or now
@@ -1628,6 +1715,12 @@ class Metrics:
             "tallies": {name: t for name, t in tallies.items() if t[1] or any(t[0])},
             "failing": self.failing(tallies),
             "in_flight": collections.Counter(in_use),  # a download without a tab counts, too
+            # open sockets of the processes of deployments that have several
+            "instances": {
+                affinity.decode(): process.sockets
+                for affinity, process in TABLE.processes.items()
+                if process.first.processes
+            },
         }
 
 
@@ -2115,9 +2208,11 @@ class Request:
     begun = False  # a byte of the answer was written
     answered = False
     by_visitor = False  # the visitor's id chose the deployment
+    balanced = False  # the visitor's id was drawn for the process with fewer sockets
+    tried = 0  # processes that could not be connected to
     counted = False  # an answer of the router's own was counted and logged
     unsure = False  # a deployment that was asked for an asset gave no clear answer
-    visitor = b""  # id of a visitor who gets a cookie, during a canary
+    visitor = b""  # id of a visitor who gets a cookie: in a canary, or for one of many processes
     affinity_id = b""  # the deployment that the request names
     span: tracing.Span | None = None  # if the request is traced
     # of one that had to wait: when it came, and when the present deployment was chosen (monotonic)
@@ -2738,12 +2833,13 @@ class Exchange:
                 append(header)
             else:
                 append(header + VARY)
-                private = private or request.by_visitor  # another one may get another answer
+                # another one may get another answer
+                private = private or request.by_visitor or bool(page and request.visitor)
             if private:
                 out[:] = with_cache_control(out, b"private", FOR_SHARED)
             if page:  # affinity.js reads the document's deployment from it
                 timing = b'server-timing: pulse;desc="%b"\r\n'
-                append(timing % deployment.id.encode())
+                append(timing % deployment.affinity)
                 if request.visitor:
                     append(visitor_cookie(request))
         empty = self.head_only or status in (204, 304)
@@ -3031,9 +3127,11 @@ async def forward(
 
 
 def connect_seconds(request: Request, target: Deployment) -> float:
-    """Return how long a connection may take: less if the fallback could have the request."""
+    """Return how long a connection may take: less if another process could have the request."""
     limits = TABLE.limits
-    brief = target is TABLE.active and TABLE.fallback and not request.affinity_id
+    deployment = target.first
+    other = deployment.processes or (deployment is TABLE.active and TABLE.fallback)
+    brief = other and not request.affinity_id
     return limits.breaker_connect_seconds if brief else limits.connect_seconds
 
 
@@ -3115,16 +3213,21 @@ class TunnelEnd(asyncio.Protocol):
     have sent EOF, a connection is lost, or only one has sent EOF and the other is silent for
     `half_closed_seconds`. Then buffers are written for at most `flush_seconds`."""
 
-    __slots__ = ("deployment", "ended", "lost", "opened", "peer", "seen", "since", "transport")
+    __slots__ = ("ended", "lost", "opened", "peer", "process", "seen", "since", "transport")
     open: ClassVar[set[TunnelEnd]] = set()  # the clients' ends, until both connections are gone
 
-    def __init__(self, transport: asyncio.Transport, deployment: str) -> None:
-        self.transport, self.deployment = transport, deployment
+    def __init__(self, transport: asyncio.Transport, process: Deployment) -> None:
+        self.transport, self.process = transport, process
         self.peer: TunnelEnd = self
         self.ended = self.lost = False  # EOF was received; the connection was lost
         self.since = 0.0  # of an ending tunnel: time of the last data
         self.opened = 0.0  # of a young tunnel's backend's end: monotonic
         self.seen: Seen | None = None
+
+    @property
+    def deployment(self) -> str:
+        """The deployment's id."""
+        return self.process.id
 
     def data_received(self, data: bytes) -> None:
         self.peer.transport.write(data)
@@ -3156,6 +3259,7 @@ class TunnelEnd(asyncio.Protocol):
             TunnelEnd.open.discard(self)
             TunnelEnd.open.discard(peer)
             METRICS.tunnels_open -= 1
+            self.process.sockets -= 1
         elif exc is None:
             peer.since = time.monotonic()
             peer.transport.close()
@@ -3218,8 +3322,8 @@ def join(client: Client, exchange: Exchange, seen: Seen | None) -> None:
         upstream.transport.close()
         return
     client.happens("101")
-    name = upstream.deployment.id
-    near, far = TunnelEnd(client.transport, name), TunnelEnd(upstream.transport, name)
+    process = upstream.deployment
+    near, far = TunnelEnd(client.transport, process), TunnelEnd(upstream.transport, process)
     near.peer, far.peer = far, near
     far.opened, far.seen = time.monotonic(), seen
     near.transport.write(b"".join(head))
@@ -3230,7 +3334,8 @@ def join(client: Client, exchange: Exchange, seen: Seen | None) -> None:
         end.transport.resume_reading()
     METRICS.tunnels_open += 1
     METRICS.tunnels_opened += 1
-    upstream.deployment.tally.tunnels += 1
+    process.tally.tunnels += 1
+    process.sockets += 1
     TunnelEnd.open.add(near)
 
 
@@ -3327,9 +3432,12 @@ def route(request: Request) -> None:
         client.answer(request, response)
         return
     if table.previews and (target := preview_of(request)):
-        request.affinity_id = target.id.encode()  # so that no other version stands in for it
+        request.affinity_id = target.affinity  # so that no other version stands in for it
     if target is None:
-        target = table.deployments.get(name) if name else pick_default(request)
+        if name:
+            target = table.deployments.get(name) or table.further.get(name)
+        else:
+            target = pick_default(request)
     simple = target and not request.more_body and not may_hedge(request)
     if target and simple and (upstream := from_pool(request, target, client.touched)):
         exchange = Exchange(request, upstream, on_done, client.touched)
@@ -3382,10 +3490,11 @@ def preview_of(request: Request) -> Deployment | None:
     """Return the preview that a request gets: by its key, in the header or else the cookie, or by
     the internal token. A request with affinity gets no other deployment than that one."""
     name = request.affinity_id
-    if name in TABLE.deployments:
+    if TABLE.process(name):
         return None
+    named = TABLE.processes.get(name)
     if name and is_trusted(request):
-        return TABLE.previews.get(name)
+        return named
     key = in_cookie = None  # the first of each
     for _, lower, value in request.fields:
         if lower == PREVIEW_FIELD:
@@ -3395,7 +3504,11 @@ def preview_of(request: Request) -> Deployment | None:
             in_cookie = match[1] if match else None
     key = in_cookie if key is None else key
     preview = open_preview(key) if key else None
-    return preview if preview and name in (b"", preview.id.encode()) else None
+    if preview is None:
+        return None
+    if name:
+        return named if named and named.first is preview else None
+    return pick_process(request, preview) if preview.processes else preview
 
 
 def follow_preview_link(request: Request) -> Response | None:
@@ -3420,15 +3533,68 @@ def follow_preview_link(request: Request) -> Response | None:
 def pick_default(request: Request) -> Deployment | None:
     """Return the deployment of a request without affinity. During a canary the visitor's id
     decides, in all routers alike: a page, its assets, `fetch` calls and socket get the same."""
-    table, active = TABLE, TABLE.active
+    table, target = TABLE, TABLE.active
     if table.canary is not None:
         request.by_visitor = True
         if in_canary_bucket(visitor_of(request), table.canary.id, table.weight):
-            return table.canary
-    if active is not None and active is table.down and may_use_fallback(request):
-        count_failure(request, active, "refused")
-        return table.fallback
-    return active
+            target = table.canary
+    if target is not None and target is table.down and may_use_fallback(request):
+        count_failure(request, target, "refused")
+        target = table.fallback
+    return pick_process(request, target) if target and target.processes else target
+
+
+def pick_process(request: Request, deployment: Deployment) -> Deployment:
+    """Return the process of a request without affinity: its visitor's, so that a page, its assets
+    and the next tab of a browser get the same. A browser's first page draws two ids at random, and
+    gets the one whose process has fewer sockets (the power of two choices): a hash of address and
+    user agent would put an office on one process."""
+    visitor = request.visitor or visitor_of(request)
+    if not request.visitor or request.balanced:
+        return process_of(visitor, deployment)
+    request.balanced = True
+    ids = [draw_visitor(deployment, visitor) for _ in range(2)]
+    drawn = [(process_of(new, deployment), new) for new in ids]
+    process, request.visitor = min(drawn, key=lambda pair: pair[0].sockets)
+    return process
+
+
+def process_of(visitor: bytes, deployment: Deployment) -> Deployment:
+    """Return a visitor's process, by rendezvous hashing: if it has refused a connection lately, the
+    one with the next highest hash."""
+    processes = deployment.processes
+    process = processes[highest_hash(visitor, deployment.affinity, len(processes))]
+    if process.refused_until:  # 0 for most
+        now = time.monotonic()
+        accepting = [k for k, p in enumerate(processes) if p.refused_until <= now]
+        if accepting:
+            process = processes[
+                max(accepting, key=partial(process_hash, visitor, deployment.affinity))
+            ]
+    return process
+
+
+@lru_cache(4096)  # a page is followed by its assets
+def highest_hash(visitor: bytes, name: bytes, count: int) -> int:
+    return max(range(count), key=partial(process_hash, visitor, name))
+
+
+def process_hash(visitor: bytes, name: bytes, index: int) -> bytes:
+    return hashlib.blake2b(visitor, digest_size=8, key=b"%b.%d" % (name, index)).digest()
+
+
+DRAWS = 1000  # of ids, until one is in the wanted part of a canary
+
+
+def draw_visitor(deployment: Deployment, visitor: bytes) -> bytes:
+    """Return a random id for a visitor's cookie. In a canary it is one that is drawn to the same
+    deployment as `visitor`, the id by address and user agent."""
+    canary, weight = TABLE.canary, TABLE.weight
+    for _ in range(DRAWS):
+        new = secrets.token_hex(8).encode()
+        if canary is None or in_canary_bucket(new, canary.id, weight) is (deployment is canary):
+            return new
+    return visitor
 
 
 def may_use_fallback(request: Request) -> bool:
@@ -3464,11 +3630,15 @@ def visitor_of(request: Request) -> bytes:
                 return match[1]
         elif name == b"user-agent":
             agent = value
-    client = client_address(request) + b"\n" + agent
-    visitor = hashlib.blake2b(client, digest_size=8).hexdigest().encode()
+    visitor = visitor_hash(client_address(request) + b"\n" + agent)
     if navigates(request):  # not another site's POST, which comes without the cookie (SameSite)
         request.visitor = visitor
     return visitor
+
+
+@lru_cache(1024)  # as for `network_of`
+def visitor_hash(client: bytes) -> bytes:
+    return hashlib.blake2b(client, digest_size=8).hexdigest().encode()
 
 
 def client_address(request: Request) -> bytes:
@@ -3491,9 +3661,13 @@ def wants_page(request: Request) -> bool:
     """Is the answer shown as a page (Fetch Metadata, or else `Accept`)?"""
     if request.handshake:
         return False
-    if modes := request.values(b"sec-fetch-mode"):
-        return modes == [b"navigate"]
-    return any(b"text/html" in value for value in request.values(b"accept"))
+    mode, accepts = None, False
+    for _, name, value in request.fields:  # one loop: a visitor's id needs this of every request
+        if name == b"sec-fetch-mode":
+            mode = value if mode is None else b""  # given twice, it says nothing
+        elif name == b"accept" and b"text/html" in value:
+            accepts = True
+    return accepts if mode is None else mode == b"navigate"
 
 
 def visitor_cookie(request: Request) -> bytes:
@@ -3569,11 +3743,14 @@ async def handle(request: Request, target: Deployment | None, *, fresh: bool = F
             await answer_by(request, other, fresh)
             break
         except UpstreamError as error:
-            failed.append((other, error))
-            other, fresh = substitute(request, other, error), False
+            before, other, fresh = other, substitute(request, other, error), False
+            if other and other.first is before.first:  # the deployment may still answer
+                before.tally.errors[error.kind] += 1
+            else:
+                failed.append((before, error))
             request.since = time.monotonic()
     else:  # the error of the last one that the request was meant for
-        meant = [item for item in failed if item[0] is not TABLE.fallback]
+        meant = [item for item in failed if item[0].first is not TABLE.fallback]
         if not meant and TABLE.active and not request.affinity_id:  # counted by pick_default
             refused = UpstreamError(502, NO_CONNECTION, "refused")
             request.client.answer(request, unavailable_by(request, TABLE.active, refused))
@@ -3586,23 +3763,38 @@ async def handle(request: Request, target: Deployment | None, *, fresh: bool = F
 
 
 def substitute(request: Request, target: Deployment, error: UpstreamError) -> Deployment | None:
-    """Return the deployment that answers in place of one that failed, if any: the active one for
-    the canary, the fallback for an active one that cannot be connected to."""
-    active = TABLE.active
-    if request.affinity_id or request.begun or target is TABLE.fallback:
+    """Return what answers in place of a process that failed, if anything: another process of the
+    same deployment, the active deployment for the canary, the fallback for an active one that
+    cannot be connected to."""
+    active, deployment = TABLE.active, target.first
+    if request.affinity_id or request.begun:
         return None
-    if target is not active:
+    unreachable = error.kind in ("refused", "connect_timeout")
+    if unreachable and deployment.processes:
+        now = time.monotonic()
+        if target.refused_until <= now:
+            log.warning("%s cannot be connected to", target.affinity.decode())
+        target.refused_until = now + TABLE.limits.instance_pause_seconds
+        request.tried += 1
+        # their host is the same: one that is silent seldom leaves the others reachable
+        at_most = len(deployment.processes) if error.kind == "refused" else 2
+        if request.tried < at_most and any(p.refused_until <= now for p in deployment.processes):
+            return pick_process(request, deployment)
+    if deployment is TABLE.fallback:
+        return None
+    other: Deployment | None = None
+    if deployment is not active:
         again = error.kind in ("lost", "timeout") and repeatable(request)
-        return active if again or not error.sent else None
-    if error.kind not in ("refused", "connect_timeout") or not may_use_fallback(request):
-        return None
-    TABLE.give_up(active)
-    return TABLE.fallback
+        other = active if again or not error.sent else None
+    elif unreachable and may_use_fallback(request):
+        TABLE.give_up(deployment)
+        other = TABLE.fallback
+    return pick_process(request, other) if other and other.processes else other
 
 
 def may_leave_canary(request: Request, target: Deployment) -> bool:
     """May the active deployment answer a new visitor whom the canary leaves without an answer?"""
-    drawn = target is TABLE.canary and not request.affinity_id
+    drawn = target.first is TABLE.canary and not request.affinity_id
     return drawn and TABLE.active is not None and repeatable(request)
 
 
@@ -3658,7 +3850,8 @@ async def fetch_from_others(request: Request, first: Deployment) -> bool:
     if await ask_others(request, table.others(first, path)):
         return True
     now = time.monotonic()
-    ejected = [d for d in table.deployments.values() if d is not first and d.ejected_until > now]
+    entries = (d for d in table.deployments.values() if d is not first.first)
+    ejected = [d for d in entries if d.ejected_until > now]
     back = await asyncio.gather(*map(table.readmit, ejected))
     returned = [other for other, answers in zip(ejected, back, strict=True) if answers]
     if returned and await ask_others(request, returned):

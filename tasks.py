@@ -103,12 +103,14 @@ def release(c: Context, version: str, tests: bool = True) -> None:
 @task(
     help={
         "control": "the API calls of ensure and deploy instead",
+        "instances": "an app of one process and of two instead",
         "quick": "fewer and shorter rounds",
     }
 )
-def bench(c: Context, control: bool = False, quick: bool = False) -> None:
+def bench(c: Context, control: bool = False, instances: bool = False, quick: bool = False) -> None:
     """Measure the router beside pulse-railway 0.3.13's, and others where installed."""
-    what = "control" if control else f"router {'--quick' if quick else ''}"
+    what = f"router {'--quick' if quick else ''}"
+    what = "control" if control else "instances" if instances else what
     c.run(f"{sys.executable} -m benchmarks.{what}", pty=False)
 
 

@@ -337,7 +337,17 @@ def collect_metrics(tab_counts: Mapping[str, int], log_dropped: int = 0) -> Metr
     tunnels = collections.Counter(end.deployment for end in router.TunnelEnd.open)
     for name, tally in METRICS.tallies.items():
         put("http.server.active_requests", under_way[name], deployment=name)
-        put("pulse.router.websockets", tunnels[name], deployment=name)
+        entry = router.TABLE.processes.get(name.encode())
+        if entry and entry.processes:
+            for number, process in enumerate(entry.processes, 1):
+                put(
+                    "pulse.router.websockets",
+                    process.sockets,
+                    deployment=name,
+                    instance=str(number),
+                )
+        else:
+            put("pulse.router.websockets", tunnels[name], deployment=name)
         put("pulse.router.websockets.opened", tally.tunnels, deployment=name)
     put("pulse.router.stale", METRICS.stale)
     put("pulse.router.connections", len(Client.instances))

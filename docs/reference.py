@@ -51,7 +51,12 @@ VARIABLES = {
         "PULSE_RAILWAY_DEPLOY_RUN": "the run of `deploy` that created it; empty on a preview",
         "PULSE_RAILWAY_PREVIEW": "on a preview: the SHA-256 of its key, from which a lost record is"
         " restored",
-        "PORT": "8000",
+        "PULSE_RAILWAY_INSTANCES": "how many processes `serve` runs; set by `deploy --instances`",
+        "PULSE_RAILWAY_INSTANCE": "which process this is, from 1; `serve` sets it on each of"
+        " several",
+        "PULSE_SSR_BACKEND_URL": "its own address, by which React's server beside it renders pages;"
+        " `serve` sets it on each of several",
+        "PORT": "8000; of the second process 8001, and so on",
         "RAILWAY_DEPLOYMENT_DRAINING_SECONDS": "seconds from SIGTERM to SIGKILL: 10, as a setting"
         " of the service too",
         "PULSE_SECRET": "Pulse's own, for sessions in cookies: set it on `pulse-env`",

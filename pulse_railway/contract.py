@@ -85,6 +85,9 @@ NAME: Final = "PULSE_RAILWAY_DEPLOYMENT_NAME"  # ours, on a backend: its id was 
 ABOUT: Final = "PULSE_RAILWAY_ABOUT"  # ours, on a backend: commit, author, message, as JSON
 RUN: Final = "PULSE_RAILWAY_DEPLOY_RUN"  # ours, on a backend: the run that created it
 PREVIEW: Final = "PULSE_RAILWAY_PREVIEW"  # ours, on a preview: the SHA-256 of its key
+INSTANCES: Final = "PULSE_RAILWAY_INSTANCES"  # ours, on a backend: how many processes it runs
+INSTANCE: Final = "PULSE_RAILWAY_INSTANCE"  # ours, of a process: which one it is, from 1
+SSR_BACKEND: Final = "PULSE_SSR_BACKEND_URL"  # a later Pulse renders a page by this address
 CONTROL: Final = "PULSE_RAILWAY_CONTROL"  # ours, on the janitor: a control command to carry out
 CONTROL_ANSWER: Final = "PULSE_RAILWAY_CONTROL_ANSWER"  # ours, on the janitor: its answer
 ANSWER_BYTES: Final = 16 * 1024  # of that answer, at most
@@ -107,6 +110,8 @@ RESERVED: Final = frozenset(
         NAME,
         ABOUT,
         PREVIEW,
+        INSTANCES,
+        INSTANCE,
         STACK,
         REMOVED,
         "PULSE_RAILWAY_DEPLOYMENT_STATE",
@@ -129,6 +134,17 @@ DEFAULT_DEPLOYMENT_NAME: Final = "prod"
 DEFAULT_ENVIRONMENT: Final = "production"
 DEFAULT_REDIS_PREFIX: Final = "pulse:railway"
 TEMPLATE_CODE: Final = "pulse-baseline"
+
+INSTANCES_AT_MOST: Final = 64  # processes of a deployment
+
+
+def parse_instances(value: object) -> int:
+    """Return a number of processes. Raises ValueError, whose message says what it takes."""
+    text = str(value)
+    if not re.fullmatch("[1-9][0-9]?", text, re.ASCII) or int(text) > INSTANCES_AT_MOST:
+        raise ValueError(f"a whole number from 1 to {INSTANCES_AT_MOST}, not {text!r}")
+    return int(text)
+
 
 DEPLOYMENT_ID_PATTERN: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,23}")
 SERVICE_NAME_LIMIT: Final = 32  # Railway's

@@ -36,9 +36,19 @@ class Refused(Failure):
 class Interrupted(BaseException):
     """A signal ended the run. It is a BaseException, so that no code retries it as a failure."""
 
+    under_way: str | None = None  # the command that the router may still carry out
+
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = number
+
+    def __str__(self) -> str:
+        if self.under_way is None:
+            return "interrupted"
+        return (
+            f"interrupted: the router may still carry out `{self.under_way}`; `pulse-railway"
+            " status` shows whether it did"
+        )
 
 
 def keep_secret(*values: str | None) -> None:

@@ -38,6 +38,7 @@ class Flag:
     words: str = ""  # describes the default in the help, where other code determines it
     kept: bool = False  # a stack keeps its value; the default is a new stack's
     minimum: int = 1  # the smallest whole number
+    maximum: int = MAX_NUMBER  # the largest
     range: tuple[float, float] = (0, 100)  # of a float
     several: bool = False  # floats with commas between them; the value is a tuple
     variable: str = ""  # an environment variable that is read if nothing else gives a value
@@ -81,9 +82,9 @@ class Flag:
             number = int(str(raw))
         except ValueError:
             number = self.minimum - 1
-        if not self.minimum <= number <= MAX_NUMBER:
+        if not self.minimum <= number <= self.maximum:
             raise Failure(
-                f"{self.option} takes a whole number from {self.minimum} to {MAX_NUMBER},"
+                f"{self.option} takes a whole number from {self.minimum} to {self.maximum},"
                 f" not {raw!r}"
             )
         return number
@@ -190,7 +191,9 @@ _ALL = (
     Flag("build_arg", "build argument KEY=VALUE; may be repeated", "KEY=VALUE", dict),
     Flag("no_gitignore", "upload files that .gitignore excludes, too", kind=bool),
     Flag("env", "variable KEY=VALUE of this deployment; may be repeated", "KEY=VALUE", dict),
-    Flag("backend_replicas", "backend replicas; 1 is the safe number", "NUMBER", int, 1),
+    Flag("instances", "processes of the new version, in its one container", "NUMBER", int, 1,
+         maximum=contract.INSTANCES_AT_MOST, plugin=True),
+    Flag("backend_replicas", "only 1: for more processes use --instances", "NUMBER", int, 1),
     Flag("region", "Railway's region to run in", words="the active version's, then the router's",
          plugin=True),
     Flag("memory_gb", "the memory that it may use, in GB", "GB", float, range=(0.1, 1024),
@@ -255,7 +258,7 @@ DEPLOY = [
     *WHERE,
     *"deployment_name deployment_id service_prefix server_address web_root".split(),
     *"image_repository image from_ registry_username registry_password_file build_arg".split(),
-    *"no_gitignore env backend_replicas region memory_gb".split(),
+    *"no_gitignore env instances backend_replicas region memory_gb".split(),
     *"vcpus no_promote preview".split(),
     *"evict replace_app keep_failed canary bake bake_latency_ms lock_wait".split(),
     *"message notify json".split(),

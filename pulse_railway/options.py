@@ -141,7 +141,7 @@ class DeployOptions:
     build_args: Mapping[str, str] = EMPTY
     env: Mapping[str, str] = EMPTY
     no_gitignore: bool = False
-    replicas: int = FLAGS["backend_replicas"].default
+    instances: int = FLAGS["instances"].default  # processes
     region: str | None = None
     memory_gb: float | None = None  # 10^9 bytes
     vcpus: float | None = None
@@ -358,6 +358,12 @@ def parse_deploy(flags: Flags, output: Output) -> DeployOptions:
         if flags.get(name) and watched:
             option = FLAGS[name].option
             raise Failure(f"{option} excludes --canary and --bake: nobody uses a pending version")
+    if (replicas := value(flags, "backend_replicas")) > 1:
+        raise Failure(
+            f"--backend-replicas {replicas}: Railway does not send a tab to the same replica again;"
+            f" --instances {min(replicas, contract.INSTANCES_AT_MOST)} runs as many processes in"
+            " one container, and a tab stays on its own"
+        )
     check_bake(flags)
     check_evict(flags, "canary", "bake", "no_promote", "preview")
     weights = canary_steps(flags)
@@ -374,7 +380,6 @@ def parse_deploy(flags: Flags, output: Output) -> DeployOptions:
         from_=parse_deployment_id({"deployment_id": flags.get("from_")}),
         registry=registry_credentials(flags),
         build_args=build_args,
-        replicas=value(flags, "backend_replicas"),
         canary=weights[0] if weights else None,
         steps=weights if len(weights) > 1 else (),
         promote=not (flags.get("no_promote") or flags.get("preview")),

@@ -38,7 +38,8 @@ def age(seconds: float | None) -> str:
 def state_of(row: dict[str, Any]) -> str:
     if row["weight"] is not None:
         return f"canary {row['weight']:g} %"
-    return str(row["state"]) + (", rolled back" if row["rolled_back"] else "")
+    processes = f", {row['instances']} processes" if row["instances"] > 1 else ""
+    return str(row["state"]) + (", rolled back" if row["rolled_back"] else "") + processes
 
 
 def describe(about: dict[str, Any]) -> str:

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from pulse_railway import contract, control_job, provenance
-from pulse_railway.errors import Refused, Uncertain
+from pulse_railway.errors import Interrupted, Refused, Uncertain
 from pulse_railway.railway import ssh
 from pulse_railway.railway.api import Api
 from pulse_railway.stack import Stack
 
 PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0)  # seconds before each retry
 WHY_LIMIT = 300  # characters of a reason, as in the history
+READ_ONLY = ("active", "status", "history", "probe")
 RETRY_TIMEOUT = 150.0  # seconds after which a command is not retried
 
 Answer = dict[str, Any]
@@ -101,14 +102,19 @@ def fall_back_to_job(stack: Stack, why: str) -> None:
 
 
 def by_ssh(api: Api, stack: Stack, words: list[str]) -> ssh.Outcome:
-    return ssh.ssh(
-        api,
-        project=stack.target.project_id,
-        environment=stack.target.environment_id,
-        service=stack.names.router,
-        words=["pulse-railway", "control", *words],
-        key=stack.target.control_route.key,
-    )
+    try:
+        return ssh.ssh(
+            api,
+            project=stack.target.project_id,
+            environment=stack.target.environment_id,
+            service=stack.names.router,
+            words=["pulse-railway", "control", *words],
+            key=stack.target.control_route.key,
+        )
+    except Interrupted as interrupted:
+        if words[0] not in READ_ONLY:
+            interrupted.under_way = words[0]
+        raise
 
 
 def parse_answer(stdout: str, command: str, nonce: str) -> Answer | None:
@@ -165,6 +171,7 @@ def send_register(
     held: bool,
     about: dict[str, str],
     preview: str | None = None,
+    instances: int = 1,
     renew: str | None = None,
     warn: Warn = lambda _: None,
 ) -> None:
@@ -172,6 +179,7 @@ def send_register(
 
     Args:
         preview: the hash of a preview's key.
+        instances: the number of its processes.
         renew: as in `send_promote`.
     """
     words = ["--deployment-id", deployment_id, "--service-name", service_name]
@@ -179,6 +187,7 @@ def send_register(
     words += ["--about", json.dumps(about, separators=(",", ":"))]
     words += [f"--renew={renew}"] if renew else []
     words += [f"--preview={preview}"] if preview else []
+    words += [f"--instances={instances}"] if instances > 1 else []
     answer = send_command(api, stack, "register", *words, *(["--hold"] if held else []))
     warn_of_late_routers(answer, warn)
 

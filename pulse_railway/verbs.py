@@ -124,7 +124,7 @@ def run_verb(verb: Callable[..., None], parser: str, flags: Mapping[str, Any]) -
     except KeyboardInterrupt:
         raise end("interrupted", 128 + signal.SIGINT) from None
     except Interrupted as interrupted:
-        raise end("interrupted", 128 + interrupted.number) from None
+        raise end(str(interrupted), 128 + interrupted.number) from None
     except BrokenPipeError:
         raise Exit("", silence_stdout()) from None
     except (OSError, httpx.HTTPError) as error:

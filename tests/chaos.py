@@ -49,13 +49,12 @@ QUICK = {"refresh_seconds": 3.0}
 
 @dataclass
 class BackendProcess:
-    """One deployment's process."""
+    """One deployment's processes, on ports one behind another."""
 
     name: str
     port: int
     pulse: bool
-    process: Process
-    stalled: bool = False
+    processes: list[Process]
 
 
 @dataclass
@@ -112,6 +111,9 @@ class World:
 
     def has_fallback(self, name: str) -> bool:
         """Can another deployment answer new visitors in place of `name`?"""
+        numbers = range(1, len(self.running[name].processes) + 1) if name in self.running else ()
+        if len(numbers) > 1 and not all(self.was_down(f"{name}.{n}", 0) for n in numbers):
+            return True  # another process
         routing = self.store.read()
         fallback = routing.fallback.deployment_id if routing.fallback else ""
         return (
@@ -119,9 +121,14 @@ class World:
         )
 
     def was_down(self, name: str, since: float) -> bool:
-        """Was the deployment down on purpose at `since` or later?"""
-        now = time.monotonic()
-        return any(n == name and a <= now and b >= since for n, a, b in self.down)
+        """Was a process (`<deployment>.<k>`), or any of a deployment, down on purpose at `since` or
+        later?"""
+        now, deployment = time.monotonic(), name.partition(".")[0]
+        names = {name, deployment} if "." in name else {name}
+        return any(
+            (n in names or n.partition(".")[0] == name) and a <= now and b >= since
+            for n, a, b in self.down
+        )
 
     # -- processes -----------------------------------------------------------------------------
 
@@ -142,8 +149,16 @@ class World:
         await self.until_status(port, "/healthz", 200)
         return process
 
-    def spawn(self, name: str, port: int, pulse: bool) -> Process:
+    def spawn(self, name: str, port: int, pulse: bool, number: int, count: int) -> Process:
+        """Start a process of a deployment, whose first one has the port."""
+        port += number - 1
+        several = {
+            "PULSE_RAILWAY_INSTANCE": str(number),
+            "PULSE_RAILWAY_INSTANCES": str(count),
+            "PULSE_DISABLE_CODEGEN": "1" if number > 1 else "",
+        }
         env = {
+            **(several if count > 1 else {}),
             "PULSE_DEPLOYMENT_ID": name,
             "PULSE_RAILWAY_INTERNAL_TOKEN": TOKEN,
             "PULSE_RAILWAY_REDIS_URL": self.redis.url,
@@ -161,10 +176,13 @@ class World:
         return Process(command, port, env | {"PYTHONPATH": str(ROOT)}, home)
 
     async def start_backend(self, pulse: bool) -> BackendProcess:
-        name, port = f"d{len(self.ended) + len(self.running)}", free_port()
-        backend = BackendProcess(name, port, pulse, self.spawn(name, port, pulse))
-        await asyncio.to_thread(backend.process.wait, 90)
-        await self.until_status(port, "/_pulse/health", 200)
+        count = self.rng.choice((1, 2))
+        name, port = f"d{len(self.ended) + len(self.running)}", free_port(count)
+        processes = [self.spawn(name, port, pulse, k, count) for k in range(1, count + 1)]
+        backend = BackendProcess(name, port, pulse, processes)
+        for number, process in enumerate(processes):
+            await asyncio.to_thread(process.wait, 90)
+            await self.until_status(port + number, "/_pulse/health", 200)
         self.running[name] = backend
         return backend
 
@@ -174,7 +192,8 @@ class World:
         if backend:
             self.ended.add(name)
             self.down.append((name, time.monotonic(), float("inf")))
-            await asyncio.to_thread(backend.process.stop)
+            for process in backend.processes:
+                await asyncio.to_thread(process.stop)
 
     async def until_status(self, port: int, path: str, status: int) -> None:
         deadline = time.monotonic() + 60
@@ -280,6 +299,7 @@ class World:
         backend = await self.start_backend(self.rng.random() < self.pulse_share)
         words = ["--deployment-id", backend.name, "--service-name", backend.name]
         words += ["--address", f"http://127.0.0.1:{backend.port}", "--service-id", backend.name]
+        words += ["--instances", str(len(backend.processes))]
         answer = await self.control("register", *words, "--hold")
         assert answer["ok"], answer
         return backend.name
@@ -354,7 +374,7 @@ class World:
     async def janitor_runs(self, killed: bool = False) -> None:
         """Run the janitor in a process of its own; files replace Railway's services."""
         services = self.folder / "services.json"
-        services.write_text(json.dumps({n: b.process.popen.pid for n, b in self.running.items()}))
+        services.write_text(json.dumps({n: b.port for n, b in self.running.items()}))
         gone = self.folder / "gone"
         gone.write_text("")
         process = await asyncio.create_subprocess_exec(
@@ -380,6 +400,8 @@ class World:
                     process.kill()
                 await process.wait()
             await asyncio.sleep(0.02)
+        if process.returncode not in (0, -signal.SIGKILL):
+            self.fail("janitor", f"it has ended with {process.returncode}")
         for name in gone.read_text().split():
             await self.end_backend(name)
 
@@ -418,20 +440,24 @@ class World:
         await self.crash(self.rng.choice(list(self.running)))
 
     async def crash(self, name: str) -> None:
-        """Kill a backend and start it again, as Railway does."""
+        """Kill a process of a backend and start it again, as Railway and `serve` do."""
         backend = self.running[name]
-        self.down.append((name, time.monotonic(), float("inf")))
-        await asyncio.to_thread(backend.process.stop, signal.SIGKILL)
+        count = len(backend.processes)
+        at = self.rng.randrange(count)
+        port, named = backend.port + at, f"{name}.{at + 1}" if count > 1 else name
+        began = time.monotonic()
+        self.down.append((named, began, float("inf")))
+        await asyncio.to_thread(backend.processes[at].stop, signal.SIGKILL)
         await asyncio.sleep(self.rng.uniform(0, 1))
-        backend.process = self.spawn(name, backend.port, backend.pulse)
-        await asyncio.to_thread(backend.process.wait, 90)
-        await self.until_status(backend.port, "/_pulse/health", 200)
-        at = self.down.index(next(d for d in self.down if d[0] == name and d[2] == float("inf")))
-        self.down[at] = (name, self.down[at][1], time.monotonic() + 0.5)
+        backend.processes[at] = self.spawn(name, backend.port, backend.pulse, at + 1, count)
+        await asyncio.to_thread(backend.processes[at].wait, 90)
+        await self.until_status(port, "/_pulse/health", 200)
+        place = self.down.index((named, began, float("inf")))
+        self.down[place] = (named, began, time.monotonic() + 0.5)
 
     async def backend_stalls(self) -> None:
         """Freeze a backend for a while: it is slow, but no request may fail."""
-        process = self.rng.choice(list(self.running.values())).process
+        process = self.rng.choice(self.rng.choice(list(self.running.values())).processes)
         os.killpg(process.popen.pid, signal.SIGSTOP)
         await asyncio.sleep(self.rng.uniform(0.5, 3))
         os.killpg(process.popen.pid, signal.SIGCONT)
@@ -500,7 +526,8 @@ class World:
         return Sample(fds, process.rss)
 
     def stop(self) -> None:
-        for process in [*self.routers, *(b.process for b in self.running.values())]:
+        backends = [process for b in self.running.values() for process in b.processes]
+        for process in [*self.routers, *backends]:
             process.stop(signal.SIGKILL)
         self.redis.stop()
 
@@ -589,7 +616,7 @@ def janitor(services: str, gone: str, last_promoted: str) -> None:
     names = json.loads(Path(services).read_text())
     name, _, at = last_promoted.partition("@")
     promoted = script.Promotion(name, float(at)) if last_promoted else None
-    backends = [script.Service(n, n, n, 1e6, "SUCCESS", ours=True) for n in names]
+    backends = [script.Backend(n, n, n, 1e6, "SUCCESS", ours=True) for n in names]
     inventory = script.Inventory(backends, "router", promoted)
 
     def delete(service: Any) -> None:

@@ -46,6 +46,21 @@ class ClientAnswer:
     def deployment(self) -> str:
         return self.fields.get("x-pulse-selected-deployment", "")
 
+    @property
+    def process(self) -> str:
+        """The affinity of a page, as affinity.js reads it."""
+        return self.fields["server-timing"].partition('desc="')[2].partition('"')[0]
+
+
+def name_of(affinity: str) -> str:
+    """Return the deployment of an affinity."""
+    return affinity.partition(".")[0]
+
+
+def exact(affinity: str) -> str:
+    """Return the name of a process among those that are down on purpose."""
+    return affinity if "." in affinity else f"{affinity}.1"
+
 
 class ClientConnection:
     """A connection to a router. Its methods raise OSError or EOFError when it breaks."""
@@ -127,7 +142,7 @@ class Client:
 
     async def live(self) -> None:
         page = await self.get("/page")
-        name = page.deployment
+        name, process = page.deployment, page.process
         if page.body != f"<p>page of {name}":
             self.world.fail("wrong version", f"{name} gave {page.body!r}")
         asset = await self.get(f"/assets/{name}.js", of=name)
@@ -138,18 +153,18 @@ class Client:
             if self.world.over:
                 return
             if kind == "socket":
-                await self.socket(name)
+                await self.socket(process)
                 return
             if kind == "upload":
                 body = os.urandom(self.rng.randint(1_000, 300_000))
-                answer = await self.get("/upload", name, body)
+                answer = await self.get("/upload", process, body)
                 expected = f"{name} {hashlib.sha256(body).hexdigest()}"
             elif kind == "stream":
-                answer = await self.get("/stream", name)
+                answer = await self.get("/stream", process)
                 expected = "".join(f"{name} {n}\n" for n in range(20))
             else:
-                answer = await self.get("/work", name)
-                expected = answer.body if f'"{name}"' in answer.body else name
+                answer = await self.get("/work", process)
+                expected = answer.body if f'"{process}"' in answer.body else process
             if answer.body != expected:
                 self.world.fail("wrong version", f"{kind} of {name}: {answer.body[:80]!r}")
             await asyncio.sleep(self.rng.uniform(0.05, 1.0))
@@ -201,13 +216,13 @@ class Client:
                 break
         world.count["requests"] += 1
         selected = self.connection.selected if self.connection else ""
-        name = (answer.deployment if answer else selected) or affinity
+        name = (answer.deployment if answer else selected) or affinity.partition(".")[0]
         if answer and "set-cookie" in answer.fields and "visitor" in answer.fields["set-cookie"]:
             self.cookie = answer.fields["set-cookie"].partition(";")[0]
         if answer and answer.status == 200:
             if not affinity and not of and not world.may_answer(name, began):
                 world.fail("wrong version", f"{name} answered without affinity")
-            if affinity and name != affinity:
+            if affinity and name != affinity.partition(".")[0]:
                 world.fail("wrong version", f"{name} answered for {affinity}")
             return answer
         if self.connection:
@@ -216,7 +231,7 @@ class Client:
         why = f"{path} {answer.status} {answer.body[:60]}" if answer else f"{path} {broken}"
         gone = of or affinity
         if answer and answer.status == 409 and affinity:
-            if affinity in world.running and not world.was_down(affinity, began):
+            if name_of(affinity) in world.running and not world.was_down(name_of(affinity), began):
                 world.fail("stale answer of a deployment that runs", affinity)
             world.count["told to reload"] += 1
         elif (
@@ -228,14 +243,14 @@ class Client:
             world.count["asset of a deployment that is gone"] += 1
         elif answer and not gone and answer.body in NOT_CONNECTED and world.has_fallback(name):
             world.fail("request", f"{why}: {name} is down, and there is a fallback")
-        elif world.was_down(gone or name, began):
+        elif world.was_down(exact(gone) if affinity else gone or name, began):
             world.count["on a backend that was killed or ended"] += 1
         else:
             world.fail("request", f"{why} ({name})")
         raise Ended
 
     async def socket(self, name: str) -> None:
-        """Open a WebSocket, and send frames from time to time."""
+        """Open a WebSocket to a process, and send frames from time to time."""
         world, began = self.world, time.monotonic()
         port = self.rng.choice(world.ports)
         connection = ClientConnection(port)
@@ -249,9 +264,10 @@ class Client:
                 answer = await connection.reader.readuntil(b"\r\n\r\n")
             if b" 101 " not in answer.split(b"\r\n")[0]:
                 status = answer.split(b" ", 2)[1].decode()
-                if status == "409" and (name not in world.running or world.was_down(name, began)):
+                gone = name_of(name) not in world.running
+                if status == "409" and (gone or world.was_down(name_of(name), began)):
                     world.count["told to reload"] += 1
-                elif world.was_down(name, began):
+                elif world.was_down(exact(name), began):
                     world.count["on a backend that was killed or ended"] += 1
                 else:
                     world.fail("request", f"a handshake: {status} ({name})")
@@ -271,7 +287,7 @@ class Client:
         except (OSError, EOFError, TimeoutError) as error:
             if port in world.retired:
                 world.count["sockets ended with their router"] += 1
-            elif world.was_down(name, began) or name not in world.running:
+            elif world.was_down(exact(name), began) or name_of(name) not in world.running:
                 world.count["sockets ended with their backend"] += 1
             else:
                 world.fail("socket", f"{type(error).__name__} ({name})")
@@ -293,11 +309,11 @@ class Tab:
         while not self.world.over:
             began, port = time.monotonic(), self.rng.choice(self.world.ports)
             visitor = Visitor(f"http://127.0.0.1:{port}", None, cookie=self.cookie)  # type: ignore[arg-type]
-            name = ""
+            name = known = ""
             try:
                 async with visitor as tab:
                     await tab.open()
-                    name = tab.affinity or ""
+                    name = known = tab.affinity or ""
                     began = time.monotonic()
                     self.cookie = tab.cookie
                     self.check(tab, name, 0)
@@ -324,7 +340,9 @@ class Tab:
                     pass
                 elif port in self.world.retired:
                     self.world.count["tabs ended with their router"] += 1
-                elif self.world.was_down(name, began) or (name and name not in self.world.running):
+                elif self.world.was_down(exact(name) if known else name, began) or (
+                    name and name_of(name) not in self.world.running
+                ):
                     self.world.count["tabs ended with their backend"] += 1
                 else:
                     self.world.fail("tab", f"{type(e).__name__} {e} ({name or 'opening'})")

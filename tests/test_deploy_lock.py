@@ -67,6 +67,25 @@ def test_a_deploys_commands_renew_its_lock() -> None:
     assert control.renewing(lambda routing: routing, "b", 900.0)(taken) == taken
 
 
+def test_a_run_that_has_lost_its_lock_changes_nothing() -> None:
+    """It went on, and replaced what the run that took its lock had promoted since."""
+    taken = control.deploy_lock(state(), "a", "ada", 60)
+    late = replace(taken, now=NOW + 61)
+    for lost in (
+        control.release_deploy_lock(taken, None),
+        control.deploy_lock(late, "b", "bob", 60),
+    ):
+        for step in (
+            control.renewing(lambda routing: routing, "a", 900.0),
+            control.with_unlock(lambda routing: routing, "a"),
+        ):
+            with pytest.raises(control.StateError, match="lock of this run was taken") as refused:
+                step(lost)
+            assert refused.value.reason == "ended"
+    # an expired lock that nobody has taken is still its own
+    assert control.renewing(lambda routing: routing, "a", 900.0)(late).lock.until == NOW + 961
+
+
 def test_a_command_that_comes_too_late() -> None:
     step = control.in_time(lambda routing: routing, NOW)
     assert step(state()) == state()
@@ -249,7 +268,28 @@ def step_05_two_runs_in_the_same_second(base: Project) -> None:
         assert lock(base) is None
 
 
-def step_06_two_redeploys(base: Project) -> None:
+def step_06_a_run_that_was_unlocked_goes_on(base: Project) -> None:
+    """It was promoted after the run that had taken its lock, and ended with status 0."""
+    base.faults(build_seconds=3.0)
+    verb = Running(base, "deploy", "main.py", "--deployment-id", "older", "--lock-wait", "60")
+    for line in verb.said:
+        if line.strip().startswith("build and start"):
+            break
+    time.sleep(0.5)
+    base.ok("unlock", "--yes")
+    base.faults()
+    base.deploy("newer", "--lock-wait", "1")
+    code, said = verb.end()
+    assert code == 1, said
+    assert "the deploy lock of this run was taken over, or released" in said
+    assert base.active == "newer"
+    assert base.services == BASE | {"first", "newer"}
+    assert set(base.records) == {"first", "newer"}
+    base.ok("promote", "--deployment-id", "first")
+    base.ok("delete", "--deployment-id", "newer")
+
+
+def step_07_two_redeploys(base: Project) -> None:
     """One ended with "REMOVED"."""
     base.faults(build_seconds=1.5)
     runs = [Running(base, "redeploy", "--deployment-id", "first") for _ in range(2)]
@@ -259,7 +299,7 @@ def step_06_two_redeploys(base: Project) -> None:
     assert sum("another run has deployed it since" in said for _, said in ended) == 1, ended
 
 
-def step_07_a_service_that_goes_between_two_reads(base: Project) -> None:
+def step_08_a_service_that_goes_between_two_reads(base: Project) -> None:
     """`logs` ended with "Railway: Service not found"."""
     for words in (["logs", "--deployment-id", "first"], ["status"]):
         base.faults({"match": "variables", "error": "Service not found", "times": 2})

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from examples import demo
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Project
 from tests.net import eventually
 
 # its first line may say, as a comment, which file it is or where it is typed
@@ -188,3 +188,19 @@ def test_what_the_pages_say(newcomer: Newcomer) -> None:
     made = json.loads((newcomer.folder / "deployment.json").read_text())
     assert made["active"] is True
     assert made["deployment_id"] not in (*deployed, *released)
+
+
+def test_ensure_in_this_repository_needs_no_flag(new_project: Callable[[], Project]) -> None:
+    """As the design card writes it: `invoke ensure`, with the app of invoke.yaml."""
+    project = new_project()
+    done = subprocess.run(
+        [sys.executable, "-m", "invoke", "ensure"],
+        cwd=ROOT,
+        env=project.env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "examples/railway/main.py" in done.stderr
+    assert project.services >= {"pulse-router", "pulse-env", "pulse-redis", "pulse-janitor"}

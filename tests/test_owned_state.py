@@ -370,3 +370,19 @@ def test_a_command_for_the_janitor_meets_another_owner(
     answer = json.loads(services["pulse-janitor"]["PULSE_RAILWAY_CONTROL_ANSWER"])
     assert (answer["nonce"], answer["ok"], answer["reason"]) == ("n", False, "owner")
     assert everything(site) == before
+
+
+def test_nothing_is_deleted_while_another_stack_has_the_active_ones_name(
+    site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its service was deleted by hand, and another stack deployed that id: the janitor then deleted
+    the version to go back to."""
+    for stamp in ("e/s-two-router", "e/s-gone"):
+        services = stack(PULSE_RAILWAY_OWNS_STATE="1")
+        services["two-router"] = stack("e/s-two-router")["pulse-router"]
+        services["new"] = {"PULSE_DEPLOYMENT_ID": "new", "PULSE_RAILWAY_STACK": stamp}
+        code, _ = run_janitor(site, monkeypatch, services)
+        assert code == 1
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said.startswith("refused: the active deployment new has no service: promote"), said
+        assert "old" in site.store.read().records

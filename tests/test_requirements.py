@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from pulse_railway import options
+from pulse_railway.errors import Failure
+from pulse_railway.flows.backend_settings import Hosting
 from pulse_railway.output import Output
 from tests.conftest import ROOT, TINY
 from tests.requirements import SENTENCES
@@ -86,5 +88,6 @@ def test_where_a_name_comes_from(tmp_path: Path) -> None:
 
 
 def test_one_backend_replica() -> None:
-    assert options.parse_deploy(flags(), Output()).replicas == 1
-    assert options.parse_deploy(flags(backend_replicas="3"), Output()).replicas == 3
+    assert Hosting().settings()["numReplicas"] == 1
+    with pytest.raises(Failure, match="--instances 3 runs as many processes in one container"):
+        options.parse_deploy(flags(backend_replicas="3"), Output())

@@ -112,3 +112,22 @@ def test_the_next_ensure_completes_one_that_was_killed(
     assert done["server_address"]
     assert project.ok("ensure", "main.py")["changed"] == []
     project.deploy("works")
+
+
+def test_a_command_that_the_router_may_still_carry_out(base: Project) -> None:
+    """It said "interrupted", and the promotion came afterwards."""
+    base.deploy("sent", "--no-promote")
+    base.faults({"match": "ssh", "delay": 3.0})
+    verb = Running(base, "promote", "--deployment-id", "sent", "--force")
+    for line in verb.said:
+        if line.strip().startswith("promote sent"):
+            break
+    time.sleep(0.7)
+    verb.send_signal(signal.SIGINT)
+    code, said = verb.end()
+    base.faults()
+    assert code == 128 + signal.SIGINT
+    assert "the router may still carry out `promote`; `pulse-railway status` shows" in said
+    eventually(lambda: base.active == "sent", seconds=15)
+    base.ok("promote", "--deployment-id", "first")
+    base.ok("delete", "--deployment-id", "sent")

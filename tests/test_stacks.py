@@ -457,6 +457,32 @@ def test_changes_made_on_railway_are_reported_and_reverted(base: Project) -> Non
     eventually(lambda: json_of(base, "status", "--service", "pulse-router")["problems"] == [], 60)
 
 
+RENAME = (
+    "mutation ($s: String!, $i: ServiceUpdateInput!) { serviceUpdate(id: $s, input: $i) { id } }"
+)
+
+
+def test_a_renamed_service_is_still_the_stacks(base: Project) -> None:
+    """A renamed Redis was taken for the env service, with the advice to delete it."""
+    ids = {name: at["serviceId"] for name, at in base.stage.services().items()}
+    json_of(base, "ensure", "main.py")
+    for role in ("redis", "janitor", "router"):
+        name = f"pulse-{role}"
+        base.railway.graphql(RENAME, s=ids[name], i={"name": f"a-{role}"})
+        status = json_of(base, "status")
+        assert status["missing"] == []
+        assert "elete" not in str(status["problems"])
+    changed = json_of(base, "ensure", "main.py")["changed"]
+    assert {line.partition(":")[0] for line in changed} >= {"a-router", "a-janitor"}
+    assert json_of(base, "ensure", "main.py")["changed"] == []
+    assert base.janitor("a-janitor")["exit"] == 0
+    for role in ("redis", "janitor", "router"):
+        base.railway.graphql(RENAME, s=ids[f"pulse-{role}"], i={"name": f"pulse-{role}"})
+    json_of(base, "ensure", "main.py")
+    assert json_of(base, "status")["problems"] == []
+    assert base.active == "first"
+
+
 def test_services_without_a_replica(base: Project) -> None:
     """`status` once did not report them."""
     ids = {name: at["serviceId"] for name, at in base.stage.services().items()}

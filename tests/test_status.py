@@ -353,8 +353,14 @@ def test_a_redis_that_hangs(base: Project) -> None:
 
 
 def row(name: str, sessions: int | None = 1, state: str = "active") -> dict[str, Any]:
-    fields = {"railway": "SUCCESS", "age_seconds": 5, "weight": None, "rolled_back": False}
-    return {"deployment_id": name, "state": state, "sessions": sessions, "about": {}, **fields}
+    fields = {
+        "railway": "SUCCESS",
+        "age_seconds": 5,
+        "weight": None,
+        "rolled_back": False,
+    }
+    fields |= {"sessions": sessions, "instances": 1, "about": {}}
+    return {"deployment_id": name, "state": state, **fields}
 
 
 def result(*rows: dict[str, Any], routers: list[dict[str, Any]], **more: Any) -> dict[str, Any]:

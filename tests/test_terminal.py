@@ -63,7 +63,9 @@ def status_result() -> dict[str, Any]:
         "copied": ["x"],
         "problems": ["x"],
         "active": "x",
-        "deployments": [row | {"age_seconds": 5, "weight": None, "rolled_back": False}],
+        "deployments": [
+            row | {"age_seconds": 5, "weight": None, "rolled_back": False, "instances": 1}
+        ],
         "routers": [
             {"router": "x", "requests": 1, "errors": 0, "tunnels_open": 0, "uptime_seconds": 5}
         ],

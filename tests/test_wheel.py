@@ -36,6 +36,7 @@ def test_the_wheel_carries_all_that_it_needs(tmp_path: Path) -> None:
         "local/bin/pulse",
         "local/page.html",
         "app/affinity.js",
+        "app/ssr.cjs",
         "local/site/sitecustomize.py",
         "py.typed",
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import hmac
 import os
@@ -18,6 +19,7 @@ from pulse_railway import contract, naming
 from pulse_railway.app.session import RailwaySessionStore
 
 NAME_LIMIT = 64  # characters of the app's name
+SIBLING_TIMEOUT = 3.0  # seconds: router and janitor wait for 5
 AFFINITY_SCRIPT = Path(__file__).with_name("affinity.js")
 
 
@@ -46,12 +48,14 @@ class RailwayPlugin(ps.Plugin):
             migration; where it fails, so does the deploy (Railway's preDeployCommand). The old
             version serves meanwhile and after it, so it has to stand what the command changes.
         check_path: the page that has to come up before a deployment is promoted.
+        instances: how many processes a deployment runs, in its one container.
         region, memory_gb, vcpus: where a backend runs, and what it may use; where not set, as the
             active one, which may have been changed on Railway's page.
         router_service, janitor_service, redis_service, env_service: names of the stable services.
         service_prefix: put before every service's name; at most 8 characters with its dash.
 
-    Raises ValueError for a name that cannot be one, or a check_path that is no path.
+    Raises ValueError for a name that cannot be one, a check_path that is no path, or a number of
+    instances out of range.
     """
 
     priority = 100
@@ -69,6 +73,7 @@ class RailwayPlugin(ps.Plugin):
         start_command: str | None = None,
         pre_deploy: str | None = None,
         check_path: str = "/",
+        instances: int = 1,
         region: str | None = None,
         memory_gb: float | None = None,
         vcpus: float | None = None,
@@ -84,6 +89,10 @@ class RailwayPlugin(ps.Plugin):
             )
         if name is not None and not (name.isprintable() and 0 < len(name) <= NAME_LIMIT):
             raise RailwayPluginError(f"name takes 1 to {NAME_LIMIT} printable characters")
+        try:
+            self.instances = contract.parse_instances(instances)
+        except ValueError as error:
+            raise RailwayPluginError(f"instances takes {error}") from None
         self.name = name
         self.dockerfile = os.fspath(dockerfile) if dockerfile else None
         self.project = project
@@ -106,6 +115,7 @@ class RailwayPlugin(ps.Plugin):
         self.redis_service = naming.baseline_name(self.service_prefix, redis_service)
         self.env_service = naming.baseline_name(self.service_prefix, env_service)
         self.deployment_id = ""
+        self.instance = self.running_instances = 1
         self._internal_token = ""
         render_pages_here()
 
@@ -126,6 +136,17 @@ class RailwayPlugin(ps.Plugin):
                 store.ttl = app.cookie.max_age_seconds
         self.deployment_id = os.environ.get(contract.DEPLOYMENT_ID, "")
         self._internal_token = os.environ.get(contract.INTERNAL_TOKEN, "")
+        if number := os.environ.get(contract.INSTANCE):  # `serve` runs several
+            self.instance = contract.parse_instances(number)
+            self.running_instances = contract.parse_instances(
+                os.environ.get(contract.INSTANCES) or "1"
+            )
+
+    @property
+    def affinity(self) -> str:
+        """What names this process: the deployment's id, behind the first one with its number."""
+        number = f".{self.instance}" if self.instance > 1 else ""
+        return f"{self.deployment_id}{number}"
 
     @override
     def middleware(self) -> list[ps.PulseMiddleware]:
@@ -145,13 +166,15 @@ class RailwayPlugin(ps.Plugin):
 
         async def meta(_: Request) -> JSONResponse:
             self._require_enabled()
-            found = {"status": "ok", "deployment_id": self.deployment_id}
+            found: dict[str, Any] = {"status": "ok", "deployment_id": self.deployment_id}
+            found |= {"instance": self.instance, "instances": self.running_instances}
             prefix = getattr(app, "api_prefix", None)  # goes in a later Pulse
             return JSONResponse({**found, "api_prefix": prefix} if prefix else found)
 
         async def sessions(request: Request) -> JSONResponse:
             self._require_token(request)
-            count = len(app.render_sessions)
+            siblings = await self._ask_siblings("GET", contract.SESSIONS_PATH)
+            count = len(app.render_sessions) + _sum(siblings, "render_session_count")
             return JSONResponse(
                 {
                     "deployment_id": self.deployment_id,
@@ -164,11 +187,13 @@ class RailwayPlugin(ps.Plugin):
         async def reload(request: Request) -> JSONResponse:
             self._require_token(request)
             connected = sum(render.connected for render in app.render_sessions.values())
+            reloaded = await app.reload_connected_clients()
+            siblings = await self._ask_siblings("POST", contract.RELOAD_PATH)
             return JSONResponse(
                 {
                     "deployment_id": self.deployment_id,
-                    "connected_render_count": connected,
-                    "reloaded_socket_count": await app.reload_connected_clients(),
+                    "connected_render_count": connected + _sum(siblings, "connected_render_count"),
+                    "reloaded_socket_count": reloaded + _sum(siblings, "reloaded_socket_count"),
                 }
             )
 
@@ -183,6 +208,38 @@ class RailwayPlugin(ps.Plugin):
             (contract.RELOAD_PATH, reload, "POST"),
         ):
             app.fastapi.router.add_route(path, endpoint, [method], include_in_schema=False)
+
+    async def _ask_siblings(self, method: str, path: str) -> list[dict[str, Any]]:
+        """Ask the other processes of this deployment, if this is the first, which speaks for all:
+        routers and janitors of any version ask one address, and delete a version without tabs.
+
+        Raises HTTPException (503) for one that does not answer: its tabs are not known.
+        """
+        if self.instance > 1 or self.running_instances == 1:
+            return []
+        import httpx  # takes memory that most apps need not spend
+
+        first = int(os.environ.get(contract.PORT) or contract.DEFAULT_PORT)
+        headers = {contract.INTERNAL_TOKEN_HEADER: self._internal_token}
+
+        async def ask(number: int) -> dict[str, Any]:
+            url = f"http://127.0.0.1:{first + number - 1}{path}"
+            try:
+                answer = await client.request(method, url, headers=headers)
+                found = answer.raise_for_status().json()
+                if found["deployment_id"] != self.deployment_id:
+                    raise ValueError
+            except (httpx.HTTPError, ValueError, KeyError, TypeError):
+                raise HTTPException(503, f"instance {number} does not answer") from None
+            return dict(found)
+
+        numbers = range(2, self.running_instances + 1)
+        async with httpx.AsyncClient(timeout=SIBLING_TIMEOUT, trust_env=False) as client:
+            answers = await asyncio.gather(*map(ask, numbers), return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        return [answer for answer in answers if isinstance(answer, dict)]
 
     def _require_enabled(self) -> None:
         if not self.enabled:
@@ -217,7 +274,7 @@ class _Affinity(ps.PulseMiddleware):
         response = await next()
         if self._plugin.enabled and isinstance(response, ps.Ok):
             directives = response.payload["directives"]
-            deployment = self._plugin.deployment_id
+            deployment = self._plugin.affinity
             directives["query"][contract.AFFINITY_QUERY] = deployment
             # a coming Pulse navigates over its socket, and sends headers alone where it has none
             directives["headers"][contract.AFFINITY_HEADER] = deployment
@@ -236,6 +293,14 @@ class _Affinity(ps.PulseMiddleware):
     ) -> ps.ConnectResponse:
         await _as_others_left_it(session)
         return await next()
+
+
+def _sum(answers: list[dict[str, Any]], name: str) -> int:
+    """Return the sum of a count. Raises HTTPException (503) for an answer without it."""
+    counts = [answer.get(name) for answer in answers]
+    if not all(type(count) is int for count in counts):
+        raise HTTPException(503, f"an instance gave no {name}")
+    return sum(count for count in counts if count)
 
 
 async def _as_others_left_it(session: dict[str, Any]) -> None:

@@ -12,19 +12,27 @@ is killed; it does not start where a killed run has left its lock; and it does n
 
 uvicorn and React's server are children of this process, not of a `pulse run` that has the app in
 memory too: `pulse_run` asks Pulse what they are.
+
+A Pulse app is one process: one core. With PULSE_RAILWAY_INSTANCES=N there are N of both, the first
+on PORT, the second on PORT + 1 and so on. The first begins to listen when the others answer, so
+that Railway's health check, which asks PORT, passes when all are up. One that ends later starts
+again, after pauses that grow; when all of a kind are down at once, the container ends.
 """
 
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +45,12 @@ LONGEST_DRAINING = 86_400.0
 POLL = 0.1  # seconds
 MARGIN = 1.0  # seconds before Railway's own SIGKILL
 PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
+FIRST_PAUSE = 1.0  # seconds until a process that has ended starts again; doubled each time
+LONGEST_PAUSE = 30.0
+STABLE_SECONDS = 60.0  # that a process lives until its pauses begin anew
+HEALTH_TIMEOUT = 5.0  # seconds
+SSR_SCRIPT = Path(__file__).with_name("ssr.cjs")
+NO_CODEGEN = "PULSE_DISABLE_CODEGEN"  # Pulse's: the first process alone writes the routes
 NOT_STARTED = 127  # the exit status of a shell for a command that it does not find
 
 
@@ -131,43 +145,197 @@ def children_of_pulse_run(words: list[str]) -> list[dict[str, Any]]:
     return (json.loads(answer.stdout) if answer.returncode == 0 else []) or itself
 
 
-def start(command: dict[str, Any]) -> subprocess.Popen[bytes]:
-    """Start a child in its own process group. Raises OSError."""
-    return subprocess.Popen(
-        command["args"], cwd=command.get("cwd"), env=command.get("env"), process_group=0
-    )
+def instance_count() -> int:
+    """Return how many processes of the app are to run. Raises SystemExit."""
+    text = os.environ.get(contract.INSTANCES) or "1"
+    try:
+        return contract.parse_instances(text)
+    except ValueError as error:
+        raise SystemExit(f"error: {contract.INSTANCES} takes {error}") from None
+
+
+def commands_of_instance(
+    commands: list[dict[str, Any]], number: int, count: int, web_port: int
+) -> list[dict[str, Any]]:
+    """Return the commands of one process and of React's server beside it.
+
+    Args:
+        commands: those of the first process, as `pulse run` starts it.
+        number: of the process, from 1.
+        count: how many processes there are.
+        web_port: where React's server beside it listens.
+    """
+    first_port = int(os.environ.get(contract.PORT) or contract.DEFAULT_PORT)
+    port, first_web = str(first_port + number - 1), first_web_port(commands)
+    moved = {
+        str(first_port): port,
+        str(first_web): str(web_port),
+        f"http://localhost:{first_web}": f"http://localhost:{web_port}",
+    }
+    made = []
+    for command in commands:
+        args, env = list(command["args"]), dict(command.get("env") or os.environ)
+        if "--port" in args:
+            args[args.index("--port") + 1] = port
+        for name in (contract.PORT, "PULSE_PORT", "PULSE_REACT_SERVER_ADDRESS"):
+            if env.get(name) in moved:
+                env[name] = moved[env[name]]
+        env |= {contract.INSTANCE: str(number), contract.INSTANCES: str(count)}
+        env[contract.SSR_BACKEND] = f"http://127.0.0.1:{port}"
+        if number > 1:
+            env[NO_CODEGEN] = "1"
+            # the address that a page is rendered by is a constant of the build: the first one's
+            preload = f'--require "{SSR_SCRIPT}"'
+            env["NODE_OPTIONS"] = f"{env.get('NODE_OPTIONS', '')} {preload}".strip()
+        made.append({**command, "args": args, "env": env})
+    return made
+
+
+def first_web_port(commands: list[dict[str, Any]]) -> int:
+    """Return where `pulse run` has React's server listen."""
+    addresses = ((c.get("env") or {}).get("PULSE_REACT_SERVER_ADDRESS") for c in commands)
+    return next(int(str(a).rpartition(":")[2]) for a in addresses if a)
+
+
+def web_ports(first: int, count: int) -> list[int]:
+    """Return ports for `count` React servers, the first of which is given."""
+    own = int(os.environ.get(contract.PORT) or contract.DEFAULT_PORT)
+    found, port = [first], first
+    while len(found) < count:
+        port += 1
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            if not own <= port < own + count:
+                probe.bind(("127.0.0.1", port))
+                found.append(port)
+    return found
+
+
+@dataclass
+class Child:
+    """A process that `serve` keeps alive: uvicorn, or React's server beside it."""
+
+    command: dict[str, Any]
+    kind: int  # its place among the commands of an instance
+    number: int  # of the instance
+    process: subprocess.Popen[bytes] | None = None
+    started_at: float = 0.0  # monotonic, as the others
+    due: float | None = None  # when it starts again; None: it runs, or was not started yet
+    pause: float = FIRST_PAUSE
+    status: int = 0  # its last exit status
+
+    def start(self) -> None:
+        """Start it in its own process group. Raises OSError."""
+        command = self.command
+        self.process = subprocess.Popen(
+            command["args"], cwd=command.get("cwd"), env=command.get("env"), process_group=0
+        )
+        self.started_at, self.due = time.monotonic(), None
+
+    def ended(self, status: int) -> None:
+        """Note its end, and when it starts again."""
+        now = time.monotonic()
+        if now - self.started_at > STABLE_SECONDS:
+            self.pause = FIRST_PAUSE
+        self.status, self.process, self.due = status, None, now + self.pause
+        self.pause = min(self.pause * 2, LONGEST_PAUSE)
+
+    def tell(self) -> None:
+        name = Path(self.command["args"][0]).name
+        wait = max((self.due or 0.0) - time.monotonic(), 0.0)
+        message = (
+            f"{name} of instance {self.number} has ended with status {self.status}: it starts again"
+            f" in {wait:.0f} s"
+        )
+        print(message, file=sys.stderr, flush=True)
+
+    @property
+    def exit_status(self) -> int:
+        return self.status if self.status >= 0 else 128 - self.status
+
+
+def is_healthy(number: int) -> bool:
+    """Does a process answer its health check?"""
+    port = int(os.environ.get(contract.PORT) or contract.DEFAULT_PORT) + number - 1
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=HEALTH_TIMEOUT)
+    with contextlib.suppress(OSError, http.client.HTTPException), contextlib.closing(connection):
+        connection.request("GET", contract.HEALTH_PATH)
+        return connection.getresponse().status == 200
+    return False
+
+
+def children_of(argv: list[str] | None) -> list[Child]:
+    """Return the processes to start: uvicorn and React's server of each instance."""
+    count = 1 if argv else instance_count()
+    commands = [{"args": argv}] if argv else children_of_pulse_run(command())
+    if count == 1 or len(commands) == 1:  # `pulse run` itself says why it does not start
+        return [Child(found, kind, 1) for kind, found in enumerate(commands)]
+    ports = web_ports(first_web_port(commands), count)
+    return [
+        Child(found, kind, number)
+        for number in range(1, count + 1)
+        for kind, found in enumerate(
+            commands_of_instance(commands, number, count, ports[number - 1])
+        )
+    ]
 
 
 def run_app(argv: list[str] | None = None) -> int:
-    """Run a command, by default the app's, until one of its processes ends, or until SIGTERM or
-    SIGINT; return the exit status.
+    """Run a command, by default the app's, until all of its processes of one kind have ended, or
+    until SIGTERM or SIGINT; return the exit status.
 
-    The status is the process's own, after a signal 0 if all processes have ended in time, and 127
-    if it cannot be started.
+    The status is the last process's own, after a signal 0 if all processes have ended in time, and
+    127 if one cannot be started.
     """
     received: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):  # first, since a signal may come at once
         signal.signal(number, lambda n, _: received.append(n))
     become_subreaper()
     remove_lock()
-    commands = [{"args": argv}] if argv else children_of_pulse_run(command())
-    children = {}  # kept, since a Popen that is collected waits for its process by itself
-    for child in commands:
-        if received:
-            break
-        try:
-            process = start(child)
-            children[process.pid] = process
-        except OSError as error:
-            print(f"error: {child['args'][0]}: {error.strerror}", file=sys.stderr)
-            send_signal(list(descendants(os.getpid())), signal.SIGKILL)
-            return NOT_STARTED
-    while not received:
-        time.sleep(POLL)
-        for status in [status for pid, status in reap().items() if pid in children]:
-            send_signal(list(descendants(os.getpid())), signal.SIGKILL)
-            return status if status >= 0 else 128 - status
+    children = children_of(argv)
+    first = [child for child in children if child.number == 1]
+    further = [child for child in children if child.number > 1]
+    stages = [further, first] if further else [first]
+    begun: list[Child] = []
+    waiting: set[int] = set()  # instances that have not answered yet
+    try:
+        while not received:
+            if stages and not waiting:
+                for child in stages.pop(0):
+                    begun.append(child)
+                    child.start()
+                    waiting |= {child.number} if further else set()
+            if status := end_of_all(begun, all_up=not (stages or waiting)):
+                send_signal(list(descendants(os.getpid())), signal.SIGKILL)
+                return status[0]
+            for child in begun:
+                if child.due is not None and child.due <= time.monotonic():
+                    child.start()
+            waiting = {number for number in waiting if not is_healthy(number)}
+            time.sleep(POLL)
+    except OSError as error:
+        print(f"error: {begun[-1].command['args'][0]}: {error.strerror}", file=sys.stderr)
+        send_signal(list(descendants(os.getpid())), signal.SIGKILL)
+        return NOT_STARTED
     return stop(time.monotonic() + stop_timeout())
+
+
+def end_of_all(begun: list[Child], all_up: bool) -> list[int]:
+    """Note the processes that have ended; return the container's exit status, if it ends.
+
+    It ends when all processes of a kind are down. While it starts, one is enough: a version that
+    does not come up fails its deploy.
+    """
+    ended = reap()
+    gone = [child for child in begun if child.process and child.process.pid in ended]
+    for child in gone:
+        assert child.process
+        child.ended(ended[child.process.pid])
+    for child in gone:
+        alike = [other for other in begun if other.kind == child.kind]
+        if not all_up or not any(other.process for other in alike):
+            return [child.exit_status]
+        child.tell()
+    return []
 
 
 def stop(deadline: float) -> int:

@@ -53,14 +53,15 @@ class Hosting:
         ]
         return [part for part in parts if part]
 
-    def settings(self, replicas: int) -> dict[str, Any]:
-        """Return the fields of ServiceInstanceUpdateInput.
+    def settings(self) -> dict[str, Any]:
+        """Return the fields of ServiceInstanceUpdateInput. A backend has one replica: Railway does
+        not send a tab to the same replica again.
 
         `numReplicas` alone would leave a service in Railway's default region.
         """
-        settings: dict[str, Any] = {"numReplicas": replicas}
+        settings: dict[str, Any] = {"numReplicas": 1}
         if self.region:
-            settings = {"multiRegionConfig": {self.region: {"numReplicas": replicas}}}
+            settings = {"multiRegionConfig": {self.region: {"numReplicas": 1}}}
         if self.ipv6:
             settings["ipv6EgressEnabled"] = True
         if self.tracing is not None:

@@ -69,6 +69,8 @@ def undo_on_failure(
         raise
     except BaseException as error:
         clean_up(api, target, options, attempt, output, error)
+        if isinstance(error, Interrupted):
+            error.under_way = None  # the clean-up has said what became of it
         raise
 
 

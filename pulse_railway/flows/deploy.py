@@ -20,7 +20,7 @@ from pulse_railway.app_identity import AppIdentity
 from pulse_railway.build_context import secrets_in_image
 from pulse_railway.config import AppConfig, Target, inside
 from pulse_railway.errors import Failure
-from pulse_railway.flows import backend_settings, images, preview
+from pulse_railway.flows import backend_settings, images, instances, preview
 from pulse_railway.flows.backend_settings import Hosting
 from pulse_railway.flows.bake import bake, is_over
 from pulse_railway.flows.baseline import warn_of_lost_variables
@@ -38,6 +38,7 @@ from pulse_railway.flows.deploy_lock import (
 from pulse_railway.flows.reachability import (
     backend_address,
     store_last_promoted,
+    wait_for_instances,
     wait_until_active,
     wait_until_reachable,
     wait_until_rendered,
@@ -135,8 +136,6 @@ def check(options: DeployOptions, output: Output) -> Plan:
             f"the app's server address is {options.server_address}, and must be https in"
             " production: set server_address on ps.App, or pass --server-address https://..."
         )
-    if options.replicas > 1:
-        output.warn("with several replicas a tab can reach one that does not know it: use 1")
     if "127.0.0.1" not in app.internal_address:
         output.warn(
             f"the app renders its pages through {app.internal_address}, so a page of one deployment"
@@ -276,6 +275,8 @@ def backend_variables(plan: Plan, stack: Stack) -> dict[str, str]:
         contract.PUBLIC_ORIGIN: plan.options.server_address or stack.address,
         contract.PORT: str(contract.DEFAULT_PORT),
     }
+    if plan.options.instances > 1:
+        managed[contract.INSTANCES] = str(plan.options.instances)
     if not plan.options.deployment_id:
         managed[contract.NAME] = plan.options.deployment_name.strip()
     if plan.app.uses_session_store:
@@ -333,9 +334,15 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
                 require_steps(api, stack)
             if plan.preview_key:
                 preview.require_previews(api, stack)
+            instances.require_instances(api, stack, plan.options.instances)
             plan = free_name(api, plan, stack, attempt, output)
             hosting = backend_settings.choose_hosting(api, stack, plan.options, output)
             plan = replace(plan, hosting=hosting)
+            warning = instances.size_warning(
+                plan.options.instances, hosting.vcpus, hosting.memory_gb
+            )
+            if warning:
+                output.warn(warning)
             if plan.options.from_:
                 image = images.find_image(api, stack, plan.options.from_)
                 plan = replace(plan, options=replace(plan.options, image=image))
@@ -360,6 +367,8 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
         with step(output, attempt, "reach it through the router"):
             name, closed = plan.deployment_id, plan.options.preview
             wait_until_reachable(api, stack, name, output, by_affinity=True, preview=closed)
+            if (count := plan.options.instances) > 1:
+                wait_for_instances(api, stack, name, count, output, preview=closed)
         with step(output, attempt, f"see its page {plan.app.plugin.check_path}"):
             wait_for_page(api, stack, plan, attempt, output)
         if plan.preview_key:
@@ -399,6 +408,7 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
         "digest": digest,
         "active": attempt.promoted and as_canary is None and not is_over(baking),
         "canary": as_canary,
+        "instances": plan.options.instances,
         "bake": baking,
         "drains": None if plan.options.evict else attempt.drains,
         "preview": plan.preview_key and preview.link(stack, plan.deployment_id, plan.preview_key),
@@ -519,7 +529,7 @@ def create_backend(
             group_id=stack.router.group_id,
             settings={
                 **backend_settings.FIXED,
-                **plan.hosting.settings(plan.options.replicas),
+                **plan.hosting.settings(),
                 "startCommand": plan.start_command,
                 **pre_deploy,
                 **(registry.setting(plan.image) if registry and plan.image else {}),
@@ -579,6 +589,7 @@ def register(
         held=not plan.options.promote or plan.options.canary is not None,
         about=about,
         preview=plan.preview_hash,
+        instances=plan.options.instances,
         renew=attempt.renewal(LATE_LEASE + plan.options.bake),
         warn=output.warn,
     )

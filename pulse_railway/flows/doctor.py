@@ -17,7 +17,7 @@ import httpx
 from pulse_railway import app_identity, config, contract, options, router_commands
 from pulse_railway.advice import pasteable
 from pulse_railway.errors import Failure
-from pulse_railway.flows import deploy, status
+from pulse_railway.flows import deploy, instances, status
 from pulse_railway.flows.baseline import NO_PROJECT_TOKEN
 from pulse_railway.flows.init import page_without_script
 from pulse_railway.options import DeployOptions
@@ -124,6 +124,10 @@ def check_app(checkup: Checkup, flags: dict[str, Any]) -> deploy.Plan | None:
     ):
         if warning:
             checkup.add("Railway's configuration files", "warning", warning)
+    if (count := parsed[0].instances) > 1:
+        size = instances.size_warning(count, parsed[0].vcpus, parsed[0].memory_gb)
+        said = f"{count} instances: {instances.ALIKE}" + (f". {size}" if size else "")
+        checkup.add("its processes", "warning", said)
     check_react(checkup, parsed[0])
     return plans[0] if plans else None
 

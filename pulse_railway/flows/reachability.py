@@ -253,6 +253,39 @@ def wait_until_rendered(
         ) from None
 
 
+def wait_for_instances(
+    api: Api, stack: Stack, deployment_id: str, count: int, output: Output, *, preview: bool
+) -> None:
+    """Request each process of a deployment from the public address until all have answered.
+
+    Raises Failure if one does not, and at once if the app runs another number of them.
+    """
+    for number in range(1, count + 1):
+        name = f"{deployment_id}.{number}" if number > 1 else deployment_id
+        url = httpx.URL(stack.address + contract.META_PATH)
+
+        def good(answer: httpx.Response, number: int = number) -> tuple[bool, str]:
+            try:
+                found = answer.json() if answer.status_code == 200 else {}
+                running = found.get("instances", 1) if found else count
+            except (ValueError, AttributeError):
+                found, running = {}, count
+            if running != count and found.get("deployment_id") == deployment_id:
+                raise Failure(
+                    f"{deployment_id} runs {running} process instead of {count}: its image needs"
+                    " this version of pulse-railway or a later one, and `pulse-railway serve` as"
+                    " its start command"
+                )
+            return found.get("instance") == number, f"status {answer.status_code}"
+
+        def inside() -> None:
+            return None  # what the edge hides cannot be asked: the health check has passed
+
+        url = url.copy_merge_params({contract.AFFINITY_QUERY: name})
+        label = f"instance {name}"
+        _wait(stack, url, {}, good, inside, label, ROUTED_TIMEOUT, 1, preview, output)
+
+
 def wait_until_active(api: Api, stack: Stack, deployment_id: str, output: Output) -> None:
     """Wait until this deployment answers requests without affinity.
 

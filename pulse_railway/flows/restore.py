@@ -8,6 +8,7 @@ from typing import Any
 
 from pulse_railway import contract, router_commands
 from pulse_railway.errors import Failure, Refused
+from pulse_railway.flows.instances import as_recorded, of_service
 from pulse_railway.flows.owner import has_other_owner, take_over_state
 from pulse_railway.flows.preview import has_hash, is_preview, release
 from pulse_railway.flows.promote import check_answers
@@ -69,15 +70,17 @@ def restore(api: Api, stack: Stack, deployment_id: str | None, output: Output) -
         if not is_preview(s) or (state.get("previews") and has_hash(s)) or s.deployment_id == active
     ]
     with output.step("find the deployments' addresses"):
+        addresses = {s.id: backend_address(api, stack.target, s.id) for s in restored}
         records = [
             {
                 "deployment_id": service.deployment_id,
                 "service_name": service.name,
                 "service_id": service.id,
-                "address": backend_address(api, stack.target, service.id),
+                "address": addresses[service.id],
                 "registered_at": datetime.fromisoformat(service.created_at).timestamp(),
                 "drain_started_at": None,
                 "about": stored_about(service),
+                **as_recorded(addresses[service.id], of_service(service)),
                 **(as_preview(service) if service.deployment_id != active else {}),
             }
             for service in restored

@@ -64,6 +64,7 @@ def status(api: Api, stack: Stack) -> dict[str, Any]:
                 "age_seconds": round(service.age) if service else None,
                 "drain_started_at": record.get("drain_started_at"),
                 "sessions": record.get("sessions"),
+                "instances": 1 + len(record.get("instances") or {}),
                 "weight": record.get("weight"),
                 "rolled_back": bool(record.get("rejected_at")),
                 "about": record.get("about") or {},
@@ -196,7 +197,8 @@ def active_problems(state: dict[str, Any], stack: Stack) -> list[str]:
     messages = []
     for record in state["deployments"]:
         name = record["deployment_id"]
-        if record.get("wrong_token"):
+        # without a service, another stack's may answer to its name
+        if record.get("wrong_token") and stack.backend(name):
             messages.append(wrong_token_message(name, name == state["active"], stack))
             continue
         if name != state["active"] or record.get("sessions", 0) is not None:

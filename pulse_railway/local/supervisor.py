@@ -23,6 +23,7 @@ import socket
 import sys
 import time
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,6 +31,7 @@ from typing import Any
 
 import httpx
 
+from pulse_railway import contract
 from pulse_railway.build_context import instructions, missing_sources
 from pulse_railway.local import uploads
 from pulse_railway.local.state import (
@@ -74,8 +76,8 @@ PORTS = range(10_000, 32_000)  # below Linux's ephemeral ports, which outgoing c
 _port_offsets = itertools.count(secrets.randbelow(len(PORTS)))
 
 
-def free_port() -> int:
-    """Return a free port of the loopback.
+def free_port(room: int = 1) -> int:
+    """Return a free port of the loopback, the first of `room`.
 
     Port 0 would give an ephemeral port, which an outgoing connection may take before the server
     binds it. The ports are tried in order, so that no port is returned twice before its server has
@@ -83,8 +85,10 @@ def free_port() -> int:
     """
     while True:
         port = PORTS[next(_port_offsets) % len(PORTS)]
-        with socket.socket() as sock, contextlib.suppress(OSError):
-            sock.bind(("127.0.0.1", port))
+        taken = [next(_port_offsets) for _ in range(room - 1)]
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for number in range(port, port + len(taken) + 1):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", number))
             return port
 
 
@@ -95,6 +99,13 @@ def is_free(port: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def instance_count(variables: Mapping[str, str]) -> int:
+    """Return how many processes of a container listen, on ports one behind another."""
+    with contextlib.suppress(ValueError):
+        return contract.parse_instances(variables.get(contract.INSTANCES) or "1")
+    return 1
 
 
 def is_local_process(pid: int, root: Path) -> bool:
@@ -489,7 +500,7 @@ class Supervisor:
         build: Build,
         region: str | None = None,
     ) -> Running:
-        port = free_port()
+        port = free_port(instance_count(deployment.variables))
         env = self.environment(instance, deployment, build, port, region)
         argv = build.command
         if build.ready_by_port:  # Redis takes its port and password as arguments
@@ -843,9 +854,13 @@ class Supervisor:
             elif running and not running.ended:
                 variables = running.deployment.variables
                 declared = variables.get("PORT") or variables.get("REDISPORT") or "6379"
-                hosts[private_domain(service)] = {declared: running.port}
-                ports = [r.port for r in self.targets(instance) if not r.ended]
-                hosts["replicas"][private_domain(service)] = ports
+                hosts[private_domain(service)] = {
+                    str(int(declared) + k): running.port + k
+                    for k in range(instance_count(variables))
+                }
+                hosts["replicas"][private_domain(service)] = [
+                    one.port for one in self.targets(instance) if not one.ended
+                ]
         path = self.hosts_file(environment_id)
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(hosts))

@@ -27,7 +27,9 @@ def _local_address(host, port):  # type: ignore[no-untyped-def]
     address = "::1" if hosts.get("ipv6") else "127.0.0.1"
     if str(port) not in ports:
         return address, 9  # discard: nothing listens on an undeclared port
-    return address, random.choice(hosts.get("replicas", {}).get(name) or [ports[str(port)]])
+    first = min(ports.values())  # of a container's ports, which are one behind another
+    replica = random.choice(hosts.get("replicas", {}).get(name) or [first])
+    return address, replica + ports[str(port)] - first
 
 
 def _getaddrinfo(host, port, *args, **kwargs):  # type: ignore[no-untyped-def]

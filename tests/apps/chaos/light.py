@@ -1,6 +1,8 @@
 """A backend that starts in no time and answers what the chaos run's clients ask (tests/chaos.py).
 
 PULSE_DEPLOYMENT_ID=a PORT=8000 python light.py
+
+With PULSE_RAILWAY_INSTANCE it is one of several processes, of which the first counts all sockets.
 """
 
 import asyncio
@@ -11,6 +13,10 @@ import os
 import signal
 
 NAME = os.environ["PULSE_DEPLOYMENT_ID"]
+INSTANCE = int(os.environ.get("PULSE_RAILWAY_INSTANCE", "1"))
+INSTANCES = int(os.environ.get("PULSE_RAILWAY_INSTANCES", "1"))
+PORT = int(os.environ["PORT"])
+PROCESS = NAME if INSTANCE == 1 else f"{NAME}.{INSTANCE}"
 sockets = 0
 
 
@@ -28,7 +34,10 @@ async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
             if path == "/stream":
                 await stream(writer)
             else:
-                status, kind, answer = respond(method.decode(), path, body)
+                if path.startswith("/_pulse/internal/railway/"):
+                    status, kind, answer = await count_sockets(head)
+                else:
+                    status, kind, answer = respond(method.decode(), path, body)
                 lines = [f"HTTP/1.1 {status} X", f"content-type: {kind}"]
                 lines += [f"content-length: {len(answer)}", "", ""]
                 writer.write("\r\n".join(lines).encode() + answer)
@@ -44,11 +53,26 @@ def respond(method: str, path: str, body: bytes) -> tuple[int, str, bytes]:
     if path == "/upload":
         return 200, "text/plain", f"{NAME} {hashlib.sha256(body).hexdigest()}".encode()
     if path in ("/work", "/_pulse/meta", "/_pulse/health"):
-        return 200, "application/json", json.dumps({"deployment_id": NAME}).encode()
-    if path.startswith("/_pulse/internal/railway/"):
-        found = {"render_session_count": sockets, "reloaded_socket_count": sockets}
+        found = {"deployment_id": NAME, "process": PROCESS}
         return 200, "application/json", json.dumps(found).encode()
     return 404, "text/plain", b"not here"
+
+
+async def count_sockets(head: bytes) -> tuple[int, str, bytes]:
+    found, kind = sockets, "application/json"
+    for number in range(2, INSTANCES + 1) if INSTANCE == 1 else ():
+        try:
+            async with asyncio.timeout(3):
+                reader, writer = await asyncio.open_connection("127.0.0.1", PORT + number - 1)
+                writer.write(head)
+                answer = await reader.readuntil(b"\r\n\r\n")
+                length = answer.lower().partition(b"content-length: ")[2].split()[0]
+                found += json.loads(await reader.readexactly(int(length)))["render_session_count"]
+                writer.close()
+        except (OSError, EOFError, TimeoutError):
+            return 503, kind, b"{}"
+    counts = {"render_session_count": found, "reloaded_socket_count": found}
+    return 200, kind, json.dumps(counts).encode()
 
 
 async def stream(writer: asyncio.StreamWriter) -> None:
@@ -73,7 +97,7 @@ async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
             data = await reader.readexactly(length & 127)
             if first & 15 != 1:
                 return
-            text = NAME.encode() + b" " + bytes(b ^ mask[i % 4] for i, b in enumerate(data))
+            text = PROCESS.encode() + b" " + bytes(b ^ mask[i % 4] for i, b in enumerate(data))
             writer.write(bytes((0x81, len(text))) + text)
             await writer.drain()
     finally:
@@ -81,7 +105,7 @@ async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
 
 
 async def main() -> None:
-    server = await asyncio.start_server(handle, "127.0.0.1", int(os.environ["PORT"]), backlog=512)
+    server = await asyncio.start_server(handle, "127.0.0.1", PORT, backlog=512)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, os._exit, 0)
     async with server:
         await server.serve_forever()

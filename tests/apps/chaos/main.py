@@ -13,6 +13,8 @@ from fastapi.responses import HTMLResponse, PlainTextResponse, StreamingResponse
 from pulse_railway import RailwayPlugin, RailwaySessionStore
 
 NAME = os.environ.get("PULSE_DEPLOYMENT_ID", "none")
+INSTANCE = os.environ.get("PULSE_RAILWAY_INSTANCE", "1")
+PROCESS = NAME if INSTANCE == "1" else f"{NAME}.{INSTANCE}"
 
 
 class Counter(ps.State):
@@ -59,7 +61,7 @@ def asset(name: str) -> PlainTextResponse:
 
 @app.fastapi.get("/work")
 def work() -> dict[str, str]:
-    return {"deployment_id": NAME}
+    return {"deployment_id": NAME, "process": PROCESS}
 
 
 @app.fastapi.post("/upload")
@@ -82,6 +84,6 @@ async def talk(socket: WebSocket) -> None:
     await socket.accept()
     try:
         while True:
-            await socket.send_text(f"{NAME} {await socket.receive_text()}")
+            await socket.send_text(f"{PROCESS} {await socket.receive_text()}")
     except WebSocketDisconnect:
         pass

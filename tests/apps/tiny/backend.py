@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -26,6 +27,9 @@ class Handler(BaseHTTPRequestHandler):
             answer |= {"render_session_count": count, "reloaded_socket_count": count}
             if self.command == "POST" and SESSIONS.exists():  # its tabs are told to reload
                 SESSIONS.with_suffix(".told").touch()
+        elif path == "/_pulse/meta" and not os.environ.get("TINY_OLD"):
+            number = self.server.server_address[1] - PORT + 1
+            answer |= {"instance": number, "instances": INSTANCES}
         elif path == "/environment":
             answer = dict(os.environ)
         elif path == "/work" and os.environ.get("TINY_BROKEN"):
@@ -43,4 +47,8 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-ThreadingHTTPServer(("0.0.0.0", int(os.environ["PORT"])), Handler).serve_forever()
+PORT, INSTANCES = int(os.environ["PORT"]), int(os.environ.get("PULSE_RAILWAY_INSTANCES", "1"))
+for number in range(2, INSTANCES + 1):
+    further = ThreadingHTTPServer(("0.0.0.0", PORT + number - 1), Handler)
+    threading.Thread(target=further.serve_forever, daemon=True).start()
+ThreadingHTTPServer(("0.0.0.0", PORT), Handler).serve_forever()
