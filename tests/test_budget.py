@@ -51,8 +51,7 @@ def test_a_deploy_of_five_minutes_makes_at_most_50_calls(base: Project, clock: C
     """Before there were 165; the railway CLI's own calls are counted."""
 
     def calls() -> dict[str, Any]:
-        stats = base.railway.api.replace("/graphql/v2", "/local/stats")
-        return dict(base.stage.get(stats, reset="1").json())
+        return dict(base.railway.local("stats", reset="1"))
 
     calls()
     base.deploy("second")
