@@ -327,7 +327,6 @@ def unowned(
             related = ties_to(service, router, names) is True
         case _:
             refers = service.refers_to()
-            # it refers to deleted services, and no janitor is left that names their router
             # it refers to deleted services, and nothing is left of a stack that may be its own
             ids = {router.id, *(s.id for s in services)}
             nothing_left = all(s.stamp.router_id in ids for s in services if s.stamp)

@@ -201,6 +201,8 @@ class Limits:
     restarts: int = 3  # of a background task in `restart_seconds`, then the process ends
     restart_seconds: float = 60.0
     shutdown_seconds: float = 25.0
+    tunnel_drain_seconds: float = 15.0  # of it, in which tunnels are closed one by one
+    quiet_seconds: float = 0.5  # since a tunnel's last data, when it is closed
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Limits:
@@ -3235,7 +3237,7 @@ class TunnelEnd(asyncio.Protocol):
         self.transport, self.process = transport, process
         self.peer: TunnelEnd = self
         self.ended = self.lost = False  # EOF was received; the connection was lost
-        self.since = 0.0  # of an ending tunnel: time of the last data
+        self.since = time.monotonic()  # the time of the last data
         self.opened = 0.0  # of a young tunnel's backend's end: monotonic
         self.seen: Seen | None = None
 
@@ -3246,8 +3248,7 @@ class TunnelEnd(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.peer.transport.write(data)
-        if self.peer.ended:
-            self.peer.since = time.monotonic()
+        self.since = time.monotonic()
         if self.peer.opened and ends_with_close(data):
             self.peer.opened = 0.0  # the client leaves: a backend then closes first
 
@@ -3302,15 +3303,37 @@ class TunnelEnd(asyncio.Protocol):
         if not self.peer.ended and not self.peer.transport.is_closing():
             self.peer.transport.resume_reading()
 
+    @property
+    def last_data(self) -> float:
+        """The time of the last data in either direction, monotonic."""
+        return max(self.since, self.peer.since)
+
     def check_time(self, now: float, limits: Limits) -> None:
         near, far = self, self.peer
         if far.opened and now - far.opened > limits.short_tunnel_seconds:
             far.opened = 0.0
         limit = limits.flush_seconds if near.lost or far.lost else limits.half_closed_seconds
         ending = near.lost or far.lost or near.ended or far.ended
-        if ending and now - max(near.since, far.since) > limit:
+        if ending and now - near.last_data > limit:
             near.transport.abort()
             far.transport.abort()
+
+
+CLOSE_TICK = 0.1  # seconds
+
+
+async def close_tunnels(limits: Limits) -> None:
+    """Close all tunnels at shutdown, one by one over `tunnel_drain_seconds`, so that not all tabs
+    connect again at once. Each is closed when no data passes; the rest at the end."""
+    end = time.monotonic() + min(limits.tunnel_drain_seconds, limits.shutdown_seconds - 1)
+    while tunnels := [tunnel for tunnel in TunnelEnd.open if not tunnel.transport.is_closing()]:
+        now = time.monotonic()
+        quiet = [t for t in tunnels if t.last_data < now - limits.quiet_seconds or now >= end]
+        quiet.sort(key=lambda tunnel: tunnel.last_data)
+        ticks = max((end - now) / CLOSE_TICK, 1.0)
+        for tunnel in quiet[: math.ceil(len(tunnels) / ticks)]:
+            tunnel.transport.close()
+        await asyncio.sleep(CLOSE_TICK)
 
 
 def ends_with_close(data: bytes) -> bool:
@@ -4078,9 +4101,12 @@ def listen(host: str | None, port: int) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, with a shutdown that does not wait for tunnels: they are closed last."""
+    """uvicorn's server, with a shutdown that closes tunnels, too."""
 
     async def _wait_tasks_to_complete(self) -> None:
+        await asyncio.gather(self._wait_for_requests(), close_tunnels(TABLE.limits))
+
+    async def _wait_for_requests(self) -> None:
         while (self.server_state.connections or self.server_state.tasks) and not self.force_exit:
             await asyncio.sleep(0.05)
 

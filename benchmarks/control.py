@@ -10,9 +10,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
-import httpx
 from rich.console import Console
 from rich.table import Table
 
@@ -78,10 +76,10 @@ def measure(
     )["projectCreate"]
     target = ["--project-id", project["id"]]
     target += ["--environment-id", project["environments"]["edges"][0]["node"]["id"]]
-    local(stage, "faults", {"faults": [], "latency": LATENCY})
+    stage.local("faults", {"faults": [], "latency": LATENCY})
     calls, seconds = {}, {}
     for step, arguments in STEPS.items():
-        before, began = local(stage, "stats")["documents"], time.monotonic()
+        before, began = stage.local("stats")["documents"], time.monotonic()
         subprocess.run(
             [*command, *arguments, *target],
             cwd=app,
@@ -91,15 +89,10 @@ def measure(
             timeout=300,
         )
         seconds[step] = time.monotonic() - began
-        calls[step] = local(stage, "stats")["documents"] - before
-    local(stage, "faults", {"faults": []})
+        calls[step] = stage.local("stats")["documents"] - before
+    stage.local("faults", {})
     stage.graphql("mutation D($i: String!) { projectDelete(id: $i) }", i=project["id"])
     return calls, seconds
-
-
-def local(stage: demo.Stage, path: str, body: Any = None) -> Any:
-    url = stage.api.replace("/graphql/v2", f"/local/{path}")
-    return (httpx.post(url, json=body) if body else httpx.get(url)).json()
 
 
 if __name__ == "__main__":

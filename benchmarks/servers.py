@@ -122,6 +122,7 @@ def state(backend_port: int, folder: Path) -> Iterator[dict[str, str]]:
     """Run a Redis with one active deployment, `bench-1`; yield the routers' environment."""
     port = free_port()
     command = [redis_executable(), "--port", str(port), "--save", "", "--bind", "127.0.0.1"]
+    command += ["--dir", str(folder)]  # where no dump.rdb is
     with process("redis", command, port, core=1):
         record = {
             "deployment_id": "bench-1",

@@ -79,6 +79,19 @@ class Stage:
             raise RuntimeError(answer["errors"])
         return answer["data"]
 
+    def local(self, path: str, body: Any = None, **params: str) -> Any:
+        """Return what the local Railway's own `/local/<path>` answers; with a `body` by POST.
+
+        Raises httpx.HTTPStatusError if it refuses.
+        """
+        from pulse_railway.local.guard import key_header
+
+        url = self.api.replace("/graphql/v2", f"/local/{path}")
+        method = "GET" if body is None else "POST"
+        headers = key_header(self.root)
+        answer = request(method, url, json=body, params=params, headers=headers, timeout=60)
+        return answer.raise_for_status().json()
+
     def services(self) -> dict[str, dict[str, str]]:
         """Return the ids of the services, by service name."""
         data = self.graphql(SERVICES, environment=self.env["RAILWAY_ENVIRONMENT_ID"])
@@ -109,6 +122,7 @@ class Stage:
 
 # for the local Railway itself, which has no TLS: `verify` would cost 20 ms, to read CA files
 post = functools.partial(httpx.post, verify=False)
+request = functools.partial(httpx.request, verify=False)
 
 
 @functools.cache
@@ -125,9 +139,14 @@ def stage(
     Args:
         module: the Python module to run, with `root` and `arguments`.
     """
+    from pulse_railway.errors import Failure
+    from pulse_railway.local.guard import make_private
     from pulse_railway.local.server import LocalRailway
 
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        make_private(root)
+    except Failure as failure:
+        raise SystemExit(f"error: {failure}") from None
     with (root / "server.log").open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", module, str(root), *arguments],
@@ -159,7 +178,7 @@ def _wait_until_up(root: Path, process: subprocess.Popen[bytes]) -> None:
             raise SystemExit(f"the local Railway did not start; see {root / 'server.log'}")
         try:
             port = json.loads((root / "state.json").read_text())["api_port"]
-            httpx.get(f"http://127.0.0.1:{port}/local/stats", timeout=1)
+            httpx.get(f"http://127.0.0.1:{port}/", timeout=1)
             return
         except (OSError, ValueError, KeyError, httpx.HTTPError, httpx.InvalidURL):
             time.sleep(0.1)
@@ -322,9 +341,11 @@ def play_once(*, job: bool = False) -> int:
 
 
 def stay(root: Path) -> int:
+    from pulse_railway.local.guard import PAGE_FILE
+
     try:
         with stage(root) as s:
-            page = s.api.removesuffix("/graphql/v2")
+            page = (root / PAGE_FILE).as_uri()  # its own address would need the key
             print(f"watch it at {page}", flush=True)
             if os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
                 webbrowser.open(page)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import posixpath
 import re
 import shlex
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -66,14 +68,62 @@ def _matches_any(name: str, patterns: tuple[str, ...]) -> bool:
 
 def copy_sources(dockerfile: Path) -> list[str]:
     """Return the sources of COPY and ADD in the context, not those in other stages or images."""
-    sources: list[str] = []
+    return [
+        source.removeprefix("./").strip("/") or "."
+        for name, rest in instructions(dockerfile)
+        for source in _sources(name, rest)
+    ]
+
+
+def _sources(name: str, rest: str) -> list[str]:
+    """Return the sources that one instruction copies out of the context, as they are written."""
+    if name not in ("COPY", "ADD") or re.search(r"(^|\s)--from=", rest):
+        return []
+    rest = re.sub(r"^(--\S+\s+)+", "", rest)
+    words = json.loads(rest) if rest.startswith("[") else shlex.split(rest)
+    return [str(word) for word in words[:-1]]
+
+
+def missing_sources(context: Path, dockerfile: Path, variables: Mapping[str, str]) -> list[str]:
+    """Return the sources of COPY and ADD that the context lacks, or its .dockerignore leaves out.
+
+    A wildcard need not match (BuildKit's AllowEmptyWildcard). Addresses and here-documents are no
+    files. `variables` are the build's: an ARG gets its value from them, or its default.
+    """
+    values: dict[str, str] = {}
+    ignore = ignored(context, dockerfile)
+    missing = []
     for name, rest in instructions(dockerfile):
-        if name not in ("COPY", "ADD") or re.search(r"(^|\s)--from=", rest):
-            continue
-        rest = re.sub(r"^(--\S+\s+)+", "", rest)
-        words = json.loads(rest) if rest.startswith("[") else shlex.split(rest)
-        sources += [str(word).removeprefix("./").strip("/") or "." for word in words[:-1]]
-    return sources
+        for key, default in _assignments(name, rest):
+            given = variables.get(key) if name == "ARG" else None
+            value = values.get(key, "") if default is None else _expanded(default, values)
+            values[key] = value if given is None else given
+        for source in (_expanded(source, values) for source in _sources(name, rest)):
+            path = posixpath.normpath(f"/{source}").strip("/")
+            is_file = not re.search(r"[*?\[]|://|^git@|^<<", source)
+            if is_file and path and (ignore(path) or not (context / path).exists()):
+                missing.append(path)
+    return missing
+
+
+def _assignments(name: str, rest: str) -> list[tuple[str, str | None]]:
+    """Return what an ARG or ENV sets, None for an ARG without a default."""
+    if name not in ("ARG", "ENV"):
+        return []
+    words = shlex.split(rest)
+    if name == "ENV" and words and "=" not in words[0]:
+        return [(words[0], " ".join(words[1:]))]
+    pairs = [word.partition("=") for word in words]
+    return [(key, value if equals else None) for key, equals, value in pairs]
+
+
+def _expanded(text: str, values: Mapping[str, str]) -> str:
+    """Return a text with `$NAME`, `${NAME}` and `${NAME:-default}` replaced."""
+    return re.sub(
+        r"\$(?:(\w+)|\{(\w+)(?::?-([^}]*))?\})",
+        lambda m: values.get(m[1] or m[2]) or m[3] or "",
+        text,
+    )
 
 
 def _is_copied(path: str, sources: list[str]) -> bool:

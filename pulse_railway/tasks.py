@@ -339,21 +339,31 @@ def local(_: Any, dir: str = ".local-railway", env: bool = False) -> None:
     """Run a Railway on this machine until Ctrl-C, to rehearse deploys without an account."""
     import shlex
 
+    from invoke.exceptions import Exit
+
+    from pulse_railway.errors import Failure
+
     root = Path(dir).resolve()
     try:
-        from pulse_railway.local import server
+        from pulse_railway.local import guard, server
     except ImportError as error:
-        from invoke.exceptions import Exit
-
         raise Exit(
             f"error: {error.name} is missing: pip install 'pulse-railway[local]'", 1
         ) from None
-    railway = server.LocalRailway(root)
+    try:
+        railway = server.LocalRailway(root)
+    except Failure as failure:
+        raise Exit(f"error: {failure}", 1) from None
     if env:
         for name, value in railway.environment().items():
             print(f"export {name}={shlex.quote(value)}")
         return
+    try:
+        railway.claim()
+    except Failure as failure:
+        raise Exit(f"error: {failure}", 1) from None
     print(f"a local Railway at {railway.url}, kept in {root}", file=sys.stderr)
+    print(f"open its page with {(root / guard.PAGE_FILE).as_uri()}", file=sys.stderr)
     print("point a shell at it with", file=sys.stderr)
     print(f'  eval "$(pulse-railway local --env --dir {shlex.quote(dir)})"', file=sys.stderr)
     server.serve(railway)

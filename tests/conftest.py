@@ -155,7 +155,8 @@ class Process:
 class Redis:
     """A redis-server that a test may stop and start again on the same port.
 
-    With a folder it keeps all its data over that, else none.
+    With a folder it keeps all its data over that. Else it keeps none, and has a folder of its own:
+    it would load the `dump.rdb` of a shared one.
     """
 
     def __init__(self, port: int | None = None, folder: Path | None = None) -> None:
@@ -166,8 +167,9 @@ class Redis:
         self.start()
 
     def start(self) -> None:
+        self.own = tempfile.TemporaryDirectory()
         command = [redis_executable(), "--port", str(self.port), "--bind", "127.0.0.1"]
-        command += ["--save", "", "--dir", str(self.folder or tempfile.gettempdir())]
+        command += ["--save", "", "--dir", str(self.folder or self.own.name)]
         if self.folder:
             command += ["--appendonly", "yes", "--appendfsync", "always"]
         self.process = Process(command, self.port).wait()
@@ -178,6 +180,7 @@ class Redis:
         if self.process:
             self.process.stop(signal.SIGKILL)
             self.process = None
+            self.own.cleanup()
 
     def signal(self, number: int) -> None:
         """Send a signal: SIGSTOP freezes the server, SIGCONT continues it."""
@@ -292,8 +295,7 @@ def set_faults(stage: demo.Stage, **body: Any) -> None:
 
     The cron does not run, since the janitor would change what a test checks.
     """
-    url = stage.api.replace("/graphql/v2", "/local/faults")
-    demo.post(url, json={"clock": False, **body}).raise_for_status()
+    stage.local("faults", {"clock": False, **body})
 
 
 @contextlib.contextmanager
@@ -524,12 +526,11 @@ class Project:
 
         `exit` is its exit status; `refused` its last line, if it has made no report.
         """
-        url = self.railway.api.replace("/graphql/v2", f"/local/cron/{service}")
         target = {"project": self.id, "environment": self.environment}
         answers: list[Any] = []
 
         def ran() -> bool:  # false while the run of a control command has not ended
-            answers.append(demo.post(url, params=target, timeout=60).json())
+            answers.append(self.railway.local(f"cron/{service}", {}, **target))
             return answers[-1]["exit"] is not None
 
         eventually(ran, 60)

@@ -7,13 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from graphql import GraphQLObjectType, GraphQLSchema, build_schema, parse, validate
+from graphql import (
+    GraphQLInputObjectType,
+    GraphQLObjectType,
+    GraphQLSchema,
+    build_schema,
+    is_required_input_field,
+    parse,
+    validate,
+)
 
 from examples import demo
 from pulse_railway import runtime_image
 from pulse_railway.local import api as local_api
 from pulse_railway.local import cli as local_cli
 from pulse_railway.railway import documents
+from tests import test_real_cli
 
 janitor: Any = runtime_image.load("janitor")
 ownership: Any = runtime_image.load("ownership")
@@ -28,6 +37,9 @@ SENT = {
     "configure": documents.configure(variables=2, settings=2, disconnect=1, patch=True),
     "configure_variables": documents.configure(variables=1),
     "finish": documents.configure(variables=2, deletions=2),
+    **{f"railway {verb}": text for verb, text in test_real_cli.DOCUMENTS.items()},
+    **{f"railway {verb}": text for verb, text in test_real_cli.CHANGES.items()},
+    "railway logs --build": test_real_cli.LOGS,
 }
 
 
@@ -65,8 +77,12 @@ def test_the_local_schema_is_a_part_of_railways(real: GraphQLSchema) -> None:
             other = theirs.fields[field]
             assert str(value.type) == str(other.type), f"{name}.{field}"
             if isinstance(ours, GraphQLObjectType):
+                assert set(value.args) == set(other.args), f"{name}.{field}"
                 arguments = {k: str(a.type) for k, a in value.args.items()}
                 assert arguments == {k: str(a.type) for k, a in other.args.items()}, field
+        if isinstance(ours, GraphQLInputObjectType):
+            needed = {k for k, f in theirs.fields.items() if is_required_input_field(f)}
+            assert needed <= set(ours.fields), name
         if hasattr(ours, "values"):
             assert set(ours.values) == set(theirs.values), name
 

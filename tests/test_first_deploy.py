@@ -139,7 +139,7 @@ class Newcomer:
 def listens(state: Path) -> bool:
     try:
         port = json.loads(state.read_text())["api_port"]
-        return httpx.get(f"http://127.0.0.1:{port}/local/stats").status_code == 200
+        return httpx.get(f"http://127.0.0.1:{port}/").status_code == 200
     except (OSError, ValueError, KeyError, httpx.HTTPError, httpx.InvalidURL):
         return False
 

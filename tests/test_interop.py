@@ -245,9 +245,7 @@ def test_the_version_before_shares_a_stack_with_this_one(
 
 
 def stats(project: Project) -> Any:
-    import httpx
-
-    return httpx.get(project.railway.api.replace("/graphql/v2", "/local/stats")).json()
+    return project.railway.local("stats")
 
 
 def domain(project: Project) -> str:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
-import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -66,8 +65,8 @@ def step_01_the_router_has_none(base: Project) -> None:
     """It held the token in its variables and its process, and never read it."""
     account = base.env["RAILWAY_API_TOKEN"]
     assert tokens(base) == (contract.NO_TOKEN, account)
-    stats = httpx.get(base.railway.api.replace("/graphql/v2", "/local/stats")).json()
-    environ = Path(f"/proc/{stats['pids']['pulse-router']}/environ").read_bytes()
+    process = base.railway.local("stats")["pids"]["pulse-router"]
+    environ = Path(f"/proc/{process}/environ").read_bytes()
     assert environ
     assert account.encode() not in environ
     assert base.ok("ensure", "main.py")["changed"] == []

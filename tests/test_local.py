@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -13,8 +16,9 @@ import httpx
 import pytest
 
 from examples import demo
+from pulse_railway.local import guard
 from pulse_railway.local.supervisor import cron_matches
-from tests.conftest import TINY, Project, pulse_railway, redis_of, set_faults
+from tests.conftest import TINY, Project, Redis, pulse_railway, redis_of, set_faults
 from tests.net import eventually
 from tests.test_local_restart import shell
 
@@ -216,9 +220,40 @@ def test_orders_that_are_not_understood(railway: demo.Stage) -> None:
         b'{"faults": 1}',
         b'{"edge": "pdf"}',
     ):
-        answer = httpx.post(url, content=wrong)
+        headers = {**guard.key_header(railway.root), "content-type": "application/json"}
+        answer = httpx.post(url, content=wrong, headers=headers)
         assert answer.status_code == 400, wrong
         assert answer.json()["message"].startswith("not a fault that is known")
+
+
+def test_a_build_fails_where_a_source_is_missing(project: Project, tmp_path: Path) -> None:
+    (tmp_path / "Dockerfile").write_text("FROM python:3.12\nCOPY requirements.txt .\nCMD sleep 9\n")
+    where = {"projectId": project.id, "environmentId": project.environment, "name": "lacking"}
+    create = "mutation ($i: ServiceCreateInput!) { serviceCreate(input: $i) { id } }"
+    project.railway.graphql(create, i=where)
+    command = ["railway", "up", "--service", "lacking"]
+    done = subprocess.run(command, cwd=tmp_path, env=project.env, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "'requirements.txt': not found in the upload" in done.stdout
+
+
+def test_a_redis_of_the_tests_loads_no_dump(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dump.rdb in the temporary folder was loaded by every Redis, and failed ten tests."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    server = Redis()
+    try:
+        server.client.set("key", "value")
+        server.client.save()
+        made = Path(str(server.client.config_get("dir")["dir"]), "dump.rdb")
+        shutil.copy(made, tmp_path)
+        server.stop()
+        server.start()
+        assert server.client.dbsize() == 0
+    finally:
+        server.stop()
+    assert [p.name for p in tmp_path.iterdir()] == ["dump.rdb"]
 
 
 def test_a_rate_limit(railway: demo.Stage) -> None:

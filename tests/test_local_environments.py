@@ -56,8 +56,7 @@ def rendered(project: Project, name: str) -> dict[str, str]:
 
 
 def pids(project: Project) -> dict[str, int]:
-    url = project.railway.api.replace("/graphql/v2", "/local/stats")
-    return dict(httpx.get(url, params={"environment": project.environment}).json()["pids"])
+    return dict(project.railway.local("stats", environment=project.environment)["pids"])
 
 
 def runs(project: Project, names: set[str]) -> bool:
@@ -531,10 +530,8 @@ def test_a_state_file_of_an_older_version_is_read(tmp_path: Path) -> None:
 
 
 def test_the_page_shows_one_environment_at_a_time(web: Service, second: Service) -> None:
-    url = web.project.railway.api.replace("/graphql/v2", "/local/picture")
-
     def picture(**params: str) -> dict[str, Any]:
-        return dict(httpx.get(url, params={"project": web.project.id, **params}).json())
+        return dict(web.project.railway.local("picture", project=web.project.id, **params))
 
     first, other = picture(), picture(environment=second.where["e"])
     assert [e["name"] for e in first["environments"]] == ["production", "staging"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 
 from examples import demo
+from pulse_railway.local import guard
 from tests.conftest import Project, set_faults
 from tests.test_browser import CHROMIUM, FLAGS
 
@@ -33,9 +35,34 @@ def page(railway: demo.Stage) -> Iterator[Page]:
         assert errors == []
 
 
+def with_key(project: Project) -> str:
+    """Return the address of the page for a project, as `page.html` opens it."""
+    address = project.railway.api.removesuffix("/graphql/v2")
+    key = guard.key_header(project.railway.root)[guard.KEY_HEADER]
+    return f"{address}/?project={project.id}#{key}"
+
+
+def test_the_file_in_the_folder_opens_the_page(railway: demo.Stage, page: Page) -> None:
+    page.goto((railway.root / guard.PAGE_FILE).as_uri())
+    expect(page.locator("#problem")).to_have_text("there is no baseline yet")
+    assert page.url == railway.api.removesuffix("graphql/v2")
+    page.reload()
+    expect(page.locator("#problem")).to_have_text("there is no baseline yet")
+
+
+def test_without_the_key_the_page_says_what_to_open(railway: demo.Stage) -> None:
+    """Not by `page`, which takes the browser's line about a 403 for a fault."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        page = browser.new_page()
+        page.goto(railway.api.removesuffix("graphql/v2"))
+        expect(page.locator("#problem")).to_contain_text("open page.html")
+        browser.close()
+
+
 def test_what_one_sees_and_can_order(base: Project, page: Page) -> None:
-    address = base.railway.api.removesuffix("/graphql/v2")
-    page.goto(f"{address}/?project={base.id}")
+    page.goto(with_key(base))
+    assert "#" not in page.url
     services, deployments = page.locator("#services"), page.locator("#deployments")
     for name in ("pulse-router", "pulse-redis"):
         expect(services.locator(".card", has_text=name)).to_contain_text("runs", timeout=15_000)
@@ -46,6 +73,7 @@ def test_what_one_sees_and_can_order(base: Project, page: Page) -> None:
     expect(first).to_contain_text(re.compile(r"sessions: \d"))
     link = page.locator("#address")
     app = str(link.get_attribute("href"))
+    expect(page.locator("#probe")).to_have_attribute("href", f"{app}/probe")
     assert base.stage.get(f"{app}/_pulse/meta").json()["deployment_id"] == "first"
 
     # its share of the requests moves
@@ -99,7 +127,7 @@ def test_one_chooses_an_environment(new_project: Callable[[], Project], page: Pa
         "mutation ($i: ServiceCreateInput!) { serviceCreate(input: $i) { id } }",
         i={"projectId": project.id, "environmentId": project.environment, "name": "web"},
     )
-    page.goto(f"{project.railway.api.removesuffix('/graphql/v2')}/?project={project.id}")
+    page.goto(with_key(project))
     services, choice = page.locator("#services .card"), page.locator("#environments")
     expect(services).to_contain_text("web")
     expect(choice).to_be_hidden()
@@ -117,7 +145,7 @@ def test_one_chooses_an_environment(new_project: Callable[[], Project], page: Pa
 
 def test_an_empty_project_says_what_to_run(new_project: Callable[[], Project], page: Page) -> None:
     project = new_project()
-    page.goto(f"{project.railway.api.removesuffix('/graphql/v2')}/?project={project.id}")
+    page.goto(with_key(project))
     expect(page.locator("#problem")).to_have_text("there is no baseline yet")
     expect(page.locator("#address")).to_have_text("none yet: invoke ensure")
     expect(page.locator("#deployments")).to_contain_text("none yet: invoke deploy")
@@ -126,11 +154,13 @@ def test_an_empty_project_says_what_to_run(new_project: Callable[[], Project], p
 def test_it_is_for_this_machine(base: Project) -> None:
     """A name that is made to lead here (DNS rebinding) gets nothing, and no secret is shown."""
     address = base.railway.api.removesuffix("/graphql/v2")
-    there = {"host": "evil.example"}
+    key = guard.key_header(base.railway.root)
+    there = {**key, "host": "evil.example"}
     assert httpx.get(f"{address}/local/picture", headers=there).status_code == 400
-    assert httpx.get(f"{address}/local/picture", params={"project": "x"}).status_code == 404
-    assert httpx.get(f"{address}/local/logs/x").status_code == 404
-    shown = httpx.get(f"{address}/local/picture", params={"project": base.id}).text
+    wrong = httpx.get(f"{address}/local/picture", params={"project": "x"}, headers=key)
+    assert wrong.status_code == 404
+    assert httpx.get(f"{address}/local/logs/x", headers=key).status_code == 404
+    shown = json.dumps(base.railway.local("picture", project=base.id))
     secrets = [
         value
         for service in ("pulse-router", "pulse-redis")

@@ -6,7 +6,9 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
+import sys
 import tarfile
 import time
 from collections.abc import Callable
@@ -17,7 +19,11 @@ import httpx
 import pytest
 
 from examples import demo
-from pulse_railway.local.state import Deployment, State
+from pulse_railway.errors import Failure
+from pulse_railway.local.guard import PAGE_FILE
+from pulse_railway.local.server import LocalRailway
+from pulse_railway.local.state import Deployment, Domain, State
+from pulse_railway.local.supervisor import free_port
 from tests.conftest import Project
 from tests.net import eventually
 
@@ -182,12 +188,14 @@ def test_a_cron_run_has_the_variables_of_its_deployment(
 ) -> None:
     name = f"cron-{time.monotonic_ns()}"
     cron = Service(new_project(), name, 'echo "it is $PROBE"', cronSchedule="0 0 1 1 *")
-    run = cron.project.railway.api.replace("/graphql/v2", f"/local/cron/{name}")
     cron.set_probe("newer")
-    assert httpx.post(run).json() == {"exit": 0, "log": ["it is of its deployment"]}
+    assert cron.project.railway.local(f"cron/{name}", {}) == {
+        "exit": 0,
+        "log": ["it is of its deployment"],
+    }
     cron.deploy()
     eventually(lambda: cron.status == "SUCCESS")
-    assert httpx.post(run).json() == {"exit": 0, "log": ["it is newer"]}
+    assert cron.project.railway.local(f"cron/{name}", {}) == {"exit": 0, "log": ["it is newer"]}
 
 
 def test_a_restarted_service_is_reached_by_every_way(new_project: Callable[[], Project]) -> None:
@@ -275,6 +283,44 @@ def test_redis_has_what_its_last_snapshot_has(new_project: Callable[[], Project]
 
     project.restore_snapshot(snapshot)
     assert project.redis.get("key") == "older"
+
+
+def test_ports_that_others_have_by_now_are_replaced(tmp_path: Path) -> None:
+    """State of older versions has ephemeral ports: the local Railway did not start again."""
+    local = LocalRailway(tmp_path)
+    service = local.state.add_service(local.state.projects[0], "web")
+    with (
+        socket.create_server(("127.0.0.1", 0)) as one,
+        socket.create_server(("127.0.0.1", 0)) as two,
+        socket.create_server(("127.0.0.1", 0)) as three,
+    ):
+        taken = {sock.getsockname()[1] for sock in (one, two, three)}
+        local.state.api_port, local.state.ssh_port, port = taken
+        kept = free_port()
+        for number in (port, kept):
+            domain = Domain(str(number), f"localhost:{number}", number, None)
+            service.instances[0].domains.append(domain)
+        local.state.save()
+        again = LocalRailway(tmp_path)
+        again.claim()
+    state = State(tmp_path)
+    found = [d.port for d in state.services[0].instances[0].domains]
+    assert found[1] == kept
+    assert taken.isdisjoint({state.api_port, state.ssh_port, *found})
+    assert state.services[0].instances[0].domains[0].domain == f"localhost:{found[0]}"
+    assert again.url in again.supervisor.api_url
+    assert again.url in (tmp_path / PAGE_FILE).read_text()
+
+
+def test_one_local_railway_runs_in_a_folder(railway: demo.Stage) -> None:
+    """A second one ended the processes of the first."""
+    second = LocalRailway(railway.root)
+    with pytest.raises(Failure, match="another local Railway runs in"):
+        second.claim()
+    command = [sys.executable, "-m", "pulse_railway.local.server", str(railway.root)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert railway.local("stats")
 
 
 def test_a_state_file_of_an_older_version_gets_what_deployments_lack(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 """What Railway's own CLI asks, the local Railway answers: its verbs' documents, written anew from
-the schema with the fields that CLI 5.43 asks for. And what Railway refuses, it refuses."""
+the schema with the fields that CLI 5.43 and 5.71 ask for. And what Railway refuses, it refuses."""
 
 from __future__ import annotations
 
@@ -58,6 +58,34 @@ DOCUMENTS = {
           deploymentConstraints {{ deprecationInfo {{ isDeprecated replacementRegion }} }} }}
         twoFactorInfo {{ isVerified hasRecoveryCodes }}
     }}""",
+    # from here on what CLI 5.71 asks for beyond 5.43
+    "link, 5.71": f"""query ($project: String!) {{ project(id: $project) {{
+        id name workspaceId volumes {{ edges {{ node {{ id name }} }} {PAGE} }}
+        environments {{ edges {{ node {{ id name canAccess configEtag canvasGroupRefs }} }} }}
+        services {{ edges {{ node {{ id name icon templateServiceId tracingEnabled
+          serviceInstances {{ edges {{ node {{ id tracingEnabled autoInstrumentationEnabled
+            }} }} }} }} }} }}
+    }} }}""",
+    "status, 5.71": """query ($environment: String!) {
+        environment(id: $environment) { id name configEtag canvasGroupRefs
+          serviceInstances { edges { node { id serviceId serviceName tracingEnabled
+            autoInstrumentationEnabled latestDeployment { id status snapshotId } } } }
+          volumeInstances { edges { node { id volumeId region createdAt externalId
+            service { id name } environment { id name } volume { id name } } } } }
+    }""",
+    "volume list, 5.71": """query ($project: String!) { project(id: $project) {
+        volumes { edges { node { id name createdAt projectId project { id } volumeInstances {
+          edges { node { id serviceId environmentId mountPath sizeMB currentSizeMB state
+            region } } } } } } } }""",
+    "config pull, 5.71": """query ($project: String!, $environment: String!, $service: String!) {
+        project(id: $project) { id name services { edges { node {
+          id name icon templateServiceId } } } volumes { edges { node { id name } } } }
+        environment(id: $environment) { id name configEtag canvasGroupRefs
+          config(decryptVariables: false)
+          variables { edges { node { name serviceId isSealed references } } } }
+        egressGateways(environmentId: $environment, serviceId: $service) { ipv4 region }
+        serviceInstanceLimitOverride(environmentId: $environment, serviceId: $service)
+    }""",
     "variables": """query ($project: String!, $environment: String!, $service: String!) {
         variablesForServiceDeployment(
           projectId: $project, environmentId: $environment, serviceId: $service)
@@ -141,7 +169,82 @@ def ask(stack: Project, document: str, **more: Any) -> Any:
 
 @pytest.mark.parametrize("verb", DOCUMENTS)
 def test_a_document_of_the_real_cli(stack: Project, verb: str) -> None:
-    assert all(value is not None for value in ask(stack, DOCUMENTS[verb]).values())
+    answer = ask(stack, DOCUMENTS[verb])
+    answer.pop("serviceInstanceLimitOverride", None)
+    assert all(value is not None for value in answer.values())
+
+
+def test_an_etag_changes_with_the_config(stack: Project) -> None:
+    """`railway config apply` compares it with that of its plan."""
+
+    def etag() -> str:
+        return str(ask(stack, DOCUMENTS["status, 5.71"])["environment"]["configEtag"])
+
+    before = etag()
+    assert etag() == before
+    service = stack.stage.services()["pulse-env"]["serviceId"]
+    for value in ({"value": "1"}, None):
+        ask(stack, COMMIT, patch={"services": {service: {"variables": {"ETAG": value}}}})
+        assert (etag() == before) == (value is None)
+
+
+def test_a_projects_volumes(stack: Project) -> None:
+    found = ask(stack, DOCUMENTS["volume list, 5.71"])["project"]["volumes"]["edges"]
+    assert [edge["node"]["name"] for edge in found] == ["pulse-redis-volume"]
+    [instance] = [e["node"] for e in found[0]["node"]["volumeInstances"]["edges"]]
+    assert (instance["environmentId"], instance["mountPath"]) == (stack.environment, "/data")
+
+
+LOGS = """query ($environment: String!, $filter: String, $beforeLimit: Int, $anchor: String) {
+  environmentLogs(environmentId: $environment, filter: $filter, beforeLimit: $beforeLimit,
+    anchorDate: $anchor) { timestamp message severity
+      tags { serviceId } attributes { key value } } }"""
+
+
+def test_the_logs_of_an_environment(stack: Project) -> None:
+    """CLI 5.71 asks for a build's by its snapshot; without one no build's are in them."""
+    deployment = ids(stack)["deployment"]
+
+    def messages(filter: str, count: int = 1000, anchor: str | None = None) -> list[str]:
+        more = {"filter": filter, "beforeLimit": count, "anchor": anchor}
+        return [line["message"] for line in ask(stack, LOGS, **more)["environmentLogs"]]
+
+    build = messages(f"@snapshot:{deployment}")
+    assert build[0] == "scheduling build"
+    assert messages(f"@snapshot:{deployment} scheduling") == ["scheduling build"]
+    assert messages(f"@snapshot:{deployment}", 1) == build[-1:]
+    assert messages(f"@snapshot:{deployment}", anchor="2020-01-01T00:00:00Z") == []
+    assert "scheduling build" not in messages("")
+    assert messages("@deployment:unknown") == []
+    with pytest.raises(RuntimeError, match="does not know @colour"):
+        messages("@colour:red")
+
+
+def test_staged_networking_is_committed(new_project: Callable[[], Project]) -> None:
+    """`railway environment new --duplicate` of CLI 5.71 stages a service with its networking."""
+    project = new_project()
+    made = project.railway.graphql(
+        "mutation ($i: ServiceCreateInput!) { serviceCreate(input: $i) { id } }",
+        i={"projectId": project.id, "environmentId": project.environment, "name": "web"},
+    )["serviceCreate"]["id"]
+    other = project.railway.graphql(
+        "mutation ($i: EnvironmentCreateInput!) { environmentCreate(input: $i) { id } }",
+        i={"projectId": project.id, "name": "staging"},
+    )["environmentCreate"]["id"]
+    networking = {"serviceDomains": {"localhost:1": {"port": 80}}, "customDomains": {}}
+    networking["tcpProxies"], service = {}, {"isCreated": True, "networking": networking}
+    within = project.within(other)
+    where = {"environment": other}
+    project.railway.graphql(STAGE, **where, input={"services": {made: service}})
+    project.railway.graphql(COMMIT_STAGED, **where)
+    assert within.services == {"web"}
+    found = project.railway.graphql(
+        "query ($e: String!, $s: String!) { serviceInstance(environmentId: $e, serviceId: $s) {"
+        " domains { serviceDomains { targetPort } } } }",
+        e=other,
+        s=made,
+    )
+    assert found["serviceInstance"]["domains"]["serviceDomains"] == [{"targetPort": 80}]
 
 
 def test_a_domain_of_ones_own_is_shown(stack: Project) -> None:

@@ -867,7 +867,7 @@ def test_many_sessions_in_the_same_redis_cost_little(redis_server: Redis, run_ro
         record = {"state": "active", "service_name": "b", "address": b.address}
         redis_server.client.set("pulse:railway:deployment:b", json.dumps(record))
         redis_server.client.set("pulse:railway:active", "b")
-        eventually(lambda: ask(router.port).body == b"b", seconds=4)
+        eventually(lambda: ask(router.port).body == b"b", seconds=12)  # 3 s on a quiet machine
         record["address"] = c.address
         redis_server.client.set("pulse:railway:deployment:c", json.dumps(record))
         assert ask(router.port, "/?pulse_deployment=c").body == b"c"

@@ -36,6 +36,22 @@ SHOWN_BY = {
     "The access log, off by default": "test_router_metrics.test_a_line_is_what_railway_reads",
     "The local Railway and its page": "test_local_page.test_it_is_for_this_machine"
     " test_security_page.test_the_local_railway_listens_on_loopback",
+    "Its folder is for its owner alone": "test_local_safety.test_the_folder_is_its_owners_alone"
+    " test_local_safety.test_the_folder_is_closed_before_anything_is_written",
+    "A folder of another user": "test_local_safety.test_a_folder_of_somebody_else_is_refused"
+    " test_local_safety.test_the_commands_refuse_it_in_one_line",
+    "Another user of the machine": "test_local_safety.test_local_paths_need_the_key"
+    " test_local_safety.test_no_spelling_of_a_local_path_goes_without_the_key"
+    " test_local_safety.test_without_a_token_no_upload_is_kept"
+    " test_real_cli.test_no_project_token_gets_near_keys",
+    "None of them is in a process": "test_local_safety.test_no_secret_is_in_a_process_argument",
+    "Another website can do nothing": "test_local_safety.test_another_website_cannot_give_orders"
+    " test_local_safety.test_orders_are_json test_local_safety.test_no_page_may_frame_it",
+    "An upload there is refused": "test_local_safety.test_a_hostile_upload_is_refused_in_one_line"
+    " test_local_safety.test_a_sparse_giant_is_refused test_local_safety.test_a_bomb_is_refused"
+    " test_local_safety.test_no_upload_leads_out_of_its_folder"
+    " test_local_safety.test_uploads_have_a_limit",
+    "An upload whose service": "test_local_safety.test_uploads_of_deleted_services_go",
     "Session data is in Redis": "test_session.test_sessions_are_kept_as_0_3_x_keeps_them",
     "An app that keeps its sessions in the router's": "test_session_redis."
     "test_the_acl_in_the_docs_keeps_an_app_from_the_routing_state"

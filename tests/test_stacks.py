@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import httpx
 import pytest
 
 from pulse_railway import contract
@@ -142,13 +141,12 @@ def check_separation(project: Project, shop: Path) -> None:
 
 def local_page(project: Project, router: str) -> dict[str, Any]:
     """Return the data of the local Railway's page for the stack with this router."""
-    url = project.railway.api.replace("/graphql/v2", "/local/picture")
     where = {"project": project.id, "environment": project.environment}
-    stacks = {s["name"]: s["id"] for s in httpx.get(url, params=where).json()["stacks"]}
+    stacks = {s["name"]: s["id"] for s in project.railway.local("picture", **where)["stacks"]}
     assert len(stacks) == 2
 
     def settled() -> bool:
-        pages.append(httpx.get(url, params={**where, "stack": stacks[router]}).json())
+        pages.append(project.railway.local("picture", **where, stack=stacks[router]))
         return "deployments" in (pages[-1]["routing"] or {})
 
     pages: list[dict[str, Any]] = []

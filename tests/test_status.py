@@ -333,8 +333,7 @@ def test_the_advice_after_an_interrupted_bake_keeps_the_canary() -> None:
 
 def test_a_redis_that_hangs(base: Project) -> None:
     """`status` has once taken 33 s, and shown every deployment as `unregistered`."""
-    stats = base.railway.api.replace("/graphql/v2", "/local/stats")
-    pid = base.stage.get(stats).json()["pids"]["pulse-redis"]
+    pid = base.railway.local("stats")["pids"]["pulse-redis"]
     os.kill(pid, signal.SIGSTOP)
     try:
         began = time.monotonic()

@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from examples import demo
@@ -46,9 +45,7 @@ def login(home: Path, name: str = "config.json", **user: Any) -> Path:
 
 def oauth(railway: demo.Stage, seconds: int) -> dict[str, str]:
     """A CLI login, from the local Railway: there is no browser here to log in with."""
-    url = railway.api.replace("/graphql/v2", "/local/login")
-    answer = httpx.post(url, json={"seconds": seconds}).raise_for_status()
-    return answer.json()  # type: ignore[no-any-return]
+    return dict(railway.local("login", {"seconds": seconds}))
 
 
 def test_the_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -131,8 +128,7 @@ def test_a_login_that_cannot_be_refreshed(tmp_path: Path) -> None:
 
 
 def oauth_calls(railway: demo.Stage) -> int:
-    stats = railway.get(railway.api.replace("/graphql/v2", "/local/stats")).json()
-    return int(stats["fields"].get("oauth", 0))
+    return int(railway.local("stats")["fields"].get("oauth", 0))
 
 
 def test_a_login_is_refreshed_in_the_middle_of_a_run(railway: demo.Stage, tmp_path: Path) -> None:

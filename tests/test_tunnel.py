@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
+import signal
 import socket
 import sys
 import threading
@@ -444,3 +446,44 @@ def test_a_real_socketio_client(
         return seen
 
     assert [item["i"] for item in asyncio.run(talk())] == list(range(12))  # type: ignore[index]
+
+
+def test_sockets_are_closed_one_by_one_when_the_router_ends(
+    redis_server: Redis, run_router: Run
+) -> None:
+    """All tabs of a router that `ensure` replaces have once connected again at the same moment."""
+    server = Echo()
+    redis_server.deployment("a", f"http://127.0.0.1:{server.port}")
+    router = run_router(redis_server, {"tunnel_drain_seconds": 4.0, "quiet_seconds": 0.5})
+    eventually(lambda: ask(router.port, "/healthz").status == 200)
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(client(router.port)) for _ in range(24)]
+        busy, closed = sockets[0], dict[int, float]()
+
+        def wait_for_end(number: int) -> None:
+            with contextlib.suppress(ConnectionClosed):
+                while True:
+                    sockets[number].recv()
+            closed[number] = time.monotonic()
+
+        threads = [threading.Thread(target=wait_for_end, args=(n,)) for n in range(24)]
+        for thread in threads:
+            thread.start()
+        router.popen.terminate()
+        began = time.monotonic()
+        last = 0.0
+        with contextlib.suppress(ConnectionClosed):
+            while time.monotonic() < began + 3:
+                busy.send("an event")
+                last = time.monotonic()
+                time.sleep(0.1)
+        for thread in threads:
+            thread.join(20)
+        assert router.popen.wait(10) in (0, -signal.SIGTERM)
+    times = sorted(when - began for when in closed.values())
+    assert len(times) == 24
+    assert times[-1] < 8
+    assert times[12] - times[0] > 1  # not all at once: they are spread over four seconds
+    assert closed[0] - last > 0.4  # it was in use, and closed when it was not any more
+    assert last - began > 2.5
+    server.server.shutdown()

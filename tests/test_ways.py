@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from pulse_railway import contract, errors
@@ -345,8 +344,7 @@ def test_where_railway_does_not_run_the_janitor_at_once(two: Project, ci: dict[s
     refusal = {"match": "deploymentInstanceExecutionCreate", "error": "Not Authorized", "times": 9}
     set_faults(two.railway, faults=[refusal])
     wanted = "first" if two.active == "second" else "second"
-    url = two.railway.api.replace("/graphql/v2", "/local/cron/pulse-janitor")
-    clock = threading.Timer(6.0, lambda: httpx.post(url, timeout=60))
+    clock = threading.Timer(6.0, lambda: two.railway.local("cron/pulse-janitor", {}))
     clock.start()
     done = two.run("promote", "--deployment-id", wanted, **ci)
     clock.join()
@@ -423,6 +421,5 @@ def test_a_command_that_nobody_waits_for_is_withdrawn(two: Project, ci: dict[str
     assert process.wait(30) == 130
     set_faults(two.railway)
     assert two.variables("pulse-janitor")[contract.CONTROL] == ""
-    url = two.railway.api.replace("/graphql/v2", "/local/cron/pulse-janitor")
-    assert json.dumps(httpx.post(url, timeout=60).json())
+    assert json.dumps(two.railway.local("cron/pulse-janitor", {}))
     assert two.active == before

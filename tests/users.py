@@ -60,8 +60,7 @@ class LiveSite:
 
     def restart_router(self) -> None:
         """Restart the router; return when the old process has ended. See `wait_for_router`."""
-        stats = self.project.railway.api.replace("/graphql/v2", "/local/stats")
-        process = httpx.get(stats).json()["pids"]["pulse-router"]
+        process = self.project.railway.local("stats")["pids"]["pulse-router"]
         self.project.restart("pulse-router")
         eventually(lambda: not Path(f"/proc/{process}").exists(), 20)
 

@@ -194,13 +194,15 @@ def fork_local_cli(path: str) -> None:
 def is_local_cli(file: str | None) -> bool:
     from pulse_railway.local import cli
 
-    return bool(file) and Path(str(file)).read_bytes() == cli.script().encode()
+    path = Path(str(file))
+    return bool(file) and path.read_bytes() == cli.script(path.parent.parent).encode()
 
 
 def run_railway(arguments: list[str]) -> None:
     from pulse_railway.local import cli
 
-    raise SystemExit(cli.main(arguments))
+    root = Path(str(shutil.which("railway"))).parent.parent
+    raise SystemExit(cli.main(root, arguments))
 
 
 def run_script(name: str, arguments: list[str]) -> NoReturn:

@@ -1,6 +1,8 @@
 """A Railway on this machine: its API, its builds, its edge, its cron, with real processes.
 
     state.py        what exists, stored in one JSON file
+    guard.py        the folder for its owner alone, the key of /local/*, other websites
+    uploads.py      unpacks uploads, and refuses hostile ones
     api/            the GraphQL API over it (schema.graphql is the served part of Railway's)
     supervisor.py   services as processes: builds, health checks, restarts, cron
     volumes.py      a folder for each service in each environment

@@ -1,8 +1,9 @@
 """The `railway` command of the local Railway: `up` and `ssh`, with Railway's own flags.
 
 It follows the source of Railway's CLI 5.43. The local Railway's address is in
-PULSE_RAILWAY_API_URL. The token is RAILWAY_TOKEN (a project token), or RAILWAY_API_TOKEN (any
-other) where the first is not set. With `--json` an error is one object on stdout.
+PULSE_RAILWAY_API_URL, that of its SSH relay in its folder, which is the first argument. The token
+is RAILWAY_TOKEN (a project token), or RAILWAY_API_TOKEN (any other) where the first is not set.
+With `--json` an error is one object on stdout.
 """
 
 from __future__ import annotations
@@ -57,11 +58,12 @@ NO_REGISTERED_KEY = (
 )
 
 
-def script() -> str:
-    """Return the text of the `railway` executable."""
+def script(root: Path) -> str:
+    """Return the text of the `railway` executable of the local Railway in `root`."""
     return (
         f'#!/bin/sh\n[ "$*" = --version ] && exec echo "{VERSION}"\n'
-        f'exec {shlex.quote(sys.executable)} -m pulse_railway.local.cli "$@"\n'
+        f"exec {shlex.quote(sys.executable)} -m pulse_railway.local.cli {shlex.quote(str(root))}"
+        ' "$@"\n'
     )
 
 
@@ -180,6 +182,10 @@ def up(args: argparse.Namespace) -> int:
         "application/gzip",
         timeout,
     )
+    if status == 413:
+        raise CliFailure(
+            f"Failed to upload code. File too large: {answer.decode()}", "FAILED_TO_UPLOAD"
+        )
     if status == 400:
         raise CliFailure(json.loads(answer)["message"], "FAILED_TO_UPLOAD")
     if status != 200:
@@ -213,13 +219,16 @@ def ssh(args: argparse.Namespace) -> int:
     identity = args.identity_file or registered_key(railway)
     environment, service = railway.resolve(args)
     instance = railway.call(INSTANCE, environment=environment, service=service)["serviceInstance"]
-    status, answer = railway.post("/local/relay", b"{}", "application/json")
-    if status != 200:
-        raise CliFailure(f"the local Railway's relay cannot be reached: {status}")
-    relay = json.loads(answer)
+    port = json.loads((args.root / "state.json").read_text())["ssh_port"]
     # Railway's CLI has neither option: here they keep ~/.ssh unread and unwritten
-    command = ["ssh", "-F", "/dev/null", "-o", f"UserKnownHostsFile={relay['knownHosts']}"]
-    command += ["-o", "GlobalKnownHostsFile=/dev/null", "-p", str(relay["port"])]
+    command = [
+        "ssh",
+        "-F",
+        "/dev/null",
+        "-o",
+        f"UserKnownHostsFile={args.root / 'ssh' / 'known_hosts'}",
+    ]
+    command += ["-o", "GlobalKnownHostsFile=/dev/null", "-p", str(port)]
     if identity:
         command += ["-i", str(identity), "-o", "IdentitiesOnly=yes"]
     if args.command:
@@ -263,7 +272,7 @@ def _agent_keys() -> list[str]:
     return done.stdout.splitlines() if done.returncode == 0 else []
 
 
-def main(argv: list[str]) -> int:
+def main(root: Path, argv: list[str]) -> int:
     if argv in (["--version"], ["-V"]):
         print(VERSION)
         return 0
@@ -287,7 +296,7 @@ def main(argv: list[str]) -> int:
     verb.add_argument("-i", "--identity-file")
     verb.add_argument("command", nargs="*")
     verb.set_defaults(run=ssh, json=False)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv, argparse.Namespace(root=root))
     try:
         return int(args.run(args))
     except CliFailure as failure:
@@ -300,4 +309,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    raise SystemExit(main(Path(sys.argv[1]), sys.argv[2:]))

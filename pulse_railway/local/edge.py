@@ -22,18 +22,18 @@ from starlette.responses import HTMLResponse, JSONResponse
 
 from pulse_railway import runtime_image
 
+MAX_KNOWN = 8  # replicas, and those of the deployment before
 router: Any = runtime_image.load("router")
 
 
 def certificates(root: Path) -> tuple[Path, Path]:
     """Return the file of the edge's key and certificates, and a CA bundle to trust it with.
 
-    Both are made on first use. The bundle has the public roots too, so that a shell which uses it
-    still reaches other sites.
+    Both are made on first use, in a folder that is there. The bundle has the public roots too, so
+    that a shell which uses it still reaches other sites.
     """
     key, bundle = root / "edge.pem", root / "ca-bundle.pem"
     if not key.exists() or not bundle.exists():
-        root.mkdir(parents=True, exist_ok=True)
         authority = trustme.CA()
         certificate = authority.issue_cert("localhost", "127.0.0.1", "::1")
         key.touch(0o600)
@@ -116,6 +116,7 @@ class Edge:
         page: Callable[[], str] = lambda: "",
     ) -> None:
         self.port, self.key, self.target, self.page = port, key, target, page
+        self._known: dict[int, Any] = {}  # the deployments, with their connections, by port
         self.server: Any = None
         self.task: asyncio.Task[None] | None = None
 
@@ -123,9 +124,11 @@ class Edge:
         port = self.target()
         if port is None:
             return None
-        if getattr(self, "_known", None) is None or self._known.port != port:
-            self._known: Any = router.Deployment("", "active", "127.0.0.1", port, b"")
-        return self._known
+        if port not in self._known:
+            if len(self._known) >= MAX_KNOWN:
+                self._known.clear()
+            self._known[port] = router.Deployment("", "active", "127.0.0.1", port, b"")
+        return self._known[port]
 
     async def start(self) -> None:
         config = uvicorn.Config(

@@ -7,13 +7,16 @@ a loopback port of its own                     `railway ssh`: a command in a ser
 /oauth/token                                   refreshes a CLI login
 /local/faults, /local/stats, /local/cron/...,
 /local/login                                   for tests: sets faults, counts calls, runs a cron
-                                               service, makes a login of the CLI
+                                               service, makes a login of the CLI. /local/* needs
+                                               the folder's key (guard.py)
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
+import itertools
 import os
 import sys
 import tempfile
@@ -23,7 +26,7 @@ from collections.abc import AsyncIterator
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import parse_qs
 
 import uvicorn
@@ -34,11 +37,12 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from pulse_railway import contract
-from pulse_railway.local import api, cli, edge
+from pulse_railway.errors import Failure
+from pulse_railway.local import api, cli, edge, guard, uploads
 from pulse_railway.local.faults import Fault, FaultSettings
 from pulse_railway.local.page import Page
 from pulse_railway.local.relay import Relay
@@ -53,7 +57,7 @@ from pulse_railway.local.state import (
     Token,
     new_id,
 )
-from pulse_railway.local.supervisor import BuildError, Supervisor, free_port
+from pulse_railway.local.supervisor import Supervisor, free_port, is_free
 
 
 class LocalRailway:
@@ -65,7 +69,7 @@ class LocalRailway:
         if self.state.api_port is None:
             self.state.api_port = free_port()
             self.state.save()
-        self.url = f"http://127.0.0.1:{self.state.api_port}"
+        guard.write_page(root, self.url)
         self.supervisor = Supervisor(self.state, f"{self.url}/graphql/v2")
         self.schema = api.schema()
         self.relay = Relay(self.state, self.supervisor, self.relay_fault)
@@ -75,10 +79,50 @@ class LocalRailway:
         self.latency = 0.0
         self.edge_page = ""
         self.rules = api.Rules()
+        self.lock: IO[str] | None = None  # held while it runs
         self.rate_limit: int | None = None
         self.rate_window = (0.0, 0)  # its beginning (monotonic), and the API calls in it
         self.calls: Counter[str] = Counter()
         self.documents = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.state.api_port}"
+
+    def claim(self) -> None:
+        """Take the folder for this process, and replace the ports that others have by now.
+
+        Older versions kept ephemeral ports, which any connection of the machine may get. Raises
+        Failure if another local Railway runs in this folder.
+        """
+        if self.lock:
+            return
+        state = self.state
+        lock = (state.root / "lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise Failure(f"another local Railway runs in {state.root}") from None
+        self.lock = lock
+        if not is_free(state.api_port or 0):
+            state.api_port = free_port()
+            self.supervisor.api_url = f"{self.url}/graphql/v2"
+            guard.write_page(state.root, self.url)
+        if not is_free(state.ssh_port or 0):
+            state.ssh_port = None  # the relay chooses one
+        for service in state.services:
+            for instance in service.instances:
+                for domain in instance.domains:
+                    if not is_free(domain.port):
+                        domain.port = free_port()
+                        taken, domain.domain = domain.domain, f"localhost:{domain.port}"
+                        print(
+                            f"another process has {taken}: {service.name} is at {domain.domain}"
+                            " from now on; `pulse-railway ensure` says what else that changes",
+                            file=sys.stderr,
+                        )
+        state.save()
 
     # -- shell -------------------------------------------------------------------------------
 
@@ -117,7 +161,7 @@ class LocalRailway:
         folder = self.state.root / "bin"
         folder.mkdir(parents=True, exist_ok=True)
         script = folder / "railway"
-        script.write_text(cli.script())
+        script.write_text(cli.script(self.state.root))
         script.chmod(0o755)
 
     # -- life --------------------------------------------------------------------------------
@@ -151,9 +195,11 @@ class LocalRailway:
         return domain
 
     async def _open_edge(self, service: Service, instance: Instance, domain: Domain) -> None:
+        turns = itertools.count()
+
         def target() -> int | None:
-            running = self.supervisor.traffic(instance)
-            return running.port if running and domain in instance.domains else None
+            running = self.supervisor.targets(instance) if domain in instance.domains else []
+            return running[next(turns) % len(running)].port if running else None
 
         self.edges[domain.id] = edge.Edge(domain.port, self.key, target, lambda: self.edge_page)
         await self.edges[domain.id].start()
@@ -295,13 +341,15 @@ class LocalRailway:
             service = api.need_service(caller, service_id)
         except GraphQLError as error:
             return JSONResponse({"message": error.message}, 404)
-        with tempfile.NamedTemporaryFile(suffix=".tar.gz") as file:
+        with tempfile.NamedTemporaryFile(dir=self.state.root) as file:
             async for chunk in request.stream():
                 file.write(chunk)
+                if file.tell() > uploads.MAX_UPLOAD:
+                    return PlainTextResponse(f"the limit is {uploads.MAX_UPLOAD} bytes", 413)
             file.flush()
             try:
                 upload = self.supervisor.unpack(Path(file.name))
-            except BuildError as error:
+            except uploads.BadUpload as error:
                 return JSONResponse({"message": str(error)}, 400)
         deployment = self.supervisor.deploy(service, instance, upload=upload)
         if faulty := await self._fault_answer(["up"], after=True):
@@ -315,13 +363,6 @@ class LocalRailway:
                 "deploymentDomain": instance.domains[0].domain if instance.domains else "",
             }
         )
-
-    async def relay_address(self, request: Request) -> Response:
-        """Answer with the relay's port and known_hosts; Railway's CLI has its address built in."""
-        if self.token_of(request) is None:
-            return JSONResponse({"message": "Not Authorized"}, 401)
-        known_hosts = str(self.relay.folder / "known_hosts")
-        return JSONResponse({"port": self.relay.port, "knownHosts": known_hosts})
 
     def relay_fault(self) -> Fault | None:
         """Count a command by ssh; return the fault that applies to it, or None."""
@@ -461,7 +502,6 @@ class LocalRailway:
                 Route("/graphql/v2", self.graphql, methods=post),
                 Route("/graphql/v2/", self.graphql, methods=post),  # as some clients join it
                 Route("/project/{project}/environment/{environment}/up", self.up, methods=post),
-                Route("/local/relay", self.relay_address, methods=post),
                 Route("/oauth/token", self.oauth, methods=post),
                 Route("/local/login", self.login, methods=post),
                 Route("/local/faults", self.set_faults, methods=post),
@@ -470,7 +510,8 @@ class LocalRailway:
             ],
             # DNS rebinding: a page of another site must not read logs by a name that resolves here
             middleware=[
-                Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
+                Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"]),
+                Middleware(guard.Guard, root=self.state.root),
             ],
             lifespan=lifespan,
         )
@@ -498,6 +539,7 @@ def is_resolver_error(answer: dict[str, Any]) -> bool:
 
 def serve(local: LocalRailway) -> None:
     """Run until SIGINT or SIGTERM, then end every process of the services."""
+    local.claim()
     config = uvicorn.Config(
         local.app(),
         host="127.0.0.1",
@@ -512,4 +554,7 @@ def serve(local: LocalRailway) -> None:
 
 
 if __name__ == "__main__":
-    serve(LocalRailway(Path(sys.argv[1]).resolve()))
+    try:
+        serve(LocalRailway(Path(sys.argv[1]).resolve()))
+    except Failure as failure:
+        raise SystemExit(f"error: {failure}") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import secrets
 import uuid
@@ -13,7 +12,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from pulse_railway.local.guard import make_private, write_private
+
 RUNNING = ("INITIALIZING", "QUEUED", "WAITING", "BUILDING", "DEPLOYING")
+DEFAULT_REGION = "us-west2"
 ENDED = ("FAILED", "CRASHED", "REMOVED", "SKIPPED")
 
 
@@ -83,6 +85,18 @@ class Instance:
     volume: bool = False
     custom_domains: list[Domain] = field(default_factory=list)
     egress_regions: list[str] = field(default_factory=list)  # of its static outbound addresses
+
+    @property
+    def replica_regions(self) -> list[str]:
+        """Return a region for each replica. A volume or a cron schedule allows one replica."""
+        placed = [
+            region
+            for region, at in (self.settings.get("multiRegionConfig") or {}).items()
+            for _ in range((at or {}).get("numReplicas") or 0)
+        ]
+        region = self.settings.get("region") or DEFAULT_REGION
+        regions = placed or [region] * (self.settings.get("numReplicas") or 1)
+        return regions[:1] if self.volume or self.settings.get("cronSchedule") else regions
 
 
 @dataclass
@@ -161,9 +175,13 @@ def _stored_form(deployment: Deployment) -> Deployment:
 
 
 class State:
-    """All that exists, in memory and in `<root>/state.json`. Call `save` after each change."""
+    """All that exists, in memory and in `<root>/state.json`. Call `save` after each change.
+
+    Raises Failure if the folder `root` belongs to another user.
+    """
 
     def __init__(self, root: Path) -> None:
+        make_private(root)
         self.root = root
         self.workspaces: list[Workspace] = []
         self.projects: list[Project] = []
@@ -229,12 +247,7 @@ class State:
             "deployments": [asdict(_stored_form(d)) for d in self.deployments],
             "tokens": [asdict(t) for t in self.tokens],
         }
-        self.root.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with open(fd, "w") as file:
-            file.write(json.dumps(data))  # much faster than `dump`, which is not in C
-        temporary.replace(self.path)
+        write_private(self.path, json.dumps(data))  # much faster than `dump`, which is not in C
 
     # -- looking up ----------------------------------------------------------------------------
 

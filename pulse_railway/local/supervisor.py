@@ -21,9 +21,8 @@ import shutil
 import signal
 import socket
 import sys
-import tarfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -33,7 +32,8 @@ from typing import Any
 import httpx
 
 from pulse_railway import contract
-from pulse_railway.build_context import instructions
+from pulse_railway.build_context import instructions, missing_sources
+from pulse_railway.local import uploads
 from pulse_railway.local.state import (
     ENDED,
     Deployment,
@@ -90,6 +90,15 @@ def free_port(room: int = 1) -> int:
             for number in range(port, port + len(taken) + 1):
                 stack.enter_context(socket.socket()).bind(("127.0.0.1", number))
             return port
+
+
+def is_free(port: int) -> bool:
+    """Can a server listen on this port of the loopback?"""
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError:
+        return False
+    return True
 
 
 def instance_count(variables: Mapping[str, str]) -> int:
@@ -151,6 +160,8 @@ class Running:
     started_at: float = field(default_factory=time.monotonic)
     restarts: int = 0
     stopping: bool = False
+    ended: bool = False  # and is not restarted
+    replica: str = ""  # what tells its folder from the first replica's
     copier: asyncio.Task[None] | None = None
     watcher: asyncio.Task[None] | None = None
 
@@ -182,10 +193,14 @@ class Supervisor:
         self.root = state.root
         self.api_url = api_url
         self.current: dict[str, Running] = {}  # by instance id: the process that gets its requests
+        self.replicas: dict[str, list[Running]] = {}  # by instance id: those beside `current`
+        self.scaling: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # by instance id
         self.processes: set[Running] = set()
         self.tasks: set[asyncio.Task[Any]] = set()
         self.logs = self.root / "logs"
-        self.logs.mkdir(parents=True, exist_ok=True)
+        self.uploads = self.root / "uploads"
+        for folder in (self.logs, self.uploads):
+            folder.mkdir(exist_ok=True)
         self.crash_at: str | None = None  # a status at which the next deployment fails
         self.build_seconds = 0.0
         self.clock = True  # does the cron run?
@@ -206,6 +221,7 @@ class Supervisor:
         """End the processes that a killed run has left, then start the deployments that ran."""
         self._kill_leftovers()
         move_old_volumes(self.state)
+        self.delete_unused_uploads()
         for deployment in list(self.state.deployments):
             if deployment.status not in ("SUCCESS", *ENDED):
                 self._set_status(deployment, "FAILED")
@@ -308,7 +324,8 @@ class Supervisor:
                 return
             self._set_status(deployment, "SUCCESS")
             await self._switch_to(instance, running, deployment)
-            running.watcher = self.spawn(self._watch(service, instance, running, build), "watch")
+            running.watcher = self.spawn(self._watch(service, instance, running), "watch")
+            self.spawn(self.scale(service, instance), "scale")
         except (BuildError, OSError, ValueError) as error:
             self._log(deployment, "build", str(error), "error")
             if deployment.status != "REMOVED":  # a superseded deployment has not failed
@@ -373,15 +390,17 @@ class Supervisor:
             deployment.stopped = True
         self.state.save()
 
-    def _build(self, service: Service, instance: Instance, deployment: Deployment) -> Build:
-        """Build the deployment's image or upload. Raises BuildError."""
+    def _build(
+        self, service: Service, instance: Instance, deployment: Deployment, replica: str = ""
+    ) -> Build:
+        """Build the deployment's image or upload, for one replica. Raises BuildError."""
         command = instance.settings.get("startCommand")
         if deployment.image:
             return self._pull(service, instance, deployment, command)
         if not deployment.upload or not Path(deployment.upload).is_dir():
             raise BuildError("there is no source to build: upload one, or set an image")
         # each start of a container has a new file system
-        folder = self.root / "containers" / deployment.id
+        folder = self.root / "containers" / f"{deployment.id}{replica}"
         if not (self.keep_files and folder.is_dir()):
             shutil.rmtree(folder, ignore_errors=True)
             shutil.copytree(deployment.upload, folder, symlinks=True)
@@ -396,6 +415,8 @@ class Supervisor:
             self._log(deployment, "build", f"{name} {rest}".strip())
             if name == "RUN" and rest in ("false", "exit 1"):
                 raise BuildError(f"process {rest!r} did not complete successfully: exit code: 1")
+        for source in missing_sources(folder, path, deployment.variables):
+            raise BuildError(f"failed to calculate checksum: {source!r}: not found in the upload")
         if command:
             return Build(shlex.split(command), folder)
         commands = [rest for name, rest in steps if name == "CMD"]
@@ -438,7 +459,12 @@ class Supervisor:
     # -- processes -----------------------------------------------------------------------------
 
     def environment(
-        self, instance: Instance, deployment: Deployment, build: Build, port: int
+        self,
+        instance: Instance,
+        deployment: Deployment,
+        build: Build,
+        port: int,
+        region: str | None = None,
     ) -> dict[str, str]:
         """Return a process's environment: this machine's, without what is Railway's or Pulse's,
         and the variables that a container has on Railway."""
@@ -462,14 +488,20 @@ class Supervisor:
             ROOT_VARIABLE: str(self.root),
             "RAILWAY_DEPLOYMENT_ID": deployment.id,
             "RAILWAY_REPLICA_ID": new_id(),
+            "RAILWAY_REPLICA_REGION": region or instance.replica_regions[0],
             "PULSE_RAILWAY_API_URL": self.api_url,
         }
 
     async def _launch(
-        self, service: Service, instance: Instance, deployment: Deployment, build: Build
+        self,
+        service: Service,
+        instance: Instance,
+        deployment: Deployment,
+        build: Build,
+        region: str | None = None,
     ) -> Running:
         port = free_port(instance_count(deployment.variables))
-        env = self.environment(instance, deployment, build, port)
+        env = self.environment(instance, deployment, build, port, region)
         argv = build.command
         if build.ready_by_port:  # Redis takes its port and password as arguments
             argv = [*argv, "--port", str(port), "--bind", "127.0.0.1", "-::1"]
@@ -570,9 +602,11 @@ class Supervisor:
         for older in history[history.index(deployment) + 1 :]:
             if older.status not in ENDED:  # includes a deployment that is still starting
                 self._set_status(older, "REMOVED")
+        overlap = min(float(instance.settings.get("overlapSeconds") or 0), 1.0)
+        for replica in self.replicas.pop(instance.id, ()):
+            self.spawn(self._retire(instance, replica, overlap if running else 0.0), "retire")
         if old:
             self.retiring[instance.id] = old
-            overlap = min(float(instance.settings.get("overlapSeconds") or 0), 1.0)
             self.spawn(self._retire(instance, old, overlap if running else 0.0), "retire")
             if not running:
                 await self._terminate(old, grace=self._grace(instance, old))
@@ -591,6 +625,58 @@ class Supervisor:
         """
         old = self.retiring.get(instance.id) if self.old_gets_requests else None
         return old or self.current.get(instance.id)
+
+    def targets(self, instance: Instance) -> list[Running]:
+        """Return the processes that share an instance's requests: its replicas, one for most."""
+        first = self.traffic(instance)
+        if first is None or first is not self.current.get(instance.id):
+            return [first] if first else []
+        return [first, *self.replicas.get(instance.id, ())]
+
+    async def scale(self, service: Service, instance: Instance) -> None:
+        """Start the replicas that an instance lacks, and end those that it has too many.
+
+        The others run on, as on Railway. A new one gets requests when its health check answers.
+        """
+        async with self.scaling[instance.id]:
+            current = self.current.get(instance.id)
+            if current is None:
+                return
+            deployment, regions = current.deployment, instance.replica_regions
+            replicas = self.replicas.setdefault(instance.id, [])
+            surplus = replicas[len(regions) - 1 :]
+            del replicas[len(regions) - 1 :]
+            if surplus:
+                self.write_hosts(instance.environment_id)
+            for replica in surplus:
+                self.spawn(self._terminate(replica, self._grace(instance, replica)), "retire")
+            for region in regions[len(replicas) + 1 :]:
+                await self._add_replica(service, instance, deployment, region)
+
+    async def _add_replica(
+        self, service: Service, instance: Instance, deployment: Deployment, region: str
+    ) -> None:
+        name = f"-{new_id()[:8]}"
+        try:
+            build = self._build(service, instance, deployment, name)
+            running = await self._launch(service, instance, deployment, build, region)
+        except (BuildError, OSError, ValueError) as error:
+            self._log(deployment, "deploy", f"a replica did not start: {error}", "error")
+            return
+        running.replica = name
+        try:
+            await self._wait_until_healthy(instance, running, build)
+        except BuildError as error:
+            self._log(deployment, "deploy", f"a replica did not start: {error}", "error")
+            await self._terminate(running, grace=0)
+            return
+        current = self.current.get(instance.id)
+        if current is None or current.deployment is not deployment:  # replaced meanwhile
+            await self._terminate(running, grace=0)
+            return
+        self.replicas.setdefault(instance.id, []).append(running)
+        running.watcher = self.spawn(self._watch(service, instance, running), "watch")
+        self.write_hosts(instance.environment_id)
 
     def _grace(self, instance: Instance, running: Running) -> float:
         """Return the seconds from SIGTERM to SIGKILL.
@@ -617,7 +703,8 @@ class Supervisor:
         self._kill(running)
         await running.process.wait()
         if not self.keep_files:
-            shutil.rmtree(self.root / "containers" / running.deployment.id, ignore_errors=True)
+            folder = f"{running.deployment.id}{running.replica}"
+            shutil.rmtree(self.root / "containers" / folder, ignore_errors=True)
 
     def _kill(self, running: Running) -> None:
         """Kill all that a container's processes have started.
@@ -633,9 +720,7 @@ class Supervisor:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
-    async def _watch(
-        self, service: Service, instance: Instance, running: Running, build: Build
-    ) -> None:
+    async def _watch(self, service: Service, instance: Instance, running: Running) -> None:
         """Restart the process when it exits, as often as its restart policy says."""
         while True:
             code = await running.process.wait()
@@ -644,19 +729,25 @@ class Supervisor:
             limit = instance.settings.get("restartPolicyMaxRetries") or 10
             if self.closing or running.stopping:
                 return
-            if policy == "NEVER" or (policy == "ON_FAILURE" and code == 0):
-                self._set_status(running.deployment, "SUCCESS" if code == 0 else "CRASHED")
-                return
-            if running.restarts >= limit:
-                self._set_status(running.deployment, "CRASHED")
+            done = code == 0 and policy in ("NEVER", "ON_FAILURE")
+            if done or policy == "NEVER" or running.restarts >= limit:
+                self._set_status(running.deployment, "SUCCESS" if done else "CRASHED")
+                running.ended = True
+                self.write_hosts(instance.environment_id)
                 return
             restarts = running.restarts + 1
             self._log(running.deployment, "deploy", f"exited with {code}; restart {restarts}")
             await asyncio.sleep(RESTART_DELAY)
-            build = self._build(service, instance, running.deployment)
-            running = await self._launch(service, instance, running.deployment, build)
+            before, region = running, running.env["RAILWAY_REPLICA_REGION"]
+            build = self._build(service, instance, before.deployment, before.replica)
+            running = await self._launch(service, instance, before.deployment, build, region)
             running.restarts, running.watcher = restarts, asyncio.current_task()
-            self.current[instance.id] = running
+            running.replica = before.replica
+            replicas = self.replicas.get(instance.id, [])
+            if before in replicas:
+                replicas[replicas.index(before)] = running
+            else:
+                self.current[instance.id] = running
             self.write_hosts(instance.environment_id)
 
     def remove(
@@ -676,9 +767,9 @@ class Supervisor:
                 self._set_status(deployment, "REMOVED")
         processes = [running for running in self.processes if running.deployment in history]
         self.retiring.pop(instance.id, None)
-        current = self.current.pop(instance.id, None)
-        if current and current not in processes:  # it has crashed, and waits for its restart
-            processes.append(current)
+        crashed = [*self.replicas.pop(instance.id, ()), self.current.pop(instance.id, None)]
+        # those that wait for their restart
+        processes += [running for running in crashed if running and running not in processes]
         self.write_hosts(instance.environment_id)
         graces = [min(self._grace(instance, running), max_grace) for running in processes]
         return [
@@ -716,8 +807,10 @@ class Supervisor:
         current = self.current.get(instance.id) if instance else None
         if instance and current and current.deployment is deployment:
             del self.current[instance.id]
+            replicas = self.replicas.pop(instance.id, [])
             self.write_hosts(instance.environment_id)
-            await self._terminate(current, self._grace(instance, current))
+            for running in (current, *replicas):
+                await self._terminate(running, self._grace(instance, running))
         for running in [r for r in self.processes if r.deployment is deployment]:
             await self._terminate(running, grace=0)
         self.state.save()
@@ -732,7 +825,8 @@ class Supervisor:
         try:
             running = self.current.get(instance.id)
             if running and running.deployment is deployment:
-                await self._terminate(running, self._grace(instance, running))
+                for one in (running, *self.replicas.pop(instance.id, ())):
+                    await self._terminate(one, self._grace(instance, one))
             await asyncio.sleep(RESTART_DELAY)
             if deployment.status == "DEPLOYING":  # a newer one may have removed it meanwhile
                 deployment.stopped = False
@@ -751,19 +845,22 @@ class Supervisor:
         """Write the environment's private names and ports for its processes (sitecustomize.py)."""
         if self.state.environment(environment_id) is None:
             return  # it was deleted while its processes were ending
-        hosts: dict[str, Any] = {"ipv6": self.ipv6_only}
+        hosts: dict[str, Any] = {"ipv6": self.ipv6_only, "replicas": {}}
         for service, instance in self.state.instances(environment_id):
             running = self.traffic(instance)
             if running and time.monotonic() < running.started_at + self.name_delay:
                 later = running.started_at + self.name_delay - time.monotonic()
                 asyncio.get_running_loop().call_later(later, self.write_hosts, environment_id)
-            elif running:
+            elif running and not running.ended:
                 variables = running.deployment.variables
                 declared = variables.get("PORT") or variables.get("REDISPORT") or "6379"
                 hosts[private_domain(service)] = {
                     str(int(declared) + k): running.port + k
                     for k in range(instance_count(variables))
                 }
+                hosts["replicas"][private_domain(service)] = [
+                    one.port for one in self.targets(instance) if not one.ended
+                ]
         path = self.hosts_file(environment_id)
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(hosts))
@@ -826,16 +923,21 @@ class Supervisor:
     # -- uploads and logs ----------------------------------------------------------------------
 
     def unpack(self, archive: Path) -> str:
-        """Unpack a gzipped tar and return its folder. Raises BuildError if that is impossible."""
-        folder = self.root / "uploads" / new_id()
-        try:
-            folder.mkdir(parents=True)
-            with tarfile.open(archive) as tar:
-                tar.extractall(folder, filter="data")
-        except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise BuildError(f"the upload cannot be unpacked: {error}") from None
+        """Unpack a gzipped tar and return its folder. Raises uploads.BadUpload."""
+        folder = self.uploads / new_id()
+        uploads.unpack(archive, folder)
         return str(folder)
+
+    def delete_unused_uploads(self) -> None:
+        """Delete the uploads that no service has as its source, or can be redeployed from."""
+        state = self.state
+        used = {i.upload for service in state.services for i in service.instances}
+        used |= {
+            d.upload for d in state.deployments if state.instance(d.service_id, d.environment_id)
+        }
+        for folder in self.uploads.iterdir():
+            if str(folder) not in used:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _log(self, deployment: Deployment, kind: str, message: str, severity: str = "info") -> None:
         line = {

@@ -74,6 +74,7 @@ async def delete_environment(caller: Caller, environment_id: str) -> None:
         service.instances.remove(instance)
         if not service.instances:
             state.services.remove(service)
+    caller.supervisor.delete_unused_uploads()
     state.tokens = [t for t in state.tokens if t.environment_id != environment_id]
 
 

@@ -19,7 +19,7 @@ from pulse_railway.local.api.access import (
     refuse_project_token,
     ssh_key_owner,
 )
-from pulse_railway.local.api.patch import DEFAULT_REGION, REGIONS, check_settings
+from pulse_railway.local.api.patch import REGIONS, check_settings
 from pulse_railway.local.api.services import affected_environments, remove_instances
 from pulse_railway.local.api.views import (
     SETTINGS,
@@ -32,7 +32,7 @@ from pulse_railway.local.api.views import (
     ssh_key_view,
 )
 from pulse_railway.local.ssh_keys import fingerprint
-from pulse_railway.local.state import Environment, Instance, Project, Service
+from pulse_railway.local.state import DEFAULT_REGION, Environment, Instance, Project, Service
 
 Resolver = Callable[..., Any]
 MUTATIONS: dict[str, Resolver] = {}
@@ -97,6 +97,8 @@ def serviceUpdate(caller: Caller, id: str, input: dict[str, Any]) -> Any:
     service = need_service(caller, id)
     service.name = input.get("name") or service.name
     service.icon = input.get("icon") or service.icon
+    for instance in service.instances:  # its private name
+        caller.supervisor.write_hosts(instance.environment_id)
     return service_view(caller, service)
 
 
@@ -147,8 +149,10 @@ def serviceInstanceUpdate(
     environmentId: str | None = None,
 ) -> bool:
     settings = check_settings({k: v for k, v in input.items() if k in SETTINGS})
-    for instance in _instances(caller, serviceId, environmentId)[1]:
+    service, instances = _instances(caller, serviceId, environmentId)
+    for instance in instances:
         instance.settings.update(settings)
+        caller.supervisor.spawn(caller.supervisor.scale(service, instance), "scale")
         if "registryCredentials" in input:  # which no query returns
             instance.settings["registryCredentials"] = input["registryCredentials"]
         if input.get("source"):

@@ -13,7 +13,7 @@ from typing import Any
 from pulse_railway.local import state as model
 from pulse_railway.local.api.access import Caller, need_service, refuse
 from pulse_railway.local.api.services import remove_instances
-from pulse_railway.local.state import Environment, Instance, Service
+from pulse_railway.local.state import DEFAULT_REGION, Environment, Instance, Service
 
 BUILD = ("builder", "buildCommand", "dockerfilePath", "watchPatterns")
 DEPLOY = (
@@ -30,7 +30,6 @@ REGIONS = {
     "europe-west4-drams3a": ("Amsterdam, Netherlands", "NL"),
     "asia-southeast1-eqsg3a": ("Singapore", "SG"),
 }
-DEFAULT_REGION = "us-west2"
 SHORTEST_CRON = 5  # minutes
 
 
@@ -172,6 +171,8 @@ async def apply_patch(
             instance = await _create(caller, environment, service, change)
         if (_change_instance(instance, change) or is_new) and (instance.image or instance.upload):
             due.append((service, instance))
+        else:
+            caller.supervisor.spawn(caller.supervisor.scale(service, instance), "scale")
     # after all instances exist, since their variables may refer to each other
     for service, instance in due if deploys else []:
         caller.supervisor.deploy(service, instance)
@@ -212,7 +213,8 @@ def _checked_change(
     networking, source = change.get("networking") or {}, change.get("source") or {}
     _check_names(build, BUILD, "build")
     _check_names(deploy, DEPLOY, "deploy")
-    _check_names(networking, ("serviceDomains",), "networking")
+    given = {name for name, value in networking.items() if value}  # the CLI sends empty ones too
+    _check_names(dict.fromkeys(given), ("serviceDomains",), "networking")
     if instance and set(networking.get("serviceDomains") or {}) - {
         domain.domain for domain in instance.domains
     }:

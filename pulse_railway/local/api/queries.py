@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any
 
 from pulse_railway.local import state as model
@@ -34,6 +36,7 @@ from pulse_railway.local.api.views import (
     workspace_view,
 )
 
+MAX_LOG_LINES = 5000  # of an answer
 Resolver = Callable[..., Any]
 QUERIES: dict[str, Resolver] = {}
 
@@ -229,11 +232,61 @@ def _logs(kind: str) -> Resolver:
         **_: Any,
     ) -> Any:
         need_deployment(caller, deploymentId)
-        count = min(limit or 100, 5000)
+        count = min(limit or 100, MAX_LOG_LINES)
         lines = caller.supervisor.read_logs(deploymentId, kind, count, startDate, filter)
         return [{**line, "attributes": [], "tags": None} for line in lines]
 
     return resolve
+
+
+LOG_TERM = re.compile(r'@(\w+):"?([^\s"]+)"?')
+
+
+@query
+def environmentLogs(
+    caller: Caller,
+    environmentId: str,
+    filter: str | None = None,
+    beforeDate: str | None = None,
+    afterDate: str | None = None,
+    anchorDate: str | None = None,
+    beforeLimit: int | None = None,
+    afterLimit: int | None = None,
+) -> Any:
+    """Return an environment's log lines by time: of deployments, or of one build by `@snapshot`.
+
+    A filter has terms (`@service:`, `@deployment:`, `@snapshot:`, `@level:`) and a text.
+    """
+    need_environment(caller, environmentId)
+    terms = dict(LOG_TERM.findall(filter or ""))
+    if unknown := sorted(set(terms) - {"service", "deployment", "snapshot", "level"}):
+        raise refuse(f"the local Railway does not know @{unknown[0]} in a filter")
+    words = [w for w in LOG_TERM.sub("", filter or "").split() if w != "AND"]
+    text = " ".join(words).strip('"()') or None
+    lines = [
+        line
+        for d in caller.state.deployments
+        if d.environment_id == environmentId
+        and terms.get("service") in (None, d.service_id)
+        and terms.get("deployment") in (None, d.id)
+        and terms.get("snapshot") in (None, d.id)  # see deployment_view
+        for kind in (("build",) if "snapshot" in terms else ("deploy",))
+        for line in caller.supervisor.read_logs(d.id, kind, MAX_LOG_LINES, None, text)
+        if terms.get("level") in (None, line["severity"])
+    ]
+    lines.sort(key=lambda line: line["timestamp"])
+
+    def within(line: dict[str, Any], start: str | None, end: str | None) -> bool:
+        at = datetime.fromisoformat(line["timestamp"])
+        return (not start or at > datetime.fromisoformat(start)) and (
+            not end or at <= datetime.fromisoformat(end)
+        )
+
+    before = [line for line in lines if within(line, beforeDate, anchorDate)]
+    after = [line for line in lines if anchorDate and within(line, anchorDate, afterDate)]
+    count = min(100 if beforeLimit is None else beforeLimit, MAX_LOG_LINES)
+    chosen = before[len(before) - min(count, len(before)) :] + after[: afterLimit or 0]
+    return [{**line, "attributes": [], "tags": None} for line in chosen]
 
 
 QUERIES["buildLogs"] = _logs("build")

@@ -38,3 +38,4 @@ def remove_instances(caller: Caller, service: Service, instances: list[Instance]
         caller.state.services.remove(service)
     for instance in instances:
         caller.supervisor.write_hosts(instance.environment_id)
+    caller.supervisor.delete_unused_uploads()

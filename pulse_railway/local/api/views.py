@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any
 
 from pulse_railway.local import state as model
@@ -15,6 +17,7 @@ from pulse_railway.local.api.access import (
 )
 from pulse_railway.local.api.patch import config_of, volume_id
 from pulse_railway.local.state import (
+    DEFAULT_REGION,
     Deployment,
     Environment,
     Instance,
@@ -60,6 +63,13 @@ def project_view(caller: Caller, project: Project) -> dict[str, Any]:
         "baseEnvironmentId": primary,
         "environments": lambda *_, **arguments: environments_view(caller, project, **arguments),
         "buckets": lambda *_, **__: connection([]),
+        "volumes": lambda *_, **__: connection(
+            [
+                volume_view(caller, s)
+                for s in state.services
+                if s.project_id == project.id and any(i.volume for i in s.instances)
+            ]
+        ),
         "services": lambda *_, **__: connection(
             [service_view(caller, s) for s in state.services if s.project_id == project.id]
         ),
@@ -126,8 +136,10 @@ def environment_view(caller: Caller, project: Project, environment: Environment)
         "sourceEnvironment": (lambda *_: environment_view(caller, project, base)) if base else None,
         "meta": None,
         "config": lambda *_, **__: config_of(caller, environment),
+        "configEtag": lambda *_: config_etag(caller, environment),
+        "canvasGroupRefs": {},
         "volumeInstances": lambda *_, **__: connection(
-            [volume_view(s, i) for s, i in instances if i.volume]
+            [volume_instance_view(caller, s, i) for s, i in instances if i.volume]
         ),
         "serviceInstances": lambda *_, **__: connection(
             [
@@ -167,6 +179,7 @@ def service_view(caller: Caller, service: Service) -> dict[str, Any]:
         "id": service.id,
         "name": service.name,
         "icon": service.icon,
+        "templateServiceId": None,
         "projectId": service.project_id,
         "createdAt": service.created_at,
         "updatedAt": service.created_at,
@@ -300,7 +313,31 @@ def custom_domain_view(
     }
 
 
-def volume_view(service: Service, instance: Instance) -> dict[str, Any]:
+def config_etag(caller: Caller, environment: Environment) -> str:
+    """Return what changes with every change of an environment's config."""
+    config = json.dumps(config_of(caller, environment), sort_keys=True)
+    return hashlib.sha256(config.encode()).hexdigest()
+
+
+def volume_view(caller: Caller, service: Service) -> dict[str, Any]:
+    return {
+        "id": volume_id(service),
+        "name": f"{service.name}-volume",
+        "createdAt": service.created_at,
+        "projectId": service.project_id,
+        "project": lambda *_: project_view(caller, need_project(caller, service.project_id)),
+        "volumeInstances": lambda *_, **__: connection(
+            [
+                volume_instance_view(caller, service, i)
+                for i in service.instances
+                if i.volume and accessible(caller, i.environment_id)
+            ]
+        ),
+    }
+
+
+def volume_instance_view(caller: Caller, service: Service, instance: Instance) -> dict[str, Any]:
+    environment_id = instance.environment_id
     return {
         "id": f"volume-of-{instance.id}",
         "serviceId": service.id,
@@ -310,7 +347,15 @@ def volume_view(service: Service, instance: Instance) -> dict[str, Any]:
         "sizeMB": 500,
         "state": "READY",
         "isPendingDeletion": False,
-        "volume": {"id": volume_id(service), "name": f"{service.name}-volume"},
+        "createdAt": instance.created_at,
+        "externalId": None,
+        "region": instance.settings.get("region") or DEFAULT_REGION,
+        "volumeId": volume_id(service),
+        "volume": lambda *_: volume_view(caller, service),
+        "service": lambda *_: service_view(caller, service),
+        "environment": lambda *_: environment_view(
+            caller, *need_environment(caller, environment_id)
+        ),
     }
 
 

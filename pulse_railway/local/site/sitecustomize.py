@@ -8,6 +8,7 @@ loopback port that it listens on. The file RAILWAY_LOCAL_HOSTS maps one to the o
 import contextlib
 import json
 import os
+import random
 import socket
 
 _system_getaddrinfo = socket.getaddrinfo
@@ -24,7 +25,11 @@ def _local_address(host, port):  # type: ignore[no-untyped-def]
     if ports is None:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
     address = "::1" if hosts.get("ipv6") else "127.0.0.1"
-    return address, ports.get(str(port), 9)  # discard: nothing listens on an undeclared port
+    if str(port) not in ports:
+        return address, 9  # discard: nothing listens on an undeclared port
+    first = min(ports.values())  # of a container's ports, which are one behind another
+    replica = random.choice(hosts.get("replicas", {}).get(name) or [first])
+    return address, replica + ports[str(port)] - first
 
 
 def _getaddrinfo(host, port, *args, **kwargs):  # type: ignore[no-untyped-def]
