@@ -39,7 +39,7 @@ def state_of(row: dict[str, Any]) -> str:
     if row["weight"] is not None:
         return f"canary {row['weight']:g} %"
     moving = ""
-    if row["state"] == "draining" and row["moving_at"] is not None:
+    if row["moving_at"] is not None:
         since = time.time() - row["moving_at"]
         when = f"for {age(since)}, {row['moved']} moved" if since >= 0 else f"in {age(-since)}"
         moving = f", moves {when}"

@@ -9,8 +9,8 @@ import httpx
 import pytest
 
 from examples import demo
-from pulse_railway import rendering
 from pulse_railway.errors import Failure
+from pulse_railway.flows import status
 from pulse_railway.flows.rollout import require_moves
 from tests.conftest import Project, play
 from tests.net import eventually
@@ -108,7 +108,12 @@ def test_an_earlier_router_moves_nobody() -> None:
     require_moves(stack, {"moves": True})
 
 
-def test_a_row_without_a_move_says_nothing_of_one() -> None:
-    shown = {"weight": None, "instances": 1, "rolled_back": False, "moving_at": 5, "moved": 0}
-    assert rendering.state_of({**shown, "state": "active"}) == "active"
-    assert "moves for" in rendering.state_of({**shown, "state": "draining"})
+@pytest.mark.parametrize("at", ["soon", True, -1, float("nan"), float("inf"), None, [5]])
+def test_a_time_that_an_earlier_router_has_not_checked_is_none(at: Any) -> None:
+    assert status.moving_at({"state": "draining", "moving_at": at}) is None
+    assert status.moved_by({"moved": at}, "a") == status.moved_by({"moved": {"a": at}}, "a") == 0
+
+
+def test_only_a_draining_version_is_shown_as_moving() -> None:
+    assert status.moving_at({"state": "active", "moving_at": 5}) is None
+    assert status.moving_at({"state": "draining", "moving_at": 5}) == 5

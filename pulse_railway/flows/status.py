@@ -64,7 +64,7 @@ def status(api: Api, stack: Stack) -> dict[str, Any]:
                 "region": region_of(service) if service else None,
                 "age_seconds": round(service.age) if service else None,
                 "drain_started_at": record.get("drain_started_at"),
-                "moving_at": record.get("moving_at"),
+                "moving_at": moving_at(record),
                 "moved": sum(moved_by(router, name) for router in routers),
                 "sessions": record.get("sessions"),
                 "instances": 1 + len(record.get("instances") or {}),
@@ -107,11 +107,19 @@ def status(api: Api, stack: Stack) -> dict[str, Any]:
     }
 
 
+def moving_at(record: dict[str, Any]) -> float | None:
+    """Return when the tabs of a draining deployment begin to move over; None: they stay. A router of
+    an earlier version has not checked the field."""
+    at = record.get("moving_at")
+    valid = type(at) in (int, float) and 0 <= at <= 1e11
+    return at if valid and record.get("state") == "draining" else None
+
+
 def moved_by(report: dict[str, Any], deployment_id: str) -> int:
     """Return how many client loaders of a deployment a router has told to move, by its report."""
     moved = report.get("moved")
     count = moved.get(deployment_id) if isinstance(moved, dict) else 0
-    return count if type(count) is int else 0
+    return max(count, 0) if type(count) is int else 0
 
 
 # the effect of an invalid value under each key of the routing state
