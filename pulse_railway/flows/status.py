@@ -108,11 +108,14 @@ def status(api: Api, stack: Stack) -> dict[str, Any]:
 
 
 def moving_at(record: dict[str, Any]) -> float | None:
-    """Return when the tabs of a draining deployment begin to move over; None: they stay. A router of
-    an earlier version has not checked the field."""
+    """Return when the tabs of a draining deployment begin to move over; None: they stay.
+
+    A router of an earlier version has not checked the field.
+    """
     at = record.get("moving_at")
-    valid = type(at) in (int, float) and 0 <= at <= 1e11
-    return at if valid and record.get("state") == "draining" else None
+    if record.get("state") != "draining" or isinstance(at, bool) or not isinstance(at, int | float):
+        return None
+    return at if 0 <= at <= 1e11 else None
 
 
 def moved_by(report: dict[str, Any], deployment_id: str) -> int:
