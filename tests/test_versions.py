@@ -691,7 +691,7 @@ def life(call: Callable[..., Any], site: Site, warned: dict[str, Any]) -> None:
     assert site.state.records["b"].pinned
     call("promote", "b", "b", weight=10.0, bake=60, instead_of="a", why="a try", **warned)
     assert site.state.canary.weight == 10
-    assert call("state")["canary"] == {"deployment_id": "b", "weight": 10.0}
+    assert call("state")["canary"].items() >= {"deployment_id": "b", "weight": 10.0}.items()
     call("baked", "b")
     assert site.state.records["b"].bake is None
     call("withdraw", "b", why="it was nothing", **warned)

@@ -59,10 +59,13 @@ NO_REGISTERED_KEY = (
 
 
 def script(root: Path) -> str:
-    """Return the text of the `railway` executable of the local Railway in `root`."""
+    """Return the text of the `railway` executable of the local Railway in `root`.
+
+    It is this version's, whatever version's verb calls it: `-I` ignores PYTHONPATH.
+    """
     return (
         f'#!/bin/sh\n[ "$*" = --version ] && exec echo "{VERSION}"\n'
-        f"exec {shlex.quote(sys.executable)} -m pulse_railway.local.cli {shlex.quote(str(root))}"
+        f"exec {shlex.quote(sys.executable)} -I -m pulse_railway.local.cli {shlex.quote(str(root))}"
         ' "$@"\n'
     )
 
