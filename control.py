@@ -159,6 +159,7 @@ def add_record(
         state="pending",
         service_name=service_name,
         drain_started_at=None,
+        moving_at=None,
         registered_at=routing.now,
         pinned=pinned or preview is not None,
         preview=preview,
@@ -223,6 +224,7 @@ def set_active(
     rolls_back: bool = False,
     bake: float | None = None,
     bake_latency_ms: float | None = None,
+    move_after: float | None = None,
 ) -> Routing:
     """Make a deployment active; the deployment that was active drains.
 
@@ -235,6 +237,7 @@ def set_active(
         rolls_back: the deployment that was active is no target of a rollback from now on.
         bake: seconds for which the deployment is watched; in its record until `finish_bake`.
         bake_latency_ms: milliseconds after which an answer's beginning counts as slow in it.
+        move_after: seconds after which the tabs of the deployment that drains move over.
     """
     hints = {item["deployment_id"]: item for item in draining}
     if deployment_id in hints:
@@ -245,6 +248,7 @@ def set_active(
         state="active",
         service_name=service_name,
         drain_started_at=None,
+        moving_at=None,
         weight=None,
         steps=None,
         rejected_at=None,
@@ -265,7 +269,7 @@ def set_active(
         hint = hints.get(str(routing.active), {})
         old = new.records.get(str(routing.active)) or Record(str(routing.active))
         old = replace(
-            old.as_draining(routing.now),
+            old.as_draining(routing.now, move_after),
             service_name=old.service_name or hint.get("service_name") or routing.active,
             rejected_at=routing.now if rolls_back else old.rejected_at,
         )
@@ -316,6 +320,7 @@ def set_canary_weight(
         state="pending",
         service_name=service_name,
         drain_started_at=None,
+        moving_at=None,
         rejected_at=None,
         pinned=True,
         weight=weight,
@@ -328,12 +333,14 @@ def set_canary_weight(
     return with_records(routing, record)
 
 
-def abort_canary(routing: Routing, deployment_id: str) -> Routing:
-    """End a canary: new visitors are not routed to it, and it drains."""
+def abort_canary(routing: Routing, deployment_id: str, move_after: float | None = None) -> Routing:
+    """End a canary: new visitors are not routed to it, and it drains. `move_after` as in
+    `set_active`."""
     record = routing.records.get(deployment_id)
     if record is None or not record.is_canary:
         raise StateError(f"{deployment_id} is no canary (any more)", "changed")
-    record = replace(record.as_draining(routing.now), pinned=False, rejected_at=routing.now)
+    record = record.as_draining(routing.now, move_after)
+    record = replace(record, pinned=False, rejected_at=routing.now)
     return with_records(routing, record)
 
 
@@ -558,6 +565,7 @@ def rebuild_records(
             at = promoted.at if promoted else record.promoted_at
             record = replace(record, state="active", drain_started_at=None, promoted_at=at)
             record = replace(record, weight=None, rejected_at=None, bake=None, preview=None)
+            record = replace(record, moving_at=None)
             records[name] = record
         elif record.state == "active":
             records[name] = record.as_draining(routing.now)
@@ -972,6 +980,7 @@ def status_answer(
         "previews": PREVIEWS,
         "instances": router.INSTANCES_AT_MOST,  # that this version of the router knows
         "steps": STEPS,
+        "moves": MOVES,
     }
 
 
@@ -1202,6 +1211,12 @@ def a_duration(value: float) -> float:
     return router.a_number(1e10, value)
 
 
+def a_day_at_most(value: float) -> float:
+    """Return a number of seconds. Raises ValueError if a router would take a time that is so far
+    in the future for invalid."""
+    return router.a_number(router.CLOCKS_MAY_DIFFER, value)
+
+
 def a_positive_duration(value: float) -> float:
     """Return a number of seconds from 1. Raises ValueError."""
     return a_duration(value - 1) + 1
@@ -1217,6 +1232,7 @@ ACCEPTED: dict[str, Callable[[Any], Any]] = {
     "holder": router.a_text,
     "bake": a_duration,
     "bake_latency_ms": a_duration,
+    "move_after": a_day_at_most,
     "lease": a_duration,
     "retry_after": a_positive_duration,
     "maintenance_since": router.a_time,
@@ -1288,8 +1304,11 @@ def control_parser() -> argparse.ArgumentParser:
     add("--bake", type=moment, metavar="SECONDS", help="how long it is watched")
     add("--steps", type=json_argument, help="the weights that follow each other, as JSON")
     add("--bake-latency-ms", type=moment, metavar="MS", help="what counts as slow meanwhile")
+    moves = "when the tabs of the one that drains move over"
+    add("--move-after", type=moment, metavar="SECONDS", help=moves)
     add = command("withdraw", "end a canary: it drains")
     add("--deployment-id", type=valid_id, required=True)
+    add("--move-after", type=moment, metavar="SECONDS", help=moves)
     add = command("baked", "end a deployment's bake; the deployment stays")
     add("--deployment-id", type=valid_id, required=True)
     add = command("maintenance", "switch maintenance on or off")
@@ -1356,11 +1375,12 @@ def step_of(args: argparse.Namespace) -> Step:
                 draining=args.draining_json,
                 address=args.address,
                 rolls_back=args.rolls_back,
+                move_after=args.move_after,
                 **common,
             )
             return with_history(step, "rollback" if args.rolls_back else "promote", name, **noted)
         case "withdraw":
-            step = functools.partial(abort_canary, deployment_id=name)
+            step = functools.partial(abort_canary, deployment_id=name, move_after=args.move_after)
             return with_history(step, "rollback", name, **noted)
         case "baked":
             return functools.partial(finish_bake, deployment_id=name)
@@ -1411,6 +1431,7 @@ EXCLUDES_OLD_JANITORS = ("promote", "restore")
 WAITS_FOR_ROUTERS = ("promote", "withdraw", "retire", "maintenance", "restore")
 PREVIEWS = True  # in answers: this version has previews
 STEPS = True  # in `status`: this version keeps a canary's steps
+MOVES = True  # in `status`: this version moves tabs over
 
 
 @contextlib.contextmanager

@@ -379,6 +379,7 @@ class Record:
     registered_at: float | None = stored(a_time)
     promoted_at: float | None = stored(a_time)
     drain_started_at: float | None = stored(a_time)
+    moving_at: float | None = stored(a_time)  # while it drains: from then on its tabs move over
     rejected_at: float | None = stored(a_time)  # rolled back from, or an aborted canary
     canary_at: float | None = stored(a_time)  # when its weight was set or removed
     retiring_at: float | None = stored(a_time)  # retired: neither routed to nor promoted
@@ -417,12 +418,21 @@ class Record:
 
     @property
     def changed_at(self) -> float:
-        """The latest time in the record."""
-        return max(getattr(self, name) or 0.0 for name in FIELDS if name.endswith("_at"))
+        """The latest time at which the record was changed. `moving_at` can be still to come."""
+        times = (name for name in FIELDS if name.endswith("_at") and name != "moving_at")
+        return max(getattr(self, name) or 0.0 for name in times)
 
-    def as_draining(self, since: float) -> Record:
+    def as_draining(self, since: float, move_after: float | None = None) -> Record:
+        """Return the record of a deployment that drains, and whose tabs move over so many seconds
+        later; None: they stay."""
         return replace(
-            self, state="draining", drain_started_at=since, weight=None, bake=None, steps=None
+            self,
+            state="draining",
+            drain_started_at=since,
+            moving_at=None if move_after is None else since + move_after,
+            weight=None,
+            bake=None,
+            steps=None,
         )
 
     def json(self) -> Json:
@@ -810,7 +820,7 @@ def _filled(record: Record, known: Record | None, untouched: bool) -> Record:
         return known
     names: tuple[str, ...] = LASTING
     if untouched and record.state == known.state:
-        names = (*LASTING, "rejected_at", "retiring_at", "weight", "bake", "held")
+        names = (*LASTING, "rejected_at", "retiring_at", "moving_at", "weight", "bake", "held")
     attributes = [FIELDS[name].name for name in names if name not in record.ignored]
     values = {name: getattr(record, name) for name in attributes}
     lost = [n for n, value in values.items() if value is None or value is False]  # 0 is a weight
@@ -870,6 +880,7 @@ def _with_one_active(
                 record,
                 state="active",
                 drain_started_at=None,
+                moving_at=None,
                 weight=None,
                 retiring_at=None,
                 preview=None,
@@ -1214,6 +1225,7 @@ class Deployment:
     of: Deployment | None = field(default=None, repr=False, compare=False)  # the first process
     sockets: int = 0  # open ones
     refused_until: float = 0.0  # monotonic; until then it gets no new visitors
+    moving_at: float | None = None  # from then on its tabs move over to the active deployment
 
     def __post_init__(self) -> None:
         self.affinity = self.affinity or self.id.encode()
@@ -1486,6 +1498,7 @@ class Table:
         # the id alone: clients and earlier versions of `deploy` compare it with the id
         old.header = f"{SELECTED_HEADER}: {name}\r\n".encode()
         old.state, old.key_hash = record.state, record.preview
+        old.moving_at = record.moving_at if record.state == "draining" else None
         return old
 
     async def serve_without_state(self) -> None:
@@ -1658,6 +1671,7 @@ class Tally:
     failed: int = 0  # errors without an answer in `answers`
     broken: list[int] = field(default_factory=lambda: [0] * 10)  # by class: answers that failed
     tunnels: int = 0  # number of opened tunnels
+    moved: int = 0  # client loaders that were told to load the active deployment's page
 
     def answered(self, method: bytes, status: int, seconds: float) -> None:
         self.answers[method if method in METHODS else b"_OTHER", status // 100].add(seconds)
@@ -1708,6 +1722,7 @@ class Metrics:
             "requests": self.requests,
             "errors": self.errors,
             "stale": self.stale,
+            "moved": {name: t.moved for name, t in self.tallies.items() if t.moved},
             "turned_away": self.rejected,
             "clients": len(Client.instances),
             "pooled": idle_connections(),
@@ -3459,6 +3474,9 @@ def route(request: Request) -> None:
     if target is None:
         if name:
             target = table.deployments.get(name) or table.further.get(name)
+            if target is not None and target.moving_at is not None and moves_over(request, target):
+                client.answer(request, stale_response(request, target))
+                return
         else:
             target = pick_default(request)
     simple = target and not request.more_body and not may_hedge(request)
@@ -3912,22 +3930,65 @@ async def ask_others(request: Request, others: list[Deployment]) -> bool:
             task.cancel()
 
 
-def stale_response(request: Request) -> Response:
-    """Return the answer to a request whose deployment is not known."""
+CLIENT_LOADER_FIELD = CLIENT_LOADER_HEADER.encode()
+
+
+def moves_over(request: Request, target: Deployment) -> bool:
+    """Does a tab go over to the active deployment with this request?
+
+    It does when its user goes to another page: Pulse's client loader then asks for that page from
+    the open one, which the browser names in `Referer` (RFC 9110 section 10.1.3). While the path
+    stays the same, as for a state in the query, the page is in use.
+    """
+    table = TABLE
+    if request.values(CLIENT_LOADER_FIELD) != [b"1"] or time.time() < (target.moving_at or 0.0):
+        return False
+    # not onto a fallback, which may be this very deployment
+    if table.active in (None, target.first, table.down) or table.provisional:
+        return False
+    headers = lower_headers(request)
+    location = headers.get(CLIENT_LOADER_LOCATION_HEADER)
+    if location is None:  # of a Pulse that takes the stale answer
+        return True
+    host, page = host_of(headers), headers.get("referer") or ""
+    if not local_location(location, host) or not local_location(page, host):
+        return False
+    return path_of(location) != path_of(page)
+
+
+def path_of(url: str) -> str:
+    """Return the path of a URL that `local_location` takes, without a slash at its end."""
+    return re.sub(r"(?i)^https?://[^/?#]*|[?#].*", "", url).rstrip("/")
+
+
+def lower_headers(request: Request) -> Headers:
+    return Headers(raw=[(lower, value) for _, lower, value in request.fields])
+
+
+def host_of(headers: Headers) -> str:
+    """Return the host that the browser asked for."""
+    return headers.get("x-forwarded-host") or headers.get("host") or ""
+
+
+def stale_response(request: Request, moves_from: Deployment | None = None) -> Response:
+    """Return the answer to a request whose deployment is not known, or from which it moves over."""
     if not TABLE.loaded or TABLE.empty or TABLE.provisional:
         why = "nothing is deployed, or the routing state is lost"
         why = why if TABLE.loaded else "not loaded yet"
         return unavailable(request, 503, why, 1)
     if not request.affinity_id or TABLE.active is None:
         return error_response(404, "deployment not found")
-    METRICS.stale += 1
+    if moves_from:
+        moves_from.tally.moved += 1
+    else:
+        METRICS.stale += 1
     if navigates(request) and (target := without_affinity(request.url)):
         return Response(None, 302, NO_STORE | {"location": target})
-    headers = Headers(raw=[(lower, value) for _, lower, value in request.fields])
+    headers = lower_headers(request)
     location = headers.get(CLIENT_LOADER_LOCATION_HEADER)
     if headers.get(CLIENT_LOADER_HEADER) == "1" and location:
-        host = headers.get("x-forwarded-host") or headers.get("host") or ""
-        if target := local_location(location, host):
+        target = local_location(location, host_of(headers))
+        if target:
             return Response(None, 302, NO_STORE | {"location": target})
     answer = NO_STORE | {STALE_HEADER: "1", "vary": AFFINITY_HEADER}
     if origin := headers.get("origin"):

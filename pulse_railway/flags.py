@@ -217,6 +217,10 @@ _ALL = (
     Flag("bake_latency_ms",
          "in a bake, roll back also if clearly fewer than 99 % of its answers begin in this time",
          "P99", int, words="durations are not judged", minimum=1),
+    Flag("move", "the tabs of the version that drains move over when their users go to another"
+         " page", kind=bool),
+    Flag("move_after", "as --move, so many seconds later", "SECONDS", int,
+         words="tabs stay on their version", minimum=0, maximum=86_400),
     Flag("lock_wait", "seconds to wait for another deploy", "SECONDS", int,
          words="does not wait", minimum=0),
     Flag("message", "a message for the history", "TEXT", words="the commit's"),
@@ -260,6 +264,6 @@ DEPLOY = [
     *"image_repository image from_ registry_username registry_password_file build_arg".split(),
     *"no_gitignore env instances backend_replicas region memory_gb".split(),
     *"vcpus no_promote preview".split(),
-    *"evict replace_app keep_failed canary bake bake_latency_ms lock_wait".split(),
-    *"message notify json".split(),
+    *"evict replace_app keep_failed canary bake bake_latency_ms move move_after".split(),
+    *"lock_wait message notify json".split(),
 ]

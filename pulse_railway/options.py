@@ -48,7 +48,12 @@ class StackOptions:
 
 
 @dataclass(frozen=True)
-class PromoteOptions(StackOptions):
+class RollbackOptions(StackOptions):
+    move_after: int | None = None  # seconds until the tabs of what drains move over; None: never
+
+
+@dataclass(frozen=True)
+class PromoteOptions(RollbackOptions):
     weight: float | None = None  # percent of new visitors; None: it becomes the active deployment
     bake: int = FLAGS["bake"].default  # seconds
     bake_latency_ms: int | None = None
@@ -154,6 +159,7 @@ class DeployOptions:
     steps: tuple[float, ...] = ()  # or percents that follow each other, before the promotion
     bake: int = FLAGS["bake"].default  # seconds
     bake_latency_ms: int | None = None
+    move_after: int | None = None  # as in RollbackOptions
     lock_wait: int | None = None  # seconds; None: fail at once if another deploy runs
     message: str | None = None
     notify: str | None = field(default=None, repr=False)
@@ -206,7 +212,24 @@ def parse_promote(flags: Flags, output: Output) -> PromoteOptions:
         need_deployment_id(flags)
     check_bake(flags)
     check_evict(flags, "weight", "bake")
-    return stack_options(PromoteOptions, flags, output)
+    check_move(flags, "weight", "evict")
+    return stack_options(PromoteOptions, flags, output, move_after=move_after(flags))
+
+
+def parse_rollback(flags: Flags, output: Output) -> RollbackOptions:
+    return stack_options(RollbackOptions, flags, output, move_after=move_after(flags))
+
+
+def move_after(flags: Flags) -> int | None:
+    """Return the seconds until tabs move over; None if they stay."""
+    return 0 if value(flags, "move") else value(flags, "move_after")
+
+
+def check_move(flags: Flags, *others: str) -> None:
+    """Raise Failure for --move with one of these flags, with which no version drains. A setting
+    of --move-after in invoke.yaml does not count."""
+    if value(flags, "move") and (given := given_of(flags, *others)):
+        raise Failure(f"--move excludes {' and '.join(given)}: no version drains")
 
 
 CONTINUED = ("weight", "bake", "bake_latency_ms", "evict", "force")  # what --continue excludes
@@ -229,11 +252,15 @@ def check_bake(flags: Flags) -> None:
         raise Failure("--bake-latency-ms needs --bake: nothing is judged without it")
 
 
+def given_of(flags: Flags, *names: str) -> list[str]:
+    """Return which of these options are given."""
+    found = [FLAGS[name] for name in names]  # a weight of 0 makes a canary, too
+    return [f.option for f in found if value(flags, f.name) not in (f.default, f.unset)]
+
+
 def check_evict(flags: Flags, *others: str) -> None:
     """Raise Failure for --evict with one of these flags, by which an old version is needed."""
-    found = [FLAGS[name] for name in others]  # a weight of 0 makes a canary, too
-    given = [f.option for f in found if value(flags, f.name) not in (f.default, f.unset)]
-    if value(flags, "evict") and given:
+    if value(flags, "evict") and (given := given_of(flags, *others)):
         raise Failure(f"--evict excludes {' and '.join(given)}: no other version stays")
 
 
@@ -367,6 +394,7 @@ def parse_deploy(flags: Flags, output: Output) -> DeployOptions:
     check_bake(flags)
     check_evict(flags, "canary", "bake", "no_promote", "preview")
     weights = canary_steps(flags)
+    check_move(flags, "no_promote", "preview", "evict", *(["canary"] if len(weights) == 1 else []))
     return from_flags(
         DeployOptions,
         flags,
@@ -382,6 +410,7 @@ def parse_deploy(flags: Flags, output: Output) -> DeployOptions:
         build_args=build_args,
         canary=weights[0] if weights else None,
         steps=weights if len(weights) > 1 else (),
+        move_after=move_after(flags),
         promote=not (flags.get("no_promote") or flags.get("preview")),
         notify=notify_url(flags),
     )

@@ -38,8 +38,13 @@ def age(seconds: float | None) -> str:
 def state_of(row: dict[str, Any]) -> str:
     if row["weight"] is not None:
         return f"canary {row['weight']:g} %"
+    moving = ""
+    if row["moving_at"] is not None:
+        since = time.time() - row["moving_at"]
+        when = f"for {age(since)}, {row['moved']} moved" if since >= 0 else f"in {age(-since)}"
+        moving = f", moves {when}"
     processes = f", {row['instances']} processes" if row["instances"] > 1 else ""
-    return str(row["state"]) + (", rolled back" if row["rolled_back"] else "") + processes
+    return str(row["state"]) + (", rolled back" if row["rolled_back"] else "") + moving + processes
 
 
 def describe(about: dict[str, Any]) -> str:

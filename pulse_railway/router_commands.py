@@ -204,6 +204,7 @@ def send_promote(
     bake: int = 0,
     bake_latency_ms: int | None = None,
     steps: Answer | None = None,
+    move_after: int | None = None,
     why: str | None = None,
     unlock: str | None = None,
     renew: str | None = None,
@@ -220,6 +221,7 @@ def send_promote(
         bake: seconds for which the caller watches the deployment.
         bake_latency_ms: milliseconds after which a request counts as slow in it.
         steps: of the canary, as its record has them.
+        move_after: seconds until the tabs of the version that drains move over; None: they stay.
         unlock: the holder of the deploy lock, which the command releases.
         renew: HOLDER@SECONDS: that holder's lock ends so many seconds later.
 
@@ -233,6 +235,7 @@ def send_promote(
     words += ["--bake", str(bake)] if bake else []
     words += ["--bake-latency-ms", str(bake_latency_ms)] if bake and bake_latency_ms else []
     words += [f"--steps={json.dumps(steps)}"] if steps else []
+    words += _move_arguments(move_after)
     words += [f"--unlock={unlock}"] if unlock else []
     words += [f"--renew={renew}"] if renew else []
     words += _why_arguments(why)
@@ -294,16 +297,20 @@ def send_abort_canary(
     deployment_id: str,
     why: str | None = None,
     warn: Warn = lambda _: None,
+    move_after: int | None = None,
 ) -> None:
-    """End a canary, which then drains."""
-    answer = send_command(
-        api, stack, "withdraw", "--deployment-id", deployment_id, *_why_arguments(why)
-    )
+    """End a canary, which then drains. `move_after` is as in `send_promote`."""
+    words = ["--deployment-id", deployment_id, *_move_arguments(move_after), *_why_arguments(why)]
+    answer = send_command(api, stack, "withdraw", *words)
     warn_of_late_routers(answer, warn)
 
 
 def send_finish_bake(api: Api, stack: Stack, deployment_id: str) -> None:
     send_command(api, stack, "baked", "--deployment-id", deployment_id)
+
+
+def _move_arguments(move_after: int | None) -> list[str]:
+    return [] if move_after is None else ["--move-after", str(move_after)]
 
 
 def _why_arguments(why: str | None) -> list[str]:

@@ -143,7 +143,8 @@ def redeploy(options: options.StackOptions, output: Output) -> None:
 @verb(
     [
         *STACK,
-        *"deployment_id weight continue_ bake bake_latency_ms evict force message notify".split(),
+        *"deployment_id weight continue_ bake bake_latency_ms move move_after evict force".split(),
+        *"message notify".split(),
     ],
     parser="parse_promote",
 )
@@ -167,8 +168,8 @@ def promote(options: options.PromoteOptions, output: Output) -> None:
     output.result(result, [notification.text, *drains_words(result["drains"])])
 
 
-@verb([*STACK, "message", "notify"], parser="parse_stack")
-def rollback(options: options.StackOptions, output: Output) -> None:
+@verb([*STACK, "move", "move_after", "message", "notify"], parser="parse_rollback")
+def rollback(options: options.RollbackOptions, output: Output) -> None:
     """End the canary; without one, promote the deployment that was active before."""
     from pulse_railway.flows import promote as flow
     from pulse_railway.notify import notifying
@@ -176,7 +177,7 @@ def rollback(options: options.StackOptions, output: Output) -> None:
 
     with notifying(options.notify, "rollback", output) as notification:
         api, stack = _stack(options, output)
-        result = flow.rollback(api, stack, output, options.message)
+        result = flow.rollback(api, stack, output, options.message, options.move_after)
         name = notification.facts["deployment_id"] = result["deployment_id"]
         if result.get("ended"):
             notification.text = f"{result['ended']} is no canary any more; {name} is active"

@@ -82,3 +82,45 @@ def test_a_tab_lives_through_a_deploy(
     project.stage.run_janitor()
     shows(old, "b", 0, 3)
     eventually(lambda: "a" not in project.services)
+
+
+# what Pulse's client loader does when its user goes to another page
+GO = """async ([deployment, location]) => {
+    const headers = {
+        "x-pulse-client-loader": "1",
+        "x-pulse-client-loader-location": location,
+        "x-pulse-deployment": deployment,
+    };
+    const url = "/_pulse/prerender";
+    const answer = await fetch(url, {method: "POST", headers, redirect: "manual", body: "{}"});
+    return answer.type;
+}"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+def test_a_tab_moves_over_with_the_next_page_only(
+    new_project: Callable[[], Project], person: Callable[[], BrowserContext]
+) -> None:
+    project = new_project()
+    address = project.run("ensure", APP, "--json", cwd=ROOT).json["server_address"]
+    for name, more in (("a", []), ("b", ["--move"])):
+        verb = project.run("deploy", APP, "--deployment-id", name, *more, cwd=ROOT)
+        assert verb.code == 0, verb.err
+        if name == "a":
+            tab = person().new_page()
+            tab.goto(f"{address}/probe")
+            shows(tab, "a", 0, 0)
+            tab.click("#count")
+            shows(tab, "a", 1, 1)
+    shows(tab, "a", 1, 1)
+    tab.click("#count")
+    shows(tab, "a", 2, 2)
+    # a state in the query of the open page, and the address after the page has changed it itself
+    assert tab.evaluate(GO, ["a", f"{address}/probe?q=x"]) != "opaqueredirect"
+    tab.evaluate("history.pushState({}, '', '/other?q=x')")
+    assert tab.evaluate(GO, ["a", f"{address}/other?q=y"]) != "opaqueredirect"
+    shows(tab, "a", 2, 2)
+    assert tab.evaluate(GO, ["a", f"{address}/probe"]) == "opaqueredirect"
+    tab.evaluate("sessionStorage.clear()")  # Pulse's pages bring the affinity with them
+    tab.goto(f"{address}/probe")  # as the client does then
+    shows(tab, "b", 0, 2)

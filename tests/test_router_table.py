@@ -166,6 +166,138 @@ def test_client_loader_is_redirected_on_this_host_only(
         assert answer.status == 409 or "evil" not in str(answer.header("location"))
 
 
+# -- moves: a tab of a draining deployment goes over with its user's next page
+
+
+def loader(port: int, location: str | None, page: str | None, *more: str) -> Any:
+    """Ask as Pulse's client loader does, from the open page `page`, for the page at `location`."""
+    fields = ["x-pulse-client-loader: 1"]
+    fields += [f"x-pulse-client-loader-location: {location}"] if location else []
+    fields += [f"referer: {page}"] if page else []
+    url = "/_pulse/prerender?pulse_deployment=a"
+    return ask(port, url, *fields, *more, method="POST", body=b"{}")
+
+
+def moving(redis_server: Redis, port: int, at: float, state: str = "draining") -> None:
+    """Let the tabs of `a` move from a time on, and wait until the router knows."""
+    stored = json.loads(str(redis_server.client.get("pulse:railway:deployment:a")))
+    more = {name: stored[name] for name in ("address", "registered_at")}
+    redis_server.deployment("a", state=state, moving_at=at, **more)
+    redis_server.deployment("z", more["address"], "pending")
+    eventually(lambda: ask(port, "/?pulse_deployment=z").body == b"from a")
+
+
+PAGES = [
+    ("http://app.example/b", "http://app.example/a", True),
+    ("http://app.example/b?x=1", "http://app.example/a?x=1", True),
+    ("/b", "http://app.example/", True),
+    # the open page, by a state in its query, and where it is not known
+    ("http://app.example/a?x=2", "http://app.example/a?x=1", False),
+    ("http://app.example/a/", "http://app.example/a", False),
+    ("http://app.example/", "http://app.example", False),
+    ("http://app.example/b", None, False),
+    # 0.1.111 shows an error for anything but a redirect, and takes none to another host
+    ("https://evil.example/b", "http://app.example/a", False),
+    ("http://app.example/b", "https://evil.example/a", False),
+    ("http://app.example/b", "http://[", False),
+]
+
+
+@pytest.mark.parametrize(("location", "page", "moves"), PAGES)
+def test_a_tab_moves_over_when_its_user_goes_to_another_page(
+    two: int, redis_server: Redis, location: str, page: str | None, moves: bool
+) -> None:
+    assert loader(two, location, page).body == b"from a"
+    moving(redis_server, two, time.time() - 1)
+    answer = loader(two, location, page)
+    expected = (302, location) if moves else (200, None)
+    assert (answer.status, answer.header("location")) == expected
+    assert moves or answer.body == b"from a"
+
+
+def test_all_else_of_a_moving_tab_stays_on_its_deployment(two: int, redis_server: Redis) -> None:
+    moving(redis_server, two, 5)
+    assert loader(two, "/b", "http://app.example/a").status == 302
+    page = "referer: http://app.example/a"
+    for fields in ([], ["accept: text/html"], ["x-pulse-client-loader: 0"]):
+        for method, path in (("GET", "/b"), ("POST", "/_pulse/prerender"), ("GET", "/assets/x.js")):
+            url = f"{path}?pulse_deployment=a"
+            assert ask(two, url, page, *fields, method=method).body == b"from a"
+    handshake = ["connection: upgrade", "upgrade: websocket", "sec-websocket-version: 13"]
+    handshake += ["sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ=="]
+    url = "/socket.io/?pulse_deployment=a&pulse_reload_on_stale_affinity=1"
+    assert ask(two, url, page, *handshake).body == b"from a"
+
+
+def test_a_host_that_is_none_harms_no_moving_tab(two: int, redis_server: Redis) -> None:
+    moving(redis_server, two, 5)
+    answer = loader(two, "http://[/b", "http://[/a", "x-forwarded-host: [")
+    assert answer.status == 400
+    assert ask(two).body == b"from b"
+
+
+def test_without_a_location_a_moving_tab_gets_the_stale_answer(
+    two: int, redis_server: Redis
+) -> None:
+    moving(redis_server, two, 5)
+    answer = loader(two, None, "http://app.example/a", "origin: http://app.example")
+    assert (answer.status, answer.header("x-pulse-stale-affinity")) == (409, "1")
+    assert answer.header("access-control-allow-origin") == "http://app.example"
+    assert answer.header("access-control-allow-credentials") == "true"
+
+
+def test_a_move_to_come_waits_for_its_time(two: int, redis_server: Redis) -> None:
+    moving(redis_server, two, time.time() + 1.5)
+    assert loader(two, "/b", "http://app.example/a").body == b"from a"
+    eventually(lambda: loader(two, "/b", "http://app.example/a").status == 302)
+
+
+@pytest.mark.parametrize("state", ["active", "pending", "resting"])
+def test_only_a_draining_deployments_tabs_move(two: int, redis_server: Redis, state: str) -> None:
+    """Whatever an earlier drain has left in the record."""
+    moving(redis_server, two, 5, state)
+    assert loader(two, "/b", "http://app.example/a").body == b"from a"
+
+
+def test_a_tab_moves_from_any_process_and_the_report_counts_it(
+    redis_server: Redis, run_router: Run
+) -> None:
+    with Backend(ok(b"from a")) as a, Backend(ok(b"from b")) as b:
+        instances = {"2": {"address": a.address}}
+        more = {"registered_at": 1, "moving_at": 5, "instances": instances}
+        redis_server.deployment("a", a.address, "draining", **more)
+        redis_server.deployment("b", b.address, "active", registered_at=2)
+        port = run_router(redis_server).port
+        eventually(lambda: ask(port).body == b"from b")
+        fields = ["x-pulse-client-loader: 1", "x-pulse-client-loader-location: /b"]
+        fields += ["referer: http://app.example/a", "x-pulse-deployment: a.2"]
+        assert ask(port, "/_pulse/prerender", *fields, method="POST").status == 302
+        assert loader(port, "/b", "http://app.example/a").status == 302
+        client = redis_server.client
+
+        def reported() -> Any:
+            keys = client.keys("pulse:railway:router:*")
+            return [json.loads(str(client.get(key))) for key in keys]
+
+        eventually(lambda: [r.get("moved") for r in reported()] == [{"a": 2}], 15)
+        assert reported()[0]["stale"] == 0
+
+
+def test_nobody_moves_while_the_active_deployment_cannot_be_connected_to(
+    redis_server: Redis, run_router: Run
+) -> None:
+    """New visitors get the version before it then, which may be the tab's own."""
+    with Backend(ok(b"from a")) as a, Backend(ok(b"from b")) as b:
+        times = {"registered_at": 1, "promoted_at": 1, "moving_at": 5}
+        redis_server.deployment("a", a.address, "draining", **times)
+        redis_server.deployment("b", b.address, "active", registered_at=2, promoted_at=2)
+        port = run_router(redis_server).port
+        eventually(lambda: ask(port).body == b"from b")
+        b.stop()
+        eventually(lambda: ask(port).body == b"from a")
+        assert loader(port, "/b", "http://app.example/a").body == b"from a"
+
+
 def test_redirect_goes_by_the_host_that_the_edge_names(two: int) -> None:
     answer = ask(
         two,

@@ -95,6 +95,7 @@ ADDRESS = "http://a.railway.internal:8000"
         ("drain_started_at", 0, 0.0),
         ("rejected_at", NOW, NOW),
         ("retiring_at", NOW, NOW),
+        ("moving_at", NOW + 5, NOW + 5),
         ("held", True, True),
         ("held", False, False),
         ("weight", 0, 0.0),
@@ -141,6 +142,7 @@ def test_a_field_of_a_record(field: str, stored: object, value: object) -> None:
         ("drain_started_at", [5]),
         ("rejected_at", 1e12),
         ("retiring_at", "soon"),
+        ("moving_at", "soon"),
         ("held", "yes"),
         ("held", 1),
         ("weight", 101),
@@ -360,6 +362,54 @@ def test_what_is_not_set_any_more_is_not_written() -> None:
     stored = OLD | {"state": "pending", "weight": 10, "bake": {"until": 5}, "held": True}
     found = control.abort_canary(parse({":deployment:a": stored}), "a").records["a"].json()
     assert found == OLD | {"state": "draining", "drain_started_at": NOW, "rejected_at": NOW}
+
+
+# -- moves ---------------------------------------------------------------------------------------
+
+
+def test_a_deployment_that_begins_to_drain_moves_when_it_was_asked() -> None:
+    state = parse(STATE)
+    assert control.set_active(state, "b", "b", []).records["a"].moving_at is None
+    assert control.set_active(state, "b", "b", [], move_after=0).records["a"].moving_at == NOW
+    moved = control.set_active(state, "b", "b", [], move_after=60)
+    assert moved.records["a"].moving_at == NOW + 60
+    assert moved.records["b"].moving_at is None
+    canary = control.set_canary_weight(state, "c", "c", 10)
+    assert control.abort_canary(canary, "c").records["c"].moving_at is None
+    assert control.abort_canary(canary, "c", 5).records["c"].moving_at == NOW + 5
+
+
+def test_a_deployment_that_ends_draining_moves_nobody() -> None:
+    drained = control.set_active(parse(STATE), "b", "b", [], move_after=60)
+    running = [router.Record(name, service_name=name) for name in "ab"]
+    for after in (
+        control.set_active(drained, "a", "a", []),
+        control.set_canary_weight(drained, "a", "a", 10),
+        control.add_record(drained, "a", "a"),
+        control.rebuild_records(drained, running, "a", chosen=True),
+        control.set_active(control.set_active(drained, "a", "a", []), "b", "b", []),
+    ):
+        assert after.records["a"].moving_at is None
+        assert "moving_at" not in after.records["a"].json()
+
+
+def test_a_move_is_restored_with_its_state_only() -> None:
+    """A drain by 0.3.x after ours moves nobody."""
+    known = control.set_active(parse(STATE), "b", "b", [], move_after=60)
+    lost = control.with_records(known, replace(known.records["a"], moving_at=None))
+    assert router.repaired(lost, known, "new").records["a"].moving_at == NOW + 60
+    other = replace(lost, records=lost.records | {"a": replace(lost.records["a"], state="resting")})
+    assert router.repaired(other, known, "new").records["a"].moving_at is None
+
+
+@given(st.floats(0, router.CLOCKS_MAY_DIFFER), st.floats(0, 1e5))
+def test_a_move_to_come_does_not_make_a_record_newer(after: float, later: float) -> None:
+    """Of two copies of a record the one that was changed last is kept."""
+    drained = router.Record("a").as_draining(NOW, after)
+    assert drained.changed_at == NOW
+    assert replace(drained, promoted_at=NOW + later).changed_at == NOW + later
+    state = {":deployment:a": json.dumps(drained.json())}
+    assert router.parse(state, NOW).problems == ()
 
 
 STATE = {
@@ -921,6 +971,7 @@ def carry_out(env: dict[str, str], *words: str) -> Any:
         ((*PROMOTE, "z\tz"), "--active-service-name cannot be"),
         ((*PROMOTE, "a", "--bake", "1e300"), "--bake cannot be 1e+300"),
         ((*PROMOTE, "a", "--address", "http://:8"), "--address cannot be"),
+        ((*PROMOTE, "a", "--move-after", "86401"), "--move-after cannot be 86401"),
         (("lock", "--holder", "h", "--lease", "1e300"), "--lease cannot be 1e+300"),
         (("lock", "--holder", "", "--lease", "60"), "--holder cannot be ''"),
         (("maintenance", "on", "--retry-after", "-5"), "--retry-after cannot be -5"),
@@ -928,6 +979,7 @@ def carry_out(env: dict[str, str], *words: str) -> Any:
         ((*PROMOTE, "a", "--bake", "nan"), None),
         ((*PROMOTE, "a", "--weight", "nan"), None),
         ((*PROMOTE, "a", "--weight", "inf"), None),
+        ((*PROMOTE, "a", "--move-after", "-1"), None),
         ((*PROMOTE, "a", "--draining-json", '[{"deployment_id":"b","service_name":5}]'), None),
         (
             (
@@ -956,8 +1008,8 @@ def test_what_the_state_cannot_hold_is_not_written(
 TEXTS = st.text(min_size=1, max_size=9) | st.sampled_from(["a", "a b", "http://x:1", "1e300", "7"])
 OPTIONS = st.dictionaries(
     st.sampled_from(
-        "service-name active-service-name service-id address bake lease retry-after holder weight"
-        " by why page about instead-of hold".split()
+        "service-name active-service-name service-id address bake move-after lease retry-after"
+        " holder weight by why page about instead-of hold".split()
     ),
     TEXTS,
     max_size=4,

@@ -197,14 +197,19 @@ class Life(RuleBasedStateMachine):
             self.store.put(f":deployment:{name}", json.dumps(record))
             self.foreign.add(name)
 
-    @rule(pick=st.integers(0, 50), kill=KILL)
-    def promote(self, pick: int, kill: bool) -> None:
+    @rule(pick=st.integers(0, 50), kill=KILL, move=st.sampled_from([None, 0, 3600]))
+    def promote(self, pick: int, kill: bool, move: int | None = None) -> None:
         name, before, active = self.some(pick), self.records(), self.active
         if name in before and name not in self.services:
             return  # the verb asks Railway for its service first
         words = ["--active-deployment-id", name, "--active-service-name", name]
+        words += [] if move is None else ["--move-after", str(move)]
         if self.control("promote", *words, kill=kill):
             assert self.active == name
+            if active not in (None, name):
+                former = self.records()[str(active)]
+                after = None if move is None else former.drain_started_at + move
+                assert former.moving_at == after
             self.last_promoted = self.state.promoted
             self.pending_ones_stay(before, name, active)
 
@@ -418,6 +423,11 @@ class Life(RuleBasedStateMachine):
         self.drains.clear()
 
     # -- what has to hold ----------------------------------------------------------------------
+
+    @invariant()
+    def only_what_drains_moves(self) -> None:
+        for record in self.records().values():
+            assert record.moving_at is None or record.state == "draining"
 
     @invariant()
     def the_active_one_runs(self) -> None:

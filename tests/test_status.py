@@ -357,6 +357,7 @@ def row(name: str, sessions: int | None = 1, state: str = "active") -> dict[str,
         "railway": "SUCCESS",
         "age_seconds": 5,
         "weight": None,
+        "moving_at": None,
         "rolled_back": False,
     }
     fields |= {"sessions": sessions, "instances": 1, "about": {}}

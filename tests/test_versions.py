@@ -1081,6 +1081,50 @@ def test_the_janitor_of_0_3_13_leaves_a_version_that_refuses_its_token(
     assert list(published.janitor(lambda: found))[-1][1:] == ["a"]
 
 
+NEXT_PAGE = (
+    "x-pulse-client-loader: 1",
+    "x-pulse-client-loader-location: http://app.example/b",
+    "referer: http://app.example/a",
+)
+
+
+def goes_to_the_next_page(process: Process, name: str) -> tuple[int, str | None]:
+    """Return the answer to a tab's client loader, and the deployment that gave it."""
+    url = f"/_pulse/prerender?pulse_deployment={name}"
+    answer = ask(process.port, url, *NEXT_PAGE, method="POST")
+    return answer.status, answer.header("x-pulse-selected-deployment")
+
+
+@pytest.mark.parametrize("version", ["older", "0.3.13"])
+def test_an_older_router_moves_nobody(
+    site: Site, run: Callable[[str], Process], version: str
+) -> None:
+    site.deploy("a")
+    old, today = run(version), run("today")
+    assert site.register("b")["ok"]
+    assert site.promote("b", "--move-after", "0")["ok"]
+    eventually(lambda: goes_to_the_next_page(today, "a") == (302, None))
+    eventually(lambda: served(old) == (200, "b"))
+    assert goes_to_the_next_page(old, "a") == (200, "a")
+    assert served(old, "a") == served(today, "a") == (200, "a")
+
+
+def test_the_janitor_of_0_3_13_removes_a_moving_version_when_nobody_is_left(
+    site: Site, published: older.Published
+) -> None:
+    site.deploy("a")
+    assert site.register("b")["ok"]
+    assert site.promote("b", "--move-after", "0")["ok"]
+    moving_at = site.record("a")["moving_at"]
+    names = ("service_id", "service_name", "deployment_id")
+    found = [dict(zip(names, (f"s-{n}", n, n), strict=True)) for n in "ab"]
+    assert list(published.janitor(lambda: found))[-1][1:] == []
+    assert site.record("a").get("moving_at") in (None, moving_at)
+    site.tabs("a", 0)
+    assert list(published.janitor(lambda: found))[-1][1:] == ["a"]
+    assert (site.state.active, site.state.problems) == ("b", ())
+
+
 RUN_OF_THE_JANITOR_BEFORE = """if True:
     import json, os, sys
     import control, janitor, router

@@ -44,7 +44,7 @@ from pulse_railway.flows.reachability import (
     wait_until_rendered,
 )
 from pulse_railway.flows.remove import evict
-from pulse_railway.flows.rollout import Steps, require_steps, roll_out
+from pulse_railway.flows.rollout import Steps, require_moves, require_steps, roll_out
 from pulse_railway.flows.signals import interruptible, shielded
 from pulse_railway.options import DeployOptions
 from pulse_railway.output import Output
@@ -332,6 +332,8 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
             check_canary(api, stack, plan.options, attempt)
             if plan.steps:
                 require_steps(api, stack)
+            if plan.options.move_after is not None and plan.options.promote:
+                require_moves(stack, router_commands.read_state(api, stack))
             if plan.preview_key:
                 preview.require_previews(api, stack)
             instances.require_instances(api, stack, plan.options.instances)
@@ -626,6 +628,7 @@ def roll_out_new(
         began=lambda: setattr(attempt, "promoted", True),
         renew=attempt.renewal(LATE_LEASE + plan.steps.bake),
         why=plan.options.message,
+        move_after=plan.options.move_after,
     )
     attempt.drains = promoted.drains if promoted else None
     return baking
@@ -647,6 +650,7 @@ def promote_new(api: Api, stack: Stack, plan: Plan, attempt: Attempt, output: Ou
         weight=options.canary,
         bake=seconds,
         bake_latency_ms=options.bake_latency_ms,
+        move_after=options.move_after if options.canary is None else None,
         why=options.message,
         unlock=unlock,
         renew=renew,

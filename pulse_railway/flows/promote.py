@@ -15,7 +15,7 @@ from pulse_railway.flows.reachability import (
     wait_until_reachable,
 )
 from pulse_railway.flows.remove import evict
-from pulse_railway.flows.rollout import take_up
+from pulse_railway.flows.rollout import require_moves, take_up
 from pulse_railway.flows.signals import interruptible
 from pulse_railway.options import PromoteOptions
 from pulse_railway.output import Output
@@ -25,12 +25,17 @@ from pulse_railway.stack import Stack, find_backend, joined, require_complete_an
 
 def promote(api: Api, stack: Stack, options: PromoteOptions, output: Output) -> dict[str, Any]:
     """Make a running deployment the active one, or the canary; with `--bake`, then watch it."""
+    move_after = options.move_after if options.weight is None else None  # a canary drains nobody
     if options.continue_:
         require_complete_answer(stack)
         with interruptible():
-            return take_up(api, stack, options.deployment_id, options.message, output)
+            name, why = options.deployment_id, options.message
+            return take_up(api, stack, name, why, output, move_after)
     deployment_id = str(options.deployment_id)
     require_complete_answer(stack)
+    if move_after is not None:
+        with output.step("ask the router whether it moves tabs over"):
+            require_moves(stack, router_commands.read_state(api, stack))
     if stack.backend(deployment_id) is None and not stack.unowned_backend(deployment_id):
         refuse_gone(api, stack, deployment_id)
     find_backend(stack, deployment_id)
@@ -48,6 +53,7 @@ def promote(api: Api, stack: Stack, options: PromoteOptions, output: Output) -> 
         weight=options.weight,
         bake=bake_seconds,
         bake_latency_ms=options.bake_latency_ms,
+        move_after=move_after,
         why=options.message,
         force=options.force,
     )
@@ -73,6 +79,7 @@ def check_and_promote(
     weight: float | None = None,
     bake: int = 0,
     bake_latency_ms: int | None = None,
+    move_after: int | None = None,
     why: str | None = None,
     instead_of: str | None = None,
     force: bool = False,
@@ -83,6 +90,7 @@ def check_and_promote(
         weight: percent of new visitors, for a canary; None makes the deployment active.
         bake: seconds.
         bake_latency_ms: milliseconds after which a request counts as slow in it.
+        move_after: seconds until the tabs of the version that drains move over; None: they stay.
         instead_of: in a rollback, the deployment that is active.
         force: skip the check.
     """
@@ -102,6 +110,7 @@ def check_and_promote(
             weight=weight,
             bake=bake,
             bake_latency_ms=bake_latency_ms,
+            move_after=move_after,
             why=why,
             instead_of=instead_of,
             rolls_back=bool(instead_of),
@@ -183,7 +192,13 @@ def rollback_targets(state: dict[str, Any], stack: Stack) -> list[str]:
     return [name for _, name in sorted(previous, reverse=True)]
 
 
-def rollback(api: Api, stack: Stack, output: Output, why: str | None = None) -> dict[str, Any]:
+def rollback(
+    api: Api,
+    stack: Stack,
+    output: Output,
+    why: str | None = None,
+    move_after: int | None = None,
+) -> dict[str, Any]:
     """End the canary if there is one; else promote the last active deployment that still answers.
 
     A deployment that was rolled back is not promoted: a second rollback goes one version further.
@@ -196,17 +211,27 @@ def rollback(api: Api, stack: Stack, output: Output, why: str | None = None) -> 
             "the routing state is lost, or an older one, and with it what was active before: run"
             " `pulse-railway restore`, then this again"
         )
+    if move_after is not None:
+        require_moves(stack, state)
     if canary := state["canary"]:
         name = canary["deployment_id"]
         with output.step(f"end the canary {name}"):
-            router_commands.send_abort_canary(api, stack, name, why, output.warn)
+            router_commands.send_abort_canary(api, stack, name, why, output.warn, move_after)
         return {"deployment_id": state["active"], "ended": name, "address": stack.address}
     silent = None
     for name in rollback_targets(state, stack):
         if silent:
             output.warn(f"{silent}; {name} is the one before it")
         try:
-            return check_and_promote(api, stack, name, output, why=why, instead_of=state["active"])
+            return check_and_promote(
+                api,
+                stack,
+                name,
+                output,
+                move_after=move_after,
+                why=why,
+                instead_of=state["active"],
+            )
         except Silent as failure:
             silent = failure
     if silent is None:

@@ -49,6 +49,15 @@ def parse_steps(found: Any) -> Steps | None:
     return steps if weights and in_range and grows else None
 
 
+def require_moves(stack: Stack, state: dict[str, Any]) -> None:
+    """Raise Failure for a router whose version moves no tabs over."""
+    if not state.get("moves"):
+        raise Failure(
+            f"{stack.names.router} is of an earlier version, which moves no tabs over: run"
+            " `pulse-railway ensure`, or leave --move and --move-after out"
+        )
+
+
 def require_steps(api: Api, stack: Stack) -> None:
     """Raise Failure for a router whose version does not keep a canary's steps."""
     if not router_commands.read_state(api, stack).get("steps"):
@@ -71,6 +80,7 @@ def roll_out(
     began: Callable[[], None] = lambda: None,
     renew: str | None = None,
     why: str | None = None,
+    move_after: int | None = None,
 ) -> tuple[dict[str, Any], Promotion | None]:
     """Give a deployment each of `weights`, with a bake, and promote it.
 
@@ -82,6 +92,7 @@ def roll_out(
         old: the deployment that is active.
         began: called after each weight was given.
         renew: HOLDER@SECONDS, as for `send_promote`.
+        move_after: of the promotion, as for `send_promote`.
     """
     slow = steps.latency_ms is not None
     baking: dict[str, Any] = {}
@@ -113,7 +124,14 @@ def roll_out(
             )
     with output.step("promote it"):
         promotion = router_commands.send_promote(
-            api, stack, deployment_id, service_name, instead_of=old, why=why, warn=output.warn
+            api,
+            stack,
+            deployment_id,
+            service_name,
+            instead_of=old,
+            move_after=move_after,
+            why=why,
+            warn=output.warn,
         )
         store_last_promoted(api, stack, deployment_id, promotion, output)
     with output.step("reach it without affinity"):
@@ -122,7 +140,12 @@ def roll_out(
 
 
 def take_up(
-    api: Api, stack: Stack, deployment_id: str | None, why: str | None, output: Output
+    api: Api,
+    stack: Stack,
+    deployment_id: str | None,
+    why: str | None,
+    output: Output,
+    move_after: int | None = None,
 ) -> dict[str, Any]:
     """Take up the steps of the present canary, and return the result of `promote`.
 
@@ -130,6 +153,8 @@ def take_up(
     """
     with output.step("ask the router which step it is at"):
         state = router_commands.read_state(api, stack)
+    if move_after is not None:
+        require_moves(stack, state)
     canary, old = state["canary"], state["active"]
     if not canary or not old:
         raise Failure("there is no canary whose steps could go on: `pulse-railway status` shows it")
@@ -149,7 +174,16 @@ def take_up(
     output.info(f"{name} is at {weight:g} %; {', '.join(f'{w:g} %' for w in left)} and all follow")
     service_name = find_backend(stack, name).name
     baking, promotion = roll_out(
-        api, stack, name, service_name, old, steps, output, weights=left, why=why
+        api,
+        stack,
+        name,
+        service_name,
+        old,
+        steps,
+        output,
+        weights=left,
+        why=why,
+        move_after=move_after,
     )
     active = not is_over(baking)
     return {

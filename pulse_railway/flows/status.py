@@ -43,6 +43,7 @@ def status(api: Api, stack: Stack) -> dict[str, Any]:
         except Failure as failure:
             router_error = str(failure)
     records = {r["deployment_id"]: r for r in state["deployments"]} if state else {}
+    routers = state["routers"] if state else []
     copies = [u for u in stack.unowned.values() if u.related and u.kind == "copy"]
     copied = [s for s in stack.others if s.name in {u.name for u in copies}]
     ids = {str(s.deployment_id): s for s in (*copied, *stack.backends)}
@@ -63,6 +64,8 @@ def status(api: Api, stack: Stack) -> dict[str, Any]:
                 "region": region_of(service) if service else None,
                 "age_seconds": round(service.age) if service else None,
                 "drain_started_at": record.get("drain_started_at"),
+                "moving_at": moving_at(record),
+                "moved": sum(moved_by(router, name) for router in routers),
                 "sessions": record.get("sessions"),
                 "instances": 1 + len(record.get("instances") or {}),
                 "weight": record.get("weight"),
@@ -98,10 +101,28 @@ def status(api: Api, stack: Stack) -> dict[str, Any]:
         "missing": stack.missing,
         "deployments": rows,
         "copied": [pasteable(u.words()) for u in copies],
-        "routers": state["routers"] if state else [],
+        "routers": routers,
         "problem": messages[0] if messages else None,
         "problems": messages,
     }
+
+
+def moving_at(record: dict[str, Any]) -> float | None:
+    """Return when the tabs of a draining deployment begin to move over; None: they stay.
+
+    A router of an earlier version has not checked the field.
+    """
+    at = record.get("moving_at")
+    if record.get("state") != "draining" or isinstance(at, bool) or not isinstance(at, int | float):
+        return None
+    return at if 0 <= at <= 1e11 else None
+
+
+def moved_by(report: dict[str, Any], deployment_id: str) -> int:
+    """Return how many client loaders of a deployment a router has told to move, by its report."""
+    moved = report.get("moved")
+    count = moved.get(deployment_id) if isinstance(moved, dict) else 0
+    return max(count, 0) if type(count) is int else 0
 
 
 # the effect of an invalid value under each key of the routing state
