@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from benchmarks import peer
 from pulse_railway import contract
 from tests import older
@@ -41,6 +43,7 @@ def published(
     )
 
 
+@pytest.mark.timeout(480)  # 0.3.13 waits long between its looks
 def test_a_stack_of_0_3_13_is_taken_over(project: Project, tmp_path: Path) -> None:
     peer.provide_images(project.railway.root)
     app = peer.write_app(TINY, tmp_path / "app")

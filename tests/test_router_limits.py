@@ -257,12 +257,12 @@ def test_a_client_that_leaves_in_a_paused_upload_is_noticed(
 
         def is_paused() -> bool:
             if not unread(c):
-                c.send(b"x" * 32768)
+                c.send(b"x" * 131072)
                 return False
             time.sleep(0.2)
             return unread(c) > 0
 
-        eventually(is_paused, 20)
+        eventually(is_paused, 60)
         eventually(lambda: busy() == {"a": 1})
         leave(c)
         eventually(lambda: busy() == {})

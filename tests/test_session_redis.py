@@ -134,8 +134,10 @@ def test_a_copys_sessions_have_keys_of_their_own() -> None:
     }
     assert session_variables(Stack(stack.target, Names(), {}), given) == {}
     env.variables |= {contract.SESSION_SCOPE: "e-copy", contract.KEY_TTL: "86400"}
-    plan = Mock(image=None, build_args={}, dockerfile=Path("Dockerfile"))
-    plan.options = Mock(build_args={}, env={}, server_address="https://x", deployment_id="a")
+    plan = Mock(is_source=False)
+    plan.options = Mock(
+        build_args={}, env={}, server_address="https://x", deployment_id="a", instances=1
+    )
     of_backend = backend_variables(plan, stack)
     assert of_backend[VARIABLE] == f"${{{{pulse-env.{VARIABLE}}}}}"
     assert of_backend[contract.SESSION_SCOPE] == "e-copy"

@@ -184,9 +184,14 @@ def a_stack(**of_router: str) -> Stack:
 def test_a_deploy_in_a_copy_has_its_own_session_scope() -> None:
     app = SimpleNamespace(file="main.py", uses_session_store=True)
     options = SimpleNamespace(
-        server_address=None, deployment_id="x", build_args={}, env={}, deployment_name="x"
+        server_address=None,
+        deployment_id="x",
+        build_args={},
+        env={},
+        deployment_name="x",
+        instances=1,
     )
-    plan: Any = SimpleNamespace(app=app, options=options, deployment_id="x", image="i")
+    plan: Any = SimpleNamespace(app=app, options=options, deployment_id="x", is_source=False)
     variables = backend_variables(plan, a_stack(**{contract.KEY_TTL: "86400"}))
     assert variables[contract.SESSION_SCOPE] == "e-copy"
     assert variables[contract.KEY_TTL] == f"${{{{pulse-router.{contract.KEY_TTL}}}}}"

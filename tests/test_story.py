@@ -63,7 +63,10 @@ def test_the_addresses_that_the_demo_prints_work(tmp_path: Path) -> None:
                 line = process.stdout.readline()
                 assert line, said
                 said += line
-            page, app = re.findall(r"https?://[\w.:]+", said)[:2]
+            file, app = re.findall(r"(?:file|https?)://[\w./:-]+", said)[:2]
+            (page,) = set(
+                re.findall(r"http://[\w.:]+", Path(file.removeprefix("file://")).read_text())
+            )
             assert "Local Railway" in httpx.get(page).text
             trust = ssl.create_default_context(cafile=tmp_path / "ca-bundle.pem")
             with httpx.Client(verify=trust, trust_env=False) as client:
