@@ -33,7 +33,6 @@ import json
 import logging
 import math
 import os
-import re
 import secrets
 import sqlite3
 import sys
@@ -244,16 +243,10 @@ def set_active(
         raise StateError(f"{deployment_id} cannot be active and draining")
     refuse_unless_active(routing, instead_of)
     record = replace(
-        promotable(routing, deployment_id, service_id),
-        state="active",
+        promotable(routing, deployment_id, service_id).as_active(),
         service_name=service_name,
-        drain_started_at=None,
-        moving_at=None,
-        weight=None,
-        steps=None,
         rejected_at=None,
         bake=new_bake(routing, bake, bake_latency_ms),
-        preview=None,
     )
     if address:
         record = replace(record, address=address.rstrip("/"))
@@ -563,10 +556,8 @@ def rebuild_records(
     for name, record in records.items():
         if name == active:
             at = promoted.at if promoted else record.promoted_at
-            record = replace(record, state="active", drain_started_at=None, promoted_at=at)
-            record = replace(record, weight=None, rejected_at=None, bake=None, preview=None)
-            record = replace(record, moving_at=None)
-            records[name] = record
+            active_record = replace(record.as_active(), rejected_at=None, bake=None)
+            records[name] = replace(active_record, promoted_at=at)
         elif record.state == "active":
             records[name] = record.as_draining(routing.now)
     maintenance = routing.maintenance or (router.Maintenance(closed) if closed else None)
@@ -1177,10 +1168,11 @@ def renewal(value: str) -> tuple[str, float]:
 
 
 def instance_count(value: str) -> int:
-    if not re.fullmatch("[1-9][0-9]?", value) or int(value) > router.INSTANCES_AT_MOST:
+    try:
+        return router.instance_count(value)
+    except ValueError:
         most = router.INSTANCES_AT_MOST
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to {most}")
-    return int(value)
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to {most}") from None
 
 
 def some_text(value: str) -> str:

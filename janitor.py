@@ -457,14 +457,9 @@ def backend(node: dict[str, Any], service: ownership.ServiceVariables) -> Backen
         replicas=1 if node["numReplicas"] is None else node["numReplicas"],
         about=router.or_none(router.json_object, service.variables.get(ABOUT) or "") or None,
         preview=router.or_none(router.a_key_hash, preview) or "" if preview else None,
-        instances=router.or_none(instance_count, service.variables.get(INSTANCES) or "1") or 1,
+        instances=router.or_none(router.instance_count, service.variables.get(INSTANCES) or "1")
+        or 1,
     )
-
-
-def instance_count(text: str) -> int:
-    if text != "1" and not router.INSTANCE_NUMBER.fullmatch(text):
-        raise ValueError
-    return int(text)
 
 
 def routing_names(routing: Routing, service: Backend) -> bool:

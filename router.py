@@ -319,6 +319,13 @@ def the_instances(value: Any) -> Json:
     return cast(Json, value)
 
 
+def instance_count(text: str) -> int:
+    """Return a number of processes. Raises ValueError."""
+    if text != "1" and not INSTANCE_NUMBER.fullmatch(text):
+        raise ValueError
+    return int(text)
+
+
 def instances_at(address: str, count: int) -> Json:
     """Return the instances of a deployment with `count` processes: a process listens on the port
     behind the one before it."""
@@ -421,6 +428,18 @@ class Record:
         """The latest time at which the record was changed. `moving_at` can be still to come."""
         times = (name for name in FIELDS if name.endswith("_at") and name != "moving_at")
         return max(getattr(self, name) or 0.0 for name in times)
+
+    def as_active(self) -> Record:
+        """Return the record of the active deployment: without what it has only as another."""
+        return replace(
+            self,
+            state="active",
+            drain_started_at=None,
+            moving_at=None,
+            weight=None,
+            steps=None,
+            preview=None,
+        )
 
     def as_draining(self, since: float, move_after: float | None = None) -> Record:
         """Return the record of a deployment that drains, and whose tabs move over so many seconds
@@ -876,20 +895,12 @@ def _with_one_active(
     new_records = dict(records)
     for name, record in records.items():
         if name == routing.active:
-            new_records[name] = replace(
-                record,
-                state="active",
-                drain_started_at=None,
-                moving_at=None,
-                weight=None,
-                retiring_at=None,
-                preview=None,
-            )
+            new_records[name] = replace(record.as_active(), retiring_at=None)
         elif record.state == "active" and name in before:
             new_records[name] = record.as_draining(routing.now)
     canaries = sorted((r for r in new_records.values() if r.is_canary), key=lambda r: r.changed_at)
     for record in canaries[:-1]:
-        new_records[record.deployment_id] = replace(record, weight=None, bake=None)
+        new_records[record.deployment_id] = replace(record, weight=None, bake=None, steps=None)
     return new_records
 
 

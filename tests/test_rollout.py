@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -58,6 +59,11 @@ def test_a_records_steps_end_with_the_canary() -> None:
         control.set_canary_weight(canary, "new", "new", 30),
     ):
         assert ended.records["new"].steps is None
+    # when it is found to be the active one, and when its state is rebuilt
+    healed = router._with_one_active(canary.records, replace(canary, active="new"), ())
+    assert healed["new"].steps is None
+    rebuilt = control.rebuild_records(canary, list(records.values()), "new", chosen=True)
+    assert rebuilt.records["new"].steps is None
 
 
 @pytest.mark.parametrize(
