@@ -8,6 +8,7 @@ has no pulse_railway; tests/test_contract.py compares the two.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Final
 
 # Query parameters and headers of the affinity.
@@ -144,6 +145,14 @@ def parse_instances(value: object) -> int:
     if not re.fullmatch("[1-9][0-9]?", text, re.ASCII) or int(text) > INSTANCES_AT_MOST:
         raise ValueError(f"a whole number from 1 to {INSTANCES_AT_MOST}, not {text!r}")
     return int(text)
+
+
+def instances_of(variables: Mapping[str, str]) -> int:
+    """Return how many processes a backend with these variables runs; 1 for an invalid number."""
+    try:
+        return parse_instances(variables.get(INSTANCES) or "1")
+    except ValueError:
+        return 1
 
 
 DEPLOYMENT_ID_PATTERN: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,23}")

@@ -539,6 +539,11 @@ class Project:
         report = json.loads(last_line) if last_line.startswith("{") else {"refused": last_line}
         return {**report, "exit": answer["exit"]}
 
+    def row(self, deployment_id: str) -> dict[str, Any]:
+        """Return what `status` says of a deployment."""
+        rows = self.ok("status")["deployments"]
+        return next(row for row in rows if row["deployment_id"] == deployment_id)
+
     def variables(self, service: str) -> dict[str, str]:
         """Return a service's variables, with unrendered references."""
         raw = json.loads((self.railway.root / "state.json").read_text())

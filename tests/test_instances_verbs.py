@@ -10,7 +10,7 @@ import pytest
 from pulse_railway import contract, options, router_commands
 from pulse_railway.app.plugin import RailwayPlugin, RailwayPluginError
 from pulse_railway.errors import Failure
-from pulse_railway.flows import instances
+from pulse_railway.flows import deploy, instances
 from pulse_railway.output import Output
 from tests.conftest import BASE, TINY, Project, play
 from tests.test_doctor import run_doctor
@@ -35,10 +35,6 @@ def instance_at(project: Project, name: str) -> tuple[str, int]:
     return meta["deployment_id"], meta["instance"]
 
 
-def row(project: Project, name: str) -> dict[str, Any]:
-    return next(r for r in project.ok("status")["deployments"] if r["deployment_id"] == name)
-
-
 def step_01_a_deployment_of_two_processes(site: LiveSite) -> None:
     project = site.project
     done = project.ok("deploy", "main.py", "--deployment-id", "two", "--instances", "2")
@@ -46,7 +42,7 @@ def step_01_a_deployment_of_two_processes(site: LiveSite) -> None:
     assert project.variables("two")["PULSE_RAILWAY_INSTANCES"] == "2"
     address = project.records["two"]["address"]
     assert project.records["two"]["instances"] == {"2": {"address": address[:-1] + "1"}}
-    assert (row(project, "two")["instances"], row(project, "first")["instances"]) == (2, 1)
+    assert (project.row("two")["instances"], project.row("first")["instances"]) == (2, 1)
     assert "2 processes" in project.run("status").out
     assert [instance_at(project, name) for name in ("two", "two.2")] == [("two", 1), ("two", 2)]
 
@@ -98,12 +94,22 @@ def test_the_plugin_takes_the_same(number: Any) -> None:
 
 
 def test_an_earlier_router_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(router_commands, "read_state", lambda *_: {"active": "a"})
+    asked: list[int] = []
     stack: Any = SimpleNamespace(names=SimpleNamespace(router="pulse-router"))
-    nothing: Any = None
+
+    def check(count: int) -> None:
+        given = SimpleNamespace(canary=None, move_after=None, promote=True, instances=count)
+        plan: Any = SimpleNamespace(options=given, steps=None, preview_key=None)
+        state = {"active": "a"}
+        monkeypatch.setattr(router_commands, "read_state", lambda *_: asked.append(1) or state)
+        nothing: Any = None
+        deploy.check_router(nothing, stack, plan, nothing)
+
     with pytest.raises(Failure, match="pulse-router is of an earlier version, without instances"):
-        instances.require_instances(nothing, stack, 2)
-    instances.require_instances(nothing, stack, 1)  # any router has one
+        check(2)
+    assert len(asked) == 1
+    check(1)  # any router has one
+    assert len(asked) == 1, "nothing depends on its state"
 
 
 def test_more_processes_than_there_are_cores_or_memory_for() -> None:

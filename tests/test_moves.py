@@ -28,10 +28,6 @@ def test_moves_from_deploy_to_rollback(request: pytest.FixtureRequest) -> None:
     play(globals(), request)
 
 
-def row(project: Project, name: str) -> dict[str, Any]:
-    return next(r for r in project.ok("status")["deployments"] if r["deployment_id"] == name)
-
-
 def next_page(site: LiveSite, name: str, page: str = "/a") -> Any:
     """Ask as a tab of a deployment does when its user goes from `page` to /b."""
     headers = {
@@ -47,7 +43,7 @@ def next_page(site: LiveSite, name: str, page: str = "/a") -> Any:
 
 def step_01_by_default_a_tab_stays(site: LiveSite) -> None:
     site.deploy("two")
-    assert row(site.project, "first")["moving_at"] is None
+    assert site.project.row("first")["moving_at"] is None
     answer = next_page(site, "first")
     assert (answer.status_code, answer.json()["deployment_id"]) == (200, "first")
 
@@ -58,7 +54,7 @@ def step_02_a_rollback_moves_the_tabs_of_what_was_active(site: LiveSite) -> None
     assert (answer.status_code, answer.headers["location"]) == (302, f"{site.address}/b")
     assert next_page(site, "two", "/b").json()["deployment_id"] == "two"
     assert next_page(site, "first").json()["deployment_id"] == "first"
-    eventually(lambda: row(site.project, "two")["moved"] == 1, 30)
+    eventually(lambda: site.project.row("two")["moved"] == 1, 30)
     assert "1 moved" in site.project.run("status").out
 
 
@@ -67,14 +63,14 @@ def step_03_a_promotion_ends_the_move(site: LiveSite) -> None:
     assert "moving_at" not in site.project.records["two"]
     assert next_page(site, "two").json()["deployment_id"] == "two"
     assert next_page(site, "first").json()["deployment_id"] == "first"
-    first = row(site.project, "first")
+    first = site.project.row("first")
     assert first["moving_at"] - first["drain_started_at"] == 3600
     assert "moves in 59 m" in site.project.run("status").out
 
 
 def step_04_an_aborted_canary_and_a_deploy(site: LiveSite) -> None:
     site.deploy("three", "--canary", "10", "--move-after", "60")
-    assert row(site.project, "two")["moving_at"] is None
+    assert site.project.row("two")["moving_at"] is None
     site.project.ok("rollback", "--move")
     assert next_page(site, "three").status_code == 302
     site.deploy("four", "--move")

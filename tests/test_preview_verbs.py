@@ -40,10 +40,6 @@ def answering(client: httpx.Client, url: str) -> str | None:
     return found
 
 
-def row(project: Project, name: str) -> dict[str, Any]:
-    return next(r for r in project.ok("status")["deployments"] if r["deployment_id"] == name)
-
-
 def step_01_a_preview_is_deployed(site: LiveSite) -> None:
     project, listener = site.project, Listener()
     verb: Verb = project.run(
@@ -93,7 +89,7 @@ def step_02_who_reaches_it(site: LiveSite) -> None:
 
 def step_03_the_verbs_know_it(site: LiveSite) -> None:
     project = site.project
-    assert (row(project, "pr-12")["state"], project.ok("status")["problems"]) == ("preview", [])
+    assert (project.row("pr-12")["state"], project.ok("status")["problems"]) == ("preview", [])
     assert "preview" in project.run("status").out
     assert "preview" in project.run("history").out
     doctor = project.run("doctor", "main.py", "--json")
@@ -157,16 +153,14 @@ def step_07_a_failed_preview_leaves_nothing(site: LiveSite) -> None:
 
 
 def step_08_a_router_of_an_earlier_version_is_refused(
-    site: LiveSite, monkeypatch: pytest.MonkeyPatch
+    site: LiveSite,
 ) -> None:
-    from pulse_railway import router_commands
     from pulse_railway.errors import Failure
     from pulse_railway.flows import preview
 
-    monkeypatch.setattr(router_commands, "read_state", lambda *_: {"deployments": []})
     stack: Any = type("Stack", (), {"names": type("Names", (), {"router": "pulse-router"})})
     with pytest.raises(Failure, match="pulse-router is of an earlier version, without previews"):
-        preview.require_previews(None, stack)  # type: ignore[arg-type]
+        preview.require_previews(stack, {"deployments": []})
 
 
 def step_09_flags_that_exclude_each_other(site: LiveSite) -> None:

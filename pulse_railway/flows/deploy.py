@@ -329,14 +329,7 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
         with step(output, attempt, "ask the router"):  # a failure here saves the build
             stack = attempt.stack = take_lock(api, stack, plan.options, attempt, output)
             require_baseline(stack)
-            check_canary(api, stack, plan.options, attempt)
-            if plan.steps:
-                require_steps(api, stack)
-            if plan.options.move_after is not None and plan.options.promote:
-                require_moves(stack, router_commands.read_state(api, stack))
-            if plan.preview_key:
-                preview.require_previews(api, stack)
-            instances.require_instances(api, stack, plan.options.instances)
+            check_router(api, stack, plan, attempt)
             plan = free_name(api, plan, stack, attempt, output)
             hosting = backend_settings.choose_hosting(api, stack, plan.options, output)
             plan = replace(plan, hosting=hosting)
@@ -425,6 +418,26 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
         "backend_deployment_id": attempt.railway_deployment,
         "backend_status": "SUCCESS",
     }
+
+
+def check_router(api: Api, stack: Stack, plan: Plan, attempt: Attempt) -> None:
+    """Raise Failure if the routing state, or the router's version, does not allow what is asked
+    for. The state is read once, and only if something depends on it: Railway counts calls."""
+    options = plan.options
+    moves = options.move_after is not None and options.promote
+    if options.canary is None and not (moves or plan.preview_key or options.instances > 1):
+        return
+    state = router_commands.read_state(api, stack)
+    if options.canary is not None:
+        check_canary(state, attempt)
+    if plan.steps:
+        require_steps(stack, state)
+    if moves:
+        require_moves(stack, state)
+    if plan.preview_key:
+        preview.require_previews(stack, state)
+    if options.instances > 1:
+        instances.require_instances(stack, state)
 
 
 @contextlib.contextmanager

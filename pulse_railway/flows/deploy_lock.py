@@ -93,13 +93,11 @@ def take_over(api: Api, stack: Stack, rival: Lock, attempt: Attempt, output: Out
     return True
 
 
-def check_canary(api: Api, stack: Stack, options: DeployOptions, attempt: Attempt) -> None:
-    """Raise Failure if a canary is asked for and not possible."""
-    if options.canary is None:
-        return
+def check_canary(state: dict[str, Any], attempt: Attempt) -> None:
+    """Raise Failure if a canary is not possible."""
     if attempt.previous is None:
         raise Failure("a canary stands beside an active deployment, and none is active: deploy one")
-    if other := router_commands.read_state(api, stack)["canary"]:
+    if other := state["canary"]:
         raise Failure(
             f"{other['deployment_id']} is the canary already, with {other['weight']:g} %: promote"
             " it, or `pulse-railway rollback`"

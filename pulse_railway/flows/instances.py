@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pulse_railway import contract, router_commands, runtime_image
+from pulse_railway import contract, runtime_image
 from pulse_railway.errors import Failure
-from pulse_railway.railway.api import Api
-from pulse_railway.stack import Service, Stack
+from pulse_railway.stack import Stack
 
 PROCESS_MB = 150  # of Python and of React's server beside it, measured with the example
 # https://docs.railway.com/reference/pricing/plans: of a replica, vCPU and GB alike
@@ -19,9 +18,9 @@ ALIKE = (
 )
 
 
-def require_instances(api: Api, stack: Stack, count: int) -> None:
+def require_instances(stack: Stack, state: dict[str, Any]) -> None:
     """Raise Failure for a router whose version knows one process only."""
-    if count > 1 and not router_commands.read_state(api, stack).get("instances"):
+    if not state.get("instances"):
         raise Failure(
             f"{stack.names.router} is of an earlier version, without instances: run"
             " `pulse-railway ensure`"
@@ -50,14 +49,6 @@ def size_warning(
         f"{count} instances keep {count} cores busy and take about {needed:.1f} GB without users;"
         f" {given}"
     )
-
-
-def of_service(service: Service) -> int:
-    """Return how many processes a deployment has, by its service's variable."""
-    try:
-        return contract.parse_instances(service.variables.get(contract.INSTANCES) or "1")
-    except ValueError:
-        return 1
 
 
 def as_recorded(address: str, count: int) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
+from typing import Any
 
-from pulse_railway import contract, router_commands
+from pulse_railway import contract
 from pulse_railway.errors import Failure
 from pulse_railway.output import Output
 from pulse_railway.railway.api import Api
@@ -41,9 +42,9 @@ def link(stack: Stack, deployment_id: str, key: str) -> str:
     return f"{stack.address}/?{contract.PREVIEW_QUERY}={deployment_id}.{key}"
 
 
-def require_previews(api: Api, stack: Stack) -> None:
+def require_previews(stack: Stack, state: dict[str, Any]) -> None:
     """Raise Failure for a router whose version would show a preview to everybody."""
-    if not router_commands.read_state(api, stack).get("previews"):
+    if not state.get("previews"):
         raise Failure(
             f"{stack.names.router} is of an earlier version, without previews: run"
             " `pulse-railway ensure`"

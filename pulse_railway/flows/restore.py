@@ -8,7 +8,7 @@ from typing import Any
 
 from pulse_railway import contract, router_commands
 from pulse_railway.errors import Failure, Refused
-from pulse_railway.flows.instances import as_recorded, of_service
+from pulse_railway.flows.instances import as_recorded
 from pulse_railway.flows.owner import has_other_owner, take_over_state
 from pulse_railway.flows.preview import has_hash, is_preview, release
 from pulse_railway.flows.promote import check_answers
@@ -80,7 +80,7 @@ def restore(api: Api, stack: Stack, deployment_id: str | None, output: Output) -
                 "registered_at": datetime.fromisoformat(service.created_at).timestamp(),
                 "drain_started_at": None,
                 "about": stored_about(service),
-                **as_recorded(addresses[service.id], of_service(service)),
+                **as_recorded(addresses[service.id], contract.instances_of(service.variables)),
                 **(as_preview(service) if service.deployment_id != active else {}),
             }
             for service in restored

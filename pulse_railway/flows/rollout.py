@@ -58,9 +58,9 @@ def require_moves(stack: Stack, state: dict[str, Any]) -> None:
         )
 
 
-def require_steps(api: Api, stack: Stack) -> None:
+def require_steps(stack: Stack, state: dict[str, Any]) -> None:
     """Raise Failure for a router whose version does not keep a canary's steps."""
-    if not router_commands.read_state(api, stack).get("steps"):
+    if not state.get("steps"):
         raise Failure(
             f"{stack.names.router} is of an earlier version, without steps: run `pulse-railway"
             " ensure`, or give --canary one percentage"

@@ -23,7 +23,6 @@ import socket
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -99,13 +98,6 @@ def is_free(port: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def instance_count(variables: Mapping[str, str]) -> int:
-    """Return how many processes of a container listen, on ports one behind another."""
-    with contextlib.suppress(ValueError):
-        return contract.parse_instances(variables.get(contract.INSTANCES) or "1")
-    return 1
 
 
 def is_local_process(pid: int, root: Path) -> bool:
@@ -500,7 +492,7 @@ class Supervisor:
         build: Build,
         region: str | None = None,
     ) -> Running:
-        port = free_port(instance_count(deployment.variables))
+        port = free_port(contract.instances_of(deployment.variables))
         env = self.environment(instance, deployment, build, port, region)
         argv = build.command
         if build.ready_by_port:  # Redis takes its port and password as arguments
@@ -856,7 +848,7 @@ class Supervisor:
                 declared = variables.get("PORT") or variables.get("REDISPORT") or "6379"
                 hosts[private_domain(service)] = {
                     str(int(declared) + k): running.port + k
-                    for k in range(instance_count(variables))
+                    for k in range(contract.instances_of(variables))
                 }
                 hosts["replicas"][private_domain(service)] = [
                     one.port for one in self.targets(instance) if not one.ended
