@@ -95,6 +95,23 @@ class Site:
         return False
 
 
+def environment_of_backend(
+    deployment_id: str, internal_token: str, instances: str, port: int
+) -> dict[str, str]:
+    """Return the environment of a container that runs `pulse-railway serve` from these sources."""
+    return {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PULSE_SECRET": "x",
+        "PULSE_APP_FILE": "main.py",
+        "PULSE_DEPLOYMENT_ID": deployment_id,
+        "PULSE_RAILWAY_INTERNAL_TOKEN": internal_token,
+        "PULSE_RAILWAY_INSTANCES": instances,
+        "PORT": str(port),
+    }
+
+
 @contextlib.contextmanager
 def site(count: int) -> Iterator[Site]:
     with tempfile.TemporaryDirectory() as name:
@@ -106,17 +123,7 @@ def site(count: int) -> Iterator[Site]:
         made.popen = subprocess.Popen(
             [sys.executable, "-m", "pulse_railway", "serve"],
             cwd=folder,
-            env={
-                **os.environ,
-                "PYTHONPATH": str(ROOT),
-                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-                "PULSE_SECRET": "x",
-                "PULSE_APP_FILE": "main.py",
-                "PULSE_DEPLOYMENT_ID": "bench-1",
-                "PULSE_RAILWAY_INTERNAL_TOKEN": "x",
-                "PULSE_RAILWAY_INSTANCES": str(count),
-                "PORT": str(made.port),
-            },
+            env=environment_of_backend("bench-1", "x", str(count), made.port),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )

@@ -100,7 +100,8 @@ class RegistryCredentials:
         For a token of GitHub's registry the user's name does not count (docs.railway.com, "Private
         registries"), but Railway's schema needs one.
         """
-        *_, owner, _ = f"x/{image}".split("/")[-3:]
+        parts = image.split("/")
+        owner = parts[-2] if len(parts) > 1 else "x"
         credentials = {"username": self.username or owner, "password": self.password}
         return {"registryCredentials": credentials}
 
@@ -206,7 +207,7 @@ def parse_stack(flags: Flags, output: Output) -> StackOptions:
 
 def parse_promote(flags: Flags, output: Output) -> PromoteOptions:
     if flags.get("continue_"):
-        if given := [f.option for f in map(FLAGS.get, CONTINUED) if f and flags.get(f.name)]:
+        if given := [FLAGS[name].option for name in CONTINUED if flags.get(name)]:
             raise Failure(f"--continue excludes {' and '.join(given)}: the record has the steps")
     else:
         need_deployment_id(flags)

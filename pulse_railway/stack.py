@@ -361,7 +361,7 @@ def find_stack(environment: Stack) -> Stack:
     elif lost is not None:
         stack = stack_without_router(environment, lost, every, owners)
     else:
-        baseline = ownership.StackNames(names.router, names.janitor, names.redis, names.env)
+        baseline = stack_names(names)
         deleted = ownership.ServiceVariables("", names.router, {})
         own = {
             s.name: services[s.name]
@@ -380,6 +380,11 @@ def find_stack(environment: Stack) -> Stack:
     for service in stack.empty:
         del stack.services[service.name]
     return stack
+
+
+def stack_names(names: Names) -> Any:
+    """Return names as ownership.StackNames."""
+    return ownership.StackNames(names.router, names.janitor, names.redis, names.env)
 
 
 def of_deleted_stack(every: list[Any], owners: dict[str, Any]) -> list[str]:
@@ -449,7 +454,7 @@ def stack_without_router(
         janitor=janitor.name,
         prefix=janitor.variables.get(contract.SERVICE_PREFIX) or "",
     )
-    own_names = ownership.StackNames(names.router, names.janitor, names.redis, names.env)
+    own_names = stack_names(names)
     unfinished = environment.services.get(router)
     stamps = {janitor.variables[contract.STACK]}
     if unfinished and (replaced := unfinished.variables.get(contract.REPLACES)):
@@ -553,7 +558,7 @@ def stack_of(environment: Stack, router: Any, every: list[Any], owners: dict[str
         for s in every
         if owners[s.id] == owner or s.name == router.name or s.name in baseline
     }
-    own_names = ownership.StackNames(names.router, names.janitor, names.redis, names.env)
+    own_names = stack_names(names)
     unowned = {
         s.name: entry
         for s in every

@@ -352,16 +352,14 @@ def local(_: Any, dir: str = ".local-railway", env: bool = False) -> None:
         ) from None
     try:
         railway = server.LocalRailway(root)
+        if not env:
+            railway.claim()
     except Failure as failure:
         raise Exit(f"error: {failure}", 1) from None
     if env:
         for name, value in railway.environment().items():
             print(f"export {name}={shlex.quote(value)}")
         return
-    try:
-        railway.claim()
-    except Failure as failure:
-        raise Exit(f"error: {failure}", 1) from None
     print(f"a local Railway at {railway.url}, kept in {root}", file=sys.stderr)
     print(f"open its page with {(root / guard.PAGE_FILE).as_uri()}", file=sys.stderr)
     print("point a shell at it with", file=sys.stderr)

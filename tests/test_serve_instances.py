@@ -17,10 +17,10 @@ from typing import Any
 import httpx
 import pytest
 
+from benchmarks.instances import environment_of_backend
 from pulse_railway import contract
 from pulse_railway.app import serve
 from pulse_railway.local.supervisor import free_port
-from tests.conftest import ROOT
 from tests.net import eventually
 
 pytestmark = pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
@@ -90,15 +90,7 @@ class Container:
             [sys.executable, "-m", "pulse_railway", "serve"],
             cwd=folder,
             env={
-                **os.environ,
-                "PYTHONPATH": str(ROOT),
-                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-                "PULSE_SECRET": "x",
-                "PULSE_APP_FILE": "main.py",
-                "PULSE_DEPLOYMENT_ID": "prod-1",
-                "PULSE_RAILWAY_INTERNAL_TOKEN": "secret-token",
-                "PULSE_RAILWAY_INSTANCES": count,
-                "PORT": str(self.port),
+                **environment_of_backend("prod-1", "secret-token", count, self.port),
                 "FIRST": str(self.port),
                 **env,
             },

@@ -165,7 +165,7 @@ def commands_of_instance(
         count: how many processes there are.
         web_port: where React's server beside it listens.
     """
-    first_port = int(os.environ.get(contract.PORT) or contract.DEFAULT_PORT)
+    first_port = own_port()
     port, first_web = str(first_port + number - 1), first_web_port(commands)
     moved = {
         str(first_port): port,
@@ -191,6 +191,11 @@ def commands_of_instance(
     return made
 
 
+def own_port() -> int:
+    """Return where the first process listens."""
+    return int(os.environ.get(contract.PORT) or contract.DEFAULT_PORT)
+
+
 def first_web_port(commands: list[dict[str, Any]]) -> int:
     """Return where `pulse run` has React's server listen."""
     addresses = ((c.get("env") or {}).get("PULSE_REACT_SERVER_ADDRESS") for c in commands)
@@ -199,7 +204,7 @@ def first_web_port(commands: list[dict[str, Any]]) -> int:
 
 def web_ports(first: int, count: int) -> list[int]:
     """Return ports for `count` React servers, the first of which is given."""
-    own = int(os.environ.get(contract.PORT) or contract.DEFAULT_PORT)
+    own = own_port()
     found, port = [first], first
     while len(found) < count:
         port += 1
@@ -255,7 +260,7 @@ class Child:
 
 def is_healthy(number: int) -> bool:
     """Does a process answer its health check?"""
-    port = int(os.environ.get(contract.PORT) or contract.DEFAULT_PORT) + number - 1
+    port = own_port() + number - 1
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=HEALTH_TIMEOUT)
     with contextlib.suppress(OSError, http.client.HTTPException), contextlib.closing(connection):
         connection.request("GET", contract.HEALTH_PATH)
