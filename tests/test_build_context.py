@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pulse_railway.build_context import missing_sources
+from pulse_railway.build_context import ignored, missing_sources
+from pulse_railway.errors import Failure
 from tests.conftest import ROOT, TINY
 
 EXAMPLE = ROOT / "examples" / "railway"
@@ -32,6 +33,14 @@ EXAMPLE = ROOT / "examples" / "railway"
         ("ARG GIVEN\nFROM a\nARG GIVEN\nCOPY ${GIVEN} ./", ["given"]),
         ("ARG A=web\nFROM a\nARG A\nENV B=$A/x C=1\nCOPY $B ./", ["web/x"]),
         ("ENV A web\nCOPY $A ./", []),
+        ("COPY\tnothing.txt\t./", ["nothing.txt"]),
+        ("copy main.py \\\n  # a comment\n\n  nothing.txt ./", ["nothing.txt"]),
+        ("COPY <<EOF /x\nCOPY nothing.txt ./\nEOF\nCOPY gone ./", ["gone"]),
+        ("RUN <<-'EOF' cat\nCOPY nothing.txt ./\n\tEOF\nCOPY gone ./", ["gone"]),
+        ("COPY it's.txt ./", ["it's.txt"]),
+        ('COPY ["main.py", "gone" ./', ["gone"]),
+        ("RUN --mount=type=bind,source=gone,target=/x --mount=type=cache,target=/y a", ["gone"]),
+        ("RUN --mount=source=main.py,target=/x --mount=from=a,source=gone,target=/y a", []),
     ],
 )
 def test_sources_that_a_build_lacks(tmp_path: Path, dockerfile: str, missing: list[str]) -> None:
@@ -42,6 +51,47 @@ def test_sources_that_a_build_lacks(tmp_path: Path, dockerfile: str, missing: li
     path = tmp_path / "Dockerfile"
     path.write_text(f"FROM python\n{dockerfile}\n")
     assert missing_sources(tmp_path, path, {"GIVEN": "given"}) == missing
+
+
+def test_a_file_that_was_made_on_windows(tmp_path: Path) -> None:
+    (tmp_path / "main.py").write_text("")
+    (tmp_path / "b c").write_text("")
+    path = tmp_path / "Dockerfile"
+    text = "# escape=`\nFROM a\nCOPY `\n  main.py b` c gone.txt ./\n"
+    path.write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    (tmp_path / ".dockerignore").write_bytes(b"\xef\xbb\xbfmain.py\r\n")
+    assert missing_sources(tmp_path, path, {}) == ["main.py", "gone.txt"]
+
+
+@pytest.mark.parametrize(
+    ("dockerignore", "says"),
+    [
+        (b"a\n!\n", "line 2 of .*ignore is a lone !, which Docker refuses: delete it"),
+        ("a\n".encode("utf-16"), "ignore is no UTF-8 text: save it as UTF-8"),
+    ],
+)
+def test_an_ignore_file_that_docker_refuses(tmp_path: Path, dockerignore: bytes, says: str) -> None:
+    (tmp_path / "Dockerfile").write_text("FROM a\nCOPY . .\n")
+    (tmp_path / ".dockerignore").write_bytes(dockerignore)
+    with pytest.raises(Failure, match=says):
+        missing_sources(tmp_path, tmp_path / "Dockerfile", {})
+
+
+@pytest.mark.parametrize(
+    ("pattern", "left_out"),
+    [
+        ("node_modules", ["node_modules/x"]),
+        ("**/node_modules", ["node_modules/x", "web/node_modules/x"]),
+        ("/web/../a[bc].txt", ["ab.txt"]),
+        ("a\\*b", ["a*b"]),
+        ("web/", ["web/node_modules/x"]),
+    ],
+)
+def test_patterns_of_dockerignore(tmp_path: Path, pattern: str, left_out: list[str]) -> None:
+    (tmp_path / ".dockerignore").write_text(f"{pattern}\n")
+    ignore = ignored(tmp_path, tmp_path / "Dockerfile")
+    paths = ["node_modules/x", "web/node_modules/x", "ab.txt", "a*b", "axb"]
+    assert [path for path in paths if ignore(path)] == left_out
 
 
 def test_the_dockerfiles_here_lack_nothing() -> None:

@@ -161,7 +161,6 @@ def test_a_router_of_another_version() -> None:
 
 
 def test_printed_warnings(base: Project, app: Path) -> None:
-    (app / ".env").write_text("SECRET=1\n")
     (app / "railway.toml").write_text("")
     (app / ".railway").mkdir()
     (app / ".railway" / "railway.ts").write_text("")
@@ -170,7 +169,6 @@ def test_printed_warnings(base: Project, app: Path) -> None:
     assert "! Railway's configuration files: railway.toml has no effect on these" in verb.out
     assert verb.out.count("railway.toml") == 1
     assert 'Add this to it first: export const partial = "site"' in verb.out
-    assert "! its files and settings: the upload holds .env" in verb.out
 
 
 @pytest.mark.parametrize(

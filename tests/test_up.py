@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import shutil
 import subprocess
+import tarfile
 import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pulse_railway import errors
+from pulse_railway import errors, options
+from pulse_railway.flows import deploy as deploying
+from pulse_railway.flows import doctor
 from pulse_railway.local import cli as local_cli
+from pulse_railway.local import guard
 from pulse_railway.railway import up as uploading
 from pulse_railway.railway import upload
 from tests.conftest import TINY, Project
@@ -166,6 +171,7 @@ def test_gits_rules_are_gits(tmp_path: Path) -> None:
     patterns = [
         *("a", "/a", "a/", "*.txt", "**/b", "a/**", "!a.txt", "!/b", "# x", "\\[c\\]", "?", "x y"),
         *("*", "!*/", "a/b", "b/*.log", "**/a/b", "éé", "[ab]", "[!a]", "a ", "/**/b.log", ""),
+        *("!a/b", "!a/a.txt", "/a/**", "a/**/", "**", "!", "**/b/**", "!b/*", "a/**/b", "a/*/**"),
     ]
     names = {"/".join(rng.choices(parts, k=rng.randint(1, 3))) for _ in range(60)}
     files = [n for n in sorted(names) if not any(o.startswith(n + "/") for o in names)]
@@ -183,10 +189,15 @@ def test_gits_rules_are_gits(tmp_path: Path) -> None:
         assert left(tmp_path, *files) == done.stdout.split("\0")[:-1], lines
 
 
-def test_the_local_cli_follows_links_and_names_what_fails(tmp_path: Path) -> None:
-    import io
-    import tarfile
+def test_a_file_that_git_takes_back_in_is_uploaded(tmp_path: Path) -> None:
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    ignore = b"\xef\xbb\xbfdeploy/**\r\n!deploy/Dockerfile\r\n!\r\n"
+    tree(tmp_path, {"deploy/Dockerfile": "", "deploy/x": ""})
+    (tmp_path / ".gitignore").write_bytes(ignore)
+    assert left(tmp_path, "deploy", "deploy/Dockerfile", "deploy/x") == ["deploy/x"]
 
+
+def test_the_local_cli_follows_links_and_names_what_fails(tmp_path: Path) -> None:
     root = tree(tmp_path / "c", {"a b/é\n.txt": "x", "d/real": "y"})
     (root / "link").symlink_to(root / "d")  # absolute, and to a folder
     (root / "empty").mkdir()
@@ -252,19 +263,54 @@ def test_nothing_is_made_of_a_context_that_lacks_its_parts(base: Project, app: P
     assert base.services == services
 
 
+def test_secrets_are_not_uploaded(base: Project, app: Path) -> None:
+    files = [".env", "keys/id_rsa", "keys/id_ecdsa", "a.key", "b.p12", "ca.pem", "key.pem"]
+    tree(app, dict.fromkeys([*files, ".env.example"], "TOKEN=x"))
+    tree(app, {"key.pem": "BEGIN PRIVATE KEY", "web/.npmrc": "//h/:_authToken=npm_x"})
+    tree(app, {".npmrc": "//h/:_authToken=${NPM_TOKEN}", ".local-railway/state.json": "{}"})
+    secrets = {*files, "web/.npmrc", ".local-railway"} - {"ca.pem"}
+    assert upload.secrets_in_upload(app) == sorted(secrets)
+    services = base.services
+    verb = deploy(base, app)
+    assert (verb.code, base.services) == (1, services)
+    assert "the upload would hold .env, .local-railway, a.key, b.p12, key.pem and more" in verb.err
+    assert f"name them in {app.resolve() / '.railwayignore'}" in verb.err
+
+
+def test_the_folder_of_a_local_railway_is_never_uploaded(tmp_path: Path) -> None:
+    guard.make_private(tmp_path / ".local-railway")
+    tree(tmp_path, {".local-railway/state.json": "{}", "main.py": ""})
+    packed = io.BytesIO(local_cli.archive(tmp_path, tmp_path, gitignore=True))
+    with tarfile.open(fileobj=packed) as tar:
+        assert "./main.py" in tar.getnames()
+        assert not any("state.json" in name for name in tar.getnames())
+    assert upload.secrets_in_upload(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("dockerfile", "ignored", "says"),
+    [
+        ("COPY gone.txt ./", "", "Dockerfile copies gone.txt, and .* has no such file"),
+        (
+            "COPY web/x ./",
+            "web/x",
+            "Dockerfile copies web/x, which would not be uploaded: .*ignore",
+        ),
+    ],
+)
+def test_a_build_that_lacks_a_file_is_refused(
+    app: Path, dockerfile: str, ignored: str, says: str
+) -> None:
+    tree(app, {"Dockerfile": f"FROM a\n{dockerfile}\n", ".railwayignore": ignored, "web/x": ""})
+    parsed = options.parse_deploy({"app": "main.py", "context": str(app)}, doctor.Warnings())
+    with pytest.raises(errors.Failure, match=f"the build would fail: {says}"):
+        deploying.check(parsed, doctor.Warnings())
+
+
 def test_what_is_warned_about(base: Project, app: Path) -> None:
-    tree(
-        app,
-        {
-            ".env": "TOKEN=x",
-            "keys/id_rsa": "x",
-            ".env.example": "",
-            ".railway/railway.py": "import railway_sdk",
-        },
-    )
+    tree(app, {".railway/railway.py": "import railway_sdk"})
     verb = deploy(base, app, "--deployment-id", "warned")
     assert verb.code == 0, verb.err
     said = " ".join(verb.err.split())
-    assert "the upload holds .env, keys/id_rsa: name them in" in said
     assert "deletes every service that it does not list" in said
     assert 'Add this to it first: PARTIAL = "site"' in said

@@ -17,13 +17,13 @@ from typing import Any
 
 from pulse_railway import app_identity, contract, naming, provenance, router_commands
 from pulse_railway.app_identity import AppIdentity
-from pulse_railway.build_context import secrets_in_image
 from pulse_railway.config import AppConfig, Target, inside
 from pulse_railway.errors import Failure
 from pulse_railway.flows import backend_settings, images, instances, preview
 from pulse_railway.flows.backend_settings import Hosting
 from pulse_railway.flows.bake import bake, is_over
 from pulse_railway.flows.baseline import warn_of_lost_variables
+from pulse_railway.flows.build_check import build_arguments, check_build
 from pulse_railway.flows.cleanup import Attempt, release_lock, undo_on_failure
 from pulse_railway.flows.deploy_lock import (
     IMAGE,
@@ -48,7 +48,7 @@ from pulse_railway.flows.rollout import Steps, require_moves, require_steps, rol
 from pulse_railway.flows.signals import interruptible, shielded
 from pulse_railway.options import DeployOptions
 from pulse_railway.output import Output
-from pulse_railway.railway import config_files, docker, program, upload
+from pulse_railway.railway import config_files, docker, program
 from pulse_railway.railway.api import Api, GraphqlError
 from pulse_railway.railway.up import up
 from pulse_railway.router_commands import Lock
@@ -122,10 +122,8 @@ def check(options: DeployOptions, output: Output) -> Plan:
         naming.backend_name(app.names.prefix, deployment_id)
     except ValueError as error:
         raise Failure(str(error)) from None
-    if options.image_repository:
-        check_context(app.context, dockerfile)
-    elif not exists:
-        check_upload(options, dockerfile, web_root, output)
+    if not exists:
+        check_build(options, dockerfile, web_root)
     if not app.has_address and not app.plugin.start_command:  # which may not need it
         raise Failure(
             "the app has no server_address, without which Pulse does not start in production: pass"
@@ -165,32 +163,6 @@ def sources(options: DeployOptions) -> tuple[Path, Path]:
     if not (context / web_root).is_dir():
         raise Failure(f"no web root at {context / web_root}: pass --web-root")
     return dockerfile, web_root
-
-
-def check_context(context: Path, dockerfile: Path) -> None:
-    """Raise Failure if the image would hold secrets."""
-    if secret_files := secrets_in_image(context, context / dockerfile):
-        raise Failure(
-            f"the image would hold {', '.join(secret_files)}: name them in"
-            f" {context / '.dockerignore'}, or copy less in {dockerfile}"
-        )
-
-
-def check_upload(options: DeployOptions, dockerfile: Path, web_root: Path, output: Output) -> None:
-    """Check the files that `railway up` uploads.
-
-    Warns of files that can hold secrets. Raises Failure if the upload lacks what the build needs.
-    """
-    context, gitignore = options.app.context, not options.no_gitignore
-    app = Path(options.app.file.partition(":")[0])
-    for label, path in (("Dockerfile", dockerfile), ("app", app), ("web root", web_root)):
-        if reason := upload.left_out(context, path, gitignore=gitignore):
-            raise Failure(f"the {label} {path} would not be uploaded: {reason}")
-    if files := upload.secrets_in_upload(context, gitignore=gitignore):
-        output.warn(
-            f"the upload holds {', '.join(files[:5])}{' and more' if len(files) > 5 else ''}: name"
-            f" them in {context / '.railwayignore'}"
-        )
 
 
 def check_secret(plan: Plan, stack: Stack) -> None:
@@ -455,17 +427,12 @@ def bake_seconds(plan: Plan, attempt: Attempt) -> int:
 def build_image(plan: Plan, stack: Stack, output: Output) -> str | None:
     """Build and push the image, and return its digest if docker says it."""
     assert plan.image
-    arguments = {
-        contract.APP_FILE: plan.app.file,
-        contract.WEB_ROOT: plan.web_root.as_posix(),
-        contract.SERVER_ADDRESS: plan.options.server_address or stack.address,
-        **plan.options.build_args,
-    }
+    address = plan.options.server_address or stack.address
     return docker.build(
         image=plan.image,
         dockerfile=plan.app.context / plan.dockerfile,
         context=plan.app.context,
-        build_args=arguments,
+        build_args=build_arguments(plan.options, plan.web_root, address),
         on_line=output.log,
     )
 

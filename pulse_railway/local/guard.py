@@ -39,6 +39,9 @@ def make_private(root: Path) -> None:
         raise Failure(f"{root} belongs to another user: choose a folder of your own with --dir")
     if found.st_mode & 0o077:
         root.chmod(0o700)
+    for name in (".gitignore", ".railwayignore"):  # an app's commit and upload leave it out
+        if not (root / name).exists():
+            (root / name).write_text("*\n")
 
 
 def key_header(root: Path) -> dict[str, str]:

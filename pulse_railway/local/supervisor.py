@@ -32,6 +32,7 @@ import httpx
 
 from pulse_railway import contract
 from pulse_railway.build_context import instructions, missing_sources
+from pulse_railway.errors import Failure
 from pulse_railway.local import uploads
 from pulse_railway.local.state import (
     ENDED,
@@ -318,7 +319,7 @@ class Supervisor:
             await self._switch_to(instance, running, deployment)
             running.watcher = self.spawn(self._watch(service, instance, running), "watch")
             self.spawn(self.scale(service, instance), "scale")
-        except (BuildError, OSError, ValueError) as error:
+        except (BuildError, Failure, OSError, ValueError) as error:
             self._log(deployment, "build", str(error), "error")
             if deployment.status != "REMOVED":  # a superseded deployment has not failed
                 self._set_status(deployment, "FAILED")
@@ -401,9 +402,10 @@ class Supervisor:
         if not path.is_file():
             raise BuildError(f"dockerfile not found in the upload: {dockerfile}")
         steps = instructions(path)
-        if not any(name == "FROM" for name, _ in steps):
+        if not any(step.name == "FROM" for step in steps):
             raise BuildError(f"{dockerfile}: no FROM instruction")
-        for name, rest in steps:
+        for step in steps:
+            name, rest = step.name, step.rest
             self._log(deployment, "build", f"{name} {rest}".strip())
             if name == "RUN" and rest in ("false", "exit 1"):
                 raise BuildError(f"process {rest!r} did not complete successfully: exit code: 1")
@@ -411,7 +413,7 @@ class Supervisor:
             raise BuildError(f"failed to calculate checksum: {source!r}: not found in the upload")
         if command:
             return Build(shlex.split(command), folder)
-        commands = [rest for name, rest in steps if name == "CMD"]
+        commands = [step.rest for step in steps if step.name == "CMD"]
         if not commands:
             raise BuildError("no start command: the Dockerfile has no CMD")
         words = commands[-1]

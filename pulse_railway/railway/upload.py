@@ -11,6 +11,7 @@ The rules are those of the CLI (src/controllers/upload.rs, the Rust crate `ignor
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator
@@ -20,7 +21,12 @@ from typing import Any
 
 from pathspec import GitIgnoreSpec
 
-from pulse_railway.build_context import PRIVATE_FOLDERS, SKIPPED_FOLDERS, holds_secrets
+from pulse_railway.build_context import (
+    PRIVATE_FOLDERS,
+    SKIPPED_FOLDERS,
+    STATE_FOLDER,
+    holds_secrets,
+)
 
 NEVER = (".git", "node_modules")
 IGNORE_FILES = (".railwayignore", ".ignore")
@@ -40,10 +46,15 @@ def left_out(context: Path, path: Path, *, gitignore: bool = True) -> str | None
 
 
 def secrets_in_upload(context: Path, *, gitignore: bool = True) -> list[str]:
-    """Return the files in the upload that can hold secrets, relative to `context`."""
+    """Return what is in the upload and can hold secrets, relative to `context`: files, and the
+    folder of a local Railway."""
     secrets: list[str] = []
     for folder, folders, files in os.walk(context):
         parent = Path(folder).relative_to(context)
+        if STATE_FOLDER in folders and not left_out(
+            context, parent / STATE_FOLDER / "state.json", gitignore=gitignore
+        ):
+            secrets.append((parent / STATE_FOLDER).as_posix())
         folders[:] = [
             name
             for name in folders
@@ -53,7 +64,8 @@ def secrets_in_upload(context: Path, *, gitignore: bool = True) -> list[str]:
         secrets += [
             (parent / name).as_posix()
             for name in files
-            if holds_secrets(name) and not left_out(context, parent / name, gitignore=gitignore)
+            if holds_secrets(context / parent / name)
+            and not left_out(context, parent / name, gitignore=gitignore)
         ]
     return sorted(secrets)
 
@@ -87,10 +99,12 @@ def _verdict(file: Path, path: Path) -> bool | None:
     """
     relative = path.relative_to(file.parent).as_posix() + ("/" if path.is_dir() else "")
     for include, regex in reversed(_patterns(file)):
-        # in pathspec a pattern matches all that is below it, in git the name only
+        # in pathspec a pattern matches all that is below it, in git the name only; and `a/**`
+        # matches the folder `a/` itself, in git what is in it
+        name = relative if "ps_d" in regex.groupindex else relative.rstrip("/")
         if any(
             match.groupdict().get("ps_d") is None or match.end("ps_d") == len(relative)
-            for match in regex.finditer(relative)
+            for match in regex.finditer(name)
         ):
             return include
     return None
@@ -99,8 +113,11 @@ def _verdict(file: Path, path: Path) -> bool | None:
 @lru_cache(maxsize=4096)
 def _patterns(file: Path) -> tuple[tuple[bool, re.Pattern[str]], ...]:
     try:
-        lines = file.read_text(errors="replace").splitlines()
+        lines = file.read_text("utf-8-sig", errors="replace").split("\n")
     except OSError:
         return ()
-    patterns: list[Any] = list(GitIgnoreSpec.from_lines(lines).patterns)
+    patterns: list[Any] = []
+    for line in lines:
+        with contextlib.suppress(ValueError):  # a lone `!`, which git ignores
+            patterns += GitIgnoreSpec.from_lines([line.removesuffix("\r")]).patterns
     return tuple((p.include, p.regex) for p in patterns if p.include is not None)
