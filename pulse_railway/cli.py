@@ -7,8 +7,10 @@ examples/main.py`), `janitor run` and `control ...` are two words, and each verb
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
 from invoke.collection import Collection
@@ -42,6 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     if text := help_text(arguments):
         print(text)
         return
+    check_configuration(Path("invoke.yaml"))
     words = rewrite(arguments)
     # Invoke copies all verbs several times: with one it is 7 ms faster
     verb = tasks.ns.tasks.get(words[0])
@@ -57,6 +60,33 @@ def main(argv: list[str] | None = None) -> None:
     except yaml.YAMLError as error:
         where = str(getattr(error, "problem_mark", "")).strip()
         raise SystemExit(f"error: the Invoke configuration is no YAML: {where}") from None
+
+
+def check_configuration(path: Path) -> None:
+    """Raise SystemExit for an invoke.yaml with which Invoke ends in a traceback."""
+    from pulse_railway.build_context import read_text
+    from pulse_railway.errors import Failure
+
+    def refuse_keys(value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                if not isinstance(key, str):
+                    raise SystemExit(
+                        f"error: {path}: YAML reads a key there as {json.dumps(key, default=str)}:"
+                        ' put it in quotes, as in `"yes": true`'
+                    )
+                refuse_keys(inner)
+
+    try:
+        found = yaml.safe_load(read_text(path)) if path.is_file() else {}
+    except yaml.YAMLError as error:
+        where = str(getattr(error, "problem_mark", "")).strip()
+        raise SystemExit(f"error: {path} is no YAML: {where}") from None
+    except (Failure, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+    if found is not None and not isinstance(found, dict):
+        raise SystemExit(f"error: {path} has to be `name: value` lines")
+    refuse_keys(found)
 
 
 def help_text(arguments: list[str]) -> str | None:

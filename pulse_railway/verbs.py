@@ -8,6 +8,7 @@ value.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import inspect
 import io
@@ -84,10 +85,20 @@ def with_defaults(context: Context, flags: Mapping[str, Any]) -> dict[str, Any]:
             1,
         )
     defaults = {key.replace("-", "_"): value for key, value in dict(configured).items()}
+    for name in sorted(defaults.keys() - FLAGS.keys()):
+        warn_of_unknown(name)
     return {
         name: defaults.get(name, value) if value is None or value is False or value == [] else value
         for name, value in flags.items()
     }
+
+
+@functools.cache  # once, where a task calls several verbs
+def warn_of_unknown(name: str) -> None:
+    close = difflib.get_close_matches(name, FLAGS, 1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    said = f"warning: invoke.yaml: the section pulse_railway has no setting {name!r}{hint}"
+    print(said, file=sys.stderr)
 
 
 def run_verb(verb: Callable[..., None], parser: str, flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,7 +115,6 @@ def run_verb(verb: Callable[..., None], parser: str, flags: Mapping[str, Any]) -
     from pulse_railway.flows.signals import interruptible
     from pulse_railway.output import Output, printable, silence_stdout
 
-    load_dotenv()
     if isinstance(sys.stdout, io.TextIOWrapper):  # a log line may have characters without encoding
         sys.stdout.reconfigure(errors="backslashreplace")
     output = Output(as_json=bool(flags.get("json")))
@@ -117,6 +127,7 @@ def run_verb(verb: Callable[..., None], parser: str, flags: Mapping[str, Any]) -
         return Exit(f"error: {message}" if code == 1 else message, code)
 
     try:
+        load_dotenv()
         with interruptible():
             verb(getattr(options, parser)(flags, output), output)
     except Failure as failure:
@@ -140,11 +151,17 @@ def run_verb(verb: Callable[..., None], parser: str, flags: Mapping[str, Any]) -
 
 
 def load_dotenv() -> None:
-    """Read `.env` in this folder; variables that are set already keep their values."""
+    """Read `.env` in this folder; variables that are set already keep their values.
+
+    Raises Failure if it is no UTF-8 text.
+    """
     if Path(".env").is_file():
         import dotenv
 
-        dotenv.load_dotenv(".env", override=False)
+        from pulse_railway.build_context import read_text
+
+        text = io.StringIO(read_text(Path(".env")))
+        dotenv.load_dotenv(stream=text, override=False)
 
 
 def confirm(question: str, yes: bool) -> None:

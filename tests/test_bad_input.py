@@ -262,3 +262,40 @@ def test_values_that_begin_with_a_dash(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sent[3].holder == "-holder"
     router_commands.send_abort_canary(api, stack, "a", "a\0b" + "x" * 200_000)
     assert sent[-1].why == "a b" + "x" * 297
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "says"),
+    [
+        (
+            b"pulse_railway:\n  yes: true\n",
+            1,
+            'reads a key there as true: put it in quotes',
+        ),
+        (b"pulse_railway:\n  1: x\n", 1, "reads a key there as 1: put it in quotes"),
+        (b"yes\n", 1, "invoke.yaml has to be `name: value` lines"),
+        (b"a: [\n", 1, "invoke.yaml is no YAML: in"),
+        ("a: b\n".encode("utf-16"), 1, "invoke.yaml is no UTF-8 text: save it as UTF-8"),
+        (
+            b"pulse_railway:\n  lock_wiat: 1\n",
+            0,
+            "has no setting 'lock_wiat'; did you mean lock_wait?",
+        ),
+        (b"pulse_railway:\n  zzz: 1\n  'yes': true\n", 0, "has no setting 'zzz'\n"),
+        (b"\xef\xbb\xbfpulse_railway:\r\n  app: main.py\r\n", 0, ""),
+        (b"", 0, ""),
+    ],
+)
+def test_an_invoke_yaml_that_does_not_fit(app: Path, text: bytes, code: int, says: str) -> None:
+    (app / "invoke.yaml").write_bytes(text)
+    verb = pulse_railway("init", "main.py", env=dict(os.environ), cwd=app)
+    assert verb.code == code, verb.err
+    assert says in verb.err
+    assert "Traceback" not in verb.err
+    assert verb.err.count("warning: invoke.yaml") == (code == 0 and bool(says))
+
+
+def test_a_dotenv_that_is_no_text(app: Path) -> None:
+    (app / ".env").write_bytes("A=1\n".encode("utf-16"))
+    verb = pulse_railway("init", "main.py", env=dict(os.environ), cwd=app)
+    assert (verb.code, verb.error) == (1, "error: .env is no UTF-8 text: save it as UTF-8")
