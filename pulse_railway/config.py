@@ -104,14 +104,13 @@ def inside(context: Path, path: str | Path, label: str) -> Path:
         ) from None
 
 
-def load_app(app: str | None, context: Path) -> AppConfig:
-    """Import an app's file, as `pulse` does in a build, and read its RailwayPlugin.
+def import_app(app: str | None, context: Path) -> ps.App:
+    """Import an app's file, as `pulse` does in a build.
 
     Args:
         app: `path/to/main.py` or `path/to/main.py:variable`, relative to `context`.
 
-    Raises Failure if there is no such file, its import fails, or it does not have exactly one
-    RailwayPlugin.
+    Raises Failure if there is no such file, or its import fails.
     """
     if not app:
         raise Failure("which app? pass --app path/to/main.py, or set `app` in invoke.yaml")
@@ -123,9 +122,33 @@ def load_app(app: str | None, context: Path) -> AppConfig:
     path = (context / file).resolve()
     if not path.is_file():
         raise Failure(f"no app at {path}: pass --app path/to/main.py")
-    relative = inside(context, path, "the app")
+    inside(context, path, "the app")
     with _build_environment(context, path):
         loaded = _import(path, variable or "app")
+    if loaded.codegen.cfg.base_dir is None:
+        loaded.codegen.cfg.base_dir = path.parent
+    return loaded
+
+
+def plugins_of(loaded: ps.App) -> list[RailwayPlugin]:
+    from pulse_railway.app.plugin import RailwayPlugin
+
+    return [plugin for plugin in loaded.plugins if isinstance(plugin, RailwayPlugin)]
+
+
+def load_app(app: str | None, context: Path) -> AppConfig:
+    """Import an app's file, and read its RailwayPlugin.
+
+    Args:
+        app: `path/to/main.py` or `path/to/main.py:variable`, relative to `context`.
+
+    Raises Failure if there is no such file, its import fails, or it does not have exactly one
+    RailwayPlugin.
+    """
+    loaded = import_app(app, context)
+    assert app
+    file, _, variable = app.partition(":")
+    relative = inside(context, file, "the app")
     from pulse_railway.app.plugin import plugin_of, web_root
     from pulse_railway.app.session import RailwaySessionStore
 
@@ -133,8 +156,6 @@ def load_app(app: str | None, context: Path) -> AppConfig:
         plugin = plugin_of(loaded)
     except ValueError as error:
         raise Failure(f"{file}: {error}") from None
-    if loaded.codegen.cfg.base_dir is None:
-        loaded.codegen.cfg.base_dir = path.parent
     # a later Pulse has no `server_address`, nor `internal_server_address` below
     address = getattr(loaded, "server_address", _PLACEHOLDER_ADDRESS)
     return AppConfig(

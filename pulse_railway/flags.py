@@ -205,6 +205,8 @@ _ALL = (
          kind=bool),
     Flag("evict", "then delete all other versions at once, for a security release", kind=bool),
     Flag("replace_app", "deploy even if the stack serves an app of another name", kind=bool),
+    Flag("new", "write a small app first, where there is none", kind=bool),
+    Flag("show", "print the text of the files", kind=bool),
     Flag("keep_failed", "keep the service if the deploy fails", kind=bool),
     # its life
     Flag("canary", "make it a canary for this percentage of the new visitors; with several, step"

@@ -24,12 +24,14 @@ if TYPE_CHECKING:
     from pulse_railway.stack import Stack
 
 
-@verb(["app", "json"], parser="raw_flags")
+@verb(["app", "new", "show", "json"], parser="raw_flags")
 def init(flags: Flags, output: Output) -> None:
     """Write what an app of your own needs to be deployed, as far as it is missing."""
     from pulse_railway.flows import init as flow
 
-    result = flow.init(flags["app"], Path.cwd(), output)
+    result = flow.init(
+        flags["app"], Path.cwd(), output, new=bool(flags["new"]), show=bool(flags["show"])
+    )
     output.result(
         result, ["", "now:", *(f"{n}. {line}" for n, line in enumerate(result["todo"], 1))]
     )

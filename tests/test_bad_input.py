@@ -270,7 +270,7 @@ def test_values_that_begin_with_a_dash(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             b"pulse_railway:\n  yes: true\n",
             1,
-            'reads a key there as true: put it in quotes',
+            "reads a key there as true: put it in quotes",
         ),
         (b"pulse_railway:\n  1: x\n", 1, "reads a key there as 1: put it in quotes"),
         (b"yes\n", 1, "invoke.yaml has to be `name: value` lines"),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from pulse_railway.flows import project_files, project_layout
 from tests.conftest import ROOT
 
 # dockerfile-utils, a linter that knows every instruction and flag of BuildKit's Dockerfiles
@@ -28,20 +30,20 @@ def test_dockerfiles_pass_a_linter(tmp_path: Path) -> None:
     assert "CPY" in done.stdout
 
 
-def test_the_example_is_one_for_any_app(tmp_path: Path) -> None:
-    """Copied out: it names no path of this repository, installs before it copies code, from locks,
-    and does not run as root."""
+def test_the_example_is_what_init_writes() -> None:
+    """But for two lines for this repository, whose root is its second context."""
     folder = ROOT / "examples" / "railway"
-    lines = (folder / "Dockerfile").read_text().splitlines()
-    orders = [line for line in lines if line and not line.startswith("#")]
-    assert "examples/" not in "\n".join(orders)
-    at = {order: orders.index(order) for order in orders}
-    code = at["COPY . ."]
-    assert at["RUN pip install --no-cache-dir -r requirements.txt"] < code
-    assert at['RUN npm --prefix "$PULSE_WEB_ROOT" ci --no-audit --no-fund'] < code
-    assert any(
-        o.startswith("USER ") and o.split()[1].split(":")[0].isdigit() for o in orders[code:]
-    )
+    layout = project_layout.read_layout("main.py", folder, print)
+    text = (folder / "Dockerfile").read_text()
+    shared = re.sub(r"# Only in pulse-railway's own repository.*\nRUN .*\n", "", text)
+    assert shared != text
+    assert shared == project_files.dockerfile(layout, "${PULSE_WEB_ROOT}/../requirements.txt")
+    ignore = (folder / "Dockerfile.dockerignore").read_text()
+    assert ignore == project_files.dockerignore(layout)
+
+
+def test_the_examples_locks_are_its_packages() -> None:
+    folder = ROOT / "examples" / "railway"
     package = json.loads((folder / "web/package.json").read_text())
     lock = json.loads((folder / "web/package-lock.json").read_text())["packages"]
     for kind in ("dependencies", "devDependencies"):

