@@ -78,7 +78,8 @@ def check_configuration(path: Path) -> None:
                 refuse_keys(inner)
 
     try:
-        found = yaml.safe_load(read_text(path)) if path.is_file() else {}
+        text = read_text(path) if path.is_file() else ""
+        found = yaml.safe_load(text)  # type: ignore[no-untyped-call]
     except yaml.YAMLError as error:
         where = str(getattr(error, "problem_mark", "")).strip()
         raise SystemExit(f"error: {path} is no YAML: {where}") from None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 from invoke.vendor import yaml
 
+from pulse_railway import __version__
 from pulse_railway.build_context import ignored, missing_sources, secrets_in_image
 from pulse_railway.errors import Failure
 from pulse_railway.flows import init, project_files, project_layout
@@ -142,6 +144,14 @@ def test_a_uv_lock_that_names_files(tmp_path: Path, lock: str, needs_code: bool)
 def test_requirements_that_name_files(tmp_path: Path, line: str, needs_code: bool) -> None:
     write(tmp_path, {"requirements.txt": f"a\r\n{line}\r\n"})
     assert project_layout.python_packages(tmp_path, tmp_path).needs_code == needs_code
+
+
+@pytest.mark.parametrize("spec", ["file:./x.tgz", "link:../x", "workspace:*", "^1.0.0"])
+def test_a_package_json_that_names_files(tmp_path: Path, spec: str) -> None:
+    package = json.dumps({"dependencies": {"x": spec}})
+    write(tmp_path, {"package.json": package, "bun.lock": ""})
+    needs_code = project_layout.node_packages(tmp_path, tmp_path).needs_code
+    assert needs_code == (not spec.startswith("^"))
 
 
 @pytest.mark.parametrize(
@@ -299,7 +309,7 @@ def test_before_there_is_an_app(tmp_path: Path) -> None:
 
 def test_only_a_version_that_is_on_the_index_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     for source, line in (
-        (None, f"pulse-railway=={init.__version__}"),
+        (None, f"pulse-railway=={__version__}"),
         ("git+https://host/x@abc", "pulse-railway @ git+https://host/x@abc"),
         ("/home/me/clone", "# pulse-railway: this one, from /home/me/clone, is not on the index"),
     ):

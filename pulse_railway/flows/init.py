@@ -151,14 +151,17 @@ def _configuration(layout: Layout) -> list[File]:
     if not path.exists():
         return [File(path, "flags that every run has", text)]
     try:
-        found = yaml.safe_load(read_text(path)) or {}
-        if isinstance(found, dict) and "pulse_railway" not in found:
-            joined = yaml.safe_load(f"{read_text(path)}\n{text}")
-            if joined == {**found, **yaml.safe_load(text)}:
-                return [File(path, "flags that every run has", f"\n{text}", appended=True)]
+        found = _yaml(read_text(path)) or {}
+        has_none = isinstance(found, dict) and "pulse_railway" not in found
+        if has_none and _yaml(f"{read_text(path)}\n{text}") == {**found, **_yaml(text)}:
+            return [File(path, "flags that every run has", f"\n{text}", appended=True)]
     except yaml.YAMLError:
         pass
     return [File(path, "", text)]  # stays as it is
+
+
+def _yaml(text: str) -> Any:
+    return yaml.safe_load(text)  # type: ignore[no-untyped-call]
 
 
 def _gitignore(layout: Layout) -> list[File]:

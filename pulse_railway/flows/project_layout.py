@@ -29,6 +29,7 @@ NODE_LOCKS = {
     "package-lock.json": "npm",
     "npm-shrinkwrap.json": "npm",
 }
+NODE_DEPENDENCIES = ("dependencies", "devDependencies", "optionalDependencies")
 PYTHON = (3, 13)  # where the project asks for no other
 
 
@@ -180,7 +181,7 @@ def read_layout(app: str, folder: Path, warn: Any) -> Layout:
     if python.tool == "uv":
         project = _above((folder / file).parent, "pyproject.toml", python.folder)
         if project and project != python.folder:
-            member = _toml(project / "pyproject.toml").get("project", {}).get("name")
+            member = read_toml(project / "pyproject.toml").get("project", {}).get("name")
     return Layout(
         folder=folder,
         context=context,
@@ -215,11 +216,14 @@ def node_packages(web_root: Path, top: Path) -> Packages:
 
     A lock file above the web root is a workspace's.
     """
+    package = read_json(web_root / "package.json")
+    named = [package.get(kind) for kind in NODE_DEPENDENCIES]
+    specs = [str(spec) for found in named if isinstance(found, dict) for spec in found.values()]
+    names_files = any(spec.startswith(("file:", "link:", "workspace:")) for spec in specs)
     for folder in _folders(web_root, top):
         for lock, tool in NODE_LOCKS.items():
             if (folder / lock).is_file():
-                return Packages(tool, folder, lock, folder != web_root)
-    package = _json(web_root / "package.json")
+                return Packages(tool, folder, lock, names_files or folder != web_root)
     tool = str(package.get("packageManager", "")).partition("@")[0]
     return Packages(tool if tool in NODE_LOCKS.values() else "bun", web_root, None)
 
@@ -229,7 +233,7 @@ def python_version(folder: Path) -> str:
     pinned = folder / ".python-version"
     if pinned.is_file() and (match := re.match(r"\s*3\.(\d+)", read_text(pinned))):
         return f"3.{match[1]}"
-    wanted = str(_toml(folder / "pyproject.toml").get("project", {}).get("requires-python", ""))
+    wanted = str(read_toml(folder / "pyproject.toml").get("project", {}).get("requires-python", ""))
     lowest = [int(minor) for minor in re.findall(r"(?:>=|==|~=)\s*3\.(\d+)", wanted)]
     upper = [int(minor) - 1 for minor in re.findall(r"<\s*3\.(\d+)", wanted)]
     exact = [int(minor) for minor in re.findall(r"==\s*3\.(\d+)", wanted)]
@@ -257,7 +261,7 @@ def _uv_needs_code(lock: Path) -> bool:
 
     The project itself, and a workspace's members, are installed in a second step.
     """
-    found = _toml(lock)
+    found = read_toml(lock)
     members = set(found.get("manifest", {}).get("members", []))
     for package in found.get("package", []):
         source = package.get("source", {})
@@ -286,14 +290,14 @@ def _above(start: Path, name: str, top: Path) -> Path | None:
     return next((folder for folder in _folders(start, top) if (folder / name).is_file()), None)
 
 
-def _toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(read_text(path)) if path.is_file() else {}
     except tomllib.TOMLDecodeError as error:
         raise Failure(f"{path} is no TOML: {error}") from None
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(read_text(path)) if path.is_file() else {}
     except json.JSONDecodeError as error:
