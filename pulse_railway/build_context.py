@@ -170,7 +170,7 @@ def file_sources(dockerfile: Path, variables: Mapping[str, str]) -> list[str]:
     values: dict[str, str] = {}
     paths = []
     for instruction in instructions(dockerfile):
-        for key, default in _assignments(instruction):
+        for key, default in assignments(instruction):
             given = variables.get(key) if instruction.name == "ARG" else None
             value = values.get(key, "") if default is None else _expanded(default, values)
             values[key] = value if given is None else given
@@ -188,7 +188,7 @@ def missing_sources(context: Path, dockerfile: Path, variables: Mapping[str, str
     return [path for path in paths if ignore(path) or not (context / path).exists()]
 
 
-def _assignments(instruction: Instruction) -> list[tuple[str, str | None]]:
+def assignments(instruction: Instruction) -> list[tuple[str, str | None]]:
     """Return what an ARG or ENV sets, None for an ARG without a default."""
     if instruction.name not in ("ARG", "ENV"):
         return []

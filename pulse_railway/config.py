@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import io
 import os
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -87,6 +88,7 @@ class AppConfig:
     uses_session_store: bool
     needs_secret: bool  # sessions are stored in cookies, which PULSE_SECRET signs
     plugin: RailwayPlugin
+    variables: frozenset[str] = frozenset()  # of the environment, which its import has read
 
 
 # -- the app -----------------------------------------------------------------------------------
@@ -104,11 +106,12 @@ def inside(context: Path, path: str | Path, label: str) -> Path:
         ) from None
 
 
-def import_app(app: str | None, context: Path) -> ps.App:
+def import_app(app: str | None, context: Path, variables: set[str] | None = None) -> ps.App:
     """Import an app's file, as `pulse` does in a build.
 
     Args:
         app: `path/to/main.py` or `path/to/main.py:variable`, relative to `context`.
+        variables: gets the names of those that the import reads from the environment.
 
     Raises Failure if there is no such file, or its import fails.
     """
@@ -123,8 +126,9 @@ def import_app(app: str | None, context: Path) -> ps.App:
     if not path.is_file():
         raise Failure(f"no app at {path}: pass --app path/to/main.py")
     inside(context, path, "the app")
-    with _build_environment(context, path):
-        loaded = _import(path, variable or "app")
+    noted: set[str] = set() if variables is None else variables
+    with _build_environment(context, path), noting_variables(noted):
+        loaded = _import(path, variable or "app", context)
     if loaded.codegen.cfg.base_dir is None:
         loaded.codegen.cfg.base_dir = path.parent
     return loaded
@@ -145,7 +149,8 @@ def load_app(app: str | None, context: Path) -> AppConfig:
     Raises Failure if there is no such file, its import fails, or it does not have exactly one
     RailwayPlugin.
     """
-    loaded = import_app(app, context)
+    variables: set[str] = set()
+    loaded = import_app(app, context, variables)
     assert app
     file, _, variable = app.partition(":")
     relative = inside(context, file, "the app")
@@ -178,6 +183,7 @@ def load_app(app: str | None, context: Path) -> AppConfig:
         uses_session_store=isinstance(loaded.session_store, RailwaySessionStore),
         needs_secret=getattr(loaded.session_store, "secret", None) == _PLACEHOLDER_SECRET.encode(),
         plugin=plugin,
+        variables=frozenset(variables),
     )
 
 
@@ -207,7 +213,7 @@ def _build_environment(context: Path, app: Path) -> Iterator[None]:
         os.environ.update(environment)
 
 
-def _import(path: Path, variable: str) -> ps.App:
+def _import(path: Path, variable: str, context: Path) -> ps.App:
     from pulse.cli.helpers import load_app_from_target
 
     printed = io.StringIO()
@@ -215,9 +221,44 @@ def _import(path: Path, variable: str) -> ps.App:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             return load_app_from_target(f"{path}:{variable}").app
     except (Exception, SystemExit) as error:
+        cause = error.__context__  # Pulse prints it and raises another
         lines = [line.strip() for line in printed.getvalue().splitlines() if line.strip()]
         reason = lines[-1] if lines else str(error) or type(error).__name__
+        if cause is not None:
+            said = " ".join(str(cause).split())[:300]
+            reason = f"{type(cause).__name__}: {said}{_place(cause, context)}"
         raise Failure(f"{path} cannot be loaded: {reason}") from None
+
+
+def _place(error: BaseException, context: Path) -> str:
+    """Return the last line of the project that an error passed through, for a message."""
+    frames = traceback.extract_tb(error.__traceback__)
+    root = str(context.resolve()) + os.sep
+    own = [f for f in frames if f.filename.startswith(root) and "site-packages" not in f.filename]
+    return f" ({own[-1].filename.removeprefix(root)}, line {own[-1].lineno})" if own else ""
+
+
+@contextlib.contextmanager
+def noting_variables(names: set[str]) -> Iterator[None]:
+    """Add the environment variables that are read meanwhile, and that are set."""
+    environ: Any = type(os.environ)
+    read, iterate = environ.__getitem__, environ.__iter__
+
+    def note(self: Any, name: str) -> str:
+        value: str = read(self, name)
+        names.add(name)
+        return value
+
+    def note_all(self: Any) -> Iterator[str]:
+        for name in iterate(self):
+            names.add(name)
+            yield name
+
+    environ.__getitem__, environ.__iter__ = note, note_all
+    try:
+        yield
+    finally:
+        environ.__getitem__, environ.__iter__ = read, iterate
 
 
 # -- the target --------------------------------------------------------------------------------

@@ -105,8 +105,10 @@ class Plan:
 def prepare(options: DeployOptions, output: Output) -> Plan:
     """Check the app, its files and the programs that the deploy needs. Raises Failure."""
     plan = check(options, output)
-    if options.image_repository or plan.is_source:
-        program.need("docker" if options.image_repository else "railway")
+    if options.image_repository:
+        docker.need_buildx()
+    elif plan.is_source:
+        program.need("railway")
     return plan
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 import subprocess
 import time
@@ -16,13 +17,14 @@ import httpx
 
 from pulse_railway import app_identity, config, contract, options, router_commands
 from pulse_railway.advice import pasteable
+from pulse_railway.build_context import read_text
 from pulse_railway.errors import Failure
-from pulse_railway.flows import deploy, instances, status
+from pulse_railway.flows import build_check, deploy, instances, status
 from pulse_railway.flows.baseline import NO_PROJECT_TOKEN
 from pulse_railway.flows.init import page_without_script
 from pulse_railway.options import DeployOptions
 from pulse_railway.output import Output
-from pulse_railway.railway import config_files, documents, program, tokens
+from pulse_railway.railway import config_files, docker, documents, program, tokens
 from pulse_railway.railway.api import Api, ApiError
 from pulse_railway.railway.clock import clock_difference
 from pulse_railway.railway.tokens import Token
@@ -129,6 +131,8 @@ def check_app(checkup: Checkup, flags: dict[str, Any]) -> deploy.Plan | None:
         said = f"{count} instances: {instances.ALIKE}" + (f". {size}" if size else "")
         checkup.add("its processes", "warning", said)
     check_react(checkup, parsed[0])
+    if plans:
+        check_locks(checkup, plans[0])
     return plans[0] if plans else None
 
 
@@ -156,10 +160,28 @@ def check_react(checkup: Checkup, deploy_options: DeployOptions) -> None:
         checkup.add("React's packages", "good", f"pulse-ui-client {client}")
 
 
+def check_locks(checkup: Checkup, plan: deploy.Plan) -> None:
+    """Check that the lock files fit, and that they name pulse-railway.
+
+    Where the Dockerfile installs without a lock, one that does not fit is a warning.
+    """
+    app, name = plan.app, "the lock files"
+    text = read_text(app.context / plan.dockerfile) if plan.is_source or plan.image else ""
+    strict = re.search(r"uv sync .*--locked|--frozen-lockfile|\bnpm\b.* ci\b", text)
+    try:
+        problems = build_check.lock_problems(plan.options, app.context / plan.web_root)
+    except Failure as failure:
+        problems = [str(failure)]
+    for problem in problems:
+        checkup.add(name, "bad" if strict else "warning", problem)
+    if not problems:
+        checkup.add(name, "good")
+
+
 def check_programs(checkup: Checkup, plan: deploy.Plan | None, api: Api) -> bool:
     """Check the programs that `deploy` runs. Returns whether Railway's CLI can be used."""
     if plan and plan.options.image_repository:
-        checkup.run("docker", lambda: program.need("docker"))
+        checkup.run("docker", docker.need_buildx)
         if plan.options.where.control == "job":
             return False
 

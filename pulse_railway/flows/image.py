@@ -5,12 +5,12 @@ from __future__ import annotations
 from pulse_railway import runtime_image
 from pulse_railway.options import ImageOptions
 from pulse_railway.output import Output
-from pulse_railway.railway import docker, program
+from pulse_railway.railway import docker
 
 
 def image(options: ImageOptions, output: Output) -> str:
     """Build and push the image, and return its reference. Raises Failure."""
-    program.need("docker")
+    docker.need_buildx()
     tag = options.tag or runtime_image.runtime_version().replace("+", "-")
     reference = f"{options.repository}:{tag}"
     folder = runtime_image.sources()

@@ -280,18 +280,11 @@ def _packages_to_add(layout: Layout) -> list[str]:
     """Return what the project's Python packages lack."""
     python, steps = layout.python, []
     missing = [
-        name
-        for name in ("pulse-framework", "pulse-railway")
-        if (python.lock or python.tool == "uv") and not names_package(python, name)
+        name for name in ("pulse-framework", "pulse-railway") if not names_package(python, name)
     ]
-    if missing and python.tool == "uv":
-        steps.append(f"`uv add {' '.join(missing)}`")
-    elif missing:
-        steps.append(
-            f"add {' and '.join(missing)} to {layout.inside(python.folder)}/requirements.txt"
-        )
-    own = package_source()
-    if own and not own.startswith(("git+", "https:")):
+    own = package_source() or ""
+    if "pulse-railway" in missing and own and not own.startswith(("git+", "https:")):
+        missing.remove("pulse-railway")
         name = f"pulse_railway-{__version__}-py3-none-any.whl"
         add = f"`uv add ./{name}`" if python.tool == "uv" else f"`./{name}` in requirements.txt"
         steps.append(
@@ -299,6 +292,11 @@ def _packages_to_add(layout: Layout) -> list[str]:
             f" put its wheel into the project, and name it: {add}; then run `init` again without"
             " the Dockerfile"
         )
+    if missing and python.tool == "uv":
+        steps.insert(0, f"`uv add {' '.join(missing)}`")
+    elif missing and python.lock:
+        path = layout.inside(python.folder / python.lock)
+        steps.insert(0, f"add {' and '.join(missing)} to {path}")
     if python.tool == "uv" and python.lock is None:
         steps.append("write uv.lock: `uv lock`")
     return steps

@@ -253,7 +253,8 @@ def names_package(python: Packages, package: str) -> bool:
     paths = [python.folder / (python.lock or ""), python.folder / "pyproject.toml"]
     name = package.replace("-", "[-_.]")
     pattern = re.compile(rf"(?<![\w-]){name}(?![\w-])", re.I)
-    return any(pattern.search(read_text(path)) for path in paths if path.is_file())
+    texts = (re.sub(r"(?m)#.*$", "", read_text(path)) for path in paths if path.is_file())
+    return any(pattern.search(text) for text in texts)
 
 
 def _uv_needs_code(lock: Path) -> bool:

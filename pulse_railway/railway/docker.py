@@ -10,6 +10,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pulse_railway.errors import Failure, redact
+from pulse_railway.railway import program
+
+
+def need_buildx() -> None:
+    """Raise Failure if docker, or its plugin buildx, is not installed."""
+    program.need("docker")
+    done = subprocess.run(
+        ["docker", "buildx", "version"], stdin=subprocess.DEVNULL, capture_output=True, timeout=60
+    )
+    if done.returncode:
+        raise Failure(
+            "docker is here without buildx, which builds and pushes: install its plugin"
+            " (docs.docker.com/go/buildx), or leave the image repository out"
+        )
 
 
 def build(
