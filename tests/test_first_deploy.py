@@ -158,7 +158,8 @@ def test_what_the_pages_say(newcomer: Newcomer) -> None:
     ).stdout.strip()
     package = {"dependencies": {"pulse-ui-client": pulse}}
     (newcomer.folder / "web" / "package.json").write_text(json.dumps(package))
-    (newcomer.folder / "web" / "package-lock.json").write_text("{}")
+    lock = {"packages": {"": package}}
+    (newcomer.folder / "web" / "package-lock.json").write_text(json.dumps(lock))
 
     where = newcomer.run("python -c 'import pulse_railway; print(pulse_railway.__file__)'")
     assert str(ROOT) not in where, "the wheel is not what runs"

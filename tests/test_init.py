@@ -391,7 +391,7 @@ def test_locks_that_cannot_be_parsed_are_named(tmp_path: Path) -> None:
 # -- to a deploy -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["uv-bun", "monorepo"])
+@pytest.mark.parametrize("name", ["uv-bun", "pip-npm", "monorepo"])
 def test_from_init_to_a_deploy(base: Project, tmp_path: Path, name: str) -> None:
     folder = projects.write(name, tmp_path)
     shutil.copy(TINY / "backend.py", folder)
@@ -400,7 +400,7 @@ def test_from_init_to_a_deploy(base: Project, tmp_path: Path, name: str) -> None
     examined = base.run("doctor", "--json", cwd=folder)
     assert examined.code == 0, examined.err
     checks = {check["name"]: check["verdict"] for check in examined.json["checks"]}
-    assert checks["its files and settings"] == checks["React's packages"] == "good"
+    assert checks["its files and settings"] == checks["the lock files"] == "good"
     deployed = base.run("deploy", "--json", cwd=folder)
     assert deployed.code == 0, deployed.err
     assert base.active == deployed.json["deployment_id"]
