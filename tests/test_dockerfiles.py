@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pulse_railway.flows import project_files, project_layout
+from tests import projects
 from tests.conftest import ROOT
 
 # dockerfile-utils, a linter that knows every instruction and flag of BuildKit's Dockerfiles
@@ -20,8 +21,13 @@ DOCKERFILES = ["Dockerfile.router", "examples/railway/Dockerfile"]
 
 @pytest.mark.skipif(not LINTER.exists() or not shutil.which("node"), reason="npm is not installed")
 def test_dockerfiles_pass_a_linter(tmp_path: Path) -> None:
-    for name in DOCKERFILES:
-        done = subprocess.run([LINTER, "lint", ROOT / name], capture_output=True, text=True)
+    paths = [ROOT / name for name in DOCKERFILES]
+    for name in projects.LAYOUTS:
+        layout = projects.make(name, tmp_path / name)
+        paths.append(tmp_path / name / "Dockerfile")
+        paths[-1].write_text(project_files.dockerfile(layout))
+    for path in paths:
+        done = subprocess.run([LINTER, "lint", path], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
     bad = tmp_path / "Dockerfile"
     bad.write_text("FROM scratch\nCPY a b\n")

@@ -98,6 +98,7 @@ def test_a_monorepo(tmp_path: Path) -> None:
     uv = "RUN uv sync --no-dev --package shop --locked --no-editable"
     bun = "RUN cd /app && bun install --frozen-lockfile"
     assert lines.index("COPY . .") < lines.index(bun) < lines.index(uv)
+    assert any("ln -s /app/node_modules/@react-router/serve" in line for line in lines)
     result = init.init(None, layout.folder, Output())
     assert sorted(result["written"]) == sorted(
         (

@@ -170,6 +170,7 @@ def dockerfile(layout: Layout, requirements: str | None = None) -> str:
         f' && (cd "$PULSE_WEB_ROOT" && {layout.node.tool} run build) \\',
         f" && cd {at} && {PRUNE_NODE[layout.node.tool]} \\",
         f" && rm -rf {' '.join(clean)} && cd /app \\",
+        *_hoisted(layout),
         " # each start writes the routes again, and a lock",
         ' && mkdir -p "$PULSE_WEB_ROOT/.pulse" \\',
         " && chmod -R a+rX . \\",
@@ -246,6 +247,21 @@ def _node(layout: Layout) -> tuple[str, str]:
     folder = f"/app/{layout.inside(layout.node.folder)}".removesuffix("/.")
     at = _word(folder) if is_workspace else '"/app/$PULSE_WEB_ROOT"'
     return at, f"RUN cd {at} && {INSTALL_NODE[layout.node.tool]}"
+
+
+def _hoisted(layout: Layout) -> list[str]:
+    """Return the lines that let Pulse find React's server, which it looks for in the web root: a
+    workspace's tool can have it in the folder of the lock file."""
+    if layout.node.folder == layout.web_root:
+        return []
+    folder = f"/app/{layout.inside(layout.node.folder)}".removesuffix("/.")
+    server = "node_modules/@react-router/serve"
+    at = f'"$PULSE_WEB_ROOT/{server}"'
+    found = _word(f"{folder}/{server}")
+    return [
+        f' && (test -e {at} || (mkdir -p "$PULSE_WEB_ROOT/node_modules/@react-router" \\',
+        f"   && ln -s {found} {at})) \\",
+    ]
 
 
 # -- CI ----------------------------------------------------------------------------------------
