@@ -74,7 +74,7 @@ def test_requirements_and_a_registry_of_ones_own(tmp_path: Path) -> None:
     assert lines.index("COPY . .") < lines.index(pip)
     assert "ARG NPM_TOKEN" in lines
     assert "pnpm install --frozen-lockfile" in text
-    assert "node_modules/.bin/ts[cs]* .npmrc && cd /app" in text
+    assert "node_modules/.pnpm/typescript@* .npmrc && cd /app" in text
     for name, content in (
         (".dockerignore", project_files.dockerignore(layout)),
         (".railwayignore", project_files.railwayignore(layout)),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import shutil
 import subprocess
@@ -22,6 +21,7 @@ from pulse_railway.errors import Failure
 from pulse_railway.flows import build_check, deploy, instances, status
 from pulse_railway.flows.baseline import NO_PROJECT_TOKEN
 from pulse_railway.flows.init import page_without_script
+from pulse_railway.flows.project_layout import read_json
 from pulse_railway.options import DeployOptions
 from pulse_railway.output import Output
 from pulse_railway.railway import config_files, docker, documents, program, tokens
@@ -146,9 +146,9 @@ def check_react(checkup: Checkup, deploy_options: DeployOptions) -> None:
         checkup.add("the affinity script", "warning", said)
     path = web / "package.json"
     try:
-        client = str(json.loads(path.read_text())["dependencies"]["pulse-ui-client"])
+        client = str(read_json(path)["dependencies"]["pulse-ui-client"])
         framework = version("pulse-framework")
-    except (OSError, ValueError, KeyError, TypeError, PackageNotFoundError):
+    except (Failure, OSError, KeyError, TypeError, PackageNotFoundError):
         checkup.add("React's packages", "warning", f"{path} names no pulse-ui-client")
         return
     differ = f"pulse-ui-client is {client} and pulse-framework {framework}: give both one version"

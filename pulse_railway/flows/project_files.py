@@ -160,6 +160,8 @@ def dockerfile(layout: Layout, requirements: str | None = None) -> str:
         then = then or first[-1:]
     lines += then
     clean = ["node_modules/typescript", "node_modules/.bin/ts[cs]*"]
+    if layout.node.tool != "npm":  # their stores keep it for a package that can do without
+        clean.append(f"node_modules/.{layout.node.tool}/typescript@*")
     clean += [".npmrc"] if registry is not None else []
     lines += [
         "ARG PULSE_APP_FILE",
