@@ -242,8 +242,14 @@ class _Ignore:
                 raise Failure(
                     f"line {number} of {file} is a lone !, which Docker refuses: delete it"
                 )
+            try:
+                rule = _pattern(pattern)
+            except re.error:
+                raise Failure(
+                    f"line {number} of {file} has a pattern that Docker refuses: {text}"
+                ) from None
             if pattern:
-                self.rules.append((not text.startswith("!"), _pattern(pattern)))
+                self.rules.append((not text.startswith("!"), rule))
 
     def __call__(self, path: str) -> bool:
         parts = path.split("/")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from pulse_railway.build_context import ignored, missing_sources
+from pulse_railway.build_context import ignored, missing_sources, secrets_in_image
 from pulse_railway.errors import Failure
+from pulse_railway.railway import upload
 from tests.conftest import ROOT, TINY
 
 EXAMPLE = ROOT / "examples" / "railway"
@@ -67,6 +71,7 @@ def test_a_file_that_was_made_on_windows(tmp_path: Path) -> None:
     ("dockerignore", "says"),
     [
         (b"a\n!\n", "line 2 of .*ignore is a lone !, which Docker refuses: delete it"),
+        (b"x[z-a]\n", "line 1 of .*ignore has a pattern that Docker refuses: x"),
         ("a\n".encode("utf-16"), "ignore is no UTF-8 text: save it as UTF-8"),
     ],
 )
@@ -100,3 +105,61 @@ def test_the_dockerfiles_here_lack_nothing() -> None:
     assert missing_sources(ROOT, EXAMPLE / "Dockerfile", web) == []
     assert missing_sources(ROOT, ROOT / "Dockerfile.router", {}) == []
     assert missing_sources(TINY, TINY / "Dockerfile", {}) == []
+
+
+TOKENS = (
+    *("FROM a", "COPY", "ADD", "RUN", "ARG", "ENV", "--from=x", "--mount=type=bind,source=m,x"),
+    *(
+        " ",
+        "\t",
+        "\n",
+        "\r\n",
+        "\\\n",
+        "`",
+        "# escape=`\n",
+        "#",
+        "<<EOF",
+        "<<-'E F'",
+        "EOF",
+        "\ufeff",
+    ),
+    *(
+        '"',
+        "'",
+        "[",
+        "]",
+        "[z-a]",
+        "{",
+        "}",
+        "$",
+        "${A:-b",
+        "*",
+        "**",
+        "?",
+        "!",
+        "..",
+        "/",
+        "é",
+        "=",
+    ),
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.sampled_from(TOKENS), max_size=14).map("".join),
+    st.lists(st.sampled_from(TOKENS), max_size=6).map("".join),
+)
+def test_any_text_is_read_or_refused_in_words(
+    tmp_path_factory: pytest.TempPathFactory, dockerfile: str, ignore: str
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / "any-text"
+    folder.mkdir(exist_ok=True)
+    (folder / "Dockerfile").write_bytes(dockerfile.encode())
+    (folder / ".dockerignore").write_bytes(ignore.encode())
+    (folder / ".gitignore").write_bytes(ignore.encode())
+    upload._patterns.cache_clear()
+    upload.left_out(folder, Path("a/b"))
+    with contextlib.suppress(Failure):
+        missing_sources(folder, folder / "Dockerfile", {"A": "x"})
+        secrets_in_image(folder, folder / "Dockerfile")
