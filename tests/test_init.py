@@ -372,6 +372,14 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
         init.init(None, tmp_path, Output())
 
 
+def test_nothing_is_written_outside_the_context(tmp_path: Path) -> None:
+    text = projects.WITH_PLUGIN.replace('"Dockerfile"', '"../Dockerfile"')
+    folder = write(tmp_path / "shop", {"main.py": text})
+    with pytest.raises(Failure, match=r"the Dockerfile .* is outside the deploy context"):
+        init.init(None, folder, Output())
+    assert [path.name for path in tmp_path.iterdir()] == ["shop"]
+
+
 @pytest.mark.parametrize("name", ["main.py", "requirements.txt", "web/package.json", ".gitignore"])
 def test_a_file_that_is_no_text_is_named(tmp_path: Path, name: str) -> None:
     write(tmp_path, {"main.py": projects.WITH_PLUGIN, "web/package.json": "{}"})

@@ -12,7 +12,7 @@ from typing import Any
 from invoke.vendor import yaml
 from pathspec import GitIgnoreSpec
 
-from pulse_railway import __version__, contract
+from pulse_railway import __version__, config, contract
 from pulse_railway.build_context import read_text
 from pulse_railway.errors import Failure
 from pulse_railway.flows import project_files
@@ -117,7 +117,9 @@ def write(file: File) -> None:
 def files(layout: Layout) -> list[File]:
     """Return all files that `init` writes, and what it appends."""
     folder, context = layout.folder, layout.context
-    dockerfile = context / layout.dockerfile if layout.dockerfile else folder / "Dockerfile"
+    dockerfile = folder / "Dockerfile"
+    if layout.dockerfile:
+        dockerfile = context / config.inside(context, layout.dockerfile, "the Dockerfile")
     ignore = context / ".dockerignore"
     if dockerfile.parent != context:  # Docker reads the one beside it first
         ignore = dockerfile.with_name(f"{dockerfile.name}.dockerignore")
