@@ -81,7 +81,8 @@ def check_configuration(path: Path) -> None:
         text = read_text(path) if path.is_file() else ""
         found = yaml.safe_load(text)  # type: ignore[no-untyped-call]
     except yaml.YAMLError as error:
-        where = str(getattr(error, "problem_mark", "")).strip()
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else error
         raise SystemExit(f"error: {path} is no YAML: {where}") from None
     except (Failure, OSError) as error:
         raise SystemExit(f"error: {error}") from None

@@ -30,7 +30,7 @@ def init(flags: Flags, output: Output) -> None:
     from pulse_railway.flows import init as flow
 
     result = flow.init(
-        flags["app"], Path.cwd(), output, new=bool(flags["new"]), show=bool(flags["show"])
+        flags["app"], Path.cwd(), output, new=bool(flags.get("new")), show=bool(flags.get("show"))
     )
     output.result(
         result, ["", "now:", *(f"{n}. {line}" for n, line in enumerate(result["todo"], 1))]

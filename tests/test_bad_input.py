@@ -274,7 +274,7 @@ def test_values_that_begin_with_a_dash(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (b"pulse_railway:\n  1: x\n", 1, "reads a key there as 1: put it in quotes"),
         (b"yes\n", 1, "invoke.yaml has to be `name: value` lines"),
-        (b"a: [\n", 1, "invoke.yaml is no YAML: in"),
+        (b"a: [\n", 1, "invoke.yaml is no YAML: line 2, column 1"),
         ("a: b\n".encode("utf-16"), 1, "invoke.yaml is no UTF-8 text: save it as UTF-8"),
         (
             b"pulse_railway:\n  lock_wiat: 1\n",

@@ -100,7 +100,7 @@ def test_the_console_script_reads_invoke_yaml(tmp_path: Path) -> None:
     (tmp_path / "invoke.yaml").write_text("pulse_railway: [x]\n")
     assert error_of("deploy").startswith("error: the section pulse_railway of invoke.yaml")
     (tmp_path / "invoke.yaml").write_text("pulse_railway: {a: ]\n")
-    assert error_of("deploy").startswith("error: the Invoke configuration is no YAML")
+    assert error_of("deploy").startswith("error: invoke.yaml is no YAML: line 1, column 20")
 
 
 def configured(**flags: Any) -> Context:
