@@ -165,7 +165,8 @@ def file_sources(dockerfile: Path, variables: Mapping[str, str]) -> list[str]:
     mounts.
 
     A wildcard need not match (BuildKit's AllowEmptyWildcard). Addresses and here-documents are no
-    files. `variables` are the build's: an ARG gets its value from them, or its default.
+    files; what a variable stands for that only the builder knows (TARGETARCH, a base image's) is
+    not known. `variables` are the build's: an ARG gets its value from them, or its default.
     """
     values: dict[str, str] = {}
     paths = []
@@ -174,7 +175,11 @@ def file_sources(dockerfile: Path, variables: Mapping[str, str]) -> list[str]:
             given = variables.get(key) if instruction.name == "ARG" else None
             value = values.get(key, "") if default is None else _expanded(default, values)
             values[key] = value if given is None else given
-        for source in (_expanded(source, values) for source in _sources(instruction)):
+        for written in _sources(instruction):
+            named = re.findall(r"\$(?:(\w+)|\{(\w+)\})", written)
+            if any((plain or braced) not in values for plain, braced in named):
+                continue
+            source = _expanded(written, values)
             path = posixpath.normpath(f"/{source}").strip("/")
             if path and not re.search(r"[*?\[]|://|^git@|^<<", source):
                 paths.append(path)

@@ -37,6 +37,7 @@ EXAMPLE = ROOT / "examples" / "railway"
         ("ARG GIVEN\nFROM a\nARG GIVEN\nCOPY ${GIVEN} ./", ["given"]),
         ("ARG A=web\nFROM a\nARG A\nENV B=$A/x C=1\nCOPY $B ./", ["web/x"]),
         ("ENV A web\nCOPY $A ./", []),
+        ("COPY bin/${TARGETARCH}/x $FROM_THE_BASE_IMAGE/y ./", []),
         ("COPY\tnothing.txt\t./", ["nothing.txt"]),
         ("copy main.py \\\n  # a comment\n\n  nothing.txt ./", ["nothing.txt"]),
         ("COPY <<EOF /x\nCOPY nothing.txt ./\nEOF\nCOPY gone ./", ["gone"]),
