@@ -9,7 +9,7 @@ import pytest
 
 from pulse_railway import options
 from pulse_railway.errors import Failure
-from pulse_railway.flows import doctor
+from pulse_railway.flows import deploy, doctor
 from pulse_railway.flows.build_check import check_import, lock_problems
 from pulse_railway.options import DeployOptions
 from pulse_railway.railway import docker
@@ -42,14 +42,15 @@ def app(folder: Path, read: str, dockerfile: str = DOCKERFILE) -> Path:
 
 def test_a_variable_that_the_build_has_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is in .env here, which the app reads by itself."""
-    dockerfile = app(tmp_path, 'os.environ["STRIPE_KEY"]')
+    app(tmp_path, 'os.environ["STRIPE_KEY"]')
     (tmp_path / ".env").write_text("STRIPE_KEY=sk_1\n")
+    (tmp_path / ".railwayignore").write_text(".env\n")
     monkeypatch.setenv("STRIPE_KEY", "")  # put back after the test, since the app sets it
     monkeypatch.delenv("STRIPE_KEY")
     parsed = parse(tmp_path)
     assert "STRIPE_KEY" in parsed.app.variables
     with pytest.raises(Failure) as failed:
-        check_import(parsed, dockerfile, {})
+        deploy.check(parsed, doctor.Warnings())
     said = str(failed.value)
     assert "KeyError: 'STRIPE_KEY' (main.py, line 7). Read STRIPE_KEY when it is used" in said
     assert "name it in an ARG of Dockerfile and pass --build-arg NAME=..." in said
