@@ -314,7 +314,7 @@ def step_03_a_dead_runs_lock_is_taken_over(base: Project) -> None:
     waits = base.run("deploy", "main.py", "--no-promote", "--lock-wait", "1")
     assert "still after 1 s" in waits.error  # the run may not have created its service yet
     held = json.loads(str(lock(base)))
-    base.redis.set("pulse:railway:deploy:lock", json.dumps({**held, "since": held["since"] - 200}))
+    base.redis.set("pulse:railway:deploy:lock", json.dumps({**held, "since": held["since"] - 400}))
     done = base.run("deploy", "main.py", *words, "--no-promote", "--lock-wait", "1")
     assert done.code == 0, done.err
     assert "is dead: its lock is taken over" in done.err

@@ -29,6 +29,7 @@ import pytest
 
 from benchmarks import peer
 from pulse_railway import control_job, router_commands, runtime_image
+from pulse_railway.config import ControlRoute
 from pulse_railway.errors import Refused, Uncertain
 from pulse_railway.local.supervisor import free_port
 from pulse_railway.railway import ssh
@@ -643,7 +644,7 @@ class Cli:
     ) -> None:
         self.site = site
         self.asked: list[list[str]] = []
-        way = SimpleNamespace(kind="ssh", key=None, checked=True)
+        way = ControlRoute("ssh", checked=True)
         self.stack: Any = SimpleNamespace(
             last_promotion=None,
             target=SimpleNamespace(project_id="p", environment_id="e", control_route=way),
