@@ -637,7 +637,8 @@ def in_time(step: Step, until: float) -> Step:
 
     def inner(routing: Routing) -> Routing:
         if routing.now > until:
-            raise StateError("the command came too late: nothing was changed", "late")
+            message = "the command came too late: nothing was changed"
+            raise StateError(message, "late", clock=routing.now)
         return step(routing)
 
     return inner
@@ -952,6 +953,7 @@ def status_answer(
         "maintenance": closed,
         "lock": lock and lock_answer(lock),
         "now": routing.now,
+        "clock": routing.now,
         "lost": is_lost(routing, last_promoted),
         "epoch": routing.epoch,
         "owner": routing.owner,
@@ -1553,7 +1555,8 @@ def wait_for_healing(store: router.Store, last: Promotion | None) -> Routing:
 def carry_out(argv: list[str], env: Mapping[str, str]) -> Json:
     """Carry out a control command and return its answer.
 
-    The answer has the command's name, its nonce and this version. If it is not ok, it has `error`
+    The answer has the command's name, its nonce and this version; `clock` is the store's time, for
+    the next command's `--until`. If it is not ok, it has `error`
     and `reason`; the reason `store` means that Redis did not answer, so it is not known whether the
     command was carried out. Raises SystemExit for invalid arguments.
     """
@@ -1572,11 +1575,13 @@ def carry_out(argv: list[str], env: Mapping[str, str]) -> Json:
         store = router.store_from_env(env)
         match args.command:
             case "active":
-                answer = {"ok": True, "deployment_id": store.read().active}
+                routing = store.read()
+                answer = {"ok": True, "deployment_id": routing.active, "clock": routing.now}
             case "status":
                 answer = {"ok": True, **status_answer(store, token, args.promoted, env)}
             case "history":
-                answer = {"ok": True, "history": list(store.read().history)}
+                routing = store.read()
+                answer = {"ok": True, "history": list(routing.history), "clock": routing.now}
             case "probe":
                 answer = {"ok": True, **probe(store, args.deployment_id, args.path)}
             case _:
@@ -1625,7 +1630,7 @@ def change_answer(
             words = fallback_words(before, args.deployment_id)
             raise StateError(f"{words}. --force removes it all the same", "fallback")
     routing = change_state(store, args, me)
-    answer: Json = {}
+    answer: Json = {"clock": routing.now}
     if args.command == "claim":
         answer["owner"] = routing.owner
     record = routing.records.get(getattr(args, "deployment_id", None) or "")

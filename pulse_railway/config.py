@@ -63,6 +63,7 @@ class ControlRoute:
     key: Path | None = None  # the private key that the user has given, or that was found
     info: Callable[[str], None] = lambda _: None  # prints a line for the user
     checked: bool = False  # ssh is possible
+    clock: float | None = None  # what the store's clock is ahead of time.monotonic()
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,13 @@ def activity(result: dict[str, Any]) -> list[str]:
         )
     if lock := result["lock"]:
         who = lock.get("by") or "somebody"
-        lines.append(f"{who} has been deploying for {age(now - lock['since'])}")
+        line = f"{who} has been deploying for {age(now - lock['since'])}"
+        if name := lock.get("deployment_id"):
+            line += f", {name} ({lock['railway'] or 'not built'} on Railway)"
+        if not lock.get("dead"):  # else it is a problem
+            left = age(lock["lease_seconds"])
+            line += f": its lock ends in {left}, or with `pulse-railway unlock` if it was killed"
+        lines.append(line)
     if canary := result["canary"]:
         name = canary["deployment_id"]
         lines.append(

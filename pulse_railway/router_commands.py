@@ -16,15 +16,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from pulse_railway import contract, control_job, provenance
-from pulse_railway.errors import Interrupted, Refused, Uncertain
+from pulse_railway.errors import Failure, Interrupted, Refused, Uncertain
 from pulse_railway.railway import ssh
 from pulse_railway.railway.api import Api
+from pulse_railway.runtime_image import runtime_version
 from pulse_railway.stack import Stack
 
 PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0)  # seconds before each retry
 WHY_LIMIT = 300  # characters of a reason, as in the history
 READ_ONLY = ("active", "status", "history", "probe")
-RETRY_TIMEOUT = 150.0  # seconds after which a command is not retried
+RETRY_TIMEOUT = 100.0  # seconds after which a command is not retried
+# seconds from a command's first try to its answer, at most
+LONGEST = {
+    "ssh": RETRY_TIMEOUT + max(PAUSES) + ssh.TIMEOUT,
+    "job": control_job.SCHEDULE_TIMEOUT,
+}
 
 Answer = dict[str, Any]
 Warn = Callable[[str], None]  # shows a warning to the user
@@ -54,18 +60,25 @@ def send_command(
         if stack.target.control_route.kind == "job":
             outcome = control_job.run_command(api, stack, words, nonce)
         else:
-            outcome = by_ssh(api, stack, [*words, "--nonce", nonce])
+            limit = time_limit(api, stack, command)
+            outcome = by_ssh(api, stack, [*words, "--nonce", nonce, *limit])
             if outcome.no_key and stack.target.control_route.kind is None:
                 fall_back_to_job(stack, outcome.message)
+                if command == "lock":  # its holder's name says the route
+                    raise RouteChanged(outcome.message)
                 outcome = control_job.run_command(api, stack, words, nonce)
         why = outcome.message
         answer = parse_answer(outcome.stdout, command, nonce)
         if answer is not None:
+            learn_clock(stack, answer)
             if answer.get("ok") is True:
                 if answer.get("cut"):
                     stack.target.control_route.info(str(answer["cut"]))
                 return answer
             why = str(answer.get("error"))
+            late = answer.get("reason") == "late" and stack.target.control_route.clock is not None
+            if late and pause is not None:  # by another clock than this command was given
+                continue
             if answer.get("reason") != "store":  # after a lost connection Redis may have changed
                 raise Refused(why, str(answer.get("reason")), answer)
             if pause == pauses[0] and len(pauses) > 1:
@@ -78,6 +91,32 @@ def send_command(
     raise Uncertain(
         f"it is not known whether the router carried out `{command}`: {why or 'no answer'}"
     )
+
+
+class RouteChanged(Failure):
+    """The command was not sent: from here on commands go by the janitor."""
+
+
+def learn_clock(stack: Stack, answer: Answer) -> None:
+    """Keep the store's time. A router of an earlier version does not say it."""
+    clock = answer.get("clock")
+    if isinstance(clock, int | float):
+        stack.target.control_route.clock = clock - time.monotonic()
+
+
+def time_limit(api: Api, stack: Stack, command: str) -> list[str]:
+    """Return the flag after whose time the router refuses a command, since its caller has gone.
+
+    The time is by the store's clock, which an earlier answer has told. For the first command of a
+    run it is by Railway's, if the router is of this version: an earlier one may not know the flag.
+    """
+    offset = stack.target.control_route.clock
+    if offset is None and stack.router:
+        version = stack.router.variables.get(contract.RUNTIME_VERSION)
+        offset = api.clock if version == runtime_version() else None
+    if offset is None or command in READ_ONLY:
+        return []
+    return [f"--until={offset + time.monotonic() + ssh.TIMEOUT:.3f}"]
 
 
 def choose_route(api: Api, stack: Stack) -> None:

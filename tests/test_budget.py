@@ -216,7 +216,7 @@ def test_few_calls_that_are_left(server: Railway) -> None:
         server.build((100, few), (9999, data(failed, *left)))
     for unknown in ({"x-ratelimit-limit": "many"}, {"x-ratelimit-remaining": "-1"}, {}):
         api = Api(Token("t", "flag"))
-        api._read_limit(httpx.Response(200, headers=unknown))
+        api._read_headers(httpx.Response(200, headers=unknown))
         assert not api.is_nearly_used_up
 
 

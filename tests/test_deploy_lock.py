@@ -6,13 +6,16 @@ import json
 import signal
 import time
 from dataclasses import replace
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
-from pulse_railway import contract, router_commands, runtime_image
+from pulse_railway import contract, control_job, router_commands, runtime_image
 from pulse_railway.config import Names, Target
 from pulse_railway.flows import deploy_lock
+from pulse_railway.flows.cleanup import Attempt
+from pulse_railway.railway import ssh
 from pulse_railway.router_commands import Lock
 from pulse_railway.stack import Service, Stack
 from tests.conftest import BASE, Project, Redis, play
@@ -118,15 +121,20 @@ def seen(run: str | None, status: str | None = None, ago: float | None = None) -
 @pytest.mark.parametrize(
     ("stack", "run", "age", "before", "registered", "dead"),
     [
-        (seen("r", "SUCCESS", 200), "r", 300, False, False, True),
-        (seen("r", "FAILED", 200), "r", 300, False, False, True),
-        (seen("r", "SUCCESS", 200), "r", 300, False, True, False),  # it goes on
-        (seen("r", "SUCCESS", 100), "r", 300, False, False, False),
+        (seen("r", "SUCCESS", 240), "r", 300, False, False, True),
+        (seen("r", "FAILED", 240), "r", 300, False, False, True),
+        (seen("r", "SUCCESS", 240), "r", 300, False, True, False),  # it goes on
+        (seen("r", "SUCCESS", 230), "r", 300, False, False, False),  # it may be registering it
+        (seen("r-job", "SUCCESS", 470), "r-job", 600, False, False, False),  # by the janitor
+        (seen("r-job", "SUCCESS", 490), "r-job", 600, False, False, True),
         (seen("r", "BUILDING", 1000), "r", 3000, False, False, False),
         (seen("r", "SUCCESS", None), "r", 3000, False, False, False),  # Railway does not say
         (seen("r"), "r", 3000, False, False, False),  # it uploads
         (seen(None), "r", 100, False, False, False),  # it has created nothing yet
-        (seen(None), "r", 200, False, False, True),
+        (seen(None), "r", 360, False, False, True),
+        (seen(None), "r-job", 830, False, False, False),
+        (seen(None), "r-job", 850, False, False, True),
+        (seen(None), "r-image-job", 2000, False, False, False),
         (seen(None), "r", 100, True, False, True),  # what it has created is gone
         (seen(None), "r-image", 2000, False, False, False),  # it builds an image first
         (seen(None), "r-image", 2000, True, False, True),
@@ -146,6 +154,96 @@ def test_which_run_is_dead(
     lock = Lock(run, "ada", NOW - age, NOW)
     api: Any = None
     assert deploy_lock.is_dead(api, stack, lock, before) is dead
+    if not before:
+        held = {"holder": run, "since": lock.since, "until": NOW + 60}
+        present = {**answer, "lock": held, "now": NOW}
+        assert deploy_lock.appears_dead(stack, present) is dead
+
+
+def test_no_command_takes_longer_than_a_live_run_is_given() -> None:
+    """A command by the janitor took up to seven minutes, and the run was dead after three."""
+    tries = router_commands.RETRY_TIMEOUT + max(router_commands.PAUSES) + ssh.TIMEOUT
+    assert deploy_lock.longest_command("r") >= tries
+    assert deploy_lock.longest_command("r-job") >= control_job.SCHEDULE_TIMEOUT
+
+
+def test_a_run_whose_key_railway_refuses_is_named_for_the_janitors_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its `lock` is sent again with the name by which others know how long its commands take."""
+    sent: list[str] = []
+
+    def send_lock(api: Any, stack: Stack, holder: str, lease: int) -> Lock:
+        sent.append(holder)
+        if stack.target.control_route.kind is None:
+            stack.target.control_route.kind = "job"
+            raise router_commands.RouteChanged("no key")
+        return Lock(holder, None, NOW, NOW)
+
+    monkeypatch.setattr(router_commands, "choose_route", lambda *_: None)
+    monkeypatch.setattr(router_commands, "send_lock", send_lock)
+    attempt = Attempt("x", "x")
+    options: Any = SimpleNamespace(lock_wait=None, bake=0, canary=None)
+    api, output = cast(Any, None), cast(Any, None)
+    deploy_lock.take_lock(api, seen(None), options, attempt, output)
+    assert sent == [sent[0], f"{sent[0]}-job"]
+    assert attempt.run == sent[1]
+
+
+# -- a command that comes late -----------------------------------------------------------------
+
+
+class LateRouter:
+    """Carries out `maintenance on` in place of ssh, by a clock of its own."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.routing, self.now, self.argv = state(), NOW, [""]
+        monkeypatch.setattr(router_commands, "by_ssh", self.by_ssh)
+        monkeypatch.setattr(router_commands, "choose_route", lambda *_: None)
+        monkeypatch.setattr(time, "sleep", lambda _: None)
+
+    def by_ssh(self, api: Any, stack: Any, argv: list[str]) -> ssh.Outcome:
+        self.argv = argv
+        args = control.control_parser().parse_args(argv)
+        step = control.step_of(args)
+        step = step if args.until is None else control.in_time(step, args.until)
+        answer = {"command": args.command, "nonce": args.nonce}
+        try:
+            self.routing = step(replace(self.routing, now=self.now))
+            answer |= {"ok": True, "clock": self.now}
+        except control.StateError as error:
+            answer |= {"ok": False, "error": str(error), "reason": error.reason, **error.facts}
+        return ssh.Outcome(json.dumps(answer), "", False)
+
+
+@pytest.mark.parametrize("skew", [0.0, 5400.0, -5400.0])
+def test_no_ssh_command_is_carried_out_after_its_caller_has_gone(
+    monkeypatch: pytest.MonkeyPatch, skew: float
+) -> None:
+    """A `railway ssh` that hung reached the router late. Railway's clock may be another one."""
+    late = LateRouter(monkeypatch)
+    stack = seen(None)
+    stack.services["pulse-router"] = Service("r", "", "pulse-router", "", None, {}, [], None, None)
+    stack.services["pulse-router"].variables = {
+        contract.RUNTIME_VERSION: runtime_image.runtime_version()
+    }
+    api: Any = SimpleNamespace(clock=NOW + skew - time.monotonic())
+    for _ in range(2):  # the second by the store's clock, which the first has told
+        router_commands.send_maintenance(api, stack, True, None, 60, None)
+        assert late.routing.maintenance is not None
+    late.routing, late.now = state(), NOW + ssh.TIMEOUT + 5
+    answer = json.loads(late.by_ssh(None, None, late.argv).stdout)
+    assert (answer["reason"], answer["clock"]) == ("late", late.now)
+    assert late.routing.maintenance is None
+
+
+def test_an_older_router_gets_no_flag_that_it_does_not_know(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    late = LateRouter(monkeypatch)
+    api: Any = SimpleNamespace(clock=NOW - time.monotonic())
+    router_commands.send_maintenance(api, seen(None), True, None, 60, None)
+    assert not [word for word in late.argv if word.startswith("--until")]
 
 
 # -- on the local Railway ----------------------------------------------------------------------
@@ -216,7 +314,7 @@ def step_03_a_dead_runs_lock_is_taken_over(base: Project) -> None:
     waits = base.run("deploy", "main.py", "--no-promote", "--lock-wait", "1")
     assert "still after 1 s" in waits.error  # the run may not have created its service yet
     held = json.loads(str(lock(base)))
-    base.redis.set("pulse:railway:deploy:lock", json.dumps({**held, "since": held["since"] - 200}))
+    base.redis.set("pulse:railway:deploy:lock", json.dumps({**held, "since": held["since"] - 400}))
     done = base.run("deploy", "main.py", *words, "--no-promote", "--lock-wait", "1")
     assert done.code == 0, done.err
     assert "is dead: its lock is taken over" in done.err

@@ -116,6 +116,25 @@ def test_only_commands_that_help_are_advised_for_a_silent_active_deployment() ->
             ["a has 4 replicas", "`railway scale east=0 west=1 --service a` leaves one"],
         ),
         (
+            replace(
+                healthy := stack(A),
+                services=healthy.services
+                | {"pulse-redis": replace(service("pulse-redis"), settings={"numReplicas": 2})},
+            ),
+            UP,
+            ["pulse-redis has 2 replicas", "`railway scale REGION=1 --service pulse-redis`"],
+        ),
+        (
+            stack(A),
+            UP | {"now": 1e9, "lock": {"holder": "r", "since": 1e9 - 900, "until": 1e9 + 60}},
+            ["lock is held by somebody, since", "appears to be dead: `pulse-railway unlock` frees"],
+        ),
+        (
+            stack(A),
+            UP | {"now": 1e9, "lock": {"holder": "r", "since": 1e9 - 90, "until": 1e9 + 60}},
+            [],
+        ),
+        (
             stack(A, service("b", "REMOVED", PULSE_DEPLOYMENT_ID="b")),
             UP | {"deployments": [RECORD, DRAINING]},
             ["b is REMOVED on Railway, and serves no tab", "redeploy --deployment-id b`"],

@@ -59,7 +59,7 @@ def status_result() -> dict[str, Any]:
         "baseline": [{"service": "x", "railway": "x", "version": "x"}],
         "missing": ["x"],
         "maintenance": {"since": 5.0, "by": "x"},
-        "lock": {"since": 5.0, "by": "x"},
+        "lock": {"since": 5.0, "by": "x", "lease_seconds": 60},
         "canary": {"deployment_id": "x", "weight": 5.0},
         "copied": ["x"],
         "problems": ["x"],

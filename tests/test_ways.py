@@ -148,7 +148,6 @@ def run(kind: str = "account", key: Path | None = None) -> ssh.Outcome:
         ("Host key verification failed.", 255, "ssh-keyscan ssh.railway.com", False),
         ("error: unexpected argument '-i' found", 2, "run `railway upgrade`", False),
         ("usage: pulse-railway control [-h]", 2, "run `pulse-railway ensure`", False),
-        ("sh: 1: pulse-railway: not found", 127, "run `pulse-railway ensure`", False),
         ("Unauthorized. Please login with `railway login`", 1, "Unauthorized", False),
     ],
 )
@@ -169,6 +168,21 @@ def test_a_bad_day_is_no_missing_key(cli: Cli, line: str) -> None:
     outcome = run()
     assert not outcome.permanent
     assert "key" not in outcome.message.lower() or "SSH key" in line
+
+
+def test_a_router_of_another_version_is_told_with_what_it_refuses(cli: Cli) -> None:
+    usage = "usage: pulse-railway control lock [-h]\n    [--nonce NONCE]\n"
+    cli.says("", f"{usage}pulse-railway control lock: error: argument --x: no\n", 2)
+    said = "another version of pulse-railway, which refuses the command (argument --x: no): run"
+    assert said in run().message
+
+
+def test_a_container_without_the_command_is_asked_again(cli: Cli) -> None:
+    """It may be starting: that was told as "the router runs another version", at once."""
+    cli.says("", "sh: 1: pulse-railway: not found\n", 127)
+    outcome = run()
+    assert not outcome.permanent
+    assert "the container has no `pulse-railway` command" in outcome.message
 
 
 def test_a_traceback_of_the_command_is_told_as_that(cli: Cli) -> None:

@@ -19,17 +19,17 @@ from pulse_railway.flows.cleanup import Attempt
 from pulse_railway.options import DeployOptions
 from pulse_railway.output import Output
 from pulse_railway.railway.api import Api
-from pulse_railway.router_commands import Lock
+from pulse_railway.router_commands import Lock, RouteChanged
 from pulse_railway.services import delete_service, empty_service_message
 from pulse_railway.stack import Service, Stack, inspect
-from pulse_railway.waiting import FAILED_STATES
+from pulse_railway.waiting import FAILED_STATES, SCARCE_POLL_PAUSE
 
 LEASE = 3600  # seconds, plus the bake: more than all steps of a deploy may take
 LATE_LEASE = 900  # seconds, plus the bake: from the registration on, when the build is over
 POLL = 10.0  # seconds
 LOOK_EVERY = 3  # polls between two looks at Railway for the holder of the lock
-DEAD_SECONDS = 180.0  # from the end of a build to its registration, or from the lock to the service
-IMAGE = "-image"  # ends the id of a run that builds an image before it creates its service
+IMAGE = "-image"  # in the id of a run that builds an image before it creates its service
+JOB = "-job"  # ends the id of a run whose commands go by the janitor
 
 
 def take_lock(
@@ -44,8 +44,13 @@ def take_lock(
     polls = 0
     while True:
         try:
+            mark_route(api, stack, attempt)
             attempt.locked = True  # before the command, whose answer may be lost
-            attempt.lock = router_commands.send_lock(api, stack, attempt.run, LEASE + options.bake)
+            try:
+                lease = LEASE + options.bake
+                attempt.lock = router_commands.send_lock(api, stack, attempt.run, lease)
+            except RouteChanged:
+                continue
             attempt.previous = attempt.lock.active
             if attempt.lock.lost and (options.bake or options.canary is not None):
                 raise Failure(
@@ -78,6 +83,18 @@ def take_lock(
         time.sleep(min(POLL, max(deadline - time.monotonic(), 0.1)))
 
 
+def mark_route(api: Api, stack: Stack, attempt: Attempt) -> None:
+    """Note in the run's id that its commands go by the janitor, where one takes minutes."""
+    router_commands.choose_route(api, stack)
+    if stack.target.control_route.kind == "job" and not attempt.run.endswith(JOB):
+        attempt.run += JOB
+
+
+def longest_command(run: str) -> float:
+    """Return the seconds that one command of this run may take."""
+    return router_commands.LONGEST["job" if run.endswith(JOB) else "ssh"]
+
+
 def take_over(api: Api, stack: Stack, rival: Lock, attempt: Attempt, output: Output) -> bool:
     """Release another run's lock if that run is dead; return whether it was."""
     try:
@@ -105,9 +122,12 @@ def check_canary(state: dict[str, Any], attempt: Attempt) -> None:
 
 
 def read_lock(api: Api, stack: Stack) -> dict[str, Any] | None:
-    """Return the deploy lock, with the `deployment_id` and the status (`railway`) of the service
-    that its holder has created, if that is known."""
-    lock: dict[str, Any] | None = router_commands.read_state(api, stack)["lock"]
+    """Return the deploy lock, with what is known of its holder's service."""
+    return with_service(stack, router_commands.read_state(api, stack)["lock"])
+
+
+def with_service(stack: Stack, lock: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return a lock with the `deployment_id` and the status (`railway`) of its holder's service."""
     service = service_of(stack, str(lock["holder"])) if lock and lock.get("holder") else None
     if lock is None or service is None:
         return lock
@@ -132,19 +152,41 @@ def service_of(stack: Stack, run: str) -> Service | None:
 def is_dead(api: Api, stack: Stack, lock: Lock, seen: bool = False) -> bool:
     """Return whether Railway shows that the run with this lock is dead.
 
-    Its service is gone, or never came; or its build has been over for three minutes, and nobody has
-    registered it.
+    See `may_be_dead`; and nobody has registered what it has built.
+    """
+    if not may_be_dead(stack, lock, seen):
+        return False
+    service = service_of(stack, lock.holder)
+    return service is None or is_unregistered(router_commands.read_state(api, stack), service)
+
+
+def appears_dead(stack: Stack, state: dict[str, Any]) -> bool:
+    """Return the same of the holder of the lock in the router's state."""
+    lock = router_commands.lock_in(state)
+    if lock is None or not may_be_dead(stack, lock):
+        return False
+    service = service_of(stack, lock.holder)
+    return service is None or is_unregistered(state, service)
+
+
+def may_be_dead(stack: Stack, lock: Lock, seen: bool = False) -> bool:
+    """Return whether a run's service is gone, or never came; or its build has been over for longer
+    than the run takes to notice that and to register it.
 
     Args:
         seen: its service was there before.
     """
+    command = longest_command(lock.holder)
     service = service_of(stack, lock.holder)
-    if service is None:
-        return seen or (not lock.holder.endswith(IMAGE) and lock.now - lock.since > DEAD_SECONDS)
-    over = service.status in ("SUCCESS", *FAILED_STATES) and service.status_at is not None
-    if not over or lock.now - (service.status_at or lock.now) <= DEAD_SECONDS:
+    if service is None:  # the answer to `lock`, and one command before the service is created
+        return seen or (IMAGE not in lock.holder and lock.now - lock.since > 2 * command)
+    if service.status not in ("SUCCESS", *FAILED_STATES) or service.status_at is None:
         return False
-    return record_of(router_commands.read_state(api, stack), service.deployment_id) is None
+    return lock.now - service.status_at > SCARCE_POLL_PAUSE + command
+
+
+def is_unregistered(state: dict[str, Any], service: Service) -> bool:
+    return record_of(state, service.deployment_id) is None
 
 
 def record_of(state: dict[str, Any], deployment_id: str | None) -> dict[str, Any] | None:

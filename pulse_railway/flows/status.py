@@ -12,7 +12,7 @@ from typing import Any
 from pulse_railway import contract, router_commands
 from pulse_railway.advice import pasteable
 from pulse_railway.errors import Failure
-from pulse_railway.flows import baseline
+from pulse_railway.flows import baseline, deploy_lock
 from pulse_railway.flows.preview import is_preview
 from pulse_railway.flows.promote import rollback_target
 from pulse_railway.railway import documents
@@ -86,7 +86,7 @@ def status(api: Api, stack: Stack) -> dict[str, Any]:
         "active": state["active"] if state else None,
         "canary": state["canary"] if state else None,
         "maintenance": state["maintenance"] if state else None,
-        "lock": state["lock"] if state else None,
+        "lock": present_lock(stack, state) if state else None,
         "last_promoted": stack.last_promoted,
         "session_redis": url and address_without_secrets(url),
         "baseline": [
@@ -105,6 +105,28 @@ def status(api: Api, stack: Stack) -> dict[str, Any]:
         "problem": messages[0] if messages else None,
         "problems": messages,
     }
+
+
+def present_lock(stack: Stack, state: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the deploy lock unless its lease is over, with what its holder deploys, for how many
+    seconds it still holds, and whether that run appears to be `dead`."""
+    lock, now = deploy_lock.with_service(stack, state.get("lock")), time_of(state)
+    if lock is None or not lock.get("since") or lock["until"] <= now:
+        return None
+    lease, dead = round(lock["until"] - now), deploy_lock.appears_dead(stack, state)
+    return {**lock, "lease_seconds": lease, "dead": dead}
+
+
+def lock_problems(state: dict[str, Any], stack: Stack) -> list[str]:
+    """Report a deploy lock whose run appears to be dead."""
+    lock = present_lock(stack, state)
+    if not lock or not lock["dead"]:
+        return []
+    return [
+        f"the deploy lock is held by {deploy_lock.holder_words(lock)}, and that run appears to be"
+        " dead: `pulse-railway unlock` frees it, and `pulse-railway deploy --lock-wait 60` takes it"
+        " over"
+    ]
 
 
 def moving_at(record: dict[str, Any]) -> float | None:
@@ -514,6 +536,14 @@ def manual_changes(stack: Stack, state: dict[str, Any] | None) -> list[str]:
             f" {stack.redis.name}` gives it one"
         )
     messages += [
+        f"{s.name} has {replicas} replicas, {effect}: `{scale_to_one(s)}` leaves one"
+        for s, effect in (
+            (stack.redis, "each with a routing state of its own"),
+            (stack.janitor, "and each run of it is one too many"),
+        )
+        if s and (replicas := s.settings.get("numReplicas")) not in (None, 0, 1)
+    ]
+    messages += [
         f"{s.name} was stopped on Railway: `railway redeploy --service {s.name}` starts it"
         for s in (stack.router, stack.redis)
         if s and s.stopped and s.status not in FAILED_STATES
@@ -522,11 +552,9 @@ def manual_changes(stack: Stack, state: dict[str, Any] | None) -> list[str]:
     for service in stack.backends:
         name, replicas = service.deployment_id, service.settings.get("numReplicas")
         if replicas not in (None, 1):
-            counts = replicas_by_region(service.regions or {"REGION": 1}, 1)
-            assigned = " ".join(f"{region}={count}" for region, count in counts.items())
             messages.append(
                 f"{name} has {replicas} replicas, and a tab's state is in one of them:"
-                f" `railway scale {assigned} --service {service.name}` leaves one"
+                f" `{scale_to_one(service)}` leaves one"
             )
         if name in recorded and service.stopped and service.status not in FAILED_STATES:
             messages.append(
@@ -534,6 +562,13 @@ def manual_changes(stack: Stack, state: dict[str, Any] | None) -> list[str]:
                 f" starts it, `pulse-railway delete --deployment-id {name}` removes it"
             )
     return messages
+
+
+def scale_to_one(service: Service) -> str:
+    """Return the command that leaves one replica of a service."""
+    counts = replicas_by_region(service.regions or {"REGION": 1}, 1)
+    assigned = " ".join(f"{region}={count}" for region, count in counts.items())
+    return f"railway scale {assigned} --service {service.name}"
 
 
 def problems(stack: Stack, state: dict[str, Any] | None, router_error: str | None) -> list[str]:
@@ -580,6 +615,7 @@ def problems(stack: Stack, state: dict[str, Any] | None, router_error: str | Non
     messages += sharing_problems(state, stack)
     messages += state_problems(state, stack)
     messages += active_problems(state, stack)
+    messages += lock_problems(state, stack)
     messages += router_problems(state, stack)
     messages += janitor_problems(state, stack)
     for record in state["deployments"]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import email.utils
 import functools
 import os
 import random
@@ -62,7 +64,8 @@ class Api:
         on_wait: called with the reason when a call waits for a retry.
 
     `remaining` and `limit` are the calls that are left, and that Railway allows, in its present
-    hour: None and 0 until an answer says it.
+    hour: None and 0 until an answer says it. `clock` is what Railway's clock is ahead of
+    time.monotonic(), in seconds, by its last answer.
     """
 
     def __init__(self, token: Token, on_wait: Callable[[str], None] = lambda _: None) -> None:
@@ -70,6 +73,7 @@ class Api:
         self.calls = 0
         self.remaining: int | None = None
         self.limit = 0
+        self.clock: float | None = None
         self._on_wait = on_wait
         self._scope: dict[str, Any] | None = None
         self._scope_is_read = False
@@ -189,7 +193,7 @@ class Api:
                 failure = Failure(f"Railway's API does not answer: {_reason(error)}")
                 retries.wait("Railway does not answer", failure)
                 continue
-            self._read_limit(answer)
+            self._read_headers(answer)
             if answer.status_code == 429:
                 after = _retry_after(answer)
                 failure = Failure(
@@ -212,8 +216,12 @@ class Api:
                 except ApiError as error:
                     retries.wait_for_another_answer(error)
 
-    def _read_limit(self, answer: httpx.Response) -> None:
-        """Keep what the headers say of the rate limit (docs.railway.com, "Rate limits")."""
+    def _read_headers(self, answer: httpx.Response) -> None:
+        """Keep what the headers say of Railway's clock and of the rate limit (docs.railway.com,
+        "Rate limits")."""
+        with contextlib.suppress(ValueError):
+            date = email.utils.parsedate_to_datetime(answer.headers.get("date", ""))
+            self.clock = date.timestamp() - time.monotonic()
         remaining, limit = (
             answer.headers.get(f"x-ratelimit-{name}", "") for name in ("remaining", "limit")
         )

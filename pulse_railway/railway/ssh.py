@@ -41,7 +41,12 @@ UNKNOWN_HOST = (
     " once, in CI as a step before the deploy"
 )
 OLD_CLI = "this `railway` takes no key (-i): run `railway upgrade`, or pass --control job"
-OTHER_VERSION = "the router runs another version of pulse-railway: run `pulse-railway ensure`"
+OTHER_VERSION = "the router runs another version of pulse-railway{}: run `pulse-railway ensure`"
+# no verdict on its version: a container that is starting, or another service's, has none either
+NOT_FOUND = (
+    "the container has no `pulse-railway` command: if this stays so, `pulse-railway ensure` deploys"
+    " the router again"
+)
 
 # Failures that a retry does not help: a pattern of OpenSSH's or the CLI's messages (neither is
 # translated), our message, and whether a key is missing. All other failures are retried.
@@ -52,9 +57,12 @@ CAUSES = (
     (re.compile(r"Host key verification failed"), UNKNOWN_HOST, False),
     (re.compile(r"unexpected argument '-(i|-identity-file)'"), OLD_CLI, False),
     (re.compile(r"usage: pulse-railway control"), OTHER_VERSION, False),
-    (re.compile(r"pulse-railway: (?:command )?not found"), OTHER_VERSION, False),
     (re.compile(r"(?i)\bunauthorized|not authorized|both RAILWAY_TOKEN and"), "", False),
 )
+
+
+REFUSED_ARGUMENTS = re.compile(r"^pulse-railway control[ \w]*: error: (.*)", re.MULTILINE)
+NO_COMMAND = re.compile(r"pulse-railway: (?:command )?not found")
 
 
 @dataclass(frozen=True)
@@ -93,7 +101,11 @@ def ssh(
     message = redact("\n".join(lines).strip() or done.stdout.strip())[-2000:]
     for pattern, meaning, no_key in CAUSES:
         if pattern.search(message) and done.returncode:
-            return Outcome(done.stdout, meaning or message, True, no_key)
+            refused = REFUSED_ARGUMENTS.search(message)
+            reason = f", which refuses the command ({refused[1]})" if refused else ""
+            return Outcome(done.stdout, meaning.format(reason) or message, True, no_key)
+    if NO_COMMAND.search(message):
+        message = NOT_FOUND
     if "Traceback (most recent call last)" in message:  # the command's, in the router
         message = f"the router's command failed: {message.splitlines()[-1]}"
     message = message or f"`railway ssh` ended with {done.returncode} and said nothing"
