@@ -50,6 +50,7 @@ class StackOptions:
 @dataclass(frozen=True)
 class RollbackOptions(StackOptions):
     move_after: int | None = None  # seconds until the tabs of what drains move over; None: never
+    move_idle: int | None = None  # seconds without use after which one does by itself
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,7 @@ class DeployOptions:
     bake: int = FLAGS["bake"].default  # seconds
     bake_latency_ms: int | None = None
     move_after: int | None = None  # as in RollbackOptions
+    move_idle: int | None = None
     lock_wait: int | None = None  # seconds; None: fail at once if another deploy runs
     message: str | None = None
     notify: str | None = field(default=None, repr=False)
@@ -223,7 +225,10 @@ def parse_rollback(flags: Flags, output: Output) -> RollbackOptions:
 
 def move_after(flags: Flags) -> int | None:
     """Return the seconds until tabs move over; None if they stay."""
-    return 0 if value(flags, "move") else value(flags, "move_after")
+    if value(flags, "move"):
+        return 0
+    after: int | None = value(flags, "move_after")
+    return 0 if after is None and value(flags, "move_idle") else after
 
 
 def check_move(flags: Flags, *others: str) -> None:

@@ -53,6 +53,8 @@ def backend(name: str) -> Any:
                 else:
                     text = json.dumps(answer).encode()
                     connection.send(ok(text, "content-type: application/json"))
+            elif path.startswith(b"/slow"):
+                connection.read(1)  # no answer
             elif path.startswith(b"/plain"):  # outside of Pulse's layout
                 script = b'<script src="/_pulse/railway/affinity.js"></script>'
                 connection.send(ok(script, "content-type: text/html"))
@@ -394,3 +396,162 @@ def test_an_apps_own_socket_reaches_the_deployment_of_its_page(
 
 
 DIRECTIVES = json.dumps({"query": {"pulse_deployment": "gone"}})
+
+
+# -- tabs that nobody uses move over (`--move-idle`) -----------------------------------------------
+
+EDITOR = """document.body.innerHTML = `<input id=text value=old><input id=box type=checkbox>
+  <textarea id=area></textarea><select id=list><option>1<option>2</select>
+  <div id=rich contenteditable>old</div>
+  <iframe id=frame srcdoc="<input>"></iframe>`; window.here = 1"""
+
+
+class IdleTab:
+    """A page of `a`, whose idle tabs move to `b`, in a browser whose time the test makes pass."""
+
+    def __init__(self, page: Page, home: str) -> None:
+        self.page = page
+        self.asked: list[str] = []
+        page.on("request", lambda r: self.asked.append(r.url) if "/railway/move" in r.url else None)
+        page.clock.install()
+        page.goto(f"{home}/")
+        page.evaluate(EDITOR)
+
+    def idles(self, seconds: int = 130) -> None:
+        self.page.clock.run_for(seconds * 1000)
+
+    def stays(self, asked: bool) -> None:
+        """Raise AssertionError if it has moved over, or if its question was not as said."""
+        before = len(self.asked)
+        self.idles()
+        if asked:
+            eventually(lambda: len(self.asked) > before)
+        self.page.wait_for_timeout(100)
+        assert self.page.evaluate("window.here") == 1
+        assert (len(self.asked) > before) == asked
+
+    def moves(self) -> None:
+        self.idles()
+        self.page.wait_for_function("window.here === undefined", timeout=5000)
+        assert self.page.inner_text("body") == "b"
+
+
+@pytest.fixture
+def idle_tab(
+    redis_server: Redis, run_router: Callable[..., Process], browser: Browser
+) -> Iterator[Callable[[], IdleTab]]:
+    with backend("a") as a, backend("b") as b, browser.new_context() as context:
+        more = {"registered_at": 1, "moving_at": 5, "move_idle": 60}
+        port = 0
+
+        def promote(name: str) -> None:
+            redis_server.deployment("b", b.address, "pending", registered_at=2)
+            redis_server.deployment("a", a.address, "draining", **more)
+            new = a if name == "a" else b
+            redis_server.deployment(name, new.address, "active", registered_at=2)
+            served = b'"from": "' + name.encode()
+            eventually(lambda: served in ask(port, "/data").body)
+
+        def open_tab() -> IdleTab:
+            promote("a")
+            tab = IdleTab(context.new_page(), f"http://127.0.0.1:{port}")
+            promote("b")
+            return tab
+
+        redis_server.deployment("a", a.address, "active", registered_at=1)
+        port = run_router(redis_server).port
+        eventually(lambda: ask(port, "/").status == 200)
+        yield open_tab
+
+
+def test_a_tab_that_nobody_uses_moves_over(idle_tab: Callable[[], IdleTab]) -> None:
+    tab = idle_tab()
+    page = tab.page
+    page.evaluate("window.s = new WebSocket('/data/ws')")
+    uses: list[Callable[[], Any]] = [
+        lambda: page.keyboard.press("a"),
+        lambda: page.mouse.move(5, 5),
+        lambda: page.evaluate("fetch('/data').then(() => 1)"),
+        lambda: page.evaluate(XHR, ""),
+        lambda: page.evaluate("try { s.send('42[]') } catch {}"),
+    ]
+    for use in uses:
+        tab.idles(90)
+        use()
+        tab.asked.clear()
+        tab.idles(35)  # at the next question it is idle for half a minute
+        eventually(lambda: tab.asked)
+        assert int(tab.asked[0].partition("idle=")[2]) < 60
+        assert page.evaluate("window.here") == 1
+    tab.moves()
+
+
+def test_a_tab_in_which_something_is_typed_never_moves(idle_tab: Callable[[], IdleTab]) -> None:
+    for change, undo in (
+        (lambda p: p.fill("#text", "new"), lambda p: p.fill("#text", "old")),
+        (lambda p: p.check("#box"), lambda p: p.uncheck("#box")),
+        (lambda p: p.locator("#list").press("2"), lambda p: p.keyboard.press("ArrowUp")),
+        (lambda p: p.locator("#area").type("x"), lambda p: p.keyboard.press("Backspace")),
+        (lambda p: p.locator("#rich").type("x"), lambda p: p.keyboard.press("Backspace")),
+    ):
+        tab = idle_tab()
+        change(tab.page)
+        tab.stays(asked=False)
+        undo(tab.page)
+        tab.moves()
+
+
+def test_what_was_typed_in_an_element_that_is_gone_keeps_the_page(
+    idle_tab: Callable[[], IdleTab],
+) -> None:
+    """As in a form of several steps, whose state the app has."""
+    tab = idle_tab()
+    tab.page.fill("#text", "new")
+    tab.page.evaluate("document.querySelector('#text').remove()")
+    tab.stays(asked=False)
+    tab.page.evaluate("history.pushState({}, '', '/other')")
+    tab.moves()
+
+
+def test_a_tab_whose_embedded_page_was_used_does_not_move(
+    idle_tab: Callable[[], IdleTab],
+) -> None:
+    tab = idle_tab()
+    tab.page.frame_locator("#frame").locator("input").click()
+    tab.page.keyboard.type("4711")
+    tab.stays(asked=False)
+    tab.page.evaluate("document.querySelector('#text').focus()")
+    tab.stays(asked=False)
+
+
+PLAYS = "const v = document.createElement('video'); Object.defineProperty(v, 'paused', "
+PLAYS += "{ value: false }); document.body.append(v)"
+HIDDEN = "Object.defineProperty(document, 'visibilityState', { value: 'hidden' })"
+UNLOAD = "addEventListener('beforeunload', (event) => event."
+
+
+@pytest.mark.parametrize(
+    ("script", "asked"),
+    [
+        (PLAYS, False),
+        (HIDDEN, False),
+        ("history.replaceState({}, '', '/?pulse_deployment=a')", False),
+        (f"{UNLOAD}preventDefault())", True),
+        (f"{UNLOAD}returnValue = 'unsaved')", True),
+        ("window.onbeforeunload = () => 'unsaved'", True),
+        ("void fetch('/slow')", False),
+    ],
+)
+def test_a_tab_in_use_does_not_move(
+    idle_tab: Callable[[], IdleTab], script: str, asked: bool
+) -> None:
+    tab = idle_tab()
+    tab.page.evaluate(f"(() => {{ {script} }})()")
+    tab.stays(asked)
+    tab.stays(asked)
+
+
+def test_a_tab_whose_version_moves_nobody_stays(two: tuple[str, Any, Any], page: Page) -> None:
+    """Its version answers the question, here with a page."""
+    tab = IdleTab(page, two[0])
+    tab.stays(asked=True)

@@ -44,7 +44,7 @@ from pulse_railway.flows.reachability import (
     wait_until_rendered,
 )
 from pulse_railway.flows.remove import evict
-from pulse_railway.flows.rollout import Steps, require_moves, require_steps, roll_out
+from pulse_railway.flows.rollout import Steps, moves_of, require_moves, require_steps, roll_out
 from pulse_railway.flows.signals import interruptible, shielded
 from pulse_railway.options import DeployOptions
 from pulse_railway.output import Output
@@ -424,7 +424,7 @@ def check_router(api: Api, stack: Stack, plan: Plan, attempt: Attempt) -> None:
     """Raise Failure if the routing state, or the router's version, does not allow what is asked
     for. The state is read once, and only if something depends on it: Railway counts calls."""
     options = plan.options
-    moves = options.move_after is not None and options.promote
+    moves = moves_of(options) if options.promote else None
     if options.canary is None and not (moves or plan.preview_key or options.instances > 1):
         return
     state = router_commands.read_state(api, stack)
@@ -432,8 +432,7 @@ def check_router(api: Api, stack: Stack, plan: Plan, attempt: Attempt) -> None:
         check_canary(state, attempt)
     if plan.steps:
         require_steps(stack, state)
-    if moves:
-        require_moves(stack, state)
+    require_moves(stack, state, moves)
     if plan.preview_key:
         preview.require_previews(stack, state)
     if options.instances > 1:
@@ -641,7 +640,7 @@ def roll_out_new(
         began=lambda: setattr(attempt, "promoted", True),
         renew=attempt.renewal(LATE_LEASE + plan.steps.bake),
         why=plan.options.message,
-        move_after=plan.options.move_after,
+        moves=moves_of(plan.options),
     )
     attempt.drains = promoted.drains if promoted else None
     return baking
@@ -663,7 +662,7 @@ def promote_new(api: Api, stack: Stack, plan: Plan, attempt: Attempt, output: Ou
         weight=options.canary,
         bake=seconds,
         bake_latency_ms=options.bake_latency_ms,
-        move_after=options.move_after if options.canary is None else None,
+        moves=moves_of(options) if options.canary is None else None,
         why=options.message,
         unlock=unlock,
         renew=renew,
