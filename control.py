@@ -670,7 +670,8 @@ def with_history(step: Step, what: str, deployment_id: str, **facts: Any) -> Ste
         entry["active"] = routing.active  # before the step
         record = new.records.get(deployment_id) or routing.records.get(deployment_id)
         about = (record.about if record else None) or {}
-        entry |= {k: str(about[k])[:300] for k in ("commit", "image", "digest") if about.get(k)}
+        lasting = ("commit", "image", "digest", "instances")
+        entry |= {k: str(about[k])[:300] for k in lasting if about.get(k)}
         entry |= {key: str(value)[:300] for key, value in facts.items() if value}
         return replace(new, history=(*new.history, entry)[-router.HISTORY_AT_MOST :])
 

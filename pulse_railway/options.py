@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pulse_railway import config, contract, naming, runtime_image
 from pulse_railway.config import AppConfig, Names, Where
 from pulse_railway.errors import Failure, keep_secret
-from pulse_railway.flags import EMPTY, FLAGS, Flags, value
+from pulse_railway.flags import EMPTY, FLAGS, UNSET, Flags, value
 from pulse_railway.output import Output
 from pulse_railway.railway.ssh import private_key_file
 
@@ -149,6 +149,7 @@ class DeployOptions:
     env: Mapping[str, str] = EMPTY
     no_gitignore: bool = False
     instances: int = FLAGS["instances"].default  # processes
+    keep_instances: bool = False  # or those of the deployment of `from_`
     region: str | None = None
     memory_gb: float | None = None  # 10^9 bytes
     vcpus: float | None = None
@@ -412,6 +413,7 @@ def parse_deploy(flags: Flags, output: Output) -> DeployOptions:
         image_repository=repository,
         image=image_of(flags, "image", naming.image_reference),
         from_=parse_deployment_id({"deployment_id": flags.get("from_")}),
+        keep_instances=flags.get("instances") in UNSET,
         registry=registry_credentials(flags),
         build_args=build_args,
         canary=weights[0] if weights else None,

@@ -329,6 +329,8 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
         with step(output, attempt, "ask the router"):  # a failure here saves the build
             stack = attempt.stack = take_lock(api, stack, plan.options, attempt, output)
             require_baseline(stack)
+            if plan.options.from_:
+                plan = replace(plan, options=with_image(api, stack, plan.options))
             check_router(api, stack, plan, attempt)
             plan = free_name(api, plan, stack, attempt, output)
             hosting = backend_settings.choose_hosting(api, stack, plan.options, output)
@@ -338,9 +340,6 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
             )
             if warning:
                 output.warn(warning)
-            if plan.options.from_:
-                image = images.find_image(api, stack, plan.options.from_)
-                plan = replace(plan, options=replace(plan.options, image=image))
         output.info(f"deployment {plan.deployment_id}")
         digest = None
         if plan.options.image_repository:
@@ -353,6 +352,7 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
             about = provenance.about(plan.app.context, plan.options.message)
             if plan.image:
                 about |= {"image": plan.image, **({"digest": digest} if digest else {})}
+                about["instances"] = str(plan.options.instances)
             facts = described(stack, plan, about, identity)
             plan = create_named(api, stack, plan, attempt, facts, output)
         with step(output, attempt, "build and start"):
@@ -418,6 +418,13 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
         "backend_deployment_id": attempt.railway_deployment,
         "backend_status": "SUCCESS",
     }
+
+
+def with_image(api: Api, stack: Stack, options: DeployOptions) -> DeployOptions:
+    """Return options with the image of `--from`, and its processes unless a number is given."""
+    image, count = images.find_image(api, stack, str(options.from_))
+    instances = count if options.keep_instances and count else options.instances
+    return replace(options, image=image, instances=instances)
 
 
 def check_router(api: Api, stack: Stack, plan: Plan, attempt: Attempt) -> None:
