@@ -3505,8 +3505,7 @@ def route(request: Request) -> None:
     if target is None:
         if name:
             target = table.deployments.get(name) or table.further.get(name)
-            moving = target is not None and target.moving_at is not None
-            if target is not None and moving and (answer := move(request, target)):
+            if target and target.moving_at is not None and (answer := move(request, target)):
                 client.answer(request, answer)
                 return
         else:
