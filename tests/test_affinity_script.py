@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page, Request, sync_playwright
+from playwright.sync_api import Error as PlaywrightError
 
 from pulse_railway.app import plugin
 from pulse_railway.local.supervisor import free_port
@@ -400,9 +401,13 @@ DIRECTIVES = json.dumps({"query": {"pulse_deployment": "gone"}})
 
 # -- tabs that nobody uses move over (`--move-idle`) -----------------------------------------------
 
-EDITOR = """document.body.innerHTML = `<input id=text value=old><input id=box type=checkbox>
+EDITOR = """customElements.define("x-field", class extends HTMLElement {
+    constructor() { super().attachShadow({ mode: "closed" }).innerHTML = "<input>"; }
+  });
+  document.body.innerHTML = `<input id=text value=old><input id=box type=checkbox>
   <textarea id=area></textarea><select id=list><option>1<option>2</select>
   <div id=rich contenteditable>old</div>
+  <x-field></x-field>
   <iframe id=frame srcdoc="<input>"></iframe>`; window.here = 1"""
 
 
@@ -412,60 +417,68 @@ class IdleTab:
     def __init__(self, page: Page, home: str) -> None:
         self.page = page
         self.asked: list[str] = []
-        page.on("request", lambda r: self.asked.append(r.url) if "/railway/move" in r.url else None)
+        page.on(
+            "requestfinished",
+            lambda r: self.asked.append(r.url) if "/railway/move" in r.url else None,
+        )
         page.clock.install()
         page.goto(f"{home}/")
         page.evaluate(EDITOR)
 
+    @property
+    def is_here(self) -> bool:
+        try:
+            return bool(self.page.evaluate("window.here") == 1)
+        except PlaywrightError:  # it is being loaded
+            return True
+
     def idles(self, seconds: int = 130) -> None:
+        """Let time pass, in all tabs."""
         self.page.clock.run_for(seconds * 1000)
 
-    def stays(self, asked: bool) -> None:
-        """Raise AssertionError if it has moved over, or if its question was not as said."""
-        before = len(self.asked)
-        self.idles()
-        if asked:
-            eventually(lambda: len(self.asked) > before)
-        self.page.wait_for_timeout(100)
-        assert self.page.evaluate("window.here") == 1
-        assert (len(self.asked) > before) == asked
+    def asks(self) -> None:
+        """Wait until it has asked and was answered."""
+        eventually(lambda: self.page.wait_for_timeout(30) or self.asked)
+        self.page.wait_for_timeout(30)
 
     def moves(self) -> None:
         self.idles()
-        self.page.wait_for_function("window.here === undefined", timeout=5000)
+        eventually(lambda: not self.is_here)
         assert self.page.inner_text("body") == "b"
 
 
 @pytest.fixture
-def idle_tab(
+def idle_tabs(
     redis_server: Redis, run_router: Callable[..., Process], browser: Browser
-) -> Iterator[Callable[[], IdleTab]]:
+) -> Iterator[Callable[[int], list[IdleTab]]]:
+    """`idle_tabs(3)`: so many tabs of a version whose idle tabs move."""
     with backend("a") as a, backend("b") as b, browser.new_context() as context:
-        more = {"registered_at": 1, "moving_at": 5, "move_idle": 60}
-        port = 0
-
-        def promote(name: str) -> None:
-            redis_server.deployment("b", b.address, "pending", registered_at=2)
-            redis_server.deployment("a", a.address, "draining", **more)
-            new = a if name == "a" else b
-            redis_server.deployment(name, new.address, "active", registered_at=2)
-            served = b'"from": "' + name.encode()
-            eventually(lambda: served in ask(port, "/data").body)
-
-        def open_tab() -> IdleTab:
-            promote("a")
-            tab = IdleTab(context.new_page(), f"http://127.0.0.1:{port}")
-            promote("b")
-            return tab
-
         redis_server.deployment("a", a.address, "active", registered_at=1)
         port = run_router(redis_server).port
         eventually(lambda: ask(port, "/").status == 200)
-        yield open_tab
+
+        def open_tabs(count: int) -> list[IdleTab]:
+            home = f"http://127.0.0.1:{port}"
+            tabs = [IdleTab(context.new_page(), home) for _ in range(count)]
+            more = {"registered_at": 1, "moving_at": 5, "move_idle": 60}
+            redis_server.deployment("a", a.address, "draining", **more)
+            redis_server.deployment("b", b.address, "active", registered_at=2)
+            eventually(lambda: b'"from": "b' in ask(port, "/data").body)
+            return tabs
+
+        yield open_tabs
 
 
-def test_a_tab_that_nobody_uses_moves_over(idle_tab: Callable[[], IdleTab]) -> None:
-    tab = idle_tab()
+def stay(*tabs: IdleTab) -> None:
+    """Raise AssertionError if one of these tabs asks, or moves over, within a question's time."""
+    tabs[0].idles(130)
+    tabs[0].page.wait_for_timeout(100)
+    assert [len(tab.asked) for tab in tabs] == [0] * len(tabs)
+    assert all(tab.is_here for tab in tabs)
+
+
+def test_a_tab_that_nobody_uses_moves_over(idle_tabs: Callable[[int], list[IdleTab]]) -> None:
+    (tab,) = idle_tabs(1)
     page = tab.page
     page.evaluate("window.s = new WebSocket('/data/ws')")
     uses: list[Callable[[], Any]] = [
@@ -480,78 +493,108 @@ def test_a_tab_that_nobody_uses_moves_over(idle_tab: Callable[[], IdleTab]) -> N
         use()
         tab.asked.clear()
         tab.idles(35)  # at the next question it is idle for half a minute
-        eventually(lambda: tab.asked)
+        tab.asks()
         assert int(tab.asked[0].partition("idle=")[2]) < 60
         assert page.evaluate("window.here") == 1
     tab.moves()
 
 
-def test_a_tab_in_which_something_is_typed_never_moves(idle_tab: Callable[[], IdleTab]) -> None:
-    for change, undo in (
+def test_a_tab_in_which_something_is_typed_never_moves(
+    idle_tabs: Callable[[int], list[IdleTab]],
+) -> None:
+    changes: list[tuple[Callable[[Page], Any], Callable[[Page], Any]]] = [
         (lambda p: p.fill("#text", "new"), lambda p: p.fill("#text", "old")),
         (lambda p: p.check("#box"), lambda p: p.uncheck("#box")),
         (lambda p: p.locator("#list").press("2"), lambda p: p.keyboard.press("ArrowUp")),
         (lambda p: p.locator("#area").type("x"), lambda p: p.keyboard.press("Backspace")),
         (lambda p: p.locator("#rich").type("x"), lambda p: p.keyboard.press("Backspace")),
-    ):
-        tab = idle_tab()
+    ]
+    tabs = idle_tabs(len(changes))
+    for (change, _), tab in zip(changes, tabs, strict=True):
         change(tab.page)
-        tab.stays(asked=False)
+    stay(*tabs)
+    for (_, undo), tab in zip(changes, tabs, strict=True):
         undo(tab.page)
-        tab.moves()
+
+    def all_have_moved() -> bool:
+        tabs[0].idles()  # not all at once
+        return not any(tab.is_here for tab in tabs)
+
+    eventually(all_have_moved)
 
 
 def test_what_was_typed_in_an_element_that_is_gone_keeps_the_page(
-    idle_tab: Callable[[], IdleTab],
+    idle_tabs: Callable[[int], list[IdleTab]],
 ) -> None:
     """As in a form of several steps, whose state the app has."""
-    tab = idle_tab()
+    (tab,) = idle_tabs(1)
     tab.page.fill("#text", "new")
     tab.page.evaluate("document.querySelector('#text').remove()")
-    tab.stays(asked=False)
+    stay(tab)
     tab.page.evaluate("history.pushState({}, '', '/other')")
     tab.moves()
 
 
-def test_a_tab_whose_embedded_page_was_used_does_not_move(
-    idle_tab: Callable[[], IdleTab],
+def test_what_is_typed_where_nobody_can_see_it_keeps_the_page(
+    idle_tabs: Callable[[int], list[IdleTab]],
 ) -> None:
-    tab = idle_tab()
+    (tab,) = idle_tabs(1)
+    tab.page.locator("x-field").click()
+    tab.page.keyboard.type("x")
+    stay(tab)
+
+
+def test_a_tab_whose_embedded_page_was_used_does_not_move(
+    idle_tabs: Callable[[int], list[IdleTab]],
+) -> None:
+    (tab,) = idle_tabs(1)
     tab.page.frame_locator("#frame").locator("input").click()
     tab.page.keyboard.type("4711")
-    tab.stays(asked=False)
+    stay(tab)
     tab.page.evaluate("document.querySelector('#text').focus()")
-    tab.stays(asked=False)
+    stay(tab)
 
 
 PLAYS = "const v = document.createElement('video'); Object.defineProperty(v, 'paused', "
 PLAYS += "{ value: false }); document.body.append(v)"
 HIDDEN = "Object.defineProperty(document, 'visibilityState', { value: 'hidden' })"
-UNLOAD = "addEventListener('beforeunload', (event) => event."
 
 
-@pytest.mark.parametrize(
-    ("script", "asked"),
-    [
-        (PLAYS, False),
-        (HIDDEN, False),
-        ("history.replaceState({}, '', '/?pulse_deployment=a')", False),
-        (f"{UNLOAD}preventDefault())", True),
-        (f"{UNLOAD}returnValue = 'unsaved')", True),
-        ("window.onbeforeunload = () => 'unsaved'", True),
-        ("void fetch('/slow')", False),
-    ],
-)
-def test_a_tab_in_use_does_not_move(
-    idle_tab: Callable[[], IdleTab], script: str, asked: bool
+IN_USE = [
+    PLAYS,
+    HIDDEN,
+    "history.replaceState({}, '', '/?pulse_deployment=a')",
+    "void fetch('/slow')",
+]
+
+
+def test_a_tab_in_use_does_not_move(idle_tabs: Callable[[int], list[IdleTab]]) -> None:
+    tabs = idle_tabs(len(IN_USE))
+    for script, tab in zip(IN_USE, tabs, strict=True):
+        tab.page.evaluate(f"(() => {{ {script} }})()")
+    stay(*tabs)
+
+
+@pytest.mark.parametrize("handles", ["returnValue = 'unsaved'", None])
+def test_a_page_that_would_ask_whether_to_leave_it_stays(
+    idle_tabs: Callable[[int], list[IdleTab]], handles: str | None
 ) -> None:
-    tab = idle_tab()
-    tab.page.evaluate(f"(() => {{ {script} }})()")
-    tab.stays(asked)
-    tab.stays(asked)
+    (tab,) = idle_tabs(1)
+    script = f"addEventListener('beforeunload', (event) => event.{handles})"
+    tab.page.evaluate(script if handles else "window.onbeforeunload = () => 'unsaved'")
+    tab.idles()
+    tab.asks()
+    tab.asked.clear()
+    stay(tab)  # it does not ask again
+    tab.page.keyboard.press("a")
+    tab.idles()
+    tab.asks()
 
 
 def test_a_tab_whose_version_moves_nobody_stays(two: tuple[str, Any, Any], page: Page) -> None:
     """Its version answers the question, here with a page."""
     tab = IdleTab(page, two[0])
-    tab.stays(asked=True)
+    tab.idles()
+    tab.asks()
+    page.wait_for_timeout(100)
+    assert tab.is_here

@@ -227,7 +227,8 @@
   // gone may have left what was typed in the app's state, until the page is another.
   const typed = new Map();
   const contentOf = (element) => {
-    if (element.value === undefined) return element.textContent;
+    if (element.isContentEditable) return element.textContent;
+    if (!["INPUT", "TEXTAREA", "SELECT"].includes(element.tagName)) return undefined; // not known
     const options = [...(element.selectedOptions ?? [])].map(({ value }) => value);
     return JSON.stringify([element.value, element.checked, options]);
   };
@@ -238,7 +239,6 @@
   addEventListener(
     "focus",
     (event) => {
-      if (event.target === window) return;
       focused = event.composedPath()[0];
       before = contentOf(focused);
     },
@@ -248,17 +248,18 @@
     "input",
     (event) => {
       const element = event.composedPath()[0];
-      type(element, element === focused ? before : null);
+      type(element, element === focused ? before : undefined);
     },
     true,
   );
   addEventListener("blur", () => {
-    if (document.activeElement?.tagName === "IFRAME") type(document.activeElement, null);
+    if (document.activeElement?.tagName === "IFRAME") type(document.activeElement);
   });
   let left; // the page with an element that is gone
   const isTyped = () => {
     for (const [element, [content, page]] of typed) {
-      if (element.isConnected && contentOf(element) !== content) return true;
+      const isSame = content !== undefined && contentOf(element) === content;
+      if (element.isConnected && !isSame) return true;
       if (element.isConnected) continue;
       typed.delete(element);
       if (page === location.pathname) left = page;
@@ -276,17 +277,19 @@
     isTyped() ||
     [...document.querySelectorAll("audio, video")].some(({ paused }) => !paused);
 
+  let declined; // since when it was idle as it was to move and would not: it does not ask again
   setInterval(async () => {
     const since = usedAt;
     const name = deployment();
     // an address that names a version means it
-    if (isInUse() || !name || !isOurs(absolute(location.href))) return;
+    if (isInUse() || since === declined || !name || !isOurs(absolute(location.href))) return;
     try {
       const idle = Math.floor((Date.now() - since) / 1000);
       const options = { headers: { [HEADER]: name }, cache: "no-store" };
       const answer = await fetch.call(window, `${MOVE}?idle=${idle}`, options);
-      const moves = answer.ok && (await answer.json()).move === true;
-      if (moves && usedAt === since && !isInUse() && !asksBeforeItIsLeft()) location.reload();
+      if (!answer.ok || (await answer.json()).move !== true) return;
+      if (usedAt === since && !isInUse() && !asksBeforeItIsLeft()) location.reload();
+      else declined = since;
     } catch {
       // it asks again
     }
