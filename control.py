@@ -159,6 +159,7 @@ def add_record(
         service_name=service_name,
         drain_started_at=None,
         moving_at=None,
+        move_idle=None,
         registered_at=routing.now,
         pinned=pinned or preview is not None,
         preview=preview,
@@ -224,6 +225,7 @@ def set_active(
     bake: float | None = None,
     bake_latency_ms: float | None = None,
     move_after: float | None = None,
+    move_idle: float | None = None,
 ) -> Routing:
     """Make a deployment active; the deployment that was active drains.
 
@@ -237,6 +239,7 @@ def set_active(
         bake: seconds for which the deployment is watched; in its record until `finish_bake`.
         bake_latency_ms: milliseconds after which an answer's beginning counts as slow in it.
         move_after: seconds after which the tabs of the deployment that drains move over.
+        move_idle: seconds for which a tab was not used that then moves over by itself.
     """
     hints = {item["deployment_id"]: item for item in draining}
     if deployment_id in hints:
@@ -262,7 +265,7 @@ def set_active(
         hint = hints.get(str(routing.active), {})
         old = new.records.get(str(routing.active)) or Record(str(routing.active))
         old = replace(
-            old.as_draining(routing.now, move_after),
+            old.as_draining(routing.now, move_after, move_idle),
             service_name=old.service_name or hint.get("service_name") or routing.active,
             rejected_at=routing.now if rolls_back else old.rejected_at,
         )
@@ -314,6 +317,7 @@ def set_canary_weight(
         service_name=service_name,
         drain_started_at=None,
         moving_at=None,
+        move_idle=None,
         rejected_at=None,
         pinned=True,
         weight=weight,
@@ -326,13 +330,18 @@ def set_canary_weight(
     return with_records(routing, record)
 
 
-def abort_canary(routing: Routing, deployment_id: str, move_after: float | None = None) -> Routing:
-    """End a canary: new visitors are not routed to it, and it drains. `move_after` as in
-    `set_active`."""
+def abort_canary(
+    routing: Routing,
+    deployment_id: str,
+    move_after: float | None = None,
+    move_idle: float | None = None,
+) -> Routing:
+    """End a canary: new visitors are not routed to it, and it drains. `move_after` and `move_idle`
+    as in `set_active`."""
     record = routing.records.get(deployment_id)
     if record is None or not record.is_canary:
         raise StateError(f"{deployment_id} is no canary (any more)", "changed")
-    record = record.as_draining(routing.now, move_after)
+    record = record.as_draining(routing.now, move_after, move_idle)
     record = replace(record, pinned=False, rejected_at=routing.now)
     return with_records(routing, record)
 
@@ -662,7 +671,8 @@ def with_history(step: Step, what: str, deployment_id: str, **facts: Any) -> Ste
         entry["active"] = routing.active  # before the step
         record = new.records.get(deployment_id) or routing.records.get(deployment_id)
         about = (record.about if record else None) or {}
-        entry |= {k: str(about[k])[:300] for k in ("commit", "image", "digest") if about.get(k)}
+        lasting = ("commit", "image", "digest", "instances")
+        entry |= {k: str(about[k])[:300] for k in lasting if about.get(k)}
         entry |= {key: str(value)[:300] for key, value in facts.items() if value}
         return replace(new, history=(*new.history, entry)[-router.HISTORY_AT_MOST :])
 
@@ -1205,12 +1215,6 @@ def a_duration(value: float) -> float:
     return router.a_number(1e10, value)
 
 
-def a_day_at_most(value: float) -> float:
-    """Return a number of seconds. Raises ValueError if a router would take a time that is so far
-    in the future for invalid."""
-    return router.a_number(router.CLOCKS_MAY_DIFFER, value)
-
-
 def a_positive_duration(value: float) -> float:
     """Return a number of seconds from 1. Raises ValueError."""
     return a_duration(value - 1) + 1
@@ -1226,7 +1230,8 @@ ACCEPTED: dict[str, Callable[[Any], Any]] = {
     "holder": router.a_text,
     "bake": a_duration,
     "bake_latency_ms": a_duration,
-    "move_after": a_day_at_most,
+    "move_after": router.a_day_at_most,
+    "move_idle": router.a_day_at_most,
     "lease": a_duration,
     "retry_after": a_positive_duration,
     "maintenance_since": router.a_time,
@@ -1299,10 +1304,13 @@ def control_parser() -> argparse.ArgumentParser:
     add("--steps", type=json_argument, help="the weights that follow each other, as JSON")
     add("--bake-latency-ms", type=moment, metavar="MS", help="what counts as slow meanwhile")
     moves = "when the tabs of the one that drains move over"
+    idle = "and those that were not used for so long"
     add("--move-after", type=moment, metavar="SECONDS", help=moves)
+    add("--move-idle", type=moment, metavar="SECONDS", help=idle)
     add = command("withdraw", "end a canary: it drains")
     add("--deployment-id", type=valid_id, required=True)
     add("--move-after", type=moment, metavar="SECONDS", help=moves)
+    add("--move-idle", type=moment, metavar="SECONDS", help=idle)
     add = command("baked", "end a deployment's bake; the deployment stays")
     add("--deployment-id", type=valid_id, required=True)
     add = command("maintenance", "switch maintenance on or off")
@@ -1370,11 +1378,17 @@ def step_of(args: argparse.Namespace) -> Step:
                 address=args.address,
                 rolls_back=args.rolls_back,
                 move_after=args.move_after,
+                move_idle=args.move_idle,
                 **common,
             )
             return with_history(step, "rollback" if args.rolls_back else "promote", name, **noted)
         case "withdraw":
-            step = functools.partial(abort_canary, deployment_id=name, move_after=args.move_after)
+            step = functools.partial(
+                abort_canary,
+                deployment_id=name,
+                move_after=args.move_after,
+                move_idle=args.move_idle,
+            )
             return with_history(step, "rollback", name, **noted)
         case "baked":
             return functools.partial(finish_bake, deployment_id=name)
@@ -1425,7 +1439,7 @@ EXCLUDES_OLD_JANITORS = ("promote", "restore")
 WAITS_FOR_ROUTERS = ("promote", "withdraw", "retire", "maintenance", "restore")
 PREVIEWS = True  # in answers: this version has previews
 STEPS = True  # in `status`: this version keeps a canary's steps
-MOVES = True  # in `status`: this version moves tabs over
+MOVES = ["page", "idle"]  # in `status`: when this version moves tabs over
 
 
 @contextlib.contextmanager

@@ -103,6 +103,7 @@ PREVIEW_HEADER = "x-pulse-preview"
 PREVIEW_COOKIE = "__Host-pulse_preview"  # the prefix: no other host can set it (RFC 6265bis)
 ROUTER_HEALTH_PATH = "/healthz"
 META_PATH = "/_pulse/meta"
+MOVE_PATH = "/_pulse/railway/move"
 DEFAULT_PORT = 8000
 DEFAULT_REDIS_PREFIX = "pulse:railway"
 DEPLOYMENT_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,23}")
@@ -280,6 +281,11 @@ def a_number(most: float, value: Any) -> float:
     return float(value)
 
 
+def a_day_at_most(value: Any) -> float:
+    """Return a number of seconds. Times further in the future are invalid (`Routing`)."""
+    return a_number(CLOCKS_MAY_DIFFER, value)
+
+
 def an_instance(kind: type, value: Any) -> Any:
     if type(value) is not kind:
         raise ValueError
@@ -387,6 +393,7 @@ class Record:
     promoted_at: float | None = stored(a_time)
     drain_started_at: float | None = stored(a_time)
     moving_at: float | None = stored(a_time)  # while it drains: from then on its tabs move over
+    move_idle: float | None = stored(a_day_at_most)  # those too that were idle for so many seconds
     rejected_at: float | None = stored(a_time)  # rolled back from, or an aborted canary
     canary_at: float | None = stored(a_time)  # when its weight was set or removed
     retiring_at: float | None = stored(a_time)  # retired: neither routed to nor promoted
@@ -436,19 +443,27 @@ class Record:
             state="active",
             drain_started_at=None,
             moving_at=None,
+            move_idle=None,
             weight=None,
             steps=None,
             preview=None,
         )
 
-    def as_draining(self, since: float, move_after: float | None = None) -> Record:
-        """Return the record of a deployment that drains, and whose tabs move over so many seconds
-        later; None: they stay."""
+    def as_draining(
+        self, since: float, move_after: float | None = None, move_idle: float | None = None
+    ) -> Record:
+        """Return the record of a deployment that drains.
+
+        Args:
+            move_after: seconds after which its tabs move over; None: they stay.
+            move_idle: seconds for which a tab is not used until it moves over without its user.
+        """
         return replace(
             self,
             state="draining",
             drain_started_at=since,
             moving_at=None if move_after is None else since + move_after,
+            move_idle=None if move_after is None else move_idle,
             weight=None,
             bake=None,
             steps=None,
@@ -839,7 +854,7 @@ def _filled(record: Record, known: Record | None, untouched: bool) -> Record:
         return known
     names: tuple[str, ...] = LASTING
     if untouched and record.state == known.state:
-        names = (*LASTING, "rejected_at", "retiring_at", "moving_at", "weight", "bake", "held")
+        names = (*LASTING, *"rejected_at retiring_at moving_at move_idle weight bake held".split())
     attributes = [FIELDS[name].name for name in names if name not in record.ignored]
     values = {name: getattr(record, name) for name in attributes}
     lost = [n for n, value in values.items() if value is None or value is False]  # 0 is a weight
@@ -1237,6 +1252,7 @@ class Deployment:
     sockets: int = 0  # open ones
     refused_until: float = 0.0  # monotonic; until then it gets no new visitors
     moving_at: float | None = None  # from then on its tabs move over to the active deployment
+    move_idle: float | None = None  # as in `Record`
 
     def __post_init__(self) -> None:
         self.affinity = self.affinity or self.id.encode()
@@ -1510,6 +1526,7 @@ class Table:
         old.header = f"{SELECTED_HEADER}: {name}\r\n".encode()
         old.state, old.key_hash = record.state, record.preview
         old.moving_at = record.moving_at if record.state == "draining" else None
+        old.move_idle = record.move_idle
         return old
 
     async def serve_without_state(self) -> None:
@@ -1683,6 +1700,8 @@ class Tally:
     broken: list[int] = field(default_factory=lambda: [0] * 10)  # by class: answers that failed
     tunnels: int = 0  # number of opened tunnels
     moved: int = 0  # client loaders that were told to load the active deployment's page
+    moved_idle: int = 0  # idle tabs that were told to
+    idle_move_at: float = 0.0  # monotonic; when the last of them was
 
     def answered(self, method: bytes, status: int, seconds: float) -> None:
         self.answers[method if method in METHODS else b"_OTHER", status // 100].add(seconds)
@@ -1734,6 +1753,7 @@ class Metrics:
             "errors": self.errors,
             "stale": self.stale,
             "moved": {name: t.moved for name, t in self.tallies.items() if t.moved},
+            "moved_idle": {n: t.moved_idle for n, t in self.tallies.items() if t.moved_idle},
             "turned_away": self.rejected,
             "clients": len(Client.instances),
             "pooled": idle_connections(),
@@ -3485,8 +3505,8 @@ def route(request: Request) -> None:
     if target is None:
         if name:
             target = table.deployments.get(name) or table.further.get(name)
-            if target is not None and target.moving_at is not None and moves_over(request, target):
-                client.answer(request, stale_response(request, target))
+            if target and target.moving_at is not None and (answer := move(request, target)):
+                client.answer(request, answer)
                 return
         else:
             target = pick_default(request)
@@ -3942,6 +3962,36 @@ async def ask_others(request: Request, others: list[Deployment]) -> bool:
 
 
 CLIENT_LOADER_FIELD = CLIENT_LOADER_HEADER.encode()
+MOVE_FIELD = MOVE_PATH.encode()
+IDLE_PARAMETER = re.compile(rb"&idle=([0-9]{1,9})(?:&|$)")
+IDLE_MOVE_PAUSE = 0.2  # seconds between two tabs that load their page anew
+
+
+def move(request: Request, target: Deployment) -> Response | None:
+    """Return the answer that moves a tab over from a deployment whose tabs move; None for a request
+    that goes to the deployment."""
+    table = TABLE
+    # not onto a fallback, which may be this very deployment
+    if table.active in (None, target.first, table.down) or table.provisional:
+        return None
+    if time.time() < (target.moving_at or 0.0):
+        return None
+    if request.path == MOVE_FIELD and target.move_idle is not None:
+        return JSONResponse({"move": moves_idle(request, target)}, 200, headers=NO_STORE)
+    return stale_response(request, target) if moves_over(request, target) else None
+
+
+def moves_idle(request: Request, target: Deployment) -> bool:
+    """Does a tab go over that asks so, since nobody uses it (affinity.js)? Not all at once, which
+    would be more than the active deployment can render."""
+    idle, now, tally = query_field(IDLE_PARAMETER, request.query), time.monotonic(), target.tally
+    if idle is None or int(idle) < (target.move_idle or 0.0):
+        return False
+    if now - tally.idle_move_at < IDLE_MOVE_PAUSE:
+        return False  # it asks again
+    tally.idle_move_at = now
+    tally.moved_idle += 1
+    return True
 
 
 def moves_over(request: Request, target: Deployment) -> bool:
@@ -3951,11 +4001,7 @@ def moves_over(request: Request, target: Deployment) -> bool:
     the open one, which the browser names in `Referer` (RFC 9110 section 10.1.3). While the path
     stays the same, as for a state in the query, the page is in use.
     """
-    table = TABLE
-    if request.values(CLIENT_LOADER_FIELD) != [b"1"] or time.time() < (target.moving_at or 0.0):
-        return False
-    # not onto a fallback, which may be this very deployment
-    if table.active in (None, target.first, table.down) or table.provisional:
+    if request.values(CLIENT_LOADER_FIELD) != [b"1"]:
         return False
     headers = lower_headers(request)
     location = headers.get(CLIENT_LOADER_LOCATION_HEADER)

@@ -33,6 +33,7 @@ RELOAD_PATH: Final = "/_pulse/internal/railway/reload"
 INTERNAL_TOKEN_HEADER: Final = "x-pulse-railway-internal-token"
 ROUTER_HEALTH_PATH: Final = "/healthz"
 SCRIPT_PATH: Final = "/_pulse/railway/affinity.js"  # ours
+MOVE_PATH: Final = "/_pulse/railway/move"  # ours: a tab that is not used asks whether it moves over
 
 # Variables of a backend service.
 DEPLOYMENT_ID: Final = "PULSE_DEPLOYMENT_ID"

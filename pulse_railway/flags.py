@@ -223,6 +223,8 @@ _ALL = (
          " page", kind=bool),
     Flag("move_after", "as --move, so many seconds later", "SECONDS", int,
          words="tabs stay on their version", minimum=0, maximum=86_400),
+    Flag("move_idle", "as --move, and a tab that nobody has used for so long moves over by itself"
+         " (affinity.js)", "SECONDS", int, words="such a tab stays", minimum=60, maximum=86_400),
     Flag("lock_wait", "seconds to wait for another deploy", "SECONDS", int,
          words="does not wait", minimum=0),
     Flag("message", "a message for the history", "TEXT", words="the commit's"),
@@ -260,12 +262,14 @@ BASELINE = [
     *"drain_ttl_seconds rollback_window_seconds keep router_replicas runtime_image".split(),
     *"registry_username registry_password_file notify json".split(),
 ]
+MOVE = ["move", "move_after", "move_idle"]
 DEPLOY = [
     *WHERE,
     *"deployment_name deployment_id service_prefix server_address web_root".split(),
     *"image_repository image from_ registry_username registry_password_file build_arg".split(),
     *"no_gitignore env instances backend_replicas region memory_gb".split(),
     *"vcpus no_promote preview".split(),
-    *"evict replace_app keep_failed canary bake bake_latency_ms move move_after".split(),
+    *"evict replace_app keep_failed canary bake bake_latency_ms".split(),
+    *MOVE,
     *"lock_wait message notify json".split(),
 ]

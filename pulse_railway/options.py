@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pulse_railway import config, contract, naming, runtime_image
 from pulse_railway.config import AppConfig, Names, Where
 from pulse_railway.errors import Failure, keep_secret
-from pulse_railway.flags import EMPTY, FLAGS, Flags, value
+from pulse_railway.flags import EMPTY, FLAGS, UNSET, Flags, value
 from pulse_railway.output import Output
 from pulse_railway.railway.ssh import private_key_file
 
@@ -50,6 +50,7 @@ class StackOptions:
 @dataclass(frozen=True)
 class RollbackOptions(StackOptions):
     move_after: int | None = None  # seconds until the tabs of what drains move over; None: never
+    move_idle: int | None = None  # seconds without use after which one does by itself
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,7 @@ class DeployOptions:
     env: Mapping[str, str] = EMPTY
     no_gitignore: bool = False
     instances: int = FLAGS["instances"].default  # processes
+    keep_instances: bool = False  # or those of the deployment of `from_`
     region: str | None = None
     memory_gb: float | None = None  # 10^9 bytes
     vcpus: float | None = None
@@ -161,6 +163,7 @@ class DeployOptions:
     bake: int = FLAGS["bake"].default  # seconds
     bake_latency_ms: int | None = None
     move_after: int | None = None  # as in RollbackOptions
+    move_idle: int | None = None
     lock_wait: int | None = None  # seconds; None: fail at once if another deploy runs
     message: str | None = None
     notify: str | None = field(default=None, repr=False)
@@ -223,7 +226,10 @@ def parse_rollback(flags: Flags, output: Output) -> RollbackOptions:
 
 def move_after(flags: Flags) -> int | None:
     """Return the seconds until tabs move over; None if they stay."""
-    return 0 if value(flags, "move") else value(flags, "move_after")
+    if value(flags, "move"):
+        return 0
+    after: int | None = value(flags, "move_after")
+    return 0 if after is None and value(flags, "move_idle") else after
 
 
 def check_move(flags: Flags, *others: str) -> None:
@@ -407,6 +413,7 @@ def parse_deploy(flags: Flags, output: Output) -> DeployOptions:
         image_repository=repository,
         image=image_of(flags, "image", naming.image_reference),
         from_=parse_deployment_id({"deployment_id": flags.get("from_")}),
+        keep_instances=flags.get("instances") in UNSET,
         registry=registry_credentials(flags),
         build_args=build_args,
         canary=weights[0] if weights else None,

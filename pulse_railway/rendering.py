@@ -41,7 +41,8 @@ def state_of(row: dict[str, Any]) -> str:
     moving = ""
     if row["moving_at"] is not None:
         since = time.time() - row["moving_at"]
-        when = f"for {age(since)}, {row['moved']} moved" if since >= 0 else f"in {age(-since)}"
+        moved = f"{row['moved']} moved at a page, {row['moved_idle']} when idle"
+        when = f"for {age(since)}, {moved}" if since >= 0 else f"in {age(-since)}"
         moving = f", moves {when}"
     processes = f", {row['instances']} processes" if row["instances"] > 1 else ""
     return str(row["state"]) + (", rolled back" if row["rolled_back"] else "") + moving + processes

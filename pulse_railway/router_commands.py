@@ -231,6 +231,15 @@ def send_register(
     warn_of_late_routers(answer, warn)
 
 
+@dataclass(frozen=True)
+class Moves:
+    """When the tabs of a version that begins to drain move over: from `after` seconds on, each when
+    its user goes to another page, or was not there for `idle` seconds."""
+
+    after: int
+    idle: int | None = None
+
+
 def send_promote(
     api: Api,
     stack: Stack,
@@ -243,7 +252,7 @@ def send_promote(
     bake: int = 0,
     bake_latency_ms: int | None = None,
     steps: Answer | None = None,
-    move_after: int | None = None,
+    moves: Moves | None = None,
     why: str | None = None,
     unlock: str | None = None,
     renew: str | None = None,
@@ -260,7 +269,7 @@ def send_promote(
         bake: seconds for which the caller watches the deployment.
         bake_latency_ms: milliseconds after which a request counts as slow in it.
         steps: of the canary, as its record has them.
-        move_after: seconds until the tabs of the version that drains move over; None: they stay.
+        moves: when the tabs of the version that drains move over; None: they stay.
         unlock: the holder of the deploy lock, which the command releases.
         renew: HOLDER@SECONDS: that holder's lock ends so many seconds later.
 
@@ -274,7 +283,7 @@ def send_promote(
     words += ["--bake", str(bake)] if bake else []
     words += ["--bake-latency-ms", str(bake_latency_ms)] if bake and bake_latency_ms else []
     words += [f"--steps={json.dumps(steps)}"] if steps else []
-    words += _move_arguments(move_after)
+    words += _move_arguments(moves)
     words += [f"--unlock={unlock}"] if unlock else []
     words += [f"--renew={renew}"] if renew else []
     words += _why_arguments(why)
@@ -336,10 +345,10 @@ def send_abort_canary(
     deployment_id: str,
     why: str | None = None,
     warn: Warn = lambda _: None,
-    move_after: int | None = None,
+    moves: Moves | None = None,
 ) -> None:
-    """End a canary, which then drains. `move_after` is as in `send_promote`."""
-    words = ["--deployment-id", deployment_id, *_move_arguments(move_after), *_why_arguments(why)]
+    """End a canary, which then drains. `moves` is as in `send_promote`."""
+    words = ["--deployment-id", deployment_id, *_move_arguments(moves), *_why_arguments(why)]
     answer = send_command(api, stack, "withdraw", *words)
     warn_of_late_routers(answer, warn)
 
@@ -348,8 +357,11 @@ def send_finish_bake(api: Api, stack: Stack, deployment_id: str) -> None:
     send_command(api, stack, "baked", "--deployment-id", deployment_id)
 
 
-def _move_arguments(move_after: int | None) -> list[str]:
-    return [] if move_after is None else ["--move-after", str(move_after)]
+def _move_arguments(moves: Moves | None) -> list[str]:
+    if moves is None:
+        return []
+    words = ["--move-after", str(moves.after)]
+    return [*words, "--move-idle", str(moves.idle)] if moves.idle else words
 
 
 def _why_arguments(why: str | None) -> list[str]:

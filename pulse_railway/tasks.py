@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from invoke.collection import Collection
 from invoke.tasks import task
 
-from pulse_railway.flags import BASELINE, DEPLOY, STACK
+from pulse_railway.flags import BASELINE, DEPLOY, MOVE, STACK
 from pulse_railway.verbs import ask, confirm, verb
 
 if TYPE_CHECKING:
@@ -145,8 +145,10 @@ def redeploy(options: options.StackOptions, output: Output) -> None:
 @verb(
     [
         *STACK,
-        *"deployment_id weight continue_ bake bake_latency_ms move move_after evict force".split(),
-        *"message notify".split(),
+        *"deployment_id weight continue_ bake bake_latency_ms evict force".split(),
+        *MOVE,
+        "message",
+        "notify",
     ],
     parser="parse_promote",
 )
@@ -170,16 +172,17 @@ def promote(options: options.PromoteOptions, output: Output) -> None:
     output.result(result, [notification.text, *drains_words(result["drains"])])
 
 
-@verb([*STACK, "move", "move_after", "message", "notify"], parser="parse_rollback")
+@verb([*STACK, *MOVE, "message", "notify"], parser="parse_rollback")
 def rollback(options: options.RollbackOptions, output: Output) -> None:
     """End the canary; without one, promote the deployment that was active before."""
     from pulse_railway.flows import promote as flow
+    from pulse_railway.flows.rollout import moves_of
     from pulse_railway.notify import notifying
     from pulse_railway.router_commands import drains_words
 
     with notifying(options.notify, "rollback", output) as notification:
         api, stack = _stack(options, output)
-        result = flow.rollback(api, stack, output, options.message, options.move_after)
+        result = flow.rollback(api, stack, output, options.message, moves_of(options))
         name = notification.facts["deployment_id"] = result["deployment_id"]
         if result.get("ended"):
             notification.text = f"{result['ended']} is no canary any more; {name} is active"

@@ -87,6 +87,9 @@ class World:
     events: collections.Counter[str] = field(default_factory=collections.Counter)
     failures: list[str] = field(default_factory=list)
     seen_after: list[float] = field(default_factory=list)  # seconds, per promotion
+    # when sockets were closed by a router that was replaced, by its port; monotonic
+    closed: dict[int, list[float]] = field(default_factory=dict)
+    back_after: list[float] = field(default_factory=list)  # seconds until such a socket was back
 
     def __post_init__(self) -> None:
         self.rng = random.Random(f"{self.seed}-events")
@@ -413,6 +416,7 @@ class World:
         self.ports[at] = new.port
         await asyncio.sleep(0.5)
         self.retired.add(old.port)
+        self.closed[old.port] = []
         os.kill(old.popen.pid, signal.SIGTERM)
         await asyncio.to_thread(old.popen.wait, 60)
 
@@ -484,7 +488,9 @@ class World:
                 for task in users:
                     if task.done() and task.exception():
                         raise task.exception() or AssertionError
-                if events:
+                if events and time.monotonic() > deadline - seconds / 2 and not self.closed:
+                    await self.event(self.router_restarts)  # sockets are open by now
+                elif events:
                     await self.happen()
         finally:
             self.over = True
@@ -509,7 +515,9 @@ class World:
             self.backend_crashes: 1,
             self.backend_stalls: 2,
         }
-        event = self.rng.choices(list(kinds), list(kinds.values()))[0]
+        await self.event(self.rng.choices(list(kinds), list(kinds.values()))[0])
+
+    async def event(self, event: Callable[[], Awaitable[None]]) -> None:
         name = event.__name__.replace("_", " ")
         if os.environ.get("CHAOS_SAYS"):
             print(f"{time.monotonic() - self.began:6.1f} s {name}", file=sys.stderr)
@@ -550,6 +558,22 @@ class Result:
             problems.append(f"memory: {before.memory}, then {after.memory}")
         return problems
 
+    def upgrades(self) -> list[str]:
+        """Return what became of the sockets of routers that were replaced."""
+        back = sorted(self.world.back_after)
+        lines = []
+        for at, times in enumerate(self.world.closed.values(), 1):
+            over = max(times) - min(times) if times else 0.0
+            most = max((sum(t <= u < t + 1 for u in times) for t in times), default=0)
+            lines.append(
+                f"  {len(times):8} sockets closed over {over:.1f} s by router {at}, replaced,"
+                f" at most {most} in a second"
+            )
+        if back:
+            lines.append(f"  {back[len(back) // 2]:8.3f} s until such a socket was back (median)")
+            lines.append(f"  {back[-1]:8.3f} s ... the slowest of {len(back)}")
+        return lines
+
     def table(self) -> str:
         world, seen = self.world, sorted(self.world.seen_after)
         lines = [f"seed {world.seed}"]
@@ -562,6 +586,7 @@ class Result:
             middle, last = seen[len(seen) // 2], seen[-1]
             lines.append(f"  {middle:8.3f} s until every router had seen a promotion (median)")
             lines.append(f"  {last:8.3f} s ... the slowest of {len(seen)}")
+        lines += self.upgrades()
         b, a = self.before, self.after
         lines.append(f"  {b.descriptors:4} -> {a.descriptors:<4} descriptors of the first router")
         lines.append(f"  {b.memory >> 20:4} -> {a.memory >> 20:<4} MB of it")

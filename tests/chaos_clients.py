@@ -107,6 +107,14 @@ class ClientConnection:
             self.used = False
         return ClientAnswer(answer_head, content)
 
+    async def rest(self, seconds: float) -> None:
+        """Wait. Raises EOFError if the server closes the connection meanwhile."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            if self.reader.at_eof():
+                raise EOFError
+            await asyncio.sleep(0.05)
+
     async def frame(self) -> bytes:
         """Return the next short frame of a WebSocket; answer pings (RFC 6455 section 5.5)."""
         while True:
@@ -249,8 +257,13 @@ class Client:
             world.fail("request", f"{why} ({name})")
         raise Ended
 
-    async def socket(self, name: str) -> None:
-        """Open a WebSocket to a process, and send frames from time to time."""
+    async def socket(self, name: str, closed_at: float = 0.0) -> None:
+        """Open a WebSocket to a process, and send frames from time to time; another one if the
+        router is replaced.
+
+        Args:
+            closed_at: when the one before was closed, monotonic.
+        """
         world, began = self.world, time.monotonic()
         port = self.rng.choice(world.ports)
         connection = ClientConnection(port)
@@ -273,6 +286,8 @@ class Client:
                     world.fail("request", f"a handshake: {status} ({name})")
                 raise Ended
             world.count["sockets"] += 1
+            if closed_at:
+                world.back_after.append(time.monotonic() - closed_at)
             number = 0
             while time.monotonic() < until and not world.over:
                 number += 1
@@ -283,10 +298,13 @@ class Client:
                     text = await connection.frame()
                 if text != f"{name} ".encode() + word:
                     world.fail("wrong version", f"a socket of {name} said {text!r}")
-                await asyncio.sleep(self.rng.uniform(0.3, 2.0))
+                await connection.rest(self.rng.uniform(0.3, 2.0))
         except (OSError, EOFError, TimeoutError) as error:
             if port in world.retired:
                 world.count["sockets ended with their router"] += 1
+                world.closed[port].append(time.monotonic())
+                connection.close()
+                await self.socket(name, time.monotonic())
             elif world.was_down(exact(name), began) or name_of(name) not in world.running:
                 world.count["sockets ended with their backend"] += 1
             else:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page, Request, sync_playwright
+from playwright.sync_api import Error as PlaywrightError
 
 from pulse_railway.app import plugin
 from pulse_railway.local.supervisor import free_port
@@ -53,6 +54,8 @@ def backend(name: str) -> Any:
                 else:
                     text = json.dumps(answer).encode()
                     connection.send(ok(text, "content-type: application/json"))
+            elif path.startswith(b"/slow"):
+                connection.read(1)  # no answer
             elif path.startswith(b"/plain"):  # outside of Pulse's layout
                 script = b'<script src="/_pulse/railway/affinity.js"></script>'
                 connection.send(ok(script, "content-type: text/html"))
@@ -394,3 +397,204 @@ def test_an_apps_own_socket_reaches_the_deployment_of_its_page(
 
 
 DIRECTIVES = json.dumps({"query": {"pulse_deployment": "gone"}})
+
+
+# -- tabs that nobody uses move over (`--move-idle`) -----------------------------------------------
+
+EDITOR = """customElements.define("x-field", class extends HTMLElement {
+    constructor() { super().attachShadow({ mode: "closed" }).innerHTML = "<input>"; }
+  });
+  document.body.innerHTML = `<input id=text value=old><input id=box type=checkbox>
+  <textarea id=area></textarea><select id=list><option>1<option>2</select>
+  <div id=rich contenteditable>old</div>
+  <x-field></x-field>
+  <iframe id=frame srcdoc="<input>"></iframe>`; window.here = 1"""
+
+
+class IdleTab:
+    """A page of `a`, whose idle tabs move to `b`, in a browser whose time the test makes pass."""
+
+    def __init__(self, page: Page, home: str) -> None:
+        self.page = page
+        self.asked: list[str] = []
+        page.on(
+            "requestfinished",
+            lambda r: self.asked.append(r.url) if "/railway/move" in r.url else None,
+        )
+        page.clock.install()
+        page.goto(f"{home}/")
+        page.evaluate(EDITOR)
+
+    @property
+    def is_here(self) -> bool:
+        try:
+            return bool(self.page.evaluate("window.here") == 1)
+        except PlaywrightError:  # it is being loaded
+            return True
+
+    def idles(self, seconds: int = 130) -> None:
+        """Let time pass, in all tabs."""
+        self.page.clock.run_for(seconds * 1000)
+
+    def asks(self) -> None:
+        """Wait until it has asked and was answered."""
+        eventually(lambda: self.page.wait_for_timeout(30) or self.asked)
+        self.page.wait_for_timeout(30)
+
+    def moves(self) -> None:
+        self.idles()
+        eventually(lambda: not self.is_here)
+        assert self.page.inner_text("body") == "b"
+
+
+@pytest.fixture
+def idle_tabs(
+    redis_server: Redis, run_router: Callable[..., Process], browser: Browser
+) -> Iterator[Callable[[int], list[IdleTab]]]:
+    """`idle_tabs(3)`: so many tabs of a version whose idle tabs move."""
+    with backend("a") as a, backend("b") as b, browser.new_context() as context:
+        redis_server.deployment("a", a.address, "active", registered_at=1)
+        port = run_router(redis_server).port
+        eventually(lambda: ask(port, "/").status == 200)
+
+        def open_tabs(count: int) -> list[IdleTab]:
+            home = f"http://127.0.0.1:{port}"
+            tabs = [IdleTab(context.new_page(), home) for _ in range(count)]
+            more = {"registered_at": 1, "moving_at": 5, "move_idle": 60}
+            redis_server.deployment("a", a.address, "draining", **more)
+            redis_server.deployment("b", b.address, "active", registered_at=2)
+            eventually(lambda: b'"from": "b' in ask(port, "/data").body)
+            return tabs
+
+        yield open_tabs
+
+
+def stay(*tabs: IdleTab) -> None:
+    """Raise AssertionError if one of these tabs asks, or moves over, within a question's time."""
+    tabs[0].idles(130)
+    tabs[0].page.wait_for_timeout(100)
+    assert [len(tab.asked) for tab in tabs] == [0] * len(tabs)
+    assert all(tab.is_here for tab in tabs)
+
+
+def test_a_tab_that_nobody_uses_moves_over(idle_tabs: Callable[[int], list[IdleTab]]) -> None:
+    (tab,) = idle_tabs(1)
+    page = tab.page
+    page.evaluate("window.s = new WebSocket('/data/ws')")
+    uses: list[Callable[[], Any]] = [
+        lambda: page.keyboard.press("a"),
+        lambda: page.mouse.move(5, 5),
+        lambda: page.evaluate("fetch('/data').then(() => 1)"),
+        lambda: page.evaluate(XHR, ""),
+        lambda: page.evaluate("try { s.send('42[]') } catch {}"),
+    ]
+    for use in uses:
+        tab.idles(90)
+        use()
+        tab.asked.clear()
+        tab.idles(35)  # at the next question it is idle for half a minute
+        tab.asks()
+        assert int(tab.asked[0].partition("idle=")[2]) < 60
+        assert page.evaluate("window.here") == 1
+    tab.moves()
+
+
+def test_a_tab_in_which_something_is_typed_never_moves(
+    idle_tabs: Callable[[int], list[IdleTab]],
+) -> None:
+    changes: list[tuple[Callable[[Page], Any], Callable[[Page], Any]]] = [
+        (lambda p: p.fill("#text", "new"), lambda p: p.fill("#text", "old")),
+        (lambda p: p.check("#box"), lambda p: p.uncheck("#box")),
+        (lambda p: p.locator("#list").press("2"), lambda p: p.keyboard.press("ArrowUp")),
+        (lambda p: p.locator("#area").type("x"), lambda p: p.keyboard.press("Backspace")),
+        (lambda p: p.locator("#rich").type("x"), lambda p: p.keyboard.press("Backspace")),
+    ]
+    tabs = idle_tabs(len(changes))
+    for (change, _), tab in zip(changes, tabs, strict=True):
+        change(tab.page)
+    stay(*tabs)
+    for (_, undo), tab in zip(changes, tabs, strict=True):
+        undo(tab.page)
+
+    def all_have_moved() -> bool:
+        tabs[0].idles()  # not all at once
+        return not any(tab.is_here for tab in tabs)
+
+    eventually(all_have_moved)
+
+
+def test_what_was_typed_in_an_element_that_is_gone_keeps_the_page(
+    idle_tabs: Callable[[int], list[IdleTab]],
+) -> None:
+    """As in a form of several steps, whose state the app has."""
+    (tab,) = idle_tabs(1)
+    tab.page.fill("#text", "new")
+    tab.page.evaluate("document.querySelector('#text').remove()")
+    stay(tab)
+    tab.page.evaluate("history.pushState({}, '', '/other')")
+    tab.moves()
+
+
+def test_what_is_typed_where_nobody_can_see_it_keeps_the_page(
+    idle_tabs: Callable[[int], list[IdleTab]],
+) -> None:
+    (tab,) = idle_tabs(1)
+    tab.page.locator("x-field").click()
+    tab.page.keyboard.type("x")
+    stay(tab)
+
+
+def test_a_tab_whose_embedded_page_was_used_does_not_move(
+    idle_tabs: Callable[[int], list[IdleTab]],
+) -> None:
+    (tab,) = idle_tabs(1)
+    tab.page.frame_locator("#frame").locator("input").click()
+    tab.page.keyboard.type("4711")
+    stay(tab)
+    tab.page.evaluate("document.querySelector('#text').focus()")
+    stay(tab)
+
+
+PLAYS = "const v = document.createElement('video'); Object.defineProperty(v, 'paused', "
+PLAYS += "{ value: false }); document.body.append(v)"
+HIDDEN = "Object.defineProperty(document, 'visibilityState', { value: 'hidden' })"
+
+
+IN_USE = [
+    PLAYS,
+    HIDDEN,
+    "history.replaceState({}, '', '/?pulse_deployment=a')",
+    "void fetch('/slow')",
+]
+
+
+def test_a_tab_in_use_does_not_move(idle_tabs: Callable[[int], list[IdleTab]]) -> None:
+    tabs = idle_tabs(len(IN_USE))
+    for script, tab in zip(IN_USE, tabs, strict=True):
+        tab.page.evaluate(f"(() => {{ {script} }})()")
+    stay(*tabs)
+
+
+@pytest.mark.parametrize("handles", ["returnValue = 'unsaved'", None])
+def test_a_page_that_would_ask_whether_to_leave_it_stays(
+    idle_tabs: Callable[[int], list[IdleTab]], handles: str | None
+) -> None:
+    (tab,) = idle_tabs(1)
+    script = f"addEventListener('beforeunload', (event) => event.{handles})"
+    tab.page.evaluate(script if handles else "window.onbeforeunload = () => 'unsaved'")
+    tab.idles()
+    tab.asks()
+    tab.asked.clear()
+    stay(tab)  # it does not ask again
+    tab.page.keyboard.press("a")
+    tab.idles()
+    tab.asks()
+
+
+def test_a_tab_whose_version_moves_nobody_stays(two: tuple[str, Any, Any], page: Page) -> None:
+    """Its version answers the question, here with a page."""
+    tab = IdleTab(page, two[0])
+    tab.idles()
+    tab.asks()
+    page.wait_for_timeout(100)
+    assert tab.is_here

@@ -21,7 +21,8 @@ def test_router_shares_the_contract() -> None:
     for name in (
         "AFFINITY_QUERY AFFINITY_HEADER SELECTED_HEADER CLIENT_LOADER_HEADER"
         " CLIENT_LOADER_LOCATION_HEADER RELOAD_QUERY STALE_HEADER INTERNAL_PREFIX SESSIONS_PATH"
-        " RELOAD_PATH INTERNAL_TOKEN_HEADER ROUTER_HEALTH_PATH DEFAULT_PORT DEFAULT_REDIS_PREFIX"
+        " RELOAD_PATH INTERNAL_TOKEN_HEADER ROUTER_HEALTH_PATH MOVE_PATH DEFAULT_PORT"
+        " DEFAULT_REDIS_PREFIX"
     ).split():
         ours = getattr(router, name, None) or getattr(control, name)
         assert ours == getattr(contract, name), name

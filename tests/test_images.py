@@ -7,13 +7,14 @@ import json
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from pulse_railway import naming
-from pulse_railway.flows import images
-from pulse_railway.options import RegistryCredentials
+from pulse_railway import contract, naming
+from pulse_railway.flows import deploy, images
+from pulse_railway.options import DeployOptions, RegistryCredentials
 from pulse_railway.output import Output
 from pulse_railway.railway import docker
 from tests.conftest import ROOT, TINY, Project
@@ -168,6 +169,29 @@ def test_an_image_without_a_registry() -> None:
     assert images.find_digest(f"team/app@{DIGEST}", None, lines) == DIGEST
 
 
+@pytest.mark.parametrize(
+    ("running", "facts", "keep", "count"),
+    [
+        (None, {"instances": "3"}, True, 3),
+        (None, {"instances": "3"}, False, 5),
+        (None, {"instances": "x"}, True, 1),
+        (None, {}, True, 5),  # deployed by an earlier version, and gone
+        ({contract.INSTANCES: "2"}, {"instances": "3"}, True, 2),
+        ({}, {}, True, 1),
+    ],
+)
+def test_from_takes_the_processes_of_the_version_unless_a_number_is_given(
+    monkeypatch: pytest.MonkeyPatch, running: Any, facts: dict[str, str], keep: bool, count: int
+) -> None:
+    monkeypatch.setattr(images, "facts_of", lambda *_: {"a": {"image": f"{APP}:1"} | facts})
+    service = None if running is None else SimpleNamespace(variables=running)
+    stack: Any = SimpleNamespace(backend=lambda _: service)
+    nothing: Any = None
+    options = DeployOptions(nothing, nothing, from_="a", instances=5, keep_instances=keep)
+    found = deploy.with_image(nothing, stack, options)
+    assert (found.image, found.instances) == (f"{APP}:1", count)
+
+
 # -- on the local Railway ----------------------------------------------------------------------
 
 
@@ -181,7 +205,8 @@ def offer(project: Project, **definitions: Any) -> None:
 def test_an_image_that_exists_and_one_that_is_gone(base: Project) -> None:
     offer(base, **{":1": {}, f"@{DIGEST}": {}})
     image = f"{APP}@{DIGEST}"
-    done = base.run("deploy", "main.py", "--image", image, "--deployment-id", "two", "--json")
+    given = ("--image", image, "--instances", "2")
+    done = base.run("deploy", "main.py", *given, "--deployment-id", "two", "--json")
     assert done.code == 0, done.err
     assert (done.json["image"], done.json["digest"]) == (image, DIGEST)
     row = next(r for r in base.ok("status")["deployments"] if r["deployment_id"] == "two")
@@ -196,7 +221,7 @@ def test_an_image_that_exists_and_one_that_is_gone(base: Project) -> None:
     assert "first was the last one: check out" in back.error or "two was the last" in back.error
     again = base.run("deploy", "main.py", "--from", "two", "--deployment-id", "two-b", "--json")
     assert again.code == 0, again.err
-    assert again.json["image"] == image
+    assert (again.json["image"], again.json["instances"]) == (image, 2)
     assert base.active == "two-b"
     for name, words in (
         ("three", "three was built from source: "),

@@ -113,6 +113,12 @@ def test_the_script_for_the_browser_is_served(client: Any) -> None:
     assert contract.AFFINITY_HEADER in answer.text
     assert contract.AFFINITY_QUERY in answer.text
     assert contract.STALE_HEADER in answer.text
+    assert contract.MOVE_PATH in answer.text
+
+
+def test_an_idle_tab_stays_where_no_router_moves_it(client: Any) -> None:
+    answer = client.get(f"{contract.MOVE_PATH}?idle=9999")
+    assert (answer.json(), answer.headers["cache-control"]) == ({"move": False}, "no-store")
 
 
 @pytest.mark.parametrize(

@@ -178,10 +178,13 @@ def loader(port: int, location: str | None, page: str | None, *more: str) -> Any
     return ask(port, url, *fields, *more, method="POST", body=b"{}")
 
 
-def moving(redis_server: Redis, port: int, at: float, state: str = "draining") -> None:
+def moving(
+    redis_server: Redis, port: int, at: float, state: str = "draining", idle: float | None = None
+) -> None:
     """Let the tabs of `a` move from a time on, and wait until the router knows."""
     stored = json.loads(str(redis_server.client.get("pulse:railway:deployment:a")))
     more = {name: stored[name] for name in ("address", "registered_at")}
+    more |= {} if idle is None else {"move_idle": idle}
     redis_server.deployment("a", state=state, moving_at=at, **more)
     redis_server.deployment("z", more["address"], "pending")
     eventually(lambda: ask(port, "/?pulse_deployment=z").body == b"from a")
@@ -219,6 +222,7 @@ def test_all_else_of_a_moving_tab_stays_on_its_deployment(two: int, redis_server
     moving(redis_server, two, 5)
     assert loader(two, "/b", "http://app.example/a").status == 302
     page = "referer: http://app.example/a"
+    assert idle_tab(two, "idle=86400").body == b"from a"
     for fields in ([], ["accept: text/html"], ["x-pulse-client-loader: 0"]):
         for method, path in (("GET", "/b"), ("POST", "/_pulse/prerender"), ("GET", "/assets/x.js")):
             url = f"{path}?pulse_deployment=a"
@@ -259,12 +263,60 @@ def test_only_a_draining_deployments_tabs_move(two: int, redis_server: Redis, st
     assert loader(two, "/b", "http://app.example/a").body == b"from a"
 
 
+def idle_tab(port: int, query: str, name: str = "a") -> Any:
+    """Ask as affinity.js does in a tab that nobody uses."""
+    return ask(port, f"/_pulse/railway/move?{query}", f"x-pulse-deployment: {name}")
+
+
+IDLE = [
+    ("idle=61", True),
+    ("idle=60", True),
+    ("x=1&idle=999999999", True),
+    ("idle=59", False),
+    ("idle=", False),
+    ("idle=-1", False),
+    ("idle=1e9", False),
+    ("idle=9999999999", False),
+    ("idle=%36%31", False),
+    ("", False),
+]
+
+
+def test_an_idle_tab_moves_over_after_its_time(two: int, redis_server: Redis) -> None:
+    moving(redis_server, two, 5, idle=60)
+    for query, moves in IDLE:
+        answer = idle_tab(two, query)
+        assert (answer.status, json.loads(answer.body)) == (200, {"move": moves}), query
+        assert answer.header("cache-control") == "no-store"
+        time.sleep(0.25 if moves else 0)  # one after the other
+
+
+def test_idle_tabs_move_over_one_after_the_other(two: int, redis_server: Redis) -> None:
+    """All at once would be more pages than the active deployment can render."""
+    moving(redis_server, two, 5, idle=60)
+    began = time.monotonic()
+    answers = [json.loads(idle_tab(two, "idle=60").body)["move"] for _ in range(10)]
+    assert answers[0] is True
+    assert answers.count(True) <= 1 + (time.monotonic() - began) / 0.2
+    eventually(lambda: json.loads(idle_tab(two, "idle=60").body)["move"])
+
+
+def test_an_idle_tab_is_no_concern_of_a_router_before_its_time(
+    two: int, redis_server: Redis
+) -> None:
+    """Its deployment answers, which says no."""
+    assert idle_tab(two, "idle=60").body == b"from a"
+    moving(redis_server, two, time.time() + 60, idle=60)
+    assert idle_tab(two, "idle=60").body == b"from a"
+    assert idle_tab(two, "idle=60", "b").body == b"from b"
+
+
 def test_a_tab_moves_from_any_process_and_the_report_counts_it(
     redis_server: Redis, run_router: Run
 ) -> None:
     with Backend(ok(b"from a")) as a, Backend(ok(b"from b")) as b:
         instances = {"2": {"address": a.address}}
-        more = {"registered_at": 1, "moving_at": 5, "instances": instances}
+        more = {"registered_at": 1, "moving_at": 5, "move_idle": 60, "instances": instances}
         redis_server.deployment("a", a.address, "draining", **more)
         redis_server.deployment("b", b.address, "active", registered_at=2)
         port = run_router(redis_server).port
@@ -273,6 +325,7 @@ def test_a_tab_moves_from_any_process_and_the_report_counts_it(
         fields += ["referer: http://app.example/a", "x-pulse-deployment: a.2"]
         assert ask(port, "/_pulse/prerender", *fields, method="POST").status == 302
         assert loader(port, "/b", "http://app.example/a").status == 302
+        assert json.loads(idle_tab(port, "idle=60", "a.2").body) == {"move": True}
         client = redis_server.client
 
         def reported() -> Any:
@@ -280,7 +333,7 @@ def test_a_tab_moves_from_any_process_and_the_report_counts_it(
             return [json.loads(str(client.get(key))) for key in keys]
 
         eventually(lambda: [r.get("moved") for r in reported()] == [{"a": 2}], 15)
-        assert reported()[0]["stale"] == 0
+        assert (reported()[0]["moved_idle"], reported()[0]["stale"]) == ({"a": 1}, 0)
 
 
 def test_nobody_moves_while_the_active_deployment_cannot_be_connected_to(
@@ -288,7 +341,7 @@ def test_nobody_moves_while_the_active_deployment_cannot_be_connected_to(
 ) -> None:
     """New visitors get the version before it then, which may be the tab's own."""
     with Backend(ok(b"from a")) as a, Backend(ok(b"from b")) as b:
-        times = {"registered_at": 1, "promoted_at": 1, "moving_at": 5}
+        times = {"registered_at": 1, "promoted_at": 1, "moving_at": 5, "move_idle": 60}
         redis_server.deployment("a", a.address, "draining", **times)
         redis_server.deployment("b", b.address, "active", registered_at=2, promoted_at=2)
         port = run_router(redis_server).port
@@ -296,6 +349,7 @@ def test_nobody_moves_while_the_active_deployment_cannot_be_connected_to(
         b.stop()
         eventually(lambda: ask(port).body == b"from a")
         assert loader(port, "/b", "http://app.example/a").body == b"from a"
+        assert idle_tab(port, "idle=60").body == b"from a"
 
 
 def test_redirect_goes_by_the_host_that_the_edge_names(two: int) -> None:

@@ -96,6 +96,7 @@ ADDRESS = "http://a.railway.internal:8000"
         ("rejected_at", NOW, NOW),
         ("retiring_at", NOW, NOW),
         ("moving_at", NOW + 5, NOW + 5),
+        ("move_idle", 600, 600.0),
         ("held", True, True),
         ("held", False, False),
         ("weight", 0, 0.0),
@@ -143,6 +144,9 @@ def test_a_field_of_a_record(field: str, stored: object, value: object) -> None:
         ("rejected_at", 1e12),
         ("retiring_at", "soon"),
         ("moving_at", "soon"),
+        ("move_idle", "soon"),
+        ("move_idle", -1),
+        ("move_idle", 86_401),
         ("held", "yes"),
         ("held", 1),
         ("weight", 101),
@@ -377,10 +381,13 @@ def test_a_deployment_that_begins_to_drain_moves_when_it_was_asked() -> None:
     canary = control.set_canary_weight(state, "c", "c", 10)
     assert control.abort_canary(canary, "c").records["c"].moving_at is None
     assert control.abort_canary(canary, "c", 5).records["c"].moving_at == NOW + 5
+    assert control.abort_canary(canary, "c", 5, 600).records["c"].move_idle == 600
+    both = control.set_active(state, "b", "b", [], move_after=60, move_idle=600).records["a"]
+    assert (both.moving_at, both.move_idle) == (NOW + 60, 600)
 
 
 def test_a_deployment_that_ends_draining_moves_nobody() -> None:
-    drained = control.set_active(parse(STATE), "b", "b", [], move_after=60)
+    drained = control.set_active(parse(STATE), "b", "b", [], move_after=60, move_idle=600)
     running = [router.Record(name, service_name=name) for name in "ab"]
     for after in (
         control.set_active(drained, "a", "a", []),
@@ -390,7 +397,7 @@ def test_a_deployment_that_ends_draining_moves_nobody() -> None:
         control.set_active(control.set_active(drained, "a", "a", []), "b", "b", []),
     ):
         assert after.records["a"].moving_at is None
-        assert "moving_at" not in after.records["a"].json()
+        assert not {"moving_at", "move_idle"} & set(after.records["a"].json())
 
 
 def test_a_move_is_restored_with_its_state_only() -> None:
@@ -980,6 +987,8 @@ def carry_out(env: dict[str, str], *words: str) -> Any:
         ((*PROMOTE, "a", "--weight", "nan"), None),
         ((*PROMOTE, "a", "--weight", "inf"), None),
         ((*PROMOTE, "a", "--move-after", "-1"), None),
+        ((*PROMOTE, "a", "--move-idle", "86401"), "--move-idle cannot be 86401"),
+        ((*PROMOTE, "a", "--move-idle", "-1"), None),
         ((*PROMOTE, "a", "--draining-json", '[{"deployment_id":"b","service_name":5}]'), None),
         (
             (
@@ -1008,8 +1017,8 @@ def test_what_the_state_cannot_hold_is_not_written(
 TEXTS = st.text(min_size=1, max_size=9) | st.sampled_from(["a", "a b", "http://x:1", "1e300", "7"])
 OPTIONS = st.dictionaries(
     st.sampled_from(
-        "service-name active-service-name service-id address bake move-after lease retry-after"
-        " holder weight by why page about instead-of hold".split()
+        "service-name active-service-name service-id address bake move-after move-idle lease"
+        " retry-after holder weight by why page about instead-of hold".split()
     ),
     TEXTS,
     max_size=4,

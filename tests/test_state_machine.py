@@ -203,13 +203,14 @@ class Life(RuleBasedStateMachine):
         if name in before and name not in self.services:
             return  # the verb asks Railway for its service first
         words = ["--active-deployment-id", name, "--active-service-name", name]
-        words += [] if move is None else ["--move-after", str(move)]
+        words += [] if move is None else ["--move-after", str(move), "--move-idle", "600"]
         if self.control("promote", *words, kill=kill):
             assert self.active == name
             if active not in (None, name):
                 former = self.records()[str(active)]
                 after = None if move is None else former.drain_started_at + move
                 assert former.moving_at == after
+                assert former.move_idle == (None if move is None else 600)
             self.last_promoted = self.state.promoted
             self.pending_ones_stay(before, name, active)
 
@@ -428,6 +429,7 @@ class Life(RuleBasedStateMachine):
     def only_what_drains_moves(self) -> None:
         for record in self.records().values():
             assert record.moving_at is None or record.state == "draining"
+            assert record.move_idle is None or record.moving_at is not None
 
     @invariant()
     def the_active_one_runs(self) -> None:

@@ -53,7 +53,7 @@ def in_everything(text: str, value: Any) -> Any:
 def status_result() -> dict[str, Any]:
     about = dict.fromkeys(("commit", "message", "author", "by"), "x")
     row = {"deployment_id": "x", "state": "x", "railway": "x", "about": about, "sessions": 1}
-    row |= {"moving_at": 5.0, "moved": 1}
+    row |= {"moving_at": 5.0, "moved": 1, "moved_idle": 0}
     return {
         "address": "x",
         "baseline": [{"service": "x", "railway": "x", "version": "x"}],

@@ -6,7 +6,7 @@
 // `fetch`, XMLHttpRequest, EventSource and WebSocket, and forms that are posted do not. This adds the
 // affinity to those that go to the page's own origin, so that an old page goes on talking to the
 // version that it was loaded from. A form with GET is left alone: its address is shared, and would
-// keep strangers on an old version.
+// keep strangers on an old version. At the end: tabs that move over to another version by themselves.
 (() => {
   const QUERY = "pulse_deployment";
   const HEADER = "x-pulse-deployment";
@@ -14,6 +14,8 @@
   const OF_LOADER = "x-remix-response"; // on all that a loader of React Router's has answered
   const TARGET = "x-pulse-client-loader-location"; // the page that Pulse's client loader is for
   const RELOAD = "pulse_reload_on_stale_affinity";
+  const MOVE = "/_pulse/railway/move";
+  const MOVE_PAUSE = 120_000; // ms between two questions whether the tab moves over
   const PAUSES = [300, 1000, 2000]; // ms, before a navigation that met no deployment asks again
   const DIRECTIVES = "__PULSE_DIRECTIVES"; // where Pulse's client keeps what the server told the page
 
@@ -96,8 +98,20 @@
   const isUnavailable = ({ status, headers }) =>
     status >= 502 && status <= 504 && !headers.has(OF_LOADER);
 
+  let usedAt = Date.now(); // when somebody, or the app, did something here
+  let requests = 0; // under way
+  const use = () => (usedAt = Date.now());
+  const ended = () => {
+    requests -= 1;
+    use();
+  };
+
   const fetch = window.fetch;
-  window.fetch = async function (input, init) {
+  window.fetch = function (...given) {
+    requests += 1;
+    return withPage.apply(this, given).finally(ended);
+  };
+  const withPage = async function (input, init) {
     const request = input instanceof Request ? input : null;
     const url = absolute(request ? request.url : input);
     const headers = new Headers(init?.headers ?? request?.headers);
@@ -149,7 +163,15 @@
   XMLHttpRequest.prototype.send = function (body) {
     const name = deployment();
     if (name && told.get(this) === false) this.setRequestHeader(HEADER, name);
-    return send.call(this, body);
+    requests += 1;
+    this.addEventListener("loadend", ended, { once: true });
+    try {
+      return send.call(this, body);
+    } catch (error) {
+      this.removeEventListener("loadend", ended);
+      ended();
+      throw error;
+    }
   };
 
   const Source = window.EventSource;
@@ -168,6 +190,10 @@
       const isNamed = isOurs(url) && deployment();
       if (isNamed) withAffinity(url).searchParams.set(RELOAD, "1");
       super(isNamed ? url : address, protocols);
+    }
+    send(data) {
+      if (data?.length !== 1) use(); // not Engine.IO's answer to a ping
+      return super.send(data);
     }
   };
 
@@ -189,4 +215,83 @@
     sends(this, null);
     return submit.call(this);
   };
+
+  // A tab that nobody uses asks now and then whether it is to move over: `--move-idle`. Only the page
+  // knows since when it is idle, and whether something would be lost. What it does not know for
+  // certain keeps it where it is.
+  const USES = "pointerdown pointermove wheel touchmove keydown scroll focus input change drop";
+  for (const name of [...USES.split(" "), "pageshow", "visibilitychange"])
+    addEventListener(name, use, { capture: true, passive: true });
+
+  // What was typed: element -> its content before, and the page that it was on. An element that is
+  // gone may have left what was typed in the app's state, until the page is another.
+  const typed = new Map();
+  const contentOf = (element) => {
+    if (element.isContentEditable) return element.textContent;
+    if (!["INPUT", "TEXTAREA", "SELECT"].includes(element.tagName)) return undefined; // not known
+    const options = [...(element.selectedOptions ?? [])].map(({ value }) => value);
+    return JSON.stringify([element.value, element.checked, options]);
+  };
+  const type = (element, content) => {
+    if (!typed.has(element)) typed.set(element, [content, location.pathname]);
+  };
+  let focused, before;
+  addEventListener(
+    "focus",
+    (event) => {
+      focused = event.composedPath()[0];
+      before = contentOf(focused);
+    },
+    true,
+  );
+  addEventListener(
+    "input",
+    (event) => {
+      const element = event.composedPath()[0];
+      type(element, element === focused ? before : undefined);
+    },
+    true,
+  );
+  addEventListener("blur", () => {
+    if (document.activeElement?.tagName === "IFRAME") type(document.activeElement);
+  });
+  let left; // the page with an element that is gone
+  const isTyped = () => {
+    for (const [element, [content, page]] of typed) {
+      const isSame = content !== undefined && contentOf(element) === content;
+      if (element.isConnected && !isSame) return true;
+      if (element.isConnected) continue;
+      typed.delete(element);
+      if (page === location.pathname) left = page;
+    }
+    return left === location.pathname;
+  };
+  const asksBeforeItIsLeft = () => {
+    const event = document.createEvent("BeforeUnloadEvent");
+    event.initEvent("beforeunload", false, true);
+    return !dispatchEvent(event) || event.returnValue !== "";
+  };
+  const isInUse = () =>
+    document.visibilityState !== "visible" ||
+    requests > 0 ||
+    isTyped() ||
+    [...document.querySelectorAll("audio, video")].some(({ paused }) => !paused);
+
+  let declined; // since when it was idle as it was to move and would not: it does not ask again
+  setInterval(async () => {
+    const since = usedAt;
+    const name = deployment();
+    // an address that names a version means it
+    if (isInUse() || since === declined || !name || !isOurs(absolute(location.href))) return;
+    try {
+      const idle = Math.floor((Date.now() - since) / 1000);
+      const options = { headers: { [HEADER]: name }, cache: "no-store" };
+      const answer = await fetch.call(window, `${MOVE}?idle=${idle}`, options);
+      if (!answer.ok || (await answer.json()).move !== true) return;
+      if (usedAt === since && !isInUse() && !asksBeforeItIsLeft()) location.reload();
+      else declined = since;
+    } catch {
+      // it asks again
+    }
+  }, MOVE_PAUSE);
 })();

@@ -201,9 +201,14 @@ class RailwayPlugin(ps.Plugin):
             cached = {"cache-control": "public, max-age=300"}
             return FileResponse(AFFINITY_SCRIPT, media_type="text/javascript", headers=cached)
 
+        async def stay(_: Request) -> JSONResponse:
+            # a router whose deployment's tabs move answers this itself
+            return JSONResponse({"move": False}, headers={"cache-control": "no-store"})
+
         for path, endpoint, method in (
             (contract.META_PATH, meta, "GET"),
             (contract.SCRIPT_PATH, script, "GET"),
+            (contract.MOVE_PATH, stay, "GET"),
             (contract.SESSIONS_PATH, sessions, "GET"),
             (contract.RELOAD_PATH, reload, "POST"),
         ):

@@ -44,7 +44,7 @@ from pulse_railway.flows.reachability import (
     wait_until_rendered,
 )
 from pulse_railway.flows.remove import evict
-from pulse_railway.flows.rollout import Steps, require_moves, require_steps, roll_out
+from pulse_railway.flows.rollout import Steps, moves_of, require_moves, require_steps, roll_out
 from pulse_railway.flows.signals import interruptible, shielded
 from pulse_railway.options import DeployOptions
 from pulse_railway.output import Output
@@ -303,6 +303,8 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
         with step(output, attempt, "ask the router"):  # a failure here saves the build
             stack = attempt.stack = take_lock(api, stack, plan.options, attempt, output)
             require_baseline(stack)
+            if plan.options.from_:
+                plan = replace(plan, options=with_image(api, stack, plan.options))
             check_router(api, stack, plan, attempt)
             plan = free_name(api, plan, stack, attempt, output)
             hosting = backend_settings.choose_hosting(api, stack, plan.options, output)
@@ -312,9 +314,6 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
             )
             if warning:
                 output.warn(warning)
-            if plan.options.from_:
-                image = images.find_image(api, stack, plan.options.from_)
-                plan = replace(plan, options=replace(plan.options, image=image))
         output.info(f"deployment {plan.deployment_id}")
         digest = None
         if plan.options.image_repository:
@@ -327,6 +326,7 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
             about = provenance.about(plan.app.context, plan.options.message)
             if plan.image:
                 about |= {"image": plan.image, **({"digest": digest} if digest else {})}
+                about["instances"] = str(plan.options.instances)
             facts = described(stack, plan, about, identity)
             plan = create_named(api, stack, plan, attempt, facts, output)
         with step(output, attempt, "build and start"):
@@ -394,11 +394,18 @@ def deploy(api: Api, target: Target, plan: Plan, output: Output) -> dict[str, An
     }
 
 
+def with_image(api: Api, stack: Stack, options: DeployOptions) -> DeployOptions:
+    """Return options with the image of `--from`, and its processes unless a number is given."""
+    image, count = images.find_image(api, stack, str(options.from_))
+    instances = count if options.keep_instances and count else options.instances
+    return replace(options, image=image, instances=instances)
+
+
 def check_router(api: Api, stack: Stack, plan: Plan, attempt: Attempt) -> None:
     """Raise Failure if the routing state, or the router's version, does not allow what is asked
     for. The state is read once, and only if something depends on it: Railway counts calls."""
     options = plan.options
-    moves = options.move_after is not None and options.promote
+    moves = moves_of(options) if options.promote else None
     if options.canary is None and not (moves or plan.preview_key or options.instances > 1):
         return
     state = router_commands.read_state(api, stack)
@@ -406,8 +413,7 @@ def check_router(api: Api, stack: Stack, plan: Plan, attempt: Attempt) -> None:
         check_canary(state, attempt)
     if plan.steps:
         require_steps(stack, state)
-    if moves:
-        require_moves(stack, state)
+    require_moves(stack, state, moves)
     if plan.preview_key:
         preview.require_previews(stack, state)
     if options.instances > 1:
@@ -610,7 +616,7 @@ def roll_out_new(
         began=lambda: setattr(attempt, "promoted", True),
         renew=attempt.renewal(LATE_LEASE + plan.steps.bake),
         why=plan.options.message,
-        move_after=plan.options.move_after,
+        moves=moves_of(plan.options),
     )
     attempt.drains = promoted.drains if promoted else None
     return baking
@@ -632,7 +638,7 @@ def promote_new(api: Api, stack: Stack, plan: Plan, attempt: Attempt, output: Ou
         weight=options.canary,
         bake=seconds,
         bake_latency_ms=options.bake_latency_ms,
-        move_after=options.move_after if options.canary is None else None,
+        moves=moves_of(options) if options.canary is None else None,
         why=options.message,
         unlock=unlock,
         renew=renew,

@@ -23,8 +23,9 @@ TIMEOUT = 10.0  # seconds
 LOCAL = ("localhost", "127.0.0.1")
 
 
-def find_image(api: Api, stack: Stack, deployment_id: str) -> str:
-    """Return the image of a deployment, which may be gone: by its digest if that is known.
+def find_image(api: Api, stack: Stack, deployment_id: str) -> tuple[str, int | None]:
+    """Return the image of a deployment, which may be gone: by its digest if that is known. And how
+    many processes the deployment ran; None if that is not known.
 
     Raises Failure for a deployment that was built from source, or is not in the history.
     """
@@ -35,19 +36,24 @@ def find_image(api: Api, stack: Stack, deployment_id: str) -> str:
             " was"
         )
     if image := facts.get("image"):
-        return pinned(image, facts.get("digest"))
+        variables = {contract.INSTANCES: facts.get("instances", "")}
+        if service := stack.backend(deployment_id):
+            variables = service.variables
+        count = contract.instances_of(variables) if service or "instances" in facts else None
+        return pinned(image, facts.get("digest")), count
     raise Failure(f"{deployment_id} was built from source: {again(deployment_id, facts)}")
 
 
 def facts_of(api: Api, stack: Stack) -> dict[str, dict[str, str]]:
-    """Return image, digest and commit of the deployments that the history names.
+    """Return image, digest, processes and commit of the deployments that the history names.
 
     The one that was promoted last comes last.
     """
     found: dict[str, dict[str, str]] = {}
+    keys = ("image", "digest", "instances", "commit")
     for entry in router_commands.read_history(api, stack):
         if name := entry.get("deployment_id"):
-            facts = {key: entry[key] for key in ("image", "digest", "commit") if entry.get(key)}
+            facts = {key: entry[key] for key in keys if entry.get(key)}
             before = found.pop(name, {}) if entry["what"] == "promote" else found.get(name, {})
             found[name] = before | facts
     return found

@@ -15,27 +15,28 @@ from pulse_railway.flows.reachability import (
     wait_until_reachable,
 )
 from pulse_railway.flows.remove import evict
-from pulse_railway.flows.rollout import require_moves, take_up
+from pulse_railway.flows.rollout import moves_of, require_moves, take_up
 from pulse_railway.flows.signals import interruptible
 from pulse_railway.options import PromoteOptions
 from pulse_railway.output import Output
 from pulse_railway.railway.api import Api
+from pulse_railway.router_commands import Moves
 from pulse_railway.stack import Stack, find_backend, joined, require_complete_answer
 
 
 def promote(api: Api, stack: Stack, options: PromoteOptions, output: Output) -> dict[str, Any]:
     """Make a running deployment the active one, or the canary; with `--bake`, then watch it."""
-    move_after = options.move_after if options.weight is None else None  # a canary drains nobody
+    moves = moves_of(options) if options.weight is None else None  # a canary drains nobody
     if options.continue_:
         require_complete_answer(stack)
         with interruptible():
             name, why = options.deployment_id, options.message
-            return take_up(api, stack, name, why, output, move_after)
+            return take_up(api, stack, name, why, output, moves)
     deployment_id = str(options.deployment_id)
     require_complete_answer(stack)
-    if move_after is not None:
+    if moves is not None:
         with output.step("ask the router whether it moves tabs over"):
-            require_moves(stack, router_commands.read_state(api, stack))
+            require_moves(stack, router_commands.read_state(api, stack), moves)
     if stack.backend(deployment_id) is None and not stack.unowned_backend(deployment_id):
         refuse_gone(api, stack, deployment_id)
     find_backend(stack, deployment_id)
@@ -53,7 +54,7 @@ def promote(api: Api, stack: Stack, options: PromoteOptions, output: Output) -> 
         weight=options.weight,
         bake=bake_seconds,
         bake_latency_ms=options.bake_latency_ms,
-        move_after=move_after,
+        moves=moves,
         why=options.message,
         force=options.force,
     )
@@ -79,7 +80,7 @@ def check_and_promote(
     weight: float | None = None,
     bake: int = 0,
     bake_latency_ms: int | None = None,
-    move_after: int | None = None,
+    moves: Moves | None = None,
     why: str | None = None,
     instead_of: str | None = None,
     force: bool = False,
@@ -90,7 +91,7 @@ def check_and_promote(
         weight: percent of new visitors, for a canary; None makes the deployment active.
         bake: seconds.
         bake_latency_ms: milliseconds after which a request counts as slow in it.
-        move_after: seconds until the tabs of the version that drains move over; None: they stay.
+        moves: when the tabs of the version that drains move over; None: they stay.
         instead_of: in a rollback, the deployment that is active.
         force: skip the check.
     """
@@ -110,7 +111,7 @@ def check_and_promote(
             weight=weight,
             bake=bake,
             bake_latency_ms=bake_latency_ms,
-            move_after=move_after,
+            moves=moves,
             why=why,
             instead_of=instead_of,
             rolls_back=bool(instead_of),
@@ -197,7 +198,7 @@ def rollback(
     stack: Stack,
     output: Output,
     why: str | None = None,
-    move_after: int | None = None,
+    moves: Moves | None = None,
 ) -> dict[str, Any]:
     """End the canary if there is one; else promote the last active deployment that still answers.
 
@@ -211,12 +212,11 @@ def rollback(
             "the routing state is lost, or an older one, and with it what was active before: run"
             " `pulse-railway restore`, then this again"
         )
-    if move_after is not None:
-        require_moves(stack, state)
+    require_moves(stack, state, moves)
     if canary := state["canary"]:
         name = canary["deployment_id"]
         with output.step(f"end the canary {name}"):
-            router_commands.send_abort_canary(api, stack, name, why, output.warn, move_after)
+            router_commands.send_abort_canary(api, stack, name, why, output.warn, moves)
         return {"deployment_id": state["active"], "ended": name, "address": stack.address}
     silent = None
     for name in rollback_targets(state, stack):
@@ -228,7 +228,7 @@ def rollback(
                 stack,
                 name,
                 output,
-                move_after=move_after,
+                moves=moves,
                 why=why,
                 instead_of=state["active"],
             )

@@ -15,9 +15,10 @@ from pulse_railway import router_commands
 from pulse_railway.errors import Failure
 from pulse_railway.flows.bake import bake, is_over
 from pulse_railway.flows.reachability import store_last_promoted, wait_until_active
+from pulse_railway.options import DeployOptions, RollbackOptions
 from pulse_railway.output import Output
 from pulse_railway.railway.api import Api
-from pulse_railway.router_commands import Promotion
+from pulse_railway.router_commands import Moves, Promotion
 from pulse_railway.stack import Stack, find_backend
 
 
@@ -49,12 +50,23 @@ def parse_steps(found: Any) -> Steps | None:
     return steps if weights and in_range and grows else None
 
 
-def require_moves(stack: Stack, state: dict[str, Any]) -> None:
-    """Raise Failure for a router whose version moves no tabs over."""
-    if not state.get("moves"):
+def moves_of(options: RollbackOptions | DeployOptions) -> Moves | None:
+    if options.move_after is None:
+        return None
+    return Moves(options.move_after, options.move_idle)
+
+
+def require_moves(stack: Stack, state: dict[str, Any], moves: Moves | None) -> None:
+    """Raise Failure for a router whose version does not move tabs over as asked."""
+    if moves is None:
+        return
+    known = state.get("moves")
+    if not known or (moves.idle and not (isinstance(known, list) and "idle" in known)):
+        tabs = "no idle tabs" if known else "no tabs"
+        flags = "--move-idle" if known else "--move, --move-after and --move-idle"
         raise Failure(
-            f"{stack.names.router} is of an earlier version, which moves no tabs over: run"
-            " `pulse-railway ensure`, or leave --move and --move-after out"
+            f"{stack.names.router} is of an earlier version, which moves {tabs} over: run"
+            f" `pulse-railway ensure`, or leave {flags} out"
         )
 
 
@@ -80,7 +92,7 @@ def roll_out(
     began: Callable[[], None] = lambda: None,
     renew: str | None = None,
     why: str | None = None,
-    move_after: int | None = None,
+    moves: Moves | None = None,
 ) -> tuple[dict[str, Any], Promotion | None]:
     """Give a deployment each of `weights`, with a bake, and promote it.
 
@@ -92,7 +104,7 @@ def roll_out(
         old: the deployment that is active.
         began: called after each weight was given.
         renew: HOLDER@SECONDS, as for `send_promote`.
-        move_after: of the promotion, as for `send_promote`.
+        moves: of the promotion, as for `send_promote`.
     """
     slow = steps.latency_ms is not None
     baking: dict[str, Any] = {}
@@ -129,7 +141,7 @@ def roll_out(
             deployment_id,
             service_name,
             instead_of=old,
-            move_after=move_after,
+            moves=moves,
             why=why,
             warn=output.warn,
         )
@@ -145,7 +157,7 @@ def take_up(
     deployment_id: str | None,
     why: str | None,
     output: Output,
-    move_after: int | None = None,
+    moves: Moves | None = None,
 ) -> dict[str, Any]:
     """Take up the steps of the present canary, and return the result of `promote`.
 
@@ -153,8 +165,7 @@ def take_up(
     """
     with output.step("ask the router which step it is at"):
         state = router_commands.read_state(api, stack)
-    if move_after is not None:
-        require_moves(stack, state)
+    require_moves(stack, state, moves)
     canary, old = state["canary"], state["active"]
     if not canary or not old:
         raise Failure("there is no canary whose steps could go on: `pulse-railway status` shows it")
@@ -183,7 +194,7 @@ def take_up(
         output,
         weights=left,
         why=why,
-        move_after=move_after,
+        moves=moves,
     )
     active = not is_over(baking)
     return {

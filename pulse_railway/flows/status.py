@@ -66,6 +66,7 @@ def status(api: Api, stack: Stack) -> dict[str, Any]:
                 "drain_started_at": record.get("drain_started_at"),
                 "moving_at": moving_at(record),
                 "moved": sum(moved_by(router, name) for router in routers),
+                "moved_idle": sum(moved_by(router, name, "moved_idle") for router in routers),
                 "sessions": record.get("sessions"),
                 "instances": 1 + len(record.get("instances") or {}),
                 "weight": record.get("weight"),
@@ -140,9 +141,10 @@ def moving_at(record: dict[str, Any]) -> float | None:
     return at if 0 <= at <= 1e11 else None
 
 
-def moved_by(report: dict[str, Any], deployment_id: str) -> int:
-    """Return how many client loaders of a deployment a router has told to move, by its report."""
-    moved = report.get("moved")
+def moved_by(report: dict[str, Any], deployment_id: str, key: str = "moved") -> int:
+    """Return how many client loaders of a deployment a router has told to move, by its report;
+    with the key `moved_idle`, how many idle tabs."""
+    moved = report.get(key)
     count = moved.get(deployment_id) if isinstance(moved, dict) else 0
     return max(count, 0) if type(count) is int else 0
 
