@@ -23,12 +23,6 @@ def test_two_deploys_of_the_example(
 ) -> None:
     """By ssh; `invoke demo --job` plays it by the janitor's way. Verbs and control commands that
     are started as they are for a user are in test_first_deploy."""
-
-    def run(stage: demo.Stage, *arguments: str) -> Any:
-        verb = pulse_railway(*arguments, "--json", env=stage.env)
-        assert verb.code == 0, verb.err
-        return verb.json
-
     monkeypatch.setattr(demo, "stage", forking_stage)
     monkeypatch.setattr(demo.Stage, "run", run)
     root = tmp_path.resolve()
@@ -39,9 +33,22 @@ def test_two_deploys_of_the_example(
     assert demo.processes_of(root) == []
 
 
-STAY = (
-    "import sys; from pathlib import Path; from examples import demo; demo.stay(Path(sys.argv[1]))"
-)
+STAY = """
+import sys
+from pathlib import Path
+from examples import demo
+from tests.conftest import forking_stage
+from tests.test_story import run
+demo.stage, demo.Stage.run = forking_stage, run
+demo.stay(Path(sys.argv[1]))
+"""
+
+
+def run(stage: demo.Stage, *arguments: str) -> Any:
+    """As demo.Stage.run, by a forked process."""
+    verb = pulse_railway(*arguments, "--json", env=stage.env)
+    assert verb.code == 0, verb.err
+    return verb.json
 
 
 @pytest.mark.story

@@ -7,7 +7,7 @@ import re
 import secrets
 import uuid
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -240,14 +240,15 @@ class State:
         data = {
             "api_port": self.api_port,
             "ssh_port": self.ssh_port,
-            "ssh_keys": [asdict(k) for k in self.ssh_keys],
-            "workspaces": [asdict(w) for w in self.workspaces],
-            "projects": [asdict(p) for p in self.projects],
-            "services": [asdict(s) for s in self.services],
-            "deployments": [asdict(_stored_form(d)) for d in self.deployments],
-            "tokens": [asdict(t) for t in self.tokens],
+            "ssh_keys": self.ssh_keys,
+            "workspaces": self.workspaces,
+            "projects": self.projects,
+            "services": self.services,
+            "deployments": [_stored_form(d) for d in self.deployments],
+            "tokens": self.tokens,
         }
-        write_private(self.path, json.dumps(data))  # much faster than `dump`, which is not in C
+        # `dumps` is in C, as `dump` is not; `asdict` would copy everything first
+        write_private(self.path, json.dumps(data, default=vars))
 
     # -- looking up ----------------------------------------------------------------------------
 

@@ -13,11 +13,14 @@ from typing import Any
 
 import graphql
 from graphql import (
+    DefinitionNode,
     DocumentNode,
     ExecutionResult,
     GraphQLError,
     GraphQLResolveInfo,
     GraphQLSchema,
+    OperationDefinitionNode,
+    OperationType,
     build_schema,
     default_field_resolver,
     parse,
@@ -55,10 +58,14 @@ def violations(compiled: GraphQLSchema, document: str) -> list[GraphQLError]:
     return validate(compiled, parsed(document))
 
 
+def _is_mutation(node: DefinitionNode) -> bool:
+    return isinstance(node, OperationDefinitionNode) and node.operation is OperationType.MUTATION
+
+
 async def execute(
     compiled: GraphQLSchema, caller: Caller, document: str, values: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """Carry out a document, save the state, and return the answer in the shape of Railway's.
+    """Carry out a document, save what a mutation changed, and return an answer as Railway's.
 
     Args:
         values: the document's variables.
@@ -74,7 +81,8 @@ async def execute(
             field_resolver=_resolve,
         )
         result = await done if inspect.isawaitable(done) else done
-    caller.state.save()
+        if any(_is_mutation(node) for node in parsed(document).definitions):
+            caller.state.save()
     answer: dict[str, Any] = {"data": result.data}
     if result.errors:
         answer["errors"] = [
