@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pulse_railway import contract
+from pulse_railway.apps import apps_in, listed
 from pulse_railway.errors import Failure
 from pulse_railway.output import Output
 from pulse_railway.railway import documents, tokens
@@ -117,7 +118,10 @@ def import_app(app: str | None, context: Path, variables: set[str] | None = None
     Raises Failure if there is no such file, or its import fails.
     """
     if not app:
-        raise Failure("which app? pass --app path/to/main.py, or set `app` in invoke.yaml")
+        raise Failure(
+            "which app? pass --app path/to/main.py, or set `app` in invoke.yaml"
+            f"{listed(apps_in(context))}"
+        )
     if not context.is_dir():
         raise Failure(f"the context {context} is not a folder: pass --context")
     file, _, variable = app.partition(":")

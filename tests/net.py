@@ -226,8 +226,8 @@ def listens(port: int) -> bool:
         return sock.connect_ex(("127.0.0.1", port)) == 0
 
 
-def eventually(check: Callable[[], object], seconds: float = 10) -> None:
-    """Wait until `check()` is true, at most `seconds`."""
+def eventually(check: Callable[[], object], seconds: float = 30) -> None:
+    """Wait until `check()` is true, at most `seconds`: on a busy machine all takes its time."""
     deadline = time.monotonic() + seconds
     while not check():
         assert time.monotonic() < deadline, "it did not become true"

@@ -105,7 +105,9 @@ def test_apps_that_cannot_be_deployed(railway: demo.Stage, app: Path) -> None:
         assert expected in line, (expected, line)
     (app / "main.py").write_text(source)
     assert "no app at" in fails(railway, "deploy", "elsewhere.py", cwd=app)
-    assert "which app?" in fails(railway, "deploy", cwd=app)
+    line = fails(railway, "deploy", cwd=app)
+    assert line.startswith("error: which app? pass --app path/to/main.py")
+    assert line.endswith("there are: main.py")
     assert "must be relative" in fails(railway, "deploy", str(app / "main.py"), cwd=app)
     # outside the context, by its path or by a link
     other = app.parent / "other"

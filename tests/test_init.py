@@ -10,10 +10,11 @@ import pytest
 from invoke.vendor import yaml
 
 from pulse_railway import __version__
+from pulse_railway.apps import app_variables
 from pulse_railway.build_context import ignored, missing_sources, secrets_in_image
 from pulse_railway.errors import Failure
 from pulse_railway.flows import init, project_files, project_layout
-from pulse_railway.flows.project_layout import app_variables, find_app, read_layout
+from pulse_railway.flows.project_layout import find_app, read_layout
 from pulse_railway.output import Output
 from pulse_railway.railway import upload
 from tests import projects

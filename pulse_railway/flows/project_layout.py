@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import re
 import tomllib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pulse_railway import config
-from pulse_railway.build_context import (
-    PRIVATE_FOLDERS,
-    SKIPPED_FOLDERS,
-    holds_secrets,
-    read_text,
-)
+from pulse_railway.apps import app_name, app_variables, apps_in, listed
+from pulse_railway.build_context import holds_secrets, read_text
 from pulse_railway.errors import Failure
 
 PYTHON_LOCKS = {"uv.lock": "uv", "requirements.txt": "pip"}
@@ -79,66 +73,15 @@ def find_app(app: str | None, folder: Path) -> str:
             raise Failure(f"no app at {folder / file}: pass --app path/to/main.py")
         file = config.inside(folder, file, "the app").as_posix()
         variables = [variable] if variable else app_variables(folder / file)
-        return _named(file, variables[0] if len(variables) == 1 else "app")
-    candidates = [
-        _named(path.relative_to(folder).as_posix(), variable)
-        for path in _python_files(folder)
-        for variable in app_variables(path)
-    ]
+        return app_name(file, variables[0] if len(variables) == 1 else "app")
+    candidates = apps_in(folder)
     if len(candidates) != 1:
-        listed = f"; there are: {', '.join(candidates)}" if candidates else ""
         more = "" if candidates else ". `pulse-railway init --new` writes a small one"
         raise Failure(
-            f"which app? pass --app path/to/main.py, a file that makes a ps.App{listed}{more}"
+            "which app? pass --app path/to/main.py, a file that makes a ps.App"
+            f"{listed(candidates)}{more}"
         )
     return candidates[0]
-
-
-def _named(file: str, variable: str) -> str:
-    return file if variable == "app" else f"{file}:{variable}"
-
-
-def _python_files(folder: Path) -> Iterator[Path]:
-    """Yield the Python files of a project, down to three folders below it, tests left out."""
-    for parent, folders, files in os.walk(folder):
-        depth = len(Path(parent).relative_to(folder).parts)
-        skipped = (*PRIVATE_FOLDERS, *SKIPPED_FOLDERS, "tests", "site-packages")
-        folders[:] = sorted(
-            name for name in folders if depth < 3 and name[0] != "." and name not in skipped
-        )
-        yield from (Path(parent) / name for name in sorted(files) if name.endswith(".py"))
-
-
-def app_variables(path: Path) -> list[str]:
-    """Return the variables that a module sets to a `pulse.App(...)`, without importing it."""
-    try:
-        tree = ast.parse(path.read_bytes())
-    except (OSError, ValueError, SyntaxError):
-        return []
-    modules: set[str] = set()
-    classes: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            modules |= {a.asname or a.name for a in node.names if a.name == "pulse"}
-        elif isinstance(node, ast.ImportFrom) and node.module == "pulse":
-            classes |= {a.asname or a.name for a in node.names if a.name == "App"}
-    found = []
-    for statement in tree.body:
-        if not isinstance(statement, ast.Assign | ast.AnnAssign):
-            continue
-        call = statement.value
-        if not isinstance(call, ast.Call):
-            continue
-        made = call.func
-        is_app = (isinstance(made, ast.Name) and made.id in classes) or (
-            isinstance(made, ast.Attribute)
-            and made.attr == "App"
-            and isinstance(made.value, ast.Name)
-            and made.value.id in modules
-        )
-        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-        found += [t.id for t in targets if is_app and isinstance(t, ast.Name)]
-    return found
 
 
 def read_layout(app: str, folder: Path, warn: Any) -> Layout:
@@ -186,7 +129,9 @@ def read_layout(app: str, folder: Path, warn: Any) -> Layout:
         folder=folder,
         context=context,
         repository=repository,
-        app=_named((folder / file).relative_to(context).as_posix(), app.partition(":")[2] or "app"),
+        app=app_name(
+            (folder / file).relative_to(context).as_posix(), app.partition(":")[2] or "app"
+        ),
         web_root=web_root,
         python=python,
         node=node,
