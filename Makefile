@@ -30,13 +30,14 @@ bench: .venv/ready         ## the router beside its peers
 	@$(INVOKE) bench
 
 # With extras: an older pip does not find that `coverage[toml]` is what `coverage==...` pins.
+# runtime.lock is resolved by itself: the image has no Pulse, which holds Starlette back.
 lock: .venv/ready          ## resolve the dependencies anew
 	@$(PY) -m pip install -q uv
 	@.venv/bin/uv pip compile pyproject.toml --extra local --group dev --universal \
 		--python-version 3.12 --generate-hashes --no-strip-extras --no-header -q -U -o requirements.lock
 	@cat router.py control.py janitor.py tracing.py | sed -n 's/^#   "\(.*\)",$$/\1/p' | sort -u | .venv/bin/uv pip compile - \
-		-c requirements.lock --universal --python-version 3.12 --generate-hashes \
-		--no-strip-extras --no-header --no-annotate -q -o runtime.lock
+		--universal --python-version 3.12 --generate-hashes \
+		--no-strip-extras --no-header --no-annotate -q -U -o runtime.lock
 
 .venv/ready: requirements.lock pyproject.toml
 	@test -n "$(firstword $(PYTHON))" || { echo "Python 3.12 or newer is needed" >&2; exit 1; }

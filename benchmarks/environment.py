@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import subprocess
 import sys
 from pathlib import Path
@@ -27,3 +28,10 @@ def python(name: str, *requirements: str) -> Path:
             )
             ready.write_text(text)
     return executable
+
+
+def runtime() -> Path:
+    """Return the Python of an environment with the packages of the runtime image."""
+    lock = ROOT / "runtime.lock"
+    name = f"runtime-{hashlib.sha256(lock.read_bytes()).hexdigest()[:12]}"
+    return python(name, "--no-deps", "--require-hashes", "-r", str(lock))

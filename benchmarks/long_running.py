@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -141,9 +140,7 @@ def image(store: str, folder: Path) -> dict[str, float]:
 
     All is compiled, as in the image.
     """
-    lock = servers.ROOT / "runtime.lock"
-    name = f"runtime-{hashlib.sha256(lock.read_bytes()).hexdigest()[:12]}"
-    python = environment.python(name, "--no-deps", "--require-hashes", "-r", str(lock))
+    python = environment.runtime()
     packages = next((python.parent.parent / "lib").glob("python*/site-packages"))
     for script in runtime_image.SCRIPTS:
         shutil.copy(servers.ROOT / script, folder)

@@ -1,11 +1,10 @@
-"""router.py as its image has it: with the newest libraries that its script metadata allows.
+"""router.py as its image has it: with the libraries of runtime.lock.
 
-The other tests run it with the locked ones, where pulse-framework holds Starlette back.
+The other tests run it with those of requirements.lock, where pulse-framework holds Starlette back.
 """
 
 from __future__ import annotations
 
-import re
 import subprocess
 from pathlib import Path
 
@@ -29,15 +28,13 @@ from tests.test_router_table import (  # noqa: F401
 )
 from tests.test_tunnel import echo, test_messages_of_every_size  # noqa: F401
 
-WANTED = re.findall(r'^#   "(.+)",$', (ROOT / "router.py").read_text(), re.M)
-
 
 @pytest.fixture
 def router_python() -> Path:
-    return environment.python("newest", *WANTED)
+    return environment.runtime()
 
 
-def test_starlette_is_newer_than_the_one_pulse_pins(router_python: Path) -> None:
+def test_the_router_here_runs_on_the_starlette_of_the_image(router_python: Path) -> None:
     ask = "import importlib.metadata as m; print(m.version('starlette'))"
     said = subprocess.run([router_python, "-c", ask], capture_output=True, text=True, check=True)
-    assert int(said.stdout.split(".")[0]) >= 1
+    assert f"starlette=={said.stdout.strip()} " in (ROOT / "runtime.lock").read_text()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -25,10 +24,7 @@ DOCKERFILE = ROOT / "Dockerfile.router"
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The environment that Dockerfile.router makes, and its /app, which cannot be written."""
-    lock = ROOT / "runtime.lock"
-    digest = hashlib.sha256(lock.read_bytes()).hexdigest()[:12]
-    options = ["--no-deps", "--require-hashes", "-r", str(lock)]
-    python = environment.python(f"runtime-{digest}", *options)
+    python = environment.runtime()
     app = tmp_path_factory.mktemp("app")
     for name in runtime_image.SCRIPTS:
         shutil.copy(ROOT / name, app)
