@@ -20,7 +20,7 @@ demo-once: .venv/ready     ## the same without staying, with a second deploy
 test: .venv/ready .venv/browser .venv/linter  ## lint, then all tests
 	@$(INVOKE) lint test
 
-lint: .venv/ready          ## ruff and mypy, strict
+lint: .venv/ready          ## ruff, mypy (strict) and zizmor
 	@$(INVOKE) lint
 
 docs: .venv/ready          ## the site, into site/

@@ -1,9 +1,11 @@
-"""The workflows, this repository's and the one that `init` writes, pass actionlint."""
+"""This repository's workflows and those that `init` writes pass linters, and pin what they use."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,18 +34,78 @@ def lint(*paths: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.skipif(not LINTER.exists() or not shutil.which("node"), reason="npm is not installed")
-def test_workflows_pass_a_linter(tmp_path: Path) -> None:
-    written = []
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """What `init` writes for each layout of a project."""
+    top = tmp_path_factory.mktemp("written")
+    folder = top / ".github" / "workflows"
+    folder.mkdir(parents=True)
     for name in LAYOUTS:
-        written.append(tmp_path / f"{name}.yml")
-        text = workflow(make(name, tmp_path / name))
-        written[-1].write_text(text)
+        (folder / f"{name}.yml").write_text(workflow(make(name, top / name)))
+    return sorted(folder.iterdir())
+
+
+@pytest.mark.skipif(not LINTER.exists() or not shutil.which("node"), reason="npm is not installed")
+def test_workflows_pass_a_linter(tmp_path: Path, written: list[Path]) -> None:
     done = lint(*OURS, *written)
     assert done.returncode == 0, done.stdout
     bad = tmp_path / "bad.yml"
-    bad.write_text(text.replace("runs-on: ubuntu-latest", "runs-in: ubuntu-latest"))
+    bad.write_text(
+        written[0].read_text().replace("runs-on: ubuntu-latest", "runs-in: ubuntu-latest")
+    )
     assert lint(bad).returncode == 1
+
+
+def test_workflows_pass_a_security_linter(tmp_path: Path, written: list[Path]) -> None:
+    """`invoke lint` asks it of ours."""
+    unpinned = tmp_path / "unpinned.yml"
+    unpinned.write_text(re.sub(r"@[0-9a-f]{40}", "@v6", written[0].read_text()))
+    zizmor = shutil.which("zizmor", path=str(Path(sys.executable).parent))
+    assert zizmor, "make .venv/ready installs it"
+    command = [zizmor, "--offline", "--no-progress", "--min-severity", "medium"]
+    done = subprocess.run([*command, *map(str, written)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    done = subprocess.run([*command, str(unpinned)], capture_output=True, text=True)
+    assert "unpinned-uses" in done.stdout
+
+
+def test_actions_are_pinned_to_the_same_commit_everywhere(written: list[Path]) -> None:
+    """A tag can be moved to other code, which would have the secrets."""
+    pins: dict[str, set[str]] = {}
+    for path in [*OURS, *written, *sorted((ROOT / "docs").glob("*.md"))]:
+        for line in re.findall(r"^ *- (?:&\S+ )?uses: (.+)$", path.read_text(), re.M):
+            assert re.fullmatch(r"[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", line), (path, line)
+            pins.setdefault(line.split("@")[0], set()).add(line)
+    assert len(pins) > 5
+    assert all(len(lines) == 1 for lines in pins.values()), pins
+
+
+def test_nothing_is_installed_beside_a_publishing_token() -> None:
+    jobs = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text())["jobs"]
+    publishing = [job for job in jobs.values() if "id-token" in job.get("permissions", {})]
+    assert publishing
+    assert all("run" not in step for job in publishing for step in job["steps"])
+
+
+def test_unpinned_packages_are_installed_in_no_workflow(written: list[Path]) -> None:
+    for path in [*OURS, *written, ROOT / "docs/ci.md"]:
+        for words in re.findall(
+            r"(?:npm install -g|pip install) (.+?)(?: &&|$)", path.read_text(), re.M
+        ):
+            assert re.fullmatch(r"@railway/cli@\d+\.\d+\.\d+|-r \S+", words), (path, words)
+
+
+def test_the_image_of_a_release_says_what_it_is_made_of() -> None:
+    text = (ROOT / ".github/workflows/release.yml").read_text()
+    assert "--sbom=true --provenance=mode=max" in text
+    bases = re.findall(r"^FROM (\S+)", (ROOT / "Dockerfile.router").read_text(), re.M)
+    assert len(set(bases)) == 1
+    assert re.fullmatch(r"python:3\.\d+-slim@sha256:[0-9a-f]{64}", bases[0])
+
+
+def test_a_bot_keeps_current_what_is_pinned() -> None:
+    updates = yaml.safe_load((ROOT / ".github/dependabot.yml").read_text())["updates"]
+    assert {u["package-ecosystem"] for u in updates} == {"github-actions", "docker", "pip"}
 
 
 def test_workflows_do_what_is_done_here() -> None:
@@ -60,4 +122,4 @@ def test_hooks_ask_what_lint_asks() -> None:
     lint_task = (ROOT / "tasks.py").read_text()
     for entry in entries:
         assert entry.replace(" --force-exclude", "").split()[0] in lint_task
-    assert [entry.split()[0] for entry in entries] == ["ruff", "ruff", "mypy"]
+    assert [entry.split()[0] for entry in entries] == ["ruff", "ruff", "mypy", "zizmor"]

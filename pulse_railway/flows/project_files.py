@@ -275,6 +275,14 @@ SSH_KEY = """\
 """
 
 
+# Actions by commit: a tag can be moved to other code, which would have the secrets.
+CHECKOUT = "actions/checkout@d23441a48e516b6c34aea4fa41551a30e30af803 # v6.1.0"
+SETUP_NODE = "actions/setup-node@249970729cb0ef3589644e2896645e5dc5ba9c38 # v6.5.0"
+SETUP_PYTHON = "actions/setup-python@ece7cb06caefa5fff74198d8649806c4678c61a1 # v6.3.0"
+SETUP_UV = "astral-sh/setup-uv@37802adc94f370d6bfd71619e3f0bf239e1f3b78 # v7.6.0"
+RAILWAY_CLI = "@railway/cli@5.63.1"
+
+
 def workflow(layout: Layout) -> str:
     """Return the GitHub workflow that deploys what is pushed."""
     top = layout.repository or layout.context
@@ -282,12 +290,12 @@ def workflow(layout: Layout) -> str:
     folder = f"    defaults:\n      run:\n        working-directory: {at}\n" if at != "." else ""
     if layout.python.tool == "uv":
         member = f" --package {layout.member}" if layout.member else ""
-        setup = "      - uses: astral-sh/setup-uv@v7\n"
+        setup = f"      - uses: {SETUP_UV}\n"
         install, run = f"uv sync --locked{member}", "uv run --no-sync pulse-railway"
     else:
         source = Path(os.path.relpath(layout.python.folder, layout.folder)) / "requirements.txt"
         version = f'        with:\n          python-version: "{layout.python_version}"\n'
-        setup = f"      - uses: actions/setup-python@v6\n{version}"
+        setup = f"      - uses: {SETUP_PYTHON}\n{version}"
         install, run = f"pip install -r {source.as_posix()}", "pulse-railway"
     return f"""\
 # Deploys what is pushed. The secret RAILWAY_TOKEN, a project token, is in the environment
@@ -305,11 +313,13 @@ jobs:
     runs-on: ubuntu-latest
     environment: production
 {folder}    steps:
-      - uses: actions/checkout@v5
-{setup}      - uses: actions/setup-node@v5
+      - uses: {CHECKOUT}
+        with:
+          persist-credentials: false
+{setup}      - uses: {SETUP_NODE}
         with:
           node-version: "22"
-      - run: npm install -g @railway/cli
+      - run: npm install -g {RAILWAY_CLI}
       - run: {install}
       - run: {run} deploy --control job
         env:
