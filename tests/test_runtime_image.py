@@ -60,6 +60,20 @@ def test_the_version_covers_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyP
     runtime_image.runtime_version.cache_clear()
 
 
+def test_the_licences_of_what_ships_are_listed(image: tuple[Path, Path]) -> None:
+    ask = (
+        "import importlib.metadata as m, json; print(json.dumps({d.name: "
+        "d.metadata.get('License-Expression') or d.metadata.get('License')"
+        " for d in m.distributions()}))"
+    )
+    said = subprocess.run([image[0], "-c", ask], capture_output=True, text=True, check=True)
+    metadata = {k.lower().replace("_", "-"): v for k, v in json.loads(said.stdout).items()}
+    text = (ROOT / "docs/what-ships.md").read_text().split("## Licences")[1]
+    listed = dict(re.findall(r"^\| `(\S+)` \| (.+) \|$", text, re.M))
+    shipped = re.findall(r"^([a-z0-9-]+)==", (ROOT / "runtime.lock").read_text(), re.M)
+    assert listed == {name: metadata[name] for name in shipped}
+
+
 def test_the_router_starts_on_it(image: tuple[Path, Path], redis_server: Redis) -> None:
     python, app = image
     redis_server.deployment("a", "http://127.0.0.1:9")
