@@ -171,7 +171,9 @@ def run(site: Site, start: Start, sources: Path) -> Callable[[str], Process]:
         python, source, path = versions[version]
         env = {**site.env, "PORT": str(port), "HOST": "127.0.0.1"}
         env |= {"RAILWAY_LOCAL_HOSTS": str(site.hosts), "PYTHONPATH": ":".join(map(str, path))}
-        process = start([python, "-P", "-c", source], port, env)
+        ours = python == sys.executable
+        command = [python, "-c", source] if ours else [python, "-P", "-c", source]
+        process = start(command, port, env, forked=ours)
         eventually(lambda: ask(port, "/healthz").status == 200)
         return process
 

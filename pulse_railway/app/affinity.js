@@ -15,7 +15,8 @@
   const TARGET = "x-pulse-client-loader-location"; // the page that Pulse's client loader is for
   const RELOAD = "pulse_reload_on_stale_affinity";
   const MOVE = "/_pulse/railway/move";
-  const MOVE_PAUSE = 120_000; // ms between two questions whether the tab moves over
+  const MOVE_PAUSE = 120_000; // ms between two questions whether the tab moves over, at least
+  const MOST_PAUSE = 600_000; // ms, of a tab that has long been idle; before, a quarter of that time
   const PAUSES = [300, 1000, 2000]; // ms, before a navigation that met no deployment asks again
   const DIRECTIVES = "__PULSE_DIRECTIVES"; // where Pulse's client keeps what the server told the page
 
@@ -278,13 +279,16 @@
     [...document.querySelectorAll("audio, video")].some(({ paused }) => !paused);
 
   let declined; // since when it was idle as it was to move and would not: it does not ask again
+  let askedAt = 0;
   setInterval(async () => {
     const since = usedAt;
     const name = deployment();
     // an address that names a version means it
     if (isInUse() || since === declined || !name || !isOurs(absolute(location.href))) return;
+    const idle = Math.floor((Date.now() - since) / 1000);
+    if (Date.now() - askedAt < Math.min(idle * 250, MOST_PAUSE)) return;
+    askedAt = Date.now();
     try {
-      const idle = Math.floor((Date.now() - since) / 1000);
       const options = { headers: { [HEADER]: name }, cache: "no-store" };
       const answer = await fetch.call(window, `${MOVE}?idle=${idle}`, options);
       if (!answer.ok || (await answer.json()).move !== true) return;
