@@ -13,6 +13,7 @@ OTHER_COMMANDS = {
     "serve": "Run the app as its container's first process.",
     "janitor": "`janitor run`: remove drained deployments.",
 }
+ID_VERBS = ("promote", "redeploy", "delete", "logs", "restore")  # an id by itself is theirs
 GROUPS = {group: [task.name for task in verbs] for group, verbs in tasks.GROUPS.items()}
 GROUPS["inside the containers"] += OTHER_COMMANDS
 
@@ -36,7 +37,7 @@ def usage(verb: str) -> str:
     verb_flags = flags(verb)
     positional = [flag.value for flag in verb_flags if flag.positional]
     if not positional and FLAGS["app"] in verb_flags:
-        positional = ["[FILE]"]
+        positional = ["[ID]", "[FILE]"] if verb in ID_VERBS else ["[FILE]"]
     return " ".join(["pulse-railway", verb, *positional, "[flags]"])
 
 
@@ -56,7 +57,9 @@ def overview() -> str:
 
 def verb_help(verb: str) -> str:
     lines = [f"Usage: {usage(verb)}", "", inspect.getdoc(tasks.ns[verb]) or "", ""]
-    if "[FILE]" in usage(verb):
+    if verb in ID_VERBS:
+        lines.append("ID by itself is --deployment-id; FILE is a path, and is --app.")
+    elif "[FILE]" in usage(verb):
         lines.append("FILE by itself is --app.")
     lines += [_entry(flag.usage, flag.text, 34) for flag in flags(verb) if not flag.positional]
     return "\n".join(lines)

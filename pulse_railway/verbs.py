@@ -104,14 +104,14 @@ def warn_of_unknown(name: str) -> None:
 def run_verb(verb: Callable[..., None], parser: str, flags: Mapping[str, Any]) -> dict[str, Any]:
     """Call a verb and return its result, the object that --json prints.
 
-    An error that the user can correct is raised as Exit with one line and status 1; with --json an
-    object is printed too.
+    An error that the user can correct is raised as Exit with one line and status 1, or 2 if
+    a flag is missing; with --json an object is printed too.
     """
     import httpx
 
     from pulse_railway import options
     from pulse_railway.advice import pasteable
-    from pulse_railway.errors import Failure, Interrupted, redact
+    from pulse_railway.errors import Failure, Interrupted, UsageError, redact
     from pulse_railway.flows.signals import interruptible
     from pulse_railway.output import Output, printable, silence_stdout
 
@@ -124,14 +124,15 @@ def run_verb(verb: Callable[..., None], parser: str, flags: Mapping[str, Any]) -
         with contextlib.suppress(OSError):  # stdout may be what has failed
             output.failure(message)
         message = printable(message)
-        return Exit(f"error: {message}" if code == 1 else message, code)
+        return Exit(f"error: {message}" if code in (1, 2) else message, code)
 
     try:
         load_dotenv()
         with interruptible():
             verb(getattr(options, parser)(flags, output), output)
     except Failure as failure:
-        raise end(redact(str(failure)), 1) from None
+        code = 2 if isinstance(failure, UsageError) else 1
+        raise end(redact(str(failure)), code) from None
     except KeyboardInterrupt:
         raise end("interrupted", 128 + signal.SIGINT) from None
     except Interrupted as interrupted:

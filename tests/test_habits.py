@@ -193,8 +193,6 @@ def test_help_is_about_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
             assert (flag.value if flag.positional else f"  {flag.option}") in printed
     cli.main(["help", "maintenance"])
     assert "pulse-railway maintenance on|off [flags]" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="did you mean deploy"):
-        cli.main(["help", "deplot"])
 
 
 def test_a_zero_overrides_the_configuration() -> None:

@@ -1,0 +1,95 @@
+"""What the console script makes of the words on its command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pulse_railway import cli
+
+WRONG = [
+    (["depoy", "main.py"], "no verb depoy; did you mean deploy?"),
+    (["help", "deplot"], "no verb deplot; did you mean deploy?"),
+    (["--verison"], "no flag --verison; did you mean --version?"),
+    (["-z"], "no flag -z"),
+    (
+        ["deploy", "--enviroment", "x"],
+        "no flag --enviroment of deploy; did you mean --environment?",
+    ),
+    (["deploy", "--enviroment=x"], "no flag --enviroment of deploy; did you mean --environment?"),
+    (["status", "--canary", "5"], "no flag --canary of status"),
+    (["status", "-x"], "no flag -x of status"),
+    (["deploy", "--canary"], "--canary takes a value: --canary PERCENT[,PERCENT]"),
+    (["deploy", "--canary", "--bake", "5"], "--canary takes a value: --canary PERCENT[,PERCENT]"),
+    (["local", "--dir"], "--dir takes a value"),
+    (["status", "--watch=yes"], "--watch takes no value"),
+    (["status", "a.py", "b.py"], "status takes one FILE: what is b.py?"),
+    (["image", "x"], "image takes flags only: what is x?"),
+    (["maintenance", "on", "off"], "maintenance takes one on|off: what is off?"),
+    (["maintenance"], "which? `pulse-railway maintenance on|off`"),
+    (["remove"], "which deployment? pass --deployment-name"),
+    (["delete"], "which deployment? pass its id; `status` lists them"),
+    (["promote"], "which deployment? pass its id; `status` lists them"),
+    (["image"], "which repository? pass --repository"),
+    (["janitor"], "no command of janitor: `pulse-railway janitor run`"),
+    (["promote", "Prod_1"], "Prod_1 is no deployment's id and no app's file"),
+    (["promote", "a", "b"], "promote takes one ID: what is b?"),
+    (["promote", "a", "--deployment-id", "b"], "promote takes one ID: what is b?"),
+    (["rollback", "prod-1"], "rollback takes no ID: `pulse-railway promote prod-1`"),
+    (["-e", "deploy", "main.py"], "the command line is not understood"),
+]
+
+
+@pytest.mark.parametrize(("words", "said"), WRONG, ids=lambda value: " ".join(value)[:40])
+def test_wrong_words_are_one_line_and_status_2(
+    words: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out) == (2, "")
+    assert err.startswith(f"error: {said}")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [["depoy"], ["status", "--wach"], ["delete"]])
+def test_with_json_wrong_words_are_an_object(
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*words, "--json"])
+    out, err = capsys.readouterr()
+    assert ended.value.code == 2
+    assert err == f"error: {json.loads(out)['error']}\n"
+
+
+@pytest.mark.parametrize("verb", ["promote", "delete", "redeploy", "logs", "restore"])
+def test_a_bare_id_is_the_deployment_and_a_path_is_the_app(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "app").touch()
+    for app in ("main.py", "main.py:site", "web/main", "app"):
+        assert cli.rewrite([verb, app, "prod-261101-120000"]) == [
+            *(verb, "--app", app, "--deployment-id", "prod-261101-120000")
+        ]
+        assert cli.rewrite([verb, "prod-1", app]) == [
+            *(verb, "--deployment-id", "prod-1", "--app", app)
+        ]
+
+
+def test_a_bare_word_of_other_verbs_is_the_app() -> None:
+    assert cli.rewrite(["deploy", "main"]) == ["deploy", "--app", "main"]
+    assert cli.rewrite(["status", "--message=-x", "main.py"][::2]) == ["status", "--app", "main.py"]
+    assert cli.rewrite(["deploy", "--message", "-fix"]) == ["deploy", "--message=-fix"]
