@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,10 +41,13 @@ def verb(flags: list[str], parser: str) -> Callable[[Callable[..., None]], Task[
         @functools.wraps(function)
         def body(*args: Any, **kwargs: Any) -> dict[str, Any]:
             bound = signature.bind(*args, **kwargs)  # TypeError for an unknown argument
+            given = bound.arguments.keys() - {"c"}
+            if given == {*flags}:  # Invoke's parser passes all, whether they were given or not
+                given = set()
             bound.apply_defaults()
             context = bound.arguments.pop("c")
             advice.remember(function.__name__, bound.arguments)
-            return run_verb(function, parser, with_defaults(context, bound.arguments))
+            return run_verb(function, parser, with_defaults(context, bound.arguments, given))
 
         parameter = inspect.Parameter
         kind = parameter.POSITIONAL_OR_KEYWORD
@@ -66,10 +69,12 @@ def verb(flags: list[str], parser: str) -> Callable[[Callable[..., None]], Task[
     return decorate
 
 
-def with_defaults(context: Context, flags: Mapping[str, Any]) -> dict[str, Any]:
+def with_defaults(
+    context: Context, flags: Mapping[str, Any], given: Set[str] = frozenset()
+) -> dict[str, Any]:
     """Return the flags, with those that were not given from the project's Invoke configuration.
 
-    Raises Exit if the configuration's section is invalid.
+    A flag in `given` has its value from a caller in Python, which counts unless it is None. Raises Exit if the configuration's section is invalid.
     """
     configured = context.config.get("pulse_railway") or {}
     if not isinstance(configured, Mapping | DataProxy):
@@ -88,7 +93,9 @@ def with_defaults(context: Context, flags: Mapping[str, Any]) -> dict[str, Any]:
     for name in sorted(defaults.keys() - FLAGS.keys()):
         warn_of_unknown(name)
     return {
-        name: defaults.get(name, value) if value is None or value is False or value == [] else value
+        name: defaults.get(name, value)
+        if value is None or (name not in given and (value is False or value == []))
+        else value
         for name, value in flags.items()
     }
 

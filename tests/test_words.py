@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from invoke.config import Config
+from invoke.context import Context
+from invoke.exceptions import Exit
 
-from pulse_railway import cli
+from pulse_railway import cli, router_commands, tasks, verbs
+from pulse_railway.config import Names, Target
+from pulse_railway.output import Output
+from pulse_railway.stack import Service, Stack
 
 WRONG = [
     (["depoy", "main.py"], "no verb depoy; did you mean deploy?"),
@@ -93,3 +102,47 @@ def test_a_bare_word_of_other_verbs_is_the_app() -> None:
     assert cli.rewrite(["deploy", "main"]) == ["deploy", "--app", "main"]
     assert cli.rewrite(["status", "--message=-x", "main.py"][::2]) == ["status", "--app", "main.py"]
     assert cli.rewrite(["deploy", "--message", "-fix"]) == ["deploy", "--message=-fix"]
+
+
+class Spinner(Output):
+    """Output that knows whether a step, which has a spinner on a terminal, is under way."""
+
+    steps = 0
+
+    @contextlib.contextmanager
+    def step(self, title: str) -> Iterator[None]:
+        Spinner.steps += 1
+        try:
+            yield
+        finally:
+            Spinner.steps -= 1
+
+
+def test_delete_asks_after_it_has_looked_and_outside_a_step(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+    there = Service("i", "", "a", "2026-01-01T00:00:00Z", None, {}, [], None, None, {})
+    there.variables.update({"PULSE_DEPLOYMENT_ID": "there"})
+    stack = Stack(Target("p", "e"), Names(), {"a": there})
+
+    def ask(question: str) -> bool:
+        assert not Spinner.steps
+        asked.append(question)
+        return False
+
+    def read_state(*_: Any, **__: Any) -> dict[str, Any]:
+        assert Spinner.steps
+        return {"deployments": [{"deployment_id": "record"}]}
+
+    monkeypatch.setattr("pulse_railway.output.Output", Spinner)
+    monkeypatch.setattr(verbs, "ask", ask)
+    monkeypatch.setattr(tasks, "_stack", lambda *_, **__: (None, stack))
+    monkeypatch.setattr(router_commands, "read_state", read_state)
+    for name in ("there", "record"):
+        with pytest.raises(Exit, match="not done"):
+            tasks.delete(Context(Config()), deployment_id=name)
+    assert asked == ["delete deployment there?", "delete deployment record?"]
+    with pytest.raises(Exit, match="gone"):
+        tasks.delete(Context(Config()), deployment_id="gone")
+    assert len(asked) == 2
