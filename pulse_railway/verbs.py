@@ -74,7 +74,8 @@ def with_defaults(
 ) -> dict[str, Any]:
     """Return the flags, with those that were not given from the project's Invoke configuration.
 
-    A flag in `given` has its value from a caller in Python, which counts unless it is None. Raises Exit if the configuration's section is invalid.
+    A flag in `given` has its value from a caller in Python, which counts unless it is None.
+    Raises Exit if the configuration's section is invalid.
     """
     configured = context.config.get("pulse_railway") or {}
     if not isinstance(configured, Mapping | DataProxy):

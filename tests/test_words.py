@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import pty
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,12 @@ import pytest
 from invoke.config import Config
 from invoke.context import Context
 from invoke.exceptions import Exit
+from rich.text import Text
 
-from pulse_railway import cli, router_commands, tasks, verbs
+from pulse_railway import cli, rendering, router_commands, tasks, verbs
 from pulse_railway.config import Names, Target
-from pulse_railway.output import Output
+from pulse_railway.flows.watch import History
+from pulse_railway.output import Output, console
 from pulse_railway.stack import Service, Stack
 
 WRONG = [
@@ -146,3 +150,58 @@ def test_delete_asks_after_it_has_looked_and_outside_a_step(
     with pytest.raises(Exit, match="gone"):
         tasks.delete(Context(Config()), deployment_id="gone")
     assert len(asked) == 2
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_ids_are_whole_on_a_narrow_terminal(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(rendering, "stdout", lambda: console(width=width))
+    first, second = "prod-feature-1-261128-11", "prod-feature-2-261128-12"
+    row = {"state": "draining", "weight": None, "moving_at": None, "instances": 4}
+    row |= {"railway": "SUCCESS", "region": "us-west2", "rolled_back": True, "sessions": 12}
+    row |= {"age_seconds": 90_000, "about": {"message": "Fix the cart of all users", "by": "ada"}}
+    rows = [row | {"deployment_id": name} for name in (first, second)]
+    rates = History()
+    rates.add({"deployments": rows, "routers": []}, 1.0)
+    for history in (None, rates):
+        for part in rendering.deployments(rows, history):
+            console(width=width).print(part, soft_wrap=isinstance(part, Text))
+    entry = {"at": 5, "what": "promote", "deployment_id": first, "active": second, "by": "ada@x"}
+    rendering.show_history([entry | {"why": "Fix the cart of all users, again", "commit": "1" * 9}])
+    printed = capsys.readouterr().out
+    assert (printed.count(first), printed.count(second)) == (3, 3)
+    assert max(map(len, printed.splitlines())) <= width
+
+
+def test_no_color_leaves_no_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """rich's own NO_COLOR leaves bold, and a spinner hides the cursor."""
+    for name in ("FORCE_COLOR", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    printed = []
+    for no_color in ("", "1"):
+        monkeypatch.setenv("NO_COLOR", no_color)
+        monkeypatch.setenv("TERM", "xterm")
+        parent, child = pty.openpty()
+        with os.fdopen(child, "w") as terminal:
+            monkeypatch.setattr("sys.stderr", terminal)
+            output = Output()
+            with output.step("look"):
+                output.waiting("a moment")
+            output.console.print("x", style="bold red")
+        printed.append(os.read(parent, 10_000))
+        os.close(parent)
+    assert b"\x1b" in printed[0]
+    assert b"\x1b" not in printed[1]
+
+
+def test_help_marks_older_names_and_needed_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "An older name: use `delete`." in printed
+    assert "An older name: use `ensure`." in printed
+    cli.main(["remove", "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "--deployment-name NAME prefix of the generated deployment id (needed)" in printed
+    cli.main(["promote", "--help"])
+    assert capsys.readouterr().out.startswith("Usage: pulse-railway promote [ID] [FILE] [flags]\n")
