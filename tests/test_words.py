@@ -158,7 +158,7 @@ def test_ids_are_whole_on_a_narrow_terminal(
 ) -> None:
     monkeypatch.setattr(rendering, "stdout", lambda: console(width=width))
     first, second = "prod-feature-1-261128-11", "prod-feature-2-261128-12"
-    row = {"state": "draining", "weight": None, "moving_at": None, "instances": 4}
+    row: dict[str, Any] = {"state": "draining", "weight": None, "moving_at": None, "instances": 4}
     row |= {"railway": "SUCCESS", "region": "us-west2", "rolled_back": True, "sessions": 12}
     row |= {"age_seconds": 90_000, "about": {"message": "Fix the cart of all users", "by": "ada"}}
     rows = [row | {"deployment_id": name} for name in (first, second)]
