@@ -741,8 +741,9 @@ def test_a_control_command_is_carried_out_once_and_in_time(room: Room) -> None:
     version = router.runtime_version()
     assert said == {
         **{"ok": True, "deployment_id": "active", "command": "active"},
-        **{"nonce": "n1", "version": version},
+        **{"nonce": "n1", "version": version, "clock": said["clock"]},
     }
+    assert abs(said["clock"] - time.time()) < 60
     assert answer(request, json.dumps(said)) is None  # it was answered
     late = answer({**request, "words": ["maintenance", "on"], "until": time.time() - 7200})
     assert (late["ok"], late["reason"]) == (False, "late")  # an earlier CLI's
