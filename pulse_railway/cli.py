@@ -9,18 +9,23 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
 from invoke.collection import Collection
 from invoke.config import Config
+from invoke.exceptions import ParseError
 from invoke.parser.context import translate_underscores
 from invoke.program import Program
 from invoke.vendor import yaml
 
-from pulse_railway import __version__, tasks
+from pulse_railway import __version__, help, tasks
+from pulse_railway.errors import UsageError
 from pulse_railway.flags import FLAGS
+
+DEPLOYMENT_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,23}")
 
 
 class ProjectConfig(Config):
@@ -35,8 +40,33 @@ class ProjectConfig(Config):
         self.load_project()
 
 
+class Verbs(Program):
+    """Invoke's program, whose own messages about wrong words do not show."""
+
+    def parse_tasks(self) -> None:
+        try:
+            super().parse_tasks()
+        except ParseError:
+            raise UsageError(
+                "the command line is not understood: `pulse-railway --help` lists the verbs,"
+                " `pulse-railway <verb> --help` a verb's flags"
+            ) from None
+
+
 def main(argv: list[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        run(arguments)
+    except UsageError as error:
+        from pulse_railway.output import Output, printable
+
+        Output(as_json="--json" in arguments).failure(str(error))
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def run(arguments: list[str]) -> None:
+    """Print the help that is asked for, or run the verb. Raises UsageError for wrong words."""
     try:
         os.getcwd()
     except FileNotFoundError:
@@ -47,8 +77,8 @@ def main(argv: list[str] | None = None) -> None:
     check_configuration(Path("invoke.yaml"))
     words = rewrite(arguments)
     # Invoke copies all verbs several times: with one it is 7 ms faster
-    verb = tasks.ns.tasks.get(words[0])
-    program = Program(
+    verb = tasks.ns.tasks.get(words[0]) if words else None
+    program = Verbs(
         name="pulse-railway",
         binary="pulse-railway",
         namespace=Collection(verb) if verb else tasks.ns,
@@ -96,8 +126,6 @@ def help_text(arguments: list[str]) -> str | None:
 
     It replaces Invoke's help, which describes Invoke's options.
     """
-    from pulse_railway import help
-
     has_flag = {"--help", "-h"} & set(arguments)
     if arguments in ([], ["help"], ["--help"], ["-h"]):
         return help.overview()
@@ -105,49 +133,93 @@ def help_text(arguments: list[str]) -> str | None:
     if not (has_flag or arguments[0] == "help") or verb is None:
         return None
     if verb not in tasks.ns.tasks:
-        _unknown(verb, list(tasks.ns.tasks), "verb")
+        _unknown(verb, "verb", list(tasks.ns.tasks))
     return help.verb_help(verb) if help.flags(verb) else None
 
 
 def rewrite(arguments: list[str]) -> list[str]:
-    """Return 0.3.x's command line as Invoke's: a bare word after the verb is the app.
+    """Return 0.3.x's command line as Invoke's: a bare word after the verb is the app, or the id.
 
-    Raises SystemExit for a verb or flag that does not exist, or a positional that is missing.
+    Raises UsageError for a word that does not fit.
     """
-    if not arguments or arguments[0].startswith("-"):
+    if not arguments:
+        return arguments
+    if arguments[0].startswith("-"):
+        core = [_option(name) for argument in Program().core_args() for name in argument.names]
+        option = arguments[0].partition("=")[0]
+        several = len(option) > 2 and option[1] != "-"  # as in -de
+        if option not in core and not several:
+            _unknown(option, "flag", core)
         return arguments
     verb, *rest = arguments
+    if verb == "janitor":
+        raise UsageError("no command of janitor: `pulse-railway janitor run` is all it has")
     if verb not in tasks.ns.tasks:
-        _unknown(verb, list(tasks.ns.tasks), "verb")
+        _unknown(verb, "verb", list(tasks.ns.tasks))
     if "--help" in rest or "-h" in rest:
         return ["--help", verb]
     positional = tasks.ns[verb].positional  # with one, a bare word is that and not the app
-    # flags of all verbs; `verb` is last, so that it decides on a flag that two take differently
     takes_value = {
-        translate_underscores(argument.name): argument.takes_value
-        for task in [*tasks.ns.tasks, verb]
-        for argument in tasks.ns[task].get_arguments()
+        _option(name): argument.takes_value
+        for argument in tasks.ns[verb].get_arguments()
+        for name in argument.names
     }
-    rewritten, i = [verb], 0
+    rewritten, bare, i = [verb], set[str](), 0
     while i < len(rest):
         word = rest[i]
-        if not word.startswith("--"):
-            rewritten += [word] if positional else ["--app", word]
-        else:
-            name, equals, _ = word[2:].partition("=")
-            if name not in takes_value:
-                _unknown(word, [f"--{flag}" for flag in takes_value], "flag")
+        option, equals, _ = word.partition("=")
+        if not word.startswith("-"):
+            place = FLAGS[positional[0]].value if positional else _place(verb, word)
+            given = {word.partition("=")[0] for word in rewritten}
+            if place in bare or (place == "ID" and "--deployment-id" in given):
+                raise UsageError(f"{verb} takes one {place}: what is {word}?")
+            bare.add(place)
+            rewritten += [*{"FILE": ["--app"], "ID": ["--deployment-id"]}.get(place, []), word]
+        elif option not in takes_value:
+            _unknown(option, "flag", list(takes_value), f" of {verb}")
+        elif not takes_value[option]:
+            if equals:
+                raise UsageError(f"{option} takes no value")
             rewritten.append(word)
-            if takes_value[name] and not equals and i + 1 < len(rest):
+        else:
+            if not equals:
                 i += 1
-                rewritten[-1] = f"{word}={rest[i]}"  # a value may start with a dash
+                # a value may start with a dash, but a flag of this verb is none
+                if i == len(rest) or rest[i].partition("=")[0] in takes_value:
+                    usage = next((f": {f.usage}" for f in help.flags(verb) if f.option == word), "")
+                    raise UsageError(f"{option} takes a value{usage}")
+                word = f"{word}={rest[i]}"
+            if option == "--deployment-id" and "ID" in bare:
+                raise UsageError(f"{verb} takes one ID: what is {word.partition('=')[2]}?")
+            rewritten.append(word)
         i += 1
-    if positional and all(word.startswith("-") for word in rewritten[1:]):
-        raise SystemExit(f"error: which? `pulse-railway {verb} {FLAGS[positional[0]].value}`")
+    if positional and not bare:
+        raise UsageError(f"which? `pulse-railway {verb} {FLAGS[positional[0]].value}`")
     return rewritten
 
 
-def _unknown(word: str, candidates: list[str], kind: str) -> NoReturn:
-    close = difflib.get_close_matches(word.split("=")[0], candidates, 1, cutoff=0.5)
+def _place(verb: str, word: str) -> str:
+    """Return what a bare word is: FILE or ID."""
+    path = word.partition(":")[0]
+    is_path = path.endswith(".py") or "/" in word or Path(path).is_file()
+    flags = [flag.name for flag in help.flags(verb)]
+    if verb == "rollback" and not is_path:
+        raise UsageError(f"rollback takes no ID: `pulse-railway promote {word}` makes it active")
+    if verb in help.ID_VERBS and not is_path:
+        if not DEPLOYMENT_ID.fullmatch(word):
+            raise UsageError(f"{word} is no deployment's id and no app's file")
+        return "ID"
+    if "app" not in flags:
+        raise UsageError(f"{verb} takes flags only: what is {word}?")
+    return "FILE"
+
+
+def _option(name: str) -> str:
+    """Return a flag's option, as in `--bake` and `-a`."""
+    return f"-{name}" if len(name) == 1 else f"--{translate_underscores(name)}"
+
+
+def _unknown(word: str, kind: str, candidates: list[str], of: str = "") -> NoReturn:
+    close = difflib.get_close_matches(word.split("=")[0], candidates, 1, cutoff=0.6)
     hint = f"; did you mean {close[0]}?" if close else ""
-    raise SystemExit(f"error: no {kind} {word}{hint}")
+    raise UsageError(f"no {kind} {word}{of}{hint}")

@@ -17,6 +17,10 @@ class Failure(Exception):
     """An error that the user can correct: it is shown as one line, with an exit status of 1."""
 
 
+class UsageError(Failure):
+    """A word on the command line that does not fit, or that is missing: exit status 2."""
+
+
 class Uncertain(Failure):
     """A write whose answer was lost: it may or may not have been carried out."""
 

@@ -13,6 +13,9 @@ OTHER_COMMANDS = {
     "serve": "Run the app as its container's first process.",
     "janitor": "`janitor run`: remove drained deployments.",
 }
+ID_VERBS = ("promote", "redeploy", "delete", "logs", "restore")  # an id by itself is theirs
+OLDER = {"remove": "delete", "scaffold": "ensure"}  # 0.3.x's names, and today's
+NEEDED = [("remove", "deployment_name"), ("image", "repository")]
 GROUPS = {group: [task.name for task in verbs] for group, verbs in tasks.GROUPS.items()}
 GROUPS["inside the containers"] += OTHER_COMMANDS
 
@@ -21,7 +24,8 @@ def summary(verb: str) -> str:
     """Return a verb's description: the first line of its docstring."""
     if verb in OTHER_COMMANDS:
         return OTHER_COMMANDS[verb]
-    return (inspect.getdoc(tasks.ns[verb]) or "").splitlines()[0]
+    first = (inspect.getdoc(tasks.ns[verb]) or "").splitlines()[0]
+    return f"{first} An older name: use `{OLDER[verb]}`." if verb in OLDER else first
 
 
 def flags(verb: str) -> list[Flag]:
@@ -36,7 +40,7 @@ def usage(verb: str) -> str:
     verb_flags = flags(verb)
     positional = [flag.value for flag in verb_flags if flag.positional]
     if not positional and FLAGS["app"] in verb_flags:
-        positional = ["[FILE]"]
+        positional = ["[ID]", "[FILE]"] if verb in ID_VERBS else ["[FILE]"]
     return " ".join(["pulse-railway", verb, *positional, "[flags]"])
 
 
@@ -55,10 +59,16 @@ def overview() -> str:
 
 
 def verb_help(verb: str) -> str:
-    lines = [f"Usage: {usage(verb)}", "", inspect.getdoc(tasks.ns[verb]) or "", ""]
-    if "[FILE]" in usage(verb):
+    described = [summary(verb), *(inspect.getdoc(tasks.ns[verb]) or "").splitlines()[1:]]
+    lines = [f"Usage: {usage(verb)}", "", *described, ""]
+    if verb in ID_VERBS:
+        lines.append("ID by itself is --deployment-id; FILE is a path, and is --app.")
+    elif "[FILE]" in usage(verb):
         lines.append("FILE by itself is --app.")
-    lines += [_entry(flag.usage, flag.text, 34) for flag in flags(verb) if not flag.positional]
+    for flag in flags(verb):
+        if not flag.positional:
+            needed = (verb, flag.name) in NEEDED
+            lines.append(_entry(flag.usage, f"{flag.help} (needed)" if needed else flag.text, 34))
     return "\n".join(lines)
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pulse_railway import config, contract, naming, runtime_image
 from pulse_railway.config import AppConfig, Names, Where
-from pulse_railway.errors import Failure, keep_secret
+from pulse_railway.errors import Failure, UsageError, keep_secret
 from pulse_railway.flags import EMPTY, FLAGS, UNSET, Flags, value
 from pulse_railway.output import Output
 from pulse_railway.railway.ssh import private_key_file
@@ -273,7 +273,7 @@ def check_evict(flags: Flags, *others: str) -> None:
 
 def parse_maintenance(flags: Flags, output: Output) -> MaintenanceOptions:
     if flags.get("switch") not in ("on", "off"):
-        raise Failure("maintenance on, or maintenance off?")
+        raise UsageError("maintenance on, or maintenance off?")
     on = flags["switch"] == "on"
     page = None
     if on and flags.get("page"):
@@ -308,7 +308,7 @@ def parse_one_deployment(flags: Flags, output: Output) -> StackOptions:
 
 def parse_one_name(flags: Flags, output: Output) -> StackOptions:
     if not flags.get("deployment_name"):
-        raise Failure("which deployment? pass --deployment-name")
+        raise UsageError("which deployment? pass --deployment-name")
     try:
         naming.deployment_slug(flags["deployment_name"])
     except ValueError as error:
@@ -432,7 +432,7 @@ def raw_flags(flags: Flags, output: Output) -> Flags:
 def parse_image(flags: Flags, output: Output) -> ImageOptions:
     repository = image_of(flags, "repository", naming.image_repository)
     if not repository:
-        raise Failure("which repository? pass --repository, e.g. registry/org/pulse-railway")
+        raise UsageError("which repository? pass --repository, e.g. registry/org/pulse-railway")
     return from_flags(ImageOptions, flags, repository=repository)
 
 
@@ -519,7 +519,7 @@ def with_router(flags: Flags, app_names: Names) -> Names:
 
 def need_deployment_id(flags: Flags) -> None:
     if not flags.get("deployment_id"):
-        raise Failure("which deployment? pass --deployment-id; `status` lists them")
+        raise UsageError("which deployment? pass its id; `status` lists them")
 
 
 def image_of(

@@ -50,6 +50,8 @@ def console(**options: Any) -> Console:
                 is_own = segment.control  # rich's sequences
                 yield segment if is_own else Segment(printable(segment.text), segment.style)
 
+    if os.environ.get("NO_COLOR"):  # rich leaves bold, and the spinner's sequences
+        options["force_terminal"] = False
     return PlainConsole(highlight=False, markup=False, emoji=False, **options)
 
 

@@ -19,6 +19,7 @@ from pulse_railway.output import console
 if TYPE_CHECKING:
     from pulse_railway.flows.watch import History
 
+NARROW = 100  # columns, below which a table would cut ids: each row is a few lines then
 STATE_STYLES = {"active": "bold green", "draining": "yellow", "pending": "cyan"}
 
 
@@ -103,12 +104,24 @@ def stdout() -> Console:
     return console(width=None if sys.stdout.isatty() else 250)
 
 
+def details(titles: Iterable[str], cells: Iterable[str]) -> Table:
+    """Return a row's other cells as indented lines."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for title, cell in zip(titles, cells, strict=True):
+        if cell:
+            table.add_row(f"    {title}", cell)
+    return table
+
+
 def show_history(entries: list[dict[str, Any]]) -> None:
     """Print the entries of `history` on stdout, the newest last."""
     out = stdout()
+    titles = ("when (UTC)", "what", "deployment", "before", "of", "by", "why")
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for title in ("when (UTC)", "what", "deployment", "before", "of", "by", "why"):
-        table.add_column(title, overflow="fold")
+    for title in titles:
+        table.add_column(title, overflow="fold", no_wrap=title in ("deployment", "before"))
     for entry in entries:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(entry["at"]))
         weight = f" {entry['weight']}" if entry.get("weight") else ""
@@ -116,8 +129,13 @@ def show_history(entries: list[dict[str, Any]]) -> None:
         row = [f"{entry['what']}{weight}", entry.get("deployment_id"), before]
         digest = str(entry.get("digest") or "").removeprefix("sha256:")[:12]
         row += [digest or str(entry.get("commit") or "")[:7], entry.get("by"), entry.get("why")]
-        table.add_row(when, *(str(cell or "") for cell in row))
-    out.print(table if entries else "nothing yet")
+        cells = [when, *(str(cell or "") for cell in row)]
+        if out.width < NARROW:
+            out.print(Text("  ".join(cells[:3])), soft_wrap=True)
+            out.print(details(titles[3:], cells[3:]))
+        table.add_row(*cells)
+    if not entries or out.width >= NARROW:
+        out.print(table if entries else "nothing yet")
 
 
 MARKS = {"good": ("✓", "green"), "warning": ("!", "yellow"), "bad": ("✗", "red")}
@@ -182,7 +200,7 @@ def status_parts(result: dict[str, Any], history: History | None = None) -> list
     if not result["deployments"] and not result["problems"]:
         parts.append(Text(pasteable("no deployments: run `pulse-railway deploy`")))
     elif result["deployments"]:
-        parts += [Text(), deployments_table(result["deployments"], history)]
+        parts += [Text(), *deployments(result["deployments"], history)]
     parts += [
         Text(
             f"router {router['router']}: {router['requests']} requests, {router['errors']}"
@@ -196,31 +214,40 @@ def status_parts(result: dict[str, Any], history: History | None = None) -> list
     return parts
 
 
-def deployments_table(rows: list[dict[str, Any]], history: History | None) -> Table:
+def deployments(rows: list[dict[str, Any]], history: History | None) -> list[Text | Table]:
+    """Return the deployments as a table, or on a narrow terminal as lines, with whole ids."""
+    narrow = stdout().width < NARROW
+    rates = ["requests/s", "errors/s"] if history else []
+    titles = ["deployment", "state", "railway", "region", "age", "sessions", *rates, "what"]
+    parts: list[Text | Table] = []
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for title in ("deployment", "state", "railway", "region", "age"):
-        table.add_column(title)
-    table.add_column("sessions", justify="left" if history else "right")
-    if history:
-        table.add_column("requests/s")
-        table.add_column("errors/s")
-    table.add_column("what", overflow="fold")
+    for title in titles:
+        right = title == "sessions" and not history
+        table.add_column(
+            title,
+            justify="right" if right else "left",
+            overflow="fold",
+            no_wrap=title == "deployment",
+        )
     for row in rows:
         sessions = row["sessions"]
         cells = ["?" if sessions is None else str(sessions)]
         if history:
             series = history.series[row["deployment_id"]]
             cells = [sparkline(s) for s in (series.sessions, series.requests, series.errors)]
-        table.add_row(
-            row["deployment_id"],
-            Text(state_of(row), STATE_STYLES.get(row["state"], "red")),
+        state = Text(state_of(row), STATE_STYLES.get(row["state"], "red"))
+        others = [
             row["railway"] or "",
             row.get("region") or "",
             age(row["age_seconds"]),
             *cells,
             describe(row["about"]),
-        )
-    return table
+        ]
+        if narrow:
+            parts.append(Text.assemble(row["deployment_id"], "  ", state))
+            parts.append(details(titles[2:], others))
+        table.add_row(row["deployment_id"], state, *others)
+    return parts if narrow else [table]
 
 
 BARS = "▁▂▃▄▅▆▇█"

@@ -244,6 +244,8 @@ def delete(options: options.StackOptions, output: Output) -> None:
 
     chosen = str(options.deployment_id)
     api, stack = _stack(options, output)
+    if not options.yes:
+        flow.find(api, stack, chosen, output)  # nothing is asked if there is nothing to delete
     confirm(f"delete deployment {chosen}?", options.yes)
     result = flow.delete(api, stack, chosen, output, force=options.force)
     output.result(result, [f"{chosen} is gone"])

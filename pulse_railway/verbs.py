@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,10 +41,13 @@ def verb(flags: list[str], parser: str) -> Callable[[Callable[..., None]], Task[
         @functools.wraps(function)
         def body(*args: Any, **kwargs: Any) -> dict[str, Any]:
             bound = signature.bind(*args, **kwargs)  # TypeError for an unknown argument
+            given = bound.arguments.keys() - {"c"}
+            if given == {*flags}:  # Invoke's parser passes all, whether they were given or not
+                given = set()
             bound.apply_defaults()
             context = bound.arguments.pop("c")
             advice.remember(function.__name__, bound.arguments)
-            return run_verb(function, parser, with_defaults(context, bound.arguments))
+            return run_verb(function, parser, with_defaults(context, bound.arguments, given))
 
         parameter = inspect.Parameter
         kind = parameter.POSITIONAL_OR_KEYWORD
@@ -66,9 +69,12 @@ def verb(flags: list[str], parser: str) -> Callable[[Callable[..., None]], Task[
     return decorate
 
 
-def with_defaults(context: Context, flags: Mapping[str, Any]) -> dict[str, Any]:
+def with_defaults(
+    context: Context, flags: Mapping[str, Any], given: Set[str] = frozenset()
+) -> dict[str, Any]:
     """Return the flags, with those that were not given from the project's Invoke configuration.
 
+    A flag in `given` has its value from a caller in Python, which counts unless it is None.
     Raises Exit if the configuration's section is invalid.
     """
     configured = context.config.get("pulse_railway") or {}
@@ -88,7 +94,9 @@ def with_defaults(context: Context, flags: Mapping[str, Any]) -> dict[str, Any]:
     for name in sorted(defaults.keys() - FLAGS.keys()):
         warn_of_unknown(name)
     return {
-        name: defaults.get(name, value) if value is None or value is False or value == [] else value
+        name: defaults.get(name, value)
+        if value is None or (name not in given and (value is False or value == []))
+        else value
         for name, value in flags.items()
     }
 
@@ -104,14 +112,14 @@ def warn_of_unknown(name: str) -> None:
 def run_verb(verb: Callable[..., None], parser: str, flags: Mapping[str, Any]) -> dict[str, Any]:
     """Call a verb and return its result, the object that --json prints.
 
-    An error that the user can correct is raised as Exit with one line and status 1; with --json an
-    object is printed too.
+    An error that the user can correct is raised as Exit with one line and status 1, or 2 if
+    a flag is missing; with --json an object is printed too.
     """
     import httpx
 
     from pulse_railway import options
     from pulse_railway.advice import pasteable
-    from pulse_railway.errors import Failure, Interrupted, redact
+    from pulse_railway.errors import Failure, Interrupted, UsageError, redact
     from pulse_railway.flows.signals import interruptible
     from pulse_railway.output import Output, printable, silence_stdout
 
@@ -124,14 +132,15 @@ def run_verb(verb: Callable[..., None], parser: str, flags: Mapping[str, Any]) -
         with contextlib.suppress(OSError):  # stdout may be what has failed
             output.failure(message)
         message = printable(message)
-        return Exit(f"error: {message}" if code == 1 else message, code)
+        return Exit(f"error: {message}" if code in (1, 2) else message, code)
 
     try:
         load_dotenv()
         with interruptible():
             verb(getattr(options, parser)(flags, output), output)
     except Failure as failure:
-        raise end(redact(str(failure)), 1) from None
+        code = 2 if isinstance(failure, UsageError) else 1
+        raise end(redact(str(failure)), code) from None
     except KeyboardInterrupt:
         raise end("interrupted", 128 + signal.SIGINT) from None
     except Interrupted as interrupted:

@@ -143,11 +143,8 @@ def test_values_that_do_not_fit(railway: demo.Stage, app: Path) -> None:
         (["status", "--control", "telnet"], "--control takes ssh or job, not 'telnet'"),
         (["status", "--token", "two words"], "--token is no token"),
         (["maintenance", "on", "--page", "none.html"], "--page takes an HTML file"),
-        (["image"], "which repository? pass --repository"),
         (["remove", "--deployment-name", "a" * 60 + "/"], "no baseline"),
         (["redeploy", "--service", "n" * 33], "32"),
-        (["promote"], "--deployment-id"),
-        (["remove"], "--deployment-name"),
     ):
         assert expected in fails(railway, *arguments, cwd=app), arguments
 
@@ -164,13 +161,6 @@ def test_programs_that_are_missing(railway: demo.Stage, app: Path) -> None:
     path = f"{railway.root / 'bin'}{os.pathsep}{app}"
     line = fails(railway, "deploy", "main.py", "--image-repository", "r/x", cwd=app, PATH=path)
     assert "`docker` is not on PATH" in line
-
-
-def test_misspelt_words_suggest_the_right_ones(railway: demo.Stage, app: Path) -> None:
-    verb = pulse_railway("depoy", "main.py", env=railway.env, cwd=app)
-    assert (verb.code, "did you mean deploy?" in verb.err) == (1, True)
-    verb = pulse_railway("deploy", "--enviroment", "x", env=railway.env, cwd=app)
-    assert "did you mean --environment?" in verb.err
 
 
 def test_a_baseline_without_deployments(new_project: Callable[[], Project]) -> None:

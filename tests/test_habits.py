@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from invoke.config import Config
 from invoke.context import Context
 from invoke.exceptions import Exit
@@ -39,6 +41,7 @@ def stack(*services: Service) -> Stack:
 
 
 STAMP = "260101-000000"
+EMPTIES: list[Any] = [0, False, "", []]
 
 
 def test_a_name_is_compared_whole() -> None:
@@ -193,8 +196,6 @@ def test_help_is_about_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
             assert (flag.value if flag.positional else f"  {flag.option}") in printed
     cli.main(["help", "maintenance"])
     assert "pulse-railway maintenance on|off [flags]" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="did you mean deploy"):
-        cli.main(["help", "deplot"])
 
 
 def test_a_zero_overrides_the_configuration() -> None:
@@ -204,6 +205,29 @@ def test_a_zero_overrides_the_configuration() -> None:
     context = Context(Config(overrides={"pulse_railway": {"keep": 5, "json": True}}))
     flags = {"keep": 0, "json": False, "build_arg": []}
     assert verbs.with_defaults(context, flags) == {"keep": 0, "json": True, "build_arg": []}
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.dictionaries(st.sampled_from(["keep", "json", "env", "message"]), st.sampled_from(EMPTIES))
+)
+def test_a_callers_empty_value_overrides_the_configuration(values: dict[str, Any]) -> None:
+    """Invoke passes all flags, so there False and [] are flags that were not given."""
+    from pulse_railway import verbs
+
+    seen: list[Any] = []
+
+    def look(flags: Any, _: Any) -> None:
+        seen.append(dict(flags))
+
+    names = ["keep", "json", "env", "message", "yes"]
+    task = verbs.verb(names, parser="raw_flags")(look)
+    section = {"keep": 5, "json": True, "env": ["A=b"], "message": "m", "yes": True}
+    task(configured(**section), **values)
+    assert seen[-1] == section | values
+    unset = {name: FLAGS[name].unset for name in names}
+    task(configured(**section), **unset)
+    assert seen[-1] == section
 
 
 def test_an_options_type_and_default_are_its_flags() -> None:

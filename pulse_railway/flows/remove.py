@@ -23,15 +23,8 @@ def delete(
     confirmed that the deployment is retired, or if new visitors get it in place of the active one
     and `force` is not set.
     """
-    services = [*stack.backends, *stack.empty]
-    service = next((s for s in services if s.deployment_id == deployment_id), None)
-    service = service or stack.unowned_backend(deployment_id)
+    service = find(api, stack, deployment_id, output)
     with output.step(f"retire {deployment_id}"):
-        if service is None and not any(
-            r["deployment_id"] == deployment_id
-            for r in router_commands.read_state(api, stack)["deployments"]
-        ):
-            find_backend(stack, deployment_id)  # raises, with a list of the deployments
         service_id = service.id if service else None
         router_commands.send_retire(api, stack, deployment_id, service_id, force)
     if service:
@@ -39,6 +32,20 @@ def delete(
     with output.step("delete its record"):
         router_commands.send_forget(api, stack, deployment_id)
     return {"deployment_id": deployment_id, "deleted": True}
+
+
+def find(api: Api, stack: Stack, deployment_id: str, output: Output) -> Service | None:
+    """Return a deployment's service; None if it has only a record. Raises Failure if there is
+    neither."""
+    services = [*stack.backends, *stack.empty]
+    service = next((s for s in services if s.deployment_id == deployment_id), None)
+    service = service or stack.unowned_backend(deployment_id)
+    if service is None:
+        with output.step(f"ask the router for {deployment_id}"):
+            records = router_commands.read_state(api, stack)["deployments"]
+        if not any(record["deployment_id"] == deployment_id for record in records):
+            find_backend(stack, deployment_id)  # raises, with a list of the deployments
+    return service
 
 
 def delete_retired(api: Api, stack: Stack, service: Service, output: Output) -> None:
