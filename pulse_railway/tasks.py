@@ -55,7 +55,7 @@ def doctor(flags: Flags, output: Output) -> None:
 
 @verb([*BASELINE], parser="parse_baseline")
 def scaffold(options: options.BaselineOptions, output: Output) -> None:
-    """Create router, env, Redis and janitor in an environment that has none of them."""
+    """Create router, env, Redis and janitor in an environment without them."""
     from pulse_railway import config
     from pulse_railway.flows import baseline
     from pulse_railway.flows.owner import claim_state

@@ -405,7 +405,8 @@ def check_nothing_is_taken_over(base: Project) -> None:
         assert [row["deployment_id"] for row in status["deployments"]] == ["first"]
         assert "late" not in str(status["problems"])
         for verb in ("restore", "delete", "promote", "redeploy"):
-            refused = base.run(verb, "--app", "main.py", "--deployment-id", "late", "--yes")
+            words = [verb, "--app", "main.py", "--deployment-id", "late"]
+            refused = base.run(*words, *(["--yes"] if verb == "delete" else []))
             assert refused.code == 1, verb
             assert "restore --deployment-id" not in refused.err
             assert "delete --deployment-id" not in refused.err

@@ -24,7 +24,7 @@ import control
 import router
 from pulse_railway import cli, contract, router_commands, verbs
 from pulse_railway.config import ControlRoute, Names, Target, Where
-from pulse_railway.errors import Uncertain
+from pulse_railway.errors import Uncertain, UsageError
 from pulse_railway.flows import deploy, promote
 from pulse_railway.flows import logs as flows_logs
 from pulse_railway.flows.status import active_problems, problems, record_problems, status
@@ -598,7 +598,7 @@ def test_an_empty_log(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 
 
 def test_maintenance_needs_on_or_off() -> None:
-    with pytest.raises(SystemExit, match=r"^error: which\? `pulse-railway maintenance on\|off`$"):
+    with pytest.raises(UsageError, match=r"^which\? `pulse-railway maintenance on\|off`$"):
         cli.rewrite(["maintenance", "--json"])
     assert cli.rewrite(["maintenance", "on", "--json"]) == ["maintenance", "on", "--json"]
 
