@@ -154,12 +154,9 @@ def add_record(
         raise StateError(f"{deployment_id} is a preview: promote it, or delete it", "preview")
     record = record or Record(deployment_id)
     new = replace(
-        record,
+        record.without_drain(),
         state="pending",
         service_name=service_name,
-        drain_started_at=None,
-        moving_at=None,
-        move_idle=None,
         registered_at=routing.now,
         pinned=pinned or preview is not None,
         preview=preview,
@@ -312,12 +309,9 @@ def set_canary_weight(
     # a bake whose time is over was interrupted
     present = record.bake if record.bake and record.bake.until > routing.now else None
     record = replace(
-        record,
+        record.without_drain(),
         state="pending",
         service_name=service_name,
-        drain_started_at=None,
-        moving_at=None,
-        move_idle=None,
         rejected_at=None,
         pinned=True,
         weight=weight,

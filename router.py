@@ -439,15 +439,15 @@ class Record:
     def as_active(self) -> Record:
         """Return the record of the active deployment: without what it has only as another."""
         return replace(
-            self,
+            self.without_drain(),
             state="active",
-            drain_started_at=None,
-            moving_at=None,
-            move_idle=None,
             weight=None,
             steps=None,
             preview=None,
         )
+
+    def without_drain(self) -> Record:
+        return replace(self, drain_started_at=None, moving_at=None, move_idle=None)
 
     def as_draining(
         self, since: float, move_after: float | None = None, move_idle: float | None = None

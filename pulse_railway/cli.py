@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,11 +20,9 @@ from invoke.parser.context import translate_underscores
 from invoke.program import Program
 from invoke.vendor import yaml
 
-from pulse_railway import __version__, help, tasks
+from pulse_railway import __version__, contract, help, tasks
 from pulse_railway.errors import UsageError
 from pulse_railway.flags import FLAGS
-
-DEPLOYMENT_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,23}")
 
 
 class ProjectConfig(Config):
@@ -206,7 +203,7 @@ def _place(verb: str, word: str) -> str:
     if verb == "rollback" and not is_path:
         raise UsageError(f"rollback takes no ID: `pulse-railway promote {word}` makes it active")
     if verb in help.ID_VERBS and not is_path:
-        if not DEPLOYMENT_ID.fullmatch(word):
+        if not contract.DEPLOYMENT_ID_PATTERN.fullmatch(word):
             raise UsageError(f"{word} is no deployment's id and no app's file")
         return "ID"
     if "app" not in flags:

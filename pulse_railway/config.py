@@ -139,12 +139,6 @@ def import_app(app: str | None, context: Path, variables: set[str] | None = None
     return loaded
 
 
-def plugins_of(loaded: ps.App) -> list[RailwayPlugin]:
-    from pulse_railway.app.plugin import RailwayPlugin
-
-    return [plugin for plugin in loaded.plugins if isinstance(plugin, RailwayPlugin)]
-
-
 def load_app(app: str | None, context: Path) -> AppConfig:
     """Import an app's file, and read its RailwayPlugin.
 

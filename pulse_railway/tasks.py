@@ -244,10 +244,9 @@ def delete(options: options.StackOptions, output: Output) -> None:
 
     chosen = str(options.deployment_id)
     api, stack = _stack(options, output)
-    if not options.yes:
-        flow.find(api, stack, chosen, output)  # nothing is asked if there is nothing to delete
+    service = flow.find(api, stack, chosen, output)  # nothing is asked if there is none
     confirm(f"delete deployment {chosen}?", options.yes)
-    result = flow.delete(api, stack, chosen, output, force=options.force)
+    result = flow.delete_found(api, stack, chosen, service, output, force=options.force)
     output.result(result, [f"{chosen} is gone"])
 
 

@@ -175,7 +175,7 @@ FLOWS: dict[str, dict[str, Any]] = {
         },
         "router_commands.send_unlock": None,
     },
-    "delete": {"flows.remove.find": None, "flows.remove.delete": {"deleted": ["x"]}},
+    "delete": {"flows.remove.find": None, "flows.remove.delete_found": {"deleted": ["x"]}},
     "remove": {"flows.remove.find_by_name": "x", "flows.remove.delete": {"deleted": ["x"]}},
     "status": {"flows.status.status": status_result()},
     "logs": {"flows.logs.find_source": None, "flows.logs.logs": {"lines": ["x"]}},

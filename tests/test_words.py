@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import pty
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,35 +55,39 @@ WRONG = [
 ]
 
 
+Refused = Callable[[list[str]], tuple[str, str]]
+
+
+@pytest.fixture
+def refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Refused:
+    """`refused(words)` checks that they end with status 2; returns what is on stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def check(words: list[str]) -> tuple[str, str]:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(words)
+        assert ended.value.code == 2
+        out, err = capsys.readouterr()
+        return out, err
+
+    return check
+
+
 @pytest.mark.parametrize(("words", "said"), WRONG, ids=lambda value: " ".join(value)[:40])
 def test_wrong_words_are_one_line_and_status_2(
-    words: list[str],
-    said: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    words: list[str], said: str, refused: Refused
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as ended:
-        cli.main(words)
-    out, err = capsys.readouterr()
-    assert (ended.value.code, out) == (2, "")
+    out, err = refused(words)
+    assert out == ""
     assert err.startswith(f"error: {said}")
     assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize("words", [["depoy"], ["status", "--wach"], ["delete"]])
-def test_with_json_wrong_words_are_an_object(
-    words: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as ended:
-        cli.main([*words, "--json"])
-    out, err = capsys.readouterr()
-    assert ended.value.code == 2
+def test_with_json_wrong_words_are_an_object(words: list[str], refused: Refused) -> None:
+    out, err = refused([*words, "--json"])
     assert err == f"error: {json.loads(out)['error']}\n"
 
 

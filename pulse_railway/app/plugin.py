@@ -343,12 +343,16 @@ def render_pages_here() -> None:
     setattr(ps.App, "run_codegen", run_codegen)  # noqa: B010
 
 
+def plugins_of(app: ps.App) -> list[RailwayPlugin]:
+    return [plugin for plugin in app.plugins if isinstance(plugin, RailwayPlugin)]
+
+
 def plugin_of(app: ps.App) -> RailwayPlugin:
     """The app's one RailwayPlugin.
 
     Raises RailwayPluginError where it has none or several.
     """
-    found = [plugin for plugin in app.plugins if isinstance(plugin, RailwayPlugin)]
+    found = plugins_of(app)
     if len(found) != 1:
         how_many = f"{len(found)} RailwayPlugins" if found else "no RailwayPlugin"
         raise RailwayPluginError(

@@ -157,7 +157,7 @@ def lock_problems(options: DeployOptions, web_root: Path) -> list[str]:
     """Return which lock files do not fit, with which an install that is locked fails."""
     app = options.app
     folder = (app.context / app.file.partition(":")[0]).parent
-    top = next((p for p in (folder, *folder.parents) if (p / ".git").exists()), app.context)
+    top = project_layout.repository_of(folder) or app.context
     found = [
         uv_problem(project_layout.python_packages(folder, top), folder),
         node_problem(project_layout.node_packages(web_root, top), web_root),

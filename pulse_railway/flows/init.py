@@ -195,7 +195,7 @@ def requirements() -> str:
     """Return requirements.txt for a project that has none."""
     own = package_source()
     line = f"pulse-railway @ {own}" if own else f"pulse-railway=={__version__}"
-    if own and not own.startswith(("git+", "https:")):
+    if is_local(own):
         line = f"# pulse-railway: this one, from {own}, is not on the index"
     return f"pulse-framework=={_installed('pulse-framework')}\n{line}\n"
 
@@ -215,6 +215,11 @@ def package_source() -> str | None:
     if version_control := direct.get("vcs_info"):
         return f"{version_control['vcs']}+{direct['url']}@{version_control['commit_id']}"
     return str(direct["url"]).removeprefix("file://")
+
+
+def is_local(source: str | None) -> bool:
+    """Is a package that was installed from there out of a build's reach?"""
+    return source is not None and not source.startswith(("git+", "https:"))
 
 
 def _installed(name: str) -> str:
@@ -284,8 +289,8 @@ def _packages_to_add(layout: Layout) -> list[str]:
     missing = [
         name for name in ("pulse-framework", "pulse-railway") if not names_package(python, name)
     ]
-    own = package_source() or ""
-    if "pulse-railway" in missing and own and not own.startswith(("git+", "https:")):
+    own = package_source()
+    if "pulse-railway" in missing and is_local(own):
         missing.remove("pulse-railway")
         name = f"pulse_railway-{__version__}-py3-none-any.whl"
         add = f"`uv add ./{name}`" if python.tool == "uv" else f"`./{name}` in requirements.txt"

@@ -105,7 +105,9 @@ def read_layout(app: str, folder: Path, warn: Any) -> Layout:
     except Failure as failure:
         warn(f"{failure}. Its web root and its plugin are guessed")
     else:
-        plugins = config.plugins_of(loaded)
+        from pulse_railway.app.plugin import plugins_of
+
+        plugins = plugins_of(loaded)
         facts = {
             "loaded": True,
             "has_plugin": len(plugins) == 1,
@@ -113,7 +115,7 @@ def read_layout(app: str, folder: Path, warn: Any) -> Layout:
             "has_address": bool(getattr(loaded, "server_address", True)),
         }
         web_root = loaded.codegen.cfg.web_root.resolve()
-    repository = next((p for p in (folder, *folder.parents) if (p / ".git").exists()), None)
+    repository = repository_of(folder)
     top = repository or folder
     python = python_packages((folder / file).parent, top)
     node = node_packages(web_root, top)
@@ -139,6 +141,11 @@ def read_layout(app: str, folder: Path, warn: Any) -> Layout:
         python_version=python_version(python.folder),
         **facts,
     )
+
+
+def repository_of(folder: Path) -> Path | None:
+    """Return the root of the git repository that holds a folder."""
+    return next((p for p in (folder, *folder.parents) if (p / ".git").exists()), None)
 
 
 def python_packages(start: Path, top: Path) -> Packages:

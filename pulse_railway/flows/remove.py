@@ -24,6 +24,18 @@ def delete(
     and `force` is not set.
     """
     service = find(api, stack, deployment_id, output)
+    return delete_found(api, stack, deployment_id, service, output, force)
+
+
+def delete_found(
+    api: Api,
+    stack: Stack,
+    deployment_id: str,
+    service: Service | None,
+    output: Output,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Do the same with the service that `find` has returned."""
     with output.step(f"retire {deployment_id}"):
         service_id = service.id if service else None
         router_commands.send_retire(api, stack, deployment_id, service_id, force)
